@@ -1,0 +1,452 @@
+"""Every option of the collection: its name, type, default, meaning and bounds.
+
+Edit a default below, or override it without editing: `--configs FILE.json` beats the default, and a command-line
+flag beats both. The one line that declares an option is also its type check, its `--help` entry and its flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+BACKBONE_NAMES = (
+    *("VGG16", "VGG19", "DenseNet121", "DenseNet169", "DenseNet201", "Xception"),
+    *("ResNet50", "ResNet101", "ResNet152", "ResNet50V2", "ResNet101V2", "ResNet152V2"),
+    *("InceptionV3", "InceptionResNetV2", "NASNetMobile", "NASNetLarge"),
+    *("MobileNet", "MobileNetV2", "MobileNetV3Small", "MobileNetV3Large"),
+    *("EfficientNetB0", "EfficientNetB1", "EfficientNetB2", "EfficientNetB3"),
+    *("EfficientNetB4", "EfficientNetB5", "EfficientNetB6", "EfficientNetB7"),
+    *("EfficientNetV2B0", "EfficientNetV2B1", "EfficientNetV2B2", "EfficientNetV2B3"),
+    *("EfficientNetV2S", "EfficientNetV2M", "EfficientNetV2L"),
+    *("ConvNeXtTiny", "ConvNeXtSmall", "ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtXLarge"),
+)
+OPTIMIZER_NAMES = ("Adam", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Nadam")
+
+
+class UserError(Exception):
+    """A mistake that its user can mend: shown as its message alone, with exit status 2."""
+
+
+def define(
+    default: Any,
+    description: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    choices: Sequence[str] | None = None,
+    describes_model: bool = False,
+) -> Any:
+    """Declares one option.
+
+    Args:
+        default: value where nothing else is given.
+        description: one sentence, shown by `--help`.
+        above: exclusive lower bound; of each element where the option is a list.
+        at_least: inclusive lower bound, likewise.
+        below: exclusive upper bound, likewise.
+        at_most: inclusive upper bound, likewise.
+        choices: the only texts allowed.
+        describes_model: the option says what a trained model is; a model's own `configs.json` then decides it.
+    """
+    bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    metadata = {
+        "description": description,
+        "bounds": {word: bound for word, bound in bounds.items() if bound is not None},
+        "choices": choices,
+        "describes_model": describes_model,
+    }
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Configs:
+    """The options that every script takes. Building one reads no file; `validate` checks them all at once."""
+
+    train_csv: str = define("./data/training_set.csv", "The training images and their labels")
+    test_csv: str = define("./data/testing_set.csv", "The images that training never learns from, for test.py")
+    image_directory: str = define("", "Put in front of the paths in the CSV files")
+    visual_model_name: str = define("DenseNet121", "The backbone", choices=BACKBONE_NAMES, describes_model=True)
+    image_target_size: tuple[int, int, int] = define(
+        (224, 224, 3), "Height, width and channels that images are resized to", at_least=1, describes_model=True
+    )
+    num_epochs: int = define(100, "Epochs in total, those before a resume included", at_least=1)
+    csv_label_column: str = define("class", "The CSV column with the labels")
+    classes: list[str] | None = define(
+        None, "The class names; none finds them in train_csv, sorted", describes_model=True
+    )
+    multi_label_classification: bool = define(
+        False, "Several labels an image, written class1$class2", describes_model=True
+    )
+    classifier_layer_sizes: list[float] = define(
+        [0.4],
+        "Layers before the output: 1 or more is a hidden layer of that size, less than 1 a dropout rate",
+        at_least=0,
+        describes_model=True,
+    )
+    conv_layers_to_train: int = define(
+        -1, "Convolutions of the backbone to train: -1 all, 0 none, n the last n and what follows them", at_least=-1
+    )
+    use_imagenet_weights: bool = define(True, "Start the backbone from its ImageNet weights, not from random ones")
+    pop_conv_layers: int = define(
+        0, "Layers dropped from the end of the backbone, before the pooling", at_least=0, describes_model=True
+    )
+    final_layer_pooling: str | None = define(
+        "avg", "Pooling of the backbone's output; none flattens it", choices=("avg", "max"), describes_model=True
+    )
+    load_model_path: str = define("", "A model file, or the folder of a run, to continue from or to test")
+    save_model_path: str = define("saved_model", "The folder that receives everything a run writes")
+    save_best_model_only: bool = define(True, "False also keeps the model of every epoch")
+    learning_rate: float = define(1e-3, "The optimizer's learning rate", above=0)
+    learning_rate_decay_factor: float = define(
+        0.1, "The learning rate is multiplied by this on a plateau of the validation loss", above=0, below=1
+    )
+    reduce_lr_patience: int = define(3, "Epochs without a lower validation loss that make a plateau", at_least=0)
+    minimum_learning_rate: float = define(1e-7, "The learning rate is never reduced below this", at_least=0)
+    optimizer_type: str = define("Adam", "The optimizer", choices=OPTIMIZER_NAMES)
+    gpu_percentage: float = define(
+        0.95, "Share of each visible GPU's memory to use; 0 runs on the CPU", at_least=0, at_most=1
+    )
+    batch_size: int = define(16, "Images a training step", at_least=1)
+    multilabel_threshold_range: list[float] = define(
+        [0.01, 0.99], "Lowest and highest threshold tried, in steps of 0.01", above=0, below=1
+    )
+    generator_workers: int = define(4, "Threads that read and augment images; 0 or 1 uses the main one", at_least=0)
+    generator_queue_length: int = define(12, "Batches kept ready for the model", at_least=1)
+    show_model_summary: bool = define(True, "Print the model's layers before training")
+    positive_weights_multiply: float = define(
+        1.0, "Multi-label: multiplies the loss of the labels that are present", above=0
+    )
+    use_class_balancing: bool = define(True, "Weigh rare classes more in the loss")
+    cnn_downscaling_factor: int = define(
+        0,
+        "Trained convolutions that halve the image this many times before the backbone",
+        at_least=0,
+        describes_model=True,
+    )
+    cnn_downscaling_filters: int = define(
+        64, "Filters of each downscaling convolution", at_least=1, describes_model=True
+    )
+    validation_csv: str = define("", "The images that select the best model; empty uses test_csv, and says so")
+    random_seed: int | None = define(
+        0, "Seed of weights, order, augmentation and splits; none draws one", at_least=0, at_most=2**32 - 1
+    )
+    batch_norm_momentum: float | None = define(
+        0.9, "Momentum of the backbone's batch normalisation; none keeps the backbone's own", at_least=0, below=1
+    )
+
+    def __post_init__(self) -> None:
+        defaults = type(self).defaults()
+        self.given = {name for name, default in defaults.items() if getattr(self, name) != default}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "given" and name not in self.options():
+            raise AttributeError(unknown_option(name, list(self.options())))
+        super().__setattr__(name, value)
+
+    @classmethod
+    def options(cls) -> dict[str, dataclasses.Field]:
+        """Returns the declared options by name, in the order of their declaration."""
+        return {field.name: field for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Returns each option's default."""
+        return {
+            name: field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            for name, field in cls.options().items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the options as JSON can hold them."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in self.options()}
+
+    def replace(self, **values: Any) -> Configs:
+        """Returns a copy with some options changed; which options were given by the user carries over."""
+        changed = dataclasses.replace(self, **values)
+        changed.given = set(self.given)
+        return changed
+
+    @classmethod
+    def read_json(cls, path: str) -> dict[str, Any]:
+        """Reads options from a JSON file.
+
+        Returns:
+            The converted values of the options that the file holds.
+
+        Raises:
+            UserError: the file is missing or no JSON object, or an option in it is unknown or of a wrong type.
+        """
+        try:
+            with open(path, encoding="utf-8") as file:
+                stored = json.load(file)
+        except OSError as error:
+            raise UserError(f"Cannot read the configs file {path}: {error.strerror}. Check the path.") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON: {error}. Expected an object of option: value.") from error
+        if not isinstance(stored, dict):
+            raise UserError(f"{path}: expected a JSON object of option: value. Received: {type(stored).__name__}.")
+        return cls._convert_all(stored, is_text=False, source=path)
+
+    @classmethod
+    def from_json(cls, path: str) -> Configs:
+        """Builds configs from a JSON file over the defaults; raises UserError as `read_json` does."""
+        return cls._build(cls.read_json(path))
+
+    @classmethod
+    def from_command_line(cls, description: str | None = None, arguments: Sequence[str] | None = None) -> Configs:
+        """Builds and validates configs from the defaults, then `--configs FILE.json`, then the flags.
+
+        Args:
+            description: shown at the top of `--help`.
+            arguments: the command line without the program's name; by default this process's own.
+
+        Raises:
+            UserError: an option is unknown, has no value, or has one of a wrong type or out of range.
+            SystemExit: after `--help`.
+        """
+        parser = _argument_parser(cls, description)
+        namespace, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            raise UserError(unknown_option(unknown[0].lstrip("-").split("=")[0], list(cls.options()), prefix="--"))
+        flags = {name: value for name, value in vars(namespace).items() if name != "configs"}
+        from_file = cls.read_json(namespace.configs) if "configs" in namespace else {}
+        return cls._build(from_file | cls._convert_all(flags, is_text=True, source="command line")).validate()
+
+    @classmethod
+    def _build(cls, values: dict[str, Any]) -> Configs:
+        configs = cls(**values)
+        configs.given |= values.keys()
+        return configs
+
+    @classmethod
+    def _convert_all(cls, raw: dict[str, Any], is_text: bool, source: str) -> dict[str, Any]:
+        types = typing.get_type_hints(cls)
+        values, faults = {}, []
+        for name, value in raw.items():
+            if name not in cls.options():
+                faults.append(unknown_option(name, list(cls.options())))
+                continue
+            try:
+                values[name] = convert(value, types[name], is_text)
+            except ValueError:
+                faults.append(f"{name}: expected {describe_type(types[name])}. Received: {_show(value)}")
+        if faults:
+            raise UserError("\n".join(f"{source}: {fault}" for fault in faults))
+        return values
+
+    def validate(self) -> Configs:
+        """Checks types, bounds and combinations.
+
+        Returns:
+            These configs.
+
+        Raises:
+            UserError: one line for each fault: the option, what was expected, what was received.
+        """
+        types = typing.get_type_hints(type(self))
+        faults = []
+        for name, field in self.options().items():
+            value = getattr(self, name)
+            try:
+                setattr(self, name, convert(value, types[name], is_text=False))
+            except ValueError:
+                faults.append(f"{name}: expected {describe_type(types[name])}. Received: {_show(value)}")
+                continue
+            faults += _bound_faults(name, getattr(self, name), field.metadata)
+        if faults := faults or self._combination_faults():
+            raise UserError("\n".join(faults))
+        return self
+
+    def _combination_faults(self) -> list[str]:
+        faults = []
+        if self.image_target_size[2] != 3:
+            faults.append(
+                "image_target_size: expected 3 channels last (images are read as RGB). "
+                f"Received: {_show(self.image_target_size)}"
+            )
+        if fractions := [size for size in self.classifier_layer_sizes if size > 1 and size != int(size)]:
+            faults.append(
+                f"classifier_layer_sizes: expected whole numbers from 1 on, or dropout rates under 1. "
+                f"Received: {_show(fractions[0])}"
+            )
+        thresholds = self.multilabel_threshold_range
+        if len(thresholds) != 2 or thresholds[0] > thresholds[1]:
+            faults.append(
+                f"multilabel_threshold_range: expected two numbers, the lower first. Received: {_show(thresholds)}"
+            )
+        if self.classes is not None and len(set(self.classes)) != len(self.classes):
+            faults.append(f"classes: expected each class name once. Received: {_show(self.classes)}")
+        if not self.save_model_path:
+            faults.append("save_model_path: expected the name of a folder. Received: an empty text")
+        return faults
+
+
+def unknown_option(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """Returns the message for an option that does not exist, naming the nearest one that does."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    remedy = f"Did you mean {prefix}{nearest[0]}?" if nearest else "See --help for all options."
+    return f"Unknown option {prefix}{name}. {remedy}"
+
+
+def convert(value: Any, kind: Any, is_text: bool) -> Any:
+    """Converts a raw value to an option's type.
+
+    Args:
+        value: from Python or JSON; or text, or a list of texts, from the command line.
+        kind: the annotated type: str, int, float, bool, list[...], tuple[...], or one of them `| None`.
+        is_text: the value comes from the command line.
+
+    Raises:
+        ValueError: the value is not of that type. A bool is no number; an int serves as a float.
+    """
+    inner, optional = _unwrap_optional(kind)
+    if optional and (value is None or (is_text and _single(value).lower() == "none")):
+        return None
+    origin = typing.get_origin(inner)
+    if origin in (list, tuple):
+        return _convert_items(value, inner, origin, is_text)
+    if is_text:
+        value = _from_text(value, inner)
+    if inner is float and type(value) is int:
+        value = _from_text(str(value), float)
+    if type(value) is not inner or (inner is float and not math.isfinite(value)):
+        raise ValueError(value)
+    return value
+
+
+def _convert_items(value: Any, inner: Any, origin: type, is_text: bool) -> list | tuple:
+    if not isinstance(value, list | tuple):
+        raise ValueError(value)
+    kinds = typing.get_args(inner)
+    if origin is tuple and len(kinds) != len(value):
+        raise ValueError(value)
+    return origin(convert(item, kinds[0], is_text) for item in value)
+
+
+def _unwrap_optional(kind: Any) -> tuple[Any, bool]:
+    options = typing.get_args(kind)
+    if type(None) not in options:
+        return kind, False
+    return next(option for option in options if option is not type(None)), True
+
+
+def _single(value: Any) -> str:
+    if isinstance(value, list):
+        return value[0] if len(value) == 1 else ""
+    return value
+
+
+def _from_text(text: str, kind: type) -> Any:
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in words:
+            raise ValueError(text)
+        return words[text.lower()]
+    try:
+        return kind(text)
+    except OverflowError as error:
+        raise ValueError(text) from error
+
+
+def describe_type(kind: Any) -> str:
+    """Returns an option's type in words, for help and errors."""
+    inner, optional = _unwrap_optional(kind)
+    names = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
+    plurals = {str: "texts", int: "whole numbers", float: "numbers"}
+    items = typing.get_args(inner)
+    if typing.get_origin(inner) is tuple:
+        words = f"{len(items)} {plurals[items[0]]}"
+    elif typing.get_origin(inner) is list:
+        words = f"a list of {plurals[items[0]]}"
+    else:
+        words = names[inner]
+    return words + (" or none" if optional else "")
+
+
+def _describe_bounds(metadata: typing.Mapping[str, Any]) -> str:
+    return " and ".join(f"{word} {bound}" for word, bound in metadata["bounds"].items())
+
+
+def _bound_faults(name: str, value: Any, metadata: typing.Mapping[str, Any]) -> list[str]:
+    if value is None:
+        return []
+    if metadata["choices"] is not None and value not in metadata["choices"]:
+        nearest = difflib.get_close_matches(value, metadata["choices"], n=1, cutoff=0.4)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        return [f"{name}: expected one of {', '.join(metadata['choices'])}. Received: {_show(value)}{hint}"]
+    tests: dict[str, Callable[[float, float], bool]] = {
+        "above": lambda x, bound: x > bound,
+        "at least": lambda x, bound: x >= bound,
+        "below": lambda x, bound: x < bound,
+        "at most": lambda x, bound: x <= bound,
+    }
+    items = value if isinstance(value, list | tuple) else [value]
+    if all(tests[word](item, bound) for word, bound in metadata["bounds"].items() for item in items):
+        return []
+    kind = "numbers" if isinstance(value, list | tuple) else "a number"
+    return [f"{name}: expected {kind} {_describe_bounds(metadata)}. Received: {_show(value)}"]
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}. See --help for all options.")
+
+
+def _argument_parser(cls: type[Configs], description: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    own = parser.add_argument_group("options of this script") if cls is not Configs else None
+    shared = parser.add_argument_group("options of every script, from configs.py")
+    shared.add_argument("--configs", metavar="FILE.json", help="a JSON file of options, read before the flags")
+    types, defaults = typing.get_type_hints(cls), cls.defaults()
+    for name, field in cls.options().items():
+        group = shared if name in Configs.options() else own
+        is_list = typing.get_origin(_unwrap_optional(types[name])[0]) in (list, tuple)
+        words = [describe_type(types[name]), _describe_bounds(field.metadata)]
+        if field.metadata["choices"]:
+            words = [f"one of {', '.join(field.metadata['choices'])}"]
+            words += ["or none"] if _unwrap_optional(types[name])[1] else []
+        help_text = f"{field.metadata['description']} ({' '.join(filter(None, words))}; default {defaults[name]})"
+        group.add_argument(
+            f"--{name}", metavar="VALUE", nargs="*" if is_list else None, help=help_text.replace("%", "%%")
+        )
+    return parser
+
+
+def run_script(main: Callable[[Any], dict], configs_class: type[Configs] = Configs) -> None:
+    """Runs a script's `main` on the command line's configs.
+
+    A user's mistake ends in its message on stderr and exit status 2, Ctrl-C in 130; a bug keeps its traceback.
+
+    Args:
+        main: takes the configs; the docstring of its module is the head of `--help`.
+        configs_class: `Configs`, or a script's extension of it.
+    """
+    # TensorFlow's start-up notices would bury the lines that matter; a user's own setting wins.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        main(configs_class.from_command_line(sys.modules[main.__module__].__doc__))
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)

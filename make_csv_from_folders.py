@@ -1,0 +1,87 @@
+"""Writes a CSV file (path,class) from a folder of photos sorted into one folder per class."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pandas as pd
+
+from configs import Configs, UserError, define, run_script
+from utils import IMAGE_COLUMN, LABEL_SEPARATOR, join_names, write_csv
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclasses.dataclass
+class FolderConfigs(Configs):
+    """The options of this script, beside those of every script."""
+
+    folder_path: str = define("./data/images", "The folder that holds one folder per class")
+    write_path: str = define("./data/all_data.csv", "The CSV file to write")
+
+
+def main(configs: FolderConfigs) -> dict:
+    """Lists the images, writes the table and prints the counts; returns the image count of each class."""
+    class_names = list_class_folders(configs.folder_path)
+    images, others = list_images(configs.folder_path, class_names)
+    counts = {name: len(images[name]) for name in class_names}
+    rows = [(path, name) for name in class_names for path in images[name]]
+    report_others(others)
+    if not rows:
+        raise UserError(f"The class folders of {configs.folder_path} hold no image ({', '.join(IMAGE_SUFFIXES)}).")
+    write_csv(configs.write_path, pd.DataFrame(rows, columns=[IMAGE_COLUMN, configs.csv_label_column]))
+    for name, count in counts.items():
+        print(f"{name}: {count} images" if count else f"{name}: no images, so it is not in the table")
+    print(f"Wrote {len(rows)} rows to {configs.write_path}")
+    return counts
+
+
+def list_class_folders(folder_path: str) -> list[str]:
+    """Returns the names of the folders in a folder, sorted; hidden ones are left out.
+
+    Raises:
+        UserError: there are none, or a name cannot be a class name.
+    """
+    try:
+        with os.scandir(folder_path) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"Cannot read the folder {folder_path}: {error.strerror}. Check --folder_path.") from error
+    if not names:
+        raise UserError(f"{folder_path} holds no folders. Expected one folder per class, each with its images.")
+    for name in names:
+        if LABEL_SEPARATOR in name:
+            raise UserError(
+                f"The folder name {name} contains '{LABEL_SEPARATOR}', which separates labels. Rename the folder."
+            )
+    return names
+
+
+def list_images(folder_path: str, class_names: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Lists the files under each class folder, subfolders included, sorted.
+
+    Returns:
+        The image paths of each class, and the files that by their ending are no images.
+    """
+    images, others = {}, []
+    for name in class_names:
+        paths = sorted(
+            os.path.join(folder, file)
+            for folder, _, files in os.walk(os.path.join(folder_path, name))
+            for file in files
+            if not file.startswith(".")
+        )
+        images[name] = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+        others += [path for path in paths if not path.lower().endswith(IMAGE_SUFFIXES)]
+    return images, others
+
+
+def report_others(others: list[str]) -> None:
+    """Prints which files were left out."""
+    if others:
+        print(f"Left out {len(others)} files that are no images: {join_names(others)}")
+
+
+if __name__ == "__main__":
+    run_script(main, FolderConfigs)

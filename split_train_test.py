@@ -1,0 +1,133 @@
+"""Splits a CSV file of images into training_set.csv and testing_set.csv beside it, with every class in both."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import numpy as np
+import pandas as pd
+
+from configs import Configs, UserError, define, run_script
+from utils import find_class_names, read_table, split_label, write_csv
+
+SET_FILES = {"training": "training_set.csv", "validation": "validation_set.csv", "testing": "testing_set.csv"}
+
+
+@dataclasses.dataclass
+class SplitConfigs(Configs):
+    """The options of this script, beside those of every script."""
+
+    csv_path: str = define("./data/all_data.csv", "The CSV file to split")
+    test_split_fraction: float = define(0.2, "Share of every class that goes to the test set", above=0, below=1)
+    validation_split_fraction: float = define(
+        0.0, "Share of every class that goes to validation_set.csv; 0 writes none", at_least=0, below=1
+    )
+    shuffle: bool = define(True, "Draw the images at random; False takes the last ones of each class")
+
+
+def main(configs: SplitConfigs) -> dict:
+    """Splits, writes and prints the counts; returns the image count of each class in each set."""
+    fractions = {"testing": configs.test_split_fraction, "validation": configs.validation_split_fraction}
+    fractions["training"] = 1 - sum(fractions.values())
+    if fractions["training"] <= 0:
+        raise UserError("test_split_fraction and validation_split_fraction leave nothing to train on. Lower them.")
+    table = read_table(configs.csv_path, configs.csv_label_column)
+    labels = table[configs.csv_label_column]
+    rng = np.random.default_rng(configs.random_seed) if configs.shuffle else None
+    sets = split_rows(labels.to_numpy(object), fractions, configs.multi_label_classification, rng)
+    class_names = find_class_names(labels, configs.multi_label_classification)
+    counts = count_classes(labels, sets, class_names, configs.multi_label_classification)
+    print(counts.to_string())
+    warn_of_missing_classes(counts)
+    for name, rows in sets.items():
+        path = os.path.join(os.path.dirname(configs.csv_path), SET_FILES[name])
+        if fractions[name]:
+            write_csv(path, table.iloc[rows])
+            print(f"Wrote {len(rows)} rows to {path}")
+    return counts.to_dict()
+
+
+def split_rows(
+    labels: np.ndarray, fractions: dict[str, float], multi_label: bool, rng: np.random.Generator | None
+) -> dict[str, np.ndarray]:
+    """Divides rows so that every class is divided by the same fractions, as nearly as whole images allow.
+
+    The rarest class is divided first, so that its few images reach every set; multi-label, an image counts for
+    each of its labels (the iterative stratification of Sechidis et al., ECML PKDD 2011, one label after another).
+
+    Args:
+        labels: texts, one a row.
+        fractions: the share of each set, by its name; they add up to 1.
+        multi_label: whether a text holds several class names.
+        rng: draws the rows; None fills each set in the order of the rows: training first, then validation, then test.
+
+    Returns:
+        The sorted row numbers of each set.
+    """
+    codes, names = _label_matrix(labels, multi_label)
+    order = np.arange(len(labels)) if rng is None else rng.permutation(len(labels))
+    kept = [name for name in SET_FILES if fractions.get(name)]
+    shares = np.array([fractions[name] for name in kept])
+    totals = np.bincount(np.concatenate(codes), minlength=len(names))
+    wanted = np.outer(shares, totals)
+    assigned = np.full(len(labels), -1)
+    rows_of = [[] for _ in names]
+    for row in order:
+        for position in codes[row]:
+            rows_of[position].append(row)
+    for position in np.argsort(totals, kind="stable"):
+        rows = [row for row in rows_of[position] if assigned[row] < 0]
+        for row, chosen in zip(rows, _fill_sets(wanted[:, position], len(rows)), strict=True):
+            assigned[row] = chosen
+            wanted[chosen, codes[row]] -= 1
+    return {name: np.flatnonzero(assigned == position) for position, name in enumerate(kept)}
+
+
+def _label_matrix(labels: np.ndarray, multi_label: bool) -> tuple[list[np.ndarray], list[str]]:
+    """Returns the class positions of each row, and the class names."""
+    names = find_class_names(labels, multi_label)
+    positions = {name: position for position, name in enumerate(names)}
+    codes, distinct = pd.factorize(labels)
+    decoded = [np.array([positions[name] for name in set(split_label(label, multi_label))]) for label in distinct]
+    return [decoded[code] for code in codes], names
+
+
+def _fill_sets(wanted: np.ndarray, number_of_rows: int) -> np.ndarray:
+    """Gives `number_of_rows` rows of a class to sets in proportion to what they still want; ascending set numbers.
+
+    Largest remainders round the shares. A set that wants something gets at least one row where there are enough.
+    """
+    wanted = np.maximum(wanted, 0)
+    shares = wanted / wanted.sum() * number_of_rows if wanted.sum() else np.eye(len(wanted))[0] * number_of_rows
+    counts = np.floor(shares + 1e-9).astype(int)
+    remainder_first = np.argsort(-(shares - counts), kind="stable")
+    counts[remainder_first[: number_of_rows - counts.sum()]] += 1
+    for position in np.flatnonzero((counts == 0) & (wanted > 0)):
+        if counts.max() > 1:
+            counts[counts.argmax()] -= 1
+            counts[position] += 1
+    return np.repeat(np.arange(len(wanted)), counts)
+
+
+def count_classes(
+    labels: pd.Series, sets: dict[str, np.ndarray], class_names: list[str], multi_label: bool
+) -> pd.DataFrame:
+    """Returns a table of image counts, a row a class and a column a set."""
+    counts = pd.DataFrame(0, index=class_names, columns=list(sets))
+    for name, rows in sets.items():
+        for label, count in labels.iloc[rows].value_counts().items():
+            for class_name in set(split_label(label, multi_label)):
+                counts.loc[class_name, name] += count
+    return counts
+
+
+def warn_of_missing_classes(counts: pd.DataFrame) -> None:
+    """Prints which classes are too small to be in every set."""
+    for name, row in counts.iterrows():
+        for set_name in row.index[row == 0]:
+            print(f"Warning: {name} has {row.sum()} images, so the {set_name} set has none of it.")
+
+
+if __name__ == "__main__":
+    run_script(main, SplitConfigs)

@@ -1,0 +1,557 @@
+"""What several scripts share: tables and labels, class weights, seeds, GPU set-up, files, saving and loading models.
+
+TensorFlow and Keras are imported inside the functions that need them, so that the CSV scripts start at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from configs import Configs, UserError
+
+if TYPE_CHECKING:
+    import keras
+
+    from generator import AugmentedImageSequence
+
+IMAGE_COLUMN = "path"
+LABEL_SEPARATOR = "$"
+MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
+LONGEST_LIST = 5
+
+
+# Files
+
+
+@contextlib.contextmanager
+def atomic_path(path: str) -> Iterator[str]:
+    """Yields the name of a temporary file beside `path`, which takes its place once it is whole and on the disk.
+
+    The temporary name keeps the ending, by which some writers tell the format.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f".tmp-{os.getpid()}-{name}")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {path}: {error.strerror or error}. Free the space or choose another path."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a UTF-8 text file atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+def write_json(path: str, content: Any) -> None:
+    """Writes a JSON file atomically."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_csv(path: str, table: pd.DataFrame) -> None:
+    """Writes a table as CSV, without its index, atomically."""
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False, encoding="utf-8")
+
+
+# Tables and labels
+
+
+def read_table(csv_path: str, label_column: str) -> pd.DataFrame:
+    """Reads a CSV file of images.
+
+    Args:
+        csv_path: a CSV file with the columns `path` and `label_column`; more columns are kept.
+        label_column: name of the column with the labels.
+
+    Returns:
+        A table of texts, one row an image.
+
+    Raises:
+        UserError: the file is missing, empty or no CSV, or lacks a column, a path or a label.
+    """
+    try:
+        table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"Cannot read the CSV file {csv_path}: {error.strerror}. Check the path.") from error
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise UserError(f"{csv_path} is not a UTF-8 CSV file: {str(error).strip()}. Save it as one.") from error
+    except pd.errors.EmptyDataError as error:
+        raise UserError(f"{csv_path} is empty. Expected the columns {IMAGE_COLUMN} and {label_column}.") from error
+    for column, remedy in ((IMAGE_COLUMN, "Rename the column with the images"), (label_column, "Set csv_label_column")):
+        if column not in table.columns:
+            columns = ", ".join(table.columns)
+            raise UserError(f"{csv_path} has no column '{column}'. Its columns: {columns}. {remedy} accordingly.")
+        if empty := np.flatnonzero(table[column].str.strip() == "").tolist():
+            raise UserError(f"{csv_path}, row {empty[0] + 2}: the column '{column}' is empty. Fill it or drop the row.")
+    if table.empty:
+        raise UserError(f"{csv_path} has no rows. Expected one row an image, with {IMAGE_COLUMN} and {label_column}.")
+    return table
+
+
+def split_label(label: str, multi_label: bool) -> list[str]:
+    """Returns the class names in one label: `class1$class2` holds two where `multi_label` is set."""
+    return label.split(LABEL_SEPARATOR) if multi_label else [label]
+
+
+def find_class_names(labels: Sequence[str], multi_label: bool) -> list[str]:
+    """Returns the class names in labels, sorted, so that every process agrees on their order."""
+    return sorted({name for label in pd.unique(np.asarray(labels, object)) for name in split_label(label, multi_label)})
+
+
+def resolve_class_names(
+    classes: Sequence[str] | None, train_csv: str, label_column: str, multi_label: bool
+) -> list[str]:
+    """Returns the class names in their order: those given, or those found in the training CSV, sorted.
+
+    Raises:
+        UserError: the given classes are not those of the training CSV, or there are fewer than two.
+    """
+    found = find_class_names(read_table(train_csv, label_column)[label_column], multi_label)
+    if classes is not None and set(classes) != set(found):
+        missing, surplus = sorted(set(found) - set(classes)), sorted(set(classes) - set(found))
+        faults = [f"it lacks {join_names(missing)}"] * bool(missing)
+        faults += [f"{train_csv} has no image of {join_names(surplus)}"] * bool(surplus)
+        raise UserError(f"classes does not match {train_csv}: {'; '.join(faults)}. Correct it, or set it to none.")
+    if len(found) < (1 if multi_label else 2):
+        raise UserError(f"{train_csv} holds one class, {join_names(found)}. Expected at least two to tell apart.")
+    return list(classes) if classes is not None else found
+
+
+def join_names(names: Sequence[Any]) -> str:
+    """Returns the first few names joined by commas, and how many more there are."""
+    shown = ", ".join(str(name) for name in names[:LONGEST_LIST])
+    return shown + (f" and {len(names) - LONGEST_LIST} more" if len(names) > LONGEST_LIST else "")
+
+
+def encode_labels(labels: Sequence[str], class_names: Sequence[str], multi_label: bool, csv_path: str) -> np.ndarray:
+    """Turns labels into what the model is trained on.
+
+    Returns:
+        int32 `(images,)`, positions in `class_names`; multi-label: float32 `(images, classes)` of zeros and ones.
+
+    Raises:
+        UserError: a label that is none of `class_names`, with its row in `csv_path`.
+    """
+    positions = {name: position for position, name in enumerate(class_names)}
+    codes, distinct = pd.factorize(np.asarray(labels, dtype=object))
+    encoded = np.zeros((len(distinct), len(class_names)), np.float32)
+    for row, label in enumerate(distinct):
+        for name in split_label(label, multi_label):
+            if name not in positions:
+                line = int(np.flatnonzero(codes == row)[0]) + 2
+                raise UserError(
+                    f"{csv_path}, row {line}: the label '{name}' is none of the {len(class_names)} classes of the "
+                    f"training set ({join_names(class_names)}). Correct it, drop the row, or train with it."
+                )
+            encoded[row, positions[name]] = 1
+    return encoded[codes] if multi_label else encoded.argmax(axis=1).astype(np.int32)[codes]
+
+
+def check_images(paths: Sequence[str], csv_path: str) -> None:
+    """Checks that every path is a file that starts as an image does; decoding waits until it is read.
+
+    Raises:
+        UserError: names the first few files that are missing, empty or no images, with their rows.
+    """
+    import cv2
+
+    faults = []
+    for row, path in enumerate(paths, start=2):
+        if not os.path.isfile(path):
+            faults.append(f"row {row}: {path} does not exist")
+        elif not os.path.getsize(path):
+            faults.append(f"row {row}: {path} is empty")
+        elif not cv2.haveImageReader(path):
+            faults.append(f"row {row}: {path} is no image that OpenCV reads")
+    if faults:
+        more = f" (and {len(faults) - LONGEST_LIST} more rows)" if len(faults) > LONGEST_LIST else ""
+        raise UserError(
+            f"{csv_path}: {'; '.join(faults[:LONGEST_LIST])}{more}. Correct image_directory or the paths, "
+            "or drop the rows."
+        )
+
+
+# Class weights
+
+
+def get_class_weights(labels: np.ndarray, number_of_classes: int) -> dict[int, float]:
+    """Weighs rare classes more in the loss, by the logarithm of their inverse frequency.
+
+    A class with the mean number of images or more weighs 1, one with a fraction `f` of the mean `1 + ln(1 / f)`.
+
+    Args:
+        labels: int `(images,)`, class positions.
+        number_of_classes: classes in total; one without images weighs 1.
+
+    Returns:
+        The weight, never under 1, of each class position.
+    """
+    counts = np.bincount(labels, minlength=number_of_classes)
+    weights = damped_inverse(counts, np.full(number_of_classes, len(labels) / number_of_classes))
+    return dict(enumerate(weights.tolist()))
+
+
+def get_multilabel_class_weights(
+    labels: np.ndarray, positive_weights_multiply: float = 1.0, balance: bool = True
+) -> np.ndarray:
+    """Weighs the rarer of present and absent more in each class's binary cross-entropy.
+
+    Args:
+        labels: `(images, classes)` of zeros and ones.
+        positive_weights_multiply: multiplies the weight of the labels that are present.
+        balance: False leaves the weights at 1, times `positive_weights_multiply`.
+
+    Returns:
+        float32 `(2, classes)`: the weights of an absent and of a present label.
+    """
+    positives = labels.sum(axis=0)
+    negatives = len(labels) - positives
+    if balance:
+        weights = np.stack([damped_inverse(negatives, positives), damped_inverse(positives, negatives)])
+    else:
+        weights = np.ones((2, labels.shape[1]))
+    return (weights * [[1.0], [positive_weights_multiply]]).astype(np.float32)
+
+
+def damped_inverse(counts: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Returns `1 + ln(reference / counts)` where that is above 1 and both are above 0, else 1; float64."""
+    known = (counts > 0) & (reference > 0)
+    ratio = np.where(known, reference, 1) / np.where(known, counts, 1)
+    return 1 + np.log(np.maximum(ratio, 1))
+
+
+# Seeds and devices
+
+
+def set_seed(random_seed: int | None) -> int:
+    """Seeds Python, NumPy and Keras; None draws a seed.
+
+    Returns:
+        The seed in use.
+    """
+    import keras
+
+    seed = int.from_bytes(os.urandom(4), "little") if random_seed is None else random_seed
+    keras.utils.set_random_seed(seed)
+    return seed
+
+
+def set_gpu_usage(gpu_percentage: float) -> None:
+    """Limits TensorFlow to a share of every visible GPU's memory; to be called before TensorFlow uses one.
+
+    Args:
+        gpu_percentage: in `[0, 1]`; 0 hides all GPUs.
+    """
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpu_percentage == 0:
+        tf.config.set_visible_devices([], "GPU")
+        return
+    for gpu, memory in zip(gpus, gpu_memory_sizes(len(gpus)), strict=True):
+        limit = tf.config.LogicalDeviceConfiguration(memory_limit=int(memory * gpu_percentage) // 2**20)
+        tf.config.set_logical_device_configuration(gpu, [limit])
+
+
+def gpu_memory_sizes(number_of_gpus: int) -> list[int]:
+    """Asks the CUDA driver for the memory of its GPUs, in its own order, which TensorFlow shares.
+
+    Returns:
+        Bytes of each GPU.
+
+    Raises:
+        UserError: the driver does not answer.
+    """
+    if not number_of_gpus:
+        return []
+    sizes = []
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        status = cuda.cuInit(0)
+        for position in range(number_of_gpus):
+            device, size = ctypes.c_int(), ctypes.c_size_t()
+            status = status or cuda.cuDeviceGet(ctypes.byref(device), position)
+            status = status or cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+            sizes.append(size.value)
+    except (OSError, AttributeError) as error:
+        raise UserError(
+            f"Cannot ask the CUDA driver for the GPUs' memory: {error}. Set gpu_percentage to 0."
+        ) from error
+    if status:
+        raise UserError(f"The CUDA driver answered with error {status}. Check nvidia-smi, or set gpu_percentage to 0.")
+    return sizes
+
+
+# Factories that take configs
+
+
+def get_generator(
+    csv_path: str, class_names: Sequence[str], configs: Configs, training: bool
+) -> AugmentedImageSequence:
+    """Builds the generator of one CSV file: augmented and reshuffled every epoch for training, else in order.
+
+    Raises:
+        UserError: the CSV, a label or an image in it is not usable.
+    """
+    from augmenter import build_augmenter
+    from generator import AugmentedImageSequence
+
+    table = read_table(csv_path, configs.csv_label_column)
+    labels = encode_labels(table[configs.csv_label_column], class_names, configs.multi_label_classification, csv_path)
+    paths = [os.path.join(configs.image_directory, path) for path in table[IMAGE_COLUMN]]
+    check_images(paths, csv_path)
+    return AugmentedImageSequence(
+        paths,
+        labels,
+        image_size=configs.image_target_size[:2],
+        batch_size=configs.batch_size,
+        augmenter=build_augmenter() if training else None,
+        shuffle=training,
+        seed=configs.random_seed or 0,
+        workers=configs.generator_workers,
+        max_queue_size=configs.generator_queue_length,
+    )
+
+
+def get_optimizer(optimizer_type: str, learning_rate: float) -> keras.optimizers.Optimizer:
+    """Builds the Keras optimizer of that name."""
+    import keras
+
+    return getattr(keras.optimizers, optimizer_type)(learning_rate=learning_rate)
+
+
+# Models and the folders of runs
+
+
+def resolve_model_path(path: str, preferred: Sequence[str] = ("best_model.keras", "latest_model.keras")) -> str:
+    """Finds the model file that a path means.
+
+    Args:
+        path: a model file, or a run's folder.
+        preferred: names of files in a run's folder, the first choice first.
+
+    Returns:
+        An existing file; where it is not the named one, the substitution is printed.
+
+    Raises:
+        UserError: there is no model.
+    """
+    if os.path.isfile(path):
+        return path
+    if os.path.isdir(path):
+        for name in preferred:
+            if os.path.isfile(os.path.join(path, name)):
+                return os.path.join(path, name)
+        raise UserError(f"The folder {path} holds no model. Expected {' or '.join(preferred)}. Train first.")
+    stem, suffix = os.path.splitext(path)
+    for other in MODEL_SUFFIXES:
+        if suffix in MODEL_SUFFIXES and os.path.isfile(stem + other):
+            print(f"{path} does not exist: using {stem + other} beside it.")
+            return stem + other
+    raise UserError(f"There is no model at {path}. Expected a .keras, .h5 or .hdf5 file, or the folder of a run.")
+
+
+def find_trained_model(configs: Configs) -> tuple[str, Configs]:
+    """Finds the trained model that configs name, and what its own `configs.json` says of it.
+
+    Args:
+        configs: `load_model_path`, or where that is empty `save_model_path`, leads to the model.
+
+    Returns:
+        The model file, and `configs` with the options that describe a model taken from the file beside it.
+
+    Raises:
+        UserError: there is no model, or a given option contradicts it.
+    """
+    model_path = resolve_model_path(configs.load_model_path or configs.save_model_path)
+    return model_path, describe_model(configs, model_path)
+
+
+def describe_model(configs: Configs, model_path: str) -> Configs:
+    """Takes the options that describe a model from the `configs.json` beside it, where there is one.
+
+    Raises:
+        UserError: an option that the user gave contradicts it.
+    """
+    stored_path = os.path.join(os.path.dirname(os.path.abspath(model_path)), "configs.json")
+    if not os.path.isfile(stored_path):
+        return configs
+    stored = Configs.read_json(stored_path)
+    described = {
+        name: stored[name]
+        for name, option in Configs.options().items()
+        if option.metadata["describes_model"] and name in stored
+    }
+    for name in sorted(described.keys() & configs.given):
+        given = getattr(configs, name)
+        if given != described[name] and given is not None:
+            raise UserError(
+                f"{name} is {described[name]!r} for the model {model_path} (its configs.json says so). "
+                f"Received: {given!r}. Leave {name} out, or name another model."
+            )
+    return configs.replace(**described)
+
+
+def load_model(path: str, with_optimizer: bool = False) -> keras.Model:
+    """Loads a model file, `.keras` or HDF5, or a compressed one; never runs code that the file brings.
+
+    Args:
+        path: the file.
+        with_optimizer: also restore the optimizer and its state, to go on training.
+
+    Raises:
+        UserError: the file is no model.
+    """
+    import h5py
+    import keras
+
+    stem, suffix = os.path.splitext(path)
+    try:
+        if suffix != ".keras" and os.path.isfile(f"{stem}.json"):
+            return custom_load_model(os.path.dirname(path), os.path.basename(stem))
+        if suffix in (".h5", ".hdf5"):
+            with h5py.File(path) as file:
+                if "model_config" not in file.attrs:
+                    raise UserError(f"{path} holds weights but no model, and {stem}.json is not beside it.")
+        return keras.models.load_model(path, compile=with_optimizer, safe_mode=True)
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{path} is not a model that Keras reads: {reason[:300]}") from error
+
+
+def check_model_fits(
+    model: keras.Model, model_path: str, class_names: Sequence[str], image_size: Sequence[int]
+) -> None:
+    """Checks a model's input and output against configs.
+
+    Raises:
+        UserError: names what differs.
+    """
+    outputs, inputs = model.output_shape[-1], tuple(model.input_shape[1:3])
+    if outputs != len(class_names):
+        raise UserError(
+            f"{model_path} tells {outputs} classes apart, but the configs name {len(class_names)}: "
+            f"{join_names(class_names)}. Use the CSV files and classes that it was trained with."
+        )
+    if inputs != tuple(image_size) and None not in inputs:
+        raise UserError(f"{model_path} takes images of {inputs}. Received: image_target_size {tuple(image_size)}.")
+
+
+def custom_save_model(model: keras.Model, save_path: str, model_name: str) -> tuple[str, str]:
+    """Writes a model as `model_name.json` (its layers) and `model_name.h5` (its weights), without optimizer state.
+
+    Args:
+        model: any model of stock Keras layers.
+        save_path: the folder.
+        model_name: the files' name without ending.
+
+    Returns:
+        The paths of the HDF5 and the JSON file.
+    """
+    import h5py
+
+    weights_path, layers_path = (os.path.join(save_path, model_name + suffix) for suffix in (".h5", ".json"))
+    with atomic_path(weights_path) as temporary, h5py.File(temporary, "w") as file:
+        for position, weight in enumerate(model.weights):
+            file.create_dataset(f"weights/{position:05d}", data=weight.numpy()).attrs["path"] = weight.path
+    write_text(layers_path, model.to_json())
+    return weights_path, layers_path
+
+
+def custom_load_model(load_path: str, model_name: str) -> keras.Model:
+    """Reads a model that `custom_save_model` wrote.
+
+    Args:
+        load_path: the folder.
+        model_name: the files' name without ending.
+
+    Raises:
+        UserError: a file is missing, or the two do not belong together.
+    """
+    import h5py
+    import keras
+
+    weights_path, layers_path = (os.path.join(load_path, model_name + suffix) for suffix in (".h5", ".json"))
+    try:
+        with open(layers_path, encoding="utf-8") as file:
+            model = keras.models.model_from_json(file.read())
+        with h5py.File(weights_path) as file:
+            stored = [file["weights"][name][...] for name in sorted(file["weights"])]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{weights_path} and {layers_path} are not a compressed model: {error}") from error
+    shapes, expected = [weight.shape for weight in stored], [tuple(weight.shape) for weight in model.weights]
+    if shapes != expected:
+        raise UserError(f"{weights_path} does not belong to {layers_path}: their weights differ in number or shape.")
+    model.set_weights(stored)
+    return model
+
+
+@contextlib.contextmanager
+def naming_bad_images(*sequences: AugmentedImageSequence) -> Iterator[None]:
+    """Raises a sequence's own error, with the path of the image, in place of what Keras makes of it."""
+    try:
+        yield
+    except Exception as error:
+        if reason := next((sequence.error for sequence in sequences if sequence.error), None):
+            raise reason from error
+        raise
+
+
+def predict(model: keras.Model, sequence: AugmentedImageSequence) -> np.ndarray:
+    """Returns the probabilities of a sequence's images in its order, float32 `(images, classes)`.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    with naming_bad_images(sequence):
+        return model.predict(sequence, verbose=1)
+
+
+def classify_image(
+    model: keras.Model,
+    image: np.ndarray,
+    class_names: Sequence[str],
+    multi_label: bool = False,
+    threshold: float = 0.5,
+) -> tuple[list[str], dict[str, float]]:
+    """Classifies one image.
+
+    Args:
+        model: a model of this collection.
+        image: RGB `(height, width, 3)`, pixels in `[0, 255]`, of any size.
+        class_names: in the model's order, as `configs.json` has them.
+        multi_label: whether several labels may hold.
+        threshold: multi-label: lowest probability of a label that holds.
+
+    Returns:
+        The predicted class names (one, or multi-label any number) and the probability of each class.
+    """
+    from generator import resize_image
+
+    batch = resize_image(image, model.input_shape[1:3])[None]
+    probabilities = np.asarray(model(batch, training=False))[0]
+    chosen = np.flatnonzero(probabilities >= threshold) if multi_label else [int(probabilities.argmax())]
+    by_class = dict(zip(class_names, probabilities.tolist(), strict=True))
+    return [class_names[position] for position in chosen], by_class
