@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pandas as pd
 
+from configs import Configs
 from generator import AugmentedImageSequence
 from metrics import get_aurocs, mean_of_defined, none_if_undefined
 from utils import atomic_path, write_csv, write_json, write_text
@@ -157,6 +158,44 @@ class Checkpoint(keras.callbacks.Callback):
                 ]
                 write_text(os.path.join(self.folder, "best_auroc.log"), "\n".join(lines) + "\n")
         write_json(os.path.join(self.folder, ".training_stats.json"), stats)
+
+
+def build_callbacks(
+    configs: Configs,
+    training: AugmentedImageSequence,
+    validation: AugmentedImageSequence,
+    loss: Callable,
+    state: dict[str, Any] | None,
+) -> list[keras.callbacks.Callback]:
+    """Builds a run's callbacks in the order that they need: measure, schedule, log, and last the checkpoint.
+
+    Args:
+        configs: with `classes` resolved.
+        training: the training images.
+        validation: the validation images.
+        loss: of probabilities, as the training's.
+        state: of the checkpoint that training continues from.
+    """
+    multi_label = configs.multi_label_classification
+    measure = Validation(validation, loss, multi_label)
+    plateau = keras.callbacks.ReduceLROnPlateau(
+        monitor="val_loss",
+        factor=configs.learning_rate_decay_factor,
+        patience=configs.reduce_lr_patience,
+        min_lr=configs.minimum_learning_rate,
+        verbose=1,
+    )
+    curves = keras.callbacks.TensorBoard(os.path.join(configs.save_model_path, "logs"), write_graph=False)
+    checkpoint = Checkpoint(
+        configs.save_model_path,
+        "val_auroc" if multi_label else "val_accuracy",
+        plateau,
+        configs.save_best_model_only,
+        measure,
+        configs.classes,
+        state,
+    )
+    return [EpochOrder(training), measure, plateau, curves, checkpoint]
 
 
 def seed_states(model: keras.Model) -> list[keras.Variable]:

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import os
-
-import cv2
-import numpy as np
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from configs import Configs, run_script
-from gradcam import GradCam, overlay_heatmap, write_caption
-from utils import (
-    atomic_path,
-    check_model_fits,
-    find_trained_model,
-    get_generator,
-    load_model,
-    naming_bad_images,
-    resolve_class_names,
-    set_gpu_usage,
-)
+
+if TYPE_CHECKING:
+    import numpy as np
 
 WRITABLE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 def main(configs: Configs) -> dict:
     """Loads the model, explains the test images batch by batch, writes the pictures; returns their paths."""
-    set_gpu_usage(configs.gpu_percentage)
-    model_path, configs = find_trained_model(configs)
-    class_names = configs.classes or resolve_class_names(
-        None, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
+    # Imported here, so that --help does not wait for TensorFlow.
+    from tqdm import tqdm
+
+    from gradcam import GradCam
+    from utils import (
+        find_trained_model,
+        get_generator,
+        keep_freed_memory,
+        load_fitting_model,
+        naming_bad_images,
+        set_gpu_usage,
     )
+
+    set_gpu_usage(configs.gpu_percentage)
+    keep_freed_memory()
+    model_path, configs = find_trained_model(configs)
+    class_names = configs.classes
     sequence = get_generator(configs.test_csv, class_names, configs, training=False)
-    model = load_model(model_path)
-    check_model_fits(model, model_path, class_names, configs.image_target_size[:2])
-    grad_cam = GradCam(model)
+    grad_cam = GradCam(load_fitting_model(model_path, class_names, configs.image_target_size[:2]))
     folder = os.path.join(configs.save_model_path, "cam_output")
     names = name_outputs(list(sequence.paths))
     written = []
@@ -75,11 +74,19 @@ def name_outputs(paths: list[str]) -> list[str]:
 
 def draw(image: np.ndarray, heatmap: np.ndarray, caption: str) -> np.ndarray:
     """Lays the image and its heatmap side by side over a caption; uint8 RGB."""
+    import numpy as np
+
+    from gradcam import overlay_heatmap, write_caption
+
     return write_caption(np.concatenate([image, overlay_heatmap(image, heatmap)], axis=1), caption)
 
 
 def write_image(path: str, image: np.ndarray) -> None:
     """Writes a uint8 RGB image in the format of the path's ending."""
+    import cv2
+
+    from utils import atomic_path
+
     with atomic_path(path) as temporary:
         encoded = cv2.imencode(os.path.splitext(path)[1], cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
         encoded.tofile(temporary)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 
-import pandas as pd
-
 from configs import Configs, UserError, define, run_script
 from utils import IMAGE_COLUMN, LABEL_SEPARATOR, join_names, write_csv
 
@@ -23,6 +21,8 @@ class FolderConfigs(Configs):
 
 def main(configs: FolderConfigs) -> dict:
     """Lists the images, writes the table and prints the counts; returns the image count of each class."""
+    import pandas as pd
+
     class_names = list_class_folders(configs.folder_path)
     images, others = list_images(configs.folder_path, class_names)
     counts = {name: len(images[name]) for name in class_names}

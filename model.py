@@ -19,7 +19,7 @@ import numpy as np
 from keras import layers
 
 from configs import BACKBONE_NAMES, Configs, UserError
-from utils import get_optimizer
+from utils import get_class_weights, get_multilabel_class_weights, get_optimizer
 
 CONVOLUTIONS = (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D)
 
@@ -172,6 +172,24 @@ def compile_model(
     optimizer = optimizer or get_optimizer(configs.optimizer_type, configs.learning_rate)
     model.compile(optimizer, loss=loss or stock, weighted_metrics=[], metrics=[metric])
     return model
+
+
+def get_loss(configs: Configs, labels: np.ndarray) -> tuple[Callable, dict[int, float] | None]:
+    """Chooses the loss of the mode and balances the classes, where `use_class_balancing` says so.
+
+    Args:
+        configs: with `classes` resolved.
+        labels: of the training images, as the generator has them.
+
+    Returns:
+        The loss of `(labels, probabilities)`, weighted by class in multi-label mode; and the class weights for `fit`
+        in single-label mode.
+    """
+    if configs.multi_label_classification:
+        weights = get_multilabel_class_weights(labels, configs.positive_weights_multiply, configs.use_class_balancing)
+        return weighted_binary_crossentropy(weights), None
+    class_weights = get_class_weights(labels, len(configs.classes)) if configs.use_class_balancing else None
+    return keras.losses.sparse_categorical_crossentropy, class_weights
 
 
 def weighted_binary_crossentropy(class_weights: np.ndarray) -> Callable:

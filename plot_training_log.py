@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from configs import Configs, UserError, define, run_script
 from utils import atomic_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 METRICS = {"accuracy": "Accuracy", "auroc": "Mean AUROC", "loss": "Loss"}
 
@@ -44,6 +47,8 @@ def read_log(log_path: str) -> pd.DataFrame:
     Raises:
         UserError: it is missing or is no training log.
     """
+    import pandas as pd
+
     try:
         log = pd.read_csv(log_path)
     except OSError as error:
@@ -71,7 +76,7 @@ def select_backend() -> bool:
     return True
 
 
-def draw_log(log: pd.DataFrame):
+def draw_log(log: pd.DataFrame) -> Figure:
     """Draws each metric of a log in a panel of its own; returns the matplotlib figure."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from configs import Configs, UserError, define, run_script
 from utils import find_class_names, read_table, split_label, write_csv
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SET_FILES = {"training": "training_set.csv", "validation": "validation_set.csv", "testing": "testing_set.csv"}
 
@@ -86,6 +89,8 @@ def split_rows(
 
 def _label_matrix(labels: np.ndarray, multi_label: bool) -> tuple[list[np.ndarray], list[str]]:
     """Returns the class positions of each row, and the class names."""
+    import pandas as pd
+
     names = find_class_names(labels, multi_label)
     positions = {name: position for position, name in enumerate(names)}
     codes, distinct = pd.factorize(labels)
@@ -96,7 +101,8 @@ def _label_matrix(labels: np.ndarray, multi_label: bool) -> tuple[list[np.ndarra
 def _fill_sets(wanted: np.ndarray, number_of_rows: int) -> np.ndarray:
     """Gives `number_of_rows` rows of a class to sets in proportion to what they still want; ascending set numbers.
 
-    Largest remainders round the shares. A set that wants something gets at least one row where there are enough.
+    Largest remainders round the shares. A set that wants something gets at least one row where there are enough,
+    the first set even the only one.
     """
     wanted = np.maximum(wanted, 0)
     shares = wanted / wanted.sum() * number_of_rows if wanted.sum() else np.eye(len(wanted))[0] * number_of_rows
@@ -104,7 +110,7 @@ def _fill_sets(wanted: np.ndarray, number_of_rows: int) -> np.ndarray:
     remainder_first = np.argsort(-(shares - counts), kind="stable")
     counts[remainder_first[: number_of_rows - counts.sum()]] += 1
     for position in np.flatnonzero((counts == 0) & (wanted > 0)):
-        if counts.max() > 1:
+        if counts.max() > 1 or position == 0:
             counts[counts.argmax()] -= 1
             counts[position] += 1
     return np.repeat(np.arange(len(wanted)), counts)
@@ -114,6 +120,8 @@ def count_classes(
     labels: pd.Series, sets: dict[str, np.ndarray], class_names: list[str], multi_label: bool
 ) -> pd.DataFrame:
     """Returns a table of image counts, a row a class and a column a set."""
+    import pandas as pd
+
     counts = pd.DataFrame(0, index=class_names, columns=list(sets))
     for name, rows in sets.items():
         for label, count in labels.iloc[rows].value_counts().items():

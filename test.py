@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
 from configs import Configs, run_script
-from metrics import (
-    find_exact_match_threshold,
-    format_evaluation,
-    get_evaluation_metrics,
-    get_multilabel_evaluation_metrics,
-)
-from utils import (
-    check_model_fits,
-    find_trained_model,
-    get_generator,
-    load_model,
-    predict,
-    resolve_class_names,
-    set_gpu_usage,
-)
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def main(configs: Configs) -> dict:
     """Loads the model, predicts each set and prints its metrics; returns them by set."""
+    # Imported here, so that --help does not wait for TensorFlow.
+    from metrics import format_evaluation, get_evaluation_metrics
+    from utils import find_trained_model, get_generator, keep_freed_memory, load_fitting_model, predict, set_gpu_usage
+
     set_gpu_usage(configs.gpu_percentage)
+    keep_freed_memory()
     model_path, configs = find_trained_model(configs)
-    class_names = configs.classes or resolve_class_names(
-        None, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
-    )
+    class_names = configs.classes
     csv_paths = {"training": configs.train_csv, "validation": configs.validation_csv, "test": configs.test_csv}
     sequences = {
         name: get_generator(path, class_names, configs, training=False) for name, path in csv_paths.items() if path
     }
-    model = load_model(model_path)
-    check_model_fits(model, model_path, class_names, configs.image_target_size[:2])
+    model = load_fitting_model(model_path, class_names, configs.image_target_size[:2])
     print(f"Model: {model_path}")
     predictions = {name: predict(model, sequence) for name, sequence in sequences.items()}
     truths = {name: sequence.get_y_true() for name, sequence in sequences.items()}
@@ -61,6 +51,8 @@ def evaluate_multilabel(
         class_names: in the order of the columns.
         threshold_range: lowest and highest threshold to try.
     """
+    from metrics import find_exact_match_threshold, get_multilabel_evaluation_metrics
+
     fitted_on = "validation" if "validation" in truths else "training"
     threshold, accuracy = find_exact_match_threshold(truths[fitted_on], predictions[fitted_on], threshold_range)
     print(f"Threshold {threshold:.2f} gives the best exact-match accuracy on the {fitted_on} set, {accuracy:.4f}.")
