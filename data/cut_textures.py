@@ -11,7 +11,7 @@ import pandas as pd
 import skimage.data
 
 PATCH = 96
-PATCHES = {"training": 48, "testing": 20}
+PATCHES = {"training": 60, "testing": 20}
 
 rng = np.random.default_rng(0)
 rows = []

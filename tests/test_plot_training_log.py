@@ -1,0 +1,98 @@
+"""A training log becomes a picture, and anything else one clear line."""
+
+import cv2
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+
+from configs import UserError
+from plot_training_log import PlotConfigs, main
+
+matplotlib.use("agg")
+
+LOGS = {
+    "single-label": (
+        "epoch,accuracy,loss,val_loss,val_accuracy,learning_rate\n1,0.5,1.1,1.2,0.4,0.001\n2,0.7,0.9,1.0,0.6,0.001\n"
+    ),
+    "multi-label": "epoch,loss,val_loss,val_auroc,learning_rate\n1,0.7,0.6,0.55,0.001\n2,0.5,0.4,0.8,0.001\n",
+    "one epoch": "epoch,loss,val_loss\n1,0.7,0.6\n",
+    "without validation": "epoch,loss\n1,0.7\n2,0.6\n",
+    "undefined AUROC": "epoch,loss,val_loss,val_auroc\n1,0.7,0.6,\n2,0.5,0.4,\n",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_display(monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    yield
+    plt.close("all")
+
+
+def write_log(tmp_path, content):
+    path = tmp_path / "training_log.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def panels_of_the_figure():
+    (number,) = plt.get_fignums()
+    return {panel.get_title(): panel for panel in plt.figure(number).axes}
+
+
+@pytest.mark.parametrize("content", LOGS.values(), ids=LOGS.keys())
+def test_picture_is_written_beside_the_log(tmp_path, content):
+    results = main(PlotConfigs(train_log_path=write_log(tmp_path, content)))
+    assert results == {"path": str(tmp_path / "training_log.png")}
+    height, width, _ = cv2.imread(results["path"]).shape
+    assert min(height, width) > 200
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["training_log.csv", "training_log.png"]
+
+
+def test_log_is_looked_for_in_the_run_s_folder(tmp_path):
+    write_log(tmp_path, LOGS["single-label"])
+    assert main(PlotConfigs(save_model_path=str(tmp_path)))["path"] == str(tmp_path / "training_log.png")
+
+
+def test_single_label_curves(tmp_path):
+    main(PlotConfigs(train_log_path=write_log(tmp_path, LOGS["single-label"])))
+    panels = panels_of_the_figure()
+    assert set(panels) == {"Accuracy", "Loss"}
+    curves = {line.get_label(): line.get_xydata().tolist() for line in panels["Accuracy"].lines}
+    assert curves == {"training": [[1, 0.5], [2, 0.7]], "validation": [[1, 0.4], [2, 0.6]]}
+
+
+def test_multi_label_validation_auroc_is_drawn(tmp_path):
+    main(PlotConfigs(train_log_path=write_log(tmp_path, LOGS["multi-label"])))
+    curves = [line.get_xydata().tolist() for panel in panels_of_the_figure().values() for line in panel.lines]
+    assert [[1, 0.55], [2, 0.8]] in curves
+
+
+def test_rerun_replaces_the_picture(tmp_path):
+    path = write_log(tmp_path, LOGS["one epoch"])
+    (tmp_path / "training_log.png").write_bytes(b"old")
+    main(PlotConfigs(train_log_path=path))
+    assert cv2.imread(str(tmp_path / "training_log.png")) is not None
+
+
+def test_missing_log_is_named_with_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"training_log\.csv: No such file.*Train first"):
+        main(PlotConfigs(save_model_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "epoch,loss\n",
+        "path,class\na.jpg,cat\n",
+        "loss,val_loss\n1,2\n",
+        "epoch,loss\n1,2\n3,4,5\n",
+        "epoch,loss\n1,high\n2,low\n",
+        b"\x89PNG\r\n\x1a\n\xff\x00",
+    ],
+)
+def test_file_that_is_no_training_log_is_refused(tmp_path, content):
+    with pytest.raises(UserError, match=r"training_log\.csv is not a training log"):
+        main(PlotConfigs(train_log_path=write_log(tmp_path, content)))
+    assert not (tmp_path / "training_log.png").exists()

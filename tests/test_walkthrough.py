@@ -1,0 +1,329 @@
+"""The scripts one after another, as the README runs them, in both modes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+import compress_weights
+import draw_activations
+import make_csv_from_folders
+import plot_training_log
+import split_train_test
+import test as evaluation
+import train
+from configs import Configs, UserError
+from utils import custom_load_model, get_generator, load_model, predict
+
+PROJECT = Path(__file__).parent.parent
+
+
+def run_script(name, *arguments, cwd=PROJECT, **environment):
+    return subprocess.run(
+        [sys.executable, str(PROJECT / name), *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def split_photos(photo_folder):
+    folder = photo_folder.parent
+    table = folder / "all_data.csv"
+    make_csv_from_folders.main(
+        make_csv_from_folders.FolderConfigs(folder_path=str(photo_folder), write_path=str(table))
+    )
+    split_train_test.main(split_train_test.SplitConfigs(csv_path=str(table), test_split_fraction=0.25))
+    return folder / "training_set.csv", folder / "testing_set.csv"
+
+
+@pytest.fixture(scope="module")
+def trained(split_photos, tmp_path_factory):
+    """The configs and results of a single-label run of two epochs that keeps every epoch."""
+    configs = Configs(
+        train_csv=str(split_photos[0]),
+        test_csv=str(split_photos[1]),
+        visual_model_name="MobileNet",
+        image_target_size=(32, 32, 3),
+        use_imagenet_weights=False,
+        num_epochs=2,
+        batch_size=8,
+        show_model_summary=False,
+        save_best_model_only=False,
+        save_model_path=str(tmp_path_factory.mktemp("run") / "saved_model"),
+    ).validate()
+    return configs, train.main(configs)
+
+
+@pytest.fixture(scope="module")
+def trained_multilabel(multilabel_csv, tmp_path_factory):
+    configs = Configs(
+        train_csv=str(multilabel_csv),
+        test_csv=str(multilabel_csv),
+        image_directory=str(multilabel_csv.parent),
+        multi_label_classification=True,
+        visual_model_name="MobileNet",
+        image_target_size=(32, 32, 3),
+        use_imagenet_weights=False,
+        num_epochs=2,
+        batch_size=8,
+        show_model_summary=False,
+        save_model_path=str(tmp_path_factory.mktemp("run") / "saved_model"),
+    ).validate()
+    return configs, train.main(configs)
+
+
+def test_train_writes_every_file(trained):
+    configs, _ = trained
+    folder = Path(configs.save_model_path)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        *("best_model.keras", "latest_model.keras", "model_epoch_001.keras", "model_epoch_002.keras"),
+        *("configs.json", "training_log.csv", "logs", ".training_stats.json"),
+    }
+    assert {path.name for path in (folder / "logs").iterdir()} == {"train", "validation"}
+    stored = json.loads((folder / "configs.json").read_text())
+    assert stored["classes"] == ["blue", "green", "red"]
+    assert stored["visual_model_name"] == "MobileNet"
+
+
+def test_training_log_has_one_row_an_epoch_and_the_best_model_is_the_best_row(trained):
+    configs, results = trained
+    log = pd.read_csv(Path(configs.save_model_path) / "training_log.csv")
+    assert log["epoch"].tolist() == [1, 2]
+    assert {"loss", "accuracy", "val_loss", "val_accuracy", "learning_rate"} <= set(log.columns)
+    assert results["best"] == log["val_accuracy"].max()
+    assert results["best_epoch"] == log["epoch"][log["val_accuracy"].idxmax()]
+
+
+def test_logged_validation_figures_are_those_of_the_saved_model(trained):
+    configs, _ = trained
+    log = pd.read_csv(Path(configs.save_model_path) / "training_log.csv")
+    sequence = get_generator(configs.test_csv, configs.classes, configs, training=False)
+    for epoch in (1, 2):
+        model = load_model(os.path.join(configs.save_model_path, f"model_epoch_{epoch:03d}.keras"))
+        probabilities, y_true = predict(model, sequence), sequence.get_y_true()
+        row = log[log["epoch"] == epoch].iloc[0]
+        assert row["val_accuracy"] == pytest.approx(np.mean(probabilities.argmax(axis=1) == y_true))
+        of_true = probabilities[np.arange(len(y_true)), y_true]
+        assert row["val_loss"] == pytest.approx(-np.log(of_true).mean(), rel=1e-4)
+
+
+def test_testing_reports_both_sets(trained, capsys):
+    configs, _ = trained
+    results = evaluation.main(configs.replace(load_model_path=configs.save_model_path))
+    printed = capsys.readouterr().out
+    assert set(results) == {"training", "test"}
+    assert np.sum(results["training"]["confusion_matrix"]) == 27
+    assert np.sum(results["test"]["confusion_matrix"]) == 9
+    assert np.trace(results["test"]["confusion_matrix"]) / 9 == pytest.approx(results["test"]["accuracy"])
+    for word in ("precision", "recall", "f1", "support", "confusion matrix", "accuracy", "green"):
+        assert word in printed
+
+
+def test_testing_takes_the_models_own_description(trained):
+    configs, results = trained
+    bare = Configs(
+        train_csv=configs.train_csv, test_csv=configs.test_csv, load_model_path=configs.save_model_path
+    ).validate()
+    assert evaluation.main(bare)["test"]["accuracy"] == pytest.approx(results["best"])
+
+
+def test_testing_refuses_a_contradiction(trained):
+    configs, _ = trained
+    contradicting = Configs(load_model_path=configs.save_model_path, visual_model_name="VGG16")
+    with pytest.raises(UserError, match="visual_model_name is 'MobileNet'.*Received: 'VGG16'"):
+        evaluation.main(contradicting)
+
+
+def test_activations_are_drawn_for_every_test_image(trained):
+    configs, _ = trained
+    paths = draw_activations.main(configs)["paths"]
+    assert len(paths) == len(set(paths)) == 9
+    assert {os.path.dirname(path) for path in paths} == {os.path.join(configs.save_model_path, "cam_output")}
+    for path in paths:
+        height, width, _ = cv2.imread(path).shape
+        assert width == 64
+        assert height > 32
+
+
+def test_two_images_of_one_name_are_both_drawn():
+    names = draw_activations.name_outputs(["photos/a/1.jpg", "photos/b/1.jpg", "photos/a-1.jpg", "photos/c.tif"])
+    assert names == ["a-1.jpg", "b-1.jpg", "a-1_2.jpg", "c.tif.png"]
+
+
+def test_the_log_is_plotted(trained):
+    configs, _ = trained
+    path = plot_training_log.main(plot_training_log.PlotConfigs(save_model_path=configs.save_model_path))["path"]
+    assert path == os.path.join(configs.save_model_path, "training_log.png")
+    assert cv2.imread(path) is not None
+
+
+def test_compressed_model_predicts_the_same_from_a_smaller_file(trained):
+    configs, _ = trained
+    model_path = os.path.join(configs.save_model_path, "best_model.keras")
+    sizes = compress_weights.main(compress_weights.CompressConfigs(model_path=model_path))
+    compressed_path = os.path.join(configs.save_model_path, "best_model_compressed.h5")
+    assert sizes[compressed_path] < sizes[model_path] / 2.5
+    images, _ = get_generator(configs.test_csv, configs.classes, configs, training=False)[0]
+    original, compressed = load_model(model_path), custom_load_model(configs.save_model_path, "best_model_compressed")
+    np.testing.assert_array_equal(original.predict(images), compressed.predict(images))
+    assert evaluation.main(configs.replace(load_model_path=compressed_path))["test"]["accuracy"] >= 0
+
+
+def test_saved_model_loads_without_this_project(trained, tmp_path):
+    configs, _ = trained
+    code = "import sys, keras; print(keras.models.load_model(sys.argv[1]).optimizer.iterations.numpy())"
+    model_path = os.path.join(configs.save_model_path, "latest_model.keras")
+    found = subprocess.run(
+        [sys.executable, "-c", code, model_path], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert found.stdout.split() == ["8"], found.stderr
+
+
+def test_training_continues_from_a_folder(split_photos, small_run, capsys):
+    first = train.main(small_run(*split_photos, num_epochs=1))
+    second_configs = small_run(*split_photos, num_epochs=2)
+    second_configs = second_configs.replace(load_model_path=second_configs.save_model_path)
+    second = train.main(second_configs)
+    assert "Continuing" in capsys.readouterr().out
+    log = pd.read_csv(Path(second_configs.save_model_path) / "training_log.csv")
+    assert log["epoch"].tolist() == [1, 2]
+    assert log["loss"][0] == pytest.approx(first["loss"])
+    assert second["epoch"] == 2
+    assert train.main(second_configs)["epochs_completed"] == 2
+    assert "has completed its 2 epochs" in capsys.readouterr().out
+
+
+def test_a_model_without_state_starts_a_new_run(split_photos, small_run, tmp_path, capsys):
+    configs = small_run(*split_photos, num_epochs=1)
+    train.main(configs)
+    loaded = load_model(os.path.join(configs.save_model_path, "best_model.keras"))
+    loaded.save(tmp_path / "bare.keras")
+    restarted = configs.replace(load_model_path=str(tmp_path / "bare.keras"), save_model_path=str(tmp_path / "second"))
+    assert train.main(restarted)["epoch"] == 1
+    assert "carries no training state" in capsys.readouterr().out
+
+
+def test_multilabel_run_selects_by_auroc(trained_multilabel):
+    configs, results = trained_multilabel
+    folder = Path(configs.save_model_path)
+    log = pd.read_csv(folder / "training_log.csv")
+    assert {"loss", "auroc", "val_loss", "val_auroc"} <= set(log.columns)
+    assert results["best"] == log["val_auroc"].max()
+    lines = (folder / "best_auroc.log").read_text().splitlines()
+    assert lines[0] == f"epoch {results['best_epoch']}"
+    assert lines[1] == f"mean {results['best']:.4f}"
+    assert [line.split()[0] for line in lines[2:]] == ["blue", "green", "red"]
+    stats = json.loads((folder / ".training_stats.json").read_text())
+    assert stats["best"] == results["best"]
+    assert stats["epochs_completed"] == 2
+
+
+def test_multilabel_testing_fits_its_threshold_off_the_test_set(trained_multilabel, capsys):
+    configs, results = trained_multilabel
+    metrics = evaluation.main(configs)
+    printed = capsys.readouterr().out
+    assert metrics["test"]["mean_auroc"] == pytest.approx(results["best"])
+    threshold = float(re.search(r"Threshold (\d\.\d+) .* on the training set", printed).group(1))
+    assert metrics["test"]["threshold"] == pytest.approx(threshold)
+    for word in ("auroc", "average precision", "hamming loss", "exact match accuracy", "threshold"):
+        assert word in printed
+
+
+def test_multilabel_activations_and_plot(trained_multilabel):
+    configs, _ = trained_multilabel
+    assert len(draw_activations.main(configs)["paths"]) == 24
+    picture = plot_training_log.main(plot_training_log.PlotConfigs(save_model_path=configs.save_model_path))["path"]
+    assert cv2.imread(picture).shape[1] > 1000
+
+
+def test_multilabel_model_loads_with_a_stock_loss(trained_multilabel):
+    configs, _ = trained_multilabel
+    model = keras.models.load_model(os.path.join(configs.save_model_path, "best_model.keras"))
+    assert model.loss == "binary_crossentropy"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("delete", "does not exist"),
+        ("empty", "is empty"),
+        ("text", "no image that OpenCV reads"),
+    ],
+)
+def test_a_bad_image_stops_training_before_it_starts(damage, message, split_photos, small_run, tmp_path):
+    bad = tmp_path / "bad.jpg"
+    if damage != "delete":
+        bad.write_text("" if damage == "empty" else "no image")
+    table = pd.read_csv(split_photos[0])
+    table.loc[3, "path"] = str(bad)
+    table.to_csv(tmp_path / "training_set.csv", index=False)
+    configs = small_run(tmp_path / "training_set.csv", split_photos[1])
+    with pytest.raises(UserError, match=f"row 5: .*bad.jpg {message}|row 5: .*bad.jpg is {message}"):
+        train.main(configs)
+    assert not os.path.exists(configs.save_model_path)
+
+
+def test_an_image_that_cannot_be_decoded_ends_training_with_its_path(split_photos, small_run, tmp_path):
+    table = pd.read_csv(split_photos[0])
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(Path(table["path"][0]).read_bytes()[:40])
+    table.loc[20, "path"] = str(broken)
+    table.to_csv(tmp_path / "training_set.csv", index=False)
+    with pytest.raises(UserError, match="Cannot decode the image .*broken.jpg"):
+        train.main(small_run(tmp_path / "training_set.csv", split_photos[1]))
+
+
+def test_a_test_label_that_training_never_saw_is_named(split_photos, small_run, tmp_path):
+    table = pd.read_csv(split_photos[1])
+    table.loc[2, "class"] = "violet"
+    table.to_csv(tmp_path / "testing_set.csv", index=False)
+    with pytest.raises(UserError, match=r"testing_set.csv, row 4: the label 'violet' is none of the 3 classes"):
+        train.main(small_run(split_photos[0], tmp_path / "testing_set.csv"))
+
+
+def test_a_users_mistake_is_one_line_and_exit_2(tmp_path):
+    found = run_script("train.py", "--train_csv", tmp_path / "none.csv", "--gpu_percentage", 0)
+    assert found.returncode == 2
+    lines = [line for line in found.stderr.splitlines() if line.startswith("Error")]
+    assert lines == [
+        f"Error: Cannot read the CSV file {tmp_path / 'none.csv'}: No such file or directory. Check the path."
+    ]
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.slow
+def test_processes_agree_on_the_class_order(trained):
+    configs, results = trained
+    for hash_seed in ("1", "2", "3"):
+        found = run_script(
+            "test.py",
+            *("--train_csv", configs.train_csv, "--test_csv", configs.test_csv),
+            *("--load_model_path", configs.save_model_path),
+            PYTHONHASHSEED=hash_seed,
+        )
+        accuracies = re.findall(r"^accuracy: (.*)$", found.stdout, re.M)
+        assert float(accuracies[1]) == pytest.approx(results["best"], abs=1e-4), found.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_learns_its_textures(tmp_path):
+    shutil.copytree(PROJECT / "data", tmp_path / "data")
+    trained = run_script("train.py", "--configs", "data/demo.json", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    tested = run_script("test.py", cwd=tmp_path)
+    accuracy = float(re.findall(r"^accuracy: (.*)$", tested.stdout, re.M)[1])
+    assert accuracy >= 0.95, tested.stdout
