@@ -155,6 +155,8 @@ class Configs:
         if name != "given" and name not in self.options():
             raise AttributeError(unknown_option(name, list(self.options())))
         super().__setattr__(name, value)
+        if "given" in vars(self) and name != "given":
+            self.given.add(name)
 
     @classmethod
     def options(cls) -> dict[str, dataclasses.Field]:
@@ -174,9 +176,9 @@ class Configs:
         return {name: copy.deepcopy(getattr(self, name)) for name in self.options()}
 
     def replace(self, **values: Any) -> Configs:
-        """Returns a copy with some options changed; which options were given by the user carries over."""
+        """Returns a copy with some options changed; they count as given by the user, as those of this one do."""
         changed = dataclasses.replace(self, **values)
-        changed.given = set(self.given)
+        changed.given = self.given | values.keys()
         return changed
 
     @classmethod
@@ -220,7 +222,7 @@ class Configs:
         parser = _argument_parser(cls, description)
         namespace, unknown = parser.parse_known_args(arguments)
         if unknown:
-            raise UserError(unknown_option(unknown[0].lstrip("-").split("=")[0], list(cls.options()), prefix="--"))
+            raise UserError(unknown_flag(unknown[0].split("=")[0], list(cls.options())))
         flags = {name: value for name, value in vars(namespace).items() if name != "configs"}
         from_file = cls.read_json(namespace.configs) if "configs" in namespace else {}
         return cls._build(from_file | cls._convert_all(flags, is_text=True, source="command line")).validate()
@@ -261,44 +263,27 @@ class Configs:
         for name, field in self.options().items():
             value = getattr(self, name)
             try:
-                setattr(self, name, convert(value, types[name], is_text=False))
+                value = convert(value, types[name], is_text=False)
             except ValueError:
                 faults.append(f"{name}: expected {describe_type(types[name])}. Received: {_show(value)}")
                 continue
-            faults += _bound_faults(name, getattr(self, name), field.metadata)
-        if faults := faults or self._combination_faults():
+            super().__setattr__(name, value)
+            found = _bound_fault(value, field.metadata, types[name]) or _FURTHER_CHECKS.get(name, _no_fault)(value)
+            faults += [f"{name}: {found}"] * bool(found)
+        if faults:
             raise UserError("\n".join(faults))
         return self
 
-    def _combination_faults(self) -> list[str]:
-        faults = []
-        if self.image_target_size[2] != 3:
-            faults.append(
-                "image_target_size: expected 3 channels last (images are read as RGB). "
-                f"Received: {_show(self.image_target_size)}"
-            )
-        if fractions := [size for size in self.classifier_layer_sizes if size > 1 and size != int(size)]:
-            faults.append(
-                f"classifier_layer_sizes: expected whole numbers from 1 on, or dropout rates under 1. "
-                f"Received: {_show(fractions[0])}"
-            )
-        thresholds = self.multilabel_threshold_range
-        if len(thresholds) != 2 or thresholds[0] > thresholds[1]:
-            faults.append(
-                f"multilabel_threshold_range: expected two numbers, the lower first. Received: {_show(thresholds)}"
-            )
-        if self.classes is not None and len(set(self.classes)) != len(self.classes):
-            faults.append(f"classes: expected each class name once. Received: {_show(self.classes)}")
-        if not self.save_model_path:
-            faults.append("save_model_path: expected the name of a folder. Received: an empty text")
-        return faults
 
-
-def unknown_option(name: str, known: Sequence[str], prefix: str = "") -> str:
+def unknown_option(name: str, known: Sequence[str]) -> str:
     """Returns the message for an option that does not exist, naming the nearest one that does."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    remedy = f"Did you mean {prefix}{nearest[0]}?" if nearest else "See --help for all options."
-    return f"Unknown option {prefix}{name}. {remedy}"
+    return f"Unknown option {name}. " + (f"Did you mean {nearest[0]}?" if nearest else "See --help for all options.")
+
+
+def unknown_flag(flag: str, known: Sequence[str]) -> str:
+    """Returns the message for a word on the command line that is no flag, as it was typed."""
+    return unknown_option(flag, [f"--{name}" for name in known])
 
 
 def convert(value: Any, kind: Any, is_text: bool) -> Any:
@@ -376,17 +361,22 @@ def describe_type(kind: Any) -> str:
     return words + (" or none" if optional else "")
 
 
+def _describe_choices(metadata: typing.Mapping[str, Any], kind: Any) -> str:
+    choices = ", ".join(metadata["choices"])
+    return f"one of {choices} or none" if _unwrap_optional(kind)[1] else f"one of {choices}"
+
+
 def _describe_bounds(metadata: typing.Mapping[str, Any]) -> str:
     return " and ".join(f"{word} {bound}" for word, bound in metadata["bounds"].items())
 
 
-def _bound_faults(name: str, value: Any, metadata: typing.Mapping[str, Any]) -> list[str]:
+def _bound_fault(value: Any, metadata: typing.Mapping[str, Any], kind: Any) -> str:
     if value is None:
-        return []
+        return ""
     if metadata["choices"] is not None and value not in metadata["choices"]:
         nearest = difflib.get_close_matches(value, metadata["choices"], n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        return [f"{name}: expected one of {', '.join(metadata['choices'])}. Received: {_show(value)}{hint}"]
+        return f"expected {_describe_choices(metadata, kind)}. Received: {_show(value)}{hint}"
     tests: dict[str, Callable[[float, float], bool]] = {
         "above": lambda x, bound: x > bound,
         "at least": lambda x, bound: x >= bound,
@@ -395,9 +385,46 @@ def _bound_faults(name: str, value: Any, metadata: typing.Mapping[str, Any]) -> 
     }
     items = value if isinstance(value, list | tuple) else [value]
     if all(tests[word](item, bound) for word, bound in metadata["bounds"].items() for item in items):
-        return []
-    kind = "numbers" if isinstance(value, list | tuple) else "a number"
-    return [f"{name}: expected {kind} {_describe_bounds(metadata)}. Received: {_show(value)}"]
+        return ""
+    words = "numbers" if isinstance(value, list | tuple) else "a number"
+    return f"expected {words} {_describe_bounds(metadata)}. Received: {_show(value)}"
+
+
+def _image_size_fault(size: tuple[int, int, int]) -> str:
+    return f"expected 3 channels last (images are read as RGB). Received: {_show(size)}" if size[2] != 3 else ""
+
+
+def _layer_sizes_fault(sizes: list[float]) -> str:
+    wrong = [size for size in sizes if size > 1 and size != int(size)]
+    return f"expected whole numbers from 1 on, or dropout rates under 1. Received: {_show(wrong[0])}" if wrong else ""
+
+
+def _threshold_range_fault(thresholds: list[float]) -> str:
+    if len(thresholds) == 2 and thresholds[0] <= thresholds[1]:
+        return ""
+    return f"expected two numbers, the lower first. Received: {_show(thresholds)}"
+
+
+def _classes_fault(classes: list[str] | None) -> str:
+    repeated = classes is not None and len(set(classes)) != len(classes)
+    return f"expected each class name once. Received: {_show(classes)}" if repeated else ""
+
+
+def _folder_fault(path: str) -> str:
+    return "" if path else "expected the name of a folder. Received: an empty text"
+
+
+def _no_fault(_: Any) -> str:
+    return ""
+
+
+_FURTHER_CHECKS = {
+    "image_target_size": _image_size_fault,
+    "classifier_layer_sizes": _layer_sizes_fault,
+    "multilabel_threshold_range": _threshold_range_fault,
+    "classes": _classes_fault,
+    "save_model_path": _folder_fault,
+}
 
 
 def _show(value: Any) -> str:
@@ -421,9 +448,9 @@ def _argument_parser(cls: type[Configs], description: str | None) -> argparse.Ar
         is_list = typing.get_origin(_unwrap_optional(types[name])[0]) in (list, tuple)
         words = [describe_type(types[name]), _describe_bounds(field.metadata)]
         if field.metadata["choices"]:
-            words = [f"one of {', '.join(field.metadata['choices'])}"]
-            words += ["or none"] if _unwrap_optional(types[name])[1] else []
-        help_text = f"{field.metadata['description']} ({' '.join(filter(None, words))}; default {defaults[name]})"
+            words = [_describe_choices(field.metadata, types[name])]
+        default = "empty" if defaults[name] == "" else defaults[name]
+        help_text = f"{field.metadata['description']} ({' '.join(filter(None, words))}; default {default})"
         group.add_argument(
             f"--{name}", metavar="VALUE", nargs="*" if is_list else None, help=help_text.replace("%", "%%")
         )

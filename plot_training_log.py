@@ -55,9 +55,11 @@ def read_log(log_path: str) -> pd.DataFrame:
         raise UserError(f"Cannot read the training log {log_path}: {error.strerror}. Train first.") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{log_path} is not a training log: {str(error).strip()}") from error
-    if "epoch" not in log or "loss" not in log or log.empty:
+    plotted = [name for name in log if name == "epoch" or name.removeprefix("val_") in METRICS]
+    is_numeric = all(pd.api.types.is_numeric_dtype(log[name]) for name in plotted)
+    if not {"epoch", "loss"} <= set(plotted) or log.empty or not is_numeric:
         raise UserError(
-            f"{log_path} is not a training log. Expected the columns epoch and loss, and at least one epoch. "
+            f"{log_path} is not a training log. Expected columns of numbers, epoch and loss among them, and a row. "
             f"Received: {', '.join(log.columns)}; {len(log)} rows."
         )
     return log

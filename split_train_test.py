@@ -35,7 +35,10 @@ def main(configs: SplitConfigs) -> dict:
     fractions["training"] = 1 - sum(fractions.values())
     if fractions["training"] <= 0:
         raise UserError("test_split_fraction and validation_split_fraction leave nothing to train on. Lower them.")
-    table = read_table(configs.csv_path, configs.csv_label_column)
+    folder = os.path.dirname(configs.csv_path)
+    written = {name: os.path.join(folder, file) for name, file in SET_FILES.items() if fractions[name]}
+    refuse_own_input(configs.csv_path, written)
+    table = read_table(configs.csv_path, configs.csv_label_column, configs.multi_label_classification)
     labels = table[configs.csv_label_column]
     rng = np.random.default_rng(configs.random_seed) if configs.shuffle else None
     sets = split_rows(labels.to_numpy(object), fractions, configs.multi_label_classification, rng)
@@ -43,12 +46,21 @@ def main(configs: SplitConfigs) -> dict:
     counts = count_classes(labels, sets, class_names, configs.multi_label_classification)
     print(counts.to_string())
     warn_of_missing_classes(counts)
-    for name, rows in sets.items():
-        path = os.path.join(os.path.dirname(configs.csv_path), SET_FILES[name])
-        if fractions[name]:
-            write_csv(path, table.iloc[rows])
-            print(f"Wrote {len(rows)} rows to {path}")
+    if empty := [name for name, rows in sets.items() if not len(rows)]:
+        raise UserError(f"{configs.csv_path} has too few images: the {empty[0]} set would be empty. Add images.")
+    for name, path in written.items():
+        write_csv(path, table.iloc[sets[name]])
+        print(f"Wrote {len(sets[name])} rows to {path}")
+    stale = os.path.join(folder, SET_FILES["validation"])
+    if "validation" not in written and os.path.exists(stale):
+        print(f"Warning: {stale} is of an earlier split and shares images with the new sets. Delete it.")
     return counts.to_dict()
+
+
+def refuse_own_input(csv_path: str, written: dict[str, str]) -> None:
+    """Raises UserError where a file to be written is the one that is split."""
+    if os.path.realpath(csv_path) in map(os.path.realpath, written.values()):
+        raise UserError(f"{csv_path} would be replaced by a part of itself. Rename it first.")
 
 
 def split_rows(

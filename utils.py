@@ -78,12 +78,13 @@ def write_csv(path: str, table: pd.DataFrame) -> None:
 # Tables and labels
 
 
-def read_table(csv_path: str, label_column: str) -> pd.DataFrame:
+def read_table(csv_path: str, label_column: str, multi_label: bool = False) -> pd.DataFrame:
     """Reads a CSV file of images.
 
     Args:
         csv_path: a CSV file with the columns `path` and `label_column`; more columns are kept.
         label_column: name of the column with the labels.
+        multi_label: whether a label may hold several class names; none of them may be empty then.
 
     Returns:
         A table of texts, one row an image.
@@ -94,19 +95,29 @@ def read_table(csv_path: str, label_column: str) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"Cannot read the CSV file {csv_path}: {error.strerror}. Check the path.") from error
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
         raise UserError(f"{csv_path} is not a UTF-8 CSV file: {str(error).strip()}. Save it as one.") from error
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{csv_path} is empty. Expected the columns {IMAGE_COLUMN} and {label_column}.") from error
+    if not isinstance(table.index, pd.RangeIndex):
+        raise UserError(f"{csv_path} has rows with more fields than its header. Quote the fields that hold a comma.")
+    blank = (table == "").all(axis=1).to_numpy()
+    table = table.iloc[: len(table) - int(np.argmin(blank[::-1])) if not blank.all() else 0]
     for column, remedy in ((IMAGE_COLUMN, "Rename the column with the images"), (label_column, "Set csv_label_column")):
         if column not in table.columns:
             columns = ", ".join(table.columns)
             raise UserError(f"{csv_path} has no column '{column}'. Its columns: {columns}. {remedy} accordingly.")
         if empty := np.flatnonzero(table[column].str.strip() == "").tolist():
             raise UserError(f"{csv_path}, row {empty[0] + 2}: the column '{column}' is empty. Fill it or drop the row.")
+    empty_name = rf"(?:^|\{LABEL_SEPARATOR})\s*(?:\{LABEL_SEPARATOR}|$)"
+    if multi_label and (wrong := np.flatnonzero(table[label_column].str.contains(empty_name)).tolist()):
+        raise UserError(
+            f"{csv_path}, row {wrong[0] + 2}: the label '{table[label_column].iloc[wrong[0]]}' has an empty class "
+            f"name beside a '{LABEL_SEPARATOR}'. Correct it."
+        )
     if table.empty:
         raise UserError(f"{csv_path} has no rows. Expected one row an image, with {IMAGE_COLUMN} and {label_column}.")
     return table
@@ -130,7 +141,7 @@ def resolve_class_names(
     Raises:
         UserError: the given classes are not those of the training CSV, or there are fewer than two.
     """
-    found = find_class_names(read_table(train_csv, label_column)[label_column], multi_label)
+    found = find_class_names(read_table(train_csv, label_column, multi_label)[label_column], multi_label)
     if classes is not None and set(classes) != set(found):
         missing, surplus = sorted(set(found) - set(classes)), sorted(set(classes) - set(found))
         faults = [f"it lacks {join_names(missing)}"] * bool(missing)
@@ -339,7 +350,7 @@ def get_generator(
     from augmenter import build_augmenter
     from generator import AugmentedImageSequence
 
-    table = read_table(csv_path, configs.csv_label_column)
+    table = read_table(csv_path, configs.csv_label_column, configs.multi_label_classification)
     labels = encode_labels(table[configs.csv_label_column], class_names, configs.multi_label_classification, csv_path)
     paths = [os.path.join(configs.image_directory, path) for path in table[IMAGE_COLUMN]]
     check_images(paths, csv_path)
@@ -434,7 +445,8 @@ def describe_model(configs: Configs, model_path: str) -> Configs:
     }
     for name in sorted(described.keys() & configs.given):
         given = getattr(configs, name)
-        if given != described[name] and given is not None:
+        # For the classes alone, none means that they are to be found.
+        if given != described[name] and not (name == "classes" and given is None):
             raise UserError(
                 f"{name} is {described[name]!r} for the model {model_path} (its configs.json says so). "
                 f"Received: {given!r}. Leave {name} out, or name another model."
@@ -478,14 +490,14 @@ def load_fitting_model(
         UserError: the file is no model, or it does not fit; names what differs.
     """
     model = load_model(path, with_optimizer)
-    outputs, inputs = model.output_shape[-1], tuple(model.input_shape[1:3])
+    outputs, inputs, expected = model.output_shape[-1], tuple(model.input_shape[1:]), (*image_size, 3)
     if outputs != len(class_names):
         raise UserError(
             f"{path} tells {outputs} classes apart, but the configs name {len(class_names)}: "
             f"{join_names(class_names)}. Use the CSV files and classes that it was trained with."
         )
-    if inputs != tuple(image_size) and None not in inputs:
-        raise UserError(f"{path} takes images of {inputs}. Received: image_target_size {tuple(image_size)}.")
+    if len(inputs) != 3 or any(size not in (None, wanted) for size, wanted in zip(inputs, expected, strict=True)):
+        raise UserError(f"{path} takes inputs of shape {inputs}. Expected images of image_target_size, {expected}.")
     return model
 
 
@@ -527,6 +539,8 @@ def custom_load_model(load_path: str, model_name: str) -> keras.Model:
     try:
         with open(layers_path, encoding="utf-8") as file:
             model = keras.models.model_from_json(file.read())
+        if not isinstance(model, keras.Model):
+            raise ValueError("the JSON file describes no model")
         with h5py.File(weights_path) as file:
             stored = [file["weights"][name][...] for name in sorted(file["weights"])]
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -173,7 +173,17 @@ def test_flag_that_is_no_boolean_is_refused(text):
         read_flags("--show_model_summary", text)
 
 
-@pytest.mark.parametrize("source", ["attribute", "json"])
+def from_attribute(path, name, value):
+    configs = Configs()
+    setattr(configs, name, value)
+    configs.validate()
+
+
+def from_json(path, name, value):
+    Configs.from_json(write_json(path, **{name: value}))
+
+
+@pytest.mark.parametrize("read", [from_attribute, from_json])
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -200,15 +210,9 @@ def test_flag_that_is_no_boolean_is_refused(text):
         ("final_layer_pooling", False),
     ],
 )
-def test_wrong_type_is_refused(tmp_path, source, name, value):
-    configs = Configs()
-    path = write_json(tmp_path / "a.json", **{name: value})
+def test_wrong_type_is_refused(tmp_path, read, name, value):
     with pytest.raises(UserError, match=rf"{name}: expected .*Received: "):
-        if source == "json":
-            Configs.from_json(path)
-        else:
-            setattr(configs, name, value)
-            configs.validate()
+        read(tmp_path / "a.json", name, value)
 
 
 def test_int_serves_as_float(tmp_path):
@@ -332,9 +336,7 @@ def test_all_faults_of_a_json_file_are_reported_at_once(tmp_path):
         Configs.from_json(path)
     lines = str(raised.value).splitlines()
     assert len(lines) == 3
-    assert all(
-        name in line for name, line in zip(["batch_size", "num_epochs", "learning_rate"], lines, strict=True)
-    )
+    assert all(name in line for name, line in zip(["batch_size", "num_epochs", "learning_rate"], lines, strict=True))
 
 
 @pytest.mark.parametrize(

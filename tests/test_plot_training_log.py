@@ -14,10 +14,12 @@ LOGS = {
     "single-label": (
         "epoch,accuracy,loss,val_loss,val_accuracy,learning_rate\n1,0.5,1.1,1.2,0.4,0.001\n2,0.7,0.9,1.0,0.6,0.001\n"
     ),
-    "multi-label": "epoch,loss,val_loss,val_auroc,learning_rate\n1,0.7,0.6,0.55,0.001\n2,0.5,0.4,0.8,0.001\n",
+    "multi-label": (
+        "epoch,auroc,loss,val_loss,val_auroc,learning_rate\n1,0.6,0.7,0.6,0.55,0.001\n2,0.9,0.5,0.4,0.8,0.001\n"
+    ),
     "one epoch": "epoch,loss,val_loss\n1,0.7,0.6\n",
     "without validation": "epoch,loss\n1,0.7\n2,0.6\n",
-    "undefined AUROC": "epoch,loss,val_loss,val_auroc\n1,0.7,0.6,\n2,0.5,0.4,\n",
+    "undefined AUROC": "epoch,auroc,loss,val_loss,val_auroc\n1,0.5,0.7,0.6,\n2,0.5,0.5,0.4,\n",
 }
 
 
@@ -62,10 +64,12 @@ def test_single_label_curves(tmp_path):
     assert curves == {"training": [[1, 0.5], [2, 0.7]], "validation": [[1, 0.4], [2, 0.6]]}
 
 
-def test_multi_label_validation_auroc_is_drawn(tmp_path):
+def test_multi_label_curves(tmp_path):
     main(PlotConfigs(train_log_path=write_log(tmp_path, LOGS["multi-label"])))
-    curves = [line.get_xydata().tolist() for panel in panels_of_the_figure().values() for line in panel.lines]
-    assert [[1, 0.55], [2, 0.8]] in curves
+    panels = panels_of_the_figure()
+    assert set(panels) == {"Mean AUROC", "Loss"}
+    curves = {line.get_label(): line.get_xydata().tolist() for line in panels["Mean AUROC"].lines}
+    assert curves == {"training": [[1, 0.6], [2, 0.9]], "validation": [[1, 0.55], [2, 0.8]]}
 
 
 def test_rerun_replaces_the_picture(tmp_path):

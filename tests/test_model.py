@@ -1,0 +1,559 @@
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from configs import BACKBONE_NAMES, Configs, UserError
+from gradcam import GradCam
+from model import (
+    BACKBONES,
+    LAST_LAYER_OF_FAMILY,
+    ModelFactory,
+    build_backbone,
+    build_classifier,
+    build_preprocessing,
+    compile_model,
+    downscale,
+    freeze_layers,
+    get_loss,
+    set_batch_norm_momentum,
+    weighted_binary_crossentropy,
+)
+
+PARTS = ("downscaling", "preprocessing", "backbone", "classifier")
+SLOW_SIZES = {"Xception": (71, 96), "InceptionV3": (107, 139), "InceptionResNetV2": (107, 139)}
+
+
+def small_configs(**options) -> Configs:
+    fixed = {
+        "visual_model_name": "MobileNet",
+        "image_target_size": (32, 32, 3),
+        "classes": ["a", "b", "c"],
+        "use_imagenet_weights": False,
+    }
+    return Configs(**fixed | options)
+
+
+def build(**options) -> keras.Model:
+    return ModelFactory().get_model(small_configs(**options))
+
+
+def random_images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def flatten_layers(model: keras.Model) -> list[layers.Layer]:
+    return [layer for layer in model._flatten_layers(include_self=False) if not hasattr(layer, "layers")]
+
+
+def is_convolution(layer: layers.Layer) -> bool:
+    return "Conv2D" in type(layer).__name__
+
+
+def moving_statistics(model: keras.Model) -> dict[str, np.ndarray]:
+    return {
+        layer.name: np.concatenate([layer.moving_mean.numpy(), layer.moving_variance.numpy()])
+        for layer in flatten_layers(model)
+        if isinstance(layer, layers.BatchNormalization)
+    }
+
+
+def build_alive(**options) -> keras.Model:
+    model = build(batch_norm_momentum=0.0, **options)
+    model(random_images(4, *model.input_shape[1:]), training=True)
+    return model
+
+
+@pytest.fixture(scope="module")
+def mobilenet():
+    return build_alive()
+
+
+@pytest.fixture(scope="module")
+def downscaling_mobilenet():
+    return build(
+        image_target_size=(128, 128, 3), cnn_downscaling_factor=2, cnn_downscaling_filters=5, conv_layers_to_train=0
+    )
+
+
+class Asked(Exception):
+    pass
+
+
+def ask_keras_for_sizes(name: str) -> tuple[int, int]:
+    def answer(input_shape=None, default_size=None, min_size=None, **_):
+        raise Asked(default_size, min_size)
+
+    if name.startswith("MobileNetV3"):
+        return 224, 32
+    application = getattr(keras.applications, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("keras.src.applications.imagenet_utils.obtain_input_shape", answer)
+        patch.setattr(sys.modules[application.__module__], "obtain_input_shape", answer, raising=False)
+        with pytest.raises(Asked) as caught:
+            application(weights=None)
+    return caught.value.args
+
+
+@pytest.mark.parametrize("name", BACKBONE_NAMES)
+def test_preprocessing_is_keras_own(name):
+    images = random_images(2, 5, 7, 3).astype(np.float32)
+    own = sys.modules[getattr(keras.applications, name).__module__].preprocess_input
+    expected = np.asarray(own(images.copy()))
+    found = build_preprocessing(BACKBONES[name].preprocessing)(images)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKBONE_NAMES)
+def test_sizes_are_keras_own(name):
+    default_size, minimum_size = ask_keras_for_sizes(name)
+    assert ModelFactory().get_input_size(name) == (default_size, default_size)
+    assert BACKBONES[name].minimum_size == minimum_size
+
+
+@pytest.mark.parametrize("name", BACKBONE_NAMES)
+@pytest.mark.parametrize("turned", [False, True])
+def test_too_small_an_image_is_refused(name, turned):
+    smallest = BACKBONES[name].minimum_size
+    size = (smallest - 1, 400) if not turned else (400, smallest - 1)
+    with pytest.raises(UserError, match="image_target_size") as caught:
+        build(visual_model_name=name, image_target_size=(*size, 3))
+    assert f"from {smallest} pixels" in str(caught.value)
+    assert f"{size[0]}x{size[1]}" in str(caught.value)
+
+
+def test_too_small_an_image_after_downscaling_is_refused():
+    with pytest.raises(UserError, match="image_target_size.*124x124.*31x31"):
+        build(image_target_size=(124, 124, 3), cnn_downscaling_factor=2)
+
+
+@pytest.mark.parametrize("name", ["VGG16", "DenseNet121", "MobileNet"])
+def test_only_the_caffe_preprocessing_has_weights_and_none_train(name):
+    layer = build_preprocessing(BACKBONES[name].preprocessing)
+    layer(np.zeros((1, 4, 4, 3), np.float32))
+    assert bool(layer.weights) == (name == "VGG16")
+    assert layer.trainable_weights == []
+    assert layer.name == "preprocessing"
+
+
+@pytest.mark.parametrize(
+    ("model_name", "parts"), [("mobilenet", PARTS[1:]), ("downscaling_mobilenet", PARTS)], ids=["plain", "downscaling"]
+)
+def test_parts_stand_in_order(model_name, parts, request):
+    model = request.getfixturevalue(model_name)
+    assert [layer.name for layer in model.layers if layer.name in PARTS] == list(parts)
+    assert isinstance(model.get_layer("classifier"), keras.Sequential)
+
+
+def test_output_is_a_probability_of_each_class(mobilenet):
+    probabilities = np.asarray(mobilenet(random_images(3, 32, 32, 3)))
+    assert probabilities.shape == (3, 3)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    assert np.ptp(probabilities, axis=0).min() > 1e-3
+
+
+def test_input_of_any_numeric_type(mobilenet):
+    images = random_images(2, 32, 32, 3)
+    expected = mobilenet(images.astype(np.float32))
+    for kind in (np.uint8, np.int32, np.int64, np.float64):
+        np.testing.assert_array_equal(mobilenet(images.astype(kind)), expected)
+
+
+def test_caffe_preprocessing_takes_any_numeric_type():
+    model = build(visual_model_name="VGG16")
+    images = random_images(1, 32, 32, 3)
+    for kind in (np.uint8, np.int32, np.float64):
+        np.testing.assert_array_equal(model(images.astype(kind)), model(images.astype(np.float32)))
+        np.testing.assert_allclose(model.predict(images.astype(kind), verbose=0), model(images), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer_sizes", "expected"),
+    [
+        ([10, 0.4, 5], [("Dense", 10), ("Dropout", 0.4), ("Dense", 5)]),
+        ([0.4], [("Dropout", 0.4)]),
+        ([], []),
+        ([1.0, 0], [("Dense", 1), ("Dropout", 0)]),
+    ],
+)
+def test_classifier_layer_sizes(layer_sizes, expected):
+    classifier = build_classifier(3, False, layer_sizes, "avg")
+    hidden = classifier.layers[1:-2]
+    assert [(type(layer).__name__, getattr(layer, "units", getattr(layer, "rate", None))) for layer in hidden] == (
+        expected
+    )
+    assert all(layer.activation is keras.activations.relu for layer in hidden if isinstance(layer, layers.Dense))
+    assert [layer.name for layer in classifier.layers[-2:]] == ["logits", "probabilities"]
+    assert classifier.layers[-2].activation is keras.activations.linear
+
+
+@pytest.mark.parametrize(
+    ("pooling", "pooled"), [("avg", [[2.5, 25]]), ("max", [[4, 40]]), (None, [[1, 10, 2, 20, 3, 30, 4, 40]])]
+)
+def test_pooling(pooling, pooled):
+    classifier = build_classifier(2, False, [], pooling)
+    features = np.array([[[[1, 10], [2, 20]], [[3, 30], [4, 40]]]], np.float32)
+    classifier(features)
+    np.testing.assert_allclose(classifier.layers[0](features), pooled)
+
+
+@pytest.mark.parametrize(
+    ("multi_label", "probabilities"),
+    [(True, [0.5, 0.75, 0.2]), (False, [1 / 4.25, 3 / 4.25, 0.25 / 4.25])],
+    ids=["sigmoid", "softmax"],
+)
+def test_probabilities_from_logits(multi_label, probabilities):
+    classifier = build_classifier(3, multi_label, [], "avg")
+    features = np.ones((1, 2, 2, 1), np.float32)
+    classifier(features)
+    classifier.get_layer("logits").set_weights([np.zeros((1, 3)), np.log([1, 3, 0.25])])
+    np.testing.assert_allclose(classifier(features), [probabilities], rtol=1e-5)
+
+
+def convolutions_and_norms() -> keras.Model:
+    inputs = outputs = keras.Input((8, 8, 3))
+    for position, kind in enumerate([layers.Conv2D, layers.SeparableConv2D, layers.DepthwiseConv2D]):
+        outputs = (kind(3, 3, name=f"conv{position}") if position < 2 else kind(3, name="conv2"))(outputs)
+        outputs = layers.BatchNormalization(name=f"norm{position}")(outputs)
+    return keras.Model(inputs, outputs)
+
+
+@pytest.mark.parametrize(
+    ("conv_layers_to_train", "trained"),
+    [(-1, "conv0 norm0 conv1 norm1 conv2 norm2"), (0, ""), (1, "conv2 norm2"), (2, "conv1 norm1 conv2 norm2")],
+)
+def test_freezing_trains_the_last_convolutions_and_what_follows(conv_layers_to_train, trained):
+    backbone = convolutions_and_norms()
+    freeze_layers(backbone, conv_layers_to_train)
+    assert [layer.name for layer in backbone.layers if layer.trainable_weights] == trained.split()
+    before, weights = moving_statistics(backbone), [weight.numpy() for weight in backbone.weights]
+    backbone.compile("sgd", loss="mse")
+    backbone.train_on_batch(random_images(4, 8, 8, 3), backbone(random_images(4, 8, 8, 3)) + 1)
+    after = moving_statistics(backbone)
+    moved = [name for name in before if not np.array_equal(before[name], after[name])]
+    assert moved == [name for name in trained.split() if name.startswith("norm")]
+    if not trained:
+        assert all(np.array_equal(old, new.numpy()) for old, new in zip(weights, backbone.weights, strict=True))
+
+
+def test_all_convolutions_may_be_trained_but_not_more():
+    backbone = convolutions_and_norms()
+    freeze_layers(backbone, 3)
+    assert all(layer.trainable for layer in backbone.layers if layer.weights)
+    with pytest.raises(UserError, match="conv_layers_to_train.*3 convolutions.*Received: 4"):
+        freeze_layers(backbone, 4)
+
+
+@pytest.mark.parametrize(
+    "name", ["MobileNet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ConvNeXtTiny", "Xception"))]
+)
+@pytest.mark.parametrize("count", [1, 5])
+def test_exactly_the_last_convolutions_of_a_backbone_train(name, count):
+    backbone = build_backbone(name, SLOW_SIZES.get(name, (32, 32)), False, 0)
+    freeze_layers(backbone, count)
+    convolutions = [layer for layer in flatten_layers(backbone) if is_convolution(layer)]
+    assert sum(bool(layer.trainable_weights) for layer in convolutions) == count
+
+
+def test_a_training_step_moves_what_is_trained_only():
+    model = build_alive()
+    backbone = model.get_layer("backbone")
+    freeze_layers(backbone, 1)
+    compile_model(model, small_configs(optimizer_type="SGD", learning_rate=0.1))
+    model.run_eagerly = True
+    before = {weight.path: weight.numpy() for weight in model.weights}
+    model.train_on_batch(random_images(4, 32, 32, 3)[::-1], np.array([0, 1, 2, 0]))
+    moved = {weight.path for weight in model.weights if not np.array_equal(before[weight.path], weight.numpy())}
+    trained = {weight.path for name in ("conv_pw_13", "conv_pw_13_bn") for weight in backbone.get_layer(name).weights}
+    assert moved == trained | {weight.path for weight in model.get_layer("classifier").weights}
+
+
+@pytest.mark.parametrize(("momentum", "expected"), [(0.8, 0.8), (0.0, 0.0), (None, 0.99)])
+def test_batch_norm_momentum_is_set_or_kept(momentum, expected):
+    backbone = convolutions_and_norms()
+    set_batch_norm_momentum(backbone, momentum)
+    norms = [layer for layer in backbone.layers if isinstance(layer, layers.BatchNormalization)]
+    assert {layer.momentum for layer in norms} == {expected}
+
+
+def test_the_models_batch_norms_have_the_momentum_of_the_configs(downscaling_mobilenet):
+    norms = [layer for layer in flatten_layers(downscaling_mobilenet) if isinstance(layer, layers.BatchNormalization)]
+    assert len(norms) == 27
+    assert {layer.momentum for layer in norms} == {0.9}
+
+
+def test_downscaling_learns_while_the_backbone_is_frozen(downscaling_mobilenet):
+    assert len(downscaling_mobilenet.get_layer("downscaling").trainable_weights) == 10
+    assert downscaling_mobilenet.get_layer("backbone").trainable_weights == []
+
+
+@pytest.mark.parametrize(
+    ("size", "factor", "backbone_size"),
+    [((512, 512), 2, (128, 128)), ((512, 512), 3, (64, 64)), ((75, 101), 1, (38, 51))],
+)
+def test_downscaling_halves_what_the_backbone_receives(size, factor, backbone_size):
+    model = build(image_target_size=(*size, 3), cnn_downscaling_factor=factor, cnn_downscaling_filters=4)
+    assert model.input_shape == (None, *size, 3)
+    assert model.get_layer("backbone").input_shape == (None, *backbone_size, 3)
+
+
+def test_downscaling_layers(downscaling_mobilenet):
+    structure = [
+        (layer.filters, layer.kernel_size, layer.strides, layer.activation.__name__, layer.padding)
+        for layer in downscaling_mobilenet.get_layer("downscaling").layers
+    ]
+    step = [(5, (4, 4), (2, 2), "relu", "same"), (5, (3, 3), (1, 1), "relu", "same")]
+    assert structure == [*step, *step, (3, (3, 3), (1, 1), "tanh", "same")]
+
+
+def test_downscaling_gives_pixels():
+    inputs = keras.Input((16, 24, 3))
+    model = keras.Model(inputs, downscale(inputs, 1, 4))
+    last = model.get_layer("downscaling").layers[-1]
+    last.set_weights([np.zeros(last.kernel.shape), np.array([-9.0, 0.0, 9.0])])
+    pixels = np.asarray(model(random_images(2, 16, 24, 3)))
+    assert pixels.shape == (2, 8, 12, 3)
+    np.testing.assert_allclose(pixels, np.broadcast_to([0, 127.5, 255], pixels.shape), atol=1e-4)
+
+
+@pytest.mark.parametrize(("popped", "last_layer", "shape"), [(0, "block5_pool", (1, 3)), (1, "block5_conv3", (2, 6))])
+def test_popping_drops_layers_from_the_end(popped, last_layer, shape):
+    backbone = build_backbone("VGG16", (32, 96), False, popped)
+    assert backbone.layers[-1].name == last_layer
+    assert backbone.output_shape == (None, *shape, 512)
+    assert len(backbone.layers) == 19 - popped
+
+
+def test_popping_down_to_the_first_layer():
+    assert [layer.name for layer in build_backbone("VGG16", (32, 32), False, 17).layers[1:]] == ["block1_conv1"]
+
+
+@pytest.mark.parametrize("popped", [18, 19, 500])
+def test_popping_too_many_layers_is_refused(popped):
+    with pytest.raises(UserError, match=rf"pop_conv_layers: VGG16 has 18 layers.*Received: {popped}"):
+        build_backbone("VGG16", (32, 32), False, popped)
+
+
+def test_popping_onto_no_feature_map_suggests_what_works():
+    with pytest.raises(UserError, match="pop_conv_layers.*no feature map") as caught:
+        build_backbone("EfficientNetB0", (64, 64), False, 9)
+    suggested = int(re.search(r"Choose (\d+)", str(caught.value)).group(1))
+    backbone = build_backbone("EfficientNetB0", (64, 64), False, suggested)
+    assert len(backbone.output_shape) == 4
+    assert backbone.output_shape[1:3] == (2, 2)
+
+
+def test_weighted_binary_crossentropy_of_a_hand_worked_example():
+    loss = weighted_binary_crossentropy(np.array([[1, 2], [3, 4]], np.float32))
+    y_true, y_pred = np.array([[1, 0], [0, 1]], np.float32), np.array([[0.8, 0.4], [0.5, 0.5]], np.float32)
+    expected = [-(3 * np.log(0.8) + 2 * np.log(0.6)) / 2, -(1 * np.log(0.5) + 4 * np.log(0.5)) / 2]
+    np.testing.assert_allclose(loss(y_true, y_pred), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32, np.uint8, bool])
+def test_unit_weights_give_keras_binary_crossentropy(kind):
+    generator = np.random.default_rng(0)
+    y_true, y_pred = generator.integers(0, 2, (6, 4)), generator.random((6, 4)).astype(np.float32)
+    expected = keras.losses.binary_crossentropy(y_true.astype(np.float32), y_pred)
+    found = weighted_binary_crossentropy(np.ones((2, 4), np.float32))(y_true.astype(kind), y_pred)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_weighted_binary_crossentropy_stays_finite_at_certainty():
+    loss = weighted_binary_crossentropy(np.ones((2, 2), np.float32))
+    assert np.isfinite(loss(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]], np.float32))).all()
+    np.testing.assert_allclose(loss(np.array([[1.0, 0.0]]), np.array([[1.0, 0.0]], np.float32)), 0, atol=1e-5)
+
+
+def test_loss_of_single_labels_weighs_rare_classes():
+    loss, weights = get_loss(small_configs(), np.array([0, 0, 0, 1, 1, 2]))
+    assert weights == pytest.approx({0: 1, 1: 1, 2: 1 + np.log(2)})
+    np.testing.assert_allclose(loss(np.array([1]), np.array([[0.2, 0.5, 0.3]], np.float32)), -np.log([0.5]), rtol=1e-5)
+    assert get_loss(small_configs(use_class_balancing=False), np.array([0, 0, 1, 2]))[1] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "present", "absent"),
+    [
+        ({}, 1 + np.log(3), 1),
+        ({"use_class_balancing": False}, 1, 1),
+        ({"positive_weights_multiply": 2.0}, 2 * (1 + np.log(3)), 1),
+        ({"positive_weights_multiply": 2.0, "use_class_balancing": False}, 2, 1),
+    ],
+)
+def test_loss_of_multiple_labels_weighs_rare_presence(options, present, absent):
+    configs = small_configs(multi_label_classification=True, classes=["a"], **options)
+    loss, weights = get_loss(configs, np.array([[1], [0], [0], [0]], np.float32))
+    assert weights is None
+    y_true, y_pred = np.array([[1], [0]], np.float32), np.array([[0.3], [0.4]], np.float32)
+    np.testing.assert_allclose(loss(y_true, y_pred), [-present * np.log(0.3), -absent * np.log(0.6)], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("multi_label", "metric"), [(False, "accuracy"), (True, "auroc")])
+@pytest.mark.parametrize("optimizer_type", ["Adam", "SGD"])
+def test_compiling_uses_the_configs(multi_label, metric, optimizer_type):
+    inputs = keras.Input((2, 2, 1))
+    model = keras.Model(inputs, build_classifier(3, multi_label, [], "avg")(inputs))
+    configs = small_configs(multi_label_classification=multi_label, optimizer_type=optimizer_type, learning_rate=0.125)
+    assert compile_model(model, configs) is model
+    assert type(model.optimizer).__name__ == optimizer_type
+    assert float(model.optimizer.learning_rate) == 0.125
+    labels = np.eye(3)[[0, 1, 2, 0]] if multi_label else np.array([0, 1, 2, 0])
+    logs = model.train_on_batch(np.random.default_rng(0).random((4, 2, 2, 1)), labels, return_dict=True)
+    assert set(logs) == {"loss", metric}
+
+
+@pytest.fixture
+def no_download(monkeypatch, tmp_path):
+    targets = []
+
+    def fail(error):
+        def retrieve(origin, target, *_):
+            targets.append((origin, target))
+            raise error
+
+        monkeypatch.setattr("keras.src.utils.file_utils.urlretrieve", retrieve)
+        return targets
+
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr("keras.src.backend.config._KERAS_DIR", str(tmp_path))
+    return fail
+
+
+FAILURES = {
+    "offline": urllib.error.URLError("Name or service not known"),
+    "missing": urllib.error.HTTPError("https://example.org", 404, "Not Found", None, None),
+    "broken_off": ConnectionResetError(104, "Connection reset by peer"),
+    "timed_out": TimeoutError("The read operation timed out"),
+}
+
+
+def check_missing_weights(name: str, targets: list[tuple[str, str]]) -> None:
+    size = SLOW_SIZES.get(name, (32, 32))
+    with pytest.raises(UserError) as caught:
+        build(visual_model_name=name, use_imagenet_weights=True, image_target_size=(*size, 3))
+    (origin, target) = targets[-1]
+    folder, file_name = os.path.split(target)
+    for part in (origin, folder, f" {file_name} ", "--use_imagenet_weights False"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_missing_imagenet_weights_are_explained(no_download, failure):
+    check_missing_weights("MobileNet", no_download(FAILURES[failure]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("VGG19", "DenseNet121", "Xception", "ResNet50", "ResNet50V2", "InceptionV3", "InceptionResNetV2"),
+        *("NASNetMobile", "NASNetLarge", "MobileNetV2", "MobileNetV3Small", "EfficientNetB0", "EfficientNetV2B0"),
+        *("EfficientNetV2S", "ConvNeXtTiny"),
+    ],
+)
+def test_missing_imagenet_weights_of_every_family_are_explained(no_download, name):
+    check_missing_weights(name, no_download(FAILURES["offline"]))
+
+
+LOAD_ELSEWHERE = """
+import sys
+import keras, numpy as np
+model = keras.models.load_model(sys.argv[1], safe_mode=True)
+assert not {"model", "configs", "utils"} & set(sys.modules)
+np.save(sys.argv[3], model(np.load(sys.argv[2]), training=False))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MobileNet", {"cnn_downscaling_factor": 1, "cnn_downscaling_filters": 2, "classifier_layer_sizes": [4, 0.4]}),
+        pytest.param("ConvNeXtTiny", {}, marks=pytest.mark.slow),
+        pytest.param("VGG16", {"final_layer_pooling": None, "pop_conv_layers": 1}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_saved_model_loads_without_this_project(tmp_path, name, options):
+    model = build_alive(visual_model_name=name, image_target_size=(64, 64, 3), **options)
+    images = random_images(2, 64, 64, 3)
+    model.save(tmp_path / "model.keras")
+    np.save(tmp_path / "images.npy", images)
+    paths = [str(tmp_path / file) for file in ("model.keras", "images.npy", "probabilities.npy")]
+    subprocess.run([sys.executable, "-I", "-c", LOAD_ELSEWHERE, *paths], cwd=tmp_path, check=True)
+    np.testing.assert_allclose(np.load(paths[-1]), model(images, training=False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module", params=BACKBONE_NAMES)
+def built(request):
+    own_names = {}
+
+    def remember(*args, **kwargs):
+        model = application(*args, **kwargs)
+        own_names["last"] = model.layers[-1].name
+        return model
+
+    name = request.param
+    application = getattr(keras.applications, name)
+    keras.utils.set_random_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keras.applications, name, remember)
+        model = build_alive(visual_model_name=name, image_target_size=(*SLOW_SIZES.get(name, (64, 96)), 3))
+    freeze_layers(model.get_layer("backbone"), 3)
+    yield name, model, own_names["last"]
+    del model
+    keras.backend.clear_session()
+
+
+@pytest.fixture(scope="module")
+def images(built):
+    return random_images(1, *built[1].input_shape[1:])
+
+
+@pytest.mark.slow
+def test_backbone_takes_an_image(built, images):
+    probabilities = np.asarray(built[1](images, training=False))
+    assert probabilities.shape == (1, 3)
+    assert probabilities.sum() == pytest.approx(1, abs=1e-5)
+    assert np.ptp(probabilities) > 1e-3
+
+
+@pytest.mark.slow
+def test_last_conv_layer_is_the_backbones_last(built):
+    name, model, own_name = built
+    last = model.get_layer("backbone").layers[-1]
+    assert ModelFactory().get_last_conv_layer(name) == last.name
+    assert last.output.shape == model.get_layer("backbone").output_shape
+    assert len(last.output.shape) == 4
+    assert last.name.startswith("last_") or last.name == own_name
+    assert last.name in LAST_LAYER_OF_FAMILY.values()
+
+
+@pytest.mark.slow
+def test_backbone_gives_a_heatmap(built, images):
+    _, model, _ = built
+    heatmaps, probabilities = GradCam(model)(images)
+    assert heatmaps.shape == (1, *model.get_layer("backbone").output_shape[1:3])
+    assert np.isfinite(heatmaps).all()
+    assert heatmaps.min() >= 0
+    assert heatmaps.max() in (0, 1)
+    np.testing.assert_allclose(probabilities, model(images, training=False), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_backbone_survives_saving(built, images, tmp_path):
+    _, model, _ = built
+    path = tmp_path / "model.keras"
+    model.save(path)
+    loaded = keras.models.load_model(path)
+    path.unlink()
+    np.testing.assert_allclose(loaded(images, training=False), model(images, training=False), rtol=1e-5, atol=1e-7)
+    assert len(loaded.trainable_weights) == len(model.trainable_weights)
+    for old, new in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(old.numpy(), new.numpy())
