@@ -189,6 +189,15 @@ def test_an_unreadable_image_is_named(unreadable):
     assert unreadable in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
+def test_half_an_image_is_refused(tmp_path, suffix):
+    path = tmp_path / f"half.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"half.{suffix}"):
+        read_image(str(path))
+
+
 def test_a_folder_in_place_of_an_image_is_named(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         read_image(str(tmp_path))

@@ -47,9 +47,9 @@ def test_heatmap_with_pooling_weighs_channels_as_the_logit_does(pooling, class_i
     model = network(pooling())
     kernel = np.array([[1.0, -0.4], [-0.7, 0.9], [0.3, 0.2]])
     set_logits(model, kernel)
-    for image in random_images():
-        heatmaps, _ = GradCam(model)(image[None], np.array([class_index]))
-        np.testing.assert_allclose(heatmaps[0], normalised_heatmap(image, kernel[:, class_index]), atol=1e-5)
+    heatmaps, _ = GradCam(model)(random_images(), np.full(4, class_index))
+    for image, heatmap in zip(random_images(), heatmaps, strict=True):
+        np.testing.assert_allclose(heatmap, normalised_heatmap(image, kernel[:, class_index]), atol=1e-5)
 
 
 @pytest.mark.parametrize("class_index", [0, 1])
