@@ -1,9 +1,14 @@
-"""What happens around an epoch: validation, checkpoints with the state to resume from, logs."""
+"""What happens around steps and epochs: validation, checkpoints with the state to resume from, logs, interruption."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import shutil
+import signal
+import threading
 import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +17,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from configs import Configs
+from configs import Configs, UserError
 from generator import AugmentedImageSequence
 from metrics import get_aurocs, mean_of_defined, none_if_undefined
 from utils import atomic_path, write_csv, write_json, write_text
@@ -61,85 +66,153 @@ class EpochOrder(keras.callbacks.Callback):
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Writes the models, the training log and the statistics of a run after each epoch.
+    """Writes the models, the training log and the statistics of a run, and stops it where that is due.
 
     Every `.keras` file is written whole or not at all, and carries the state that resuming from it needs, so that
-    the two cannot disagree: see `state`.
+    the two cannot disagree: see `state`. It stops training on a non-finite loss, after `early_stopping_patience`
+    epochs without a better score, and on SIGINT or SIGTERM, after the step that runs then.
 
     Args:
-        folder: the run's folder.
-        monitor: the log entry that selects the best model; higher is better.
-        plateau: the run's scheduler, whose state is kept.
-        save_best_only: False also keeps every epoch's model.
+        configs: of the run, with `classes` resolved; stored with every model.
+        training: the training images.
         validation: tells the AUROC of each class, multi-label.
-        class_names: in the order of the model's outputs.
+        plateau: the run's scheduler, whose state is kept.
+        interruption: tells which signal has arrived.
         state: of the checkpoint that training continues from.
     """
 
     def __init__(
         self,
-        folder: str,
-        monitor: str,
-        plateau: keras.callbacks.ReduceLROnPlateau,
-        save_best_only: bool,
+        configs: Configs,
+        training: AugmentedImageSequence,
         validation: Validation,
-        class_names: Sequence[str],
+        plateau: keras.callbacks.ReduceLROnPlateau,
+        interruption: Interruption,
         state: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.folder = folder
-        self.monitor = monitor
-        self.plateau = plateau
-        self.save_best_only = save_best_only
+        self.folder = configs.save_model_path
+        self.monitor = "val_auroc" if configs.multi_label_classification else "val_accuracy"
+        self.save_best_only = configs.save_best_model_only
+        self.every_steps = configs.checkpoint_every_steps
+        self.patience = configs.early_stopping_patience
+        self.class_names = configs.classes
+        self.run_state = {
+            "configs": configs.to_dict(),
+            "given": sorted(configs.given),
+            "data": {"train_csv": fingerprint(training), "validation_csv": fingerprint(validation.sequence)},
+        }
+        self.training = training
         self.validation = validation
-        self.class_names = class_names
-        self.resumed_state = state
+        self.plateau = plateau
+        self.interruption = interruption
+        self.to_restore = state
         self.log: list[dict[str, float]] = list(state["log"]) if state else []
         self.best: float | None = state["best"] if state else None
         self.best_epoch: int | None = state["best_epoch"] if state else None
+        self.best_aurocs: dict[str, float | None] | None = state["best_aurocs"] if state else None
+        self.epoch = 0
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         # A plain view of the model with the mode's stock loss: the file loads without this project.
         self.saved_view = keras.Model(self.model.inputs, self.model.outputs, name=self.model.name)
         stock = "binary_crossentropy" if self.validation.multi_label else "sparse_categorical_crossentropy"
         self.saved_view.compile(self.model.optimizer, loss=stock)
-        if self.resumed_state is None:
-            return
-        # The scheduler resets itself when training begins, before this callback's turn.
-        self.plateau.wait = self.resumed_state["plateau"]["wait"]
-        self.plateau.best = self.resumed_state["plateau"]["best"]
-        self.plateau.cooldown_counter = self.resumed_state["plateau"]["cooldown_counter"]
-        for variable, value in zip(seed_states(self.model), self.resumed_state["seed_states"], strict=True):
-            variable.assign(np.array(value, dtype="uint32"))
+        if self.to_restore is not None:
+            # The scheduler resets itself when training begins, before this callback's turn.
+            for name, value in self.to_restore["plateau"].items():
+                setattr(self.plateau, name, value)
+            for variable, value in zip(seed_states(self.model), self.to_restore["seed_states"], strict=True):
+                variable.assign(np.array(value, dtype="uint32"))
+            self._write_logs()
 
-    def state(self, epoch: int) -> dict[str, Any]:
-        """Returns everything that resumes, beside the weights and the optimizer's variables in the model file."""
-        return {
-            "epochs_completed": epoch + 1,
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "plateau": {
-                "wait": int(self.plateau.wait),
-                "best": float(self.plateau.best),
-                "cooldown_counter": int(self.plateau.cooldown_counter),
-            },
-            "seed_states": [np.asarray(variable).tolist() for variable in seed_states(self.model)],
-            "log": self.log,
-        }
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self.epoch = epoch
+        if self.to_restore is not None:
+            # Keras has just set the running figures of the epoch to zero: an epoch begun before goes on with its own.
+            variables = [variable for metric in self.model.metrics for variable in metric.variables]
+            for variable, value in zip(variables, self.to_restore["metrics"], strict=False):
+                variable.assign(np.array(value, dtype=variable.dtype))
+            self.to_restore = None
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float]) -> None:
+        steps_completed = self.training.first_step + batch + 1
+        if not np.isfinite(logs["loss"]):
+            raise UserError(
+                f"The loss is {logs['loss']} in epoch {self.epoch + 1}, step {steps_completed}. The models in "
+                f"{self.folder} are of before. Lower learning_rate, and continue with load_model_path."
+            )
+        is_last = steps_completed == self.training.steps
+        is_due = self.every_steps and steps_completed % self.every_steps == 0
+        if not is_last and (is_due or self.interruption.signal):
+            self._save(["latest_model.keras"], self.epoch, steps_completed)
+            self._stop_if_interrupted()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        if not np.isfinite(logs["val_loss"]):
+            raise UserError(
+                f"The validation loss is {logs['val_loss']} in epoch {epoch + 1}. The models in {self.folder} are of "
+                "before. Lower learning_rate, and continue with load_model_path."
+            )
         self.log.append({"epoch": epoch + 1} | {name: float(value) for name, value in logs.items()})
         score = logs[self.monitor]
         is_best = not np.isnan(score) and (self.best is None or score > self.best)
         if is_best:
             self.best, self.best_epoch = float(score), epoch + 1
+            if self.validation.aurocs is not None:
+                aurocs = map(none_if_undefined, self.validation.aurocs)
+                self.best_aurocs = dict(zip(self.class_names, aurocs, strict=True))
         names = ["best_model.keras"] * is_best
         names += [f"model_epoch_{epoch + 1:03d}.keras"] * (not self.save_best_only)
-        for name in [*names, "latest_model.keras"]:
-            save_checkpoint(self.saved_view, os.path.join(self.folder, name), self.state(epoch))
-        self._write_logs(is_best)
+        self._save([*names, "latest_model.keras"], epoch + 1, 0)
+        self._write_logs()
+        self.model.stop_training = self.model.stop_training or stops_early(self.state(epoch + 1, 0), self.patience)
+        self._stop_if_interrupted()
 
-    def _write_logs(self, is_best: bool) -> None:
+    def state(self, epochs_completed: int, steps_completed: int) -> dict[str, Any]:
+        """Returns everything that resumes, beside the weights and the optimizer's variables in the model file.
+
+        Args:
+            epochs_completed: of the run.
+            steps_completed: of the epoch after them.
+        """
+        metrics = self.model.metrics if steps_completed else []
+        return {
+            **self.run_state,
+            "epochs_completed": epochs_completed,
+            "steps_completed": steps_completed,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "best_aurocs": self.best_aurocs,
+            "plateau": {
+                "wait": int(self.plateau.wait),
+                "best": None if self.plateau.best is None else float(self.plateau.best),
+                "cooldown_counter": int(self.plateau.cooldown_counter),
+            },
+            "seed_states": [np.asarray(variable).tolist() for variable in seed_states(self.model)],
+            "metrics": [np.asarray(variable).tolist() for metric in metrics for variable in metric.variables],
+            "log": self.log,
+        }
+
+    def _save(self, names: Sequence[str], epochs_completed: int, steps_completed: int) -> None:
+        first, *others = (os.path.join(self.folder, name) for name in names)
+        save_checkpoint(self.saved_view, first, self.state(epochs_completed, steps_completed))
+        for path in others:
+            duplicate_file(first, path)
+
+    def _stop_if_interrupted(self) -> None:
+        if self.interruption.signal:
+            print(
+                f"\nStopped by {signal.Signals(self.interruption.signal).name}. Continue with\n"
+                f"python train.py --configs {os.path.join(self.folder, 'configs.json')} "
+                f"--load_model_path {self.folder}",
+                flush=True,
+            )
+            raise SystemExit(128 + self.interruption.signal)
+
+    def _write_logs(self) -> None:
+        if not self.log:
+            return
         write_csv(os.path.join(self.folder, "training_log.csv"), pd.DataFrame(self.log))
         stats = {
             "epochs_completed": len(self.log),
@@ -148,16 +221,40 @@ class Checkpoint(keras.callbacks.Callback):
             "best_epoch": self.best_epoch,
             "latest": self.log[-1],
         }
-        if self.validation.aurocs is not None:
-            by_class = dict(zip(self.class_names, map(none_if_undefined, self.validation.aurocs), strict=True))
-            stats["latest_auroc_by_class"] = by_class
-            if is_best:
-                lines = [f"epoch {self.best_epoch}", f"mean {self.best:.4f}"]
-                lines += [
-                    f"{name} {'undefined' if auroc is None else f'{auroc:.4f}'}" for name, auroc in by_class.items()
-                ]
-                write_text(os.path.join(self.folder, "best_auroc.log"), "\n".join(lines) + "\n")
+        if self.best_aurocs is not None:
+            stats["best_auroc_by_class"] = self.best_aurocs
+            lines = [f"epoch {self.best_epoch}", f"mean {self.best:.4f}"]
+            lines += [
+                f"{name} {'undefined' if auroc is None else f'{auroc:.4f}'}" for name, auroc in self.best_aurocs.items()
+            ]
+            write_text(os.path.join(self.folder, "best_auroc.log"), "\n".join(lines) + "\n")
         write_json(os.path.join(self.folder, ".training_stats.json"), stats)
+
+
+class Interruption:
+    """Notes SIGINT and SIGTERM while it is entered, so that training can end after its step; a second one ends it."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        # Python lets the main thread alone handle signals.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, _: object) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
 
 def build_callbacks(
@@ -165,6 +262,7 @@ def build_callbacks(
     training: AugmentedImageSequence,
     validation: AugmentedImageSequence,
     loss: Callable,
+    interruption: Interruption,
     state: dict[str, Any] | None,
 ) -> list[keras.callbacks.Callback]:
     """Builds a run's callbacks in the order that they need: measure, schedule, log, and last the checkpoint.
@@ -174,10 +272,10 @@ def build_callbacks(
         training: the training images.
         validation: the validation images.
         loss: of probabilities, as the training's.
+        interruption: tells which signal has arrived.
         state: of the checkpoint that training continues from.
     """
-    multi_label = configs.multi_label_classification
-    measure = Validation(validation, loss, multi_label)
+    measure = Validation(validation, loss, configs.multi_label_classification)
     plateau = keras.callbacks.ReduceLROnPlateau(
         monitor="val_loss",
         factor=configs.learning_rate_decay_factor,
@@ -186,16 +284,21 @@ def build_callbacks(
         verbose=1,
     )
     curves = keras.callbacks.TensorBoard(os.path.join(configs.save_model_path, "logs"), write_graph=False)
-    checkpoint = Checkpoint(
-        configs.save_model_path,
-        "val_auroc" if multi_label else "val_accuracy",
-        plateau,
-        configs.save_best_model_only,
-        measure,
-        configs.classes,
-        state,
-    )
+    checkpoint = Checkpoint(configs, training, measure, plateau, interruption, state)
     return [EpochOrder(training), measure, plateau, curves, checkpoint]
+
+
+def stops_early(state: dict[str, Any], patience: int) -> bool:
+    """Tells whether a run has gone `patience` epochs without a better score; 0 never stops."""
+    return bool(patience) and state["epochs_completed"] - (state["best_epoch"] or 0) >= patience
+
+
+def fingerprint(sequence: AugmentedImageSequence) -> str:
+    """Returns a digest of a set's labels and file names in their order; folders may move between runs."""
+    digest = hashlib.sha256(np.ascontiguousarray(sequence.labels).tobytes())
+    for path in sequence.paths:
+        digest.update(os.path.basename(path).encode() + b"\0")
+    return digest.hexdigest()
 
 
 def seed_states(model: keras.Model) -> list[keras.Variable]:
@@ -211,11 +314,72 @@ def save_checkpoint(model: keras.Model, path: str, state: dict[str, Any]) -> Non
             archive.writestr(STATE_MEMBER, json.dumps(state))
 
 
+def duplicate_file(source: str, path: str) -> None:
+    """Gives a file a second name, without a second copy where the file system allows it."""
+    with atomic_path(path) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
 def read_state(path: str) -> dict[str, Any] | None:
     """Returns the training's state that a model file carries; None where it carries none."""
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        if STATE_MEMBER not in archive.namelist():
-            return None
+    with contextlib.suppress(OSError, zipfile.BadZipFile, KeyError, ValueError), zipfile.ZipFile(path) as archive:
         return json.loads(archive.read(STATE_MEMBER))
+    return None
+
+
+def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str) -> Configs:
+    """Settles each option of a continued run: as it was, or as the user wants it now.
+
+    What the user gives now holds, unless it would change the model or the order of the data; what was given when
+    the run began and is not given now holds on; the rest comes from `configs.py`.
+
+    Args:
+        configs: those of now.
+        state: of the checkpoint.
+        model_path: of the checkpoint.
+
+    Returns:
+        The configs to go on with; what has changed is printed.
+
+    Raises:
+        UserError: names the options that cannot change.
+    """
+    stored, options = state["configs"], Configs.options()
+    kept, faults = {}, []
+    for name, option in options.items():
+        before = tuple(stored[name]) if isinstance(getattr(configs, name), tuple) else stored.get(name)
+        now = getattr(configs, name)
+        if now == before or name not in stored or name in ("load_model_path", "overwrite"):
+            continue
+        is_free_choice = name in ("classes", "random_seed") and now is None
+        if is_free_choice or (name in state["given"] and name not in configs.given):
+            kept[name] = before
+        elif option.metadata["describes_model"] or option.metadata["fixed_in_run"]:
+            faults.append(f"{name} was {before!r}, now {now!r}")
+        else:
+            print(f"{name} changes from {before!r} to {now!r}.")
+    if faults:
+        raise UserError(
+            f"{model_path} cannot go on with other options: {'; '.join(faults)}. "
+            f"Take the run's own with --configs {os.path.join(os.path.dirname(model_path), 'configs.json')}, "
+            "or start a new run."
+        )
+    given = configs.given
+    configs = configs.replace(**kept)
+    configs.given = given | set(state["given"])
+    return configs
+
+
+def check_same_data(
+    state: dict[str, Any], training: AugmentedImageSequence, validation: AugmentedImageSequence
+) -> None:
+    """Raises UserError where the tables are not those that a run began with."""
+    for option, sequence in (("train_csv", training), ("validation_csv", validation)):
+        if state["data"][option] != fingerprint(sequence):
+            raise UserError(
+                f"The images or labels of {option} are not those that the run began with. Restore the table, "
+                "or start a new run from the model's weights in another save_model_path."
+            )

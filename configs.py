@@ -46,6 +46,7 @@ def define(
     at_most: float | None = None,
     choices: Sequence[str] | None = None,
     describes_model: bool = False,
+    fixed_in_run: bool = False,
 ) -> Any:
     """Declares one option.
 
@@ -58,6 +59,7 @@ def define(
         at_most: inclusive upper bound, likewise.
         choices: the only texts allowed.
         describes_model: the option says what a trained model is; a model's own `configs.json` then decides it.
+        fixed_in_run: a run cannot go on with another value, for it would not be the same run.
     """
     bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
     metadata = {
@@ -65,6 +67,7 @@ def define(
         "bounds": {word: bound for word, bound in bounds.items() if bound is not None},
         "choices": choices,
         "describes_model": describes_model,
+        "fixed_in_run": fixed_in_run,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -97,7 +100,10 @@ class Configs:
         describes_model=True,
     )
     conv_layers_to_train: int = define(
-        -1, "Convolutions of the backbone to train: -1 all, 0 none, n the last n and what follows them", at_least=-1
+        -1,
+        "Convolutions of the backbone to train: -1 all, 0 none, n the last n and what follows them",
+        at_least=-1,
+        fixed_in_run=True,
     )
     use_imagenet_weights: bool = define(True, "Start the backbone from its ImageNet weights, not from random ones")
     pop_conv_layers: int = define(
@@ -115,11 +121,11 @@ class Configs:
     )
     reduce_lr_patience: int = define(3, "Epochs without a lower validation loss that make a plateau", at_least=0)
     minimum_learning_rate: float = define(1e-7, "The learning rate is never reduced below this", at_least=0)
-    optimizer_type: str = define("Adam", "The optimizer", choices=OPTIMIZER_NAMES)
+    optimizer_type: str = define("Adam", "The optimizer", choices=OPTIMIZER_NAMES, fixed_in_run=True)
     gpu_percentage: float = define(
         0.95, "Share of each visible GPU's memory to use; 0 runs on the CPU", at_least=0, at_most=1
     )
-    batch_size: int = define(16, "Images a training step", at_least=1)
+    batch_size: int = define(16, "Images a training step", at_least=1, fixed_in_run=True)
     multilabel_threshold_range: list[float] = define(
         [0.01, 0.99], "Lowest and highest threshold tried, in steps of 0.01", above=0, below=1
     )
@@ -127,9 +133,9 @@ class Configs:
     generator_queue_length: int = define(12, "Batches kept ready for the model", at_least=1)
     show_model_summary: bool = define(True, "Print the model's layers before training")
     positive_weights_multiply: float = define(
-        1.0, "Multi-label: multiplies the loss of the labels that are present", above=0
+        1.0, "Multi-label: multiplies the loss of the labels that are present", above=0, fixed_in_run=True
     )
-    use_class_balancing: bool = define(True, "Weigh rare classes more in the loss")
+    use_class_balancing: bool = define(True, "Weigh rare classes more in the loss", fixed_in_run=True)
     cnn_downscaling_factor: int = define(
         0,
         "Trained convolutions that halve the image this many times before the backbone",
@@ -141,11 +147,27 @@ class Configs:
     )
     validation_csv: str = define("", "The images that select the best model; empty uses test_csv, and says so")
     random_seed: int | None = define(
-        0, "Seed of weights, order, augmentation and splits; none draws one", at_least=0, at_most=2**32 - 1
+        0,
+        "Seed of weights, order, augmentation and splits; none draws one",
+        at_least=0,
+        at_most=2**32 - 1,
+        fixed_in_run=True,
     )
     batch_norm_momentum: float | None = define(
-        0.9, "Momentum of the backbone's batch normalisation; none keeps the backbone's own", at_least=0, below=1
+        0.9,
+        "Momentum of the backbone's batch normalisation; none keeps the backbone's own",
+        at_least=0,
+        below=1,
+        fixed_in_run=True,
     )
+    deterministic: bool = define(False, "Two runs give the same weights to the last bit; slower on a GPU")
+    checkpoint_every_steps: int = define(
+        0, "Also write latest_model.keras every that many steps; 0 only after each epoch", at_least=0
+    )
+    early_stopping_patience: int = define(
+        0, "Stop after that many epochs without a better validation figure; 0 never does", at_least=0
+    )
+    overwrite: bool = define(False, "Start a new run where save_model_path holds another one, and remove that")
 
     def __post_init__(self) -> None:
         defaults = type(self).defaults()

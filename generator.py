@@ -53,7 +53,7 @@ class AugmentedImageSequence(keras.utils.Sequence):
     """Batches of images and labels.
 
     Order and augmentation follow from `(seed, epoch, index)` alone, whatever the number of workers; set `epoch`
-    before each epoch of training.
+    before each epoch of training, and `first_step` to leave out the batches before it.
 
     Args:
         paths: image files.
@@ -88,19 +88,21 @@ class AugmentedImageSequence(keras.utils.Sequence):
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
+        self.first_step = 0
         self.error: UserError | None = None
         self._of_thread = threading.local()
 
     @property
     def steps(self) -> int:
-        """Batches an epoch."""
+        """Batches a whole epoch."""
         return math.ceil(len(self.paths) / self.batch_size)
 
     def __len__(self) -> int:
-        return self.steps
+        return self.steps - self.first_step
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns batch `index` of this epoch: uint8 RGB `(batch, height, width, 3)` and its labels."""
+        """Returns batch `first_step + index` of this epoch: uint8 RGB `(batch, height, width, 3)` and its labels."""
+        index += self.first_step
         rows = self._order()[index * self.batch_size : (index + 1) * self.batch_size]
         try:
             images = np.stack([resize_image(read_image(path), self.image_size) for path in self.paths[rows]])

@@ -1,12 +1,17 @@
-"""Trains a classifier on the images of train_csv; all it writes goes to save_model_path."""
+"""Trains a classifier on the images of train_csv; all it writes goes to save_model_path.
+
+With load_model_path it continues a run, and ends with the model that the run would have given without a stop.
+"""
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from configs import Configs, run_script
+from configs import Configs, UserError, run_script
 
 if TYPE_CHECKING:
     import keras
@@ -14,42 +19,83 @@ if TYPE_CHECKING:
     from callbacks import Checkpoint
     from generator import AugmentedImageSequence
 
+# What a run writes, as patterns: a new run into the same folder may not mix with it.
+RUN_FILES = ("best_model.keras", "latest_model.keras", "model_epoch_*.keras", "training_log.*", "best_auroc.log")
+RUN_FILES += (".training_stats.json", "configs.json", "logs")
+
 
 def main(configs: Configs) -> dict:
     """Seeds, reads the data, builds or loads the model, trains; returns the last epoch's figures and the best."""
     # Imported here, so that --help does not wait for TensorFlow.
-    from callbacks import build_callbacks
+    from callbacks import Interruption, build_callbacks, check_same_data
     from model import get_loss
-    from utils import keep_freed_memory, naming_bad_images, resolve_class_names, set_gpu_usage, set_seed, write_json
+    from utils import keep_freed_memory, locked, resolve_class_names, set_gpu_usage, set_seed, write_json
 
+    model_path, state, configs = find_start(configs)
+    if state and has_ended(state, configs):
+        print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
+        return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
     set_gpu_usage(configs.gpu_percentage)
     keep_freed_memory()
-    configs.random_seed = set_seed(configs.random_seed)
+    configs.random_seed = set_seed(configs.random_seed, configs.deterministic)
     configs.classes = resolve_class_names(
         configs.classes, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
     )
     training, validation = get_generators(configs)
+    if state:
+        check_same_data(state, training, validation)
     loss, class_weights = get_loss(configs, training.labels)
-    model, state = get_model(configs, loss)
-    first_epoch = state["epochs_completed"] if state else 0
-    if first_epoch >= configs.num_epochs:
-        print(f"This run has completed its {first_epoch} epochs. Raise num_epochs to go on.")
-        return {"epochs_completed": first_epoch, "best": state["best"]}
-
-    write_json(os.path.join(configs.save_model_path, "configs.json"), configs.to_dict())
-    if configs.show_model_summary:
-        model.summary()
-    callbacks = build_callbacks(configs, training, validation, loss, state)
-    with naming_bad_images(training, validation):
-        model.fit(
-            training,
-            epochs=configs.num_epochs,
-            initial_epoch=first_epoch,
-            class_weight=class_weights,
-            callbacks=callbacks,
-            shuffle=False,
-        )
+    model = get_model(configs, loss, model_path, state)
+    with locked(configs.save_model_path), Interruption() as interruption:
+        clear_folder(configs)
+        write_json(os.path.join(configs.save_model_path, "configs.json"), configs.to_dict())
+        if configs.show_model_summary:
+            model.summary()
+        callbacks = build_callbacks(configs, training, validation, loss, interruption, state)
+        fit(model, training, validation, configs.num_epochs, state, class_weights, callbacks)
     return report(callbacks[-1], configs.save_model_path)
+
+
+def find_start(configs: Configs) -> tuple[str, dict[str, Any] | None, Configs]:
+    """Finds the model to continue from, if any, the state of its training, if it carries one, and the run's configs."""
+    from callbacks import configs_to_continue, read_state
+    from utils import resolve_model_path
+
+    refuse_other_run(configs)
+    if not configs.load_model_path:
+        return "", None, configs
+    path = resolve_model_path(configs.load_model_path, preferred=("latest_model.keras", "best_model.keras"))
+    state = read_state(path)
+    if state is None:
+        print(f"{path} carries no training state: its weights are the start of a new run, at epoch 0.")
+        return path, None, configs
+    steps = f" and {state['steps_completed']} steps" * bool(state["steps_completed"])
+    print(f"Continuing {path} after {state['epochs_completed']} epochs{steps}.")
+    return path, state, configs_to_continue(configs, state, path)
+
+
+def refuse_other_run(configs: Configs) -> None:
+    """Raises UserError where save_model_path holds models that this run neither continues nor may remove."""
+    folder = configs.save_model_path
+    held = [path for pattern in RUN_FILES[:3] for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
+    source = (
+        configs.load_model_path if os.path.isdir(configs.load_model_path) else os.path.dirname(configs.load_model_path)
+    )
+    continues = bool(configs.load_model_path) and os.path.realpath(source) == os.path.realpath(folder)
+    if held and not continues and not configs.overwrite:
+        raise UserError(
+            f"{folder} holds the models of another run ({os.path.basename(held[0])}). Continue it with "
+            f"--load_model_path {folder}, choose another save_model_path, or remove it with --overwrite True."
+        )
+
+
+def has_ended(state: dict[str, Any], configs: Configs) -> bool:
+    """Tells whether a run has nothing left to do: its epochs are over, or it stopped early."""
+    from callbacks import stops_early
+
+    return state["epochs_completed"] >= configs.num_epochs or (
+        not state["steps_completed"] and stops_early(state, configs.early_stopping_patience)
+    )
 
 
 def get_generators(configs: Configs) -> tuple[AugmentedImageSequence, AugmentedImageSequence]:
@@ -69,23 +115,69 @@ def get_generators(configs: Configs) -> tuple[AugmentedImageSequence, AugmentedI
     return training, validation
 
 
-def get_model(configs: Configs, loss: Callable) -> tuple[keras.Model, dict[str, Any] | None]:
-    """Builds the model, or loads the one to continue from with the state of its training, if it carries one."""
-    from callbacks import read_state
+def get_model(configs: Configs, loss: Callable, model_path: str, state: dict[str, Any] | None) -> keras.Model:
+    """Builds the model, or loads the one to start from; with a state, its optimizer goes on too."""
     from model import ModelFactory, compile_model
-    from utils import load_fitting_model, resolve_model_path
+    from utils import load_fitting_model
 
-    if not configs.load_model_path:
-        model = ModelFactory().get_model(configs)
-        return compile_model(model, configs, loss), None
-    path = resolve_model_path(configs.load_model_path, preferred=("latest_model.keras", "best_model.keras"))
-    state = read_state(path)
-    model = load_fitting_model(path, configs.classes, configs.image_target_size[:2], with_optimizer=state is not None)
+    if not model_path:
+        return compile_model(ModelFactory().get_model(configs), configs, loss)
+    size = configs.image_target_size[:2]
+    model = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
     if state is None:
-        print(f"{path} carries no training state: its weights are the start of a new run, at epoch 0.")
-    else:
-        print(f"Continuing {path} after epoch {state['epochs_completed']}.")
-    return compile_model(model, configs, loss, optimizer=model.optimizer if state else None), state
+        return compile_model(model, configs, loss)
+    if configs.learning_rate != state["configs"]["learning_rate"]:
+        model.optimizer.learning_rate = configs.learning_rate
+    return compile_model(model, configs, loss, optimizer=model.optimizer)
+
+
+def clear_folder(configs: Configs) -> None:
+    """Removes what killed processes left in the run's folder and, to overwrite, the run that it holds."""
+    from utils import remove_stale_files
+
+    remove_stale_files(configs.save_model_path)
+    if configs.overwrite and not configs.load_model_path:
+        for pattern in RUN_FILES:
+            for path in glob.glob(os.path.join(glob.escape(configs.save_model_path), pattern)):
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
+def fit(
+    model: keras.Model,
+    training: AugmentedImageSequence,
+    validation: AugmentedImageSequence,
+    num_epochs: int,
+    state: dict[str, Any] | None,
+    class_weights: dict[int, float] | None,
+    callbacks: list[keras.callbacks.Callback],
+) -> None:
+    """Runs Keras's fit with a progress bar, from the state's step on.
+
+    Raises:
+        UserError: an image turns out to be unreadable, or the loss is not finite.
+    """
+    from utils import naming_bad_images
+
+    def run(first_epoch: int, end: int) -> None:
+        model.fit(
+            training,
+            epochs=end,
+            initial_epoch=first_epoch,
+            class_weight=class_weights,
+            callbacks=callbacks,
+            shuffle=False,
+        )
+
+    first_epoch = state["epochs_completed"] if state else 0
+    with naming_bad_images(training, validation):
+        if state and state["steps_completed"]:
+            # The rest of an epoch has fewer steps than those after it: Keras wants a call of its own for each number.
+            model.test_on_batch(*training[0])
+            training.first_step = state["steps_completed"]
+            run(first_epoch, first_epoch + 1)
+            training.first_step, first_epoch = 0, first_epoch + 1
+        if first_epoch < num_epochs and not model.stop_training:
+            run(first_epoch, num_epochs)
 
 
 def report(checkpoint: Checkpoint, save_model_path: str) -> dict:

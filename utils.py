@@ -9,9 +9,10 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -27,6 +28,8 @@ IMAGE_COLUMN = "path"
 LABEL_SEPARATOR = "$"
 MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
 LONGEST_LIST = 5
+TEMPORARY_PREFIX = ".tmp-"
+LOCK_FILE = ".lock"
 
 
 # Files
@@ -34,28 +37,97 @@ LONGEST_LIST = 5
 
 @contextlib.contextmanager
 def atomic_path(path: str) -> Iterator[str]:
-    """Yields the name of a temporary file beside `path`, which takes its place once it is whole and on the disk.
+    """Yields the name of a temporary file, which takes the place of `path` once it is whole and on the disk.
 
-    The temporary name keeps the ending, by which some writers tell the format.
+    It has the same name in a temporary folder beside `path`: some writers tell the format by the ending.
 
     Raises:
         UserError: the folder cannot be made or written.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".tmp-{os.getpid()}-{name}")
+    temporary_folder = os.path.join(folder, f"{TEMPORARY_PREFIX}{os.getpid()}")
+    temporary = os.path.join(temporary_folder, name)
     try:
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(temporary_folder, exist_ok=True)
         yield temporary
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(folder)
     except OSError as error:
         raise UserError(
             f"Cannot write {path}: {error.strerror or error}. Free the space or choose another path."
         ) from error
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        shutil.rmtree(temporary_folder, ignore_errors=True)
+
+
+def sync_folder(folder: str) -> None:
+    """Brings a folder's list of names to the disk, where the system has that (Windows has not)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_stale_files(folder: str) -> None:
+    """Removes the temporary files that processes of the past left in a folder when they were killed."""
+    for entry in os.scandir(folder):
+        owner = entry.name.removeprefix(TEMPORARY_PREFIX)
+        if owner != entry.name and owner.isdigit() and (int(owner) == os.getpid() or not is_running(int(owner))):
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def is_running(process_id: int) -> bool:
+    """Tells whether a process exists; where the system cannot say, that it does."""
+    try:
+        os.kill(process_id, 0) if os.name == "posix" else None
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Holds a folder for this process alone; the system lets go of it however the process ends.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
+    """
+    path = os.path.join(folder, LOCK_FILE)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115 - closed below, after the lock's work is done
+    except OSError as error:
+        raise UserError(f"Cannot write into {folder}: {error.strerror}. Choose another save_model_path.") from error
+    try:
+        lock_file(file)
+        yield
+    except BlockingIOError as error:
+        raise UserError(
+            f"Another process is training into {folder}. Wait, or choose another save_model_path."
+        ) from error
+    finally:
+        file.close()
+
+
+def lock_file(file: TextIO) -> None:
+    """Locks an open file for this process; raises BlockingIOError where another one has."""
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise BlockingIOError from error
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def write_text(path: str, text: str) -> None:
@@ -260,8 +332,12 @@ def damped_inverse(counts: np.ndarray, reference: np.ndarray) -> np.ndarray:
 # Seeds and devices
 
 
-def set_seed(random_seed: int | None) -> int:
+def set_seed(random_seed: int | None, deterministic: bool = False) -> int:
     """Seeds Python, NumPy and Keras; None draws a seed.
+
+    Args:
+        random_seed: below 2**32.
+        deterministic: also make TensorFlow's operations give the same bits every time, where they can.
 
     Returns:
         The seed in use.
@@ -270,6 +346,10 @@ def set_seed(random_seed: int | None) -> int:
 
     seed = int.from_bytes(os.urandom(4), "little") if random_seed is None else random_seed
     keras.utils.set_random_seed(seed)
+    if deterministic:
+        import tensorflow as tf
+
+        tf.config.experimental.enable_op_determinism()
     return seed
 
 
