@@ -3,10 +3,12 @@ import re
 import subprocess
 import sys
 import urllib.error
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 from configs import BACKBONE_NAMES, Configs, UserError
@@ -27,6 +29,11 @@ from model import (
 )
 
 PARTS = ("downscaling", "preprocessing", "backbone", "classifier")
+SMALLEST_OF_FAMILY = (
+    *("VGG16", "DenseNet121", "Xception", "ResNet50", "ResNet50V2", "InceptionV3", "InceptionResNetV2"),
+    *("NASNetMobile", "MobileNet", "MobileNetV2", "MobileNetV3Small", "EfficientNetB0", "EfficientNetV2B0"),
+    "ConvNeXtTiny",
+)
 SLOW_SIZES = {"Xception": (71, 96), "InceptionV3": (107, 139), "InceptionResNetV2": (107, 139)}
 
 
@@ -452,14 +459,7 @@ def test_missing_imagenet_weights_are_explained(no_download, failure):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("VGG19", "DenseNet121", "Xception", "ResNet50", "ResNet50V2", "InceptionV3", "InceptionResNetV2"),
-        *("NASNetMobile", "NASNetLarge", "MobileNetV2", "MobileNetV3Small", "EfficientNetB0", "EfficientNetV2B0"),
-        *("EfficientNetV2S", "ConvNeXtTiny"),
-    ],
-)
+@pytest.mark.parametrize("name", SMALLEST_OF_FAMILY)
 def test_missing_imagenet_weights_of_every_family_are_explained(no_download, name):
     check_missing_weights(name, no_download(FAILURES["offline"]))
 
@@ -491,13 +491,21 @@ def test_a_saved_model_loads_without_this_project(tmp_path, name, options):
     np.testing.assert_allclose(np.load(paths[-1]), model(images, training=False), rtol=1e-5, atol=1e-6)
 
 
+class Built(NamedTuple):
+    name: str
+    model: keras.Model
+    own_last_name: str
+    images: np.ndarray
+    probabilities: np.ndarray
+
+
 @pytest.fixture(scope="module", params=BACKBONE_NAMES)
 def built(request):
-    own_names = {}
+    own_names = []
 
     def remember(*args, **kwargs):
         model = application(*args, **kwargs)
-        own_names["last"] = model.layers[-1].name
+        own_names.append(model.layers[-1].name)
         return model
 
     name = request.param
@@ -507,54 +515,53 @@ def built(request):
         patch.setattr(keras.applications, name, remember)
         model = build_alive(visual_model_name=name, image_target_size=(*SLOW_SIZES.get(name, (64, 96)), 3))
     freeze_layers(model.get_layer("backbone"), 3)
-    yield name, model, own_names["last"]
+    images = random_images(1, *model.input_shape[1:])
+    yield Built(name, model, own_names[0], images, np.asarray(model(images, training=False)))
     del model
     keras.backend.clear_session()
 
 
-@pytest.fixture(scope="module")
-def images(built):
-    return random_images(1, *built[1].input_shape[1:])
+@pytest.fixture
+def graphs_of_small_ones_only(built):
+    tf.config.run_functions_eagerly(built.name not in SMALLEST_OF_FAMILY)
+    yield
+    tf.config.run_functions_eagerly(False)
 
 
 @pytest.mark.slow
-def test_backbone_takes_an_image(built, images):
-    probabilities = np.asarray(built[1](images, training=False))
-    assert probabilities.shape == (1, 3)
-    assert probabilities.sum() == pytest.approx(1, abs=1e-5)
-    assert np.ptp(probabilities) > 1e-3
+def test_backbone_takes_an_image(built):
+    assert built.probabilities.shape == (1, 3)
+    assert built.probabilities.sum() == pytest.approx(1, abs=1e-5)
+    assert np.ptp(built.probabilities) > 1e-3
 
 
 @pytest.mark.slow
 def test_last_conv_layer_is_the_backbones_last(built):
-    name, model, own_name = built
-    last = model.get_layer("backbone").layers[-1]
-    assert ModelFactory().get_last_conv_layer(name) == last.name
-    assert last.output.shape == model.get_layer("backbone").output_shape
+    backbone = built.model.get_layer("backbone")
+    last = backbone.layers[-1]
+    assert ModelFactory().get_last_conv_layer(built.name) == last.name
+    assert last.output.shape == backbone.output_shape
     assert len(last.output.shape) == 4
-    assert last.name.startswith("last_") or last.name == own_name
+    assert last.name.startswith("last_") or last.name == built.own_last_name
     assert last.name in LAST_LAYER_OF_FAMILY.values()
 
 
 @pytest.mark.slow
-def test_backbone_gives_a_heatmap(built, images):
-    _, model, _ = built
-    heatmaps, probabilities = GradCam(model)(images)
-    assert heatmaps.shape == (1, *model.get_layer("backbone").output_shape[1:3])
+@pytest.mark.usefixtures("graphs_of_small_ones_only")
+def test_backbone_gives_a_heatmap(built):
+    heatmaps, probabilities = GradCam(built.model)(built.images)
+    assert heatmaps.shape == (1, *built.model.get_layer("backbone").output_shape[1:3])
     assert np.isfinite(heatmaps).all()
     assert heatmaps.min() >= 0
     assert heatmaps.max() in (0, 1)
-    np.testing.assert_allclose(probabilities, model(images, training=False), atol=1e-5)
+    np.testing.assert_allclose(probabilities, built.probabilities, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_backbone_survives_saving(built, images, tmp_path):
-    _, model, _ = built
+def test_backbone_survives_saving(built, tmp_path):
     path = tmp_path / "model.keras"
-    model.save(path)
-    loaded = keras.models.load_model(path)
+    built.model.save(path)
+    loaded = keras.models.load_model(path, compile=False)
     path.unlink()
-    np.testing.assert_allclose(loaded(images, training=False), model(images, training=False), rtol=1e-5, atol=1e-7)
-    assert len(loaded.trainable_weights) == len(model.trainable_weights)
-    for old, new in zip(model.weights, loaded.weights, strict=True):
-        np.testing.assert_array_equal(old.numpy(), new.numpy())
+    np.testing.assert_allclose(loaded(built.images, training=False), built.probabilities, rtol=1e-5, atol=1e-7)
+    assert len(loaded.trainable_weights) == len(built.model.trainable_weights)

@@ -56,6 +56,7 @@ def trained(split_photos, tmp_path_factory):
         train_csv=str(split_photos[0]),
         test_csv=str(split_photos[1]),
         visual_model_name="MobileNet",
+        pop_conv_layers=37,
         image_target_size=(32, 32, 3),
         use_imagenet_weights=False,
         num_epochs=2,
@@ -75,6 +76,7 @@ def trained_multilabel(multilabel_csv, tmp_path_factory):
         image_directory=str(multilabel_csv.parent),
         multi_label_classification=True,
         visual_model_name="MobileNet",
+        pop_conv_layers=37,
         image_target_size=(32, 32, 3),
         use_imagenet_weights=False,
         num_epochs=2,
@@ -91,7 +93,7 @@ def test_train_writes_every_file(trained):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         *("best_model.keras", "latest_model.keras", "model_epoch_001.keras", "model_epoch_002.keras"),
-        *("configs.json", "training_log.csv", "logs", ".training_stats.json"),
+        *("configs.json", "training_log.csv", "logs", ".training_stats.json", ".lock"),
     }
     assert {path.name for path in (folder / "logs").iterdir()} == {"train", "validation"}
     stored = json.loads((folder / "configs.json").read_text())
@@ -183,6 +185,7 @@ def test_compressed_model_predicts_the_same_from_a_smaller_file(trained):
     assert evaluation.main(configs.replace(load_model_path=compressed_path))["test"]["accuracy"] >= 0
 
 
+@pytest.mark.slow
 def test_saved_model_loads_without_this_project(trained, tmp_path):
     configs, _ = trained
     code = "import sys, keras; print(keras.models.load_model(sys.argv[1]).optimizer.iterations.numpy())"
@@ -193,26 +196,12 @@ def test_saved_model_loads_without_this_project(trained, tmp_path):
     assert found.stdout.split() == ["8"], found.stderr
 
 
-def test_training_continues_from_a_folder(split_photos, small_run, capsys):
-    first = train.main(small_run(*split_photos, num_epochs=1))
-    second_configs = small_run(*split_photos, num_epochs=2)
-    second_configs = second_configs.replace(load_model_path=second_configs.save_model_path)
-    second = train.main(second_configs)
-    assert "Continuing" in capsys.readouterr().out
-    log = pd.read_csv(Path(second_configs.save_model_path) / "training_log.csv")
-    assert log["epoch"].tolist() == [1, 2]
-    assert log["loss"][0] == pytest.approx(first["loss"])
-    assert second["epoch"] == 2
-    assert train.main(second_configs)["epochs_completed"] == 2
-    assert "has completed its 2 epochs" in capsys.readouterr().out
-
-
-def test_a_model_without_state_starts_a_new_run(split_photos, small_run, tmp_path, capsys):
-    configs = small_run(*split_photos, num_epochs=1)
-    train.main(configs)
-    loaded = load_model(os.path.join(configs.save_model_path, "best_model.keras"))
-    loaded.save(tmp_path / "bare.keras")
-    restarted = configs.replace(load_model_path=str(tmp_path / "bare.keras"), save_model_path=str(tmp_path / "second"))
+def test_a_model_without_state_starts_a_new_run(trained, tmp_path, capsys):
+    configs, _ = trained
+    load_model(os.path.join(configs.save_model_path, "best_model.keras")).save(tmp_path / "bare.keras")
+    restarted = configs.replace(
+        load_model_path=str(tmp_path / "bare.keras"), save_model_path=str(tmp_path / "second"), num_epochs=1
+    )
     assert train.main(restarted)["epoch"] == 1
     assert "carries no training state" in capsys.readouterr().out
 
