@@ -110,7 +110,6 @@ def write_caption(image: np.ndarray, caption: str) -> np.ndarray:
     text = caption.encode("ascii", "replace").decode()
     while len(text) > 1 and cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] > width - 4:
         text = text[:-1]
-    canvas = np.full((image.shape[0] + bar, width, 3), 255, np.uint8)
-    canvas[: image.shape[0]] = image
-    position = (2, image.shape[0] + int(bar * 0.72))
-    return cv2.putText(canvas, text, position, cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    canvas = np.full((bar, width, 3), 255, np.uint8)
+    cv2.putText(canvas, text, (2, int(bar * 0.72)), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.concatenate([image, canvas])

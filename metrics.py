@@ -27,7 +27,10 @@ def get_evaluation_metrics(y_true: np.ndarray, probabilities: np.ndarray, class_
     predicted, positions = probabilities.argmax(axis=1), np.arange(len(class_names))
     return {
         "accuracy": float(sk.accuracy_score(y_true, predicted)),
-        "per_class": _per_class(y_true, predicted, positions, class_names),
+        "per_class": {
+            name: _binary_metrics(y_true == position, predicted == position)
+            for position, name in enumerate(class_names)
+        },
         "confusion_matrix": sk.confusion_matrix(y_true, predicted, labels=positions).tolist(),
     }
 
@@ -48,37 +51,40 @@ def get_multilabel_evaluation_metrics(
         class name: precision, recall, f1 and support (0 where undefined), `auroc` and `average_precision` (None where
         a class has no positive, or for AUROC no negative, and then left out of the mean).
     """
-    predicted = probabilities >= threshold
+    truth, predicted = y_true.astype(bool), probabilities >= threshold
     aurocs = get_aurocs(y_true, probabilities)
     precisions = get_average_precisions(y_true, probabilities)
-    per_class = _per_class(y_true, predicted, np.arange(len(class_names)), class_names)
-    for name, auroc, precision in zip(class_names, aurocs, precisions, strict=True):
-        per_class[name] |= {"auroc": none_if_undefined(auroc), "average_precision": none_if_undefined(precision)}
+    per_class = {}
+    for position, name in enumerate(class_names):
+        per_class[name] = _binary_metrics(truth[:, position], predicted[:, position])
+        per_class[name]["auroc"] = none_if_undefined(aurocs[position])
+        per_class[name]["average_precision"] = none_if_undefined(precisions[position])
     return {
         "mean_auroc": none_if_undefined(mean_of_defined(aurocs)),
         "mean_average_precision": none_if_undefined(mean_of_defined(precisions)),
-        "exact_match_accuracy": float(sk.accuracy_score(y_true, predicted)),
-        "hamming_loss": float(sk.hamming_loss(y_true, predicted)),
+        "exact_match_accuracy": float((truth == predicted).all(axis=1).mean()),
+        "hamming_loss": float((truth != predicted).mean()),
         "threshold": float(threshold),
         "per_class": per_class,
     }
 
 
-def _per_class(
-    y_true: np.ndarray, predicted: np.ndarray, positions: np.ndarray, class_names: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    columns = sk.precision_recall_fscore_support(y_true, predicted, labels=positions, average=None, zero_division=0)
-    return {
-        name: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(support)}
-        for name, precision, recall, f1, support in zip(class_names, *columns, strict=True)
-    }
+def _binary_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+    """Returns precision, recall, f1 and support of one class from boolean `(images,)`; 0 where undefined."""
+    precision, recall, f1, _ = sk.precision_recall_fscore_support(
+        truth, predicted, average="binary", pos_label=True, zero_division=0
+    )
+    return {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(truth.sum())}
 
 
 def get_aurocs(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Returns the area under the ROC curve of each class, NaN where all images or none have it; `(classes,)`."""
+    """Returns the area under the ROC curve of each class, NaN where it is undefined; `(classes,)`.
+
+    It is where all images or none have the class, and where a score is not finite.
+    """
     return np.array(
         [
-            sk.roc_auc_score(truth, scores) if 0 < truth.sum() < len(truth) else np.nan
+            sk.roc_auc_score(truth, scores) if 0 < truth.sum() < len(truth) and np.isfinite(scores).all() else np.nan
             for truth, scores in zip(y_true.T, probabilities.T, strict=True)
         ]
     )
@@ -120,11 +126,12 @@ def find_exact_match_threshold(
         The threshold (the middle of the best ones where several do equally well) and its exact-match accuracy.
     """
     lowest, highest = threshold_range
-    candidates = np.round(np.arange(lowest, highest + THRESHOLD_STEP / 2, THRESHOLD_STEP), 4)
+    # Python numbers: NumPy's own would compare in another precision than the evaluation does.
+    candidates = np.round(np.arange(lowest, highest + THRESHOLD_STEP / 2, THRESHOLD_STEP), 4).tolist()
     truth = y_true.astype(bool)
     accuracies = np.array([((probabilities >= threshold) == truth).all(axis=1).mean() for threshold in candidates])
     best = np.flatnonzero(accuracies == accuracies.max())
-    return float(candidates[best[len(best) // 2]]), float(accuracies.max())
+    return candidates[best[len(best) // 2]], float(accuracies.max())
 
 
 def format_evaluation(metrics: dict[str, Any]) -> str:

@@ -8,10 +8,11 @@ that no script can get it wrong. Only stock Keras layers: `keras.models.load_mod
 from __future__ import annotations
 
 import contextlib
+import http.client
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import keras
@@ -254,7 +255,7 @@ def build_backbone(name: str, image_size: Sequence[int], use_imagenet_weights: b
     Raises:
         UserError: the weights cannot be had, or too many layers are dropped.
     """
-    with _explaining_missing_weights():
+    with _explaining_missing_weights(name):
         application = getattr(keras.applications, name)(
             include_top=False,
             weights="imagenet" if use_imagenet_weights else None,
@@ -266,33 +267,39 @@ def build_backbone(name: str, image_size: Sequence[int], use_imagenet_weights: b
             f"pop_conv_layers: {name} has {len(application.layers) - 1} layers after its input. "
             f"Received: {pop_layers}. Choose a smaller number."
         )
-    features = application.layers[-1 - pop_layers].output
-    if len(features.shape) != 4:
-        spatial = [n for n in range(pop_layers) if len(application.layers[-1 - n].output.shape) == 4]
+    maps = [n for n in range(pop_layers + 1) if _is_feature_map(application.layers[-1 - n].output, application.output)]
+    if maps[-1] != pop_layers:
         raise UserError(
             f"pop_conv_layers: without its last {pop_layers} layers, {name} ends in "
-            f"'{application.layers[-1 - pop_layers].name}', which is no feature map. Choose {spatial[-1]}."
+            f"'{application.layers[-1 - pop_layers].name}', which is no feature map. Choose {maps[-1]}."
         )
-    return keras.Model(application.input, features, name="backbone")
+    return keras.Model(application.input, application.layers[-1 - pop_layers].output, name="backbone")
+
+
+def _is_feature_map(output: keras.KerasTensor, last: keras.KerasTensor) -> bool:
+    """Tells feature maps from the pooled vectors inside attention blocks, which have less height and width."""
+    return len(output.shape) == 4 and output.shape[1] >= last.shape[1] and output.shape[2] >= last.shape[2]
 
 
 @contextlib.contextmanager
-def _explaining_missing_weights():
+def _explaining_missing_weights(name: str) -> Iterator[None]:
     """Turns Keras's failed download into the file that is missing and what to do."""
     try:
         yield
-    except Exception as error:  # Keras raises a bare Exception where a download fails
-        failed = re.search(r"URL fetch failure on (\S+?):? ", str(error))
-        if failed is None:
+    except Exception as error:  # Keras raises a bare Exception where an address cannot be reached
+        unreachable = re.search(r"URL fetch failure on (\S+): ", str(error))
+        broken_off = isinstance(error, OSError | http.client.HTTPException) or "corrupted file" in str(error)
+        if not unreachable and not broken_off:
             raise
-        file_name = failed.group(1).rstrip(":").rsplit("/", 1)[-1]
+        folder = os.path.join(os.environ.get("KERAS_HOME", os.path.expanduser("~/.keras")), "models")
+        file_name = unreachable.group(1).rsplit("/", 1)[-1] if unreachable else f"of {name}"
         # Keras stores this family's files under another spelling than it downloads them.
         if file_name.startswith("NASNet-"):
             file_name = file_name.replace("NASNet-", "nasnet_").replace("-", "_")
-        folder = os.path.join(os.environ.get("KERAS_HOME", os.path.expanduser("~/.keras")), "models")
+        source = f" from {unreachable.group(1)}" if unreachable else f" whole ({error})"
         raise UserError(
-            f"The ImageNet weights {file_name} are not in {folder} and could not be downloaded from "
-            f"{failed.group(1)}. Put the file there, or train without it: --use_imagenet_weights False."
+            f"The ImageNet weights {file_name} are not in {folder} and could not be downloaded{source}. "
+            "Put the file there, or train without it: --use_imagenet_weights False."
         ) from error
 
 
@@ -310,15 +317,24 @@ def freeze_layers(backbone: keras.Model, conv_layers_to_train: int) -> None:
     """
     if conv_layers_to_train < 0:
         return
-    convolutions = [position for position, layer in enumerate(backbone.layers) if isinstance(layer, CONVOLUTIONS)]
+    every_layer = leaf_layers(backbone)
+    convolutions = [position for position, layer in enumerate(every_layer) if isinstance(layer, CONVOLUTIONS)]
     if conv_layers_to_train > len(convolutions):
         raise UserError(
             f"conv_layers_to_train: the backbone has {len(convolutions)} convolutions. "
             f"Received: {conv_layers_to_train}. Choose -1 to train them all."
         )
-    first_trained = convolutions[-conv_layers_to_train] if conv_layers_to_train else len(backbone.layers)
-    for layer in backbone.layers[:first_trained]:
+    first_trained = convolutions[-conv_layers_to_train] if conv_layers_to_train else len(every_layer)
+    for layer in every_layer[:first_trained]:
         layer.trainable = False
+
+
+def leaf_layers(model: keras.Model) -> list[keras.Layer]:
+    """Returns a model's layers in their order, with those of its blocks in the blocks' place."""
+    leaves = []
+    for layer in model.layers:
+        leaves += leaf_layers(layer) if isinstance(layer, keras.Model) else [layer]
+    return leaves
 
 
 def set_batch_norm_momentum(backbone: keras.Model, momentum: float | None) -> None:
@@ -329,7 +345,7 @@ def set_batch_norm_momentum(backbone: keras.Model, momentum: float | None) -> No
     """
     if momentum is None:
         return
-    for layer in backbone.layers:
+    for layer in leaf_layers(backbone):
         if isinstance(layer, layers.BatchNormalization):
             layer.momentum = momentum
 

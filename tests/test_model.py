@@ -438,8 +438,6 @@ def no_download(monkeypatch, tmp_path):
 FAILURES = {
     "offline": urllib.error.URLError("Name or service not known"),
     "missing": urllib.error.HTTPError("https://example.org", 404, "Not Found", None, None),
-    "broken_off": ConnectionResetError(104, "Connection reset by peer"),
-    "timed_out": TimeoutError("The read operation timed out"),
 }
 
 
@@ -456,6 +454,14 @@ def check_missing_weights(name: str, targets: list[tuple[str, str]]) -> None:
 @pytest.mark.parametrize("failure", FAILURES)
 def test_missing_imagenet_weights_are_explained(no_download, failure):
     check_missing_weights("MobileNet", no_download(FAILURES[failure]))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), TimeoutError("timed out")])
+def test_a_download_that_breaks_off_is_explained(no_download, tmp_path, error):
+    no_download(error)
+    with pytest.raises(UserError, match="--use_imagenet_weights False") as caught:
+        build(use_imagenet_weights=True)
+    assert str(tmp_path / "models") in str(caught.value)
 
 
 @pytest.mark.slow
