@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import threading
 import zipfile
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
 
 import keras
 import numpy as np
@@ -20,9 +21,10 @@ import pandas as pd
 from configs import Configs, UserError
 from generator import AugmentedImageSequence
 from metrics import get_aurocs, mean_of_defined, none_if_undefined
-from utils import atomic_path, write_csv, write_json, write_text
+from utils import TEMPORARY_PREFIX, atomic_path, write_csv, write_json, write_text
 
 STATE_MEMBER = "training_state.json"
+LOCK_FILE = ".lock"
 
 
 class Validation(keras.callbacks.Callback):
@@ -107,6 +109,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.plateau = plateau
         self.interruption = interruption
         self.to_restore = state
+        self.plateau_state: dict[str, Any] = state["plateau"] if state else {}
         self.log: list[dict[str, float]] = list(state["log"]) if state else []
         self.best: float | None = state["best"] if state else None
         self.best_epoch: int | None = state["best_epoch"] if state else None
@@ -118,10 +121,10 @@ class Checkpoint(keras.callbacks.Callback):
         self.saved_view = keras.Model(self.model.inputs, self.model.outputs, name=self.model.name)
         stock = "binary_crossentropy" if self.validation.multi_label else "sparse_categorical_crossentropy"
         self.saved_view.compile(self.model.optimizer, loss=stock)
+        # The scheduler resets itself whenever `fit` begins, before this callback's turn.
+        for name, value in self.plateau_state.items():
+            setattr(self.plateau, name, value)
         if self.to_restore is not None:
-            # The scheduler resets itself when training begins, before this callback's turn.
-            for name, value in self.to_restore["plateau"].items():
-                setattr(self.plateau, name, value)
             for variable, value in zip(seed_states(self.model), self.to_restore["seed_states"], strict=True):
                 variable.assign(np.array(value, dtype="uint32"))
             self._write_logs()
@@ -154,6 +157,11 @@ class Checkpoint(keras.callbacks.Callback):
                 f"The validation loss is {logs['val_loss']} in epoch {epoch + 1}. The models in {self.folder} are of "
                 "before. Lower learning_rate, and continue with load_model_path."
             )
+        self.plateau_state = {
+            "wait": int(self.plateau.wait),
+            "best": float(self.plateau.best),
+            "cooldown_counter": int(self.plateau.cooldown_counter),
+        }
         self.log.append({"epoch": epoch + 1} | {name: float(value) for name, value in logs.items()})
         score = logs[self.monitor]
         is_best = not np.isnan(score) and (self.best is None or score > self.best)
@@ -184,11 +192,7 @@ class Checkpoint(keras.callbacks.Callback):
             "best": self.best,
             "best_epoch": self.best_epoch,
             "best_aurocs": self.best_aurocs,
-            "plateau": {
-                "wait": int(self.plateau.wait),
-                "best": None if self.plateau.best is None else float(self.plateau.best),
-                "cooldown_counter": int(self.plateau.cooldown_counter),
-            },
+            "plateau": self.plateau_state,
             "seed_states": [np.asarray(variable).tolist() for variable in seed_states(self.model)],
             "metrics": [np.asarray(variable).tolist() for metric in metrics for variable in metric.variables],
             "log": self.log,
@@ -328,6 +332,64 @@ def read_state(path: str) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, zipfile.BadZipFile, KeyError, ValueError), zipfile.ZipFile(path) as archive:
         return json.loads(archive.read(STATE_MEMBER))
     return None
+
+
+def remove_stale_files(folder: str) -> None:
+    """Removes the temporary files that processes of the past left in a folder when they were killed."""
+    for entry in os.scandir(folder):
+        found = re.match(rf"{re.escape(TEMPORARY_PREFIX)}(\d+)-", entry.name)
+        if found and (int(found[1]) == os.getpid() or not is_running(int(found[1]))):
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def is_running(process_id: int) -> bool:
+    """Tells whether a process exists; where the system cannot say, that it does."""
+    try:
+        os.kill(process_id, 0) if os.name == "posix" else None
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Holds a folder for this process alone; the system lets go of it however the process ends.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
+    """
+    path = os.path.join(folder, LOCK_FILE)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115 - closed below, after the lock's work is done
+    except OSError as error:
+        raise UserError(f"Cannot write into {folder}: {error.strerror}. Choose another save_model_path.") from error
+    try:
+        lock_file(file)
+        yield
+    except BlockingIOError as error:
+        raise UserError(
+            f"Another process is training into {folder}. Wait, or choose another save_model_path."
+        ) from error
+    finally:
+        file.close()
+
+
+def lock_file(file: TextIO) -> None:
+    """Locks an open file for this process; raises BlockingIOError where another one has."""
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise BlockingIOError from error
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str) -> Configs:

@@ -67,7 +67,7 @@ def list_images(folder_path: str, class_names: list[str]) -> tuple[dict[str, lis
     """
     images, others = {}, []
     for name in class_names:
-        paths = sorted(walk_visible(os.path.join(folder_path, name)))
+        paths = sorted(walk_visible(os.path.normpath(os.path.join(folder_path, name))))
         images[name] = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
         others += [path for path in paths if not path.lower().endswith(IMAGE_SUFFIXES)]
     return images, others

@@ -27,9 +27,9 @@ RUN_FILES += (".training_stats.json", "configs.json", "logs")
 def main(configs: Configs) -> dict:
     """Seeds, reads the data, builds or loads the model, trains; returns the last epoch's figures and the best."""
     # Imported here, so that --help does not wait for TensorFlow.
-    from callbacks import Interruption, build_callbacks, check_same_data
+    from callbacks import Interruption, build_callbacks, check_same_data, locked
     from model import get_loss
-    from utils import keep_freed_memory, locked, resolve_class_names, set_gpu_usage, set_seed, write_json
+    from utils import keep_freed_memory, resolve_class_names, set_gpu_usage, set_seed, write_json
 
     model_path, state, configs = find_start(configs)
     if state and has_ended(state, configs):
@@ -133,7 +133,7 @@ def get_model(configs: Configs, loss: Callable, model_path: str, state: dict[str
 
 def clear_folder(configs: Configs) -> None:
     """Removes what killed processes left in the run's folder and, to overwrite, the run that it holds."""
-    from utils import remove_stale_files
+    from callbacks import remove_stale_files
 
     remove_stale_files(configs.save_model_path)
     if configs.overwrite and not configs.load_model_path:
@@ -182,7 +182,10 @@ def fit(
 
 def report(checkpoint: Checkpoint, save_model_path: str) -> dict:
     """Prints the best epoch and where everything is; returns its figures with the last epoch's."""
-    print(f"Best {checkpoint.monitor}: {checkpoint.best:.4f} in epoch {checkpoint.best_epoch}.")
+    if checkpoint.best is None:
+        print(f"{checkpoint.monitor} is undefined in every epoch, so no model is the best one.")
+    else:
+        print(f"Best {checkpoint.monitor}: {checkpoint.best:.4f} in epoch {checkpoint.best_epoch}.")
     print(f"Models and logs are in {save_model_path}")
     return {"best": checkpoint.best, "best_epoch": checkpoint.best_epoch} | checkpoint.log[-1]
 

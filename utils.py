@@ -12,7 +12,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,7 +29,6 @@ LABEL_SEPARATOR = "$"
 MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
 LONGEST_LIST = 5
 TEMPORARY_PREFIX = ".tmp-"
-LOCK_FILE = ".lock"
 
 
 # Files
@@ -39,13 +38,14 @@ LOCK_FILE = ".lock"
 def atomic_path(path: str) -> Iterator[str]:
     """Yields the name of a temporary file, which takes the place of `path` once it is whole and on the disk.
 
-    It has the same name in a temporary folder beside `path`: some writers tell the format by the ending.
+    It has the same name in a temporary folder beside `path`: some writers tell the format by the ending. The
+    folder's name begins with this process's number, so that what a killed process leaves can be told.
 
     Raises:
         UserError: the folder cannot be made or written.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    temporary_folder = os.path.join(folder, f"{TEMPORARY_PREFIX}{os.getpid()}")
+    temporary_folder = os.path.join(folder, f"{TEMPORARY_PREFIX}{os.getpid()}-{name}")
     temporary = os.path.join(temporary_folder, name)
     try:
         os.makedirs(temporary_folder, exist_ok=True)
@@ -70,64 +70,6 @@ def sync_folder(folder: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def remove_stale_files(folder: str) -> None:
-    """Removes the temporary files that processes of the past left in a folder when they were killed."""
-    for entry in os.scandir(folder):
-        owner = entry.name.removeprefix(TEMPORARY_PREFIX)
-        if owner != entry.name and owner.isdigit() and (int(owner) == os.getpid() or not is_running(int(owner))):
-            shutil.rmtree(entry.path, ignore_errors=True)
-
-
-def is_running(process_id: int) -> bool:
-    """Tells whether a process exists; where the system cannot say, that it does."""
-    try:
-        os.kill(process_id, 0) if os.name == "posix" else None
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def locked(folder: str) -> Iterator[None]:
-    """Holds a folder for this process alone; the system lets go of it however the process ends.
-
-    Raises:
-        UserError: another process holds it, or the folder cannot be written.
-    """
-    path = os.path.join(folder, LOCK_FILE)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        file = open(path, "a")  # noqa: SIM115 - closed below, after the lock's work is done
-    except OSError as error:
-        raise UserError(f"Cannot write into {folder}: {error.strerror}. Choose another save_model_path.") from error
-    try:
-        lock_file(file)
-        yield
-    except BlockingIOError as error:
-        raise UserError(
-            f"Another process is training into {folder}. Wait, or choose another save_model_path."
-        ) from error
-    finally:
-        file.close()
-
-
-def lock_file(file: TextIO) -> None:
-    """Locks an open file for this process; raises BlockingIOError where another one has."""
-    try:
-        import fcntl
-    except ImportError:
-        import msvcrt
-
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            raise BlockingIOError from error
-        return
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def write_text(path: str, text: str) -> None:

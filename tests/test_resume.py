@@ -15,11 +15,10 @@ import pandas as pd
 import pytest
 
 import train
-from callbacks import read_state
+from callbacks import locked, read_state, remove_stale_files
 from configs import Configs, UserError
 from generator import AugmentedImageSequence
 from model import ModelFactory
-from utils import locked, remove_stale_files
 
 PROJECT = Path(__file__).parent.parent
 # A backbone cut to its first layers: what is tested is the training around it.
@@ -138,6 +137,20 @@ def test_a_signal_ends_after_the_step_and_the_rest_is_the_same(
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
+def test_the_plateau_goes_on_after_a_stop_within_an_epoch(tables, tmp_path, stop_at, monkeypatch):
+    options = options_of(tables, tmp_path / "whole", num_epochs=5, learning_rate=0.05, reduce_lr_patience=2)
+    start(**options)
+    log = pd.read_csv(tmp_path / "whole" / "training_log.csv")
+    assert log["val_loss"].idxmin() < 2, "this run must have a plateau to be a test of it"
+    options |= {"save_model_path": str(tmp_path / "run")}
+    stop_at(2, 3)
+    with pytest.raises(SystemExit):
+        start(**options)
+    monkeypatch.undo()
+    start(**options | {"load_model_path": str(tmp_path / "run")})
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 def test_a_finished_run_says_so_and_changes_nothing(tables, uninterrupted, capsys):
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
     start(**options_of(tables, uninterrupted, load_model_path=str(uninterrupted)))
@@ -202,7 +215,7 @@ def test_a_second_process_is_refused(tables, tmp_path):
 
 
 def test_temporary_files_of_dead_processes_are_removed(tmp_path):
-    stale, alive = tmp_path / ".tmp-999999999", tmp_path / f".tmp-{os.getppid()}"
+    stale, alive = tmp_path / ".tmp-999999999-a.keras", tmp_path / f".tmp-{os.getppid()}-a.keras"
     for folder in (stale, alive):
         folder.mkdir()
         (folder / "latest_model.keras").write_text("half")
@@ -310,11 +323,10 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
         process = subprocess.Popen(command_of(options | resume), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if attempt % 2:
             # A temporary folder of the process means that it is writing a file just now.
-            temporary = folder / f".tmp-{process.pid}"
             waits = int(rng.integers(1, 4))
 
-            def in_write(temporary=temporary, waits=[waits, False]):  # noqa: B006 - remembers between calls
-                exists = temporary.exists()
+            def in_write(pattern=f".tmp-{process.pid}-*", waits=[waits, False]):  # noqa: B006 - remembers between calls
+                exists = any(folder.glob(pattern))
                 waits[0] -= exists and not waits[1]
                 waits[1] = exists
                 return exists and waits[0] <= 0
@@ -334,7 +346,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
             assert process.returncode == 0
             break
         kills += 1
-        inside_a_write += (folder / f".tmp-{process.pid}").exists()
+        inside_a_write += any(folder.glob(f".tmp-{process.pid}-*"))
     assert kills >= 5
     assert inside_a_write >= 1
     assert not list(folder.glob(".tmp-*"))
