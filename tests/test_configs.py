@@ -54,6 +54,10 @@ DEFAULTS = [
     ("validation_csv", ""),
     ("random_seed", 0),
     ("batch_norm_momentum", 0.9),
+    ("deterministic", False),
+    ("checkpoint_every_steps", 0),
+    ("early_stopping_patience", 0),
+    ("overwrite", False),
 ]
 
 

@@ -317,7 +317,7 @@ def test_file_takes_its_place_when_it_is_whole(tmp_path):
     path = tmp_path / "new" / "a.txt"
     with utils.atomic_path(str(path)) as temporary:
         assert temporary.endswith("a.txt")
-        assert os.path.dirname(temporary) == str(path.parent)
+        assert Path(temporary).is_relative_to(path.parent)
         Path(temporary).write_text("new", encoding="utf-8")
         assert not path.exists()
     assert path.read_text("utf-8") == "new"

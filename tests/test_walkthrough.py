@@ -285,7 +285,7 @@ def test_a_test_label_that_training_never_saw_is_named(split_photos, small_run, 
 
 
 def test_a_users_mistake_is_one_line_and_exit_2(tmp_path):
-    found = run_script("train.py", "--train_csv", tmp_path / "none.csv", "--gpu_percentage", 0)
+    found = run_script("train.py", "--train_csv", tmp_path / "none.csv", cwd=tmp_path)
     assert found.returncode == 2
     lines = [line for line in found.stderr.splitlines() if line.startswith("Error")]
     assert lines == [
