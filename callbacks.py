@@ -47,6 +47,7 @@ class Validation(keras.callbacks.Callback):
         self.aurocs: np.ndarray | None = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Predicts the validation images and adds their figures to `logs`, which the callbacks after this one see."""
         y_true, probabilities = self.sequence.get_y_true(), self.model.predict(self.sequence, verbose=0)
         logs["val_loss"] = float(np.mean(self.loss(y_true, probabilities)))
         if self.multi_label:
@@ -64,6 +65,7 @@ class EpochOrder(keras.callbacks.Callback):
         self.sequence = sequence
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Runs before the epoch's workers start."""
         self.sequence.epoch = epoch
 
 
@@ -117,6 +119,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.epoch = 0
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        """Restores what Keras has just reset, and on resuming the random states and the logs."""
         # A plain view of the model with the mode's stock loss: the file loads without this project.
         self.saved_view = keras.Model(self.model.inputs, self.model.outputs, name=self.model.name)
         stock = "binary_crossentropy" if self.validation.multi_label else "sparse_categorical_crossentropy"
@@ -130,21 +133,18 @@ class Checkpoint(keras.callbacks.Callback):
             self._write_logs()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Restores the running figures of an epoch that began before the stop: Keras has just set them to zero."""
         self.epoch = epoch
-        if self.to_restore is not None:
-            # Keras has just set the running figures of the epoch to zero: an epoch begun before goes on with its own.
+        if self.to_restore is not None and self.to_restore["steps_completed"]:
             variables = [variable for metric in self.model.metrics for variable in metric.variables]
-            for variable, value in zip(variables, self.to_restore["metrics"], strict=False):
+            for variable, value in zip(variables, self.to_restore["metrics"], strict=True):
                 variable.assign(np.array(value, dtype=variable.dtype))
-            self.to_restore = None
+        self.to_restore = None
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float]) -> None:
+        """Stops on a loss that is not finite or on a signal; writes a checkpoint where one is due."""
         steps_completed = self.training.first_step + batch + 1
-        if not np.isfinite(logs["loss"]):
-            raise UserError(
-                f"The loss is {logs['loss']} in epoch {self.epoch + 1}, step {steps_completed}. The models in "
-                f"{self.folder} are of before. Lower learning_rate, and continue with load_model_path."
-            )
+        self._check_finite("loss", logs["loss"], f"epoch {self.epoch + 1}, step {steps_completed}")
         is_last = steps_completed == self.training.steps
         is_due = self.every_steps and steps_completed % self.every_steps == 0
         if not is_last and (is_due or self.interruption.signal):
@@ -152,11 +152,8 @@ class Checkpoint(keras.callbacks.Callback):
             self._stop_if_interrupted()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        if not np.isfinite(logs["val_loss"]):
-            raise UserError(
-                f"The validation loss is {logs['val_loss']} in epoch {epoch + 1}. The models in {self.folder} are of "
-                "before. Lower learning_rate, and continue with load_model_path."
-            )
+        """Writes the epoch's models and logs, the best one where it is that, and stops where that is due."""
+        self._check_finite("validation loss", logs["val_loss"], f"epoch {epoch + 1}")
         self.plateau_state = {
             "wait": int(self.plateau.wait),
             "best": float(self.plateau.best),
@@ -174,7 +171,7 @@ class Checkpoint(keras.callbacks.Callback):
         names += [f"model_epoch_{epoch + 1:03d}.keras"] * (not self.save_best_only)
         self._save([*names, "latest_model.keras"], epoch + 1, 0)
         self._write_logs()
-        self.model.stop_training = self.model.stop_training or stops_early(self.state(epoch + 1, 0), self.patience)
+        self.model.stop_training = stops_early(epoch + 1, self.best_epoch, self.patience)
         self._stop_if_interrupted()
 
     def state(self, epochs_completed: int, steps_completed: int) -> dict[str, Any]:
@@ -197,6 +194,13 @@ class Checkpoint(keras.callbacks.Callback):
             "metrics": [np.asarray(variable).tolist() for metric in metrics for variable in metric.variables],
             "log": self.log,
         }
+
+    def _check_finite(self, name: str, value: float, moment: str) -> None:
+        if not np.isfinite(value):
+            raise UserError(
+                f"The {name} is {value} in {moment}. What {self.folder} holds is of before. Lower learning_rate, and "
+                "continue with load_model_path."
+            )
 
     def _save(self, names: Sequence[str], epochs_completed: int, steps_completed: int) -> None:
         first, *others = (os.path.join(self.folder, name) for name in names)
@@ -292,9 +296,9 @@ def build_callbacks(
     return [EpochOrder(training), measure, plateau, curves, checkpoint]
 
 
-def stops_early(state: dict[str, Any], patience: int) -> bool:
+def stops_early(epochs_completed: int, best_epoch: int | None, patience: int) -> bool:
     """Tells whether a run has gone `patience` epochs without a better score; 0 never stops."""
-    return bool(patience) and state["epochs_completed"] - (state["best_epoch"] or 0) >= patience
+    return bool(patience) and epochs_completed - (best_epoch or 0) >= patience
 
 
 def fingerprint(sequence: AugmentedImageSequence) -> str:
@@ -426,8 +430,8 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
     if faults:
         raise UserError(
             f"{model_path} cannot go on with other options: {'; '.join(faults)}. "
-            f"Take the run's own with --configs {os.path.join(os.path.dirname(model_path), 'configs.json')}, "
-            "or start a new run."
+            f"Take the run's own with --configs {os.path.join(os.path.dirname(model_path), 'configs.json')}, or "
+            "start a new run from its weights alone, which compress_weights.py writes."
         )
     given = configs.given
     configs = configs.replace(**kept)

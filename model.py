@@ -132,8 +132,7 @@ class ModelFactory:
                 f"Received: {height}x{width}, {backbone_size[0]}x{backbone_size[1]} after downscaling. Enlarge it."
             )
         backbone = build_backbone(name, backbone_size, configs.use_imagenet_weights, configs.pop_conv_layers)
-        freeze_layers(backbone, configs.conv_layers_to_train)
-        set_batch_norm_momentum(backbone, configs.batch_norm_momentum)
+        prepare_backbone(backbone, configs.conv_layers_to_train, configs.batch_norm_momentum)
         classifier = build_classifier(
             len(configs.classes),
             configs.multi_label_classification,
@@ -301,6 +300,13 @@ def _explaining_missing_weights(name: str) -> Iterator[None]:
             f"The ImageNet weights {file_name} are not in {folder} and could not be downloaded{source}. "
             "Put the file there, or train without it: --use_imagenet_weights False."
         ) from error
+
+
+def prepare_backbone(backbone: keras.Model, conv_layers_to_train: int, batch_norm_momentum: float | None) -> None:
+    """Makes a backbone trainable as a run wants it: see `freeze_layers` and `set_batch_norm_momentum`."""
+    backbone.trainable = True
+    freeze_layers(backbone, conv_layers_to_train)
+    set_batch_norm_momentum(backbone, batch_norm_momentum)
 
 
 def freeze_layers(backbone: keras.Model, conv_layers_to_train: int) -> None:

@@ -78,24 +78,27 @@ def refuse_other_run(configs: Configs) -> None:
     """Raises UserError where save_model_path holds models that this run neither continues nor may remove."""
     folder = configs.save_model_path
     held = [path for pattern in RUN_FILES[:3] for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
-    source = (
-        configs.load_model_path if os.path.isdir(configs.load_model_path) else os.path.dirname(configs.load_model_path)
-    )
-    continues = bool(configs.load_model_path) and os.path.realpath(source) == os.path.realpath(folder)
-    if held and not continues and not configs.overwrite:
+    if held and not starts_in_own_folder(configs) and not configs.overwrite:
         raise UserError(
             f"{folder} holds the models of another run ({os.path.basename(held[0])}). Continue it with "
             f"--load_model_path {folder}, choose another save_model_path, or remove it with --overwrite True."
         )
 
 
+def starts_in_own_folder(configs: Configs) -> bool:
+    """Tells whether load_model_path leads into save_model_path."""
+    path = configs.load_model_path
+    source = path if os.path.isdir(path) else os.path.dirname(path)
+    return bool(path) and os.path.realpath(source) == os.path.realpath(configs.save_model_path)
+
+
 def has_ended(state: dict[str, Any], configs: Configs) -> bool:
     """Tells whether a run has nothing left to do: its epochs are over, or it stopped early."""
     from callbacks import stops_early
 
-    return state["epochs_completed"] >= configs.num_epochs or (
-        not state["steps_completed"] and stops_early(state, configs.early_stopping_patience)
-    )
+    epochs = state["epochs_completed"]
+    stopped = stops_early(epochs, state["best_epoch"], configs.early_stopping_patience)
+    return epochs >= configs.num_epochs or (stopped and not state["steps_completed"])
 
 
 def get_generators(configs: Configs) -> tuple[AugmentedImageSequence, AugmentedImageSequence]:
@@ -117,7 +120,7 @@ def get_generators(configs: Configs) -> tuple[AugmentedImageSequence, AugmentedI
 
 def get_model(configs: Configs, loss: Callable, model_path: str, state: dict[str, Any] | None) -> keras.Model:
     """Builds the model, or loads the one to start from; with a state, its optimizer goes on too."""
-    from model import ModelFactory, compile_model
+    from model import ModelFactory, compile_model, prepare_backbone
     from utils import load_fitting_model
 
     if not model_path:
@@ -125,6 +128,8 @@ def get_model(configs: Configs, loss: Callable, model_path: str, state: dict[str
     size = configs.image_target_size[:2]
     model = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
     if state is None:
+        if "backbone" in [layer.name for layer in model.layers]:
+            prepare_backbone(model.get_layer("backbone"), configs.conv_layers_to_train, configs.batch_norm_momentum)
         return compile_model(model, configs, loss)
     if configs.learning_rate != state["configs"]["learning_rate"]:
         model.optimizer.learning_rate = configs.learning_rate
@@ -136,7 +141,7 @@ def clear_folder(configs: Configs) -> None:
     from callbacks import remove_stale_files
 
     remove_stale_files(configs.save_model_path)
-    if configs.overwrite and not configs.load_model_path:
+    if configs.overwrite and not starts_in_own_folder(configs):
         for pattern in RUN_FILES:
             for path in glob.glob(os.path.join(glob.escape(configs.save_model_path), pattern)):
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
@@ -159,6 +164,7 @@ def fit(
     from utils import naming_bad_images
 
     def run(first_epoch: int, end: int) -> None:
+        """Trains the epochs from `first_epoch` to before `end`, counted from 0."""
         model.fit(
             training,
             epochs=end,

@@ -200,10 +200,17 @@ def test_a_model_without_state_starts_a_new_run(trained, tmp_path, capsys):
     configs, _ = trained
     load_model(os.path.join(configs.save_model_path, "best_model.keras")).save(tmp_path / "bare.keras")
     restarted = configs.replace(
-        load_model_path=str(tmp_path / "bare.keras"), save_model_path=str(tmp_path / "second"), num_epochs=1
+        load_model_path=str(tmp_path / "bare.keras"),
+        save_model_path=str(tmp_path / "second"),
+        num_epochs=1,
+        conv_layers_to_train=0,
     )
     assert train.main(restarted)["epoch"] == 1
     assert "carries no training state" in capsys.readouterr().out
+    before, after = (load_model(tmp_path / path) for path in ("bare.keras", "second/latest_model.keras"))
+    for name, moves in (("backbone", False), ("classifier", True)):
+        pairs = zip(before.get_layer(name).get_weights(), after.get_layer(name).get_weights(), strict=True)
+        assert any(not np.array_equal(old, new) for old, new in pairs) is moves
 
 
 def test_multilabel_run_selects_by_auroc(trained_multilabel):
