@@ -315,6 +315,42 @@ def test_processes_agree_on_the_class_order(trained):
         assert float(accuracies[1]) == pytest.approx(results["best"], abs=1e-4), found.stderr
 
 
+def test_the_readmes_python_examples_run(trained, split_photos, tmp_path, monkeypatch):
+    configs, _ = trained
+    shutil.copytree(configs.save_model_path, tmp_path / "saved_model")
+    shutil.copy(pd.read_csv(split_photos[1])["path"][0], tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    compress_weights.main(compress_weights.CompressConfigs())
+    examples = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.S)
+    assert len(examples) == 2
+    for example in examples:
+        names = {}
+        exec(example, names)
+        assert isinstance(names["model"], keras.Model)
+    assert names["names"][0] in names["probabilities"].keys() == {"blue", "green", "red"}
+
+
+@pytest.mark.slow
+def test_every_script_command_of_the_readme_runs_in_order(tmp_path):
+    for path in [*PROJECT.glob("*.py"), PROJECT / "data"]:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    # Training is cut short, and nothing is downloaded; the rest is as the README has it.
+    small = (
+        "--visual_model_name MobileNet --use_imagenet_weights False --pop_conv_layers 66 --image_target_size 32 32 3"
+    )
+    blocks = re.findall(r"```bash\n(.*?)```", (PROJECT / "README.md").read_text(), re.S)
+    commands = [line for block in blocks for line in block.splitlines() if line.startswith("python ")]
+    assert len(commands) >= 10
+    for command in commands:
+        words = command.split()[1:]
+        if words[0] == "train.py":
+            epochs = 2 if "--load_model_path" in words else 1
+            words += [*small.split(), "--num_epochs", str(epochs), "--overwrite", "True"]
+        found = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert found.returncode == 0, f"{command}\n{found.stderr}"
+    assert (tmp_path / "saved_model" / "best_auroc.log").exists()
+
+
 @pytest.mark.slow
 def test_the_demo_learns_its_textures(tmp_path):
     shutil.copytree(PROJECT / "data", tmp_path / "data")
