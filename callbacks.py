@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
@@ -17,6 +18,7 @@ from typing import Any, TextIO
 import keras
 import numpy as np
 import pandas as pd
+import tensorflow as tf
 
 from configs import Configs, UserError
 from generator import AugmentedImageSequence
@@ -48,13 +50,79 @@ class Validation(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Predicts the validation images and adds their figures to `logs`, which the callbacks after this one see."""
-        y_true, probabilities = self.sequence.get_y_true(), self.model.predict(self.sequence, verbose=0)
+        y_true, probabilities = self.sequence.get_y_true(), self.model.predict(self.sequence.to_dataset(), verbose=0)
         logs["val_loss"] = float(np.mean(self.loss(y_true, probabilities)))
         if self.multi_label:
             self.aurocs = get_aurocs(y_true, probabilities)
             logs["val_auroc"] = mean_of_defined(self.aurocs)
         else:
             logs["val_accuracy"] = float(np.mean(probabilities.argmax(axis=1) == y_true))
+
+
+class _Fetched(tf.experimental.ExtensionType):
+    """A batch that has arrived, in the place of the iterator that Keras's training function asks for the next one."""
+
+    batch: tf.experimental.Optional
+
+    def get_next(self) -> Any:
+        """Returns the batch."""
+        return self.batch.get_value()
+
+
+# Keras asks for the type: what is no iterator of TensorFlow it would take apart, and trace the model once more.
+tf.data.Iterator.register(_Fetched)
+
+
+class InputWait(keras.callbacks.Callback):
+    """Measures the share of an epoch's training time that the model waits for batches: `share`, in `[0, 1]`.
+
+    It fetches each batch before Keras's training function runs, and prints advice where the share is high.
+
+    Args:
+        advise_above: the share from which on advice is printed.
+    """
+
+    def __init__(self, advise_above: float = 0.1) -> None:
+        super().__init__()
+        self.advise_above = advise_above
+        self.share = 0.0
+        self._waited = 0.0
+        self._start = 0.0
+        self._end = 0.0
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        """Puts the measurement around the training function, which Keras has just made."""
+        self._original = self.model.train_function
+
+        def fetch_and_train(iterator: Any) -> dict[str, tf.Tensor]:
+            start = time.perf_counter()
+            batch = _Fetched(iterator.get_next_as_optional())
+            self._waited += time.perf_counter() - start
+            return self._original(batch)
+
+        self.model.train_function = fetch_and_train
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        """Leaves the model as it was."""
+        self.model.train_function = self._original
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Starts to count."""
+        self._start, self._waited = time.perf_counter(), 0.0
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Notes when the training part of the epoch has ended, should this be its last step."""
+        self._end = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Prints the share and what to do about it."""
+        self.share = self._waited / max(self._end - self._start, self._waited, 1e-9)
+        print(f"\ninput_wait: {self.share:.1%} of the epoch")
+        if self.share > self.advise_above:
+            print(
+                "The model waited for images. Raise generator_workers up to the number of cores, or set image_cache "
+                "to memory or disk."
+            )
 
 
 class EpochOrder(keras.callbacks.Callback):
@@ -81,6 +149,7 @@ class Checkpoint(keras.callbacks.Callback):
         training: the training images.
         validation: tells the AUROC of each class, multi-label.
         plateau: the run's scheduler, whose state is kept.
+        input_wait: tells the share of each epoch that the model waited.
         interruption: tells which signal has arrived.
         state: of the checkpoint that training continues from.
     """
@@ -91,6 +160,7 @@ class Checkpoint(keras.callbacks.Callback):
         training: AugmentedImageSequence,
         validation: Validation,
         plateau: keras.callbacks.ReduceLROnPlateau,
+        input_wait: InputWait,
         interruption: Interruption,
         state: dict[str, Any] | None = None,
     ) -> None:
@@ -109,6 +179,8 @@ class Checkpoint(keras.callbacks.Callback):
         self.training = training
         self.validation = validation
         self.plateau = plateau
+        self.input_wait = input_wait
+        self.input_waits: list[float] = list(state.get("input_waits", [])) if state else []
         self.interruption = interruption
         self.to_restore = state
         self.plateau_state: dict[str, Any] = state["plateau"] if state else {}
@@ -159,6 +231,7 @@ class Checkpoint(keras.callbacks.Callback):
             "best": float(self.plateau.best),
             "cooldown_counter": int(self.plateau.cooldown_counter),
         }
+        self.input_waits.append(round(self.input_wait.share, 4))
         self.log.append({"epoch": epoch + 1} | {name: float(value) for name, value in logs.items()})
         score = logs[self.monitor]
         is_best = not np.isnan(score) and (self.best is None or score > self.best)
@@ -193,6 +266,7 @@ class Checkpoint(keras.callbacks.Callback):
             "seed_states": [np.asarray(variable).tolist() for variable in seed_states(self.model)],
             "metrics": [np.asarray(variable).tolist() for metric in metrics for variable in metric.variables],
             "log": self.log,
+            "input_waits": self.input_waits,
         }
 
     def _check_finite(self, name: str, value: float, moment: str) -> None:
@@ -228,6 +302,8 @@ class Checkpoint(keras.callbacks.Callback):
             "best": self.best,
             "best_epoch": self.best_epoch,
             "latest": self.log[-1],
+            # Not in training_log.csv: two runs of one seed have the same log, but not the same times.
+            "input_wait_by_epoch": self.input_waits,
         }
         if self.best_aurocs is not None:
             stats["best_auroc_by_class"] = self.best_aurocs
@@ -292,8 +368,9 @@ def build_callbacks(
         verbose=1,
     )
     curves = keras.callbacks.TensorBoard(os.path.join(configs.save_model_path, "logs"), write_graph=False)
-    checkpoint = Checkpoint(configs, training, measure, plateau, interruption, state)
-    return [EpochOrder(training), measure, plateau, curves, checkpoint]
+    input_wait = InputWait()
+    checkpoint = Checkpoint(configs, training, measure, plateau, input_wait, interruption, state)
+    return [EpochOrder(training), input_wait, measure, plateau, curves, checkpoint]
 
 
 def stops_early(epochs_completed: int, best_epoch: int | None, patience: int) -> bool:

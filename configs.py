@@ -129,7 +129,7 @@ class Configs:
     multilabel_threshold_range: list[float] = define(
         [0.01, 0.99], "Lowest and highest threshold tried, in steps of 0.01", above=0, below=1
     )
-    generator_workers: int = define(4, "Threads that read and augment images; 0 or 1 uses the main one", at_least=0)
+    generator_workers: int = define(4, "Threads that read and augment images; 0 counts as 1", at_least=0)
     generator_queue_length: int = define(12, "Batches kept ready for the model", at_least=1)
     show_model_summary: bool = define(True, "Print the model's layers before training")
     positive_weights_multiply: float = define(
@@ -167,6 +167,12 @@ class Configs:
     early_stopping_patience: int = define(
         0, "Stop after that many epochs without a better validation figure; 0 never does", at_least=0
     )
+    image_cache: str = define(
+        "none",
+        "Keep decoded, resized images after their first use: in memory, or in a file that later runs use too",
+        choices=("none", "memory", "disk"),
+    )
+    image_cache_path: str = define("./data/image_cache", "The folder of the disk cache; may be deleted at any time")
     overwrite: bool = define(False, "Start a new run where save_model_path holds another one, and remove that")
 
     def __post_init__(self) -> None:

@@ -166,7 +166,7 @@ def fit(
     def run(first_epoch: int, end: int) -> None:
         """Trains the epochs from `first_epoch` to before `end`, counted from 0."""
         model.fit(
-            training,
+            training.to_dataset(),
             epochs=end,
             initial_epoch=first_epoch,
             class_weight=class_weights,

@@ -370,22 +370,29 @@ def get_generator(
         UserError: the CSV, a label or an image in it is not usable.
     """
     from augmenter import build_augmenter
-    from generator import AugmentedImageSequence
+    from generator import AugmentedImageSequence, DiskCache, MemoryCache
 
     table = read_table(csv_path, configs.csv_label_column, configs.multi_label_classification)
     labels = encode_labels(table[configs.csv_label_column], class_names, configs.multi_label_classification, csv_path)
     paths = [os.path.join(configs.image_directory, path) for path in table[IMAGE_COLUMN]]
     check_images(paths, csv_path)
+    image_size = configs.image_target_size[:2]
+    cache = None
+    if configs.image_cache == "memory":
+        cache = MemoryCache(len(paths), image_size)
+    elif configs.image_cache == "disk":
+        cache = DiskCache(paths, image_size, configs.image_cache_path)
     return AugmentedImageSequence(
         paths,
         labels,
-        image_size=configs.image_target_size[:2],
+        image_size=image_size,
         batch_size=configs.batch_size,
         augmenter=build_augmenter() if training else None,
         shuffle=training,
         seed=configs.random_seed or 0,
         workers=configs.generator_workers,
         max_queue_size=configs.generator_queue_length,
+        cache=cache,
     )
 
 
@@ -592,7 +599,7 @@ def predict(model: keras.Model, sequence: AugmentedImageSequence) -> np.ndarray:
         UserError: an image cannot be read.
     """
     with naming_bad_images(sequence):
-        return model.predict(sequence, verbose=1)
+        return model.predict(sequence.to_dataset(), verbose=1)
 
 
 def classify_image(

@@ -57,6 +57,8 @@ DEFAULTS = [
     ("deterministic", False),
     ("checkpoint_every_steps", 0),
     ("early_stopping_patience", 0),
+    ("image_cache", "none"),
+    ("image_cache_path", "./data/image_cache"),
     ("overwrite", False),
 ]
 

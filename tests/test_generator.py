@@ -1,4 +1,9 @@
+import os
+import shutil
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,12 +11,13 @@ import cv2
 import keras
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image, ImageOps
 
 from augmenter import build_augmenter
-from callbacks import EpochOrder
+from callbacks import EpochOrder, InputWait
 from configs import UserError
-from generator import AugmentedImageSequence, read_image, resize_image
+from generator import AugmentedImageSequence, DiskCache, MemoryCache, choose_divisor, read_image, resize_image
 from utils import naming_bad_images, predict
 
 SIZE = (12, 16)
@@ -336,3 +342,207 @@ def test_an_image_of_the_right_size_stays_as_it_is():
 def test_resizing_keeps_a_plain_colour(size):
     plain = np.full((*SIZE, 3), (10, 120, 250), np.uint8)
     assert np.unique(resize_image(plain, size).reshape(-1, 3), axis=0).tolist() == [[10, 120, 250]]
+
+
+def photo_jpeg(path, height, width, **options):
+    """Writes a real photo, enlarged or shrunk, as a JPEG file."""
+    image = Image.fromarray(skimage.data.astronaut()).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(path, quality=90, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "image_size", "divisor"),
+    [
+        *((3000, 4000, (224, 224), 8), (1800, 1800, (224, 224), 8), (1791, 3000, (224, 224), 4)),
+        *((448, 640, (224, 224), 2), (447, 640, (224, 224), 1), (100, 100, (224, 224), 1)),
+        # Turned upright the picture may be 300 wide, which a half of would be below 200.
+        *((300, 900, (100, 200), 1), (400, 900, (100, 200), 2)),
+    ],
+)
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_suffices(tmp_path, height, width, image_size, divisor):
+    encoded = np.fromfile(photo_jpeg(tmp_path / "photo.jpg", height, width), np.uint8)
+    assert choose_divisor(encoded, image_size) == divisor
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (1000, 1500), (3000, 4000)])
+def test_scaled_decoding_is_close_to_full_decoding(tmp_path, height, width):
+    path = photo_jpeg(tmp_path / "photo.jpg", height, width)
+    scaled = read_image(path, (224, 224))
+    assert min(scaled.shape[:2]) >= 224
+    assert scaled.shape[0] <= height // 2
+    full = cv2.resize(read_image(path), (224, 224), interpolation=cv2.INTER_AREA)
+    assert np.abs(resize_image(scaled, (224, 224)).astype(int) - full).mean() < 2
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_scaled_decoding_keeps_the_orientation_and_rgb(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = photo_jpeg(tmp_path / "photo.jpg", 400, 600, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(path)).resize((30, 30), Image.Resampling.BOX)
+    assert np.abs(resize_image(read_image(path, (30, 30)), (30, 30)).astype(int) - np.asarray(upright)).mean() < 3
+
+
+def test_other_formats_are_decoded_whole(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(skimage.data.astronaut()).save(path)
+    np.testing.assert_array_equal(read_image(str(path), (32, 32)), skimage.data.astronaut())
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_dataset_brings_the_batches_of_each_epoch(pictures, workers):
+    sequence, direct = augmented_sequence(pictures[0], workers=workers), augmented_sequence(pictures[0])
+    dataset = sequence.to_dataset()
+    for epoch in (0, 1):
+        sequence.epoch = direct.epoch = epoch
+        batches = list(dataset.as_numpy_iterator())
+        assert len(batches) == len(direct) == 5
+        for index, (images, labels) in enumerate(batches):
+            np.testing.assert_array_equal(images, direct[index][0])
+            np.testing.assert_array_equal(labels, direct[index][1])
+
+
+def test_the_dataset_begins_at_the_first_step(pictures):
+    sequence = sequence_of(pictures[0])
+    sequence.first_step = 2
+    assert [labels.tolist() for _, labels in sequence.to_dataset().as_numpy_iterator()] == [[8, 9]]
+
+
+def cache_of(kind, paths, folder, image_size=SIZE):
+    return MemoryCache(len(paths), image_size) if kind == "memory" else DiskCache(paths, image_size, str(folder))
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_a_cache_gives_the_same_batches_without_reading_again(pictures, tmp_path, kind, monkeypatch):
+    paths = pictures[0]
+    expected = augmented_sequence(paths)
+    cached = augmented_sequence(paths, cache=cache_of(kind, paths, tmp_path / "cache"), workers=2)
+    list(cached.to_dataset().as_numpy_iterator())
+    monkeypatch.setattr("generator.read_image", lambda *_: pytest.fail("an image was read again"))
+    cached.epoch = 1
+    batches = [images for images, _ in cached.to_dataset().as_numpy_iterator()]
+    monkeypatch.undo()
+    expected.epoch = 1
+    for index, images in enumerate(batches):
+        np.testing.assert_array_equal(images, expected[index][0])
+
+
+def test_a_later_process_uses_the_disk_cache(pictures, tmp_path):
+    paths, images = pictures
+    sequence = sequence_of(paths, cache=cache_of("disk", paths, tmp_path))
+    one_epoch(sequence)
+    code = (
+        "import sys; from generator import DiskCache; import numpy as np; "
+        f"cache = DiskCache(sys.argv[1:], {SIZE}, {str(tmp_path)!r}); "
+        "print(sum(int(cache.get(row).sum()) for row in range(len(sys.argv) - 1)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == images.sum()
+
+
+def test_a_changed_image_is_read_again(pictures, tmp_path):
+    paths, images = pictures
+    one_epoch(sequence_of(paths, cache=cache_of("disk", paths, tmp_path)))
+    Image.fromarray(images[7]).save(paths[3])
+    os.utime(paths[3], ns=(1, 1))
+    batches, _ = one_epoch(sequence_of(paths, cache=cache_of("disk", paths, tmp_path)))
+    np.testing.assert_array_equal(batches[3], images[7])
+    np.testing.assert_array_equal(np.delete(batches, 3, axis=0), np.delete(images, 3, axis=0))
+
+
+def test_another_image_size_has_a_cache_of_its_own(pictures, tmp_path):
+    one_epoch(sequence_of(pictures[0], cache=cache_of("disk", pictures[0], tmp_path)))
+    other = cache_of("disk", pictures[0], tmp_path, (6, 8))
+    assert [other.get(row) for row in range(10)] == [None] * 10
+    assert len(list(tmp_path.glob("*.cache"))) == 2
+
+
+def test_half_written_pixels_are_read_again(pictures, tmp_path):
+    paths, images = pictures
+    cache = cache_of("disk", paths, tmp_path)
+    one_epoch(sequence_of(paths, cache=cache))
+    with open(cache.path, "r+b") as file:
+        file.seek(-images[0].nbytes, os.SEEK_END)
+        file.write(b"\0" * 40)
+    again = cache_of("disk", paths, tmp_path)
+    assert again.get(9) is None
+    assert again.get(8) is not None
+    np.testing.assert_array_equal(one_epoch(sequence_of(paths, cache=again))[0], images)
+
+
+def test_two_processes_that_fill_one_cache_agree(pictures, tmp_path):
+    paths, images = pictures
+    first, second = (sequence_of(paths, cache=cache_of("disk", paths, tmp_path)) for _ in range(2))
+    first[0], second[1], first[2]
+    for sequence in (first, second):
+        np.testing.assert_array_equal(one_epoch(sequence)[0], images)
+
+
+def test_a_disk_cache_that_is_killed_while_it_is_filled_is_right_afterwards(pictures, tmp_path):
+    paths, images = pictures
+    code = (
+        "import os, signal, sys, threading, time; import numpy as np; from generator import DiskCache, read_image\n"
+        f"cache = DiskCache(sys.argv[1:], {SIZE}, {str(tmp_path)!r})\n"
+        "threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
+        "while True:\n"
+        "    for row, path in enumerate(sys.argv[1:]): cache.put(row, read_image(path))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True)
+    assert killed.returncode == -9, killed.stderr
+    cache = cache_of("disk", paths, tmp_path)
+    for row, image in enumerate(images):
+        assert cache.get(row) is None or (cache.get(row) == image).all()
+
+
+@pytest.mark.parametrize(
+    ("patched", "value", "kind"),
+    [("generator.free_memory", 5000, "memory"), ("generator.shutil.disk_usage", None, "disk")],
+)
+def test_a_cache_that_does_not_fit_is_refused_before_the_start(pictures, tmp_path, monkeypatch, patched, value, kind):
+    usage = shutil.disk_usage(tmp_path)._replace(free=3000)
+    monkeypatch.setattr(patched, (lambda: value) if kind == "memory" else (lambda _: usage))
+    with pytest.raises(UserError, match="image_cache: .*Free are 0.0 GiB"):
+        cache_of(kind, pictures[0], tmp_path)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(pictures, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write the image cache .*file"):
+        cache_of("disk", pictures[0], tmp_path / "file")
+
+
+def test_a_missing_image_is_named_with_a_cache_too(pictures, tmp_path):
+    paths = [*pictures[0], str(tmp_path / "lost.png")]
+    with pytest.raises(UserError, match=r"lost\.png"):
+        one_epoch(sequence_of(paths, cache=cache_of("disk", paths, tmp_path)))
+
+
+def test_input_wait_is_the_share_of_the_time_that_the_model_waits(pictures, capsys):
+    class Slow(AugmentedImageSequence):
+        def __getitem__(self, index):
+            time.sleep(0.2)
+            return super().__getitem__(index)
+
+    class Busy(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            time.sleep(0.1)
+
+    shares = {}
+    for name, kind, work in (
+        ("starved", Slow, []),
+        ("half", Slow, [Busy()]),
+        ("fed", AugmentedImageSequence, [Busy()]),
+    ):
+        sequence = kind(pictures[0], np.arange(10), image_size=SIZE, batch_size=1)
+        model = flat_model()
+        model.compile(loss="mse")
+        wait = InputWait()
+        model.fit(sequence.to_dataset(), epochs=2, shuffle=False, verbose=0, callbacks=[*work, wait])
+        shares[name] = wait.share
+    assert shares["starved"] > 0.9
+    assert 0.35 < shares["half"] < 0.65
+    assert shares["fed"] < 0.1
+    printed = capsys.readouterr().out
+    assert printed.count("input_wait: ") == 6
+    assert printed.count("Raise generator_workers") == 4
