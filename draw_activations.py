@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from configs import Configs, run_script
@@ -10,7 +13,11 @@ from configs import Configs, run_script
 if TYPE_CHECKING:
     import numpy as np
 
+    from generator import AugmentedImageSequence
+    from gradcam import GradCam
+
 WRITABLE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+WRITERS = 2
 
 
 def main(configs: Configs) -> dict:
@@ -35,20 +42,55 @@ def main(configs: Configs) -> dict:
     sequence = get_generator(configs.test_csv, class_names, configs, training=False)
     grad_cam = GradCam(load_fitting_model(model_path, class_names, configs.image_target_size[:2]))
     folder = os.path.join(configs.save_model_path, "cam_output")
-    names = name_outputs(list(sequence.paths))
-    written = []
-    with tqdm(total=len(names), unit="image", desc="Grad-CAM") as progress, naming_bad_images(sequence):
-        for index in range(sequence.steps):
-            images, _ = sequence[index]
+    paths = [os.path.join(folder, name) for name in name_outputs(list(sequence.paths))]
+    with tqdm(total=len(paths), unit="image", desc="Grad-CAM") as progress, naming_bad_images(sequence):
+        draw_all(grad_cam, sequence, paths, class_names, progress.update)
+    print(f"Wrote {len(paths)} pictures to {folder}")
+    return {"paths": paths}
+
+
+def draw_all(
+    grad_cam: GradCam,
+    sequence: AugmentedImageSequence,
+    paths: Sequence[str],
+    class_names: Sequence[str],
+    report: Callable[[int], object],
+) -> None:
+    """Explains a sequence's images and writes the pictures; drawing and writing go on while the network runs.
+
+    Args:
+        grad_cam: explains a batch.
+        sequence: the images, in order.
+        paths: of the pictures.
+        class_names: in the model's order.
+        report: is told how many pictures more are written.
+    """
+    pending, done = deque(), 0
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for images, _ in sequence.to_dataset().as_numpy_iterator():
             heatmaps, probabilities = grad_cam(images)
-            for image, heatmap, scores in zip(images, heatmaps, probabilities, strict=True):
-                path = os.path.join(folder, names[len(written)])
-                best = int(scores.argmax())
-                write_image(path, draw(image, heatmap, f"{class_names[best]} {scores[best]:.2f}"))
-                written.append(path)
-            progress.update(len(images))
-    print(f"Wrote {len(written)} pictures to {folder}")
-    return {"paths": written}
+            targets = paths[done : done + len(images)]
+            pending.append(pool.submit(draw_batch, targets, images, heatmaps, probabilities, class_names))
+            done += len(images)
+            # A bounded backlog: memory does not grow where the network is faster than the disk.
+            while len(pending) > WRITERS:
+                report(pending.popleft().result())
+        while pending:
+            report(pending.popleft().result())
+
+
+def draw_batch(
+    paths: Sequence[str],
+    images: np.ndarray,
+    heatmaps: np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+) -> int:
+    """Writes the pictures of a batch; returns how many."""
+    for path, image, heatmap, scores in zip(paths, images, heatmaps, probabilities, strict=True):
+        best = int(scores.argmax())
+        write_image(path, draw(image, heatmap, f"{class_names[best]} {scores[best]:.2f}"))
+    return len(paths)
 
 
 def name_outputs(paths: list[str]) -> list[str]:

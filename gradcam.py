@@ -38,7 +38,7 @@ class GradCam:
         self._features = keras.Model(model.inputs, _input_of_classifier(model))
         *to_logits, self._to_probabilities = model.get_layer("classifier").layers
         self._logits = keras.Sequential(to_logits)
-        self._explain = tf.function(self._explain_batch, reduce_retracing=True)
+        self._explain = tf.function(self._explain_batch)
 
     def __call__(self, images: np.ndarray, class_indices: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Explains a batch.
@@ -52,12 +52,15 @@ class GradCam:
             probabilities, float32 `(batch, classes)`.
         """
         chosen = np.full(len(images), -1, np.int32) if class_indices is None else np.asarray(class_indices, np.int32)
-        heatmaps, probabilities = self._explain(tf.convert_to_tensor(images), tf.convert_to_tensor(chosen))
+        # One trace for every number of images: the last batch is often a smaller one.
+        signature = tf.TensorSpec((None, *images.shape[1:]), images.dtype), tf.TensorSpec((None,), tf.int32)
+        explain = self._explain.get_concrete_function(*signature)
+        heatmaps, probabilities = explain(tf.convert_to_tensor(images), tf.convert_to_tensor(chosen))
         return heatmaps.numpy(), probabilities.numpy()
 
     def _explain_batch(self, images: tf.Tensor, class_indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         features = self._features(images, training=False)
-        with tf.GradientTape() as tape:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(features)
             logits = self._logits(features, training=False)
             most_probable = tf.argmax(logits, axis=1, output_type=tf.int32)
