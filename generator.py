@@ -232,7 +232,7 @@ class AugmentedImageSequence(keras.utils.Sequence):
 
     Args:
         paths: image files.
-        labels: `(images,)` class positions, or `(images, classes)` of zeros and ones.
+        labels: `(images,)` class positions, or `(images, classes)` of zeros and ones, in batches float32.
         image_size: `(height, width)` that images are resized to.
         batch_size: images a batch; the last one of an epoch may be smaller.
         augmenter: of uint8 images, from `augmenter.py` or imgaug itself, or None.
@@ -290,7 +290,7 @@ class AugmentedImageSequence(keras.utils.Sequence):
             raise
         if self.augmenter is not None:
             images = self._augment(images, index)
-        return images, self.labels[rows]
+        return images, self._labels_of(rows)
 
     def to_dataset(self) -> tf.data.Dataset:
         """Returns the batches of an epoch for Keras's `fit` or `predict`, prepared ahead by threads of TensorFlow.
@@ -298,7 +298,7 @@ class AugmentedImageSequence(keras.utils.Sequence):
         Each pass over it is an epoch, the one that `epoch` says when it begins.
         """
         shapes = (None, *self.image_size, 3), (None, *self.labels.shape[1:])
-        types = tf.uint8, tf.as_dtype(self.labels.dtype)
+        types = tf.uint8, tf.as_dtype(self._labels_of(slice(0)).dtype)
 
         def load(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
             # What it returns follows from the index: op determinism would otherwise run it in the model's own thread.
@@ -317,6 +317,10 @@ class AugmentedImageSequence(keras.utils.Sequence):
             if self.cache:
                 self.cache.put(row, image)
         return image
+
+    def _labels_of(self, rows: np.ndarray | slice) -> np.ndarray:
+        labels = self.labels[rows]
+        return labels.astype(np.float32) if labels.ndim == 2 else labels
 
     def _order(self) -> np.ndarray:
         if not self.shuffle:
@@ -339,7 +343,7 @@ class AugmentedImageSequence(keras.utils.Sequence):
 
     def get_y_true(self) -> np.ndarray:
         """Returns the labels of one epoch in its order: int `(images,)` or float `(images, classes)`."""
-        return self.labels[self._order()]
+        return self._labels_of(self._order())
 
     def get_class_counts(self) -> np.ndarray:
         """Returns how many images each class position has; positions after the last one present are left out."""

@@ -176,7 +176,7 @@ def encode_labels(labels: Sequence[str], class_names: Sequence[str], multi_label
     """Turns labels into what the model is trained on.
 
     Returns:
-        int32 `(images,)`, positions in `class_names`; multi-label: float32 `(images, classes)` of zeros and ones.
+        int32 `(images,)`, positions in `class_names`; multi-label: uint8 `(images, classes)` of zeros and ones.
 
     Raises:
         UserError: a label that is none of `class_names`, with its row in `csv_path`.
@@ -185,7 +185,7 @@ def encode_labels(labels: Sequence[str], class_names: Sequence[str], multi_label
 
     positions = {name: position for position, name in enumerate(class_names)}
     codes, distinct = pd.factorize(np.asarray(labels, dtype=object))
-    encoded = np.zeros((len(distinct), len(class_names)), np.float32)
+    encoded = np.zeros((len(distinct), len(class_names)), np.uint8)
     for row, label in enumerate(distinct):
         for name in split_label(label, multi_label):
             if name not in positions:

@@ -211,7 +211,7 @@ def test_positions_follow_the_given_order():
 def test_multi_labels_become_zeros_and_ones():
     encoded = utils.encode_labels(["owl$cat", "dog", "cat$cat"], CLASSES, True, "t.csv")
     assert encoded.tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 0]]
-    assert encoded.dtype == np.float32
+    assert encoded.dtype == np.uint8
 
 
 @pytest.mark.parametrize(
