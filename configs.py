@@ -167,6 +167,11 @@ class Configs:
     early_stopping_patience: int = define(
         0, "Stop after that many epochs without a better validation figure; 0 never does", at_least=0
     )
+    mixed_precision: bool = define(
+        False,
+        "Compute in 16 bits where the GPU is faster so: bfloat16 where it has it, else float16 with loss scaling",
+        describes_model=True,
+    )
     image_cache: str = define(
         "none",
         "Keep decoded, resized images after their first use: in memory, or in a file that later runs use too",

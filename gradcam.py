@@ -60,7 +60,7 @@ class GradCam:
         return heatmaps.numpy(), probabilities.numpy()
 
     def _explain_batch(self, images: tf.Tensor, class_indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        features = self._features(images, training=False)
+        features = tf.cast(self._features(images, training=False), tf.float32)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(features)
             logits = self._logits(features, training=False)

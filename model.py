@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers
 
 from configs import BACKBONE_NAMES, Configs, UserError
@@ -131,14 +132,15 @@ class ModelFactory:
                 f"image_target_size: {name} takes images from {BACKBONES[name].minimum_size} pixels a side on. "
                 f"Received: {height}x{width}, {backbone_size[0]}x{backbone_size[1]} after downscaling. Enlarge it."
             )
-        backbone = build_backbone(name, backbone_size, configs.use_imagenet_weights, configs.pop_conv_layers)
+        with precision_policy(configs.mixed_precision):
+            backbone = build_backbone(name, backbone_size, configs.use_imagenet_weights, configs.pop_conv_layers)
+            classifier = build_classifier(
+                len(configs.classes),
+                configs.multi_label_classification,
+                configs.classifier_layer_sizes,
+                configs.final_layer_pooling,
+            )
         prepare_backbone(backbone, configs.conv_layers_to_train, configs.batch_norm_momentum)
-        classifier = build_classifier(
-            len(configs.classes),
-            configs.multi_label_classification,
-            configs.classifier_layer_sizes,
-            configs.final_layer_pooling,
-        )
         inputs = outputs = keras.Input((height, width, 3), name="image")
         if configs.cnn_downscaling_factor:
             outputs = downscale(outputs, configs.cnn_downscaling_factor, configs.cnn_downscaling_filters)
@@ -146,6 +148,28 @@ class ModelFactory:
         model = keras.Model(inputs, classifier(backbone(outputs)), name="image_classifier")
         compile_model(model, configs)
         return model
+
+
+@contextlib.contextmanager
+def precision_policy(mixed: bool) -> Iterator[None]:
+    """Makes the layers built inside it compute in 16 bits, where `mixed` says so; weights stay float32."""
+    before = keras.config.dtype_policy()
+    if mixed:
+        keras.config.set_dtype_policy(choose_mixed_policy())
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def choose_mixed_policy() -> str:
+    """Returns `mixed_bfloat16` where every visible GPU computes in bfloat16 (or there is none), else `mixed_float16`.
+
+    NVIDIA's GPUs do from compute capability 8.0 (Ampere) on.
+    """
+    details = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
+    is_new = all(gpu.get("compute_capability", (8, 0)) >= (8, 0) for gpu in details)
+    return "mixed_bfloat16" if is_new else "mixed_float16"
 
 
 def compile_model(
@@ -170,6 +194,10 @@ def compile_model(
         stock = "binary_crossentropy"
         metric = keras.metrics.AUC(multi_label=True, num_labels=model.output_shape[-1], name="auroc")
     optimizer = optimizer or get_optimizer(configs.optimizer_type, configs.learning_rate)
+    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if not scales and any(layer.compute_dtype == "float16" for layer in leaf_layers(model)):
+        # Small gradients would be zero in float16.
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     model.compile(optimizer, loss=loss or stock, weighted_metrics=[], metrics=[metric])
     return model
 
@@ -373,6 +401,6 @@ def build_classifier(
     classifier = keras.Sequential([poolings[pooling](name="pooling")], name="classifier")
     for size in layer_sizes:
         classifier.add(layers.Dense(int(size), activation="relu") if size >= 1 else layers.Dropout(size))
-    classifier.add(layers.Dense(number_of_classes, name="logits"))
+    classifier.add(layers.Dense(number_of_classes, dtype="float32", name="logits"))
     classifier.add(layers.Activation("sigmoid" if multi_label else "softmax", dtype="float32", name="probabilities"))
     return classifier

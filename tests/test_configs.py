@@ -57,6 +57,7 @@ DEFAULTS = [
     ("deterministic", False),
     ("checkpoint_every_steps", 0),
     ("early_stopping_patience", 0),
+    ("mixed_precision", False),
     ("image_cache", "none"),
     ("image_cache_path", "./data/image_cache"),
     ("overwrite", False),

@@ -20,6 +20,7 @@ from model import (
     build_backbone,
     build_classifier,
     build_preprocessing,
+    choose_mixed_policy,
     compile_model,
     downscale,
     freeze_layers,
@@ -571,3 +572,58 @@ def test_backbone_survives_saving(built, tmp_path):
     path.unlink()
     np.testing.assert_allclose(loaded(built.images, training=False), built.probabilities, rtol=1e-5, atol=1e-7)
     assert len(loaded.trainable_weights) == len(built.model.trainable_weights)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "policy"),
+    [
+        ([], "mixed_bfloat16"),
+        ([(9, 0)], "mixed_bfloat16"),
+        ([(8, 0), (8, 6)], "mixed_bfloat16"),
+        ([(7, 5)], "mixed_float16"),
+        ([(8, 0), (7, 0)], "mixed_float16"),
+    ],
+)
+def test_mixed_precision_takes_bfloat16_where_every_gpu_has_it(monkeypatch, capabilities, policy):
+    monkeypatch.setattr("tensorflow.config.get_visible_devices", lambda kind: capabilities if kind == "GPU" else [])
+    monkeypatch.setattr(
+        "tensorflow.config.experimental.get_device_details", lambda capability: {"compute_capability": capability}
+    )
+    assert choose_mixed_policy() == policy
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_mixed_precision_computes_in_16_bits_and_answers_in_32(monkeypatch, tmp_path, kind):
+    monkeypatch.setattr("model.choose_mixed_policy", lambda: f"mixed_{kind}")
+    options = {"visual_model_name": "MobileNet", "use_imagenet_weights": False, "image_target_size": (32, 32, 3)}
+    configs = Configs(**options, classes=["a", "b", "c"], mixed_precision=True)
+    model = ModelFactory().get_model(configs)
+    backbone, classifier = model.get_layer("backbone"), model.get_layer("classifier")
+    assert {layer.compute_dtype for layer in backbone.layers} == {kind}
+    assert model.get_layer("preprocessing").compute_dtype == "float32"
+    assert classifier.get_layer("logits").compute_dtype == "float32"
+    assert {weight.dtype for weight in model.weights if "seed" not in weight.path} == {"float32"}
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) == (kind == "float16")
+    assert keras.config.dtype_policy().name == "float32"
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    history = model.fit(images, np.arange(8) % 3, epochs=2, verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
+    predicted = model.predict(images, verbose=0)
+    assert predicted.dtype == np.float32
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(
+        keras.models.load_model(tmp_path / "model.keras").predict(images, verbose=0), predicted
+    )
+    heatmaps, probabilities = GradCam(model)(images)
+    assert heatmaps.dtype == probabilities.dtype == np.float32
+
+
+def test_mixed_precision_is_close_to_full_precision():
+    options = {"visual_model_name": "MobileNet", "use_imagenet_weights": False, "image_target_size": (64, 64, 3)}
+    full, mixed = (
+        ModelFactory().get_model(Configs(**options, classes=["a", "b", "c"], mixed_precision=is_mixed))
+        for is_mixed in (False, True)
+    )
+    mixed.set_weights(full.get_weights())
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    np.testing.assert_allclose(mixed.predict(images, verbose=0), full.predict(images, verbose=0), atol=0.02)

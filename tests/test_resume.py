@@ -153,6 +153,31 @@ def test_the_plateau_goes_on_after_a_stop_within_an_epoch(tables, tmp_path, stop
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_mixed_precision_goes_on_exactly(tables, tmp_path, stop_at, monkeypatch, kind):
+    def choose():
+        return f"mixed_{kind}"
+
+    monkeypatch.setattr("model.choose_mixed_policy", choose)
+    options = options_of(tables, tmp_path / "whole", num_epochs=2, mixed_precision=True)
+    start(**options)
+    options |= {"save_model_path": str(tmp_path / "run")}
+    stop_at(1, 3)
+    with pytest.raises(SystemExit):
+        start(**options)
+    monkeypatch.undo()
+    monkeypatch.setattr("model.choose_mixed_policy", choose)
+    start(**options | {"load_model_path": str(tmp_path / "run")})
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("image_cache", ["memory", "disk"])
+def test_a_cache_changes_no_bit(tables, uninterrupted, tmp_path, image_cache):
+    start(**options_of(tables, tmp_path / "run", image_cache=image_cache, image_cache_path=str(tmp_path / "cache")))
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
 def test_a_finished_run_says_so_and_changes_nothing(tables, uninterrupted, capsys):
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
     start(**options_of(tables, uninterrupted, load_model_path=str(uninterrupted)))
