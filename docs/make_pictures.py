@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import cv2
 import numpy as np
 import skimage.data
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 PHOTOS = {"cat": "chelsea", "coffee": "coffee", "rocket": "rocket"}
 CROPS = 40
 
@@ -37,8 +39,26 @@ def cut_crops(folder: str) -> None:
             cv2.imwrite(path, photo[top : top + height, left : left + width])
 
 
+def draw_augmentations() -> None:
+    """Writes docs/augmentations.png: each photograph, and beside it what training makes of it."""
+    from augmenter import build_augmenter
+    from generator import resize_image
+
+    augmenter = build_augmenter()
+    augmenter.seed_(0)
+    rows = []
+    for source in PHOTOS.values():
+        photo = resize_image(getattr(skimage.data, source)(), (150, 150))
+        pictures = [photo, *augmenter(images=np.stack([photo] * 6))]
+        # A white gap sets the original apart.
+        gap = np.full((150, 10, 3), 255, np.uint8)
+        rows.append(np.concatenate([pictures[0], gap, *pictures[1:]], axis=1))
+    cv2.imwrite("docs/augmentations.png", np.concatenate(rows)[..., ::-1])
+
+
 def main() -> None:
-    """Trains both demos in a temporary folder and writes docs/activations.jpg and docs/training_log.png."""
+    """Trains both demos in a temporary folder and writes the pictures into docs/."""
+    draw_augmentations()
     with tempfile.TemporaryDirectory() as folder:
         cut_crops(os.path.join(folder, "images"))
         table, saved = os.path.join(folder, "all_data.csv"), os.path.join(folder, "photos")

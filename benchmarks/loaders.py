@@ -1,0 +1,226 @@
+"""Ways to read a folder of photos as batches for training, each measured in a process of its own on given cores.
+
+python benchmarks/loaders.py NAME FOLDER CORES    prints images/s; FOLDER holds one folder per class
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+SIZE, BATCH, SECONDS = 224, 16, 3
+
+
+def list_images(folder: str) -> list[str]:
+    """Returns the files below a folder."""
+    return sorted(str(path) for path in Path(folder).glob("*/*"))
+
+
+def decode_full(folder: str, cores: int) -> Iterator[int]:
+    """The limit: the decoder alone, whole pictures, nothing else."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    for path in itertools.cycle(list_images(folder)):
+        cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB)
+        yield 1
+
+
+def decode_scaled(folder: str, cores: int) -> Iterator[int]:
+    """The stricter limit: the decoder alone, at the scale that the generator asks it for."""
+    from generator import read_image
+
+    for path in itertools.cycle(list_images(folder)):
+        read_image(path, (SIZE, SIZE))
+        yield 1
+
+
+def classical(folder: str, cores: int) -> Iterator[int]:
+    """The loader of old tutorials: Pillow, float64, scikit-image's resize, imgaug on floats, image by image."""
+    from imgaug import augmenters as iaa
+    from PIL import Image
+    from skimage.transform import resize
+
+    augmenter = iaa.Sequential(
+        [
+            iaa.Fliplr(0.5),
+            iaa.Affine(rotate=(-15, 15)),
+            iaa.Affine(scale=(0.9, 1.15)),
+            iaa.Affine(shear=(-6, 6)),
+            iaa.Affine(translate_percent=(-0.08, 0.08)),
+            iaa.Multiply((0.9, 1.1), per_channel=0.5),
+            iaa.LinearContrast((0.8, 1.25)),
+        ]
+    )
+    for path in itertools.cycle(list_images(folder)):
+        image = np.asarray(Image.open(path).convert("RGB")) / 255.0
+        augmenter.augment_image(resize(image, (SIZE, SIZE)).astype(np.float32))
+        yield 1
+
+
+def tf_data(folder: str, cores: int) -> Iterator[int]:
+    """Keras's own: image_dataset_from_directory with Keras's augmentation layers, mapped by tf.data."""
+    import keras
+    import tensorflow as tf
+
+    layers = keras.layers
+    augment = keras.Sequential(
+        [
+            layers.RandomFlip("horizontal"),
+            layers.RandomRotation(15 / 360),
+            layers.RandomZoom((-0.15, 0.1)),
+            layers.RandomTranslation(0.08, 0.08),
+            layers.RandomBrightness(0.1),
+            layers.RandomContrast(0.2),
+        ]
+    )
+    images = keras.utils.image_dataset_from_directory(folder, image_size=(SIZE, SIZE), batch_size=BATCH, verbose=0)
+    images = images.map(lambda x, y: (augment(x, training=True), y), num_parallel_calls=tf.data.AUTOTUNE)
+    for batch, _ in images.repeat().prefetch(tf.data.AUTOTUNE):
+        yield len(batch)
+
+
+def pytorch(folder: str, cores: int) -> Iterator[int]:
+    """A DataLoader with Pillow and albumentations, one worker process a core."""
+    import albumentations
+    import cv2
+    import torch
+    from PIL import Image
+
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    augment = albumentations.Compose(
+        [
+            albumentations.Resize(SIZE, SIZE, interpolation=cv2.INTER_AREA),
+            albumentations.HorizontalFlip(p=0.5),
+            albumentations.Affine(
+                rotate=(-15, 15), scale=(0.9, 1.15), shear=(-6, 6), translate_percent=(-0.08, 0.08), p=1.0
+            ),
+            albumentations.RandomBrightnessContrast(0.1, 0.2, p=1.0),
+        ]
+    )
+
+    class Photos(torch.utils.data.Dataset):
+        def __init__(self) -> None:
+            self.paths = list_images(folder)
+
+        def __len__(self) -> int:
+            return len(self.paths)
+
+        def __getitem__(self, row: int) -> torch.Tensor:
+            image = np.asarray(Image.open(self.paths[row]).convert("RGB"))
+            return torch.from_numpy(augment(image=image)["image"])
+
+    workers = {"num_workers": cores, "persistent_workers": True} if cores > 1 else {}
+    loader = torch.utils.data.DataLoader(Photos(), batch_size=BATCH, shuffle=True, **workers)
+    while True:
+        for batch in loader:
+            yield len(batch)
+
+
+def ours(folder: str, cores: int, augmented: bool = True, cache: str = "none", known: bool = False) -> Iterator[int]:
+    """The project's generator, a thread a core.
+
+    Args:
+        folder: one folder per class.
+        cores: threads.
+        augmented: with the default augmentation.
+        cache: as the option `image_cache`.
+        known: every image has been cached.
+    """
+    from augmenter import build_augmenter
+    from generator import AugmentedImageSequence, DiskCache, MemoryCache
+
+    paths = list_images(folder)
+    with tempfile.TemporaryDirectory() as cache_folder:
+        caches = {
+            "none": lambda: None,
+            "memory": lambda: MemoryCache(len(paths), (SIZE, SIZE)),
+            "disk": lambda: DiskCache(paths, (SIZE, SIZE), cache_folder),
+        }
+        sequence = AugmentedImageSequence(
+            paths,
+            np.zeros(len(paths), np.int32),
+            (SIZE, SIZE),
+            BATCH,
+            build_augmenter() if augmented else None,
+            shuffle=True,
+            workers=cores,
+            cache=caches[cache](),
+        )
+        if known:
+            for index in range(len(sequence)):
+                sequence[index]
+        for batch, _ in sequence.to_dataset().repeat():
+            yield len(batch)
+
+
+def processes(folder: str, cores: int) -> Iterator[int]:
+    """The project's generator in processes instead of threads: spawned, since TensorFlow's threads forbid a fork."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    steps = range(len(list_images(folder)) // BATCH)
+    with ProcessPoolExecutor(cores, get_context("spawn"), _start_process, (folder,)) as pool:
+        while True:
+            for images, _ in pool.map(_load_batch, steps):
+                yield len(images)
+
+
+def _start_process(folder: str) -> None:
+    global _sequence
+    from augmenter import build_augmenter
+    from generator import AugmentedImageSequence
+
+    paths = list_images(folder)
+    _sequence = AugmentedImageSequence(paths, np.zeros(len(paths)), (SIZE, SIZE), BATCH, build_augmenter(), True)
+
+
+def _load_batch(index: int) -> tuple[np.ndarray, np.ndarray]:
+    return _sequence[index]
+
+
+CONTENDERS: dict[str, Callable[[str, int], Iterator[int]]] = {
+    "decode_full": decode_full,
+    "decode_scaled": decode_scaled,
+    "classical": classical,
+    "tf_data": tf_data,
+    "pytorch": pytorch,
+    "ours": ours,
+    "ours_plain": lambda folder, cores: ours(folder, cores, augmented=False),
+    "ours_memory": lambda folder, cores: ours(folder, cores, augmented=False, cache="memory", known=True),
+    "ours_disk": lambda folder, cores: ours(folder, cores, augmented=False, cache="disk", known=True),
+    "processes": processes,
+}
+
+
+def main() -> None:
+    """Measures one contender and prints images/s."""
+    name, folder, cores = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    batches = CONTENDERS[name](folder, cores)
+    # Warm: the page cache holds the files, graphs are traced, queues are full, and a part of them is used up again.
+    start = time.perf_counter()
+    while time.perf_counter() - start < SECONDS / 2:
+        next(batches)
+    start, images = time.perf_counter(), 0
+    while time.perf_counter() - start < SECONDS:
+        images += next(batches)
+    print(images / (time.perf_counter() - start))
+    sys.stdout.flush()
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    os._exit(0)  # threads and worker processes of some contenders would not end
+
+
+if __name__ == "__main__":
+    main()

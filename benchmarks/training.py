@@ -1,0 +1,151 @@
+"""What training and explaining cost beside the network itself, measured with MobileNet at 224x224, random weights."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+EPOCHS, STEPS = 4, 6
+
+
+def measure_checkpoint_cost(images: str) -> dict[str, float]:
+    """Trains and takes the share of each epoch that checkpointing takes.
+
+    Every epoch writes the best model too, which is the costlier case. The first epoch, which also builds the
+    graph, is left out.
+
+    Args:
+        images: a folder with one folder per class.
+
+    Returns:
+        Medians over the epochs: `epoch_s`, `checkpoint_s`, and `share`, their ratio.
+    """
+    import callbacks
+    import make_csv_from_folders
+    import split_train_test
+    import train
+    from configs import Configs
+
+    spent, ends = [], []
+    original = callbacks.Checkpoint.on_epoch_end
+
+    def timed(checkpoint: callbacks.Checkpoint, epoch: int, logs: dict[str, float]) -> None:
+        start = time.perf_counter()
+        original(checkpoint, epoch, logs | {checkpoint.monitor: float(epoch)})
+        ends.append(time.perf_counter())
+        spent.append(ends[-1] - start)
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(callbacks.Checkpoint, "on_epoch_end", timed):
+        table = f"{folder}/all_data.csv"
+        make_csv_from_folders.main(make_csv_from_folders.FolderConfigs(folder_path=images, write_path=table))
+        split_train_test.main(split_train_test.SplitConfigs(csv_path=table))
+        configs = Configs(
+            train_csv=f"{folder}/training_set.csv",
+            test_csv=f"{folder}/testing_set.csv",
+            visual_model_name="MobileNet",
+            use_imagenet_weights=False,
+            num_epochs=EPOCHS,
+            show_model_summary=False,
+            save_model_path=f"{folder}/saved_model",
+        )
+        train.main(configs.validate())
+    epochs, spent = np.diff(ends), np.array(spent[1:])
+    return {
+        "epoch_s": float(np.median(epochs)),
+        "checkpoint_s": float(np.median(spent)),
+        "share": float(np.median(spent / epochs)),
+    }
+
+
+def build_mobilenet() -> object:
+    """Returns MobileNet with two classes, compiled, from random weights."""
+    from configs import Configs
+    from model import ModelFactory
+    from utils import keep_freed_memory
+
+    keep_freed_memory()
+    return ModelFactory().get_model(
+        Configs(visual_model_name="MobileNet", use_imagenet_weights=False, classes=["a", "b"])
+    )
+
+
+def measure_fit(paths: list[str]) -> dict[str, float]:
+    """Returns images/s of `fit` on files, on one batch held in memory, and the median ratio of neighbouring runs."""
+    import tensorflow as tf
+
+    from augmenter import build_augmenter
+    from callbacks import InputWait
+    from generator import AugmentedImageSequence
+
+    model, batch = build_mobilenet(), 16
+    paths = (paths * (STEPS * batch // len(paths) + 1))[: STEPS * batch]
+    labels = np.arange(len(paths), dtype=np.int32) % 2
+    sequence = AugmentedImageSequence(paths, labels, (224, 224), batch, build_augmenter(), True, workers=4)
+    files, wait = sequence.to_dataset(), InputWait()
+    in_memory = tf.data.Dataset.from_tensors(sequence[0]).repeat(STEPS)
+    model.fit(files, verbose=0)
+    rates, waits = [], []
+    for _ in range(5):
+        pair = []
+        for data, callbacks in ((files, [wait]), (in_memory, [])):
+            start = time.perf_counter()
+            model.fit(data, verbose=0, callbacks=callbacks)
+            pair.append(len(paths) / (time.perf_counter() - start))
+        rates.append(pair)
+        waits.append(wait.share)
+    on_files, in_memory_rate = np.median(rates, axis=0)
+    ratio = float(np.median([first / second for first, second in rates]))
+    return {
+        "files": float(on_files),
+        "memory": float(in_memory_rate),
+        "ratio": ratio,
+        "input_wait": float(np.median(waits)),
+    }
+
+
+def measure_grad_cam() -> dict[str, float]:
+    """Returns images/s of Grad-CAM, of `predict`, and of Grad-CAM with a gradient model built for each image."""
+    import keras
+    import tensorflow as tf
+
+    from gradcam import GradCam
+
+    model = build_mobilenet()
+    images = np.random.default_rng(0).integers(0, 256, (128, 224, 224, 3), np.uint8)
+    grad_cam = GradCam(model)
+
+    def batched() -> int:
+        for start in range(0, len(images), 16):
+            grad_cam(images[start : start + 16])
+        return len(images)
+
+    def predict() -> int:
+        model.predict(images, batch_size=16, verbose=0)
+        return len(images)
+
+    def rebuilt_per_image() -> int:
+        for image in images[:4]:
+            backbone, classifier = model.get_layer("backbone"), model.get_layer("classifier")
+            features = keras.Model(model.inputs, backbone(model.get_layer("preprocessing")(model.inputs[0])))
+            with tf.GradientTape() as tape:
+                maps = features(image[None])
+                tape.watch(maps)
+                score = tf.reduce_max(classifier(maps))
+            weights = tf.reduce_mean(tape.gradient(score, maps), axis=(1, 2), keepdims=True)
+            tf.nn.relu(tf.reduce_sum(weights * maps, axis=-1)).numpy()
+        return 4
+
+    rates = {function.__name__: [] for function in (batched, predict, rebuilt_per_image)}
+    for repeat in range(6):
+        for function in (batched, predict, rebuilt_per_image):
+            start = time.perf_counter()
+            number = function()
+            if repeat:  # the first traces the graphs
+                rates[function.__name__].append(number / (time.perf_counter() - start))
+    return {name: float(np.median(values)) for name, values in rates.items()}
