@@ -83,8 +83,8 @@ def choose_divisor(encoded: np.ndarray, image_size: Sequence[int]) -> int:
 def resize_image(image: np.ndarray, image_size: Sequence[int]) -> np.ndarray:
     """Resizes an image to `(height, width)`; the aspect ratio may change.
 
-    Where it shrinks, areas are averaged; by less than half again, neighbours are interpolated, which is five times
-    as fast and differs by less than one grey level in the mean.
+    Where it shrinks, areas are averaged; where the sides shrink by less than 1.5, neighbours are interpolated, which
+    takes 0.1 ms instead of 0.5 ms from 240x320 to 224x224.
     """
     height, width = image_size
     if image.shape[:2] == (height, width):
@@ -144,6 +144,8 @@ class DiskCache:
     """
 
     ENTRY = np.dtype([("digest", "V16"), ("checksum", "<u4")])
+    # To be raised when images are decoded or resized in another way.
+    VERSION = 1
 
     def __init__(self, paths: Sequence[str], image_size: Sequence[int], folder: str) -> None:
         self._paths = [os.path.abspath(path) for path in paths]
@@ -151,9 +153,11 @@ class DiskCache:
         self._image_bytes = math.prod(self._shape)
         self._pixels_start = len(paths) * self.ENTRY.itemsize
         self._checked = np.zeros(len(paths), bool)
+        self._digests: dict[int, bytes] = {}
         self._lock = threading.Lock()
         height, width = image_size
-        digest = hashlib.blake2b("\0".join(self._paths).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+        key = "\0".join([str(self.VERSION), *self._paths])
+        digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
         self.path = os.path.join(folder, f"images_{height}x{width}_{digest}.cache")
         try:
             os.makedirs(folder, exist_ok=True)
@@ -181,20 +185,23 @@ class DiskCache:
     def get(self, row: int) -> np.ndarray | None:
         """Returns the image of a row, uint8 `(height, width, 3)`; None where it is not known, or no longer right."""
         if not self._checked[row]:
-            entry, image = self._entries[row], self._images[row]
-            if entry["digest"].tobytes() != self._digest(row) or entry["checksum"] != zlib.crc32(image):
+            entry, image, digest = self._entries[row], self._images[row], self._digest(row)
+            if entry["digest"].tobytes() != digest or entry["checksum"] != zlib.crc32(image):
+                # Kept for `put`: the file may change while it is being read.
+                self._digests[row] = digest
                 return None
             self._checked[row] = True
         return self._images[row]
 
     def put(self, row: int, image: np.ndarray) -> None:
-        """Keeps the image of a row.
+        """Keeps the image of a row, which was read after `get` did not have it.
 
         Raises:
             UserError: it cannot be written.
         """
+        digest = self._digests.pop(row, None) or self._digest(row)
         entry = np.zeros((), self.ENTRY)
-        entry["digest"], entry["checksum"] = np.void(self._digest(row)), zlib.crc32(np.ascontiguousarray(image))
+        entry["digest"], entry["checksum"] = np.void(digest), zlib.crc32(np.ascontiguousarray(image))
         parts = (self._pixels_start + row * self._image_bytes, image), (row * self.ENTRY.itemsize, entry)
         try:
             with self._lock:

@@ -451,6 +451,16 @@ def test_a_changed_image_is_read_again(pictures, tmp_path):
     np.testing.assert_array_equal(np.delete(batches, 3, axis=0), np.delete(images, 3, axis=0))
 
 
+def test_an_image_that_changes_while_it_is_read_is_read_again(pictures, tmp_path):
+    paths, images = pictures
+    cache = cache_of("disk", paths, tmp_path)
+    assert cache.get(3) is None
+    Image.fromarray(images[7]).save(paths[3])
+    os.utime(paths[3], ns=(1, 1))
+    cache.put(3, images[3])
+    assert cache.get(3) is None
+
+
 def test_another_image_size_has_a_cache_of_its_own(pictures, tmp_path):
     one_epoch(sequence_of(pictures[0], cache=cache_of("disk", pictures[0], tmp_path)))
     other = cache_of("disk", pictures[0], tmp_path, (6, 8))
