@@ -45,7 +45,7 @@ def decode_scaled(folder: str, cores: int) -> Iterator[int]:
 
 
 def classical(folder: str, cores: int) -> Iterator[int]:
-    """The loader of old tutorials: Pillow, float64, scikit-image's resize, imgaug on floats, image by image."""
+    """The loader of old tutorials: Pillow, float64, scikit-image's resize, imgaug on float32, image by image."""
     from imgaug import augmenters as iaa
     from PIL import Image
     from skimage.transform import resize

@@ -101,7 +101,7 @@ def test_default_has_the_exact_type(name, default):
 
 
 def test_defaults_are_valid():
-    Configs().validate()
+    assert Configs().validate().to_dict() == dict(DEFAULTS)
 
 
 def test_every_option_is_described():

@@ -204,5 +204,8 @@ def test_format_aligns_counts_of_any_width_and_names_of_any_length():
 
 def test_figures_are_json():
     y_true, probabilities = random_multilabel()
-    json.dumps(get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES), allow_nan=False)
-    json.dumps(get_multilabel_evaluation_metrics(y_true, probabilities, NAMES, 0.5), allow_nan=False)
+    for figures in (
+        get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES),
+        get_multilabel_evaluation_metrics(y_true, probabilities, NAMES, 0.5),
+    ):
+        assert json.loads(json.dumps(figures, allow_nan=False)) == figures

@@ -388,7 +388,8 @@ def test_seed_repeats_the_draws():
 
 
 def test_no_seed_draws_a_valid_one():
-    Configs(random_seed=utils.set_seed(None)).validate()
+    seed = utils.set_seed(None)
+    assert Configs(random_seed=seed).validate().random_seed == seed
 
 
 @pytest.fixture
