@@ -8,7 +8,6 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from keras import layers
 
 from configs import BACKBONE_NAMES, Configs, UserError
@@ -528,13 +527,6 @@ def built(request):
     keras.backend.clear_session()
 
 
-@pytest.fixture
-def graphs_of_small_ones_only(built):
-    tf.config.run_functions_eagerly(built.name not in SMALLEST_OF_FAMILY)
-    yield
-    tf.config.run_functions_eagerly(False)
-
-
 @pytest.mark.slow
 def test_backbone_takes_an_image(built):
     assert built.probabilities.shape == (1, 3)
@@ -554,14 +546,15 @@ def test_last_conv_layer_is_the_backbones_last(built):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("graphs_of_small_ones_only")
 def test_backbone_gives_a_heatmap(built):
     heatmaps, probabilities = GradCam(built.model)(built.images)
     assert heatmaps.shape == (1, *built.model.get_layer("backbone").output_shape[1:3])
     assert np.isfinite(heatmaps).all()
     assert heatmaps.min() >= 0
     assert heatmaps.max() in (0, 1)
-    np.testing.assert_allclose(probabilities, built.probabilities, atol=1e-5)
+    # Of the compiled network, as these are: its fused operations round otherwise than the eager ones do, and a random
+    # network of 152 layers makes 0.0006 of that.
+    np.testing.assert_allclose(probabilities, built.model.predict(built.images, verbose=0), rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
