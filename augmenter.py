@@ -68,6 +68,8 @@ class FusedAugmenter:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Returns changed copies of images, uint8 `(batch, height, width, 3)`."""
         images = np.asarray(images)
+        if self._groups and self._groups[0][0] is _look_up:
+            images = images.copy()
         for run, augmenters in self._groups:
             images = run(augmenters, images)
         return images
@@ -105,11 +107,10 @@ def _warp(augmenters: iaa.Sequential, images: np.ndarray) -> np.ndarray:
 
 
 def _look_up(augmenters: iaa.Sequential, images: np.ndarray) -> np.ndarray:
-    """Changes a picture of all 256 values, which gives a look-up table for each image and channel."""
+    """Changes a picture of all 256 values, which gives a look-up table for each image and channel; in place."""
     every_value = np.empty((len(images), 1, 256, images.shape[-1]), np.uint8)
     every_value[:] = np.arange(256, dtype=np.uint8)[:, None]
     tables = augmenters(images=every_value)
-    changed = np.empty_like(images)
-    for image, table, target in zip(images, tables, changed, strict=True):
-        cv2.LUT(image, table, target)
-    return changed
+    for image, table in zip(images, tables, strict=True):
+        cv2.LUT(image, table, image)
+    return images

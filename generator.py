@@ -80,18 +80,26 @@ def choose_divisor(encoded: np.ndarray, image_size: Sequence[int]) -> int:
     return next(divisor for divisor in (8, 4, 2, 1) if divisor == 1 or min(sides) // divisor >= max(image_size))
 
 
-def resize_image(image: np.ndarray, image_size: Sequence[int]) -> np.ndarray:
+def resize_image(image: np.ndarray, image_size: Sequence[int], target: np.ndarray | None = None) -> np.ndarray:
     """Resizes an image to `(height, width)`; the aspect ratio may change.
 
     Where it shrinks, areas are averaged; where the sides shrink by less than 1.5, neighbours are interpolated, which
     takes 0.1 ms instead of 0.5 ms from 240x320 to 224x224.
+
+    Args:
+        image: `(any height, any width, 3)`.
+        image_size: `(height, width)`.
+        target: receives the result, `(height, width, 3)` of the image's type; None makes a new array.
     """
     height, width = image_size
     if image.shape[:2] == (height, width):
-        return image
+        if target is None:
+            return image
+        target[:] = image
+        return target
     ratios = image.shape[0] / height, image.shape[1] / width
     averages = min(ratios) >= 1 and max(ratios) >= 1.5
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if averages else cv2.INTER_LINEAR)
+    return cv2.resize(image, (width, height), target, interpolation=cv2.INTER_AREA if averages else cv2.INTER_LINEAR)
 
 
 class MemoryCache:
@@ -289,8 +297,10 @@ class AugmentedImageSequence(keras.utils.Sequence):
         """Returns batch `first_step + index` of this epoch: uint8 RGB `(batch, height, width, 3)` and its labels."""
         index += self.first_step
         rows = self._order()[index * self.batch_size : (index + 1) * self.batch_size]
+        images = np.empty((len(rows), *self.image_size, 3), np.uint8)
         try:
-            images = np.stack([self._load(row) for row in rows])
+            for row, target in zip(rows, images, strict=True):
+                self._load(row, target)
         except UserError as error:
             # Keras turns what a worker raises into an error of its own: kept for whoever runs the model.
             self.error = error
@@ -317,13 +327,14 @@ class AugmentedImageSequence(keras.utils.Sequence):
         batches = tf.data.Dataset.range(len(self)).map(load, num_parallel_calls=self.workers, deterministic=True)
         return batches.prefetch(self.max_queue_size).with_options(options)
 
-    def _load(self, row: int) -> np.ndarray:
+    def _load(self, row: int, target: np.ndarray) -> None:
         image = self.cache.get(row) if self.cache else None
-        if image is None:
-            image = resize_image(read_image(self.paths[row], self.image_size), self.image_size)
-            if self.cache:
-                self.cache.put(row, image)
-        return image
+        if image is not None:
+            target[:] = image
+            return
+        resize_image(read_image(self.paths[row], self.image_size), self.image_size, target)
+        if self.cache:
+            self.cache.put(row, target)
 
     def _labels_of(self, rows: np.ndarray | slice) -> np.ndarray:
         labels = self.labels[rows]
