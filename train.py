@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # What a run writes, as patterns: a new run into the same folder may not mix with it.
 RUN_FILES = ("best_model.keras", "latest_model.keras", "model_epoch_*.keras", "training_log.*", "best_auroc.log")
-RUN_FILES += (".training_stats.json", "configs.json", "logs")
+RUN_FILES += (".training_stats.json", "configs.json", "logs", "decision.json", "evaluation", "cam_output")
 
 
 def main(configs: Configs) -> dict:
@@ -137,10 +137,17 @@ def get_model(configs: Configs, loss: Callable, model_path: str, state: dict[str
 
 
 def clear_folder(configs: Configs) -> None:
-    """Removes what killed processes left in the run's folder and, to overwrite, the run that it holds."""
+    """Removes what killed processes left in the run's folder and, to overwrite, the run that it holds.
+
+    A run that goes on loses its thresholds and temperature: they belong to the model that it is about to replace.
+    """
     from callbacks import remove_stale_files
 
     remove_stale_files(configs.save_model_path)
+    decision = os.path.join(configs.save_model_path, "decision.json")
+    if os.path.isfile(decision):
+        os.remove(decision)
+        print(f"Removed {decision}: it belongs to the model before. Run test.py after training.")
     if configs.overwrite and not starts_in_own_folder(configs):
         for pattern in RUN_FILES:
             for path in glob.glob(os.path.join(glob.escape(configs.save_model_path), pattern)):

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from generator import AugmentedImageSequence
+    from metrics import Decision
 
 IMAGE_COLUMN = "path"
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LABEL_SEPARATOR = "$"
 MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
 LONGEST_LIST = 5
@@ -87,6 +89,29 @@ def write_csv(path: str, table: pd.DataFrame) -> None:
     """Writes a table as CSV, without its index, atomically."""
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False, encoding="utf-8")
+
+
+def walk_visible(folder_path: str) -> Iterator[str]:
+    """Yields the files below a folder; hidden files and folders are left out.
+
+    Raises:
+        UserError: a name is no text, so that a CSV file cannot hold it.
+    """
+    for folder, subfolders, files in os.walk(folder_path):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for file in files:
+            path = os.path.join(folder, file)
+            check_file_name(path)
+            if not file.startswith("."):
+                yield path
+
+
+def check_file_name(path: str) -> None:
+    """Raises UserError where a path is no text, so that a CSV file cannot hold it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"The file name {path!a} is not UTF-8. Rename the file.") from error
 
 
 # Tables and labels
@@ -442,13 +467,16 @@ def find_trained_model(configs: Configs) -> tuple[str, Configs]:
 
     Returns:
         The model file, and `configs` with the options that describe a model taken from the file beside it, or where
-        there is none the classes from the training CSV.
+        there is none the classes from the training CSV. Where `load_model_path` alone is given, `save_model_path`
+        becomes the model's folder: what is found out about a run belongs there, not into another one.
 
     Raises:
         UserError: there is no model, or a given option contradicts it.
     """
     model_path = resolve_model_path(configs.load_model_path or configs.save_model_path)
     configs = describe_model(configs, model_path)
+    if "save_model_path" not in configs.given:
+        configs = configs.replace(save_model_path=os.path.dirname(model_path) or ".")
     if configs.classes is None:
         class_names = resolve_class_names(
             None, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
@@ -608,8 +636,14 @@ def classify_image(
     class_names: Sequence[str],
     multi_label: bool = False,
     threshold: float = 0.5,
+    decision: Decision | None = None,
+    threshold_type: str = "exact_match",
 ) -> tuple[list[str], dict[str, float]]:
-    """Classifies one image.
+    """Classifies one image, with a run's decision as `predict.py` does.
+
+    The image is resized as the generator does it. `predict.py` decodes large JPEGs at a fraction of their size: to
+    have the same answer, read them with `generator.read_image(path, image_size)`. `read_image(path)` gives a picture
+    that differs a little, and so do the probabilities then.
 
     Args:
         model: a model of this collection.
@@ -617,6 +651,9 @@ def classify_image(
         class_names: in the model's order, as `configs.json` has them.
         multi_label: whether several labels may hold.
         threshold: multi-label: lowest probability of a label that holds.
+        decision: from `metrics.read_decision`: calibrates the probabilities and chooses the labels, in the place of
+            `multi_label` and `threshold`.
+        threshold_type: which of the decision's thresholds hold, `exact_match` or `best_f1`.
 
     Returns:
         The predicted class names (one, or multi-label any number) and the probability of each class.
@@ -624,7 +661,11 @@ def classify_image(
     from generator import resize_image
 
     batch = resize_image(image, model.input_shape[1:3])[None]
-    probabilities = np.asarray(model(batch, training=False))[0]
-    chosen = np.flatnonzero(probabilities >= threshold) if multi_label else [int(probabilities.argmax())]
-    by_class = dict(zip(class_names, probabilities.tolist(), strict=True))
+    probabilities = np.asarray(model(batch, training=False))
+    if decision is not None:
+        probabilities = decision.calibrate(probabilities)
+        chosen = np.flatnonzero(decision.choose(probabilities, threshold_type)[0])
+    else:
+        chosen = np.flatnonzero(probabilities[0] >= threshold) if multi_label else [int(probabilities[0].argmax())]
+    by_class = dict(zip(class_names, probabilities[0].tolist(), strict=True))
     return [class_names[position] for position in chosen], by_class

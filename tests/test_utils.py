@@ -565,6 +565,15 @@ def test_classes_of_a_model_without_configs_come_from_the_training_table(tmp_pat
     assert configs.classes == ["cat", "owl"]
 
 
+def test_what_is_written_about_a_model_goes_beside_it_unless_another_folder_is_given(tmp_path):
+    (tmp_path / "best_model.keras").touch()
+    train_csv = write_table(tmp_path, "path,class\na,owl\nb,cat\n")
+    _, configs = utils.find_trained_model(Configs(load_model_path=str(tmp_path), train_csv=train_csv))
+    assert configs.save_model_path == str(tmp_path)
+    given = Configs(load_model_path=str(tmp_path), train_csv=train_csv, save_model_path="elsewhere")
+    assert utils.find_trained_model(given)[1].save_model_path == "elsewhere"
+
+
 # Model files
 
 
