@@ -1,15 +1,465 @@
-"""How good predictions are, computed by scikit-learn; no TensorFlow here."""
+"""How good predictions are, and how a model's probabilities become answers; no TensorFlow here."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import optimize, sparse, special
 from sklearn import metrics as sk
 
+from configs import UserError, convert
+from utils import join_names, write_json
+
 THRESHOLD_STEP = 0.01
+TOP_K = 5
+MANY_CLASSES = 11
+CALIBRATION_BINS = 15
+RESAMPLES = 1000
+LONGEST_CURVE = 500
+TEMPERATURE_RANGE = (0.05, 20.0)
+# Below float32's least positive number, so that 0 stays the lowest of a row and its logarithm finite.
+LEAST_PROBABILITY = 1e-46
+# Half of float32's step below 1: where a sigmoid that rounds to 1 begins.
+LEAST_DISTANCE_FROM_ONE = 2.0**-25
+DECISION_FILE = "decision.json"
+LARGEST_DECISION_FILE = 2**22
+# Numbers in one block of work: a few arrays of it fit into a processor's cache.
+BLOCK = 2**20
+
+
+# Decisions
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """How a model's raw probabilities become an answer.
+
+    Attributes:
+        class_names: in the model's order.
+        multi_label: whether several labels may hold.
+        temperature: divides the logits.
+        temperature_fitted_on: "validation"; None where there was no validation set, and the temperature is 1.
+        exact_match_threshold: multi-label: the one threshold that gives the most exact matches.
+        best_f1_thresholds: multi-label: one a class; None stands for `exact_match_threshold` in each.
+        thresholds_fitted_on: "validation" or "training"; None where they are not fitted.
+        model: file name of the model that all this was fitted for; empty for any.
+    """
+
+    class_names: list[str]
+    multi_label: bool
+    temperature: float = 1.0
+    temperature_fitted_on: str | None = None
+    exact_match_threshold: float = 0.5
+    best_f1_thresholds: list[float] | None = None
+    thresholds_fitted_on: str | None = None
+    model: str = ""
+
+    def calibrate(self, probabilities: np.ndarray) -> np.ndarray:
+        """Divides the logits behind probabilities by the temperature.
+
+        Args:
+            probabilities: raw, `(images, classes)`.
+
+        Returns:
+            float32 `(images, classes)`; no row's classes change their order, nor its highest class.
+        """
+        raw = np.asarray(probabilities, np.float32)
+        if self.temperature == 1:
+            return raw
+        calibrated = np.empty_like(raw)
+        to_probabilities = special.expit if self.multi_label else _softmax
+        for rows in _row_blocks(*raw.shape):
+            calibrated[rows] = to_probabilities(_logits(raw[rows], self.multi_label) / self.temperature)
+        if not self.multi_label:
+            highest = raw.argmax(axis=1)
+            # Rounding to float32 may bring the two highest classes of a row together.
+            tied = np.flatnonzero(calibrated.argmax(axis=1) != highest)
+            calibrated[tied, highest[tied]] = np.nextafter(calibrated[tied].max(axis=1), np.float32(2))
+        return calibrated
+
+    def thresholds(self, threshold_type: str = "exact_match") -> np.ndarray:
+        """Returns the lowest calibrated probability of each label that holds, float32 `(classes,)`.
+
+        Args:
+            threshold_type: `exact_match` or `best_f1`.
+        """
+        same_for_all = [self.exact_match_threshold] * len(self.class_names)
+        by_type = {"exact_match": same_for_all, "best_f1": self.best_f1_thresholds or same_for_all}
+        return np.array(by_type[threshold_type], np.float32)
+
+    def choose(self, calibrated: np.ndarray, threshold_type: str = "exact_match") -> np.ndarray:
+        """Chooses the labels that hold.
+
+        Args:
+            calibrated: what `calibrate` returned, `(images, classes)`.
+            threshold_type: multi-label: `exact_match` or `best_f1`.
+
+        Returns:
+            bool `(images, classes)`; where one label holds, one True a row, the first of the highest.
+        """
+        if self.multi_label:
+            # In float32 both: a float64 threshold of 0.7 is above the float32 probability 0.7.
+            return np.asarray(calibrated, np.float32) >= self.thresholds(threshold_type)
+        return calibrated.argmax(axis=1)[:, None] == np.arange(len(self.class_names))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what `decision.json` holds."""
+        content = dataclasses.asdict(self)
+        classes, by_class = content.pop("class_names"), self.best_f1_thresholds
+        if by_class is not None:
+            content["best_f1_thresholds"] = dict(zip(classes, by_class, strict=True))
+        return {"classes": classes, **content}
+
+
+def _logits(probabilities: np.ndarray, multi_label: bool) -> np.ndarray:
+    """Returns the logits behind probabilities, float64 of the same shape; of a softmax, up to a constant a row."""
+    clipped = np.clip(probabilities, LEAST_PROBABILITY, 1, dtype=np.float64)
+    logits = np.log(clipped)
+    return logits - np.log(np.maximum(1 - clipped, LEAST_DISTANCE_FROM_ONE)) if multi_label else logits
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    return special.softmax(logits, axis=1)
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Yields slices that cover the rows, each of about `BLOCK` numbers."""
+    step = max(1, BLOCK // max(1, columns))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def fit_decision(
+    truths: dict[str, np.ndarray],
+    raw_probabilities: dict[str, np.ndarray],
+    class_names: Sequence[str],
+    multi_label: bool,
+    threshold_range: Sequence[float],
+    model: str,
+) -> Decision:
+    """Fits the temperature on the validation set, and thresholds there or, without one, on the training set.
+
+    Args:
+        truths: by `training`, `validation` (may be absent) and `test`, which is never looked at: int `(images,)`,
+            positions in `class_names`; multi-label: `(images, classes)` of zeros and ones.
+        raw_probabilities: `(images, classes)` by the same names.
+        class_names: in the model's order.
+        multi_label: whether thresholds are wanted.
+        threshold_range: lowest and highest threshold to try for exact matches, on calibrated probabilities.
+        model: the model's file.
+
+    Raises:
+        UserError: a probability is not finite.
+    """
+    decision = Decision(list(class_names), multi_label, model=os.path.basename(model))
+    fitted_on = next((name for name in ("validation", "training") if name in truths), None)
+    if fitted_on == "validation":
+        temperature = fit_temperature(truths[fitted_on], raw_probabilities[fitted_on], multi_label)
+        decision = dataclasses.replace(decision, temperature=temperature, temperature_fitted_on=fitted_on)
+    if not multi_label or fitted_on is None:
+        return decision
+    check_finite(raw_probabilities[fitted_on])
+    y_true, calibrated = truths[fitted_on], decision.calibrate(raw_probabilities[fitted_on])
+    threshold, _ = find_exact_match_threshold(y_true, calibrated, threshold_range)
+    return dataclasses.replace(
+        decision,
+        exact_match_threshold=threshold,
+        best_f1_thresholds=find_best_f1_thresholds(y_true, calibrated, threshold),
+        thresholds_fitted_on=fitted_on,
+    )
+
+
+def fit_temperature(y_true: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> float:
+    """Finds the temperature under which a set's labels are most likely.
+
+    Source: Guo et al., ICML 2017, section 4.2 (arXiv:1706.04599); multi-label: the same for each label's sigmoid.
+
+    Args:
+        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
+        probabilities: raw, `(images, classes)`; 0 and 1 count as what float32 rounds to them.
+        multi_label: which of the two.
+
+    Returns:
+        In `TEMPERATURE_RANGE`. 1 where no answer is wrong: the likelihood then grows without end towards
+        temperature 0, for the set cannot tell how sure is too sure.
+
+    Raises:
+        UserError: a probability is not finite.
+    """
+    check_finite(probabilities)
+    truth = np.asarray(y_true, bool) if multi_label else np.asarray(y_true)
+    if multi_label:
+        wrong = np.where(truth, probabilities < 0.5, probabilities > 0.5)
+    else:
+        wrong = probabilities > np.take_along_axis(probabilities, truth[:, None], axis=1)
+    if not wrong.any():
+        return 1.0
+    slope = functools.partial(_likelihood_slope, truth, probabilities, multi_label)
+    lowest, highest = np.log(TEMPERATURE_RANGE)
+    if slope(lowest) <= 0:
+        return TEMPERATURE_RANGE[0]
+    if slope(highest) >= 0:
+        return TEMPERATURE_RANGE[1]
+    return float(np.exp(optimize.brentq(slope, lowest, highest, xtol=1e-9)))
+
+
+def _likelihood_slope(truth: np.ndarray, probabilities: np.ndarray, multi_label: bool, log_temperature: float) -> float:
+    """Returns the negative log-likelihood's derivative by `1 / temperature`, which rises with that."""
+    total = 0.0
+    for rows in _row_blocks(*probabilities.shape):
+        logits = _logits(probabilities[rows], multi_label)
+        scaled = logits * np.exp(-log_temperature)
+        if multi_label:
+            total += (logits * (special.expit(scaled) - truth[rows])).sum()
+        else:
+            at_truth = np.take_along_axis(logits, truth[rows, None], axis=1)
+            total += (logits * _softmax(scaled)).sum() - at_truth.sum()
+    return float(total)
+
+
+def find_exact_match_threshold(
+    y_true: np.ndarray, probabilities: np.ndarray, threshold_range: Sequence[float]
+) -> tuple[float, float]:
+    """Finds the threshold at which most images have exactly their labels predicted.
+
+    Args:
+        y_true: `(images, classes)` of zeros and ones.
+        probabilities: `(images, classes)`.
+        threshold_range: lowest and highest threshold to try, in steps of 0.01.
+
+    Returns:
+        The threshold (the middle of the best ones where several do equally well) and its exact-match accuracy.
+    """
+    lowest, highest = threshold_range
+    # Python numbers: NumPy's own would compare in another precision than the evaluation does.
+    candidates = np.round(np.arange(lowest, highest + THRESHOLD_STEP / 2, THRESHOLD_STEP), 4).tolist()
+    truth = y_true.astype(bool)
+    accuracies = np.array([((probabilities >= threshold) == truth).all(axis=1).mean() for threshold in candidates])
+    best = np.flatnonzero(accuracies == accuracies.max())
+    return candidates[best[len(best) // 2]], float(accuracies.max())
+
+
+def find_best_f1_thresholds(y_true: np.ndarray, probabilities: np.ndarray, fallback: float) -> list[float]:
+    """Finds the threshold of each class that gives it the highest F1.
+
+    Args:
+        y_true: `(images, classes)` of zeros and ones.
+        probabilities: `(images, classes)`, compared as float32.
+        fallback: threshold of a class that no image has: none is better than another.
+
+    Returns:
+        For each class a float32 number in `[0, 1]` as a Python float, halfway between the lowest probability that
+        it lets hold and the highest that it does not; the middle one where several do equally well.
+    """
+    return [
+        _find_best_f1_threshold(truth, scores) if truth.any() else float(fallback)
+        for truth, scores in zip(y_true.astype(bool).T, np.asarray(probabilities, np.float32).T, strict=True)
+    ]
+
+
+def _find_best_f1_threshold(truth: np.ndarray, scores: np.ndarray) -> float:
+    order = np.argsort(-scores, kind="stable")
+    descending = np.append(scores[order], np.float32(0))
+    counts = np.append(1 + np.flatnonzero(np.diff(descending[:-1])), len(scores))
+    f1 = 2 * np.cumsum(truth[order])[counts - 1] / (counts + truth.sum())
+    best = np.flatnonzero(f1 == f1.max())
+    count = counts[best[len(best) // 2]]
+    lowest_chosen, highest_left = descending[count - 1], descending[count]
+    middle = np.float32((float(lowest_chosen) + float(highest_left)) / 2)
+    return float(middle if middle > highest_left else lowest_chosen)
+
+
+def check_finite(probabilities: np.ndarray) -> None:
+    """Raises UserError where a model answered with something that is not a number."""
+    if wrong := int((~np.isfinite(probabilities)).any(axis=1).sum()):
+        raise UserError(
+            f"The model's probabilities of {wrong} of {len(probabilities)} images are not finite: its training has "
+            "diverged. Train again with a lower learning_rate."
+        )
+
+
+def write_decision(folder: str, decision: Decision) -> str:
+    """Writes `decision.json` into a run's folder and returns its path."""
+    path = os.path.join(folder, DECISION_FILE)
+    write_json(path, decision.to_dict())
+    return path
+
+
+def read_decision(folder: str, class_names: Sequence[str], multi_label: bool, model_path: str) -> Decision:
+    """Reads the decision that `test.py` fitted for a model.
+
+    Args:
+        folder: of the run.
+        class_names: the model's.
+        multi_label: whether the model's labels are independent.
+        model_path: of the model in use; `best_model_compressed.h5` is the same as `best_model.keras`.
+
+    Returns:
+        The stored decision; the defaults where there is none, or where it is another model's, which is printed.
+
+    Raises:
+        UserError: the file is not as `write_decision` writes it, or is of other classes.
+    """
+    path = os.path.join(folder, DECISION_FILE)
+    default = Decision(list(class_names), multi_label)
+    if not os.path.lexists(path):
+        return default
+    stored = _read_decision_file(path)
+    if stored.model and _model_stem(stored.model) != _model_stem(model_path):
+        print(
+            f"{path} was fitted for {stored.model}: {os.path.basename(model_path)} goes without it. "
+            "Run test.py on this model to fit its own."
+        )
+        return default
+    if stored.class_names != default.class_names or stored.multi_label != multi_label:
+        raise _decision_fault(
+            path,
+            f"expected the model's classes {join_names(class_names)} and multi_label {multi_label}",
+            f"{join_names(stored.class_names)!r} and multi_label {stored.multi_label}",
+        )
+    return stored
+
+
+def _model_stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0].removesuffix("_compressed")
+
+
+def _read_decision_file(path: str) -> Decision:
+    """Reads `decision.json` and checks its form; raises UserError."""
+    try:
+        if os.path.getsize(path) > LARGEST_DECISION_FILE:
+            raise _decision_fault(path, f"expected at most {LARGEST_DECISION_FILE} bytes", "a larger file")
+        with open(path, encoding="utf-8") as file:
+            stored = json.load(file)
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}. Check the file.") from error
+    except (ValueError, RecursionError) as error:
+        raise _decision_fault(path, "expected valid JSON", f"{error}") from error
+    if not isinstance(stored, dict):
+        raise _decision_fault(path, "expected a JSON object", repr(stored))
+    if unknown := sorted(stored.keys() - _DECISION_FIELDS.keys()):
+        raise _decision_fault(path, f"expected no fields but {', '.join(_DECISION_FIELDS)}", repr(unknown[0]))
+    if missing := sorted(_DECISION_FIELDS.keys() - stored.keys()):
+        raise _decision_fault(path, f"expected a field {missing[0]}", "none")
+    values = {}
+    for name, (kind, is_allowed, words) in _DECISION_FIELDS.items():
+        value = stored[name]
+        try:
+            if name == "best_f1_thresholds":
+                value = _in_order(value, values["classes"])
+            values[name] = convert(value, kind, is_text=False)
+            if not is_allowed(values[name]):
+                raise ValueError(value)
+        except ValueError as error:
+            raise _decision_fault(path, f"{name}: expected {words}", repr(stored[name])) from error
+    return Decision(class_names=values.pop("classes"), **values)
+
+
+def _in_order(by_class: Any, class_names: Sequence[str]) -> list | None:
+    """Returns the values of a JSON object in the order of the classes, None for null; else raises ValueError."""
+    if by_class is None:
+        return None
+    if not isinstance(by_class, dict) or by_class.keys() != set(class_names):
+        raise ValueError(by_class)
+    return [by_class[name] for name in class_names]
+
+
+def _decision_fault(path: str, expected: str, received: str) -> UserError:
+    shown = received if len(received) <= 200 else f"{received[:200]}..."
+    return UserError(f"{path}: {expected}. Received: {shown}. Run test.py again, or delete the file.")
+
+
+def _is_probability(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+_DECISION_FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "classes": (list[str], lambda names: 0 < len(set(names)) == len(names), "a list of different class names"),
+    "multi_label": (bool, lambda _: True, "true or false"),
+    "temperature": (
+        float,
+        lambda value: TEMPERATURE_RANGE[0] <= value <= TEMPERATURE_RANGE[1],
+        "a number from {} to {}".format(*TEMPERATURE_RANGE),
+    ),
+    "temperature_fitted_on": (str | None, lambda name: name in (None, "validation"), "validation or null"),
+    "exact_match_threshold": (float, _is_probability, "a number from 0 to 1"),
+    "best_f1_thresholds": (
+        list[float] | None,
+        lambda values: values is None or all(map(_is_probability, values)),
+        "a number from 0 to 1 for each of classes, or null",
+    ),
+    "thresholds_fitted_on": (
+        str | None,
+        lambda name: name in (None, "validation", "training"),
+        "validation, training or null",
+    ),
+    "model": (str, lambda name: name.isprintable() and name == os.path.basename(name), "the file name of a model"),
+}
+
+
+# Evaluation
+
+
+def evaluate_set(
+    y_true: np.ndarray,
+    raw_probabilities: np.ndarray,
+    decision: Decision,
+    bootstrap: bool = False,
+    seed: int = 0,
+    threshold_range: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """Evaluates one set of images under a decision.
+
+    Args:
+        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
+        raw_probabilities: of the model, `(images, classes)`.
+        decision: as fitted; the set's own labels have no part in it.
+        bootstrap: add `intervals`, as `get_intervals` returns them.
+        seed: of the bootstrap.
+        threshold_range: multi-label, for the test set: add `optimistic`, the best exact-match threshold in this
+            range by the set's own labels.
+
+    Returns:
+        `images`, the figures of `get_evaluation_metrics` or `get_multilabel_evaluation_metrics` and `calibration`;
+        multi-label: `best_f1_threshold` and `f1_at_best_f1_threshold` of each class as well. JSON can hold it.
+
+    Raises:
+        UserError: a probability is not finite.
+    """
+    check_finite(raw_probabilities)
+    raw_probabilities = np.asarray(raw_probabilities, np.float32)
+    calibrated = decision.calibrate(raw_probabilities)
+    figures: dict[str, Any] = {"images": len(y_true)}
+    if decision.multi_label:
+        threshold = decision.exact_match_threshold
+        figures |= get_multilabel_evaluation_metrics(
+            y_true, calibrated, decision.class_names, threshold, ranking=raw_probabilities
+        )
+        _add_best_f1(figures["per_class"], y_true, calibrated, decision)
+        if threshold_range is not None:
+            best, accuracy = find_exact_match_threshold(y_true, calibrated, threshold_range)
+            note = "chosen on the test set itself: optimistic"
+            figures["optimistic"] = {"threshold": best, "exact_match_accuracy": accuracy, "note": note}
+    else:
+        figures |= get_evaluation_metrics(y_true, raw_probabilities, decision.class_names)
+    figures["calibration"] = _evaluate_calibration(y_true, raw_probabilities, calibrated, decision.multi_label)
+    if bootstrap:
+        figures["intervals"] = get_intervals(y_true, raw_probabilities, decision, seed)
+    return figures
+
+
+def _add_best_f1(per_class: dict[str, dict], y_true: np.ndarray, calibrated: np.ndarray, decision: Decision) -> None:
+    truth, chosen = y_true.astype(bool), decision.choose(calibrated, "best_f1")
+    for position, threshold in enumerate(decision.thresholds("best_f1").tolist()):
+        row = per_class[decision.class_names[position]]
+        row["best_f1_threshold"] = threshold
+        row["f1_at_best_f1_threshold"] = _binary_metrics(truth[:, position], chosen[:, position])["f1"]
 
 
 def get_evaluation_metrics(y_true: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
@@ -21,22 +471,48 @@ def get_evaluation_metrics(y_true: np.ndarray, probabilities: np.ndarray, class_
         class_names: in the order of the positions.
 
     Returns:
-        `accuracy`; `per_class` precision, recall, f1 and support by class name, 0 where undefined;
-        `confusion_matrix`, rows true and columns predicted.
+        `accuracy`; `balanced_accuracy`, the mean recall of the classes that have images; `macro_f1`, the mean of
+        the classes that are true or predicted somewhere; `top_5_accuracy` where there are more than 10 classes;
+        `per_class` precision, recall, f1 and support by class name, 0 where undefined; `confusion_matrix`, rows
+        true and columns predicted.
     """
     predicted, positions = probabilities.argmax(axis=1), np.arange(len(class_names))
-    return {
-        "accuracy": float(sk.accuracy_score(y_true, predicted)),
-        "per_class": {
-            name: _binary_metrics(y_true == position, predicted == position)
-            for position, name in enumerate(class_names)
-        },
-        "confusion_matrix": sk.confusion_matrix(y_true, predicted, labels=positions).tolist(),
+    per_class = {
+        name: _binary_metrics(y_true == position, predicted == position) for position, name in enumerate(class_names)
     }
+    figures = {
+        "accuracy": float(sk.accuracy_score(y_true, predicted)),
+        "balanced_accuracy": float(np.mean([row["recall"] for row in per_class.values() if row["support"]])),
+        "macro_f1": _macro_f1(y_true, predicted, positions),
+    }
+    if len(class_names) >= MANY_CLASSES:
+        figures[f"top_{TOP_K}_accuracy"] = float(is_in_top_k(y_true, probabilities).mean())
+    matrix = sk.confusion_matrix(y_true, predicted, labels=positions).tolist()
+    return {**figures, "per_class": per_class, "confusion_matrix": matrix}
+
+
+def is_in_top_k(y_true: np.ndarray, probabilities: np.ndarray, k: int = TOP_K) -> np.ndarray:
+    """Tells for each image whether its class is among the `k` highest; of equal ones the first counts as higher.
+
+    Args:
+        y_true: int `(images,)`, class positions.
+        probabilities: `(images, classes)`.
+        k: how many may be named.
+
+    Returns:
+        bool `(images,)`.
+    """
+    at_truth = np.take_along_axis(probabilities, y_true[:, None], axis=1)
+    equal_before = (probabilities == at_truth) & (np.arange(probabilities.shape[1]) < y_true[:, None])
+    return ((probabilities > at_truth) | equal_before).sum(axis=1) < k
 
 
 def get_multilabel_evaluation_metrics(
-    y_true: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], threshold: float
+    y_true: np.ndarray,
+    probabilities: np.ndarray,
+    class_names: Sequence[str],
+    threshold: float,
+    ranking: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Evaluates multi-label predictions.
 
@@ -45,15 +521,19 @@ def get_multilabel_evaluation_metrics(
         probabilities: `(images, classes)`.
         class_names: in the order of the columns.
         threshold: the lowest probability of a label that holds.
+        ranking: scores for AUROC and average precision, where a temperature has made some probabilities equal;
+            `probabilities` by default.
 
     Returns:
-        `mean_auroc`, `mean_average_precision`, `exact_match_accuracy`, `hamming_loss`, `threshold`; `per_class` by
-        class name: precision, recall, f1 and support (0 where undefined), `auroc` and `average_precision` (None where
-        a class has no positive, or for AUROC no negative, and then left out of the mean).
+        `mean_auroc`, `mean_average_precision`, `exact_match_accuracy`, `hamming_loss`, `macro_f1` (of the classes
+        that are true or predicted somewhere), `threshold`; `per_class` by class name: precision, recall, f1 and
+        support (0 where undefined), `auroc` and `average_precision` (None where a class has no positive, or for
+        AUROC no negative, and then left out of the mean).
     """
     truth, predicted = y_true.astype(bool), probabilities >= threshold
-    aurocs = get_aurocs(y_true, probabilities)
-    precisions = get_average_precisions(y_true, probabilities)
+    scores = probabilities if ranking is None else ranking
+    aurocs = get_aurocs(y_true, scores)
+    precisions = get_average_precisions(y_true, scores)
     per_class = {}
     for position, name in enumerate(class_names):
         per_class[name] = _binary_metrics(truth[:, position], predicted[:, position])
@@ -64,9 +544,18 @@ def get_multilabel_evaluation_metrics(
         "mean_average_precision": none_if_undefined(mean_of_defined(precisions)),
         "exact_match_accuracy": float((truth == predicted).all(axis=1).mean()),
         "hamming_loss": float((truth != predicted).mean()),
+        "macro_f1": _macro_f1(truth, predicted, np.arange(len(class_names))),
         "threshold": float(threshold),
         "per_class": per_class,
     }
+
+
+def _macro_f1(truth: np.ndarray, predicted: np.ndarray, positions: np.ndarray) -> float | None:
+    """Returns the mean F1 of the classes that are true or predicted somewhere; None where there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        mean = sk.f1_score(truth, predicted, labels=positions, average="macro", zero_division=np.nan)
+    return none_if_undefined(mean)
 
 
 def _binary_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
@@ -112,42 +601,295 @@ def none_if_undefined(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def find_exact_match_threshold(
-    y_true: np.ndarray, probabilities: np.ndarray, threshold_range: Sequence[float]
-) -> tuple[float, float]:
-    """Finds the threshold at which most images have exactly their labels predicted.
+# Calibration
+
+
+def get_calibration(confidences: np.ndarray, outcomes: np.ndarray) -> tuple[float, list[dict[str, Any]]]:
+    """Compares how sure answers are with how often they are right.
+
+    Source: Guo et al., ICML 2017, eqs. 2-3 and 5 (arXiv:1706.04599).
 
     Args:
-        y_true: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`.
-        threshold_range: lowest and highest threshold to try, in steps of 0.01.
+        confidences: `(answers,)`, in `[0, 1]`, compared as float32.
+        outcomes: bool `(answers,)`, whether each answer is right.
 
     Returns:
-        The threshold (the middle of the best ones where several do equally well) and its exact-match accuracy.
+        The expected calibration error, and of each of 15 equally wide bins `(low, high]` that is not empty the mean
+        `confidence`, the share that is right (`accuracy`) and the `count`.
     """
-    lowest, highest = threshold_range
-    # Python numbers: NumPy's own would compare in another precision than the evaluation does.
-    candidates = np.round(np.arange(lowest, highest + THRESHOLD_STEP / 2, THRESHOLD_STEP), 4).tolist()
-    truth = y_true.astype(bool)
-    accuracies = np.array([((probabilities >= threshold) == truth).all(axis=1).mean() for threshold in candidates])
-    best = np.flatnonzero(accuracies == accuracies.max())
-    return candidates[best[len(best) // 2]], float(accuracies.max())
+    confidences = np.asarray(confidences, np.float32)
+    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1].astype(np.float32)
+    positions = np.searchsorted(edges, confidences, side="left")
+    counts, confident, right = (
+        np.bincount(positions, weights, CALIBRATION_BINS) for weights in (None, confidences, outcomes)
+    )
+    error = float(np.abs(right - confident).sum() / len(confidences))
+    bins = [
+        {"confidence": float(confident[place] / count), "accuracy": float(right[place] / count), "count": int(count)}
+        for place, count in enumerate(counts)
+        if count
+    ]
+    return error, bins
+
+
+def _evaluate_calibration(
+    y_true: np.ndarray, raw: np.ndarray, calibrated: np.ndarray, multi_label: bool
+) -> dict[str, Any]:
+    """Compares the top class with being right, or multi-label every probability with the label's presence."""
+    results = {}
+    for suffix, probabilities in (("", calibrated), ("_uncalibrated", raw)):
+        if multi_label:
+            confidences, outcomes = probabilities.ravel(), y_true.astype(bool).ravel()
+        else:
+            confidences, outcomes = probabilities.max(axis=1), probabilities.argmax(axis=1) == y_true
+        error, bins = get_calibration(confidences, outcomes)
+        results |= {f"expected_calibration_error{suffix}": error, f"bins{suffix}": bins}
+    return results
+
+
+# Intervals
+
+
+def get_intervals(
+    y_true: np.ndarray, raw_probabilities: np.ndarray, decision: Decision, seed: int = 0, resamples: int = RESAMPLES
+) -> dict[str, Any]:
+    """Estimates how far the headline figures would vary with other images: 95 % bootstrap percentile intervals.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3. Whole images are drawn with
+    replacement. As in the figures themselves, a class that is undefined in a resample has no part in its means.
+
+    Args:
+        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
+        raw_probabilities: of the model, `(images, classes)`.
+        decision: what the answers follow from.
+        seed: of the resamples.
+        resamples: how many.
+
+    Returns:
+        `[low, high]` by the name of each headline figure, None where it is undefined throughout; multi-label:
+        `per_class` holds those of `precision`, `recall` and `f1` by class name.
+    """
+    measures = [_prepare_counts(y_true, raw_probabilities, decision)]
+    if decision.multi_label:
+        measures.append(_prepare_ranking(y_true.astype(bool), raw_probabilities))
+    parts = [
+        {name: values for measure in measures for name, values in measure(weights).items()}
+        for weights in _draw_resamples(len(y_true), resamples, np.random.default_rng(seed))
+    ]
+    samples = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    intervals: dict[str, Any] = {name: _interval(values) for name, values in samples.items() if values.ndim == 1}
+    if decision.multi_label:
+        intervals["per_class"] = {
+            name: {key: _interval(samples[key][:, position]) for key in ("precision", "recall", "f1")}
+            for position, name in enumerate(decision.class_names)
+        }
+    return intervals
+
+
+def _interval(values: np.ndarray) -> list[float] | None:
+    defined = values[~np.isnan(values)]
+    return np.percentile(defined, [2.5, 97.5]).tolist() if len(defined) else None
+
+
+def _draw_resamples(images: int, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yields how often each image is drawn, float32 `(some resamples, images)`, a block at a time."""
+    step = max(1, BLOCK // images)
+    for start in range(0, resamples, step):
+        shape = min(step, resamples - start), images
+        drawn = rng.integers(images, size=shape) + images * np.arange(shape[0])[:, None]
+        yield np.bincount(drawn.ravel(), minlength=drawn.size).reshape(shape).astype(np.float32)
+
+
+Measure = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+def _prepare_counts(y_true: np.ndarray, raw: np.ndarray, decision: Decision) -> Measure:
+    """Prepares the figures that follow from counts of right and wrong labels.
+
+    Returns:
+        A function from weights `(resamples, images)` to figures `(resamples,)`, and `precision`, `recall` and `f1`
+        `(resamples, classes)`, NaN where undefined.
+    """
+    predicted = decision.choose(decision.calibrate(raw))
+    truth = y_true.astype(bool) if decision.multi_label else y_true[:, None] == np.arange(predicted.shape[1])
+    per_image = {"accuracy": (truth == predicted).all(axis=1)}
+    if decision.multi_label:
+        per_image = {"exact_match_accuracy": per_image["accuracy"]}
+    elif predicted.shape[1] >= MANY_CLASSES:
+        per_image[f"top_{TOP_K}_accuracy"] = is_in_top_k(y_true, raw)
+    indicators = [sparse.csc_array(chosen.astype(np.float32)).T for chosen in (truth, predicted, truth & predicted)]
+
+    def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
+        images = weights.sum(axis=1)
+        figures = {name: _divide(weights @ values.astype(np.float32), images) for name, values in per_image.items()}
+        support, chosen, right = ((indicator @ weights.T).T for indicator in indicators)
+        by_class = {
+            "precision": _divide(right, chosen),
+            "recall": _divide(right, support),
+            "f1": _divide(2 * right, support + chosen),
+        }
+        if decision.multi_label:
+            figures["hamming_loss"] = _divide((support + chosen - 2 * right).sum(axis=1), images * truth.shape[1])
+        else:
+            figures["balanced_accuracy"] = _row_means(by_class["recall"])
+        return {**figures, "macro_f1": _row_means(by_class["f1"]), **by_class}
+
+    return measure
+
+
+def _prepare_ranking(truth: np.ndarray, scores: np.ndarray) -> Measure:
+    """Prepares the mean AUROC and average precision, as `_prepare_counts` does.
+
+    Args:
+        truth: bool `(images, classes)`.
+        scores: `(images, classes)`.
+    """
+    rankings = [_Ranking.of(*column) for column in zip(truth.T, scores.T, strict=True)]
+
+    def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
+        aurocs, precisions = np.stack([ranking.measure(weights) for ranking in rankings], axis=-1)
+        return {"mean_auroc": _row_means(aurocs), "mean_average_precision": _row_means(precisions)}
+
+    return measure
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ranking:
+    """One class's images from the highest score to the lowest, in groups of one score that hold a positive.
+
+    Attributes:
+        order: int32 `(images,)`, all images by descending score.
+        positives: int32, the positive images in that order.
+        starts: of each group, the images that rank higher.
+        ends: of each group, the images that rank higher or within it.
+        positive_ends: of each group, the positive ones of these.
+    """
+
+    order: np.ndarray
+    positives: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    positive_ends: np.ndarray
+
+    @classmethod
+    def of(cls, truth: np.ndarray, scores: np.ndarray) -> _Ranking:
+        """Ranks bool `(images,)` by scores `(images,)`."""
+        order = np.argsort(-scores, kind="stable").astype(np.int32)
+        descending = -scores[order]
+        at_positives = descending[truth[order]]
+        groups, counts = np.unique(at_positives, return_counts=True)
+        starts, ends = (np.searchsorted(descending, groups, side=side) for side in ("left", "right"))
+        return cls(order, order[truth[order]], starts, ends, np.cumsum(counts))
+
+    def measure(self, weights: np.ndarray) -> np.ndarray:
+        """Returns AUROC and average precision `(2, resamples)`, NaN where undefined, of weights."""
+        drawn, right = _cumulate(weights, self.order), _cumulate(weights, self.positives)
+        images, positives = drawn[:, -1].astype(np.float64), right[:, -1].astype(np.float64)
+        right, chosen = np.take(right, self.positive_ends, axis=1), np.take(drawn, self.ends, axis=1)
+        gains = np.diff(right, prepend=0)
+        # Pairs of a positive and an image that ranks higher, those of one score by half: half of the positives' own.
+        above = (gains * (chosen + np.take(drawn, self.starts, axis=1))).sum(axis=1) / 2
+        negatives_above = above - positives**2 / 2
+        precisions = (gains * right / np.maximum(chosen, 1)).sum(axis=1)
+        aurocs = 1 - _divide(negatives_above, positives * (images - positives))
+        return np.stack([aurocs, _divide(precisions, positives)])
+
+
+def _cumulate(weights: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Returns the running sums of weights in an order, from 0 on; float32 `(resamples, len(order) + 1)`."""
+    sums = np.zeros((len(weights), len(order) + 1), np.float32)
+    np.cumsum(np.take(weights, order, axis=1), axis=1, out=sums[:, 1:])
+    return sums
+
+
+def _divide(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+    """Returns the quotients, NaN where the denominator is 0."""
+    quotients = np.full(np.shape(numerators), np.nan)
+    return np.divide(numerators, denominators, out=quotients, where=denominators > 0, dtype=np.float64)
+
+
+def _row_means(values: np.ndarray) -> np.ndarray:
+    """Returns the mean of each row's values that are not NaN; NaN where there is none."""
+    defined = ~np.isnan(values)
+    return _divide(np.where(defined, values, 0).sum(axis=1), defined.sum(axis=1))
+
+
+# Curves
+
+
+def get_curves(y_true: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Computes each class's ROC and precision-recall curve against all others.
+
+    Args:
+        y_true: int `(images,)`, class positions; or `(images, classes)` of zeros and ones.
+        probabilities: `(images, classes)`.
+        class_names: in the order of the columns.
+
+    Returns:
+        By class name: `false_positive_rate` and `true_positive_rate`, `precision` and `recall` (lists of at most
+        500 points in the curve's order; empty where undefined), `auroc` and `average_precision` of the whole curves
+        (None where undefined).
+    """
+    truth = np.asarray(y_true)
+    if truth.ndim == 1:
+        truth = truth[:, None] == np.arange(len(class_names))
+    truth = truth.astype(bool)
+    aurocs, precisions = get_aurocs(truth, probabilities), get_average_precisions(truth, probabilities)
+    curves = {}
+    for position, name in enumerate(class_names):
+        labels, scores = truth[:, position], probabilities[:, position]
+        false_positive_rate = true_positive_rate = precision = recall = []
+        if not np.isnan(aurocs[position]):
+            false_positive_rate, true_positive_rate = _thin(*sk.roc_curve(labels, scores)[:2])
+        if labels.any():
+            precision, recall = _thin(*sk.precision_recall_curve(labels, scores)[:2])
+        curves[name] = {
+            "false_positive_rate": false_positive_rate,
+            "true_positive_rate": true_positive_rate,
+            "precision": precision,
+            "recall": recall,
+            "auroc": none_if_undefined(aurocs[position]),
+            "average_precision": none_if_undefined(precisions[position]),
+        }
+    return curves
+
+
+def _thin(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
+    """Keeps at most `LONGEST_CURVE` points, both ends among them, at even distances along the curve."""
+    if len(x) > LONGEST_CURVE:
+        lengths = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
+        kept = np.unique(np.searchsorted(lengths, np.linspace(0, lengths[-1], LONGEST_CURVE)))
+        x, y = x[kept], y[kept]
+    return x.tolist(), y.tolist()
+
+
+# Text
 
 
 def format_evaluation(metrics: dict[str, Any]) -> str:
-    """Lays out what either evaluation function returned as a text table."""
-    per_class = metrics["per_class"]
+    """Lays out what `evaluate_set` or either evaluation function returned as a text table."""
+    per_class, intervals = metrics["per_class"], metrics.get("intervals", {})
     columns = list(next(iter(per_class.values())))
     width = max(len("class"), *map(len, per_class))
-    lines = [f"{'class':<{width}}" + "".join(f"{column.replace('_', ' '):>19}" for column in columns)]
+    widths = {column: max(len(column), 9) + 2 for column in columns}
+    lines = [f"{'class':<{width}}" + "".join(f"{column.replace('_', ' '):>{widths[column]}}" for column in columns)]
     for name, row in per_class.items():
-        lines.append(f"{name:<{width}}" + "".join(f"{_format(row[column]):>19}" for column in columns))
+        lines.append(f"{name:<{width}}" + "".join(f"{_format(row[column]):>{widths[column]}}" for column in columns))
     if "confusion_matrix" in metrics:
         lines += ["", *_format_confusion_matrix(metrics["confusion_matrix"], list(per_class))]
     lines.append("")
     for name, value in metrics.items():
-        if name not in ("per_class", "confusion_matrix"):
-            lines.append(f"{name.replace('_', ' ')}: {_format(value)}")
+        if isinstance(value, float | None):
+            lines.append(f"{name.replace('_', ' ')}: {_format(value)}{_format_interval(intervals.get(name))}")
+    if "calibration" in metrics:
+        after, before = (
+            metrics["calibration"][f"expected_calibration_error{suffix}"] for suffix in ("", "_uncalibrated")
+        )
+        lines.append(f"expected calibration error: {_format(after)} ({_format(before)} without the temperature)")
+    if "optimistic" in metrics:
+        best = metrics["optimistic"]
+        accuracy, threshold = _format(best["exact_match_accuracy"]), _format(best["threshold"])
+        lines.append(f"best exact match accuracy: {accuracy} at threshold {threshold} ({best['note']})")
     return "\n".join(lines)
 
 
@@ -170,3 +912,7 @@ def _format(value: float | int | None) -> str:
     if value is None:
         return "undefined"
     return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _format_interval(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else " (95 % interval {:.4f} to {:.4f})".format(*interval)
