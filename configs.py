@@ -30,6 +30,9 @@ BACKBONE_NAMES = (
     *("ConvNeXtTiny", "ConvNeXtSmall", "ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtXLarge"),
 )
 OPTIMIZER_NAMES = ("Adam", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Nadam")
+CAM_METHODS = ("gradcam", "gradcam++", "hirescam", "layercam")
+CAM_CLASSES = ("predicted", "true", "top_k", "threshold")
+CAM_COLORMAPS = ("jet", "turbo", "viridis", "inferno", "magma", "plasma")
 
 
 class UserError(Exception):
@@ -178,6 +181,16 @@ class Configs:
         choices=("none", "memory", "disk"),
     )
     image_cache_path: str = define("./data/image_cache", "The folder of the disk cache; may be deleted at any time")
+    cam_method: str = define("gradcam", "How draw_activations.py weighs the backbone's features", choices=CAM_METHODS)
+    cam_classes: str = define(
+        "predicted",
+        "Classes that draw_activations.py explains: the predicted one, those in the CSV (true), the cam_top_k most "
+        "probable ones, or every label above its threshold",
+        choices=CAM_CLASSES,
+    )
+    cam_top_k: int = define(3, "How many classes cam_classes top_k explains", at_least=1)
+    cam_alpha: float = define(0.4, "Opacity of the heatmap over the image", at_least=0, at_most=1)
+    cam_colormap: str = define("jet", "Colours of the heatmap", choices=CAM_COLORMAPS)
     overwrite: bool = define(False, "Start a new run where save_model_path holds another one, and remove that")
 
     def __post_init__(self) -> None:

@@ -1,35 +1,99 @@
-"""Grad-CAM: where in an image a model finds its evidence for a class."""
+"""Class activation maps: where in an image a model finds its evidence for a class, and whether to believe that."""
 
 from __future__ import annotations
 
+import functools
+import os
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
 import cv2
 import keras
+import matplotlib
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import tensorflow as tf
 
 from configs import UserError
 
-# RGB of each of 256 values. OpenCV builds this table anew in every call, which takes longer than all else in a picture.
-COLOURS = cv2.applyColorMap(np.arange(256, dtype=np.uint8), cv2.COLORMAP_JET)[:, 0, ::-1].copy()
-OPACITY = 0.4
+# The share of an image that is blurred to see whether a map shows what the answer rests on.
+BLURRED_SHARE = 0.2
+# Standard deviation of that blur, as a share of the image's longer side: 14 pixels of 224.
+BLUR_WIDTH = 1 / 16
+# Fewer images say nothing: their mean is noise.
+FEWEST_IMAGES = 10
+FONT_PATH = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+
+
+# The algorithm: from features and the gradients of one logit a weight for every feature
+
+
+def weigh_by_mean_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
+    """Grad-CAM: one weight a channel.
+
+    Source: Selvaraju et al., ICCV 2017, eq. 1 (arXiv:1610.02391).
+    """
+    return tf.reduce_mean(gradients, axis=(1, 2), keepdims=True)
+
+
+def weigh_by_positive_gradients(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
+    """Grad-CAM++: one weight a channel, the sum of its positive gradients, each damped by the channel's total.
+
+    The score is the exponential of the logit, and what lies between features and logit is piecewise linear: the
+    second and third derivative are then powers of the logit's gradient `g`, all times the exponential, which
+    normalising the map cancels. Eq. 19's `g^2 / (2 g^2 + sum(A) g^3)` is `1 / (2 + sum(A) g)` wherever `g` is not 0,
+    and written so it does not underflow. The derivation takes features of at least 0.
+
+    Source: Chattopadhay et al., WACV 2018, eq. 19 (arXiv:1710.11063).
+    """
+    totals = tf.reduce_sum(features, axis=(1, 2), keepdims=True)
+    damped = tf.math.divide_no_nan(tf.nn.relu(gradients), 2 + totals * gradients)
+    return tf.reduce_sum(damped, axis=(1, 2), keepdims=True)
+
+
+def weigh_by_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
+    """HiResCAM: each place and channel by its own gradient.
+
+    Source: Draelos and Carin, 2020 (arXiv:2011.08891).
+    """
+    return gradients
+
+
+def weigh_by_positive_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
+    """LayerCAM: each place and channel by its own gradient where that is positive.
+
+    Source: Jiang et al., IEEE Transactions on Image Processing 30, 2021.
+    """
+    return tf.nn.relu(gradients)
+
+
+# Of features and gradients, float32 `(batch, h, w, channels)`; returns weights that broadcast to the same shape.
+METHODS: dict[str, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = {
+    "gradcam": weigh_by_mean_gradient,
+    "gradcam++": weigh_by_positive_gradients,
+    "hirescam": weigh_by_gradient,
+    "layercam": weigh_by_positive_gradient,
+}
 
 
 class GradCam:
-    """Locates the image regions that raise one class's score.
+    """Locates the image regions that raise a class's score: the positive part of the weighted sum of the features.
 
-    The network up to the backbone's last spatial layer runs once an image; the gradient crosses the classifier only.
-    Scores are logits, which do not saturate as probabilities do.
-
-    Source: Selvaraju et al., ICCV 2017, eqs. 1-2 (arXiv:1610.02391).
+    The network up to the backbone's last spatial layer runs once an image, whatever the number of classes; the
+    gradient crosses the classifier only. Scores are logits, which do not saturate as probabilities do.
 
     Args:
         model: a model of this collection, with the parts `backbone` and `classifier`.
+        method: a key of `METHODS`.
 
     Raises:
         UserError: the model lacks these parts.
     """
 
-    def __init__(self, model: keras.Model) -> None:
+    def __init__(self, model: keras.Model, method: str = "gradcam") -> None:
         names = [layer.name for layer in model.layers]
         if not {"backbone", "classifier"} <= set(names):
             raise UserError(
@@ -39,40 +103,78 @@ class GradCam:
         self._features = keras.Model(model.inputs, _input_of_classifier(model))
         *to_logits, self._to_probabilities = model.get_layer("classifier").layers
         self._logits = keras.Sequential(to_logits)
-        self._explain = tf.function(self._explain_batch)
+        self._weigh = METHODS[method]
+        self._read = tf.function(self._read_batch)
+        self._explain = tf.function(self._explain_pairs)
 
     def __call__(self, images: np.ndarray, class_indices: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Explains a batch.
 
         Args:
             images: RGB `(batch, height, width, 3)`, pixels in `[0, 255]`.
-            class_indices: int `(batch,)`, the class to explain; by default the most probable one.
+            class_indices: int `(batch,)`, the class to explain, or `(batch, k)`, several an image; by default the
+                most probable one.
 
         Returns:
-            Heatmaps, float32 `(batch, h, w)`, unitless in `[0, 1]`, zeros where nothing supports the class; and
-            probabilities, float32 `(batch, classes)`.
+            Heatmaps, float32 `(batch, h, w)` or `(batch, k, h, w)`, unitless in `[0, 1]`, zeros where nothing supports
+            the class; and probabilities, float32 `(batch, classes)`.
         """
-        chosen = np.full(len(images), -1, np.int32) if class_indices is None else np.asarray(class_indices, np.int32)
-        # One trace for every number of images: the last batch is often a smaller one.
-        signature = tf.TensorSpec((None, *images.shape[1:]), images.dtype), tf.TensorSpec((None,), tf.int32)
-        explain = self._explain.get_concrete_function(*signature)
-        heatmaps, probabilities = explain(tf.convert_to_tensor(images), tf.convert_to_tensor(chosen))
-        return heatmaps.numpy(), probabilities.numpy()
+        features, probabilities = self.read(images)
+        chosen = probabilities.argmax(axis=1) if class_indices is None else np.asarray(class_indices)
+        rows = np.arange(len(images)).repeat(chosen.size // len(images))
+        heatmaps = self.explain(features, rows, chosen.ravel())
+        return heatmaps.reshape(*chosen.shape, *heatmaps.shape[1:]), probabilities
 
-    def _explain_batch(self, images: tf.Tensor, class_indices: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        features = tf.cast(self._features(images, training=False), tf.float32)
+    def read(self, images: np.ndarray) -> tuple[tf.Tensor, np.ndarray]:
+        """Runs the network on a batch.
+
+        Args:
+            images: RGB `(batch, height, width, 3)`, pixels in `[0, 255]`.
+
+        Returns:
+            The features for `explain`, and the model's probabilities, float32 `(batch, classes)`.
+        """
+        # One trace for every number of images: the last batch is often a smaller one.
+        read = self._read.get_concrete_function(tf.TensorSpec((None, *images.shape[1:]), images.dtype))
+        features, probabilities = read(tf.convert_to_tensor(images))
+        return features, probabilities.numpy()
+
+    def explain(self, features: tf.Tensor, rows: np.ndarray, class_indices: np.ndarray) -> np.ndarray:
+        """Explains pairs of an image and a class, any number of them, in memory that the batch's own size bounds.
+
+        Args:
+            features: of a batch, from `read`.
+            rows: int `(pairs,)`, positions in that batch.
+            class_indices: int `(pairs,)`, the class to explain of each.
+
+        Returns:
+            Heatmaps, float32 `(pairs, h, w)` as from calling this object.
+        """
+        integers = tf.TensorSpec((None,), tf.int32)
+        signature = tf.TensorSpec((None, *features.shape[1:]), features.dtype), integers, integers
+        explain = self._explain.get_concrete_function(*signature)
+        pairs = np.stack([rows, class_indices]).astype(np.int32)
+        heatmaps = [np.empty((0, *features.shape[1:3]), np.float32)]
+        for start in range(0, len(rows), len(features)):
+            part = tf.convert_to_tensor(pairs[:, start : start + len(features)])
+            heatmaps.append(explain(features, part[0], part[1]).numpy())
+        return np.concatenate(heatmaps)
+
+    def _read_batch(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        features = self._features(images, training=False)
+        logits = self._logits(tf.cast(features, tf.float32), training=False)
+        return features, self._to_probabilities(logits)
+
+    def _explain_pairs(self, features: tf.Tensor, rows: tf.Tensor, class_indices: tf.Tensor) -> tf.Tensor:
+        features = tf.cast(tf.gather(features, rows), tf.float32)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(features)
             logits = self._logits(features, training=False)
-            most_probable = tf.argmax(logits, axis=1, output_type=tf.int32)
-            class_indices = tf.where(class_indices < 0, most_probable, class_indices)
             # Images do not mix in inference mode: the gradient of the sum holds each one's own.
             score = tf.reduce_sum(tf.gather(logits, class_indices, batch_dims=1))
-        gradients = tape.gradient(score, features)
-        weights = tf.reduce_mean(gradients, axis=(1, 2), keepdims=True)
+        weights = self._weigh(features, tape.gradient(score, features))
         heatmaps = tf.nn.relu(tf.reduce_sum(weights * features, axis=-1))
-        peaks = tf.reduce_max(heatmaps, axis=(1, 2), keepdims=True)
-        return tf.math.divide_no_nan(heatmaps, peaks), self._to_probabilities(logits)
+        return tf.math.divide_no_nan(heatmaps, tf.reduce_max(heatmaps, axis=(1, 2), keepdims=True))
 
 
 def _input_of_classifier(model: keras.Model) -> keras.KerasTensor:
@@ -83,20 +185,145 @@ def _input_of_classifier(model: keras.Model) -> keras.KerasTensor:
     return images
 
 
-def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
-    """Colours an image by a heatmap: red where it is 1.
+# Whether to believe the maps
+
+
+def measure_faithfulness(
+    predict: Callable[[np.ndarray], np.ndarray],
+    images: np.ndarray,
+    heatmaps: np.ndarray,
+    class_indices: np.ndarray,
+    before: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Measures what blurring the highlighted fifth of each image takes from its class, against a random fifth.
+
+    The random fifth is the highlighted one moved by a random distance, around the image's edges: each pixel is as
+    likely to be in it. It has the same area and the same shape, for a blur that covers whole parts of an object takes
+    more than one scattered over as many single pixels; so what differs is the place alone.
+
+    Args:
+        predict: from images as below to probabilities `(batch, classes)`.
+        images: uint8 RGB `(batch, height, width, 3)`.
+        heatmaps: `(batch, h, w)` in `[0, 1]`, of any size.
+        class_indices: int `(batch,)`, the class that each heatmap explains.
+        before: float `(batch,)`, that class's probability for the image as it is.
+        rng: draws the random fifths, image by image.
+
+    Returns:
+        float `(batch, 2)`, in `[-1, 1]`: how far the class's probability falls, by the highlighted and by the random
+        fifth.
+    """
+    height, width = images.shape[1:3]
+    masks = np.empty((2, *images.shape[:3]), bool)
+    for row, heatmap in enumerate(heatmaps):
+        masks[0, row] = find_highlighted(heatmap, (height, width), rng)
+        masks[1, row] = np.roll(masks[0, row], rng.integers((height, width)), axis=(0, 1))
+    sigma = max(height, width) * BLUR_WIDTH
+    blurred = np.stack([cv2.GaussianBlur(image, (0, 0), sigma) for image in images])
+    every = np.arange(len(images))
+    after = [predict(np.where(mask[..., None], blurred, images))[every, class_indices] for mask in masks]
+    return before[:, None] - np.stack(after, axis=1)
+
+
+def find_highlighted(heatmap: np.ndarray, image_size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Finds the fifth of an image's pixels where a heatmap is highest.
+
+    Args:
+        heatmap: `(h, w)`, of any size.
+        image_size: `(height, width)`.
+        rng: chooses among equal values, which in a heatmap are zeros: blocks as coarse as the heatmap.
+
+    Returns:
+        bool `(height, width)`, exactly a fifth of it True, rounded.
+    """
+    fields = heatmap.astype(np.float32), rng.random(heatmap.shape, np.float32)
+    values, noise = (cv2.resize(field, image_size[::-1], interpolation=cv2.INTER_LINEAR).ravel() for field in fields)
+    # The noise is below what tells two places of a heatmap apart: it decides between equal values only.
+    keys, others = values + 1e-9 * noise.astype(float), len(values) - round(len(values) * BLURRED_SHARE)
+    mask = np.zeros(len(values), bool)
+    mask[np.argpartition(keys, others)[others:]] = True
+    return mask.reshape(image_size)
+
+
+def summarise_faithfulness(drops: np.ndarray) -> dict[str, Any]:
+    """Averages the drops of `measure_faithfulness`.
+
+    Args:
+        drops: `(images, 2)`.
+
+    Returns:
+        `images`, their number; `highlighted` and `random`, the mean drops (None without images); `difference` and its
+        `standard_error` over the images (None below two).
+    """
+    if not len(drops):
+        return {"images": 0, "highlighted": None, "random": None, "difference": None, "standard_error": None}
+    differences = drops[:, 0] - drops[:, 1]
+    error = differences.std(ddof=1) / np.sqrt(len(drops)) if len(drops) > 1 else None
+    return {
+        "images": len(drops),
+        "highlighted": float(drops[:, 0].mean()),
+        "random": float(drops[:, 1].mean()),
+        "difference": float(differences.mean()),
+        "standard_error": None if error is None else float(error),
+    }
+
+
+def describe_faithfulness(summary: dict[str, Any], number_of_images: int) -> str:
+    """Says in one sentence what `summarise_faithfulness` returned, of a set of `number_of_images`, means."""
+    measured = summary["images"]
+    if not measured:
+        return "Faithfulness: no class was explained, so there is nothing to measure."
+    # 95 % of a normal distribution lie within two standard errors.
+    margin = 2 * (summary["standard_error"] or 0)
+    if measured < FEWEST_IMAGES:
+        verdict = f"too few images to tell whether to believe the maps (at least {FEWEST_IMAGES} are needed)"
+    elif summary["difference"] > margin:
+        verdict = "the maps show what the answer rests on"
+    elif summary["difference"] < -margin:
+        verdict = "the answer rests on other places than the maps show; do not rely on them"
+    else:
+        verdict = "the difference is within chance; do not rely on the maps"
+    effects = ["lowers" if drop >= 0 else "raises" for drop in (summary["highlighted"], summary["random"])]
+    return (
+        f"Faithfulness ({measured} of {number_of_images} images): blurring the highlighted fifth {effects[0]} the "
+        f"class's probability by {abs(summary['highlighted']):.2f}, a random fifth {effects[1]} it by "
+        f"{abs(summary['random']):.2f}: {verdict}."
+    )
+
+
+# Pictures
+
+
+@functools.cache
+def colour_table(colormap: str) -> np.ndarray:
+    """Returns the RGB of each of 256 values, uint8 `(256, 3)`.
+
+    OpenCV builds this table anew in every call, which takes longer than all else in a picture.
+
+    Args:
+        colormap: OpenCV's name, in lower case.
+    """
+    code = getattr(cv2, f"COLORMAP_{colormap.upper()}")
+    return cv2.applyColorMap(np.arange(256, dtype=np.uint8), code)[:, 0, ::-1].copy()
+
+
+def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray, opacity: float = 0.4, colormap: str = "jet") -> np.ndarray:
+    """Colours an image by a heatmap.
 
     Args:
         image: uint8 RGB `(height, width, 3)`.
         heatmap: `(h, w)` in `[0, 1]`, of any size.
+        opacity: of the colours, in `[0, 1]`.
+        colormap: OpenCV's name, in lower case; jet is blue at 0 and red at 1.
 
     Returns:
         uint8 RGB `(height, width, 3)`.
     """
     height, width = image.shape[:2]
     smooth = cv2.resize(heatmap.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
-    colours = COLOURS[np.uint8(255 * np.clip(smooth, 0, 1))]
-    return cv2.addWeighted(colours, OPACITY, image, 1 - OPACITY, 0)
+    colours = colour_table(colormap)[np.uint8(255 * np.clip(smooth, 0, 1))]
+    return cv2.addWeighted(colours, opacity, image, 1 - opacity, 0)
 
 
 def write_caption(image: np.ndarray, caption: str) -> np.ndarray:
@@ -104,16 +331,25 @@ def write_caption(image: np.ndarray, caption: str) -> np.ndarray:
 
     Args:
         image: uint8 RGB `(height, width, 3)`.
-        caption: shortened to what fits; characters beyond ASCII are shown as `?`.
+        caption: shortened to what fits. Latin, Greek, Cyrillic and whatever else DejaVu Sans has reads right; other
+            characters are shown as a box, control characters as `?`.
 
     Returns:
         uint8 RGB, taller by the bar.
     """
     bar, width = max(18, image.shape[1] // 12), image.shape[1]
-    scale = bar / 32
-    text = caption.encode("ascii", "replace").decode()
-    while len(text) > 1 and cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] > width - 4:
+    font = load_font(round(bar * 0.7))
+    # Some systems' file names hold an accent apart from its letter: the font has them as one character.
+    text = unicodedata.normalize("NFC", caption)
+    text = "".join(character if character.isprintable() else "?" for character in text[:width])
+    while len(text) > 1 and font.getlength(text) > width - 4:
         text = text[:-1]
-    canvas = np.full((bar, width, 3), 255, np.uint8)
-    cv2.putText(canvas, text, (2, int(bar * 0.72)), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate([image, canvas])
+    canvas = PIL.Image.new("L", (width, bar), 255)
+    PIL.ImageDraw.Draw(canvas).text((2, bar // 2), text, fill=0, font=font, anchor="lm")
+    return np.concatenate([image, np.repeat(np.asarray(canvas)[..., None], 3, axis=2)])
+
+
+@functools.cache
+def load_font(size: int) -> PIL.ImageFont.FreeTypeFont:
+    """Returns DejaVu Sans, which matplotlib brings, of a size in pixels."""
+    return PIL.ImageFont.truetype(FONT_PATH, size)

@@ -1,21 +1,36 @@
+import cv2
 import keras
 import numpy as np
 import pytest
 from keras import layers
 
-from configs import Configs, UserError
-from gradcam import GradCam, overlay_heatmap, write_caption
+from configs import CAM_COLORMAPS, CAM_METHODS, Configs, UserError
+from gradcam import (
+    METHODS,
+    GradCam,
+    describe_faithfulness,
+    find_highlighted,
+    measure_faithfulness,
+    overlay_heatmap,
+    summarise_faithfulness,
+    write_caption,
+)
 from model import ModelFactory
 
 HEIGHT, WIDTH, CHANNELS, CLASSES = 2, 3, 3, 2
 
 
-def network(*head: layers.Layer, activation: str = "softmax") -> keras.Model:
-    pixels = keras.Input((HEIGHT, WIDTH, CHANNELS), name="image")
-    backbone = keras.Model(pixels, layers.Rescaling(1.0)(pixels), name="backbone")
+def network(
+    *head: layers.Layer,
+    activation: str = "softmax",
+    shape: tuple[int, int, int] = (HEIGHT, WIDTH, CHANNELS),
+    spatial: layers.Layer | None = None,
+) -> keras.Model:
+    pixels = keras.Input(shape, name="image")
+    backbone = keras.Model(pixels, (spatial or layers.Rescaling(1.0))(pixels), name="backbone")
     outputs = [layers.Dense(CLASSES, name="logits"), layers.Activation(activation, name="probabilities")]
     classifier = keras.Sequential([*head, *outputs], name="classifier")
-    inputs = keras.Input((HEIGHT, WIDTH, CHANNELS), name="image")
+    inputs = keras.Input(shape, name="image")
     return keras.Model(inputs, classifier(backbone(inputs)))
 
 
@@ -39,6 +54,159 @@ def test_heatmap_of_a_hand_worked_example():
     heatmaps, _ = GradCam(model)(image[None], np.array([0]))
     np.testing.assert_allclose(heatmaps, [[[1, 0.5, 0], [0, 0.5, 0.125]]], atol=1e-6)
     assert heatmaps.dtype == np.float32
+
+
+# Two places, two channels: A1 = (1, 3), A2 = (2, 0). The gradients of logit 0 are g1 = (1, 1/2), g2 = (-1, 2), those
+# of logit 1 are g1 = (2, 0), g2 = (0, 1). Grad-CAM++ with sums 4 and 2: the weights of logit 0 are 1/6 + 1/8 and 1/3,
+# those of logit 1 are 1/5 and 1/4.
+BY_HAND = {
+    "gradcam": ([7 / 9, 1], [2 / 3, 1]),
+    "gradcam++": ([1, 21 / 23], [1, 6 / 7]),
+    "hirescam": ([0, 1], [1, 0]),
+    "layercam": ([2 / 3, 1], [1, 0]),
+}
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("method", CAM_METHODS)
+def test_every_method_on_a_network_worked_out_by_hand(method, activation):
+    model = network(layers.Flatten(), activation=activation, shape=(1, 2, 2))
+    set_logits(model, [[1, 2], [-1, 0], [0.5, 0], [2, 1]])
+    image = np.array([[[1, 2], [3, 0]]], np.uint8)
+    heatmaps, _ = GradCam(model, method)(image[None], np.array([[0, 1]]))
+    np.testing.assert_allclose(heatmaps[0, :, 0], BY_HAND[method], atol=1e-6)
+
+
+def literal_map(method: str, features: np.ndarray, gradients: np.ndarray, score: float) -> np.ndarray:
+    """The papers' formulas channel by channel, with the derivatives of the exponential of the score."""
+    heatmap = np.zeros(features.shape[:2])
+    for channel in range(features.shape[2]):
+        plane, slope = features[..., channel], gradients[..., channel]
+        first, second, third = (np.exp(score) * slope**order for order in (1, 2, 3))
+        alpha = np.divide(second, 2 * second + plane.sum() * third, out=np.zeros_like(second), where=second > 0)
+        weight = {
+            "gradcam": slope.sum() / slope.size,
+            "gradcam++": (alpha * np.maximum(first, 0)).sum(),
+            "hirescam": slope,
+            "layercam": np.where(slope > 0, slope, 0),
+        }[method]
+        heatmap += weight * plane
+    return np.maximum(heatmap, 0) / (np.maximum(heatmap, 0).max() or 1)
+
+
+@pytest.mark.parametrize("class_index", [0, 1])
+@pytest.mark.parametrize("method", CAM_METHODS)
+def test_every_method_behind_a_hidden_layer_follows_its_papers_formula(method, class_index):
+    rng = np.random.default_rng(3)
+    hidden, output = rng.normal(0, 0.02, (HEIGHT * WIDTH * CHANNELS, 6)), rng.normal(0, 1, (6, CLASSES))
+    model = network(layers.Flatten(), layers.Dense(6, activation="relu"))
+    model.get_layer("classifier").layers[1].set_weights([hidden, np.zeros(6)])
+    set_logits(model, output)
+    heatmaps, _ = GradCam(model, method)(random_images(), np.full(4, class_index))
+    for image, heatmap in zip(random_images().astype(float), heatmaps, strict=True):
+        active = image.ravel() @ hidden > 0
+        gradients = (hidden @ (active * output[:, class_index])).reshape(image.shape)
+        score = np.maximum(image.ravel() @ hidden, 0) @ output[:, class_index]
+        np.testing.assert_allclose(heatmap, literal_map(method, image, gradients, score), atol=1e-4)
+
+
+def test_grad_cam_plus_plus_survives_gradients_whose_third_power_is_no_float32():
+    model = network(layers.Flatten(), shape=(1, 2, 2))
+    set_logits(model, 1e-18 * np.array([[1, 2], [-1, 0], [0.5, 0], [2, 1]]))
+    heatmaps, _ = GradCam(model, "gradcam++")(np.array([[[[1, 2], [3, 0]]]], np.uint8), np.array([0]))
+    # Without damping worth the name the weights are 3/4 and 1.
+    np.testing.assert_allclose(heatmaps[0, 0], [1, 2.25 / 2.75], atol=1e-6)
+
+
+def test_the_table_of_methods_is_that_of_the_option():
+    assert tuple(METHODS) == CAM_METHODS
+
+
+def test_several_classes_of_an_image_equal_each_alone():
+    model = network(layers.Flatten())
+    set_logits(model, np.random.default_rng(9).normal(0, 1e-2, (18, CLASSES)))
+    explain, images = GradCam(model), random_images()
+    several, probabilities = explain(images, np.array([[1, 0, 1]] * 4))
+    assert several.shape == (4, 3, HEIGHT, WIDTH)
+    for column, class_index in enumerate((1, 0, 1)):
+        alone, same = explain(images, np.full(4, class_index))
+        np.testing.assert_allclose(several[:, column], alone, atol=1e-6)
+        np.testing.assert_array_equal(same, probabilities)
+
+
+def test_any_number_of_pairs_is_explained_from_features_read_once():
+    model = network(layers.Flatten())
+    set_logits(model, np.random.default_rng(9).normal(0, 1e-2, (18, CLASSES)))
+    explain, images = GradCam(model), random_images(2)
+    features, _ = explain.read(images)
+    by_class = explain(images, np.array([[0, 1]] * 2))[0]
+    for pairs in ([], [(1, 0)], [(0, 0), (0, 1), (1, 1), (1, 0), (1, 1)]):
+        rows, class_indices = np.array(pairs, int).reshape(-1, 2).T
+        heatmaps = explain.explain(features, rows, class_indices)
+        assert heatmaps.shape == (len(pairs), HEIGHT, WIDTH)
+        assert heatmaps.dtype == np.float32
+        np.testing.assert_allclose(heatmaps, by_class[rows, class_indices], atol=1e-6)
+
+
+class CountedScaling(layers.Rescaling):
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.runs = self.add_weight(shape=(), initializer="zeros", trainable=False)
+        self.traces = 0
+
+    def call(self, inputs):
+        self.traces += 1
+        self.runs.assign_add(1)
+        return super().call(inputs)
+
+
+def test_features_are_computed_once_a_batch_and_traced_once_for_every_batch_size(monkeypatch):
+    traces = []
+
+    def weigh(features, gradients):
+        traces.append(features.shape)
+        return gradients
+
+    monkeypatch.setitem(METHODS, "gradcam", weigh)
+    spatial = CountedScaling()
+    explain = GradCam(network(layers.Flatten(), spatial=spatial))
+    runs_before, traces_before = float(spatial.runs), spatial.traces
+    for size, class_indices in [(4, None), (1, None), (3, np.zeros(3)), (2, np.zeros((2, 5))), (4, np.zeros((4, 1)))]:
+        explain(random_images(size), class_indices)
+    assert float(spatial.runs) - runs_before == 5
+    assert spatial.traces - traces_before == 1
+    assert len(traces) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer_name", ["Gradcam", "Layercam"])
+def test_heatmaps_equal_those_of_tf_keras_vis(peer_name):
+    pytest.importorskip("tf_keras_vis")
+    from tf_keras_vis.gradcam import Gradcam
+    from tf_keras_vis.layercam import Layercam
+
+    keras.utils.set_random_seed(0)
+    pixels = keras.Input((16, 20, 3))
+    maps = layers.Conv2D(5, 3, activation="relu", name="last_spatial")(layers.Rescaling(1 / 255)(pixels))
+    backbone = keras.Model(pixels, maps, name="backbone")
+    head = [layers.Flatten(), layers.Dense(8, activation="relu"), layers.Dense(3, name="logits")]
+    # The peer explains the output of a flat model: the same layers without the nesting and the softmax.
+    flat = keras.Model(pixels, keras.Sequential(head)(maps))
+    classifier = keras.Sequential([*head, layers.Activation("softmax")], name="classifier")
+    inputs = keras.Input((16, 20, 3))
+    model = keras.Model(inputs, classifier(backbone(inputs)))
+    images = np.random.default_rng(2).integers(0, 256, (3, 16, 20, 3)).astype(np.float32)
+    peer = {"Gradcam": Gradcam, "Layercam": Layercam}[peer_name](flat, clone=False)
+    expected = peer(
+        lambda logits: [logits[0, 2], logits[1, 0], logits[2, 1]],
+        images,
+        penultimate_layer="last_spatial",
+        expand_cam=False,
+        normalize_cam=False,
+    )
+    expected = np.asarray(expected) / np.max(expected, axis=(1, 2), keepdims=True)
+    heatmaps, _ = GradCam(model, peer_name.lower())(images, np.array([2, 0, 1]))
+    np.testing.assert_allclose(heatmaps, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("class_index", [0, 1])
@@ -154,10 +322,11 @@ def test_a_foreign_model_is_refused():
         ({"final_layer_pooling": "max", "multi_label_classification": True}, (2, 4)),
         ({"pop_conv_layers": 13}, (4, 8)),
         ({"cnn_downscaling_factor": 1, "cnn_downscaling_filters": 4}, (1, 2)),
+        ({"mixed_precision": True, "final_layer_pooling": None, "pop_conv_layers": 13}, (4, 8)),
     ],
-    ids=["flatten", "max", "popped", "downscaling"],
+    ids=["flatten", "max", "popped", "downscaling", "mixed"],
 )
-def test_heatmaps_of_a_mobilenet(options, heatmap_shape):
+def test_heatmaps_of_a_mobilenet_by_every_method(options, heatmap_shape):
     configs = Configs(
         visual_model_name="MobileNet",
         image_target_size=(64, 128, 3),
@@ -169,12 +338,22 @@ def test_heatmaps_of_a_mobilenet(options, heatmap_shape):
     model = ModelFactory().get_model(configs)
     images = np.random.default_rng(1).integers(0, 256, (2, 64, 128, 3), np.uint8)
     model(images, training=True)
-    heatmaps, probabilities = GradCam(model)(images, np.array([2, 0]))
-    assert heatmaps.shape == (2, *heatmap_shape)
-    assert heatmaps.min() >= 0
-    assert set(heatmaps.max(axis=(1, 2))) <= {0, 1}
+    features, probabilities = GradCam(model).read(images)
     assert np.ptp(probabilities) > 1e-3
-    np.testing.assert_allclose(probabilities, model(images, training=False), atol=1e-6)
+    # In 16 bits the compiled network rounds otherwise than the eager one.
+    tolerance = 2e-2 if "mixed_precision" in options else 1e-6
+    np.testing.assert_allclose(probabilities, model(images, training=False), atol=tolerance)
+    every_map, (rows, class_indices) = [], np.indices((2, 3)).reshape(2, 6)
+    for method in CAM_METHODS:
+        heatmaps = GradCam(model, method).explain(features, rows, class_indices)
+        assert heatmaps.shape == (6, *heatmap_shape)
+        assert heatmaps.dtype == np.float32
+        assert np.isfinite(heatmaps).all()
+        assert heatmaps.min() >= 0
+        assert set(heatmaps.max(axis=(1, 2))) <= {0, 1}
+        assert heatmaps.any()
+        every_map.append(heatmaps)
+    assert np.ptp(every_map, axis=0).max() > 1e-2
 
 
 def test_overlay_is_blue_at_0_and_red_at_1():
@@ -223,6 +402,164 @@ def test_caption_is_shortened_to_what_fits(width):
     assert (captioned[40:, width // 2 :] < 128).any()
 
 
-def test_caption_shows_characters_beyond_ascii_as_question_marks():
+@pytest.mark.parametrize("name", ["ruža", "Äpfel", "λεμόνι", "яблоко"])
+def test_caption_shows_latin_greek_and_cyrillic_letters(name):
     image = np.zeros((40, 200, 3), np.uint8)
-    np.testing.assert_array_equal(write_caption(image, "ruža 0.98"), write_caption(image, "ru?a 0.98"))
+    box, question = write_caption(image, "花"), write_caption(image, "?")
+    pictures = [write_caption(image, character) for character in dict.fromkeys(name)] + [box, question]
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+def test_caption_reads_the_same_whether_an_accent_is_apart_or_not():
+    image = np.zeros((40, 200, 3), np.uint8)
+    np.testing.assert_array_equal(write_caption(image, "ru\u007a\u030ca"), write_caption(image, "ru\u017ea"))
+
+
+@pytest.mark.parametrize("control", ["\n", "\r", "\t", "\0", "\ud800"], ids=ascii)
+def test_caption_shows_control_characters_as_question_marks(control):
+    image = np.zeros((40, 200, 3), np.uint8)
+    np.testing.assert_array_equal(write_caption(image, f"a{control}b"), write_caption(image, "a?b"))
+
+
+@pytest.mark.parametrize("colormap", CAM_COLORMAPS)
+def test_overlay_of_every_colormap_is_opencvs(colormap):
+    heatmap = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
+    image = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    code = {name: getattr(cv2, f"COLORMAP_{name.upper()}") for name in CAM_COLORMAPS}[colormap]
+    expected = cv2.applyColorMap((255 * heatmap).astype(np.uint8), code)[..., ::-1]
+    np.testing.assert_array_equal(overlay_heatmap(image, heatmap, 1, colormap), expected)
+    np.testing.assert_array_equal(overlay_heatmap(image, heatmap, 0, colormap), image)
+    half = expected / 2 + image / 2
+    np.testing.assert_allclose(overlay_heatmap(image, heatmap, 0.5, colormap), half, atol=0.51)
+
+
+class FixedShift:
+    """Stands in for a random generator: no noise, and one shift."""
+
+    def __init__(self, *shift: int) -> None:
+        self.shift = shift
+
+    def random(self, shape, dtype):
+        return np.zeros(shape, dtype)
+
+    def integers(self, bounds):
+        return np.array(self.shift)
+
+
+def stripes_network() -> tuple[GradCam, np.ndarray]:
+    """A network for the mean step to the right, and an image whose steps are all in its first four of twenty rows.
+
+    These rows are a checkerboard of 0 and 200, all else is 100, which is what blurring makes of the checkerboard too.
+    38 of 380 steps are +200, their mean is 20, logit 0 is a 20th of that and logit 1 is 0.
+    """
+    steps = layers.Conv2D(1, (1, 2), activation="relu")
+    model = network(layers.GlobalAveragePooling2D(), shape=(20, 20, 3), spatial=steps)
+    kernel = np.zeros((1, 2, 3, 1))
+    kernel[0, :, 0, 0] = -1, 1
+    steps.set_weights([kernel, np.zeros(1)])
+    set_logits(model, [[0.05, 0.0]])
+    image = np.full((20, 20, 3), 100, np.uint8)
+    image[:4] = 200 * (np.indices((4, 20)).sum(axis=0) % 2)[..., None]
+    return GradCam(model), image
+
+
+@pytest.mark.parametrize(("rows", "remaining_logit"), [(0, 0), (1, 0.25), (2, 0.5), (10, 1), (18, 0.5)])
+def test_faithfulness_of_a_hand_worked_network(rows, remaining_logit):
+    grad_cam, image = stripes_network()
+    heatmap = np.array([[1], [0], [0], [0], [0]], np.float32)
+
+    def sigmoid(logit):
+        return 1 / (1 + np.exp(-logit))
+
+    def predict(images):
+        return grad_cam.read(images)[1]
+
+    before = predict(image[None])
+    assert before[0, 0] == pytest.approx(sigmoid(1), abs=1e-6)
+    for class_index, sign in ((0, 1), (1, -1)):
+        drops = measure_faithfulness(
+            predict, image[None], heatmap[None], np.array([class_index]), before[:, class_index], FixedShift(rows, 7)
+        )
+        expected = sigmoid(1) - 0.5, sigmoid(1) - sigmoid(remaining_logit)
+        np.testing.assert_allclose(drops, [sign * np.array(expected)], atol=5e-3)
+
+
+def test_a_map_that_says_nothing_is_no_better_than_chance():
+    grad_cam, image = stripes_network()
+    images, heatmaps, chosen = np.stack([image] * 150), np.zeros((150, 5, 5), np.float32), np.zeros(150, int)
+    before = grad_cam.read(images)[1][:, 0]
+    drops = measure_faithfulness(
+        lambda batch: grad_cam.read(batch)[1], images, heatmaps, chosen, before, np.random.default_rng(0)
+    )
+    summary = summarise_faithfulness(drops)
+    assert summary["highlighted"] > 0.02
+    assert abs(summary["difference"]) < 2 * summary["standard_error"]
+    assert "within chance" in describe_faithfulness(summary, 150)
+
+
+@pytest.mark.parametrize("image_size", [(20, 30), (7, 7), (224, 160)])
+@pytest.mark.parametrize("heatmap_size", [(1, 1), (4, 5), (40, 60)])
+def test_exactly_a_fifth_is_highlighted_where_the_heatmap_is_highest(image_size, heatmap_size):
+    rng = np.random.default_rng(0)
+    heatmap = rng.random(heatmap_size).astype(np.float32)
+    mask = find_highlighted(heatmap, image_size, rng)
+    assert mask.shape == image_size
+    assert mask.dtype == bool
+    assert mask.sum() == round(image_size[0] * image_size[1] / 5)
+    smooth = cv2.resize(heatmap, image_size[::-1], interpolation=cv2.INTER_LINEAR)
+    assert smooth[mask].min() >= smooth[~mask].max()
+
+
+def test_equal_values_are_highlighted_in_blocks_that_the_seed_chooses():
+    heatmap = np.zeros((7, 7), np.float32)
+    heatmap[3, 3] = 1
+    masks = [find_highlighted(heatmap, (224, 224), np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(masks[0], masks[1])
+    assert (masks[0] != masks[2]).any()
+    for mask in masks:
+        assert mask[112, 112]
+        assert cv2.connectedComponents(mask.astype(np.uint8))[0] - 1 <= 49
+
+
+def test_the_summary_is_the_mean_and_its_error():
+    drops = np.array([[0.5, 0.1], [0.3, 0.2], [0.1, 0.0]])
+    summary = summarise_faithfulness(drops)
+    assert summary["images"] == 3
+    assert summary["highlighted"] == pytest.approx(0.3)
+    assert summary["random"] == pytest.approx(0.1)
+    assert summary["difference"] == pytest.approx(0.2)
+    # Differences 0.4, 0.1, 0.1: variance (0.04 + 0.01 + 0.01) / 2, over 3 images.
+    assert summary["standard_error"] == pytest.approx(0.1)
+    assert summarise_faithfulness(drops[:1])["standard_error"] is None
+    assert summarise_faithfulness(np.array([]))["images"] == 0
+
+
+@pytest.mark.parametrize(
+    ("images", "highlighted", "random", "error", "sentence"),
+    [
+        (
+            200,
+            0.31,
+            0.08,
+            0.01,
+            "lowers the class's probability by 0.31, a random fifth lowers it by 0.08: the maps show",
+        ),
+        (200, 0.31, 0.08, 0.2, "within chance; do not rely on the maps."),
+        (200, 0.08, 0.31, 0.01, "the answer rests on other places than the maps show"),
+        (200, -0.05, 0.02, 0.01, "raises the class's probability by 0.05, a random fifth lowers it by 0.02"),
+        (200, 0.05, -0.02, 0.01, "lowers the class's probability by 0.05, a random fifth raises it by 0.02"),
+        (9, 0.31, 0.08, 0.01, "too few images to tell"),
+        (1, 0.31, 0.08, None, "too few images to tell"),
+    ],
+)
+def test_the_sentence_says_whether_to_believe_the_maps(images, highlighted, random, error, sentence):
+    summary = {"images": images, "highlighted": highlighted, "random": random}
+    summary |= {"difference": highlighted - random, "standard_error": error}
+    found = describe_faithfulness(summary, 300)
+    assert found.startswith(f"Faithfulness ({images} of 300 images): blurring the highlighted fifth ")
+    assert sentence in found
+    assert "\n" not in found
+
+
+def test_the_sentence_without_a_class_explained():
+    assert "nothing to measure" in describe_faithfulness(summarise_faithfulness(np.array([])), 5)

@@ -1,0 +1,298 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+import draw_activations
+import gradcam
+from configs import Configs, UserError
+from metrics import Decision, write_decision
+from model import ModelFactory
+from utils import get_generator, write_json
+
+SIZE, CLASS_NAMES = 32, ["blue", "green", "red"]
+MULTI_LABELS = np.array([[1, 0, 1], [0, 1, 0]], np.float32)
+
+
+@pytest.fixture(scope="module")
+def saved_runs(photo_folder, multilabel_csv, tmp_path_factory):
+    """Untrained models in folders of runs: single-label with nine images, multi-label with 24."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = [(str(photo_folder / name / f"{number:02d}.jpg"), name) for name in CLASS_NAMES for number in range(3)]
+    pd.DataFrame(rows, columns=["path", "class"]).to_csv(folder / "test.csv", index=False)
+    return {
+        False: save_run(folder / "single", str(folder / "test.csv"), False, ""),
+        True: save_run(folder / "several", str(multilabel_csv), True, str(multilabel_csv.parent)),
+    }
+
+
+@pytest.fixture
+def single(saved_runs, tmp_path):
+    return copy_run(saved_runs[False], tmp_path / "saved_model")
+
+
+@pytest.fixture
+def several(saved_runs, tmp_path):
+    return copy_run(saved_runs[True], tmp_path / "saved_model")
+
+
+def copy_run(configs: Configs, folder: Path) -> Configs:
+    shutil.copytree(configs.save_model_path, folder)
+    return configs.replace(save_model_path=str(folder))
+
+
+def save_run(folder: Path, csv_path: str, multi_label: bool, image_directory: str) -> Configs:
+    configs = Configs(
+        train_csv=csv_path,
+        test_csv=csv_path,
+        image_directory=image_directory,
+        multi_label_classification=multi_label,
+        classes=CLASS_NAMES,
+        visual_model_name="MobileNet",
+        pop_conv_layers=69,
+        image_target_size=(SIZE, SIZE, 3),
+        use_imagenet_weights=False,
+        batch_size=4,
+        save_model_path=str(folder),
+    )
+    keras.utils.set_random_seed(1)
+    model = ModelFactory().get_model(configs)
+    # Far apart probabilities, with each class the first of some images.
+    images, _ = get_generator(csv_path, CLASS_NAMES, configs.replace(batch_size=99), training=False)[0]
+    last = model.layers[-1].get_layer("logits")
+    kernel, _ = last.get_weights()
+    raw = keras.Model(model.inputs, spatial_means(model)).predict(images, verbose=0) @ kernel
+    scale = 1.5 / raw.std(axis=0)
+    last.set_weights([kernel * scale, -raw.mean(axis=0) * scale])
+    folder.mkdir()
+    model.save(folder / "best_model.keras")
+    write_json(str(folder / "configs.json"), configs.to_dict())
+    return configs
+
+
+def spatial_means(model: keras.Model) -> keras.KerasTensor:
+    outputs = model.inputs[0]
+    for layer in model.layers[1:-1]:
+        outputs = layer(outputs)
+    return keras.layers.GlobalAveragePooling2D()(outputs)
+
+
+def load(configs: Configs) -> tuple[keras.Model, np.ndarray, np.ndarray]:
+    """Returns the saved model, the test images and its probabilities for them, by Keras's own means."""
+    model = keras.models.load_model(os.path.join(configs.save_model_path, "best_model.keras"), compile=False)
+    sequence = get_generator(configs.test_csv, CLASS_NAMES, configs.replace(batch_size=99), training=False)
+    return model, sequence[0][0], model.predict(sequence[0][0], verbose=0)
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """Collects, by file name, the images and captions of each picture, which is written as well."""
+    found, arrange, write_image = {}, draw_activations.arrange, draw_activations.write_image
+    pictures = {}
+
+    def remember(panels):
+        picture = arrange(panels)
+        pictures[id(picture)] = picture, panels
+        return picture
+
+    def write(path, image):
+        found[os.path.basename(path)] = pictures[id(image)][1]
+        write_image(path, image)
+
+    monkeypatch.setattr(draw_activations, "arrange", remember)
+    monkeypatch.setattr(draw_activations, "write_image", write)
+    return found
+
+
+def captions(panels: dict, configs: Configs) -> list[list[str]]:
+    names = draw_activations.name_outputs(
+        get_generator(configs.test_csv, CLASS_NAMES, configs, training=False).paths.tolist()
+    )
+    return [[caption for _, caption in panels[name]] for name in names]
+
+
+def test_the_predicted_class_is_drawn_beside_the_photo(single, panels):
+    result = draw_activations.main(single)
+    model, images, probabilities = load(single)
+    best = probabilities.argmax(axis=1)
+    assert len(set(best)) > 1
+    true = np.repeat(CLASS_NAMES, 3)
+    assert captions(panels, single) == [
+        [f"true: {true[row]}", f"{probabilities[row, best[row]]:.2f} {CLASS_NAMES[best[row]]}"] for row in range(9)
+    ]
+    heatmaps, _ = gradcam.GradCam(model)(images, best)
+    for row, name in enumerate(draw_activations.name_outputs(pd.read_csv(single.test_csv)["path"].tolist())):
+        (photo, _), (overlay, _) = panels[name]
+        np.testing.assert_array_equal(photo, images[row])
+        expected = gradcam.overlay_heatmap(images[row], heatmaps[row])
+        np.testing.assert_allclose(overlay.astype(int), expected, atol=2)
+    for path in result["paths"]:
+        height, width, _ = cv2.imread(path).shape
+        assert width == 2 * SIZE
+        assert height > SIZE
+    assert {os.path.dirname(path) for path in result["paths"]} == {os.path.join(single.save_model_path, "cam_output")}
+
+
+def test_top_k_draws_the_most_probable_classes_in_order(single, panels):
+    draw_activations.main(single.replace(cam_classes="top_k", cam_top_k=2))
+    _, _, probabilities = load(single)
+    for row, found in enumerate(captions(panels, single)):
+        first, second, _ = np.argsort(probabilities[row])[::-1]
+        expected = [f"{probabilities[row, position]:.2f} {CLASS_NAMES[position]}" for position in (first, second)]
+        assert found[1:] == expected
+
+
+def test_top_k_of_more_classes_than_there_are_draws_them_all(single, panels):
+    paths = draw_activations.main(single.replace(cam_classes="top_k", cam_top_k=50))["paths"]
+    assert {len(found) for found in captions(panels, single)} == {4}
+    assert {cv2.imread(path).shape[1] for path in paths} == {4 * SIZE}
+
+
+@pytest.mark.parametrize("mode", ["single", "several"])
+def test_true_draws_the_labels_of_the_csv(mode, request, panels):
+    configs = request.getfixturevalue(mode)
+    draw_activations.main(configs.replace(cam_classes="true"))
+    labels = pd.read_csv(configs.test_csv)["class"]
+    for found, label in zip(captions(panels, configs), labels, strict=True):
+        assert found[0] == "true: " + label.replace("$", ", ")
+        assert sorted(caption.split(" ", 1)[1] for caption in found[1:]) == sorted(label.split("$"))
+
+
+def test_threshold_draws_what_the_runs_decision_says_in_calibrated_probabilities(several, panels):
+    _, _, raw = load(several)
+    temperature = 2.5
+    calibrated = 1 / (1 + ((1 - raw.astype(float)) / raw) ** (1 / temperature))
+    threshold = float(np.quantile(calibrated, 0.8))
+    decision = Decision(
+        CLASS_NAMES, True, temperature, "validation", threshold, [0.5] * 3, "validation", "best_model.keras"
+    )
+    write_decision(several.save_model_path, decision)
+    result = draw_activations.main(several.replace(cam_classes="threshold"))
+    numbers = set()
+    for row, found in enumerate(captions(panels, several)):
+        order = [position for position in np.argsort(-calibrated[row]) if calibrated[row, position] >= threshold]
+        expected = [f"{calibrated[row, position]:.2f} {CLASS_NAMES[position]}" for position in order]
+        assert found[1:] == (expected or ["no label above its threshold"])
+        numbers.add(len(order))
+    assert {0, 1} <= numbers
+    assert result["faithfulness"]["images"] == (calibrated >= threshold).any(axis=1).sum()
+
+
+def test_threshold_with_nothing_above_it_still_draws_every_photo(several, capsys, panels):
+    write_decision(several.save_model_path, Decision(CLASS_NAMES, True, exact_match_threshold=1.0))
+    result = draw_activations.main(several.replace(cam_classes="threshold"))
+    assert len(result["paths"]) == 24
+    for (photo, _), (beside, caption) in panels.values():
+        np.testing.assert_array_equal(photo, beside)
+        assert caption == "no label above its threshold"
+    assert result["faithfulness"]["images"] == 0
+    assert "nothing to measure" in capsys.readouterr().out
+
+
+def test_threshold_of_a_single_label_is_the_predicted_class(single, panels):
+    draw_activations.main(single)
+    predicted = captions(panels, single)
+    draw_activations.main(single.replace(cam_classes="threshold"))
+    assert captions(panels, single) == predicted
+
+
+@pytest.mark.parametrize("method", ["gradcam++", "layercam"])
+def test_method_opacity_and_colours_are_those_of_the_options(method, several, panels):
+    options = {"cam_method": method, "cam_alpha": 0.7, "cam_colormap": "viridis"}
+    draw_activations.main(several.replace(**options))
+    model, images, probabilities = load(several)
+    heatmaps, _ = gradcam.GradCam(model, method)(images, probabilities.argmax(axis=1))
+    for row in range(24):
+        overlay, _ = panels[f"{row:02d}.jpg"][1]
+        expected = gradcam.overlay_heatmap(images[row], heatmaps[row], 0.7, "viridis")
+        np.testing.assert_allclose(overlay.astype(int), expected, atol=4)
+
+
+def test_faithfulness_is_printed_returned_and_the_same_whatever_the_batch_size(several, capsys):
+    results = [draw_activations.main(several.replace(batch_size=size))["faithfulness"] for size in (5, 24)]
+    assert results[0]["images"] == 24
+    assert results[0] == pytest.approx(results[1], abs=1e-4)
+    printed = capsys.readouterr().out
+    assert printed.count("Faithfulness (24 of 24 images): blurring the highlighted fifth ") == 2
+    assert f"by {abs(results[0]['highlighted']):.2f}, a random fifth" in printed
+
+
+def test_faithfulness_is_of_the_explained_class_in_calibrated_probabilities(single, monkeypatch):
+    write_decision(single.save_model_path, Decision(CLASS_NAMES, False, 3.0, "validation"))
+    _, _, raw = load(single)
+    calibrated = raw ** (1 / 3) / (raw ** (1 / 3)).sum(axis=1, keepdims=True)
+    seen = []
+
+    def measure(predict, images, heatmaps, class_indices, before, rng):
+        np.testing.assert_allclose(predict(images)[np.arange(len(images)), class_indices], before, atol=1e-5)
+        seen.extend(zip(class_indices.tolist(), before.tolist(), strict=True))
+        return np.zeros((len(images), 2))
+
+    monkeypatch.setattr(gradcam, "measure_faithfulness", measure)
+    draw_activations.main(single.replace(cam_classes="top_k"))
+    assert [class_index for class_index, _ in seen] == calibrated.argmax(axis=1).tolist()
+    np.testing.assert_allclose([before for _, before in seen], calibrated.max(axis=1), atol=1e-5)
+
+
+def test_faithfulness_is_measured_on_a_sample_evenly_taken(several, monkeypatch):
+    measured = []
+    monkeypatch.setattr(draw_activations, "MOST_MEASURED", 3)
+    monkeypatch.setattr(
+        gradcam, "measure_faithfulness", lambda _, images, *rest: measured.extend(images) or np.zeros((len(images), 2))
+    )
+    assert draw_activations.main(several)["faithfulness"]["images"] == 3
+    _, images, _ = load(several)
+    # Of positions 0 to 23 the first, the last, and the one in the middle (11.5 rounds to the even 12).
+    np.testing.assert_array_equal(measured, images[[0, 12, 23]])
+
+
+def test_a_model_that_answers_with_no_numbers_is_refused(single):
+    path = os.path.join(single.save_model_path, "best_model.keras")
+    model = keras.models.load_model(path, compile=False)
+    logits = model.layers[-1].get_layer("logits")
+    logits.set_weights([weight * np.nan for weight in logits.get_weights()])
+    model.save(path)
+    with pytest.raises(UserError, match="not finite"):
+        draw_activations.main(single)
+
+
+def test_a_damaged_decision_is_named(single):
+    path = Path(single.save_model_path) / "decision.json"
+    path.write_text(json.dumps({"temperature": "warm"}))
+    with pytest.raises(UserError, match=r"decision\.json"):
+        draw_activations.main(single)
+
+
+@pytest.mark.parametrize(("number", "columns", "rows"), [(1, 1, 1), (4, 4, 1), (6, 6, 1), (7, 6, 2), (50, 7, 8)])
+def test_many_panels_stand_in_rows(number, columns, rows):
+    photos = [np.full((16, 20, 3), value, np.uint8) for value in range(number)]
+    picture = draw_activations.arrange([(photo, "") for photo in photos])
+    height = picture.shape[0] // rows
+    assert picture.shape == (height * rows, columns * 20, 3)
+    for value in range(columns * rows):
+        top, left = height * (value // columns), 20 * (value % columns)
+        panel = picture[top : top + 16, left : left + 20]
+        assert (panel == (value if value < number else 255)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("predicted", [[0, 1, 0], [1, 0, 0]]),
+        ("true", [[1, 0, 1], [0, 1, 0]]),
+        ("top_k", [[0, 1, 1], [1, 1, 0]]),
+        ("threshold", [[0, 1, 1], [0, 0, 0]]),
+    ],
+)
+def test_choosers_by_hand(name, expected):
+    # Equal ones: the first is the predicted class.
+    probabilities = np.array([[0.1, 0.9, 0.7], [0.3, 0.3, 0.2]], np.float32)
+    decision = Decision(CLASS_NAMES, True, exact_match_threshold=0.7)
+    chosen = draw_activations.CHOOSERS[name](probabilities, MULTI_LABELS, decision=decision, top_k=2)
+    np.testing.assert_array_equal(chosen, np.array(expected, bool))
