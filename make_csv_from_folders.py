@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
 
 from configs import Configs, UserError, define, run_script
-from utils import IMAGE_COLUMN, LABEL_SEPARATOR, join_names, write_csv
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+from utils import IMAGE_COLUMN, IMAGE_SUFFIXES, LABEL_SEPARATOR, join_names, walk_visible, write_csv
 
 
 @dataclasses.dataclass
@@ -71,24 +68,6 @@ def list_images(folder_path: str, class_names: list[str]) -> tuple[dict[str, lis
         images[name] = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
         others += [path for path in paths if not path.lower().endswith(IMAGE_SUFFIXES)]
     return images, others
-
-
-def walk_visible(folder_path: str) -> Iterator[str]:
-    """Yields the files below a folder; hidden files and folders are left out.
-
-    Raises:
-        UserError: a name is no text, so that a CSV file cannot hold it.
-    """
-    for folder, subfolders, files in os.walk(folder_path):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for file in files:
-            path = os.path.join(folder, file)
-            try:
-                path.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"The file name {path!a} is not UTF-8. Rename the file.") from error
-            if not file.startswith("."):
-                yield path
 
 
 def report_others(others: list[str]) -> None:

@@ -20,6 +20,7 @@ import tensorflow as tf
 
 import utils
 from configs import OPTIMIZER_NAMES, Configs, UserError
+from metrics import Decision
 
 PROJECT = Path(__file__).parent.parent
 CLASSES = ["cat", "dog", "owl"]
@@ -771,6 +772,27 @@ def test_multi_label_image_gets_every_class_from_the_threshold_on(images, thresh
     chosen, probabilities = utils.classify_image(model, images[0], ["owl", "dog", "cat"], True, threshold)
     assert chosen == names
     assert probabilities == pytest.approx({"owl": 0.9, "dog": 0.5, "cat": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("threshold_type", "names"), [("exact_match", ["owl"]), ("best_f1", ["owl", "dog", "cat"])], ids=["one", "each"]
+)
+def test_a_decision_takes_the_place_of_mode_and_threshold(images, threshold_type, names):
+    model = keras.Sequential(
+        [
+            keras.Input((8, 10, 3)),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(3, "sigmoid", kernel_initializer="zeros"),
+        ]
+    )
+    model.layers[-1].bias.assign([math.log(9), 0.0, -math.log(9)])
+    # Temperature 2 halves the logits: odds of 9 become odds of 3.
+    decision = Decision(["owl", "dog", "cat"], True, 2.0, "validation", 0.7, [0.6, 0.4, 0.2], "validation")
+    chosen, probabilities = utils.classify_image(
+        model, images[0], ["owl", "dog", "cat"], threshold=0.99, decision=decision, threshold_type=threshold_type
+    )
+    assert chosen == names
+    assert probabilities == pytest.approx({"owl": 0.75, "dog": 0.5, "cat": 0.25})
 
 
 def test_names_that_do_not_number_the_outputs_are_refused(trained_model, images):
