@@ -5,16 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from typing import TYPE_CHECKING
 
-from configs import Configs, UserError, define, run_script
-from utils import atomic_path
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-METRICS = {"accuracy": "Accuracy", "auroc": "Mean AUROC", "loss": "Loss"}
+from configs import Configs, define, run_script
 
 
 @dataclasses.dataclass
@@ -26,43 +18,24 @@ class PlotConfigs(Configs):
 
 def main(configs: PlotConfigs) -> dict:
     """Reads the log, draws it, shows it where there is a display; returns the picture's path."""
+    # Imported here, so that --help does not wait for matplotlib.
+    from report import draw_log, read_log
+    from utils import atomic_path
+
     log_path = configs.train_log_path or os.path.join(configs.save_model_path, "training_log.csv")
     log = read_log(log_path)
     has_display = select_backend()
-    figure = draw_log(log)
+
+    import matplotlib.pyplot as plt
+
+    figure = draw_log(log, plt.figure())
     picture_path = f"{os.path.splitext(log_path)[0]}.png"
     with atomic_path(picture_path) as temporary:
         figure.savefig(temporary, dpi=120)
     print(f"Wrote {picture_path}")
     if has_display:
-        import matplotlib.pyplot as plt
-
         plt.show()
     return {"path": picture_path}
-
-
-def read_log(log_path: str) -> pd.DataFrame:
-    """Reads a training log.
-
-    Raises:
-        UserError: it is missing or is no training log.
-    """
-    import pandas as pd
-
-    try:
-        log = pd.read_csv(log_path)
-    except OSError as error:
-        raise UserError(f"Cannot read the training log {log_path}: {error.strerror}. Train first.") from error
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{log_path} is not a training log: {str(error).strip()}") from error
-    plotted = [name for name in log if name == "epoch" or name.removeprefix("val_") in METRICS]
-    is_numeric = all(pd.api.types.is_numeric_dtype(log[name]) for name in plotted)
-    if not {"epoch", "loss"} <= set(plotted) or log.empty or not is_numeric:
-        raise UserError(
-            f"{log_path} is not a training log. Expected columns of numbers, epoch and loss among them, and a row. "
-            f"Received: {', '.join(log.columns)}; {len(log)} rows."
-        )
-    return log
 
 
 def select_backend() -> bool:
@@ -76,24 +49,6 @@ def select_backend() -> bool:
         matplotlib.use("agg")
         return False
     return True
-
-
-def draw_log(log: pd.DataFrame) -> Figure:
-    """Draws each metric of a log in a panel of its own; returns the matplotlib figure."""
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
-    metrics = [name for name in METRICS if name in log]
-    figure, panels = plt.subplots(1, len(metrics), figsize=(5.5 * len(metrics), 4), squeeze=False, layout="constrained")
-    for name, panel in zip(metrics, panels[0], strict=True):
-        panel.plot(log["epoch"], log[name], marker=".", label="training")
-        if f"val_{name}" in log:
-            panel.plot(log["epoch"], log[f"val_{name}"], marker=".", label="validation")
-        panel.set(xlabel="Epoch", ylabel=METRICS[name], title=METRICS[name])
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.grid(alpha=0.3)
-        panel.legend()
-    return figure
 
 
 if __name__ == "__main__":

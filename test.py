@@ -1,65 +1,284 @@
-"""Prints how well a trained model does on the training and on the test images."""
+"""Tells how well a trained model does on its training, validation and test images, where it is wrong, and why.
+
+It prints the figures and writes them with pictures and a report into evaluation/ in the run's folder, and into
+decision.json the thresholds and the temperature that predict.py uses.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from configs import Configs, run_script
+import numpy as np
+
+from configs import Configs, UserError, run_script
 
 if TYPE_CHECKING:
-    import numpy as np
+    import keras
+    import pandas as pd
+
+    from generator import AugmentedImageSequence
+    from gradcam import GradCam
+    from metrics import Decision
+
+CSV_OPTIONS = {"training": "train_csv", "validation": "validation_csv", "test": "test_csv"}
+GALLERIES = ("mistakes", "least_confident")
+GALLERY_IMAGES = 12
+PHOTO_SIDE = 320
 
 
 def main(configs: Configs) -> dict:
-    """Loads the model, predicts each set and prints its metrics; returns them by set."""
+    """Loads the model, predicts each set, evaluates, prints and writes; returns the content of metrics.json."""
     # Imported here, so that --help does not wait for TensorFlow.
-    from metrics import format_evaluation, get_evaluation_metrics
-    from utils import find_trained_model, get_generator, keep_freed_memory, load_fitting_model, predict, set_gpu_usage
+    from metrics import fit_decision, write_decision
+    from utils import find_trained_model, keep_freed_memory, load_fitting_model, predict, set_gpu_usage
 
     set_gpu_usage(configs.gpu_percentage)
     keep_freed_memory()
     model_path, configs = find_trained_model(configs)
-    class_names = configs.classes
-    csv_paths = {"training": configs.train_csv, "validation": configs.validation_csv, "test": configs.test_csv}
-    sequences = {
-        name: get_generator(path, class_names, configs, training=False) for name, path in csv_paths.items() if path
-    }
-    model = load_fitting_model(model_path, class_names, configs.image_target_size[:2])
+    configs = take_validation_of_run(configs, model_path)
+    sequences = get_sequences(configs)
+    model = load_fitting_model(model_path, configs.classes, configs.image_target_size[:2])
     print(f"Model: {model_path}")
     predictions = {name: predict(model, sequence) for name, sequence in sequences.items()}
     truths = {name: sequence.get_y_true() for name, sequence in sequences.items()}
-    if configs.multi_label_classification:
-        results = evaluate_multilabel(truths, predictions, class_names, configs.multilabel_threshold_range)
-    else:
-        results = {name: get_evaluation_metrics(truths[name], predictions[name], class_names) for name in truths}
-    for name, metrics in results.items():
-        print(f"\n{name} set: {len(truths[name])} images of {csv_paths[name]}\n{format_evaluation(metrics)}")
+    threshold_range = configs.multilabel_threshold_range
+    decision = fit_decision(
+        truths, predictions, configs.classes, configs.multi_label_classification, threshold_range, model_path
+    )
+    write_decision(os.path.dirname(model_path), decision)
+    results = {
+        "model": model_path,
+        "classes": configs.classes,
+        "multi_label": configs.multi_label_classification,
+        "decision": decision.to_dict(),
+        "sets": evaluate_sets(truths, predictions, decision, threshold_range, configs.random_seed or 0),
+    }
+    print_results(results, {name: getattr(configs, option) for name, option in CSV_OPTIONS.items()})
+    write_evaluation(configs, model, sequences["test"], predictions["test"], decision, results)
     return results
 
 
-def evaluate_multilabel(
+def take_validation_of_run(configs: Configs, model_path: str) -> Configs:
+    """Takes the validation set that the run was trained with, where none is given: thresholds are fitted on it."""
+    stored_path = os.path.join(os.path.dirname(model_path), "configs.json")
+    if configs.validation_csv or not os.path.isfile(stored_path):
+        return configs
+    stored = Configs.read_json(stored_path).get("validation_csv", "")
+    if not os.path.isfile(stored):
+        return configs
+    print(f"validation_csv is that of the run: {stored}")
+    return configs.replace(validation_csv=stored)
+
+
+def get_sequences(configs: Configs) -> dict[str, AugmentedImageSequence]:
+    """Builds the generator of each set that has a CSV file, by the set's name."""
+    from utils import get_generator
+
+    csv_paths = {name: getattr(configs, option) for name, option in CSV_OPTIONS.items()}
+    return {
+        name: get_generator(path, configs.classes, configs, training=False) for name, path in csv_paths.items() if path
+    }
+
+
+def evaluate_sets(
     truths: dict[str, np.ndarray],
     predictions: dict[str, np.ndarray],
-    class_names: list[str],
-    threshold_range: list[float],
-) -> dict[str, dict]:
-    """Evaluates each set at one threshold, which the test set has no part in choosing.
+    decision: Decision,
+    threshold_range: Sequence[float],
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Evaluates each set, the test set with intervals and, multi-label, beside the optimum by its own labels.
 
     Args:
-        truths: `(images, classes)` of zeros and ones by set; holds `training`, and may hold `validation`.
-        predictions: probabilities of the same shapes.
-        class_names: in the order of the columns.
-        threshold_range: lowest and highest threshold to try.
+        truths: labels by set, `(images,)` or multi-label `(images, classes)`.
+        predictions: the model's raw probabilities by set, `(images, classes)`.
+        decision: fitted without the test set.
+        threshold_range: lowest and highest threshold of that optimum.
+        seed: of the bootstrap.
     """
-    from metrics import find_exact_match_threshold, get_multilabel_evaluation_metrics
+    from metrics import evaluate_set
 
-    fitted_on = "validation" if "validation" in truths else "training"
-    threshold, accuracy = find_exact_match_threshold(truths[fitted_on], predictions[fitted_on], threshold_range)
-    print(f"Threshold {threshold:.2f} gives the best exact-match accuracy on the {fitted_on} set, {accuracy:.4f}.")
-    return {
-        name: get_multilabel_evaluation_metrics(truths[name], predictions[name], class_names, threshold)
-        for name in truths
+    extras = {"test": {"bootstrap": True, "seed": seed, "threshold_range": threshold_range}}
+    return {name: evaluate_set(truths[name], predictions[name], decision, **extras.get(name, {})) for name in truths}
+
+
+def print_results(results: dict[str, Any], csv_paths: dict[str, str]) -> None:
+    """Prints what was fitted, and the figures of each set."""
+    from metrics import format_evaluation
+
+    decision = results["decision"]
+    if decision["temperature_fitted_on"]:
+        print(f"Temperature {decision['temperature']:.3f}, fitted on the {decision['temperature_fitted_on']} set.")
+    else:
+        print("No validation_csv is given: probabilities stay as they are, no temperature is fitted.")
+    if results["multi_label"]:
+        fitted_on = decision["thresholds_fitted_on"]
+        threshold, accuracy = decision["exact_match_threshold"], results["sets"][fitted_on]["exact_match_accuracy"]
+        print(f"Threshold {threshold:.2f} gives the best exact-match accuracy on the {fitted_on} set, {accuracy:.4f}.")
+    for name, figures in results["sets"].items():
+        print(f"\n{name} set: {figures['images']} images of {csv_paths[name]}\n{format_evaluation(figures)}")
+
+
+def write_evaluation(
+    configs: Configs,
+    model: keras.Model,
+    sequence: AugmentedImageSequence,
+    predictions: np.ndarray,
+    decision: Decision,
+    results: dict[str, Any],
+) -> None:
+    """Writes evaluation/: metrics.json, predictions.csv, the figures and report.html of the test set."""
+    from gradcam import overlay_heatmap
+    from metrics import get_curves
+    from report import save_figures, write_report
+    from utils import write_csv, write_json
+
+    folder = os.path.join(configs.save_model_path, "evaluation")
+    probabilities, y_true = decision.calibrate(predictions), sequence.get_y_true()
+    write_json(os.path.join(folder, "metrics.json"), results)
+    write_csv(
+        os.path.join(folder, "predictions.csv"), list_predictions(sequence.paths, y_true, probabilities, decision)
+    )
+    curves = get_curves(y_true, probabilities, decision.class_names)
+    save_figures(folder, results, curves)
+    overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap)
+    explain = functools.partial(
+        draw_pictures, build_grad_cam(model, configs.cam_method), configs.image_target_size[:2], overlay
+    )
+    gallery = build_gallery(explain, sequence.paths, y_true, probabilities, decision)
+    path = os.path.join(folder, "report.html")
+    write_report(path, results, curves, gallery, read_training_log(configs.save_model_path), configs.to_dict())
+    print(f"\nThe report is {path}")
+
+
+def list_predictions(
+    paths: Sequence[str], y_true: np.ndarray, probabilities: np.ndarray, decision: Decision
+) -> pd.DataFrame:
+    """Returns a row per image: path, true and predicted labels, and the probability of each class."""
+    import pandas as pd
+
+    chosen = decision.choose(probabilities)
+    table = pd.DataFrame({"path": paths, "true": join_labels(y_true, decision.class_names)})
+    table["predicted"] = join_labels(chosen, decision.class_names)
+    columns = {f"probability_{name}": probabilities[:, row] for row, name in enumerate(decision.class_names)}
+    return pd.concat([table, pd.DataFrame(columns)], axis=1)
+
+
+def join_labels(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
+    """Writes labels, positions `(images,)` or zeros and ones `(images, classes)`, as a CSV file has them."""
+    from utils import LABEL_SEPARATOR
+
+    return [LABEL_SEPARATOR.join(names) for names in name_labels(labels, class_names)]
+
+
+def name_labels(labels: np.ndarray, class_names: Sequence[str]) -> list[list[str]]:
+    """Returns the class names of labels, positions `(images,)` or zeros and ones `(images, classes)`."""
+    if labels.ndim == 1:
+        return [[class_names[position]] for position in labels]
+    return [[class_names[position] for position in row.nonzero()[0]] for row in labels]
+
+
+def build_gallery(
+    draw: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]],
+    paths: Sequence[str],
+    y_true: np.ndarray,
+    probabilities: np.ndarray,
+    decision: Decision,
+) -> dict[str, list[dict[str, Any]]]:
+    """Collects the worst mistakes and the least confident images, as `report.write_report` takes them.
+
+    Args:
+        draw: from paths to each one's photo and the same with its heatmap.
+        paths: of the images.
+        y_true: their labels, `(images,)` or multi-label `(images, classes)`.
+        probabilities: calibrated, `(images, classes)`.
+        decision: chooses the predicted labels.
+    """
+    from report import choose_gallery, get_losses
+
+    chosen = decision.choose(probabilities)
+    rows = dict(zip(GALLERIES, choose_gallery(y_true, probabilities, chosen, GALLERY_IMAGES), strict=True))
+    shown = np.unique(np.concatenate(list(rows.values())))
+    photos = dict(zip(shown.tolist(), draw([paths[row] for row in shown]), strict=True))
+    columns = {
+        "path": list(paths),
+        "true": name_labels(y_true, decision.class_names),
+        "predicted": name_labels(chosen, decision.class_names),
+        # The probability of the answer; where there are several, of the least certain one.
+        "probability": (
+            np.where(chosen, probabilities, 1 - probabilities).min(axis=1)
+            if decision.multi_label
+            else probabilities.max(axis=1)
+        ).tolist(),
+        "loss": get_losses(y_true, probabilities).tolist(),
     }
+    return {
+        name: [
+            {column: values[row] for column, values in columns.items()}
+            | dict(zip(("photo", "heatmap"), photos[row], strict=True))
+            for row in gallery.tolist()
+        ]
+        for name, gallery in rows.items()
+    }
+
+
+def build_grad_cam(model: keras.Model, cam_method: str) -> GradCam | None:
+    """Builds what explains a model; None, and a line, where it has not the parts for that."""
+    from gradcam import GradCam
+
+    try:
+        return GradCam(model, cam_method)
+    except UserError as error:
+        print(f"The report's photos have no heatmaps: {error}")
+        return None
+
+
+def draw_pictures(
+    grad_cam: GradCam | None,
+    image_size: Sequence[int],
+    overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    paths: Sequence[str],
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Reads photos and lays over each the heatmap of its most probable class.
+
+    Args:
+        grad_cam: explains, or None.
+        image_size: `(height, width)` of the model's input.
+        overlay: colours a photo by a heatmap.
+        paths: of the photos.
+
+    Returns:
+        Of each photo uint8 RGB `(height, width, 3)`, its longer side at most `PHOTO_SIDE`, and the same under its
+        heatmap, or None.
+    """
+    from generator import read_image, resize_image
+
+    pictures = []
+    for path in paths:
+        image = read_image(path)
+        scale = min(1, PHOTO_SIDE / max(image.shape[:2]))
+        photo = resize_image(image, [max(1, round(side * scale)) for side in image.shape[:2]])
+        heatmap = None
+        if grad_cam is not None:
+            heatmaps, _ = grad_cam(resize_image(read_image(path, image_size), image_size)[None])
+            heatmap = overlay(photo, heatmaps[0])
+        pictures.append((photo, heatmap))
+    return pictures
+
+
+def read_training_log(folder: str) -> pd.DataFrame | None:
+    """Returns the run's training log; None where there is none."""
+    from report import read_log
+
+    path = os.path.join(folder, "training_log.csv")
+    try:
+        return read_log(path) if os.path.isfile(path) else None
+    except UserError as error:
+        print(f"The report has no training curves: {error}")
+        return None
 
 
 if __name__ == "__main__":

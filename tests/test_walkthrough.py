@@ -125,7 +125,7 @@ def test_logged_validation_figures_are_those_of_the_saved_model(trained):
 
 def test_testing_reports_both_sets(trained, capsys):
     configs, _ = trained
-    results = evaluation.main(configs.replace(load_model_path=configs.save_model_path))
+    results = evaluation.main(configs.replace(load_model_path=configs.save_model_path))["sets"]
     printed = capsys.readouterr().out
     assert set(results) == {"training", "test"}
     assert np.sum(results["training"]["confusion_matrix"]) == 27
@@ -140,7 +140,53 @@ def test_testing_takes_the_models_own_description(trained):
     bare = Configs(
         train_csv=configs.train_csv, test_csv=configs.test_csv, load_model_path=configs.save_model_path
     ).validate()
-    assert evaluation.main(bare)["test"]["accuracy"] == pytest.approx(results["best"])
+    assert evaluation.main(bare)["sets"]["test"]["accuracy"] == pytest.approx(results["best"])
+
+
+def test_evaluation_files_hold_what_was_printed_and_predicted(trained):
+    configs, _ = trained
+    results = evaluation.main(configs)
+    folder = Path(configs.save_model_path) / "evaluation"
+    assert {path.name for path in folder.iterdir()} == {
+        *("metrics.json", "predictions.csv", "report.html", "confusion_matrix.png"),
+        *("roc_curves.png", "precision_recall_curves.png", "reliability_diagram.png"),
+    }
+    assert json.loads((folder / "metrics.json").read_text()) == results
+    predictions, table = pd.read_csv(folder / "predictions.csv"), pd.read_csv(configs.test_csv)
+    assert predictions["path"].tolist() == table["path"].tolist()
+    assert predictions["true"].tolist() == table["class"].tolist()
+    assert (predictions["predicted"] == predictions["true"]).mean() == results["sets"]["test"]["accuracy"]
+    probabilities = predictions[[f"probability_{name}" for name in configs.classes or results["classes"]]]
+    assert (
+        probabilities.columns[probabilities.to_numpy().argmax(axis=1)] == "probability_" + predictions["predicted"]
+    ).all()
+    page = (folder / "report.html").read_text()
+    assert all(word in page for word in ("blue", "green", "red", f"{100 * results['sets']['test']['accuracy']:.1f}"))
+
+
+def test_temperature_is_fitted_on_the_validation_set_that_the_run_had(trained, split_photos, tmp_path, capsys):
+    configs, _ = trained
+    shutil.copytree(configs.save_model_path, tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "configs.json").read_text())
+    (tmp_path / "run" / "configs.json").write_text(json.dumps(stored | {"validation_csv": str(split_photos[0])}))
+    without = evaluation.main(configs)
+    bare = Configs(train_csv=configs.train_csv, test_csv=configs.test_csv, load_model_path=str(tmp_path / "run"))
+    results = evaluation.main(bare)
+    assert set(results["sets"]) == {"training", "validation", "test"}
+    decision = json.loads((tmp_path / "run" / "decision.json").read_text())
+    assert decision["temperature_fitted_on"] == "validation"
+    assert without["decision"]["temperature_fitted_on"] is None
+    assert f"Temperature {decision['temperature']:.3f}" in capsys.readouterr().out
+
+
+def test_training_on_removes_what_was_fitted_for_the_model_before(trained, tmp_path, capsys):
+    configs, _ = trained
+    shutil.copytree(configs.save_model_path, tmp_path / "run")
+    (tmp_path / "run" / "decision.json").write_text("{}")
+    folder = str(tmp_path / "run")
+    train.main(configs.replace(load_model_path=folder, save_model_path=folder, num_epochs=3))
+    assert not (tmp_path / "run" / "decision.json").exists()
+    assert "Run test.py after training" in capsys.readouterr().out
 
 
 def test_testing_refuses_a_contradiction(trained):
@@ -182,7 +228,8 @@ def test_compressed_model_predicts_the_same_from_a_smaller_file(trained):
     images, _ = get_generator(configs.test_csv, configs.classes, configs, training=False)[0]
     original, compressed = load_model(model_path), custom_load_model(configs.save_model_path, "best_model_compressed")
     np.testing.assert_array_equal(original.predict(images), compressed.predict(images))
-    assert evaluation.main(configs.replace(load_model_path=compressed_path))["test"]["accuracy"] >= 0
+    results = [evaluation.main(configs.replace(load_model_path=path)) for path in (model_path, compressed_path)]
+    assert results[0]["sets"] == results[1]["sets"]
 
 
 @pytest.mark.slow
@@ -230,7 +277,7 @@ def test_multilabel_run_selects_by_auroc(trained_multilabel):
 
 def test_multilabel_testing_fits_its_threshold_off_the_test_set(trained_multilabel, capsys):
     configs, results = trained_multilabel
-    metrics = evaluation.main(configs)
+    metrics = evaluation.main(configs)["sets"]
     printed = capsys.readouterr().out
     assert metrics["test"]["mean_auroc"] == pytest.approx(results["best"])
     threshold = float(re.search(r"Threshold (\d\.\d+) .* on the training set", printed).group(1))
