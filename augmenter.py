@@ -95,15 +95,40 @@ def _warp(augmenters: iaa.Sequential, images: np.ndarray) -> np.ndarray:
     """Asks where three corners go, which tells the affine map, and warps each image once."""
     number, height, width, _ = images.shape
     corners = KeypointsOnImage([Keypoint(0, 0), Keypoint(width, 0), Keypoint(0, height)], shape=images.shape[1:])
-    moved = augmenters.augment_keypoints([corners] * number)
+    moved = np.stack([points.to_xy_array() for points in augmenters.augment_keypoints([corners] * number)])
+    origins, rights, belows = moved.astype(np.float64).swapaxes(0, 1)
+    matrices = np.stack([(rights - origins) / width, (belows - origins) / height, origins], axis=-1)
+    # From imgaug's corners of pixels to OpenCV's centres.
+    matrices[:, :, 2] += matrices[:, :, :2].sum(axis=2) / 2 - 0.5
+    sources = np.stack([cv2.invertAffineTransform(matrix) for matrix in matrices])
     warped = np.empty_like(images)
-    for image, points, target in zip(images, moved, warped, strict=True):
-        origin, right, below = points.to_xy_array().astype(np.float64)
-        matrix = np.column_stack([(right - origin) / width, (below - origin) / height, origin])
-        # From imgaug's corners of pixels to OpenCV's centres.
-        matrix[:, 2] += matrix[:, :2].sum(axis=1) / 2 - 0.5
-        cv2.warpAffine(image, matrix, (width, height), target, cv2.INTER_LINEAR, cv2.BORDER_REFLECT_101)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    for image, target, source, margins in zip(
+        images, warped, sources, _find_margins(sources, height, width), strict=True
+    ):
+        # A margin first: OpenCV is slow for pixels from beyond the border, 0.5 ms against 0.35 ms for both steps.
+        if max(margins) < max(height, width):
+            left, top, right, bottom = margins
+            image = cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_REFLECT_101)
+            source[:, 2] += left, top
+        cv2.warpAffine(image, source, (width, height), target, flags, cv2.BORDER_REFLECT_101)
     return warped
+
+
+def _find_margins(sources: np.ndarray, height: int, width: int) -> list[list[int]]:
+    """Tells how far a warp reaches beyond an image: left, top, right and bottom, in pixels.
+
+    Args:
+        sources: `(batch, 2, 3)`, from pixels of the result to pixels of the image.
+        height: of both.
+        width: of both.
+    """
+    corners = np.array([[x, y, 1.0] for x in (0, width - 1) for y in (0, height - 1)])
+    reached = sources @ corners.T
+    # A pixel more, for interpolation takes the neighbours.
+    before = 1 - np.floor(reached.min(axis=2))
+    after = np.ceil(reached.max(axis=2)) + 2 - (width, height)
+    return np.maximum(np.concatenate([before, after], axis=1), 0).astype(int).tolist()
 
 
 def _look_up(augmenters: iaa.Sequential, images: np.ndarray) -> np.ndarray:
