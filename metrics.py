@@ -885,7 +885,8 @@ def format_evaluation(metrics: dict[str, Any]) -> str:
         after, before = (
             metrics["calibration"][f"expected_calibration_error{suffix}"] for suffix in ("", "_uncalibrated")
         )
-        lines.append(f"expected calibration error: {_format(after)} ({_format(before)} without the temperature)")
+        without = f" ({_format(before)} without the temperature)" * (before != after)
+        lines.append(f"expected calibration error: {_format(after)}{without}")
     if "optimistic" in metrics:
         best = metrics["optimistic"]
         accuracy, threshold = _format(best["exact_match_accuracy"]), _format(best["threshold"])

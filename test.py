@@ -38,7 +38,8 @@ def main(configs: Configs) -> dict:
     set_gpu_usage(configs.gpu_percentage)
     keep_freed_memory()
     model_path, configs = find_trained_model(configs)
-    configs = take_validation_of_run(configs, model_path)
+    stored = read_run_configs(model_path)
+    configs = take_validation_of_run(configs, stored)
     sequences = get_sequences(configs)
     model = load_fitting_model(model_path, configs.classes, configs.image_target_size[:2])
     print(f"Model: {model_path}")
@@ -57,20 +58,24 @@ def main(configs: Configs) -> dict:
         "sets": evaluate_sets(truths, predictions, decision, threshold_range, configs.random_seed or 0),
     }
     print_results(results, {name: getattr(configs, option) for name, option in CSV_OPTIONS.items()})
-    write_evaluation(configs, model, sequences["test"], predictions["test"], decision, results)
+    options = configs.to_dict() | stored | {name: getattr(configs, name) for name in configs.given}
+    write_evaluation(configs, model, sequences["test"], predictions["test"], decision, results, options)
     return results
 
 
-def take_validation_of_run(configs: Configs, model_path: str) -> Configs:
+def read_run_configs(model_path: str) -> dict[str, Any]:
+    """Returns the options of a model's run, from the `configs.json` beside it; empty where there is none."""
+    path = os.path.join(os.path.dirname(model_path), "configs.json")
+    return Configs.read_json(path) if os.path.isfile(path) else {}
+
+
+def take_validation_of_run(configs: Configs, stored: dict[str, Any]) -> Configs:
     """Takes the validation set that the run was trained with, where none is given: thresholds are fitted on it."""
-    stored_path = os.path.join(os.path.dirname(model_path), "configs.json")
-    if configs.validation_csv or not os.path.isfile(stored_path):
+    path = stored.get("validation_csv", "")
+    if configs.validation_csv or not os.path.isfile(path):
         return configs
-    stored = Configs.read_json(stored_path).get("validation_csv", "")
-    if not os.path.isfile(stored):
-        return configs
-    print(f"validation_csv is that of the run: {stored}")
-    return configs.replace(validation_csv=stored)
+    print(f"validation_csv is that of the run: {path}")
+    return configs.replace(validation_csv=path)
 
 
 def get_sequences(configs: Configs) -> dict[str, AugmentedImageSequence]:
@@ -129,8 +134,19 @@ def write_evaluation(
     predictions: np.ndarray,
     decision: Decision,
     results: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
-    """Writes evaluation/: metrics.json, predictions.csv, the figures and report.html of the test set."""
+    """Writes evaluation/: metrics.json, predictions.csv, the figures and report.html of the test set.
+
+    Args:
+        configs: where to write, and how to draw heatmaps.
+        model: explained.
+        sequence: the test images.
+        predictions: its raw probabilities of them, `(images, classes)`.
+        decision: calibrates and chooses.
+        results: the content of metrics.json.
+        options: of the run, which the report lists.
+    """
     from gradcam import overlay_heatmap
     from metrics import get_curves
     from report import save_figures, write_report
@@ -150,7 +166,7 @@ def write_evaluation(
     )
     gallery = build_gallery(explain, sequence.paths, y_true, probabilities, decision)
     path = os.path.join(folder, "report.html")
-    write_report(path, results, curves, gallery, read_training_log(configs.save_model_path), configs.to_dict())
+    write_report(path, results, curves, gallery, read_training_log(configs.save_model_path), options)
     print(f"\nThe report is {path}")
 
 
@@ -160,18 +176,13 @@ def list_predictions(
     """Returns a row per image: path, true and predicted labels, and the probability of each class."""
     import pandas as pd
 
-    chosen = decision.choose(probabilities)
-    table = pd.DataFrame({"path": paths, "true": join_labels(y_true, decision.class_names)})
-    table["predicted"] = join_labels(chosen, decision.class_names)
-    columns = {f"probability_{name}": probabilities[:, row] for row, name in enumerate(decision.class_names)}
-    return pd.concat([table, pd.DataFrame(columns)], axis=1)
-
-
-def join_labels(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    """Writes labels, positions `(images,)` or zeros and ones `(images, classes)`, as a CSV file has them."""
     from utils import LABEL_SEPARATOR
 
-    return [LABEL_SEPARATOR.join(names) for names in name_labels(labels, class_names)]
+    labels = {"true": y_true, "predicted": decision.choose(probabilities)}
+    names = {column: name_labels(values, decision.class_names) for column, values in labels.items()}
+    table = pd.DataFrame({"path": paths} | {key: [*map(LABEL_SEPARATOR.join, rows)] for key, rows in names.items()})
+    columns = {f"probability_{name}": probabilities[:, row] for row, name in enumerate(decision.class_names)}
+    return pd.concat([table, pd.DataFrame(columns)], axis=1)
 
 
 def name_labels(labels: np.ndarray, class_names: Sequence[str]) -> list[list[str]]:

@@ -2,7 +2,7 @@
 
 The pictures of activations come from crops of three CC0 photographs of scikit-image (a cat, a cup of coffee, a rocket)
 and a MobileNet that starts from its ImageNet weights, which Keras finds in its cache or downloads. The training curves
-are those of the textures in data/.
+are those of the textures in data/. The report's picture needs Chromium.
 """
 
 import os
@@ -56,6 +56,13 @@ def draw_augmentations() -> None:
     cv2.imwrite("docs/augmentations.png", np.concatenate(rows)[..., ::-1])
 
 
+def photograph(page: str, picture: str) -> None:
+    """Writes the top of a page, as a browser shows it, as a PNG."""
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1500")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    subprocess.run([chromium, *options, f"--screenshot={os.path.abspath(picture)}", Path(page).as_uri()], check=True)
+
+
 def main() -> None:
     """Trains both demos in a temporary folder and writes the pictures into docs/."""
     draw_augmentations()
@@ -63,10 +70,13 @@ def main() -> None:
         cut_crops(os.path.join(folder, "images"))
         table, saved = os.path.join(folder, "all_data.csv"), os.path.join(folder, "photos")
         run("make_csv_from_folders.py", "--folder_path", os.path.join(folder, "images"), "--write_path", table)
-        run("split_train_test.py", "--csv_path", table)
-        sets = ["--train_csv", os.path.join(folder, "training_set.csv")]
-        sets += ["--test_csv", os.path.join(folder, "testing_set.csv"), "--save_model_path", saved]
+        run("split_train_test.py", "--csv_path", table, "--validation_split_fraction", "0.2")
+        files = {"train": "training_set.csv", "validation": "validation_set.csv", "test": "testing_set.csv"}
+        sets = [word for name, file in files.items() for word in (f"--{name}_csv", os.path.join(folder, file))]
+        sets += ["--save_model_path", saved]
         run("train.py", *sets, "--visual_model_name", "MobileNet", "--num_epochs", "4", "--conv_layers_to_train", "0")
+        run("test.py", *sets)
+        photograph(os.path.join(saved, "evaluation", "report.html"), "docs/report.png")
         run("draw_activations.py", *sets)
         cam_output = os.path.join(saved, "cam_output")
         rows = []

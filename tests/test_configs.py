@@ -60,6 +60,11 @@ DEFAULTS = [
     ("mixed_precision", False),
     ("image_cache", "none"),
     ("image_cache_path", "./data/image_cache"),
+    ("cam_method", "gradcam"),
+    ("cam_classes", "predicted"),
+    ("cam_top_k", 3),
+    ("cam_alpha", 0.4),
+    ("cam_colormap", "jet"),
     ("overwrite", False),
 ]
 

@@ -8,6 +8,7 @@ from compress_weights import CompressConfigs
 from configs import BACKBONE_NAMES, Configs
 from make_csv_from_folders import FolderConfigs
 from plot_training_log import PlotConfigs
+from predict import PredictConfigs
 from split_train_test import SplitConfigs
 
 PROJECT = Path(__file__).parent.parent
@@ -20,6 +21,7 @@ SCRIPT_CONFIGS = {
     "draw_activations.py": Configs,
     "plot_training_log.py": PlotConfigs,
     "compress_weights.py": CompressConfigs,
+    "predict.py": PredictConfigs,
 }
 
 

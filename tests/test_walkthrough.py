@@ -358,7 +358,7 @@ def test_processes_agree_on_the_class_order(trained):
             *("--load_model_path", configs.save_model_path),
             PYTHONHASHSEED=hash_seed,
         )
-        accuracies = re.findall(r"^accuracy: (.*)$", found.stdout, re.M)
+        accuracies = re.findall(r"^accuracy: (\S+)", found.stdout, re.M)
         assert float(accuracies[1]) == pytest.approx(results["best"], abs=1e-4), found.stderr
 
 
@@ -404,5 +404,5 @@ def test_the_demo_learns_its_textures(tmp_path):
     trained = run_script("train.py", "--configs", "data/demo.json", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     tested = run_script("test.py", cwd=tmp_path)
-    accuracy = float(re.findall(r"^accuracy: (.*)$", tested.stdout, re.M)[1])
+    accuracy = float(re.findall(r"^accuracy: (\S+)", tested.stdout, re.M)[1])
     assert accuracy >= 0.95, tested.stdout
