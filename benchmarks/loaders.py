@@ -139,7 +139,9 @@ def ours(folder: str, cores: int, augmented: bool = True, cache: str = "none", k
     """
     from augmenter import build_augmenter
     from generator import AugmentedImageSequence, DiskCache, MemoryCache
+    from utils import keep_freed_memory
 
+    keep_freed_memory()  # as every script does
     paths = list_images(folder)
     with tempfile.TemporaryDirectory() as cache_folder:
         caches = {
@@ -162,6 +164,29 @@ def ours(folder: str, cores: int, augmented: bool = True, cache: str = "none", k
                 sequence[index]
         for batch, _ in sequence.to_dataset().repeat():
             yield len(batch)
+
+
+def decode_processes(folder: str, cores: int) -> Iterator[int]:
+    """What the cores can do at once: a process a core, each as `decode_scaled`."""
+    from multiprocessing import get_context
+
+    context = get_context("spawn")
+    counts = [context.Value("q", 0, lock=False) for _ in range(cores)]
+    for count in counts:
+        context.Process(target=_count_decoded, args=(folder, count), daemon=True).start()
+    while not all(count.value for count in counts):
+        time.sleep(0.01)
+    before = sum(count.value for count in counts)
+    while True:
+        time.sleep(0.1)
+        after = sum(count.value for count in counts)
+        yield after - before
+        before = after
+
+
+def _count_decoded(folder: str, count: object) -> None:
+    for number in decode_scaled(folder, 1):
+        count.value += number
 
 
 def processes(folder: str, cores: int) -> Iterator[int]:
@@ -200,6 +225,7 @@ CONTENDERS: dict[str, Callable[[str, int], Iterator[int]]] = {
     "ours_memory": lambda folder, cores: ours(folder, cores, augmented=False, cache="memory", known=True),
     "ours_disk": lambda folder, cores: ours(folder, cores, augmented=False, cache="disk", known=True),
     "processes": processes,
+    "decode_processes": decode_processes,
 }
 
 

@@ -1,7 +1,13 @@
-"""What training and explaining cost beside the network itself, measured with MobileNet at 224x224, random weights."""
+"""What training and explaining cost beside the network itself, measured with MobileNet at 224x224, random weights.
+
+python benchmarks/training.py IMAGES    prints the most MiB that draw_activations.py holds on that many images
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
 import tempfile
 import time
@@ -11,7 +17,7 @@ from unittest import mock
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-EPOCHS, STEPS = 4, 6
+EPOCHS, STEPS = 4, 24
 
 
 def measure_checkpoint_cost(images: str) -> dict[str, float]:
@@ -91,7 +97,7 @@ def measure_fit(paths: list[str]) -> dict[str, float]:
     in_memory = tf.data.Dataset.from_tensors(sequence[0]).repeat(STEPS)
     model.fit(files, verbose=0)
     rates, waits = [], []
-    for _ in range(5):
+    for _ in range(3):
         pair = []
         for data, callbacks in ((files, [wait]), (in_memory, [])):
             start = time.perf_counter()
@@ -149,3 +155,29 @@ def measure_grad_cam() -> dict[str, float]:
             if repeat:  # the first traces the graphs
                 rates[function.__name__].append(number / (time.perf_counter() - start))
     return {name: float(np.median(values)) for name, values in rates.items()}
+
+
+def measure_memory_of_drawing(number: int) -> float:
+    """Draws the activations of `number` photos of 640x480; returns the most MiB that this process has held."""
+    import run
+    import tables
+
+    import draw_activations
+    from configs import Configs
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        run.generate_photos(f"{folder}/photos")
+        photos = sorted(Path(folder, "photos").glob("*/*"))
+        with open(f"{folder}/photos.csv", "w", encoding="utf-8") as table:
+            table.write("path,class\n")
+            for row in range(number):
+                os.link(photos[row % len(photos)], f"{folder}/{row:05d}.jpg")
+                table.write(f"{folder}/{row:05d}.jpg,{'ab'[row % 2]}\n")
+        build_mobilenet().save(f"{folder}/best_model.keras")
+        files = {"train_csv": f"{folder}/photos.csv", "test_csv": f"{folder}/photos.csv", "save_model_path": folder}
+        draw_activations.main(Configs(**files, visual_model_name="MobileNet").validate())
+    return tables.largest_memory()
+
+
+if __name__ == "__main__":
+    print(measure_memory_of_drawing(int(sys.argv[1])))
