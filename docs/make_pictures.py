@@ -2,7 +2,7 @@
 
 The pictures of activations come from crops of three CC0 photographs of scikit-image (a cat, a cup of coffee, a rocket)
 and a MobileNet that starts from its ImageNet weights, which Keras finds in its cache or downloads. The training curves
-are those of the textures in data/. The report's picture needs Chromium.
+and the report are of the textures in data/. The report's picture needs Chromium.
 """
 
 import os
@@ -16,14 +16,15 @@ import cv2
 import numpy as np
 import skimage.data
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
 PHOTOS = {"cat": "chelsea", "coffee": "coffee", "rocket": "rocket"}
 CROPS = 40
 
 
 def run(script: str, *arguments: str) -> None:
     """Runs one of the project's scripts and stops where it fails."""
-    subprocess.run([sys.executable, script, *arguments], check=True)
+    subprocess.run([sys.executable, PROJECT / script, *arguments], check=True)
 
 
 def cut_crops(folder: str) -> None:
@@ -53,42 +54,53 @@ def draw_augmentations() -> None:
         # A white gap sets the original apart.
         gap = np.full((150, 10, 3), 255, np.uint8)
         rows.append(np.concatenate([pictures[0], gap, *pictures[1:]], axis=1))
-    cv2.imwrite("docs/augmentations.png", np.concatenate(rows)[..., ::-1])
+    cv2.imwrite(str(PROJECT / "docs" / "augmentations.png"), np.concatenate(rows)[..., ::-1])
 
 
-def photograph(page: str, picture: str) -> None:
+def draw_activations() -> None:
+    """Writes docs/activations.jpg: crops of photographs beside their Grad-CAM."""
+    cut_crops("images")
+    run("make_csv_from_folders.py", "--folder_path", "images", "--write_path", "all_data.csv")
+    run("split_train_test.py", "--csv_path", "all_data.csv")
+    sets = ("--train_csv", "training_set.csv", "--test_csv", "testing_set.csv", "--save_model_path", "photos")
+    run("train.py", *sets, "--visual_model_name", "MobileNet", "--num_epochs", "4", "--conv_layers_to_train", "0")
+    run("draw_activations.py", *sets)
+    rows = []
+    for name in PHOTOS:
+        files = sorted(Path("photos", "cam_output").glob(f"{name}*"))
+        rows.append(np.concatenate([cv2.imread(str(file)) for file in files[:2]], axis=1))
+    picture = str(PROJECT / "docs" / "activations.jpg")
+    cv2.imwrite(picture, np.concatenate(rows), [cv2.IMWRITE_JPEG_QUALITY, 85])
+
+
+def draw_demo() -> None:
+    """Writes docs/training_log.png, of the demo's run, and docs/report.png, of one that was stopped early."""
+    shutil.copytree(PROJECT / "data", "data")
+    run("train.py", "--configs", "data/demo.json")
+    run("plot_training_log.py")
+    shutil.copy(Path("saved_model", "training_log.png"), PROJECT / "docs" / "training_log.png")
+    run("test.py")
+    # After four epochs it still makes mistakes to show.
+    run("train.py", "--configs", "data/demo.json", "--num_epochs", "4", "--overwrite", "True")
+    run("test.py", "--load_model_path", "saved_model/latest_model.keras")
+    photograph(Path("saved_model", "evaluation", "report.html"), PROJECT / "docs" / "report.png")
+
+
+def photograph(page: Path, picture: Path) -> None:
     """Writes the top of a page, as a browser shows it, as a PNG."""
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1500")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1900")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    subprocess.run([chromium, *options, f"--screenshot={os.path.abspath(picture)}", Path(page).as_uri()], check=True)
+    subprocess.run([chromium, *options, f"--screenshot={picture}", page.resolve().as_uri()], check=True)
 
 
 def main() -> None:
     """Trains both demos in a temporary folder and writes the pictures into docs/."""
     draw_augmentations()
     with tempfile.TemporaryDirectory() as folder:
-        cut_crops(os.path.join(folder, "images"))
-        table, saved = os.path.join(folder, "all_data.csv"), os.path.join(folder, "photos")
-        run("make_csv_from_folders.py", "--folder_path", os.path.join(folder, "images"), "--write_path", table)
-        run("split_train_test.py", "--csv_path", table, "--validation_split_fraction", "0.2")
-        files = {"train": "training_set.csv", "validation": "validation_set.csv", "test": "testing_set.csv"}
-        sets = [word for name, file in files.items() for word in (f"--{name}_csv", os.path.join(folder, file))]
-        sets += ["--save_model_path", saved]
-        run("train.py", *sets, "--visual_model_name", "MobileNet", "--num_epochs", "4", "--conv_layers_to_train", "0")
-        run("test.py", *sets)
-        photograph(os.path.join(saved, "evaluation", "report.html"), "docs/report.png")
-        run("draw_activations.py", *sets)
-        cam_output = os.path.join(saved, "cam_output")
-        rows = []
-        for name in PHOTOS:
-            files = sorted(file for file in os.listdir(cam_output) if file.startswith(name))
-            rows.append(np.concatenate([cv2.imread(os.path.join(cam_output, file)) for file in files[:2]], axis=1))
-        cv2.imwrite("docs/activations.jpg", np.concatenate(rows), [cv2.IMWRITE_JPEG_QUALITY, 85])
-        demo = os.path.join(folder, "demo")
-        run("train.py", "--configs", "data/demo.json", "--save_model_path", demo)
-        run("plot_training_log.py", "--save_model_path", demo)
-        shutil.copy(os.path.join(demo, "training_log.png"), "docs/training_log.png")
-        run("test.py", "--save_model_path", demo)
+        os.chdir(folder)
+        draw_activations()
+        draw_demo()
+        os.chdir(PROJECT)
 
 
 if __name__ == "__main__":
