@@ -23,9 +23,21 @@ import tensorflow as tf
 from configs import Configs, UserError
 from generator import AugmentedImageSequence
 from metrics import get_aurocs, mean_of_defined, none_if_undefined
-from utils import TEMPORARY_PREFIX, atomic_path, write_csv, write_json, write_text
+from utils import (
+    TEMPORARY_PREFIX,
+    Finding,
+    atomic_path,
+    join_names,
+    write_csv,
+    write_data_report,
+    write_json,
+    write_text,
+)
 
 STATE_MEMBER = "training_state.json"
+STATE_PARTS = {"configs", "given", "data", "epochs_completed", "steps_completed", "best", "best_epoch", "best_aurocs"}
+STATE_PARTS |= {"plateau", "seed_states", "metrics", "log"}
+LARGEST_STATE = 2**28
 LOCK_FILE = ".lock"
 
 
@@ -50,7 +62,9 @@ class Validation(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Predicts the validation images and adds their figures to `logs`, which the callbacks after this one see."""
-        y_true, probabilities = self.sequence.get_y_true(), self.model.predict(self.sequence.to_dataset(), verbose=0)
+        probabilities = self.model.predict(self.sequence.to_dataset(), verbose=0)
+        # After the images have been read: the labels of those that cannot be are left out.
+        y_true = self.sequence.get_y_true()
         logs["val_loss"] = float(np.mean(self.loss(y_true, probabilities)))
         if self.multi_label:
             self.aurocs = get_aurocs(y_true, probabilities)
@@ -135,6 +149,33 @@ class EpochOrder(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Runs before the epoch's workers start."""
         self.sequence.epoch = epoch
+
+
+class BadImages(keras.callbacks.Callback):
+    """Says after each epoch which images could not be read for the first time, and adds them to data_report.csv.
+
+    Args:
+        sequences: the training and the validation images, by their CSV file.
+        folder: that of the run.
+    """
+
+    def __init__(self, sequences: dict[str, AugmentedImageSequence], folder: str) -> None:
+        super().__init__()
+        self.sequences = sequences
+        self.folder = folder
+        self._told: set[tuple[str, int]] = set()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Tells of each image once."""
+        found = []
+        for csv_path, sequence in self.sequences.items():
+            for row, reason in sorted(sequence.bad_images.items()):
+                if (csv_path, row) not in self._told:
+                    self._told.add((csv_path, row))
+                    found.append(Finding("unreadable", "", csv_path, None, sequence.paths[row], reason))
+        if found:
+            print(f"\n{len(found)} images could not be read and were left out: {join_names([x.path for x in found])}")
+            write_data_report(self.folder, found, is_more=True)
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -370,7 +411,9 @@ def build_callbacks(
     curves = keras.callbacks.TensorBoard(os.path.join(configs.save_model_path, "logs"), write_graph=False)
     input_wait = InputWait()
     checkpoint = Checkpoint(configs, training, measure, plateau, input_wait, interruption, state)
-    return [EpochOrder(training), input_wait, measure, plateau, curves, checkpoint]
+    sequences = {configs.train_csv: training, configs.validation_csv or configs.test_csv: validation}
+    bad_images = BadImages(sequences, configs.save_model_path)
+    return [EpochOrder(training), input_wait, measure, plateau, curves, bad_images, checkpoint]
 
 
 def stops_early(epochs_completed: int, best_epoch: int | None, patience: int) -> bool:
@@ -409,10 +452,26 @@ def duplicate_file(source: str, path: str) -> None:
 
 
 def read_state(path: str) -> dict[str, Any] | None:
-    """Returns the training's state that a model file carries; None where it carries none."""
-    with contextlib.suppress(OSError, zipfile.BadZipFile, KeyError, ValueError), zipfile.ZipFile(path) as archive:
-        return json.loads(archive.read(STATE_MEMBER))
-    return None
+    """Returns the training's state that a model file carries; None where it carries none.
+
+    Raises:
+        UserError: the state is damaged: to start anew in its place would lose the run.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if STATE_MEMBER not in archive.namelist():
+                return None
+            if archive.getinfo(STATE_MEMBER).file_size > LARGEST_STATE:
+                raise ValueError("it is too large")
+            state = json.loads(archive.read(STATE_MEMBER))
+        if not isinstance(state, dict) or not state.keys() >= STATE_PARTS:
+            raise ValueError("it lacks parts")
+    except Exception as error:
+        # zipfile and json fail in many ways on a damaged file; each of them is the file's fault.
+        raise UserError(f"{path} carries a training state that is damaged: {error}. Use another checkpoint.") from error
+    return state
 
 
 def remove_stale_files(folder: str) -> None:

@@ -30,9 +30,16 @@ BACKBONE_NAMES = (
     *("ConvNeXtTiny", "ConvNeXtSmall", "ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtXLarge"),
 )
 OPTIMIZER_NAMES = ("Adam", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Nadam")
+VERIFY_MODES = ("quick", "full", "off")
+MAX_IMAGE_PIXELS = 179_000_000
 CAM_METHODS = ("gradcam", "gradcam++", "hirescam", "layercam")
 CAM_CLASSES = ("predicted", "true", "top_k", "threshold")
 CAM_COLORMAPS = ("jet", "turbo", "viridis", "inferno", "magma", "plasma")
+LARGEST_JSON_FILE = 2**24
+# What 64-bit floats hold exactly: the libraries below fail on more, each in its own way.
+LARGEST_WHOLE_NUMBER = 2**53
+MOST_FAULTS = 20
+LONGEST_SHOWN = 200
 
 
 class UserError(Exception):
@@ -86,7 +93,11 @@ class Configs:
     image_directory: str = define("", "Put in front of the paths in the CSV files")
     visual_model_name: str = define("DenseNet121", "The backbone", choices=BACKBONE_NAMES, describes_model=True)
     image_target_size: tuple[int, int, int] = define(
-        (224, 224, 3), "Height, width and channels that images are resized to", at_least=1, describes_model=True
+        (224, 224, 3),
+        "Height, width and channels that images are resized to",
+        at_least=1,
+        at_most=16384,
+        describes_model=True,
     )
     num_epochs: int = define(100, "Epochs in total, those before a resume included", at_least=1)
     csv_label_column: str = define("class", "The CSV column with the labels")
@@ -100,6 +111,7 @@ class Configs:
         [0.4],
         "Layers before the output: 1 or more is a hidden layer of that size, less than 1 a dropout rate",
         at_least=0,
+        at_most=2**20,
         describes_model=True,
     )
     conv_layers_to_train: int = define(
@@ -143,10 +155,11 @@ class Configs:
         0,
         "Trained convolutions that halve the image this many times before the backbone",
         at_least=0,
+        at_most=14,
         describes_model=True,
     )
     cnn_downscaling_filters: int = define(
-        64, "Filters of each downscaling convolution", at_least=1, describes_model=True
+        64, "Filters of each downscaling convolution", at_least=1, at_most=2**16, describes_model=True
     )
     validation_csv: str = define("", "The images that select the best model; empty uses test_csv, and says so")
     random_seed: int | None = define(
@@ -181,6 +194,17 @@ class Configs:
         choices=("none", "memory", "disk"),
     )
     image_cache_path: str = define("./data/image_cache", "The folder of the disk cache; may be deleted at any time")
+    verify_data: str = define(
+        "quick",
+        "What train.py checks before it starts: tables and the images' headers (quick), every pixel and near copies "
+        "too (full), or nothing (off)",
+        choices=VERIFY_MODES,
+    )
+    max_image_pixels: int = define(
+        MAX_IMAGE_PIXELS, "Pixels that an image may have; its header tells before it is decoded", at_least=1
+    )
+    skip_bad_images: bool = define(False, "Leave out images that cannot be read, and say which, instead of stopping")
+    allow_duplicates: bool = define(False, "The same image in two sets is a warning, not an error")
     cam_method: str = define("gradcam", "How draw_activations.py weighs the backbone's features", choices=CAM_METHODS)
     cam_classes: str = define(
         "predicted",
@@ -235,11 +259,15 @@ class Configs:
             The converted values of the options that the file holds.
 
         Raises:
-            UserError: the file is missing or no JSON object, or an option in it is unknown or of a wrong type.
+            UserError: the file is missing, too large or no JSON object, or an option in it is unknown, there twice
+                or of a wrong type.
         """
         try:
-            with open(path, encoding="utf-8") as file:
-                stored = json.load(file)
+            with open(path, "rb") as file:
+                content = file.read(LARGEST_JSON_FILE + 1)
+            if len(content) > LARGEST_JSON_FILE:
+                raise UserError(f"{path} is no configs file: expected at most {LARGEST_JSON_FILE} bytes. It has more.")
+            stored = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_refuse_repeated)
         except OSError as error:
             raise UserError(f"Cannot read the configs file {path}: {error.strerror}. Check the path.") from error
         except (ValueError, RecursionError) as error:
@@ -284,13 +312,16 @@ class Configs:
         types = typing.get_type_hints(cls)
         values, faults = {}, []
         for name, value in raw.items():
+            if len(faults) == MOST_FAULTS:
+                faults.append("and more")
+                break
             if name not in cls.options():
                 faults.append(unknown_option(name, list(cls.options())))
                 continue
             try:
                 values[name] = convert(value, types[name], is_text)
             except ValueError:
-                faults.append(f"{name}: expected {describe_type(types[name])}. Received: {_show(value)}")
+                faults.append(_type_fault(name, types[name], value))
         if faults:
             raise UserError("\n".join(f"{source}: {fault}" for fault in faults))
         return values
@@ -311,7 +342,7 @@ class Configs:
             try:
                 value = convert(value, types[name], is_text=False)
             except ValueError:
-                faults.append(f"{name}: expected {describe_type(types[name])}. Received: {_show(value)}")
+                faults.append(_type_fault(name, types[name], value))
                 continue
             super().__setattr__(name, value)
             found = _bound_fault(value, field.metadata, types[name]) or _FURTHER_CHECKS.get(name, _no_fault)(value)
@@ -323,8 +354,10 @@ class Configs:
 
 def unknown_option(name: str, known: Sequence[str]) -> str:
     """Returns the message for an option that does not exist, naming the nearest one that does."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"Unknown option {name}. " + (f"Did you mean {nearest[0]}?" if nearest else "See --help for all options.")
+    # Comparing takes time by the square of the length.
+    nearest = difflib.get_close_matches(name[:LONGEST_SHOWN], known, n=1, cutoff=0.5)
+    shown = name if name.isprintable() and len(name) <= LONGEST_SHOWN else _show(name)
+    return f"Unknown option {shown}. " + (f"Did you mean {nearest[0]}?" if nearest else "See --help for all options.")
 
 
 def unknown_flag(flag: str, known: Sequence[str]) -> str:
@@ -341,7 +374,8 @@ def convert(value: Any, kind: Any, is_text: bool) -> Any:
         is_text: the value comes from the command line.
 
     Raises:
-        ValueError: the value is not of that type. A bool is no number; an int serves as a float.
+        ValueError: the value is not of that type. A bool is no number; an int serves as a float. A text that no file
+            name and no UTF-8 file can hold is none, nor is a whole number beyond `LARGEST_WHOLE_NUMBER`.
     """
     inner, optional = _unwrap_optional(kind)
     if optional and (value is None or (is_text and _single(value).lower() == "none")):
@@ -353,9 +387,34 @@ def convert(value: Any, kind: Any, is_text: bool) -> Any:
         value = _from_text(value, inner)
     if inner is float and type(value) is int:
         value = _from_text(str(value), float)
-    if type(value) is not inner or (inner is float and not math.isfinite(value)):
+    if type(value) is not inner or not _IS_USABLE.get(inner, _always)(value):
         raise ValueError(value)
     return value
+
+
+def _is_writable(text: str) -> bool:
+    # Neither NUL nor a lone half of a surrogate pair, which no file name and no UTF-8 file can hold.
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _always(_: Any) -> bool:
+    return True
+
+
+_IS_USABLE: dict[type, Callable[[Any], bool]] = {
+    str: _is_writable,
+    int: lambda value: abs(value) <= LARGEST_WHOLE_NUMBER,
+    float: math.isfinite,
+}
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"it has {_show(name)} twice")
+        content[name] = value
+    return content
 
 
 def _convert_items(value: Any, inner: Any, origin: type, is_text: bool) -> list | tuple:
@@ -392,6 +451,13 @@ def _from_text(text: str, kind: type) -> Any:
         raise ValueError(text) from error
 
 
+def _type_fault(name: str, kind: Any, value: Any) -> str:
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
+    unwritable = any(isinstance(text, str) and not _is_writable(text) for text in texts)
+    hint = " without NUL and lone surrogates" * unwritable
+    return f"{name}: expected {describe_type(kind)}{hint}. Received: {_show(value)}"
+
+
 def describe_type(kind: Any) -> str:
     """Returns an option's type in words, for help and errors."""
     inner, optional = _unwrap_optional(kind)
@@ -420,7 +486,7 @@ def _bound_fault(value: Any, metadata: typing.Mapping[str, Any], kind: Any) -> s
     if value is None:
         return ""
     if metadata["choices"] is not None and value not in metadata["choices"]:
-        nearest = difflib.get_close_matches(value, metadata["choices"], n=1, cutoff=0.4)
+        nearest = difflib.get_close_matches(value[:LONGEST_SHOWN], metadata["choices"], n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         return f"expected {_describe_choices(metadata, kind)}. Received: {_show(value)}{hint}"
     tests: dict[str, Callable[[float, float], bool]] = {
@@ -474,8 +540,11 @@ _FURTHER_CHECKS = {
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "a deeply nested value"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -512,10 +581,14 @@ def run_script(main: Callable[[Any], dict], configs_class: type[Configs] = Confi
         main: takes the configs; the docstring of its module is the head of `--help`.
         configs_class: `Configs`, or a script's extension of it.
     """
-    # TensorFlow's start-up notices would bury the lines that matter; a user's own setting wins.
+    # TensorFlow's and OpenCV's notices would bury the lines that matter; a user's own setting wins.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     try:
-        main(configs_class.from_command_line(sys.modules[main.__module__].__doc__))
+        configs = configs_class.from_command_line(sys.modules[main.__module__].__doc__)
+        # OpenCV reads it when it is imported.
+        os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(configs.max_image_pixels))
+        main(configs)
     except UserError as error:
         sys.stdout.flush()
         print(f"Error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
 from collections import deque
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 WRITABLE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 WRITERS = 2
 PANELS_A_ROW = 6
+# What Windows forbids in the name of a file, and the names that it keeps for devices.
+FORBIDDEN = frozenset('<>:"/\\|?*')
+RESERVED = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))})
+# Bytes: systems allow 255 for a name, of which the temporary one needs some more, and so may a number.
+LONGEST_STEM = 200
 # Each takes two more passes of the network; as many tell the mean drop to about 0.02.
 MOST_MEASURED = 200
 
@@ -30,6 +36,7 @@ class Explained(NamedTuple):
     """A batch with the heatmaps of pairs of an image and a class.
 
     Attributes:
+        positions: int `(batch,)`, of the images in their sequence.
         images: uint8 RGB `(batch, height, width, 3)`.
         labels: `(batch,)` class positions or `(batch, classes)` of zeros and ones.
         probabilities: calibrated, `(batch, classes)`.
@@ -38,6 +45,7 @@ class Explained(NamedTuple):
         heatmaps: float32 `(pairs, h, w)` in `[0, 1]`.
     """
 
+    positions: np.ndarray
     images: np.ndarray
     labels: np.ndarray
     probabilities: np.ndarray
@@ -60,6 +68,7 @@ def main(configs: Configs) -> dict:
         load_fitting_model,
         naming_bad_images,
         set_gpu_usage,
+        tell_bad_images,
     )
 
     set_gpu_usage(configs.gpu_percentage)
@@ -80,6 +89,8 @@ def main(configs: Configs) -> dict:
         batches = explain_all(grad_cam, sequence, decision, choose)
         batches = measure_some(batches, len(paths), grad_cam, decision, configs.random_seed or 0, drops)
         draw_all(batches, paths, class_names, overlay, progress.update)
+    tell_bad_images(sequence)
+    paths = [path for row, path in enumerate(paths) if row not in sequence.bad_images]
     faithfulness = summarise_faithfulness(np.array(drops))
     print(f"Wrote {len(paths)} pictures to {folder}\n{describe_faithfulness(faithfulness, len(paths))}")
     return {"paths": paths, "faithfulness": faithfulness}
@@ -141,7 +152,7 @@ def explain_all(
     """
     from metrics import check_finite
 
-    for images, labels in sequence.to_dataset().as_numpy_iterator():
+    for index, (images, labels) in enumerate(sequence.to_dataset().as_numpy_iterator()):
         features, probabilities = grad_cam.read(images)
         check_finite(probabilities)
         probabilities = decision.calibrate(probabilities)
@@ -149,7 +160,7 @@ def explain_all(
         order = np.lexsort((-probabilities[rows, class_indices], rows))
         rows, class_indices = rows[order], class_indices[order]
         heatmaps = grad_cam.explain(features, rows, class_indices)
-        yield Explained(images, labels, probabilities, rows, class_indices, heatmaps)
+        yield Explained(sequence.get_rows(index), images, labels, probabilities, rows, class_indices, heatmaps)
 
 
 def measure_some(
@@ -174,12 +185,11 @@ def measure_some(
 
     measured = np.zeros(number_of_images, bool)
     measured[np.linspace(0, number_of_images - 1, min(number_of_images, MOST_MEASURED)).round().astype(int)] = True
-    rng, done = np.random.default_rng(seed), 0
+    rng = np.random.default_rng(seed)
     for batch in batches:
         yield batch
         rows, first_pairs = np.unique(batch.rows, return_index=True)
-        pairs = first_pairs[measured[done + rows]]
-        done += len(batch.images)
+        pairs = first_pairs[measured[batch.positions[rows]]]
         if not len(pairs):
             continue
         rows, class_indices = batch.rows[pairs], batch.class_indices[pairs]
@@ -207,17 +217,16 @@ def draw_all(
 
     Args:
         batches: in order.
-        paths: of the pictures.
+        paths: of the pictures of all images.
         class_names: in the model's order.
         overlay: colours an image by a heatmap.
         report: is told how many pictures more are written.
     """
-    pending, done = deque(), 0
+    pending = deque()
     with ThreadPoolExecutor(WRITERS) as pool:
         for batch in batches:
-            targets = paths[done : done + len(batch.images)]
+            targets = [paths[position] for position in batch.positions]
             pending.append(pool.submit(draw_batch, targets, batch, class_names, overlay))
-            done += len(batch.images)
             # A bounded backlog: memory does not grow where the network is faster than the disk.
             while len(pending) > WRITERS:
                 report(pending.popleft().result())
@@ -262,7 +271,8 @@ def name_outputs(paths: list[str]) -> list[str]:
     """Gives each image a file name of its own: its path below the images' common folder, joined by hyphens.
 
     Returns:
-        Names without folders, in the order of `paths`; a name met again gets a number.
+        Names without folders, in the order of `paths`, that every system can write: what one of them forbids in a
+        name becomes an underscore, a long name is cut and ends in a digest; a name met again gets a number.
     """
     absolute = [os.path.abspath(path) for path in paths]
     common = os.path.commonpath([os.path.dirname(path) for path in absolute])
@@ -270,13 +280,26 @@ def name_outputs(paths: list[str]) -> list[str]:
     for path in absolute:
         stem, suffix = os.path.splitext(os.path.relpath(path, common).replace(os.sep, "-"))
         if suffix.lower() not in WRITABLE_SUFFIXES:
-            suffix += ".png"
+            stem, suffix = stem + suffix, ".png"
+        stem = make_writable(stem)
         name, number = stem + suffix, 2
-        while name in taken:
+        # Some systems hold names that differ in case alone for the same.
+        while name.casefold() in taken:
             name, number = f"{stem}_{number}{suffix}", number + 1
-        taken.add(name)
+        taken.add(name.casefold())
         names.append(name)
     return names
+
+
+def make_writable(stem: str) -> str:
+    """Returns a file name without its ending as every system can write it: visible, not reserved, not too long."""
+    safe = "".join("_" if character in FORBIDDEN or not character.isprintable() else character for character in stem)
+    if safe.startswith(".") or safe.split(".")[0].upper() in RESERVED:
+        safe = f"_{safe}"
+    if len(safe.encode()) <= LONGEST_STEM:
+        return safe
+    digest = hashlib.sha256(stem.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return f"{safe.encode()[: LONGEST_STEM - 17].decode(errors='ignore')}~{digest}"
 
 
 def write_image(path: str, image: np.ndarray) -> None:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import cv2
 import keras
 import numpy as np
-import PIL.Image
 import psutil
 import tensorflow as tf
 
-from configs import UserError
+from configs import MAX_IMAGE_PIXELS, UserError
+from utils import TAIL_BYTES, BadImage, check_end, check_length, decode_animated_png, read_header
 
 if TYPE_CHECKING:
     from imgaug import augmenters as iaa
@@ -41,40 +41,64 @@ DECODE_FLAGS = {
 JPEG_START = b"\xff\xd8\xff"
 
 
-def read_image(path: str, image_size: Sequence[int] | None = None) -> np.ndarray:
+def read_image(path: str, image_size: Sequence[int] | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
     """Decodes an image file as an upright picture: its EXIF orientation is applied.
 
     Args:
         path: the file.
         image_size: `(height, width)` that the picture will be resized to: a JPEG at least twice as large is decoded
             at 1/2, 1/4 or 1/8 of its size, never below this one, which is faster.
+        max_pixels: what the picture may have; the header tells before anything is decoded.
 
     Returns:
         uint8 RGB `(height, width, 3)`; grey is repeated, alpha dropped, 16 bits reduced to 8.
 
     Raises:
-        UserError: the file is missing or cannot be decoded.
+        UserError: the file is missing, cut short, too large or cannot be decoded.
     """
+    # A pipe or a device has no end.
+    if not os.path.isfile(path):
+        raise UserError(f"Cannot read the image {path}: No such file or directory. Replace it, or drop its row.")
     try:
         encoded = np.fromfile(path, np.uint8)
-        divisor = choose_divisor(encoded, image_size) if image_size else 1
-        image = cv2.imdecode(encoded, DECODE_FLAGS[divisor]) if encoded.size else None
-    except (OSError, cv2.error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error.err
+        sides = check_header(encoded, max_pixels)
+        divisor = choose_divisor(encoded, sides, image_size) if image_size else 1
+        image = decode_animated_png(encoded)
+        if image is None and encoded.size:
+            image = cv2.imdecode(encoded, DECODE_FLAGS[divisor])
+    except (OSError, ValueError, cv2.error) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "err", None) or str(error)
         raise UserError(f"Cannot read the image {path}: {reason}. Replace it, or drop its row.") from error
+    except BadImage as error:
+        raise UserError(f"Cannot decode the image {path}: {error.detail}. Replace it, or drop its row.") from error
     if image is None:
         raise UserError(f"Cannot decode the image {path}: it is damaged or no image. Replace it, or drop its row.")
     return image
 
 
-def choose_divisor(encoded: np.ndarray, image_size: Sequence[int]) -> int:
+def check_header(encoded: np.ndarray, max_pixels: int) -> tuple[int, int]:
+    """Checks an image file's number of pixels, and that it has its end, before it is decoded.
+
+    OpenCV decodes a JPEG that is cut short as if it were whole, the rest of it grey.
+
+    Returns:
+        Width and height; zeros where Pillow does not know the format.
+
+    Raises:
+        BadImage: it has too many pixels, or is cut short.
+    """
+    check_length(encoded[:12].tobytes(), encoded.size)
+    file = io.BytesIO(encoded)
+    header = read_header(file, max_pixels)
+    if header is None:
+        return 0, 0
+    check_end(header, encoded[-TAIL_BYTES:].tobytes(), file)
+    return header.size
+
+
+def choose_divisor(encoded: np.ndarray, sides: Sequence[int], image_size: Sequence[int]) -> int:
     """Returns the largest of 8, 4, 2 and 1 by which a JPEG file's picture stays at least as large as `image_size`."""
     if encoded[:3].tobytes() != JPEG_START:
-        return 1
-    try:
-        # Reads the header alone.
-        sides = PIL.Image.open(io.BytesIO(encoded)).size
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
         return 1
     # Its EXIF orientation may turn the picture: the shorter side is taken for both.
     return next(divisor for divisor in (8, 4, 2, 1) if divisor == 1 or min(sides) // divisor >= max(image_size))
@@ -256,6 +280,9 @@ class AugmentedImageSequence(keras.utils.Sequence):
         workers: threads that prepare batches.
         max_queue_size: batches kept ready.
         cache: keeps the resized images, or None.
+        max_pixels: what an image may have.
+        skip_bad_images: an image that cannot be read is noted in `bad_images`. Where `shuffle` is set the next one of
+            the epoch's order that can be read takes its place; otherwise its row is left out.
     """
 
     def __init__(
@@ -270,6 +297,8 @@ class AugmentedImageSequence(keras.utils.Sequence):
         workers: int = 1,
         max_queue_size: int = 12,
         cache: MemoryCache | DiskCache | None = None,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+        skip_bad_images: bool = False,
     ) -> None:
         super().__init__(workers=max(workers, 1), max_queue_size=max_queue_size)
         self.paths = np.asarray(paths, dtype=object)
@@ -280,6 +309,9 @@ class AugmentedImageSequence(keras.utils.Sequence):
         self.shuffle = shuffle
         self.seed = seed
         self.cache = cache
+        self.max_pixels = max_pixels
+        self.skip_bad_images = skip_bad_images
+        self.bad_images: dict[int, str] = {}
         self.epoch = 0
         self.first_step = 0
         self.error: UserError | None = None
@@ -296,15 +328,21 @@ class AugmentedImageSequence(keras.utils.Sequence):
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns batch `first_step + index` of this epoch: uint8 RGB `(batch, height, width, 3)` and its labels."""
         index += self.first_step
-        rows = self._order()[index * self.batch_size : (index + 1) * self.batch_size]
+        order = self._order()
+        rows = order[index * self.batch_size : (index + 1) * self.batch_size].copy()
         images = np.empty((len(rows), *self.image_size, 3), np.uint8)
         try:
-            for row, target in zip(rows, images, strict=True):
-                self._load(row, target)
+            kept = [
+                position
+                for position, target in enumerate(images)
+                if self._load_or_replace(rows, position, index * self.batch_size, target)
+            ]
         except UserError as error:
             # Keras turns what a worker raises into an error of its own: kept for whoever runs the model.
             self.error = error
             raise
+        if len(kept) < len(rows):
+            images, rows = images[kept], rows[kept]
         if self.augmenter is not None:
             images = self._augment(images, index)
         return images, self._labels_of(rows)
@@ -327,12 +365,30 @@ class AugmentedImageSequence(keras.utils.Sequence):
         batches = tf.data.Dataset.range(len(self)).map(load, num_parallel_calls=self.workers, deterministic=True)
         return batches.prefetch(self.max_queue_size).with_options(options)
 
+    def _load_or_replace(self, rows: np.ndarray, position: int, start: int, target: np.ndarray) -> bool:
+        """Loads the image of `rows[position]`, or the one that takes its place; False where its row is left out."""
+        order = self._order()
+        for offset in range(len(order) if self.skip_bad_images and self.shuffle else 1):
+            row = int(order[(start + position + offset) % len(order)])
+            try:
+                self._load(row, target)
+            except UserError as error:
+                if not self.skip_bad_images:
+                    raise
+                self.bad_images[row] = str(error)
+            else:
+                rows[position] = row
+                return True
+        if len(self.bad_images) == len(self.paths):
+            raise UserError(f"None of the {len(self.paths)} images can be read. {next(iter(self.bad_images.values()))}")
+        return False
+
     def _load(self, row: int, target: np.ndarray) -> None:
         image = self.cache.get(row) if self.cache else None
         if image is not None:
             target[:] = image
             return
-        resize_image(read_image(self.paths[row], self.image_size), self.image_size, target)
+        resize_image(read_image(self.paths[row], self.image_size, self.max_pixels), self.image_size, target)
         if self.cache:
             self.cache.put(row, target)
 
@@ -360,8 +416,17 @@ class AugmentedImageSequence(keras.utils.Sequence):
         return self._of_thread.augmenter(images=images)
 
     def get_y_true(self) -> np.ndarray:
-        """Returns the labels of one epoch in its order: int `(images,)` or float `(images, classes)`."""
-        return self._labels_of(self._order())
+        """Returns the labels of one epoch in its order: int `(images,)` or float `(images, classes)`.
+
+        Those of `bad_images` are left out, as they are from the batches of an order that is not shuffled.
+        """
+        order = self._order()
+        return self._labels_of(order if self.shuffle else np.setdiff1d(order, list(self.bad_images)))
+
+    def get_rows(self, index: int) -> np.ndarray:
+        """Returns the positions in `paths` of the images of a batch that has been read, in an order not shuffled."""
+        rows = np.arange(index * self.batch_size, min((index + 1) * self.batch_size, len(self.paths)))
+        return np.setdiff1d(rows, list(self.bad_images))
 
     def get_class_counts(self) -> np.ndarray:
         """Returns how many images each class position has; positions after the last one present are left out."""

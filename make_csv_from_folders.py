@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import TYPE_CHECKING
 
 from configs import Configs, UserError, define, run_script
-from utils import IMAGE_COLUMN, IMAGE_SUFFIXES, LABEL_SEPARATOR, join_names, walk_visible, write_csv
+from utils import (
+    IMAGE_COLUMN,
+    IMAGE_SUFFIXES,
+    LABEL_SEPARATOR,
+    check_data,
+    get_bad_rows,
+    join_names,
+    make_image_table,
+    report_findings,
+    walk_visible,
+    write_csv,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclasses.dataclass
@@ -15,6 +30,7 @@ class FolderConfigs(Configs):
 
     folder_path: str = define("./data/images", "The folder that holds one folder per class")
     write_path: str = define("./data/all_data.csv", "The CSV file to write")
+    verify: bool = define(False, "Decode every image, find what is wrong with it, and list that in data_report.csv")
 
 
 def main(configs: FolderConfigs) -> dict:
@@ -28,11 +44,38 @@ def main(configs: FolderConfigs) -> dict:
     report_others(others)
     if not rows:
         raise UserError(f"The class folders of {configs.folder_path} hold no image ({', '.join(IMAGE_SUFFIXES)}).")
-    write_csv(configs.write_path, pd.DataFrame(rows, columns=[IMAGE_COLUMN, configs.csv_label_column]))
+    table = pd.DataFrame(rows, columns=[IMAGE_COLUMN, configs.csv_label_column])
+    if configs.verify:
+        table = leave_out_bad_images(table, configs)
+        counts |= table[configs.csv_label_column].value_counts().reindex(class_names, fill_value=0).to_dict()
+    write_csv(configs.write_path, table)
     for name, count in counts.items():
         print(f"{name}: {count} images" if count else f"{name}: no images, so it is not in the table")
-    print(f"Wrote {len(rows)} rows to {configs.write_path}")
+    print(f"Wrote {len(table)} rows to {configs.write_path}")
     return counts
+
+
+def leave_out_bad_images(table: pd.DataFrame, configs: FolderConfigs) -> pd.DataFrame:
+    """Checks every image, writes data_report.csv beside the table, and returns the rows that can be used.
+
+    The report's row numbers count all images, those that are left out as well.
+
+    Raises:
+        UserError: there are errors; of images that cannot be read only where `skip_bad_images` is not set.
+    """
+    findings = check_data(
+        [make_image_table("", configs.write_path, table, configs.csv_label_column)],
+        multi_label=False,
+        mode="full",
+        image_size=configs.image_target_size[:2],
+        max_pixels=configs.max_image_pixels,
+        workers=configs.generator_workers,
+    )
+    report_findings(findings, os.path.dirname(configs.write_path), configs.skip_bad_images)
+    bad_rows = get_bad_rows(findings)[configs.write_path]
+    if len(bad_rows) == len(table):
+        raise UserError(f"None of the {len(table)} images of {configs.folder_path} can be read.")
+    return table.drop(index=[row - 2 for row in bad_rows])
 
 
 def list_class_folders(folder_path: str) -> list[str]:

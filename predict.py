@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from configs import Configs, UserError, define, run_script
+from configs import MAX_IMAGE_PIXELS, Configs, UserError, define, run_script
 from utils import (
     IMAGE_COLUMN,
     IMAGE_SUFFIXES,
@@ -82,7 +82,7 @@ def main(configs: PredictConfigs) -> dict:
     folder = os.path.dirname(os.path.abspath(model_path))
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
     print(f"Model: {model_path}\n{describe_decision(decision, configs.threshold_type)}")
-    reader = ForgivingReader(paths, configs.image_target_size[:2])
+    reader = ForgivingReader(paths, configs.image_target_size[:2], configs.max_image_pixels)
     probabilities = predict_images(model, build_sequence(reader, configs))
     check_finite(probabilities)
     table = make_table(names, probabilities, reader.errors, decision, configs.threshold_type, configs.top_k)
@@ -259,11 +259,13 @@ class ForgivingReader:
     Args:
         paths: image files.
         image_size: `(height, width)` that images are resized to.
+        max_pixels: what an image may have.
     """
 
-    def __init__(self, paths: Sequence[str], image_size: Sequence[int]) -> None:
+    def __init__(self, paths: Sequence[str], image_size: Sequence[int], max_pixels: int = MAX_IMAGE_PIXELS) -> None:
         self.paths = paths
         self.image_size = tuple(image_size)
+        self.max_pixels = max_pixels
         self.errors: dict[int, str] = {}
 
     def get(self, row: int) -> np.ndarray:
@@ -271,7 +273,7 @@ class ForgivingReader:
         from generator import read_image, resize_image
 
         try:
-            return resize_image(read_image(self.paths[row], self.image_size), self.image_size)
+            return resize_image(read_image(self.paths[row], self.image_size, self.max_pixels), self.image_size)
         except UserError as error:
             self.errors[int(row)] = str(error)
             return np.zeros((*self.image_size, 3), np.uint8)

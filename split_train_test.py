@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from configs import Configs, UserError, define, run_script
-from utils import find_class_names, read_table, split_label, write_csv
+from utils import (
+    Finding,
+    Groups,
+    check_data,
+    find_class_names,
+    get_bad_rows,
+    make_image_table,
+    parse_table,
+    read_table,
+    report_findings,
+    split_label,
+    write_csv,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +38,12 @@ class SplitConfigs(Configs):
     validation_split_fraction: float = define(
         0.0, "Share of every class that goes to validation_set.csv; 0 writes none", at_least=0, below=1
     )
+    group_column: str = define(
+        "", "A column, such as that of a patient or a video, whose rows of one value stay in one set; empty: none"
+    )
+    verify: bool = define(
+        False, "Decode every image, list what is wrong in data_report.csv, and keep copies of an image in one set"
+    )
     shuffle: bool = define(True, "Draw the images at random; False takes the last ones of each class")
 
 
@@ -38,10 +56,14 @@ def main(configs: SplitConfigs) -> dict:
     folder = os.path.dirname(configs.csv_path)
     written = {name: os.path.join(folder, file) for name, file in SET_FILES.items() if fractions[name]}
     refuse_own_input(configs.csv_path, written)
-    table = read_table(configs.csv_path, configs.csv_label_column, configs.multi_label_classification)
+    table, groups = read_rows(configs)
     labels = table[configs.csv_label_column]
     rng = np.random.default_rng(configs.random_seed) if configs.shuffle else None
-    sets = split_rows(labels.to_numpy(object), fractions, configs.multi_label_classification, rng)
+    if groups is None:
+        sets = split_rows(labels.to_numpy(object), fractions, configs.multi_label_classification, rng)
+    else:
+        sets = split_groups(labels.to_numpy(object), groups, fractions, configs.multi_label_classification, rng)
+        warn_of_other_fractions(sets, fractions)
     class_names = find_class_names(labels, configs.multi_label_classification)
     counts = count_classes(labels, sets, class_names, configs.multi_label_classification)
     print(counts.to_string())
@@ -61,6 +83,72 @@ def refuse_own_input(csv_path: str, written: dict[str, str]) -> None:
     """Raises UserError where a file to be written is the one that is split."""
     if os.path.realpath(csv_path) in map(os.path.realpath, written.values()):
         raise UserError(f"{csv_path} would be replaced by a part of itself. Rename it first.")
+
+
+def read_rows(configs: SplitConfigs) -> tuple[pd.DataFrame, np.ndarray | None]:
+    """Reads the table, checks its images where `verify` is set, and finds which rows have to stay together.
+
+    Returns:
+        The table, without the images that `skip_bad_images` leaves out, and the number of each row's group, int
+        `(rows,)`; None where no two rows belong together.
+
+    Raises:
+        UserError: the table, an image in it or `group_column` is not usable.
+    """
+    findings = []
+    if configs.verify:
+        findings = check_images_of(parse_table(configs.csv_path, configs.csv_label_column), configs)
+    table = read_table(configs.csv_path, configs.csv_label_column, configs.multi_label_classification)
+    groups = Groups(len(table))
+    if configs.group_column:
+        join_by_column(groups, table, configs.group_column, configs.csv_path)
+    copies = [(finding.copy_of - 2, finding.row - 2) for finding in findings if finding.copy_of]
+    for first, second in copies:
+        groups.join(first, second)
+    if copies:
+        print(f"Copies, exact or near, that stay in one set with their original: {len(copies)}.")
+    kept = np.setdiff1d(np.arange(len(table)), [row - 2 for row in get_bad_rows(findings)[configs.csv_path]])
+    if not kept.size:
+        raise UserError(f"{configs.csv_path}: none of the {len(table)} images can be read. Check image_directory.")
+    numbers = np.array([groups.find(int(row)) for row in kept])
+    return table.iloc[kept], numbers if copies or configs.group_column else None
+
+
+def check_images_of(table: pd.DataFrame, configs: SplitConfigs) -> list[Finding]:
+    """Checks a table and every image in it, prints what it finds and writes data_report.csv beside it.
+
+    Raises:
+        UserError: there are errors; of images that cannot be read only where `skip_bad_images` is not set.
+    """
+    label_column, image_directory = configs.csv_label_column, configs.image_directory
+    findings = check_data(
+        [make_image_table("", configs.csv_path, table, label_column, image_directory)],
+        configs.multi_label_classification,
+        mode="full",
+        image_size=configs.image_target_size[:2],
+        max_pixels=configs.max_image_pixels,
+        workers=configs.generator_workers,
+    )
+    report_findings(findings, os.path.dirname(configs.csv_path), configs.skip_bad_images)
+    return findings
+
+
+def join_by_column(groups: Groups, table: pd.DataFrame, column: str, csv_path: str) -> None:
+    """Joins the rows of a table that have the same value in a column.
+
+    Raises:
+        UserError: there is no such column, or a row has no value in it.
+    """
+    if column not in table.columns:
+        columns = ", ".join(table.columns)
+        raise UserError(
+            f"{csv_path} has no column '{column}'. Its columns: {columns}. Set group_column to one of them."
+        )
+    first_row = {}
+    for row, value in enumerate(table[column].str.strip()):
+        if not value:
+            raise UserError(f"{csv_path}, row {row + 2}: the column '{column}' is empty. Fill it in.")
+        groups.join(first_row.setdefault(value, row), row)
 
 
 def split_rows(
@@ -97,6 +185,66 @@ def split_rows(
             assigned[row] = chosen
             wanted[chosen, codes[row]] -= 1
     return {name: np.flatnonzero(assigned == position) for position, name in enumerate(kept)}
+
+
+def split_groups(
+    labels: np.ndarray,
+    groups: np.ndarray,
+    fractions: dict[str, float],
+    multi_label: bool,
+    rng: np.random.Generator | None,
+) -> dict[str, np.ndarray]:
+    """Divides rows as `split_rows` does, but each group as a whole, so that fractions hold as nearly as groups allow.
+
+    The groups with the rarest class come first, the largest of them before the others. Each goes to the set where it
+    lowers the squared distance to the wanted numbers most, relative to them; where a class has no more groups than
+    there are sets without it, to one of those.
+
+    Args:
+        labels: texts, one a row.
+        groups: the number of each row's group.
+        fractions: the share of each set, by its name; they add up to 1.
+        multi_label: whether a text holds several class names.
+        rng: draws among groups that are alike; None takes them in the order of the rows.
+
+    Returns:
+        The sorted row numbers of each set.
+    """
+    codes, names = _label_matrix(labels, multi_label)
+    kept = [name for name in SET_FILES if fractions.get(name)]
+    shares = np.array([fractions[name] for name in kept])
+    _, numbers = np.unique(groups, return_inverse=True)
+    rows_of = np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
+    counted = [np.unique(np.concatenate([codes[row] for row in rows]), return_counts=True) for rows in rows_of]
+    totals = np.bincount(np.concatenate(codes), minlength=len(names))
+    left = np.bincount(np.concatenate([classes for classes, _ in counted]), minlength=len(names))
+    wanted = np.outer(shares, totals).astype(float)
+    missing, assigned = np.ones(wanted.shape, bool), np.empty(len(labels), int)
+    order = np.arange(len(rows_of)) if rng is None else rng.permutation(len(rows_of))
+    for group in sorted(order, key=lambda group: (totals[counted[group][0]].min(), -len(rows_of[group]))):
+        classes, counts = counted[group]
+        scale = shares[:, None] * totals[classes]
+        costs = ((counts**2 - 2 * counts * wanted[:, classes]) / scale).sum(axis=1)
+        rarest = classes[totals[classes].argmin()]
+        if missing[:, rarest].any() and left[rarest] <= missing[:, rarest].sum():
+            costs = np.where(missing[:, rarest], costs, np.inf)
+        chosen = int(costs.argmin())
+        assigned[rows_of[group]] = chosen
+        wanted[chosen, classes] -= counts
+        missing[chosen, classes] = False
+        left[classes] -= 1
+    return {name: np.flatnonzero(assigned == position) for position, name in enumerate(kept)}
+
+
+def warn_of_other_fractions(sets: dict[str, np.ndarray], fractions: dict[str, float]) -> None:
+    """Prints which sets differ by more than 2 points from the share that they were to have."""
+    number = sum(map(len, sets.values()))
+    for name, rows in sets.items():
+        if abs(len(rows) / number - fractions[name]) > 0.02:
+            print(
+                f"Warning: the {name} set has {len(rows) / number:.1%} of the images, not {fractions[name]:.1%}: "
+                "groups stay whole."
+            )
 
 
 def _label_matrix(labels: np.ndarray, multi_label: bool) -> tuple[list[np.ndarray], list[str]]:

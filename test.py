@@ -44,6 +44,7 @@ def main(configs: Configs) -> dict:
     model = load_fitting_model(model_path, configs.classes, configs.image_target_size[:2])
     print(f"Model: {model_path}")
     predictions = {name: predict(model, sequence) for name, sequence in sequences.items()}
+    # After the images have been read: under skip_bad_images those that could not be have no part.
     truths = {name: sequence.get_y_true() for name, sequence in sequences.items()}
     threshold_range = configs.multilabel_threshold_range
     decision = fit_decision(
@@ -153,18 +154,16 @@ def write_evaluation(
     from utils import write_csv, write_json
 
     folder = os.path.join(configs.save_model_path, "evaluation")
+    paths = sequence.paths[np.setdiff1d(np.arange(len(sequence.paths)), list(sequence.bad_images))]
     probabilities, y_true = decision.calibrate(predictions), sequence.get_y_true()
     write_json(os.path.join(folder, "metrics.json"), results)
-    write_csv(
-        os.path.join(folder, "predictions.csv"), list_predictions(sequence.paths, y_true, probabilities, decision)
-    )
+    write_csv(os.path.join(folder, "predictions.csv"), list_predictions(paths, y_true, probabilities, decision))
     curves = get_curves(y_true, probabilities, decision.class_names)
     save_figures(folder, results, curves)
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap)
-    explain = functools.partial(
-        draw_pictures, build_grad_cam(model, configs.cam_method), configs.image_target_size[:2], overlay
-    )
-    gallery = build_gallery(explain, sequence.paths, y_true, probabilities, decision)
+    grad_cam, image_size = build_grad_cam(model, configs.cam_method), configs.image_target_size[:2]
+    explain = functools.partial(draw_pictures, grad_cam, image_size, configs.max_image_pixels, overlay)
+    gallery = build_gallery(explain, paths, y_true, probabilities, decision)
     path = os.path.join(folder, "report.html")
     write_report(path, results, curves, gallery, read_training_log(configs.save_model_path), options)
     print(f"\nThe report is {path}")
@@ -250,6 +249,7 @@ def build_grad_cam(model: keras.Model, cam_method: str) -> GradCam | None:
 def draw_pictures(
     grad_cam: GradCam | None,
     image_size: Sequence[int],
+    max_pixels: int,
     overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
     paths: Sequence[str],
 ) -> list[tuple[np.ndarray, np.ndarray | None]]:
@@ -258,6 +258,7 @@ def draw_pictures(
     Args:
         grad_cam: explains, or None.
         image_size: `(height, width)` of the model's input.
+        max_pixels: what a photo may have.
         overlay: colours a photo by a heatmap.
         paths: of the photos.
 
@@ -269,12 +270,12 @@ def draw_pictures(
 
     pictures = []
     for path in paths:
-        image = read_image(path)
+        image = read_image(path, max_pixels=max_pixels)
         scale = min(1, PHOTO_SIDE / max(image.shape[:2]))
         photo = resize_image(image, [max(1, round(side * scale)) for side in image.shape[:2]])
         heatmap = None
         if grad_cam is not None:
-            heatmaps, _ = grad_cam(resize_image(read_image(path, image_size), image_size)[None])
+            heatmaps, _ = grad_cam(resize_image(read_image(path, image_size, max_pixels), image_size)[None])
             heatmap = overlay(photo, heatmaps[0])
         pictures.append((photo, heatmap))
     return pictures

@@ -29,19 +29,20 @@ def main(configs: Configs) -> dict:
     # Imported here, so that --help does not wait for TensorFlow.
     from callbacks import Interruption, build_callbacks, check_same_data, locked
     from model import get_loss
-    from utils import keep_freed_memory, resolve_class_names, set_gpu_usage, set_seed, write_json
+    from utils import check_sets, keep_freed_memory, resolve_class_names, set_gpu_usage, set_seed, write_json
 
     model_path, state, configs = find_start(configs)
     if state and has_ended(state, configs):
         print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
         return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
+    bad_rows = check_sets(list_sets(configs), configs)
     set_gpu_usage(configs.gpu_percentage)
     keep_freed_memory()
     configs.random_seed = set_seed(configs.random_seed, configs.deterministic)
     configs.classes = resolve_class_names(
         configs.classes, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
     )
-    training, validation = get_generators(configs)
+    training, validation = get_generators(configs, bad_rows)
     if state:
         check_same_data(state, training, validation)
     loss, class_weights = get_loss(configs, training.labels)
@@ -101,8 +102,23 @@ def has_ended(state: dict[str, Any], configs: Configs) -> bool:
     return epochs >= configs.num_epochs or (stopped and not state["steps_completed"])
 
 
-def get_generators(configs: Configs) -> tuple[AugmentedImageSequence, AugmentedImageSequence]:
-    """Builds the generators of the training and of the validation images."""
+def list_sets(configs: Configs) -> dict[str, str]:
+    """Returns the CSV files of a run's sets by name.
+
+    The test set counts where it is also the validation set, or where its name is the user's choice as that of the
+    training set is: an old data/testing_set.csv may be of other images.
+    """
+    sets = {"training": configs.train_csv, "validation": configs.validation_csv or configs.test_csv}
+    is_chosen = "test_csv" in configs.given or "train_csv" not in configs.given
+    if configs.validation_csv and is_chosen and os.path.isfile(configs.test_csv):
+        sets["test"] = configs.test_csv
+    return sets
+
+
+def get_generators(
+    configs: Configs, bad_rows: dict[str, set[int]]
+) -> tuple[AugmentedImageSequence, AugmentedImageSequence]:
+    """Builds the generators of the training and of the validation images, without the bad rows of their CSV files."""
     from utils import get_generator
 
     validation_csv = configs.validation_csv or configs.test_csv
@@ -111,8 +127,8 @@ def get_generators(configs: Configs) -> tuple[AugmentedImageSequence, AugmentedI
             f"No validation_csv is given: the test set {configs.test_csv} also selects the best model, "
             "so its figures will be optimistic."
         )
-    training = get_generator(configs.train_csv, configs.classes, configs, training=True)
-    validation = get_generator(validation_csv, configs.classes, configs, training=False)
+    training = get_generator(configs.train_csv, configs.classes, configs, True, bad_rows[configs.train_csv])
+    validation = get_generator(validation_csv, configs.classes, configs, False, bad_rows[validation_csv])
     print(f"{len(training.paths)} training images, {len(validation.paths)} validation images.")
     print(f"Classes: {', '.join(configs.classes)}")
     return training, validation

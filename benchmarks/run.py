@@ -35,8 +35,10 @@ def main() -> None:
             "loaders": measure_loaders(images),
             **measure_training(images),
             "tables": {name: measure_table(name) for name in table_tasks()},
+            "data_check": run_alone("data_check.py", images),
         }
     rows = [*rows_of_loaders(results["loaders"]), *rows_of_training(results), *rows_of_tables(results["tables"])]
+    rows += rows_of_data_check(results["data_check"])
     print("\n| what | measured | promised | |\n|---|---|---|---|")
     for what, value, sign, bound in rows:
         holds = value >= bound if sign == "at least" else value <= bound
@@ -147,6 +149,14 @@ def rows_of_tables(figures: dict[str, dict[str, list[float]]]) -> list[Row]:
         rows.append((f"{name}, 10^6 rows, GiB", figure["mib"][-1] / 1024, "at most", 1))
         rows.append((f"{name}, 10^6 / 10^5 rows", figure["seconds"][-1] / figure["seconds"][-2], "at most", 15))
     return rows
+
+
+def rows_of_data_check(figures: list[float]) -> list[Row]:
+    """Returns the table's rows on the check before training."""
+    return [
+        ("full data check / decoding alone, one core", figures[0], "at least", 0.8),
+        ("quick data check, files/s on one core", figures[1], "at least", 2000),
+    ]
 
 
 if __name__ == "__main__":

@@ -60,6 +60,10 @@ DEFAULTS = [
     ("mixed_precision", False),
     ("image_cache", "none"),
     ("image_cache_path", "./data/image_cache"),
+    ("verify_data", "quick"),
+    ("max_image_pixels", 179_000_000),
+    ("skip_bad_images", False),
+    ("allow_duplicates", False),
     ("cam_method", "gradcam"),
     ("cam_classes", "predicted"),
     ("cam_top_k", 3),
@@ -121,13 +125,15 @@ def test_list_default_is_not_shared_between_configs():
 @pytest.mark.parametrize(
     ("configs_class", "own"),
     [
-        (FolderConfigs, {"folder_path": "./data/images", "write_path": "./data/all_data.csv"}),
+        (FolderConfigs, {"folder_path": "./data/images", "write_path": "./data/all_data.csv", "verify": False}),
         (
             SplitConfigs,
             {
                 "csv_path": "./data/all_data.csv",
                 "test_split_fraction": 0.2,
                 "validation_split_fraction": 0.0,
+                "group_column": "",
+                "verify": False,
                 "shuffle": True,
             },
         ),
@@ -522,8 +528,15 @@ def test_help_names_every_option_and_loads_nothing_heavy(script):
     assert (result.returncode, result.stderr) == (0, "")
     options = [name for name, _ in DEFAULTS]
     own = {
-        "make_csv_from_folders.py": ["folder_path", "write_path"],
-        "split_train_test.py": ["csv_path", "test_split_fraction", "validation_split_fraction", "shuffle"],
+        "make_csv_from_folders.py": ["folder_path", "write_path", "verify"],
+        "split_train_test.py": [
+            "csv_path",
+            "test_split_fraction",
+            "validation_split_fraction",
+            "group_column",
+            "verify",
+            "shuffle",
+        ],
         "plot_training_log.py": ["train_log_path"],
         "compress_weights.py": ["model_path"],
     }

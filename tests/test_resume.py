@@ -251,6 +251,17 @@ def test_temporary_files_of_dead_processes_are_removed(tmp_path):
     assert alive.exists()
 
 
+@pytest.mark.parametrize("member", [b"{", b"[]", b'{"epochs_completed": 3}'])
+def test_a_damaged_state_is_an_error_not_a_fresh_start(tmp_path, member):
+    path = tmp_path / "latest_model.keras"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("training_state.json", member)
+    with pytest.raises(UserError, match="latest_model.keras carries a training state that is damaged: .*Use another"):
+        read_state(str(path))
+    path.write_text("no archive")
+    assert read_state(str(path)) is None
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tables, tmp_path, monkeypatch):
     original = ModelFactory.get_model
 
@@ -311,6 +322,7 @@ def multilabel_options(multilabel_csv):
         "test_csv": str(multilabel_csv),
         "image_directory": str(multilabel_csv.parent),
         "multi_label_classification": True,
+        "allow_duplicates": True,
     }
 
 

@@ -22,6 +22,7 @@ import split_train_test
 import test as evaluation
 import train
 from configs import Configs, UserError
+from generator import read_image
 from utils import custom_load_model, get_generator, load_model, predict
 
 PROJECT = Path(__file__).parent.parent
@@ -72,6 +73,7 @@ def trained(split_photos, tmp_path_factory):
 def trained_multilabel(multilabel_csv, tmp_path_factory):
     configs = Configs(
         train_csv=str(multilabel_csv),
+        allow_duplicates=True,
         test_csv=str(multilabel_csv),
         image_directory=str(multilabel_csv.parent),
         multi_label_classification=True,
@@ -187,6 +189,33 @@ def test_training_on_removes_what_was_fitted_for_the_model_before(trained, tmp_p
     train.main(configs.replace(load_model_path=folder, save_model_path=folder, num_epochs=3))
     assert not (tmp_path / "run" / "decision.json").exists()
     assert "Run test.py after training" in capsys.readouterr().out
+
+
+def test_an_image_that_cannot_be_decoded_has_no_part_in_testing_under_skip_bad_images(trained, tmp_path, capsys):
+    configs, _ = trained
+    table = pd.read_csv(configs.test_csv)
+    damaged = tmp_path / "damaged.png"
+    content = cv2.imencode(".png", cv2.imread(table["path"][2]))[1].tobytes()
+    # Its header and its end are whole, so only decoding tells.
+    damaged.write_bytes(content[:60] + bytes(40) + content[100:])
+    with pytest.raises(UserError, match="damaged.png"):
+        read_image(str(damaged))
+    paths = table["path"].tolist()
+    table.loc[2, "path"] = str(damaged)
+    table.to_csv(tmp_path / "testing_set.csv", index=False)
+    skipping = configs.replace(
+        test_csv=str(tmp_path / "testing_set.csv"),
+        load_model_path=configs.save_model_path,
+        save_model_path=str(tmp_path / "out"),
+        skip_bad_images=True,
+    )
+    assert evaluation.main(skipping)["sets"]["test"]["images"] == 8
+    predictions = pd.read_csv(tmp_path / "out" / "evaluation" / "predictions.csv")
+    assert predictions["path"].tolist() == paths[:2] + paths[3:]
+    drawn = draw_activations.main(skipping)["paths"]
+    assert len(drawn) == len(os.listdir(tmp_path / "out" / "cam_output")) == 8
+    assert not any("damaged" in path for path in drawn)
+    assert capsys.readouterr().out.count(f"1 images could not be read and were left out: {damaged}") == 2
 
 
 def test_testing_refuses_a_contradiction(trained):
@@ -317,7 +346,7 @@ def test_a_bad_image_stops_training_before_it_starts(damage, message, split_phot
     configs = small_run(tmp_path / "training_set.csv", split_photos[1])
     with pytest.raises(UserError, match=f"row 5: .*bad.jpg {message}|row 5: .*bad.jpg is {message}"):
         train.main(configs)
-    assert not os.path.exists(configs.save_model_path)
+    assert os.listdir(configs.save_model_path) == ["data_report.csv"]
 
 
 def test_an_image_that_cannot_be_decoded_ends_training_with_its_path(split_photos, small_run, tmp_path):
@@ -327,14 +356,14 @@ def test_an_image_that_cannot_be_decoded_ends_training_with_its_path(split_photo
     table.loc[20, "path"] = str(broken)
     table.to_csv(tmp_path / "training_set.csv", index=False)
     with pytest.raises(UserError, match="Cannot decode the image .*broken.jpg"):
-        train.main(small_run(tmp_path / "training_set.csv", split_photos[1]))
+        train.main(small_run(tmp_path / "training_set.csv", split_photos[1], verify_data="off"))
 
 
 def test_a_test_label_that_training_never_saw_is_named(split_photos, small_run, tmp_path):
     table = pd.read_csv(split_photos[1])
     table.loc[2, "class"] = "violet"
     table.to_csv(tmp_path / "testing_set.csv", index=False)
-    with pytest.raises(UserError, match=r"testing_set.csv, row 4: the label 'violet' is none of the 3 classes"):
+    with pytest.raises(UserError, match=r"testing_set.csv, row 4: .*the label 'violet' is none of the 3 classes"):
         train.main(small_run(split_photos[0], tmp_path / "testing_set.csv"))
 
 

@@ -1,0 +1,183 @@
+"""One file of every kind of bad or unusual image, and one table of every kind of bad CSV file, for all tests."""
+
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+from PIL import Image
+
+SIZE = (60, 80)
+
+# Names of `build_corpus` that no reader may accept.
+UNREADABLE = (
+    *("missing", "empty", "text", "html", "folder", "header_only_png", "noise"),
+    *("truncated_jpeg", "truncated_progressive", "truncated_png", "truncated_webp", "truncated_bmp", "truncated_gif"),
+    *("truncated_tiff", "zero_filled_jpeg", "jpeg_start_only", "damaged_png"),
+    *("bomb_png", "bomb_jpeg", "bomb_gif", "bomb_bmp"),
+)
+BOMB_SIDES = (14_000, 14_000)
+
+
+def photo(seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """Returns a smooth random picture with some noise, uint8 RGB `(height, width, 3)`."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (6, 8, 3), np.uint8)
+    smooth = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
+    return np.clip(smooth + rng.normal(0, 4, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def encode(kind: str, picture: np.ndarray | Image.Image | None = None, **options) -> bytes:
+    """Returns a picture as a file of Pillow's format `kind`."""
+    picture = photo() if picture is None else picture
+    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    """Returns a PNG chunk with its length and checksum."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_bomb(height: int, width: int) -> bytes:
+    """Returns a whole black PNG of one bit a pixel: a few kilobytes, whatever its size."""
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(height * (1 + (width + 7) // 8)), 9)
+    chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", pixels) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def jpeg_of_sides(height: int, width: int) -> bytes:
+    """Returns a JPEG whose header names other sides than it has."""
+    data = bytearray(encode("JPEG"))
+    start = data.index(b"\xff\xc0")
+    data[start + 5 : start + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def rotated(kind: str, orientation: int) -> bytes:
+    """Returns a picture with an EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(kind, exif=exif)
+
+
+def deep_png(channels: int) -> bytes:
+    """Returns a 16-bit PNG of 1, 3 or 4 channels, all bits in use."""
+    pixels = np.random.default_rng(1).integers(0, 2**16, (*SIZE, channels), np.uint16)
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def images() -> dict[str, tuple[str, bytes | None]]:
+    """Returns by name the file's name and its bytes, None where there is no such file."""
+    jpeg, png = encode("JPEG", quality=90), encode("PNG")
+    frames = [Image.fromarray(photo(seed)) for seed in range(3)]
+    animated = {"save_all": True, "append_images": frames[1:]}
+    translucent = Image.fromarray(np.dstack([photo(), photo(1)[..., 0]]))
+    palette = Image.fromarray(photo()).quantize(32)
+    bmp = bytearray(encode("BMP"))
+    bmp[18:26] = struct.pack("<ii", *BOMB_SIDES)
+    damaged = bytearray(png)
+    damaged[len(png) // 2] ^= 0xFF
+    halves = {
+        "truncated_jpeg": ("truncated.jpg", jpeg),
+        "truncated_progressive": ("progressive.jpg", encode("JPEG", progressive=True)),
+        "truncated_png": ("truncated.png", png),
+        "truncated_webp": ("truncated.webp", encode("WEBP")),
+        "truncated_bmp": ("truncated.bmp", encode("BMP")),
+        "truncated_gif": ("truncated.gif", encode("GIF")),
+        "truncated_tiff": ("truncated.tif", encode("TIFF")),
+    }
+    return {
+        "good_jpeg": ("good.jpg", jpeg),
+        "good_png": ("good.png", encode("PNG", photo(1))),
+        "trailing_bytes_jpeg": ("trailing.jpg", encode("JPEG", photo(2)) + b"\0" * 5000),
+        "missing": ("missing.jpg", None),
+        "empty": ("empty.jpg", b""),
+        "text": ("text.jpg", b"this is a text, not an image, whatever its name says\n" * 20),
+        "html": ("page.png", b"<!DOCTYPE html><html><body>404 Not Found</body></html>"),
+        "noise": ("noise.jpg", np.random.default_rng(0).bytes(5000)),
+        "header_only_png": ("header.png", png[:33]),
+        "jpeg_start_only": ("start.jpg", b"\xff\xd8\xff\xe0 damaged"),
+        "zero_filled_jpeg": ("zeros.jpg", jpeg[: len(jpeg) // 2] + bytes(len(jpeg) - len(jpeg) // 2)),
+        "damaged_png": ("damaged.png", bytes(damaged)),
+        **{name: (file, data[: len(data) // 2]) for name, (file, data) in halves.items()},
+        "bomb_png": ("bomb.png", png_bomb(*BOMB_SIDES)),
+        "bomb_jpeg": ("bomb.jpg", jpeg_of_sides(65_000, 65_000)),
+        "bomb_gif": ("bomb.gif", b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + encode("GIF")[10:]),
+        "bomb_bmp": ("bomb.bmp", bytes(bmp)),
+        "png_named_jpg": ("really_png.jpg", encode("PNG", photo(3))),
+        "jpeg_named_png": ("really_jpeg.png", encode("JPEG", photo(4))),
+        "rotated_jpeg": ("rotated.jpg", rotated("JPEG", 6)),
+        "rotated_png": ("rotated.png", rotated("PNG", 6)),
+        "rotated_webp": ("rotated.webp", rotated("WEBP", 6)),
+        "rotated_tiff": ("rotated.tif", rotated("TIFF", 6)),
+        "animated_gif": ("animated.gif", encode("GIF", frames[0], **animated)),
+        "animated_webp": ("animated.webp", encode("WEBP", frames[0], lossless=True, **animated)),
+        "animated_png": ("animated.png", encode("PNG", frames[0], **animated)),
+        "pages_tiff": ("pages.tif", encode("TIFF", frames[0], **animated)),
+        "deep_grey_png": ("deep_grey.png", deep_png(1)),
+        "deep_png": ("deep.png", deep_png(3)),
+        "deep_alpha_png": ("deep_alpha.png", deep_png(4)),
+        "cmyk_jpeg": ("cmyk.jpg", encode("JPEG", Image.fromarray(photo()).convert("CMYK"), quality=95)),
+        "cmyk_tiff": ("cmyk.tif", encode("TIFF", Image.fromarray(photo()).convert("CMYK"))),
+        "grey_jpeg": ("grey.jpg", encode("JPEG", Image.fromarray(photo()).convert("L"), quality=95)),
+        "grey_alpha_png": ("grey_alpha.png", encode("PNG", translucent.convert("LA"))),
+        "alpha_png": ("alpha.png", encode("PNG", translucent)),
+        "alpha_webp": ("alpha.webp", encode("WEBP", translucent, lossless=True)),
+        "palette_png": ("palette.png", encode("PNG", palette)),
+        "palette_alpha_png": ("palette_alpha.png", encode("PNG", palette, transparency=3)),
+        "one_pixel": ("one_pixel.png", encode("PNG", photo()[:1, :1])),
+        "long_strip": ("strip.png", encode("PNG", photo(5, (4, 900)))),
+    }
+
+
+def build_corpus(folder) -> dict:
+    """Writes every image into a folder; returns their paths by name. That of `missing` leads to no file."""
+    paths = {}
+    for name, (file, content) in images().items():
+        paths[name] = folder / file
+        if content is not None:
+            paths[name].write_bytes(content)
+    paths["folder"] = folder / "folder.jpg"
+    paths["folder"].mkdir()
+    return paths
+
+
+# Tables with the columns path and class; the class is multi-label where the name says so.
+BAD_TABLES = {
+    "empty": b"",
+    "blank_lines": b"\n\n\n",
+    "header_alone": b"path,class\n",
+    "no_path_column": b"file,class\na.jpg,cat\n",
+    "no_label_column": b"path,label\na.jpg,cat\n",
+    "semicolons": b"path;class\na.jpg;cat\nb.jpg;dog\n",
+    "tabs": b"path\tclass\na.jpg\tcat\nb.jpg\tdog\n",
+    "bars": b"path|class\na.jpg|cat\nb.jpg|dog\n",
+    "latin_1": "path,class\na.jpg,Ärmel\nb.jpg,dog\n".encode("latin-1"),
+    "utf_16": "path,class\na.jpg,cat\n".encode("utf-16"),
+    "image_in_place_of_a_table": b"\x89PNG\r\n\x1a\n\x00\x00\xff\x00",
+    "null_bytes": b"path,class\na\x00.jpg,cat\nb.jpg,do\x00g\n",
+    "open_quote": b'path,class\na.jpg,"cat\n',
+    "too_many_fields": b"path,class\na.jpg,cat,dog\nb.jpg,dog,cat\n",
+    "too_many_fields_later": b"path,class\na.jpg,cat\nb.jpg,dog,cat\n",
+    "too_few_fields": b"path,class\na.jpg,cat\nb.jpg\n",
+    "column_named_twice": b"path,class,class\na.jpg,cat,dog\n",
+    "path_column_named_twice": b"path,path,class\na.jpg,b.jpg,dog\n",
+    "empty_paths": b"path,class\n,cat\n  ,dog\nc.jpg,dog\n",
+    "empty_labels": b"path,class\na.jpg,\nb.jpg,   \nc.jpg,dog\n",
+    "blank_line_between": b"path,class\na.jpg,cat\n\nb.jpg,dog\n",
+    "multi_label_empty_parts": b"path,class\na.jpg,cat$\nb.jpg,cat$$dog\nc.jpg,$dog\nd.jpg,dog\n",
+    "multi_label_doubled": b"path,class\na.jpg,cat$cat\nb.jpg,dog\n",
+    "white_space": b"path,class\na.jpg,cat\nb.jpg,cat \nc.jpg, dog\nd.jpg,dog\n",
+    "case_variants": b"path,class\na.jpg,cat\nb.jpg,Cat\nc.jpg,dog\nd.jpg,dog\n",
+    "duplicate_paths": b"path,class\na.jpg,cat\n./a.jpg,cat\nb.jpg,dog\nb.jpg,cat\n",
+    "one_class": b"path,class\na.jpg,cat\nb.jpg,cat\n",
+    "class_of_one_image": b"path,class\na.jpg,cat\nb.jpg,cat\nc.jpg,dog\n",
+    "path_outside": b"path,class\n../../../../etc/passwd,cat\n/etc/hostname,dog\n",
+    "line_break_in_a_path": b'path,class\n"a\nb.jpg",cat\nc.jpg,dog\n',
+    "markup": b'path,class\n<script>alert(1)</script>.jpg,"<img src=x onerror=alert(1)>"\nb.jpg,dog\n',
+}

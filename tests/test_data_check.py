@@ -1,0 +1,678 @@
+"""The data check: every bad image, table and copy is found with its row, and what is right raises no alarm."""
+
+import csv
+import io
+import itertools
+import os
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+from corpus import BAD_TABLES, BOMB_SIDES, UNREADABLE, build_corpus, encode, photo
+from PIL import Image
+
+import generator
+import make_csv_from_folders
+import split_train_test
+import utils
+from callbacks import BadImages
+from configs import Configs, UserError
+
+# What full checking finds in each file of the corpus; quick checking does not see into the pixels of `DEEP`.
+EXPECTED = {
+    "missing": ["missing"],
+    "folder": ["missing"],
+    "empty": ["empty"],
+    **{name: ["not_an_image"] for name in ("text", "html", "noise")},
+    **{name: ["unreadable"] for name in ("header_only_png", "jpeg_start_only", "damaged_png")},
+    **{name: ["unreadable"] for name in ("truncated_gif", "truncated_tiff")},
+    **{name: ["truncated"] for name in ("truncated_jpeg", "truncated_progressive", "zero_filled_jpeg")},
+    **{name: ["truncated"] for name in ("truncated_png", "truncated_webp", "truncated_bmp")},
+    **{name: ["too_many_pixels"] for name in ("bomb_png", "bomb_jpeg", "bomb_gif", "bomb_bmp")},
+    **{name: ["wrong_extension"] for name in ("png_named_jpg", "jpeg_named_png")},
+    **{name: ["rotated"] for name in ("rotated_jpeg", "rotated_png", "rotated_tiff")},
+    "rotated_webp": ["exif_ignored"],
+    **{name: ["animated"] for name in ("animated_gif", "animated_webp", "animated_png", "pages_tiff")},
+    **{name: ["deep"] for name in ("deep_png", "deep_grey_png")},
+    "deep_alpha_png": ["deep", "alpha"],
+    **{name: ["cmyk"] for name in ("cmyk_jpeg", "cmyk_tiff")},
+    **{name: ["alpha"] for name in ("alpha_png", "alpha_webp", "grey_alpha_png")},
+    "palette_png": ["palette"],
+    "palette_alpha_png": ["palette", "alpha"],
+}
+DEEP = ("damaged_png", "truncated_gif", "truncated_tiff")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return build_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def table_of(rows, set_name="training", folder=""):
+    """Makes a table of (path, label) rows."""
+    paths, labels = zip(*rows, strict=True)
+    files = [os.path.normpath(os.path.join(folder, path)) if path.strip() else "" for path in paths]
+    return utils.ImageTable(set_name, f"{set_name}.csv", list(paths), files, list(labels))
+
+
+def check(*tables, multi_label=False, **options):
+    return utils.check_data(tables, multi_label, **options)
+
+
+def kinds_of(findings):
+    return sorted((finding.kind, finding.set_name, finding.row) for finding in findings)
+
+
+def write_photo(path, seed, **options):
+    path.write_bytes(encode("JPEG", photo(seed), **options))
+    return str(path)
+
+
+# Images
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_each_file_of_the_corpus_is_told_for_what_it_is(corpus, decode):
+    for name, path in corpus.items():
+        found = utils.inspect_image(str(path), decode)
+        kinds = [found.fault[0]] if found.fault else [kind for kind, _ in found.remarks]
+        assert kinds == ([] if name in DEEP and not decode else EXPECTED.get(name, [])), name
+
+
+def test_what_cannot_be_read_is_an_error_and_what_can_is_none(corpus):
+    findings = check(table_of([(str(path), name) for name, path in corpus.items()]), mode="full")
+    errors = {finding.path for finding in findings if finding.kind in utils.IMAGE_FAULTS}
+    assert errors == {str(corpus[name]) for name in UNREADABLE}
+
+
+def test_generator_refuses_exactly_what_the_check_calls_an_error(corpus):
+    for name, path in corpus.items():
+        if name in UNREADABLE:
+            with pytest.raises(UserError, match=path.name):
+                generator.read_image(str(path))
+        else:
+            assert generator.read_image(str(path)).ndim == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("rotated_jpeg", "rotated_png", "rotated_tiff", "animated_gif", "animated_webp", "animated_png", "pages_tiff"),
+        *("cmyk_jpeg", "cmyk_tiff", "alpha_webp", "palette_alpha_png", "grey_alpha_png", "grey_jpeg"),
+    ],
+)
+def test_unusual_image_is_decoded_as_pillow_does(corpus, name):
+    from PIL import ImageOps
+
+    with Image.open(corpus[name]) as image:
+        upright = ImageOps.exif_transpose(image)
+        has_alpha = upright.mode in ("LA", "RGBA", "P")
+        expected = np.asarray((upright.convert("RGBA") if has_alpha else upright).convert("RGB"))
+    image = generator.read_image(str(corpus[name]))
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).mean() < 1.5
+
+
+def test_16_bits_keep_their_high_byte(corpus):
+    deep = cv2.imread(str(corpus["deep_png"]), cv2.IMREAD_UNCHANGED)[..., ::-1]
+    assert np.abs(generator.read_image(str(corpus["deep_png"])).astype(int) - deep / 257).max() <= 1
+
+
+def test_a_large_jpeg_that_is_cut_short_is_refused_at_every_length(tmp_path):
+    data = encode("JPEG", cv2.resize(skimage.data.astronaut(), (900, 900)), quality=90)
+    path = tmp_path / "cut.jpg"
+    for share in (0.05, 0.3, 0.6, 0.9, 0.99):
+        path.write_bytes(data[: int(len(data) * share)])
+        for size in (None, (100, 100)):
+            with pytest.raises(UserError, match=r"cut\.jpg"):
+                generator.read_image(str(path), size)
+        assert utils.inspect_image(str(path)).fault[0] in ("truncated", "unreadable")
+
+
+def test_end_mark_of_a_thumbnail_is_not_that_of_the_photo(tmp_path):
+    data = encode("JPEG", photo(0, (120, 160)))
+    thumbnail = encode("JPEG", photo(1, (30, 40)))
+    segment = b"\xff\xe1" + (len(thumbnail) + 8).to_bytes(2, "big") + b"Exif\0\0" + thumbnail
+    path = tmp_path / "photo.jpg"
+    whole = data[:2] + segment + data[2:]
+    path.write_bytes(whole)
+    assert utils.inspect_image(str(path)).fault is None
+    path.write_bytes(whole[:-200])
+    assert utils.inspect_image(str(path)).fault[0] == "truncated"
+
+
+def test_damaged_animation_does_not_reach_opencv_which_crashes(corpus, tmp_path, monkeypatch):
+    data = bytearray(corpus["animated_png"].read_bytes())
+    data[len(data) // 3] ^= 0xFF
+    path = tmp_path / "animated.png"
+    path.write_bytes(data)
+    monkeypatch.setattr(generator.cv2, "imdecode", lambda *_: pytest.fail("decoded by OpenCV"))
+    with pytest.raises(UserError, match=r"animated\.png"):
+        generator.read_image(str(path))
+    assert utils.inspect_image(str(path), decode=True).fault[0] == "unreadable"
+
+
+def test_chunk_that_claims_gigabytes_takes_no_memory(corpus, tmp_path, monkeypatch):
+    data = bytearray(corpus["good_png"].read_bytes())
+    start = data.index(b"IDAT")
+    data[start - 4 : start] = (3 * 2**30).to_bytes(4, "big")
+    path = tmp_path / "chunk.png"
+    path.write_bytes(data)
+    monkeypatch.setattr(generator.cv2, "imdecode", lambda *_: pytest.fail("decoded by OpenCV"))
+    with pytest.raises(UserError, match="longer than the file"):
+        generator.read_image(str(path))
+
+
+def test_small_file_that_claims_more_pixels_than_it_can_hold_is_refused(tmp_path):
+    path = tmp_path / "claim.bmp"
+    data = bytearray(encode("BMP", photo(0, (8, 8))))
+    data[18:26] = (12_000).to_bytes(4, "little") * 2
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="cannot hold"):
+        generator.read_image(str(path))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert utils.inspect_image(str(tmp_path / "pipe.jpg"), decode=True).fault[0] == "missing"
+    with pytest.raises(UserError, match=r"pipe\.jpg"):
+        generator.read_image(str(tmp_path / "pipe.jpg"))
+
+
+def test_pixels_are_counted_before_decoding(corpus, monkeypatch):
+    monkeypatch.setattr(generator.cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    for name in ("bomb_png", "bomb_jpeg", "bomb_gif", "bomb_bmp", "good_png"):
+        with pytest.raises(UserError, match="more than max_image_pixels"):
+            generator.read_image(str(corpus[name]), max_pixels=100)
+
+
+def test_the_limit_of_pixels_is_the_last_number_allowed(corpus):
+    height, width = generator.read_image(str(corpus["good_jpeg"])).shape[:2]
+    assert utils.inspect_image(str(corpus["good_jpeg"]), max_pixels=height * width).fault is None
+    assert utils.inspect_image(str(corpus["good_jpeg"]), max_pixels=height * width - 1).fault[0] == "too_many_pixels"
+    pixels = BOMB_SIDES[0] * BOMB_SIDES[1]
+    assert utils.inspect_image(str(corpus["bomb_png"]), max_pixels=pixels).fault is None
+
+
+def test_sizes_below_the_target_and_far_from_the_rest_are_told(tmp_path):
+    sides = {**{f"{number}.png": (100, 120) for number in range(10)}, "tiny.png": (20, 24), "long.png": (40, 400)}
+    sides["thin.png"] = (90, 100)
+    for name, (height, width) in sides.items():
+        Image.fromarray(photo(len(name) + height, (height, width))).save(tmp_path / name)
+    findings = check(table_of([(name, "a") for name in sides], folder=tmp_path), image_size=(95, 100))
+    found = {(finding.kind, finding.path) for finding in findings if finding.kind in ("small", "unusual_size")}
+    expected = {("small", name) for name in ("tiny.png", "long.png", "thin.png")}
+    assert found == expected | {("unusual_size", "tiny.png"), ("unusual_size", "long.png")}
+
+
+# Copies
+
+
+def test_copies_are_found_by_path_content_and_set(tmp_path):
+    first, second = write_photo(tmp_path / "a.jpg", 1), write_photo(tmp_path / "b.jpg", 2)
+    for copy in ("copy.jpg", "again.jpg"):
+        (tmp_path / copy).write_bytes((tmp_path / "a.jpg").read_bytes())
+    training = table_of([(first, "cat"), (second, "dog"), (str(tmp_path / "copy.jpg"), "cat"), (second, "dog")])
+    test = table_of([(str(tmp_path / "again.jpg"), "cat")], "test")
+    expected = [("duplicate", "training", 4), ("duplicate_across_sets", "test", 2), ("duplicate_path", "training", 5)]
+    assert kinds_of(check(training, test)) == expected
+    allowed = kinds_of(check(training, test, allow_duplicates=True))
+    assert allowed == [("allowed_duplicate", "test", 2), expected[0], expected[2]]
+
+
+def test_one_image_under_two_labels_is_an_error(tmp_path):
+    path = write_photo(tmp_path / "a.jpg", 1)
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes())
+    rows = [(path, "cat"), (str(tmp_path / "b.jpg"), "dog"), (path, "dog")]
+    found = [finding for finding in check(table_of(rows)) if finding.kind == "duplicate_with_other_label"]
+    assert [finding.row for finding in found] == [3, 4]
+    assert "'dog' here and 'cat' there" in found[0].detail
+
+
+def test_order_of_multi_labels_makes_no_other_label(tmp_path):
+    path = write_photo(tmp_path / "a.jpg", 1)
+    findings = check(table_of([(path, "cat$dog"), (path, "dog$cat")]), multi_label=True)
+    assert kinds_of(findings) == [("duplicate_path", "training", 3)]
+
+
+def test_files_of_one_length_and_end_are_told_apart_by_their_content(tmp_path):
+    first, second = np.zeros((200, 200, 3), np.uint8), np.zeros((200, 200, 3), np.uint8)
+    first[50:60], second[90:100] = 255, 255
+    for name, picture in (("a.bmp", first), ("b.bmp", second)):
+        Image.fromarray(picture).save(tmp_path / name)
+    assert check(table_of([("a.bmp", "x"), ("b.bmp", "x")], folder=tmp_path)) == []
+
+
+def make_copies(picture):
+    """Yields copies of a picture as they occur: resized, recompressed, slightly cropped, and all three at once."""
+    height, width = picture.shape[:2]
+    for scale in (0.5, 0.8, 1.3, 2.0):
+        method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        yield cv2.resize(picture, None, fx=scale, fy=scale, interpolation=method), 95
+    for quality in (30, 60, 90):
+        yield picture, quality
+    for top, bottom, left, right in ((0.04, 0.04, 0.04, 0.04), (0.04, 0, 0.02, 0), (0, 0.03, 0, 0.03)):
+        rows = slice(int(top * height), height - int(bottom * height))
+        yield picture[rows, int(left * width) : width - int(right * width)], 90
+    yield cv2.resize(picture[height // 40 :, width // 40 :], None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA), 50
+
+
+def near_hashes(pictures):
+    files = [encode("JPEG", picture, quality=quality) for picture, quality in pictures]
+    sides = [picture.shape[1::-1] for picture, _ in pictures]
+    hashes = [utils.hash_picture(data, data[:12], side) for data, side in zip(files, sides, strict=True)]
+    return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 5)
+
+
+def photos():
+    """Returns scikit-image's photos, and parts of them that share nothing."""
+    whole = [getattr(skimage.data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")]
+    halves = [np.ascontiguousarray(picture[:, part]) for picture in whole for part in (np.s_[:200], np.s_[220:420])]
+    return [*whole, *halves]
+
+
+def test_resized_recompressed_and_cropped_copies_are_found():
+    found = []
+    for picture in photos():
+        hashes = near_hashes([(picture, 95), *make_copies(picture)])
+        found += [bool(utils.join_near(hashes[[0, copy]], ["a", "a"])) for copy in range(1, len(hashes))]
+    assert np.mean(found) >= 0.95
+
+
+def test_different_photos_are_not_taken_for_copies():
+    pictures = photos()[4:]
+    hashes = near_hashes([(picture, 90) for picture in pictures])
+    assert utils.join_near(hashes, ["a"] * len(hashes)) == []
+
+
+def test_near_copies_across_sets_are_an_error_that_full_checking_alone_finds(tmp_path):
+    picture = skimage.data.chelsea()
+    for name, quality in (("a.jpg", 90), ("b.jpg", 60), ("c.jpg", 75)):
+        Image.fromarray(picture).save(tmp_path / name, quality=quality)
+    training = table_of([("a.jpg", "cat"), ("b.jpg", "cat")], folder=tmp_path)
+    test = table_of([("c.jpg", "cat")], "test", folder=tmp_path)
+    assert check(training, test) == []
+    found = kinds_of(check(training, test, mode="full"))
+    assert found == [("near_duplicate", "training", 3), ("near_duplicate_across_sets", "test", 2)]
+
+
+def test_pictures_of_one_colour_are_no_copies_of_each_other(tmp_path):
+    for name, grey in (("a.png", 10), ("b.png", 200)):
+        Image.new("RGB", (50, 50), (grey,) * 3).save(tmp_path / name)
+    assert check(table_of([("a.png", "x"), ("b.png", "x")], folder=tmp_path), mode="full") == []
+
+
+def test_every_chain_of_near_hashes_becomes_one_group():
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**63, (700, 5)).astype(np.uint64)
+    for copy, original in ((300, 10), (650, 300), (20, 650)):
+        hashes[copy] = hashes[original]
+        hashes[copy, 1:] ^= np.uint64(3 << copy % 60)
+    groups = utils.Groups(700)
+    for first, second, distance in utils.join_near(hashes, ["a"] * 700):
+        assert distance <= 24
+        groups.join(first, second)
+    assert {groups.find(position) for position in (10, 20, 300, 650)} == {10}
+    assert len({groups.find(position) for position in range(700)}) == 697
+
+
+# Tables
+
+
+@pytest.mark.parametrize(
+    ("name", "multi_label", "expected"),
+    [
+        ("empty_paths", False, [("empty_path", 2), ("empty_path", 3)]),
+        ("empty_labels", False, [("empty_label", 2), ("empty_label", 3)]),
+        ("multi_label_empty_parts", True, [("empty_label_part", 2), ("empty_label_part", 3), ("empty_label_part", 4)]),
+        ("multi_label_doubled", True, [("doubled_label", 2)]),
+        ("white_space", False, [("white_space_variant", 3), ("white_space_variant", 4)]),
+        ("case_variants", False, [("case_variant", 2)]),
+        ("duplicate_paths", False, [("duplicate_path", 3), ("duplicate_with_other_label", 5)]),
+        ("class_of_one_image", False, [("class_of_one_image", 4)]),
+    ],
+)
+def test_faults_of_a_table_are_all_told_with_their_rows(tmp_path, name, multi_label, expected):
+    (tmp_path / "table.csv").write_bytes(BAD_TABLES[name])
+    for seed, letter in enumerate("abcd"):
+        write_photo(tmp_path / f"{letter}.jpg", seed)
+    read = utils.parse_table(str(tmp_path / "table.csv"), "class")
+    findings = check(utils.make_image_table("training", "t", read, "class", str(tmp_path)), multi_label=multi_label)
+    found = [(finding.kind, finding.row) for finding in findings]
+    kinds = {kind for kind, _ in expected}
+    assert sorted(pair for pair in found if pair[0] in kinds) == expected
+    assert {kind for kind, _ in found} <= kinds | {"class_of_one_image"}
+
+
+def test_read_table_tells_every_empty_cell_at_once(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_bytes(b"path,class\n,cat\nb.jpg,\nc.jpg,\nd.jpg,dog\n")
+    with pytest.raises(UserError) as raised:
+        utils.read_table(str(path), "class")
+    lines = str(raised.value).splitlines()
+    assert [line.split("table.csv, ")[1].split(":")[0] for line in lines] == ["row 2", "rows 3, 4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("semicolons", "separated by semicolons"),
+        ("tabs", "separated by tabs"),
+        ("bars", "separated by bars"),
+        ("latin_1", r"line 2 \('a.jpg,Ärmel'\) looks like Latin-1"),
+        ("utf_16", "it is UTF-16"),
+        ("image_in_place_of_a_table", "it is no text"),
+    ],
+)
+def test_delimiter_and_encoding_are_named(tmp_path, name, message):
+    path = tmp_path / "table.csv"
+    path.write_bytes(BAD_TABLES[name])
+    with pytest.raises(UserError, match=message):
+        utils.read_table(str(path), "class")
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_no_table_ends_in_a_traceback(tmp_path, name, multi_label):
+    path = tmp_path / "table.csv"
+    path.write_bytes(BAD_TABLES[name])
+    configs = Configs(
+        train_csv=str(path),
+        test_csv=str(path),
+        multi_label_classification=multi_label,
+        save_model_path=str(tmp_path / "run"),
+    )
+    with pytest.raises(UserError):
+        utils.check_sets({"training": str(path), "validation": str(path)}, configs)
+    assert set(os.listdir(tmp_path)) <= {"table.csv", "run"}
+
+
+def test_classes_that_training_lacks_are_told_for_each_row(tmp_path):
+    rows = [(write_photo(tmp_path / f"{seed}.jpg", seed), label) for seed, label in enumerate("aabbcc")]
+    findings = check(table_of(rows[:4]), table_of(rows[4:], "test"))
+    assert kinds_of(findings) == [("unknown_class", "test", 2), ("unknown_class", "test", 3)]
+
+
+# Reports
+
+
+def test_report_lists_all_and_the_summary_the_first_few(tmp_path):
+    findings = check(table_of([(f"missing_{number}.jpg", "a") for number in range(9)]))
+    text = utils.format_findings(findings)
+    assert "error, missing (9)" in text
+    assert "training.csv, row 6: missing_4.jpg" in text
+    assert "missing_5" not in text
+    assert "and 4 more rows" in text
+    with open(utils.write_data_report(str(tmp_path), findings), encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["row"] for row in rows] == [str(number) for number in range(2, 11)]
+    assert {row["severity"] for row in rows} == {"error"}
+
+
+def test_notes_alone_take_one_line(corpus):
+    names = [name for name, kinds in EXPECTED.items() if utils.KINDS[kinds[0]].severity == "note"]
+    findings = check(table_of([(str(corpus[name]), "a") for name in names]))
+    text = utils.format_findings([one for one in findings if utils.KINDS[one.kind].severity == "note"])
+    assert len(text.splitlines()) == 1
+    assert "3 turned upright by EXIF" in text
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    text = utils.format_findings(check(table_of([("\x1b[2Ja\nb.jpg", "a"), ("b.jpg", "a")])))
+    assert "\x1b" not in text
+    assert all(line.startswith(("error", "  ")) for line in text.splitlines())
+
+
+def write_sets(folder, corrupt=()):
+    """Writes a training and a test table of photos, of which some files are no images; returns configs."""
+    paths = {}
+    for name, seeds in (("training", range(8)), ("test", range(8, 12))):
+        rows = [(write_photo(folder / f"{seed}.jpg", seed), "ab"[seed % 2]) for seed in seeds]
+        with open(folder / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("path", "class"), *rows])
+        paths[name] = str(folder / f"{name}.csv")
+    for seed in corrupt:
+        (folder / f"{seed}.jpg").write_text("no image", encoding="utf-8")
+    return Configs(
+        train_csv=paths["training"],
+        test_csv=paths["test"],
+        image_target_size=(40, 40, 3),
+        batch_size=3,
+        save_model_path=str(folder / "run"),
+    )
+
+
+def check_run(configs):
+    return utils.check_sets({"training": configs.train_csv, "validation": configs.test_csv}, configs)
+
+
+def test_clean_data_writes_no_report(tmp_path, capsys):
+    configs = write_sets(tmp_path)
+    assert check_run(configs) == {configs.train_csv: set(), configs.test_csv: set()}
+    assert not os.path.exists(configs.save_model_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_bad_images_end_the_run_or_are_left_out(tmp_path, capsys):
+    configs = write_sets(tmp_path, corrupt=(2, 9))
+    with pytest.raises(UserError, match=r"not an image \(2\)") as raised:
+        check_run(configs)
+    assert "training.csv, row 4" in str(raised.value)
+    assert "test.csv, row 3" in str(raised.value)
+    configs.skip_bad_images = True
+    bad_rows = check_run(configs)
+    assert bad_rows == {configs.train_csv: {4}, configs.test_csv: {3}}
+    assert "Left out 2 images" in capsys.readouterr().out
+    sequence = utils.get_generator(configs.train_csv, ["a", "b"], configs, True, bad_rows[configs.train_csv])
+    assert [os.path.basename(path) for path in sequence.paths] == [f"{seed}.jpg" for seed in (0, 1, 3, 4, 5, 6, 7)]
+    assert sequence.labels.tolist() == [0, 1, 1, 0, 1, 0, 1]
+
+
+def test_labels_stay_errors_where_images_are_skipped(tmp_path):
+    configs = write_sets(tmp_path)
+    configs.skip_bad_images = True
+    with open(configs.test_csv, "a", encoding="utf-8") as file:
+        file.write(f"{tmp_path / '0.jpg'},a\n")
+    with pytest.raises(UserError, match=r"duplicate across sets \(1\)"):
+        check_run(configs)
+    configs.allow_duplicates = True
+    check_run(configs)
+
+
+def test_off_checks_nothing(tmp_path):
+    configs = write_sets(tmp_path, corrupt=(2,))
+    configs.verify_data = "off"
+    assert check_run(configs) == {configs.train_csv: set(), configs.test_csv: set()}
+
+
+# Images that go bad during training
+
+
+def sequences_of(configs):
+    bad_rows = check_run(configs)
+    return [
+        utils.get_generator(path, ["a", "b"], configs, path == configs.train_csv, bad_rows[path])
+        for path in (configs.train_csv, configs.test_csv)
+    ]
+
+
+def all_batches(sequence):
+    return [np.concatenate(parts) for parts in zip(*(sequence[index] for index in range(len(sequence))), strict=True)]
+
+
+def test_image_that_goes_bad_ends_the_epoch_with_its_path(tmp_path):
+    training, _ = sequences_of(write_sets(tmp_path))
+    (tmp_path / "3.jpg").unlink()
+    with pytest.raises(UserError, match=r"3\.jpg"):
+        all_batches(training)
+
+
+def test_next_image_of_the_order_takes_the_place_of_one_that_goes_bad(tmp_path, capsys):
+    configs = write_sets(tmp_path).replace(skip_bad_images=True)
+    training, validation = sequences_of(configs)
+    training.augmenter = None
+    order, (images, labels) = training._order().tolist(), all_batches(training)
+    (tmp_path / "3.jpg").unlink()
+    (tmp_path / "5.jpg").write_bytes(b"\xff\xd8\xff overwritten")
+    expected = [
+        next(order[(position + step) % 8] for step in range(8) if order[(position + step) % 8] not in (3, 5))
+        for position in range(8)
+    ]
+    for _ in range(2):
+        replaced, of_replaced = all_batches(training)
+        rows = [order.index(row) for row in expected]
+        np.testing.assert_array_equal(replaced, images[rows])
+        np.testing.assert_array_equal(of_replaced, labels[rows])
+    callback = BadImages({configs.train_csv: training, configs.test_csv: validation}, configs.save_model_path)
+    callback.on_epoch_end(0)
+    callback.on_epoch_end(1)
+    assert capsys.readouterr().out.count("2 images could not be read and were left out") == 1
+    with open(os.path.join(configs.save_model_path, "data_report.csv"), encoding="utf-8", newline="") as file:
+        assert [os.path.basename(row["path"]) for row in csv.DictReader(file)] == ["3.jpg", "5.jpg"]
+
+
+def test_row_of_a_bad_validation_image_is_left_out(tmp_path):
+    _, validation = sequences_of(write_sets(tmp_path).replace(skip_bad_images=True))
+    images, labels = all_batches(validation)
+    (tmp_path / "9.jpg").unlink()
+    kept, of_kept = all_batches(validation)
+    np.testing.assert_array_equal(kept, images[[0, 2, 3]])
+    np.testing.assert_array_equal(of_kept, labels[[0, 2, 3]])
+    np.testing.assert_array_equal(validation.get_y_true(), labels[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_nothing_readable_is_an_error_all_the_same(tmp_path, position):
+    sequence = sequences_of(write_sets(tmp_path).replace(skip_bad_images=True))[position]
+    for seed in range(12):
+        (tmp_path / f"{seed}.jpg").unlink()
+    with pytest.raises(UserError, match="None of the .* images can be read"):
+        all_batches(sequence)
+
+
+# Scripts
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    for seed, name in enumerate(["cat", "cat", "cat", "dog", "dog", "dog"]):
+        (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+        write_photo(tmp_path / "images" / name / f"{seed}.jpg", seed)
+    (tmp_path / "images" / "dog" / "torn.jpg").write_bytes(encode("JPEG", photo(9))[:-300])
+    return tmp_path
+
+
+def list_folders(folder, **options):
+    values = {"folder_path": str(folder / "images"), "write_path": str(folder / "all.csv")} | options
+    return make_csv_from_folders.main(make_csv_from_folders.FolderConfigs(**values).validate())
+
+
+def test_folders_are_verified_before_the_table_is_written(class_folders):
+    assert list_folders(class_folders) == {"cat": 3, "dog": 4}
+    os.remove(class_folders / "all.csv")
+    with pytest.raises(UserError, match=r"(?s)truncated \(1\).*torn\.jpg"):
+        list_folders(class_folders, verify=True)
+    assert sorted(os.listdir(class_folders)) == ["data_report.csv", "images"]
+    assert list_folders(class_folders, verify=True, skip_bad_images=True) == {"cat": 3, "dog": 3}
+    assert "torn.jpg" not in (class_folders / "all.csv").read_text("utf-8")
+
+
+def test_one_image_in_two_class_folders_is_refused(class_folders):
+    (class_folders / "images" / "dog" / "torn.jpg").unlink()
+    (class_folders / "images" / "dog" / "same.jpg").write_bytes((class_folders / "images/cat/0.jpg").read_bytes())
+    with pytest.raises(UserError, match="duplicate with other label"):
+        list_folders(class_folders, verify=True)
+
+
+def split(folder, rows, header=("path", "class", "patient"), **options):
+    with open(folder / "all.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    counts = split_train_test.main(
+        split_train_test.SplitConfigs(csv_path=str(folder / "all.csv"), **options).validate()
+    )
+    sets = {}
+    for name, file_name in split_train_test.SET_FILES.items():
+        if (folder / file_name).exists():
+            sets[name] = list(csv.DictReader(io.StringIO((folder / file_name).read_text("utf-8"))))
+    return counts, sets
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_groups_stay_whole_and_classes_keep_their_shares(tmp_path, multi_label, shuffle, seed):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for patient in range(120):
+        label = "abc"[int(rng.choice(3, p=[0.6, 0.3, 0.1]))]
+        for _ in range(int(rng.integers(1, 6))):
+            other = "abc"[int(rng.integers(3))]
+            name = f"{label}${other}" if multi_label and other != label else label
+            rows.append((f"{len(rows)}.jpg", name, f"p{patient}"))
+    options = {"multi_label_classification": multi_label, "shuffle": shuffle, "random_seed": seed}
+    counts, sets = split(tmp_path, rows, group_column="patient", validation_split_fraction=0.2, **options)
+    patients = {name: {row["patient"] for row in found} for name, found in sets.items()}
+    assert all(not one & other for one, other in itertools.combinations(patients.values(), 2))
+    assert sorted(row["path"] for found in sets.values() for row in found) == sorted(row[0] for row in rows)
+    for name, share in (("training", 0.6), ("validation", 0.2), ("testing", 0.2)):
+        for label in "abc":
+            total = sum(by_class[label] for by_class in counts.values())
+            assert abs(counts[name][label] - share * total) <= max(0.05 * total, 3), (name, label)
+
+
+def test_same_seed_gives_the_same_groups(tmp_path):
+    rows = [(f"{number}.jpg", "ab"[number % 2], f"p{number // 3}") for number in range(90)]
+    splits = [split(tmp_path, rows, group_column="patient", random_seed=seed)[1] for seed in (1, 1, 2)]
+    assert splits[0] == splits[1]
+    assert splits[0] != splits[2]
+
+
+def test_rare_class_of_two_groups_reaches_both_sets(tmp_path):
+    rows = [(f"{number}.jpg", "a", f"p{number // 2}") for number in range(100)]
+    rows += [("x.jpg", "rare", "q1"), ("y.jpg", "rare", "q2")]
+    counts, _ = split(tmp_path, rows, group_column="patient")
+    assert (counts["training"]["rare"], counts["testing"]["rare"]) == (1, 1)
+
+
+def test_groups_that_prevent_the_fraction_are_told(tmp_path, capsys):
+    rows = [(f"{number}.jpg", "a", f"p{number // 5}") for number in range(10)]
+    counts, _ = split(tmp_path, rows, group_column="patient")
+    assert counts == {"training": {"a": 5}, "testing": {"a": 5}}
+    assert "the testing set has 50.0% of the images, not 20.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("column", "rows", "message"),
+    [
+        ("video", [("a.jpg", "a", "1")], "has no column 'video'.*patient"),
+        ("patient", [("a.jpg", "a", "1"), ("b.jpg", "a", " ")], "row 3: the column 'patient' is empty"),
+    ],
+)
+def test_unusable_group_column_is_named(tmp_path, column, rows, message):
+    with pytest.raises(UserError, match=message):
+        split(tmp_path, rows, group_column=column)
+
+
+def test_copies_stay_in_one_set_with_their_original(tmp_path, capsys):
+    rows = []
+    for number in range(12):
+        path = write_photo(tmp_path / f"{number}.jpg", number, quality=90)
+        Image.open(path).resize((120, 90)).save(tmp_path / f"copy_{number}.jpg")
+        rows += [(path, "ab"[number % 2]), (str(tmp_path / f"copy_{number}.jpg"), "ab"[number % 2])]
+    _, sets = split(tmp_path, rows, ("path", "class"), verify=True)
+    for found in sets.values():
+        names = [os.path.basename(row["path"]) for row in found]
+        assert {name.removeprefix("copy_") for name in names} == {name for name in names if "copy_" not in name}
+    assert "stay in one set with their original: 12" in capsys.readouterr().out
+
+
+def test_splitting_leaves_out_bad_images_where_it_may(tmp_path):
+    rows = [(write_photo(tmp_path / f"{number}.jpg", number), "ab"[number % 2]) for number in range(10)]
+    rows.append((str(tmp_path / "missing.jpg"), "a"))
+    with pytest.raises(UserError, match=r"missing \(1\)"):
+        split(tmp_path, rows, ("path", "class"), verify=True)
+    assert not (tmp_path / "training_set.csv").exists()
+    _, sets = split(tmp_path, rows, ("path", "class"), verify=True, skip_bad_images=True)
+    assert sum(map(len, sets.values())) == 10

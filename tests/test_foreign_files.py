@@ -1,0 +1,586 @@
+"""Files from elsewhere end in one line, as docs/bad_input.md has it, run no code and write nothing elsewhere."""
+
+import ast
+import json
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from corpus import BAD_TABLES, build_corpus, encode, images, photo
+
+import draw_activations
+import predict
+import test as evaluation
+import train
+import utils
+from compress_weights import CompressConfigs
+from configs import Configs, UserError
+from metrics import Decision, read_decision, write_decision
+from report import read_log
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = ["cat", "dog", "owl"]
+SUFFIXES = (".keras", ".h5", ".hdf5", "compressed")
+
+
+def build_model(*middle, image_size=(8, 8)):
+    layers = [keras.Input((*image_size, 3)), keras.layers.Conv2D(2, 3), *middle, keras.layers.Flatten()]
+    return keras.Sequential([*layers, keras.layers.Dense(3, activation="softmax")])
+
+
+def save(folder, suffix, model=None):
+    """Saves a model in one of the formats; returns the path that leads to it."""
+    model = model or build_model()
+    if suffix == "compressed":
+        return utils.custom_save_model(model, str(folder), "model")[0]
+    path = folder / f"model{suffix}"
+    model.save(path)
+    return str(path)
+
+
+def change_archive(path, change, packing=zipfile.ZIP_STORED):
+    """Rewrites the parts of an archive; `change` takes and returns them by name."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        for name, content in change(parts).items():
+            archive.writestr(name, content)
+
+
+def change_layers(path, change):
+    """Rewrites the description of the layers in a model file; `change` takes and returns what JSON holds."""
+    layers_path = Path(path).with_suffix(".json")
+    if path.endswith(".keras"):
+        change_archive(path, lambda p: p | {"config.json": json.dumps(change(json.loads(p["config.json"])))})
+    elif layers_path.exists():
+        layers_path.write_text(json.dumps(change(json.loads(layers_path.read_text()))))
+    else:
+        with h5py.File(path, "r+") as file:
+            file.attrs["model_config"] = json.dumps(change(json.loads(file.attrs["model_config"])))
+
+
+def with_last_layer(**changes):
+    """Returns a change of layers that sets something in the last one."""
+
+    def change(layers):
+        layers["config"]["layers"][-1] |= changes
+        return layers
+
+    return change
+
+
+def with_options(**options):
+    """Returns a change of layers that sets options of the last one."""
+
+    def change(layers):
+        layers["config"]["layers"][-1]["config"] |= options
+        return layers
+
+    return change
+
+
+def loading(suffix, change=None, content=None, **options):
+    """Returns a case: a model file is saved, changed and loaded."""
+
+    def run(folder):
+        path = save(folder, suffix, **options)
+        if content is not None:
+            Path(path).write_bytes(content(Path(path).read_bytes()))
+        if change is not None:
+            change(path)
+        utils.load_model(path)
+
+    return run
+
+
+def fitting(model, **options):
+    """Returns a case: a model is loaded to tell three classes apart in images of 8x8."""
+
+    def run(folder):
+        utils.load_fitting_model(save(folder, ".keras", model()), CLASSES, (8, 8), **options)
+
+    return run
+
+
+def with_archive(change, **options):
+    return lambda path: change_archive(path, change, **options)
+
+
+def with_layers(change):
+    return lambda path: change_layers(path, change)
+
+
+def flip_weights(content):
+    position = content.index(b"\x89HDF") + 3000
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+
+def claim_huge_array(path):
+    with h5py.File(path, "r+") as file:
+        name = sorted(file["weights"])[0]
+        del file["weights"][name]
+        file["weights"].create_dataset(name, (10**6, 10**6), "f4", chunks=(1000, 1000), compression="gzip")
+
+
+def point_elsewhere(path):
+    with h5py.File(path, "r+") as file:
+        name = sorted(file["weights"])[0]
+        del file["weights"][name]
+        file["weights"][name] = h5py.ExternalLink("/etc/other.h5", "weights")
+
+
+def read_raw_file(path):
+    with h5py.File(path, "r+") as file:
+        name = sorted(file["weights"])[0]
+        shape = file["weights"][name].shape
+        del file["weights"][name]
+        file["weights"].create_dataset(name, shape, "u1", external=[("/etc/hostname", 0, h5py.h5f.UNLIMITED)])
+
+
+def two_inputs():
+    inputs = [keras.Input((8, 8, 3)), keras.Input((8, 8, 3))]
+    return keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(keras.layers.Add()(inputs))))
+
+
+def one_size_of_batch():
+    layers = [keras.Input((8, 8, 3), batch_size=4), keras.layers.Flatten(), keras.layers.Dense(3)]
+    return keras.Sequential(layers)
+
+
+def maps_of_classes():
+    return keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(3, 1)])
+
+
+def a_layer_alone(folder):
+    path = folder / "model.keras"
+    save(folder, ".keras")
+    dense = keras.saving.serialize_keras_object(keras.layers.Dense(3))
+    change_archive(path, lambda parts: parts | {"config.json": json.dumps(dense)})
+    utils.load_model(str(path))
+
+
+def half_of_a_pair(folder):
+    path = save(folder, "compressed")
+    os.remove(Path(path).with_suffix(".json"))
+    utils.load_model(path)
+
+
+def of_two_pairs(folder):
+    path = save(folder, "compressed", build_model(keras.layers.Conv2D(4, 3)))
+    layers = Path(path).with_suffix(".json").read_text()
+    save(folder, "compressed")
+    Path(path).with_suffix(".json").write_text(layers)
+    utils.load_model(path)
+
+
+def configs_of(content):
+    """Returns a case: a configs file is read."""
+
+    def run(folder):
+        (folder / "configs.json").write_bytes(content)
+        Configs.from_command_line(arguments=["--configs", str(folder / "configs.json")])
+
+    return run
+
+
+def flags(*words):
+    return lambda folder: Configs.from_command_line(arguments=words)
+
+
+def decision_of(content=None, **fields):
+    """Returns a case: a decision file is read, `write_decision`'s own where only `fields` are given."""
+
+    def run(folder):
+        path = Path(write_decision(str(folder), Decision(CLASSES, False)))
+        path.write_bytes(content or json.dumps(json.loads(path.read_text()) | fields).encode())
+        read_decision(str(folder), CLASSES, False, "best_model.keras")
+
+    return run
+
+
+def log_of(content):
+    def run(folder):
+        (folder / "training_log.csv").write_bytes(content)
+        read_log(str(folder / "training_log.csv"))
+
+    return run
+
+
+def image_of(name):
+    """Returns a case: the data check decodes an image of the corpus; it returns what is found."""
+
+    def run(folder):
+        found = utils.inspect_image(str(build_corpus(folder)[name]), decode=True)
+        return tell_findings([found.fault] if found.fault else found.remarks)
+
+    return run
+
+
+def table_of(name):
+    """Returns a case: the data check reads a table of the corpus, whose images are all there, and tells of it."""
+
+    def run(folder):
+        path, multi_label = folder / "table.csv", name.startswith("multi_label")
+        path.write_bytes(BAD_TABLES[name])
+        content = utils.parse_table(str(path), "class")
+        for number, image in enumerate(content["path"].unique()):
+            write_image(folder / image.replace("\0", "0"), number)
+        table = utils.make_image_table("training", str(path), content, "class", str(folder))
+        found = utils.check_data([table], multi_label)
+        # Small tables have such classes all of them.
+        found = [finding for finding in found if finding.kind != "class_of_one_image" or finding.kind == name]
+        if not found:
+            utils.resolve_class_names(None, str(path), "class", multi_label)
+        return tell_findings([(finding.kind, f"row {finding.row}: {finding.detail}") for finding in found])
+
+    return run
+
+
+def write_image(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_bytes(encode("JPEG", photo(seed)))
+
+
+def tell_findings(found):
+    lines = [f"{kind} ({utils.KINDS[kind].severity}): {detail}" for kind, detail in found]
+    return "; ".join(lines) or "nothing, it is right"
+
+
+HUGE = b"1" + b"0" * 400
+CASES = {
+    "model_empty": loading(".keras", content=lambda _: b""),
+    "model_text": loading(".keras", content=lambda _: b"<!DOCTYPE html><html>404 Not Found</html>"),
+    "model_truncated": loading(".keras", content=lambda content: content[: len(content) // 2]),
+    "model_damaged": loading(".keras", content=flip_weights),
+    "model_foreign_archive": loading(".keras", with_archive(lambda _: {"notes.txt": "x"})),
+    "model_without_weights": loading(".keras", with_archive(lambda p: {"config.json": p["config.json"]})),
+    "model_bomb": loading(
+        ".keras", with_archive(lambda p: p | {"model.weights.h5": bytes(2**29)}, packing=zipfile.ZIP_DEFLATED)
+    ),
+    "model_packed_otherwise": loading(".keras", with_archive(lambda p: p, packing=zipfile.ZIP_BZIP2)),
+    "model_part_outside": loading(".keras", with_archive(lambda p: p | {"../../outside.txt": "x"})),
+    "model_lambda": loading(".keras", model=build_model(keras.layers.Lambda(lambda x: x * 2))),
+    "model_lambda_h5": loading(".h5", model=build_model(keras.layers.Lambda(lambda x: x * 2))),
+    "model_lambda_compressed": loading("compressed", model=build_model(keras.layers.Lambda(lambda x: x * 2))),
+    "model_saved_model_layer": loading(".keras", with_layers(with_last_layer(class_name="TFSMLayer"))),
+    "model_other_package": loading(".keras", with_layers(with_last_layer(module="torch.nn", class_name="Linear"))),
+    "model_unknown_layer": loading(".keras", with_layers(with_last_layer(class_name="Densest"))),
+    "model_unknown_registered": loading(
+        ".keras", with_layers(with_last_layer(module=None, registered_name="mine>Dense"))
+    ),
+    "model_file_loader": loading(
+        ".keras",
+        with_layers(with_options(activation={"class_name": "function", "module": "keras.utils", "config": "get_file"})),
+    ),
+    "model_shell": loading(
+        ".keras",
+        with_layers(with_options(activation={"class_name": "function", "module": "os", "config": "system"})),
+    ),
+    "model_huge_layer": loading(".keras", with_layers(with_options(units=10**12))),
+    "model_huge_number": loading(".keras", with_layers(with_options(units=10**400))),
+    "model_negative_number": loading(".keras", with_layers(with_options(units=-3))),
+    "model_layers_as_text": loading(".keras", with_layers(lambda _: "Sequential")),
+    "model_a_layer_alone": a_layer_alone,
+    "model_h5_empty": loading(".h5", content=lambda _: b""),
+    "model_h5_truncated": loading(".h5", content=lambda content: content[: len(content) // 2]),
+    "model_h5_weights_alone": lambda folder: (
+        build_model().save_weights(folder / "a.weights.h5"),
+        utils.load_model(str(folder / "a.weights.h5")),
+    ),
+    "model_other_ending": lambda folder: (
+        (folder / "model.onnx").write_bytes(b"\x08\x07"),
+        utils.load_model(str(folder / "model.onnx")),
+    ),
+    "model_huge_array": loading("compressed", claim_huge_array),
+    "model_link": loading("compressed", point_elsewhere),
+    "model_raw_file": loading("compressed", read_raw_file),
+    "model_half_of_a_pair": half_of_a_pair,
+    "model_of_two_pairs": of_two_pairs,
+    "model_pair_with_bad_layers": loading(
+        "compressed", lambda path: Path(path).with_suffix(".json").write_text('{"class_name": ')
+    ),
+    "model_pair_nested": loading(
+        "compressed", lambda path: Path(path).with_suffix(".json").write_text("[" * 10**5 + "]" * 10**5)
+    ),
+    "model_other_size": fitting(lambda: build_model(image_size=(16, 16))),
+    "model_two_inputs": fitting(two_inputs),
+    "model_maps": fitting(maps_of_classes),
+    "model_one_size_of_batch": fitting(one_size_of_batch),
+    "model_other_classes": lambda folder: utils.load_fitting_model(save(folder, ".keras"), ["cat", "dog"], (8, 8)),
+    "model_missing": lambda folder: utils.resolve_model_path(str(folder / "best_model.keras")),
+    "configs_missing": flags("--configs", "nowhere.json"),
+    "configs_empty": configs_of(b""),
+    "configs_cut_short": configs_of(b'{"batch_size": 16, "classes": ["cat", '),
+    "configs_list": configs_of(b"[1, 2]"),
+    "configs_nested": configs_of(b'{"classes": ' + b"[" * 10**5),
+    "configs_nested_less": configs_of(b'{"classes": ' + b"[" * 400 + b"]" * 400 + b"}"),
+    "configs_large": configs_of(b" " * (2**24 + 1)),
+    "configs_not_utf_8": configs_of(b'{"classes": ["\xc4rmel", "dog"]}'),
+    "configs_utf_16": configs_of('{"batch_size": 16}'.encode("utf-16")),
+    "configs_wrong_type": configs_of(b'{"batch_size": "16"}'),
+    "configs_true_for_a_number": configs_of(b'{"num_epochs": true}'),
+    "configs_unknown_key": configs_of(b'{"bach_size": 16}'),
+    "configs_unknown_long_key": configs_of(b'{"' + b"b" * 10**5 + b'": 16}'),
+    "configs_repeated_key": configs_of(b'{"batch_size": 16, "batch_size": 32}'),
+    "configs_huge_whole_number": configs_of(b'{"num_epochs": ' + HUGE + b"}"),
+    "configs_huge_number": configs_of(b'{"learning_rate": ' + HUGE + b"}"),
+    "configs_digits_without_end": configs_of(b'{"num_epochs": ' + b"1" * 10**5 + b"}"),
+    "configs_infinite": configs_of(b'{"learning_rate": 1e999}'),
+    "configs_nan": configs_of(b'{"learning_rate": NaN}'),
+    "configs_nul": configs_of(b'{"train_csv": "a\\u0000b.csv"}'),
+    "configs_surrogate": configs_of(b'{"classes": ["cat", "\\ud800"]}'),
+    "flag_unknown": flags("--learning_rte", "0.1"),
+    "flag_without_value": flags("--batch_size"),
+    "flag_wrong_type": flags("--batch_size", "16.0"),
+    "flag_nul": flags("--save_model_path", "a\0b"),
+    "flag_not_utf_8": flags("--train_csv", "\udcff.csv"),
+    "decision_empty": decision_of(b" "),
+    "decision_list": decision_of(b"[]"),
+    "decision_nested": decision_of(b"[" * 10**5),
+    "decision_unknown_field": decision_of(sigma=1),
+    "decision_wrong_type": decision_of(multi_label="no"),
+    "decision_huge_number": decision_of(temperature=10**400),
+    "decision_nan": decision_of(exact_match_threshold=float("nan")),
+    "decision_other_classes": decision_of(classes=["fox", "hen"]),
+    "decision_path": decision_of(model="../../best_model.keras"),
+    "log_empty": log_of(b""),
+    "log_of_another_kind": log_of(b"a,b\n1,2\n"),
+    "log_of_words": log_of(b"epoch,loss\n1,low\n"),
+    "log_not_utf_8": log_of(b"\xff\xfe\x00"),
+    **{f"image_{name}": image_of(name) for name in [*images(), "folder"]},
+    **{f"table_{name}": table_of(name) for name in BAD_TABLES if name != "path_outside"},
+}
+
+
+def tell(case, folder):
+    """Returns the message that a case ends in, or what it found, its folder left out."""
+    try:
+        message = CASES[case](folder)
+    except UserError as error:
+        message = str(error).replace(f"{folder}{os.sep}", "")
+    assert isinstance(message, str), "no error was raised"
+    return message.replace("\t", " ")
+
+
+def read_documented():
+    """Returns the messages in docs/bad_input.md by the names of their cases."""
+    rows = re.findall(r"^\| `(\w+)` \| .+? \| (.+) \|$", (ROOT / "docs/bad_input.md").read_text("utf-8"), re.MULTILINE)
+    return {name: message.strip("`").strip().replace("\\|", "|") for name, message in rows}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_user_sees_the_line_that_is_documented(case, tmp_path):
+    message = tell(case, tmp_path)
+    # What differs between versions of a library is written as an ellipsis.
+    assert re.fullmatch(".*".join(map(re.escape, read_documented()[case].split("…"))), message), message
+    assert "\n" not in message
+    assert message.isprintable()
+    assert len(message) < 700
+
+
+def test_every_documented_input_is_tried():
+    names = read_documented().keys()
+    assert CASES.keys() == names
+
+
+# No code from a file
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_marshalled_code_is_not_run(suffix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = save(tmp_path, suffix, build_model(keras.layers.Lambda(lambda x: (open("mark", "w").close(), x)[1])))
+    os.remove("mark")
+    with pytest.raises(UserError, match="Lambda layer, program code"):
+        utils.load_model(path)
+    assert not os.path.exists("mark")
+    if suffix in (".keras", ".h5"):
+        # The file does what it is made for where Keras is told to trust it.
+        keras.models.load_model(path, safe_mode=False)
+        assert os.path.exists("mark")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("with_optimizer", [False, True])
+def test_no_module_that_a_file_names_is_imported(suffix, with_optimizer, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    mark = tmp_path / "mark"
+    (tmp_path / "foreign_layers.py").write_text(f"open({str(mark)!r}, 'w').close()\nDense = None\n")
+    path = save(tmp_path, suffix)
+    change_layers(path, with_last_layer(module="foreign_layers", registered_name="foreign_layers>Dense"))
+    with pytest.raises(UserError, match=r"it needs foreign_layers\.Dense, code that is not Keras's own"):
+        utils.load_model(path, with_optimizer)
+    assert not mark.exists()
+    assert "foreign_layers" not in sys.modules
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_no_function_of_another_module_becomes_an_activation(suffix, tmp_path):
+    path = save(tmp_path, suffix)
+    function = {"class_name": "function", "module": "os", "config": "system", "registered_name": "system"}
+    change_layers(path, with_options(activation=function))
+    with pytest.raises(UserError, match=r"it needs os\.system"):
+        utils.load_model(path)
+
+
+def test_code_in_the_training_part_of_an_hdf5_file_is_refused(tmp_path):
+    model = build_model()
+    model.compile("sgd", "mse")
+    path = save(tmp_path, ".h5", model)
+    with h5py.File(path, "r+") as file:
+        training = json.loads(file.attrs["training_config"])
+        training["loss"] = {"class_name": "__lambda__", "config": {"value": "AAAA"}}
+        file.attrs["training_config"] = json.dumps(training)
+    with pytest.raises(UserError, match="Python lambda"):
+        utils.load_model(path, with_optimizer=True)
+
+
+def test_a_part_outside_of_an_archive_is_not_written(tmp_path):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match="lies outside"):
+        CASES["model_part_outside"](folder)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "model.keras"]
+
+
+def test_the_count_of_weights_leaves_keras_as_it_was(tmp_path):
+    before = keras.Layer.add_weight
+    with pytest.raises(UserError, match="claims more weights"):
+        CASES["model_huge_layer"](tmp_path)
+    utils.load_model(save(tmp_path, ".h5"))
+    assert keras.Layer.add_weight is before
+
+
+def test_compressing_what_is_no_model_ends_in_a_line(tmp_path):
+    import compress_weights
+
+    (tmp_path / "best_model.keras").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UserError, match="is not a model that Keras reads"):
+        compress_weights.main(CompressConfigs(model_path=str(tmp_path)))
+    assert os.listdir(tmp_path) == ["best_model.keras"]
+
+
+@pytest.mark.parametrize("model", [None, "lambda", "other size"])
+@pytest.mark.parametrize("script", [train, evaluation, draw_activations, predict], ids=lambda script: script.__name__)
+def test_every_script_ends_in_a_line_on_a_foreign_model(script, model, photo_folder, small_run, tmp_path):
+    table = "path,class\n" + "".join(f"{path},{path.parent.name}\n" for path in sorted(photo_folder.rglob("*.jpg")))
+    (tmp_path / "photos.csv").write_text(table)
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    if model is None:
+        (folder / "best_model.keras").write_bytes(b"PK\x03\x04 half a file")
+    else:
+        layers = [keras.layers.Lambda(lambda x: x * 2)] if model == "lambda" else []
+        build_model(*layers).save(folder / "best_model.keras")
+    configs = small_run(tmp_path / "photos.csv", tmp_path / "photos.csv", load_model_path=str(folder))
+    if script is predict:
+        options = {name: getattr(configs, name) for name in configs.given}
+        configs = predict.PredictConfigs(**options, input=str(photo_folder), write_path=str(tmp_path / "out.csv"))
+    with pytest.raises(UserError, match=r"best_model\.keras (is not|takes)") as raised:
+        script.main(configs.replace(allow_duplicates=True))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out.csv").exists()
+    assert os.listdir(folder) == ["best_model.keras"]
+
+
+# The options
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    (tmp_path / "configs.json").write_bytes(b'\xef\xbb\xbf{"batch_size": 7}')
+    assert Configs.from_json(str(tmp_path / "configs.json")).batch_size == 7
+
+
+def test_many_unknown_options_are_told_at_once_and_soon(tmp_path):
+    (tmp_path / "configs.json").write_text(json.dumps({f"option_{number}": 1 for number in range(10**5)}))
+    with pytest.raises(UserError) as raised:
+        Configs.from_json(str(tmp_path / "configs.json"))
+    assert len(str(raised.value).splitlines()) == 21
+
+
+def test_the_largest_whole_number_passes(tmp_path):
+    configs = Configs(num_epochs=2**53).validate()
+    assert configs.num_epochs == 9007199254740992
+    with pytest.raises(UserError, match=r"num_epochs: expected a whole number"):
+        configs.replace(num_epochs=2**53 + 1).validate()
+
+
+# File names
+
+
+BAD_NAMES = [
+    "a/../../b.jpg",
+    "..\\..\\c.jpg",
+    "a/C:\\d.jpg",
+    "a/line\nbreak\x1b[31m\x00.jpg",
+    "a/.hidden.jpg",
+    "a/..jpg",
+    "a/.jpg",
+    "CON.jpg",
+    "a/nul.tar.png",
+    "lpt1.gif",
+    'a/<b>|?*".jpg',
+    "a/\u202egpj.exe.jpg",
+    "x" * 300 + ".jpg",
+    "x" * 299 + "y.jpg",
+    "花" * 100 + ".jpg",
+    "Same.jpg",
+    "same.jpg",
+    "a/b:c.tif",
+]
+
+
+def test_names_of_pictures_stay_in_their_folder_on_every_system():
+    names = draw_activations.name_outputs([f"root/{name}" for name in BAD_NAMES])
+    assert len({name.casefold() for name in names}) == len(BAD_NAMES)
+    for name in names:
+        assert name.isprintable()
+        assert not set(name) & set('<>:"/\\|?*')
+        assert not name.startswith(".")
+        assert name.split(".")[0].upper() not in ("CON", "NUL", "LPT1")
+        # The folder of the temporary file bears the name with a prefix.
+        assert len(f"{utils.TEMPORARY_PREFIX}{2**22}-{name}_999".encode()) <= 255
+
+
+def test_ordinary_names_stay_as_they_are():
+    paths = ["root/cat/1.jpg", "root/dog/Häuser am See (2).JPG", "root/dog/花.webp", "root/dog/scan.tif"]
+    expected = ["cat-1.jpg", "dog-Häuser am See (2).JPG", "dog-花.webp", "dog-scan.tif.png"]
+    assert draw_activations.name_outputs(paths) == expected
+
+
+def test_pictures_of_bad_names_are_written_into_their_folder_alone(tmp_path):
+    (tmp_path / "cam_output").mkdir()
+    names = draw_activations.name_outputs([f"root/{name}" for name in BAD_NAMES])
+    for name in names:
+        draw_activations.write_image(str(tmp_path / "cam_output" / name), np.zeros((4, 4, 3), np.uint8))
+    assert os.listdir(tmp_path) == ["cam_output"]
+    assert sorted(os.listdir(tmp_path / "cam_output")) == sorted(names)
+
+
+# The source
+
+
+FORBIDDEN_NAMES = {"eval", "exec", "__import__", "compile"}
+FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "joblib", "subprocess", "importlib", "runpy", "code"}
+FORBIDDEN_CALLS = {"os.system", "os.popen", "pd.read_pickle", "np.load", "pd.eval"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_no_module_runs_text_or_unpacks_objects(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in FORBIDDEN_NAMES | FORBIDDEN_CALLS, f"{path.name}, line {node.lineno}: {called}"
+            assert not [option for option in node.keywords if option.arg in ("shell", "allow_pickle")]
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found = {module.split(".")[0] for module in modules} & FORBIDDEN_MODULES
+            assert not found, f"{path.name}, line {node.lineno}: {found}"
+            assert not {"system", "popen"} & {alias.name for alias in node.names}

@@ -1,0 +1,396 @@
+"""Thousands of damaged and senseless inputs: each ends in a result or in a line for the user, soon, and in place."""
+
+import faulthandler
+import io
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import hypothesis.configuration
+import keras
+import numpy as np
+import pytest
+from corpus import BAD_TABLES, images
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import callbacks
+import draw_activations
+import generator
+import metrics
+import report
+import utils
+from compress_weights import CompressConfigs
+from configs import Configs, UserError
+from make_csv_from_folders import FolderConfigs
+from plot_training_log import PlotConfigs
+from predict import PredictConfigs
+from split_train_test import SplitConfigs
+
+pytestmark = pytest.mark.slow
+
+# Hypothesis keeps no examples, but other files of its own.
+hypothesis.configuration.set_hypothesis_home_dir(tempfile.mkdtemp(prefix="hypothesis-"))
+
+LONGEST_CASE = 10  # seconds of this process: other ones may be at work
+MOST_MEMORY = 2 * 2**30
+FEWEST_CASES = 5000
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+# What Python tells of before it happens: of these events, none may.
+STARTING = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "pickle.find_class")
+CHANGING = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree")
+
+cases = Counter()
+watched = {"folder": None, "faults": []}
+
+
+def watch(event, arguments):
+    """Notes what a case does outside of its folder; Python calls it before each such event."""
+    folder = watched["folder"]
+    if folder is None:
+        return
+    if event in STARTING:
+        watched["faults"].append((event, arguments))
+    paths = []
+    if event == "open" and isinstance(arguments[0], str) and (arguments[2] or 0) & WRITING:
+        paths = arguments[:1]
+    elif event in CHANGING:
+        paths = [path for path in arguments[: 2 if event in ("os.rename", "os.link") else 1] if isinstance(path, str)]
+    outside = [path for path in paths if not os.path.realpath(path).startswith(folder)]
+    watched["faults"] += [(event, path) for path in outside if path != os.devnull]
+
+
+sys.addaudithook(watch)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder to work in, inside of another that must stay as it is; at the end, what was taken is compared."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "bait.txt").write_text("bait")
+    monkeypatch.chdir(inside)
+    monkeypatch.setattr(tempfile, "tempdir", str(inside))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield inside
+    watched["folder"] = None
+    keras.utils.clear_session()
+    taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert taken < MOST_MEMORY
+    assert sorted(os.listdir(tmp_path)) == ["bait.txt", "inside"]
+    assert (tmp_path / "bait.txt").read_text() == "bait"
+
+
+def attempt(function, *arguments):
+    """Runs one case, which ends in a result or a UserError; returns the result, or None."""
+    cases[sys._getframe(1).f_code.co_name] += 1
+    watched.update(folder=os.path.realpath(os.getcwd()), faults=[])
+    start = time.process_time()
+    faulthandler.dump_traceback_later(6 * LONGEST_CASE, exit=True)
+    try:
+        result = function(*arguments)
+    except UserError:
+        result = None
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        watched["folder"] = None
+    assert time.process_time() - start < LONGEST_CASE
+    assert not watched["faults"]
+    return result
+
+
+def fuzz(number, **strategies):
+    """Decorates a test to run that many cases, the same in every run."""
+
+    def decorate(test):
+        options = {"deadline": None, "derandomize": True, "database": None}
+        options["suppress_health_check"] = list(HealthCheck)
+        return settings(max_examples=number, **options)(given(**strategies)(test))
+
+    return decorate
+
+
+@st.composite
+def damaged(draw, contents):
+    """Draws one of some files, cut short, with flipped bits, or with a part overwritten, repeated or left out."""
+    content = bytearray(draw(st.sampled_from(contents)))
+    positions = st.integers(0, max(len(content) - 1, 0))
+    kind = draw(st.sampled_from(["cut", "flip", "flip", "flip", "overwrite", "zero", "drop", "repeat"]))
+    start, length = draw(positions), draw(st.integers(1, 64))
+    if kind == "cut":
+        return bytes(content[:start])
+    if kind == "flip":
+        # The beginning holds what the rest is read by.
+        for position in draw(st.lists(positions | st.integers(0, min(511, len(content) - 1)), min_size=1, max_size=8)):
+            content[position] ^= 1 << draw(st.integers(0, 7))
+    elif kind == "overwrite":
+        part = draw(st.binary(min_size=1, max_size=16))
+        content[start : start + len(part)] = part
+    elif kind == "zero":
+        content[start : start + length] = bytes(length)
+    elif kind == "drop":
+        del content[start : start + length]
+    else:
+        content[start:start] = content[start : start + length]
+    return bytes(content)
+
+
+# Tables
+
+
+WORDS = st.sampled_from(["path", "class", "cat", "dog", "cat$dog", "$", "cat$", "a.jpg", "../b.jpg", " ", "", '"', "'"])
+CELLS = WORDS | st.text(max_size=12)
+SEPARATORS = st.sampled_from([",", ",", ",", ";", "\t", "|"])
+ROWS = st.lists(st.lists(CELLS, max_size=4), max_size=6)
+
+
+@st.composite
+def tables(draw):
+    separator, end = draw(SEPARATORS), draw(st.sampled_from(["\n", "\r\n", "\r"]))
+    rows = [draw(st.sampled_from([["path", "class"], ["path"], ["class", "path", "note"], []])), *draw(ROWS)]
+    text = end.join(separator.join(row) for row in rows)
+    return text.encode(draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "latin-1"])), "replace")
+
+
+def read_labels(path, multi_label):
+    class_names = utils.resolve_class_names(None, path, "class", multi_label)
+    labels = utils.read_table(path, "class", multi_label)["class"]
+    return utils.encode_labels(labels, class_names, multi_label, path), class_names
+
+
+@fuzz(1200, content=tables() | damaged(sorted(BAD_TABLES.values(), key=len)[2:]), multi_label=st.booleans())
+def test_tables(folder, content, multi_label):
+    Path("table.csv").write_bytes(content)
+    result = attempt(read_labels, "table.csv", multi_label)
+    if result is not None:
+        labels, class_names = result
+        assert class_names == sorted(set(class_names))
+        assert len(labels) > 0
+        assert labels.max() < (2 if multi_label else len(class_names))
+
+
+@fuzz(400, content=damaged([b"epoch,loss,val_loss\n1,0.5,0.6\n2,0.4,nan\n"]) | tables() | st.binary(max_size=60))
+def test_training_logs(folder, content):
+    Path("training_log.csv").write_bytes(content)
+    log = attempt(report.read_log, "training_log.csv")
+    assert log is None or {"epoch", "loss"} <= set(log)
+
+
+# Options and decisions
+
+
+NAMES = st.sampled_from(sorted(Configs.options())) | st.text(max_size=20)
+NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -(10**400), 2**63, 2**1024, 1e308, 5e-324])
+SCALARS = st.none() | st.booleans() | NUMBERS | st.text(st.characters(), max_size=10)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=3))
+
+
+@st.composite
+def json_files(draw, objects):
+    content = json.dumps(draw(objects), ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    return draw(st.just(content) | damaged([content]))
+
+
+@fuzz(1500, content=json_files(st.dictionaries(NAMES, VALUES, max_size=4)) | st.binary(max_size=40))
+def test_configs_files(folder, content):
+    Path("configs.json").write_bytes(content)
+    configs = attempt(lambda: Configs.from_json("configs.json").validate())
+    if configs is not None:
+        # What is read can be written and read again.
+        Path("again.json").write_text(json.dumps(configs.to_dict()))
+        assert Configs.from_json("again.json").to_dict() == configs.to_dict()
+
+
+CONFIGS_CLASSES = (Configs, FolderConfigs, SplitConfigs, PlotConfigs, PredictConfigs, CompressConfigs)
+FLAGS = sorted({f"--{name}" for configs_class in CONFIGS_CLASSES for name in configs_class.options()})
+FLAG_VALUES = st.sampled_from(["True", "no", "none", "0", "-1", "1e999", "nan", "9" * 400, "9" * 5000, "", "--", "-"])
+ARGUMENTS = st.sampled_from([*FLAGS, "--configs"]) | FLAG_VALUES | st.text(max_size=12)
+
+
+@fuzz(1000, configs_class=st.sampled_from(CONFIGS_CLASSES), arguments=st.lists(ARGUMENTS, max_size=5))
+def test_command_lines(folder, configs_class, arguments):
+    if not {"--help", "-h"} & set(arguments):
+        attempt(configs_class.from_command_line, "A script.", arguments)
+
+
+DECISION = metrics.Decision(["cat", "dog"], False).to_dict()
+FIELDS = st.sampled_from(sorted(DECISION))
+
+
+@fuzz(600, content=json_files(st.dictionaries(FIELDS, VALUES, max_size=3).map(lambda fields: DECISION | fields)))
+def test_decisions(folder, content):
+    Path("decision.json").write_bytes(content)
+    decision = attempt(metrics.read_decision, ".", ["cat", "dog"], False, "best_model.keras")
+    if decision is not None:
+        calibrated = decision.calibrate(np.array([[0.25, 0.75], [1, 0]], np.float32))
+        assert ((calibrated >= 0) & (calibrated <= 1)).all()
+        assert decision.choose(calibrated).shape == (2, 2)
+
+
+# Images
+
+
+PICTURES = [content for content in dict.fromkeys(content for _, content in images().values()) if content]
+SMALL_PICTURES = [content for content in PICTURES if len(content) < 50_000]
+
+
+@fuzz(1500, content=damaged(SMALL_PICTURES), image_size=st.sampled_from([None, (8, 8), (30, 40)]))
+def test_images(folder, content, image_size):
+    Path("image.jpg").write_bytes(content)
+    image = attempt(generator.read_image, "image.jpg", image_size)
+    if image is not None:
+        assert image.dtype == np.uint8
+        assert image.ndim == 3
+        assert image.shape[2] == 3
+        assert image.size
+
+
+# Models
+
+
+STATE = dict.fromkeys(sorted(callbacks.STATE_PARTS)) | {"epochs_completed": 1, "log": [{"epoch": 1}]}
+
+
+def build_files():
+    """Returns the bytes of a small trained model in each format: `.keras`, `.h5`, and the pair `.h5` and `.json`."""
+    inputs = keras.Input((8, 8, 3))
+    outputs = keras.layers.Dense(2, activation="softmax")(keras.layers.Flatten()(keras.layers.Conv2D(2, 3)(inputs)))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in (".keras", ".h5"):
+            model.save(f"{folder}/model{suffix}")
+        callbacks.save_checkpoint(model, f"{folder}/checkpoint.keras", STATE)
+        utils.custom_save_model(model, folder, "pair")
+        names = ("model.keras", "checkpoint.keras", "model.h5", "pair.h5", "pair.json")
+        return {name: Path(folder, name).read_bytes() for name in names}
+
+
+FILES = build_files()
+with zipfile.ZipFile(io.BytesIO(FILES["model.keras"])) as opened:
+    PARTS = {name: opened.read(name) for name in opened.namelist()}
+LAYERS = json.loads(FILES["pair.json"])
+
+
+def pack(parts, packing=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", packing) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def list_places(part, place=()):
+    """Returns the way to each value in what JSON holds."""
+    inner = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+    return [place, *(found for key, value in inner for found in list_places(value, (*place, key)))]
+
+
+PLACES = list_places(LAYERS)[1:]
+FOREIGN = st.sampled_from(
+    ["Lambda", "os", "keras.utils", "get_file", "system", "builtins", "eval", "Dense", "__lambda__"]
+)
+
+
+@st.composite
+def changed_layers(draw):
+    """Draws the layers of the model as JSON with one to three values replaced."""
+    layers = json.loads(FILES["pair.json"])
+    for place in draw(st.lists(st.sampled_from(PLACES), min_size=1, max_size=3)):
+        target = layers
+        for key in place[:-1]:
+            target = target[key] if isinstance(target, list | dict) and key in list_keys(target) else {}
+        if isinstance(target, dict | list) and place[-1] in list_keys(target):
+            target[place[-1]] = draw(VALUES | FOREIGN | st.integers(-2, 10**6))
+    return json.dumps(layers).encode("utf-8", "surrogatepass")
+
+
+def list_keys(part):
+    return part if isinstance(part, dict) else range(len(part))
+
+
+ARCHIVES = st.one_of(
+    damaged([FILES["model.keras"], FILES["checkpoint.keras"]]),
+    # Whole archives, with checksums that are right, of parts that are not.
+    changed_layers().map(lambda content: pack(PARTS | {"config.json": content})),
+    damaged([PARTS["config.json"]]).map(lambda content: pack(PARTS | {"config.json": content})),
+    damaged([PARTS["model.weights.h5"]]).map(lambda content: pack(PARTS | {"model.weights.h5": content})),
+    st.text(max_size=20).map(lambda name: pack(PARTS | {name or "x": b"x"}, zipfile.ZIP_DEFLATED)),
+)
+
+
+def load(path, with_optimizer):
+    return utils.load_model(path, with_optimizer)
+
+
+@fuzz(700, content=ARCHIVES, with_optimizer=st.booleans())
+def test_keras_files(folder, content, with_optimizer):
+    Path("model.keras").write_bytes(content)
+    model = attempt(load, "model.keras", with_optimizer)
+    assert model is None or isinstance(model, keras.Model)
+
+
+@fuzz(700, content=damaged([FILES["model.h5"]]), with_optimizer=st.booleans())
+def test_hdf5_files(folder, content, with_optimizer):
+    Path("model.h5").write_bytes(content)
+    model = attempt(load, "model.h5", with_optimizer)
+    assert model is None or isinstance(model, keras.Model)
+
+
+@fuzz(
+    600,
+    layers=changed_layers() | damaged([FILES["pair.json"]]) | st.just(FILES["pair.json"]),
+    weights=damaged([FILES["pair.h5"]]) | st.just(FILES["pair.h5"]),
+)
+def test_compressed_models(folder, layers, weights):
+    Path("model.h5").write_bytes(weights)
+    Path("model.json").write_bytes(layers)
+    model = attempt(load, "model.h5", False)
+    assert model is None or isinstance(model, keras.Model)
+
+
+@fuzz(600, content=damaged([FILES["checkpoint.keras"], pack({callbacks.STATE_MEMBER: json.dumps(STATE)})]))
+def test_states(folder, content):
+    Path("latest_model.keras").write_bytes(content)
+    state = attempt(callbacks.read_state, "latest_model.keras")
+    assert state is None or state == STATE
+
+
+# File names
+
+
+PATH_PARTS = st.sampled_from(["..", ".", "CON", "a", ".hidden", "a\\b", "C:", "花" * 90]) | st.text(max_size=300)
+
+
+@fuzz(300, parts=st.lists(st.lists(PATH_PARTS, min_size=1, max_size=4), min_size=1, max_size=4))
+def test_names_of_pictures(folder, parts):
+    names = attempt(draw_activations.name_outputs, ["/".join(part) + ".jpg" for part in parts])
+    assert len({name.casefold() for name in names}) == len(parts)
+    output = Path("cam_output")
+    for name in names:
+        attempt(draw_activations.write_image, f"cam_output/{name}", np.zeros((2, 2, 3), np.uint8))
+    assert sorted(os.listdir(output)) == sorted(names)
+    shutil.rmtree(output)
+
+
+# All of them
+
+
+TARGETS = [name for name in dict(globals()) if name.startswith("test_")]
+
+
+def test_there_were_enough_cases():
+    if len(cases) < len(TARGETS):
+        pytest.skip("Only some of the targets ran.")
+    assert sum(cases.values()) >= FEWEST_CASES
+
+
+def test_nothing_is_left_beside_the_tests():
+    assert not (Path(__file__).resolve().parent.parent / ".hypothesis").exists()
