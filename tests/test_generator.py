@@ -528,6 +528,7 @@ def test_a_missing_image_is_named_with_a_cache_too(pictures, tmp_path):
         one_epoch(sequence_of(paths, cache=cache_of("disk", paths, tmp_path)))
 
 
+@pytest.mark.slow
 def test_input_wait_is_the_share_of_the_time_that_the_model_waits(pictures, capsys):
     class Slow(AugmentedImageSequence):
         def __getitem__(self, index):
