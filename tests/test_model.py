@@ -589,7 +589,7 @@ def test_mixed_precision_takes_bfloat16_where_every_gpu_has_it(monkeypatch, capa
 def test_mixed_precision_computes_in_16_bits_and_answers_in_32(monkeypatch, tmp_path, kind):
     monkeypatch.setattr("model.choose_mixed_policy", lambda: f"mixed_{kind}")
     options = {"visual_model_name": "MobileNet", "use_imagenet_weights": False, "image_target_size": (32, 32, 3)}
-    configs = Configs(**options, pop_conv_layers=60, classes=["a", "b", "c"], mixed_precision=True)
+    configs = Configs(**options, classes=["a", "b", "c"], mixed_precision=True)
     model = ModelFactory().get_model(configs)
     backbone, classifier = model.get_layer("backbone"), model.get_layer("classifier")
     assert {layer.compute_dtype for layer in backbone.layers} == {kind}
