@@ -334,7 +334,9 @@ def test_names_that_matplotlib_could_stumble_over(tmp_path):
     names = ["$\\frac$ $1", "_hidden", "花\n\x00"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        save_figures(str(tmp_path), single_label(names), make_curves(names))
+        paths = save_figures(str(tmp_path), single_label(names), make_curves(names))
+    assert sorted(map(str, tmp_path.iterdir())) == sorted(paths)
+    assert len(paths) == 4
 
 
 # Page
