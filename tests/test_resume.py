@@ -372,15 +372,19 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
 
             condition = in_write
         else:
-            moment = rng.uniform(0, 1.5)
+            share = rng.uniform()
 
-            def after_a_checkpoint(latest=latest, version=version, moment=moment):
-                if not latest.exists() or latest.stat().st_mtime_ns == version:
+            def after_two_checkpoints(latest=latest, versions=[version], times=[], share=share):  # noqa: B006
+                if latest.exists() and latest.stat().st_mtime_ns != versions[-1]:
+                    versions.append(latest.stat().st_mtime_ns)
+                    times.append(time.monotonic())
+                if len(times) < 2:
                     return False
-                time.sleep(moment)
+                # In the time of this machine: at any moment between this checkpoint and the next.
+                time.sleep(share * (times[1] - times[0]))
                 return True
 
-            condition = after_a_checkpoint
+            condition = after_two_checkpoints
         if not kill_when(process, condition):
             assert process.returncode == 0
             break
