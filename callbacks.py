@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,9 +24,11 @@ import tensorflow as tf
 from configs import Configs, UserError
 from generator import AugmentedImageSequence
 from metrics import get_aurocs, mean_of_defined, none_if_undefined
+from model import DistributedModel
 from utils import (
     TEMPORARY_PREFIX,
     Finding,
+    Team,
     atomic_path,
     join_names,
     write_csv,
@@ -62,9 +65,13 @@ class Validation(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Predicts the validation images and adds their figures to `logs`, which the callbacks after this one see."""
-        probabilities = self.model.predict(self.sequence.to_dataset(), verbose=0)
-        # After the images have been read: the labels of those that cannot be are left out.
-        y_true = self.sequence.get_y_true()
+        if isinstance(self.model, DistributedModel):
+            probabilities, is_read = self.model.predict_sequence(self.sequence)
+            y_true = self.sequence.get_labels(np.flatnonzero(is_read))
+        else:
+            probabilities = self.model.predict(self.sequence.to_dataset(), verbose=0)
+            # After the images have been read: the labels of those that cannot be are left out.
+            y_true = self.sequence.get_y_true()
         logs["val_loss"] = float(np.mean(self.loss(y_true, probabilities)))
         if self.multi_label:
             self.aurocs = get_aurocs(y_true, probabilities)
@@ -155,25 +162,29 @@ class BadImages(keras.callbacks.Callback):
     """Says after each epoch which images could not be read for the first time, and adds them to data_report.csv.
 
     Args:
-        sequences: the training and the validation images, by their CSV file.
+        sequences: the training and the validation images, by their name.
         folder: that of the run.
+        team: whose images these are; its chief tells of all.
     """
 
-    def __init__(self, sequences: dict[str, AugmentedImageSequence], folder: str) -> None:
+    def __init__(self, sequences: dict[str, AugmentedImageSequence], folder: str, team: Team) -> None:
         super().__init__()
         self.sequences = sequences
         self.folder = folder
+        self.team = team
         self._told: set[tuple[str, int]] = set()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Tells of each image once."""
+        bad = [[name, *image] for name, images in self.sequences.items() for image in images.bad_images.items()]
+        if all(not images.skip_bad_images for images in self.sequences.values()):
+            return
         found = []
-        for csv_path, sequence in self.sequences.items():
-            for row, reason in sorted(sequence.bad_images.items()):
-                if (csv_path, row) not in self._told:
-                    self._told.add((csv_path, row))
-                    found.append(Finding("unreadable", "", csv_path, None, sequence.paths[row], reason))
-        if found:
+        for name, row, reason in sorted(itertools.chain.from_iterable(self.team.exchange(bad))):
+            if (name, row) not in self._told:
+                self._told.add((name, row))
+                found.append(Finding("unreadable", "", name, None, self.sequences[name].paths[row], reason))
+        if found and self.team.is_chief:
             print(f"\n{len(found)} images could not be read and were left out: {join_names([x.path for x in found])}")
             write_data_report(self.folder, found, is_more=True)
 
@@ -192,6 +203,7 @@ class Checkpoint(keras.callbacks.Callback):
         plateau: the run's scheduler, whose state is kept.
         input_wait: tells the share of each epoch that the model waited.
         interruption: tells which signal has arrived.
+        writes: False where another process of the run does so.
         state: of the checkpoint that training continues from.
     """
 
@@ -203,6 +215,7 @@ class Checkpoint(keras.callbacks.Callback):
         plateau: keras.callbacks.ReduceLROnPlateau,
         input_wait: InputWait,
         interruption: Interruption,
+        writes: bool = True,
         state: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -216,7 +229,9 @@ class Checkpoint(keras.callbacks.Callback):
             "configs": configs.to_dict(),
             "given": sorted(configs.given),
             "data": {"train_csv": fingerprint(training), "validation_csv": fingerprint(validation.sequence)},
+            "devices": training.shares.devices,
         }
+        self.writes = writes
         self.training = training
         self.validation = validation
         self.plateau = plateau
@@ -249,9 +264,7 @@ class Checkpoint(keras.callbacks.Callback):
         """Restores the running figures of an epoch that began before the stop: Keras has just set them to zero."""
         self.epoch = epoch
         if self.to_restore is not None and self.to_restore["steps_completed"]:
-            variables = [variable for metric in self.model.metrics for variable in metric.variables]
-            for variable, value in zip(variables, self.to_restore["metrics"], strict=True):
-                variable.assign(np.array(value, dtype=variable.dtype))
+            restore_metrics(self.model, self.to_restore["metrics"])
         self.to_restore = None
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float]) -> None:
@@ -295,7 +308,6 @@ class Checkpoint(keras.callbacks.Callback):
             epochs_completed: of the run.
             steps_completed: of the epoch after them.
         """
-        metrics = self.model.metrics if steps_completed else []
         return {
             **self.run_state,
             "epochs_completed": epochs_completed,
@@ -305,7 +317,7 @@ class Checkpoint(keras.callbacks.Callback):
             "best_aurocs": self.best_aurocs,
             "plateau": self.plateau_state,
             "seed_states": [np.asarray(variable).tolist() for variable in seed_states(self.model)],
-            "metrics": [np.asarray(variable).tolist() for metric in metrics for variable in metric.variables],
+            "metrics": read_metrics(self.model) if steps_completed else [],
             "log": self.log,
             "input_waits": self.input_waits,
         }
@@ -319,7 +331,11 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _save(self, names: Sequence[str], epochs_completed: int, steps_completed: int) -> None:
         first, *others = (os.path.join(self.folder, name) for name in names)
-        save_checkpoint(self.saved_view, first, self.state(epochs_completed, steps_completed))
+        # Reading the metrics of several processes takes all of them.
+        state = self.state(epochs_completed, steps_completed)
+        if not self.writes:
+            return
+        save_checkpoint(self.saved_view, first, state)
         for path in others:
             duplicate_file(first, path)
 
@@ -334,7 +350,7 @@ class Checkpoint(keras.callbacks.Callback):
             raise SystemExit(128 + self.interruption.signal)
 
     def _write_logs(self) -> None:
-        if not self.log:
+        if not self.log or not self.writes:
             return
         write_csv(os.path.join(self.folder, "training_log.csv"), pd.DataFrame(self.log))
         stats = {
@@ -357,24 +373,42 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 class Interruption:
-    """Notes SIGINT and SIGTERM while it is entered, so that training can end after its step; a second one ends it."""
+    """Notes SIGINT and SIGTERM while it is entered, so that training can end after its step; a second one ends it.
 
-    def __init__(self) -> None:
+    Args:
+        is_shared: training ends where all processes of the run have agreed on it, by `get_flags` and `note_flags`.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, is_shared: bool = False) -> None:
+        self.is_shared = is_shared
         self.signal = 0
+        self._received = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         # Python lets the main thread alone handle signals.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self.NUMBERS:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore()
 
+    def get_flags(self) -> np.ndarray:
+        """Returns which of the signals this process has received, as zeros and ones."""
+        return np.array([self._received == number for number in self.NUMBERS], np.float32)
+
+    def note_flags(self, flags: Sequence[float]) -> None:
+        """Takes the sum of all processes' flags: what one has received holds for all."""
+        self.signal = next((number for number, flag in zip(self.NUMBERS, flags, strict=True) if flag), 0)
+
     def _note(self, number: int, _: object) -> None:
-        self.signal = number
+        self._received = number
+        if not self.is_shared:
+            self.signal = number
         self._restore()
 
     def _restore(self) -> None:
@@ -388,6 +422,7 @@ def build_callbacks(
     validation: AugmentedImageSequence,
     loss: Callable,
     interruption: Interruption,
+    team: Team,
     state: dict[str, Any] | None,
 ) -> list[keras.callbacks.Callback]:
     """Builds a run's callbacks in the order that they need: measure, schedule, log, and last the checkpoint.
@@ -398,6 +433,7 @@ def build_callbacks(
         validation: the validation images.
         loss: of probabilities, as the training's.
         interruption: tells which signal has arrived.
+        team: the processes that train together; its chief alone writes.
         state: of the checkpoint that training continues from.
     """
     measure = Validation(validation, loss, configs.multi_label_classification)
@@ -410,10 +446,10 @@ def build_callbacks(
     )
     curves = keras.callbacks.TensorBoard(os.path.join(configs.save_model_path, "logs"), write_graph=False)
     input_wait = InputWait()
-    checkpoint = Checkpoint(configs, training, measure, plateau, input_wait, interruption, state)
+    checkpoint = Checkpoint(configs, training, measure, plateau, input_wait, interruption, team.is_chief, state)
     sequences = {configs.train_csv: training, configs.validation_csv or configs.test_csv: validation}
-    bad_images = BadImages(sequences, configs.save_model_path)
-    return [EpochOrder(training), input_wait, measure, plateau, curves, bad_images, checkpoint]
+    bad_images = BadImages(sequences, configs.save_model_path, team)
+    return [EpochOrder(training), input_wait, measure, plateau, *[curves] * team.is_chief, bad_images, checkpoint]
 
 
 def stops_early(epochs_completed: int, best_epoch: int | None, patience: int) -> bool:
@@ -432,6 +468,27 @@ def fingerprint(sequence: AugmentedImageSequence) -> str:
 def seed_states(model: keras.Model) -> list[keras.Variable]:
     """Returns the random states of a model's dropout layers, which `.keras` files do not bring back."""
     return [variable for variable in model.variables if variable.name == "seed_generator_state"]
+
+
+def read_metrics(model: keras.Model) -> list[Any]:
+    """Returns the values of a model's running metrics; of several devices their sums, with those of the loss."""
+    values = [np.asarray(variable).tolist() for metric in model.metrics for variable in metric.variables]
+    return [*values, model.loss_sums.tolist()] if isinstance(model, DistributedModel) else values
+
+
+def restore_metrics(model: keras.Model, values: Sequence[Any]) -> None:
+    """Gives a model's running metrics the values that `read_metrics` returned; the first device has all of them."""
+    variables = [variable for metric in model.metrics for variable in metric.variables]
+    if isinstance(model, DistributedModel):
+        *values, loss_sums = values
+        model.loss_sums = np.array(loss_sums)
+
+    def assign() -> None:
+        is_first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(np.array(value, dtype=variable.dtype) * tf.cast(is_first, variable.dtype))
+
+    model.distribute_strategy.run(assign)
 
 
 def save_checkpoint(model: keras.Model, path: str, state: dict[str, Any]) -> None:
@@ -494,12 +551,17 @@ def is_running(process_id: int) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: str) -> Iterator[None]:
+def locked(folder: str, is_needed: bool = True) -> Iterator[None]:
     """Holds a folder for this process alone; the system lets go of it however the process ends.
+
+    Where it is not needed, another process of the same run holds it.
 
     Raises:
         UserError: another process holds it, or the folder cannot be written.
     """
+    if not is_needed:
+        yield
+        return
     path = os.path.join(folder, LOCK_FILE)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -585,3 +647,11 @@ def check_same_data(
                 f"The images or labels of {option} are not those that the run began with. Restore the table, "
                 "or start a new run from the model's weights in another save_model_path."
             )
+    before, now = state.get("devices", 1), training.shares.devices
+    if before != now and state["steps_completed"]:
+        raise UserError(
+            f"The run stopped within an epoch on {before} devices, whose steps are not those of {now}. Go on with "
+            f"{before} until the epoch is over, or start a new run from the model's weights."
+        )
+    if before != now:
+        print(f"The number of devices changes from {before} to {now}, and with it the images of a step.")

@@ -32,6 +32,7 @@ BACKBONE_NAMES = (
 OPTIMIZER_NAMES = ("Adam", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Nadam")
 VERIFY_MODES = ("quick", "full", "off")
 MAX_IMAGE_PIXELS = 179_000_000
+DISTRIBUTION_STRATEGIES = ("none", "mirrored", "multi_worker")
 CAM_METHODS = ("gradcam", "gradcam++", "hirescam", "layercam")
 CAM_CLASSES = ("predicted", "true", "top_k", "threshold")
 CAM_COLORMAPS = ("jet", "turbo", "viridis", "inferno", "magma", "plasma")
@@ -215,6 +216,13 @@ class Configs:
     cam_top_k: int = define(3, "How many classes cam_classes top_k explains", at_least=1)
     cam_alpha: float = define(0.4, "Opacity of the heatmap over the image", at_least=0, at_most=1)
     cam_colormap: str = define("jet", "Colours of the heatmap", choices=CAM_COLORMAPS)
+    distribution_strategy: str = define(
+        "none",
+        "Train on one device, on every visible GPU of this machine (mirrored), or on those of all hosts in TF_CONFIG "
+        "or a Slurm step (multi_worker); batch_size is that of each GPU",
+        choices=DISTRIBUTION_STRATEGIES,
+    )
+    scale_learning_rate: bool = define(False, "Multiply the learning rate by the number of devices that train together")
     overwrite: bool = define(False, "Start a new run where save_model_path holds another one, and remove that")
 
     def __post_init__(self) -> None:

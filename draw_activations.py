@@ -268,13 +268,14 @@ def arrange(panels: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
 
 
 def name_outputs(paths: list[str]) -> list[str]:
-    """Gives each image a file name of its own: its path below the images' common folder, joined by hyphens.
+    """Gives each image a file name of its own: its path or URL below the images' common folder, joined by hyphens.
 
     Returns:
         Names without folders, in the order of `paths`, that every system can write: what one of them forbids in a
         name becomes an underscore, a long name is cut and ends in a digest; a name met again gets a number.
     """
-    absolute = [os.path.abspath(path) for path in paths]
+    # A URL's protocol stands for a folder.
+    absolute = [os.path.abspath(path.replace("://", os.sep, 1)) for path in paths]
     common = os.path.commonpath([os.path.dirname(path) for path in absolute])
     names, taken = [], set()
     for path in absolute:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import math
 import os
 import shutil
@@ -12,7 +13,7 @@ import threading
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import keras
@@ -21,7 +22,17 @@ import psutil
 import tensorflow as tf
 
 from configs import MAX_IMAGE_PIXELS, UserError
-from utils import TAIL_BYTES, BadImage, check_end, check_length, decode_animated_png, read_header
+from utils import (
+    TAIL_BYTES,
+    BadImage,
+    check_end,
+    check_length,
+    decode_animated_png,
+    is_url,
+    read_bytes,
+    read_header,
+    read_version,
+)
 
 if TYPE_CHECKING:
     from imgaug import augmenters as iaa
@@ -39,13 +50,15 @@ DECODE_FLAGS = {
     8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 JPEG_START = b"\xff\xd8\xff"
+# What to do about an object that no store gives.
+STORE_REMEDIES = {"missing": "Replace it", "unreachable": "Check the address, the network and your permissions"}
 
 
 def read_image(path: str, image_size: Sequence[int] | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
-    """Decodes an image file as an upright picture: its EXIF orientation is applied.
+    """Decodes an image as an upright picture: its EXIF orientation is applied.
 
     Args:
-        path: the file.
+        path: a file, or a URL that fsspec reads.
         image_size: `(height, width)` that the picture will be resized to: a JPEG at least twice as large is decoded
             at 1/2, 1/4 or 1/8 of its size, never below this one, which is faster.
         max_pixels: what the picture may have; the header tells before anything is decoded.
@@ -56,11 +69,8 @@ def read_image(path: str, image_size: Sequence[int] | None = None, max_pixels: i
     Raises:
         UserError: the file is missing, cut short, too large or cannot be decoded.
     """
-    # A pipe or a device has no end.
-    if not os.path.isfile(path):
-        raise UserError(f"Cannot read the image {path}: No such file or directory. Replace it, or drop its row.")
     try:
-        encoded = np.fromfile(path, np.uint8)
+        encoded = read_bytes(path)
         sides = check_header(encoded, max_pixels)
         divisor = choose_divisor(encoded, sides, image_size) if image_size else 1
         image = decode_animated_png(encoded)
@@ -70,7 +80,9 @@ def read_image(path: str, image_size: Sequence[int] | None = None, max_pixels: i
         reason = getattr(error, "strerror", None) or getattr(error, "err", None) or str(error)
         raise UserError(f"Cannot read the image {path}: {reason}. Replace it, or drop its row.") from error
     except BadImage as error:
-        raise UserError(f"Cannot decode the image {path}: {error.detail}. Replace it, or drop its row.") from error
+        what = f"read the image {path}: it" if error.kind in STORE_REMEDIES else f"decode the image {path}:"
+        remedy = STORE_REMEDIES.get(error.kind, "Replace it")
+        raise UserError(f"Cannot {what} {error.detail}. {remedy}, or drop its row.") from error
     if image is None:
         raise UserError(f"Cannot decode the image {path}: it is damaged or no image. Replace it, or drop its row.")
     return image
@@ -161,13 +173,13 @@ class MemoryCache:
 class DiskCache:
     """Keeps resized images in a file that is mapped into memory, for this run, later ones and other processes.
 
-    The file holds an entry per image (a digest of its path, size and modification time, and a checksum of its
-    pixels) and after the entries the pixels. Pixels are written before their entry, and both are checked at an
-    image's first use: what changed meanwhile, or was half written when a process or the machine stopped, is decoded
-    anew. Processes that share the file write the same bytes.
+    The file holds an entry per image (a digest of its path, size and modification time, or of its URL and what the
+    store tells without sending it, and a checksum of its pixels) and after the entries the pixels. Pixels are written
+    before their entry, and both are checked at an image's first use: what changed meanwhile, or was half written when
+    a process or the machine stopped, is decoded anew. Processes that share the file write the same bytes.
 
     Args:
-        paths: image files.
+        paths: image files or URLs.
         image_size: `(height, width)`.
         folder: where the file is, or will be.
 
@@ -180,7 +192,7 @@ class DiskCache:
     VERSION = 1
 
     def __init__(self, paths: Sequence[str], image_size: Sequence[int], folder: str) -> None:
-        self._paths = [os.path.abspath(path) for path in paths]
+        self._paths = [path if is_url(path) else os.path.abspath(path) for path in paths]
         self._shape = (*image_size, 3)
         self._image_bytes = math.prod(self._shape)
         self._pixels_start = len(paths) * self.ENTRY.itemsize
@@ -242,14 +254,20 @@ class DiskCache:
                     self._file.write(part.tobytes())
         except OSError as error:
             raise UserError(f"Cannot write the image cache {self.path}: {error.strerror}. Free the space.") from error
+        # A store is asked once a run: it takes longer to answer than a disk.
+        self._checked[row] = is_url(self._paths[row])
 
     def _digest(self, row: int) -> bytes:
         path = self._paths[row]
         try:
-            status = os.stat(path)
-        except OSError:
-            return b"\0" * 15 + b"\1"  # reading the image tells what is wrong with it
-        key = f"{path}\0{status.st_size}\0{status.st_mtime_ns}"
+            if is_url(path):
+                version = read_version(path)
+            else:
+                status = os.stat(path)
+                version = f"{status.st_size}\0{status.st_mtime_ns}"
+        except (OSError, BadImage):
+            return b""  # reading the image tells what is wrong with it; no entry's digest is that short
+        key = f"{path}\0{version}"
         return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
 
@@ -263,17 +281,32 @@ def free_memory() -> int:
     return free
 
 
+class Shares(NamedTuple):
+    """Which of the devices that train together this process feeds.
+
+    Attributes:
+        devices: in all processes; a step has a batch for each.
+        first: the position among them of this process's first one.
+        local: how many of them this process has.
+    """
+
+    devices: int = 1
+    first: int = 0
+    local: int = 1
+
+
 class AugmentedImageSequence(keras.utils.Sequence):
     """Batches of images and labels.
 
-    Order and augmentation follow from `(seed, epoch, index)` alone, whatever the number of workers; set `epoch`
-    before each epoch of training, and `first_step` to leave out the batches before it.
+    Order and augmentation follow from `(seed, epoch, index)` alone, whatever the number of workers, and however the
+    devices that train together are spread over processes; set `epoch` before each epoch of training, and
+    `first_step` to leave out the batches before it.
 
     Args:
         paths: image files.
         labels: `(images,)` class positions, or `(images, classes)` of zeros and ones, in batches float32.
         image_size: `(height, width)` that images are resized to.
-        batch_size: images a batch; the last one of an epoch may be smaller.
+        batch_size: images a batch and device; the last one of an epoch may be smaller.
         augmenter: of uint8 images, from `augmenter.py` or imgaug itself, or None.
         shuffle: give each epoch an order of its own; otherwise the order is that of `paths`.
         seed: of order and augmentation.
@@ -283,6 +316,7 @@ class AugmentedImageSequence(keras.utils.Sequence):
         max_pixels: what an image may have.
         skip_bad_images: an image that cannot be read is noted in `bad_images`. Where `shuffle` is set the next one of
             the epoch's order that can be read takes its place; otherwise its row is left out.
+        shares: the devices that train together whose images of every step these batches are; nothing else is read.
     """
 
     def __init__(
@@ -299,6 +333,7 @@ class AugmentedImageSequence(keras.utils.Sequence):
         cache: MemoryCache | DiskCache | None = None,
         max_pixels: int = MAX_IMAGE_PIXELS,
         skip_bad_images: bool = False,
+        shares: Shares | None = None,
     ) -> None:
         super().__init__(workers=max(workers, 1), max_queue_size=max_queue_size)
         self.paths = np.asarray(paths, dtype=object)
@@ -312,6 +347,8 @@ class AugmentedImageSequence(keras.utils.Sequence):
         self.max_pixels = max_pixels
         self.skip_bad_images = skip_bad_images
         self.bad_images: dict[int, str] = {}
+        self.gives_shares = shares is not None and shuffle
+        self.shares = shares or Shares()
         self.epoch = 0
         self.first_step = 0
         self.error: UserError | None = None
@@ -319,8 +356,8 @@ class AugmentedImageSequence(keras.utils.Sequence):
 
     @property
     def steps(self) -> int:
-        """Batches a whole epoch."""
-        return math.ceil(len(self.paths) / self.batch_size)
+        """Steps a whole epoch."""
+        return math.ceil(len(self.paths) / (self.batch_size * self.shares.devices))
 
     def __len__(self) -> int:
         return self.steps - self.first_step
@@ -328,14 +365,14 @@ class AugmentedImageSequence(keras.utils.Sequence):
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns batch `first_step + index` of this epoch: uint8 RGB `(batch, height, width, 3)` and its labels."""
         index += self.first_step
-        order = self._order()
-        rows = order[index * self.batch_size : (index + 1) * self.batch_size].copy()
+        bounds = self._get_bounds(index)
+        rows = self._order()[bounds[0] : bounds[-1]].copy()
         images = np.empty((len(rows), *self.image_size, 3), np.uint8)
         try:
             kept = [
                 position
                 for position, target in enumerate(images)
-                if self._load_or_replace(rows, position, index * self.batch_size, target)
+                if self._load_or_replace(rows, position, bounds[0], target)
             ]
         except UserError as error:
             # Keras turns what a worker raises into an error of its own: kept for whoever runs the model.
@@ -344,26 +381,66 @@ class AugmentedImageSequence(keras.utils.Sequence):
         if len(kept) < len(rows):
             images, rows = images[kept], rows[kept]
         if self.augmenter is not None:
-            images = self._augment(images, index)
+            images = self._augment(images, index, [bound - bounds[0] for bound in bounds])
         return images, self._labels_of(rows)
 
-    def to_dataset(self) -> tf.data.Dataset:
-        """Returns the batches of an epoch for Keras's `fit` or `predict`, prepared ahead by threads of TensorFlow.
+    def get_shares(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.float32]:
+        """Returns batch `first_step + index` for several devices, of which each has at least one image.
 
-        Each pass over it is an epoch, the one that `epoch` says when it begins.
+        Where a step has fewer images than there are devices, those without one get a grey image of weight 0.
+
+        Returns:
+            Images and labels as a batch has them, the images' weights (1 or 0), the bounds `(local + 1,)` of each
+            device's images among them, and the number of the step's images on all devices.
         """
-        shapes = (None, *self.image_size, 3), (None, *self.labels.shape[1:])
-        types = tf.uint8, tf.as_dtype(self._labels_of(slice(0)).dtype)
+        images, labels = self[index]
+        bounds = np.array(self._get_bounds(self.first_step + index))
+        total = self._count(self.first_step + index)
+        weights, bounds = np.ones(len(images), np.float32), bounds - bounds[0]
+        for device in np.flatnonzero(bounds[1:] == bounds[:-1]):
+            place = bounds[device]
+            images = np.insert(images, place, 127, axis=0)
+            labels, weights = np.insert(labels, place, 0, axis=0), np.insert(weights, place, 0)
+            bounds[device + 1 :] += 1
+        return images, labels, weights, bounds.astype(np.int32), np.float32(total)
+
+    def to_dataset(self) -> tf.data.Dataset:
+        """Returns the batches of an epoch for `fit` or `predict`, prepared ahead by threads of TensorFlow.
+
+        Each pass over it is an epoch, the one that `epoch` says when it begins. Where `shares` are given, and `shuffle`
+        is set, a batch is what `get_shares` returns.
+        """
+        labels = tf.TensorSpec((None, *self.labels.shape[1:]), self._labels_of(slice(0)).dtype)
+        specs = [tf.TensorSpec((None, *self.image_size, 3), tf.uint8), labels]
+        make_batch = self.__getitem__
+        if self.gives_shares:
+            make_batch = self.get_shares
+            specs += [tf.TensorSpec((None,), tf.float32), tf.TensorSpec((self.shares.local + 1,), tf.int32)]
+            specs += [tf.TensorSpec((), tf.float32)]
 
         def load(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
             # What it returns follows from the index: op determinism would otherwise run it in the model's own thread.
-            batch = tf.numpy_function(self.__getitem__, [index], types, stateful=False)
-            return tuple(tf.ensure_shape(part, shape) for part, shape in zip(batch, shapes, strict=True))
+            batch = tf.numpy_function(make_batch, [index], [spec.dtype for spec in specs], stateful=False)
+            return tuple(tf.ensure_shape(part, spec.shape) for part, spec in zip(batch, specs, strict=True))
 
         options = tf.data.Options()
         options.threading.private_threadpool_size = self.workers + 1
         batches = tf.data.Dataset.range(len(self)).map(load, num_parallel_calls=self.workers, deterministic=True)
         return batches.prefetch(self.max_queue_size).with_options(options)
+
+    def _count(self, step: int) -> int:
+        """Counts a step's images on all devices."""
+        whole = self.batch_size * self.shares.devices
+        return min(whole, len(self.paths) - step * whole)
+
+    def _get_bounds(self, step: int) -> list[int]:
+        """Returns where in the epoch's order the images of this process's devices begin, and where the last end.
+
+        What a step has is divided as evenly as can be.
+        """
+        devices, first, local = self.shares
+        start, count = step * self.batch_size * devices, self._count(step)
+        return [start + count * device // devices for device in range(first, first + local + 1)]
 
     def _load_or_replace(self, rows: np.ndarray, position: int, start: int, target: np.ndarray) -> bool:
         """Loads the image of `rows[position]`, or the one that takes its place; False where its row is left out."""
@@ -407,13 +484,17 @@ class AugmentedImageSequence(keras.utils.Sequence):
             self._cached_order = cached
         return cached[1]
 
-    def _augment(self, images: np.ndarray, index: int) -> np.ndarray:
-        # imgaug's augmenters share one random state: each thread has a copy, seeded anew for every batch.
+    def _augment(self, images: np.ndarray, step: int, bounds: Sequence[int]) -> np.ndarray:
+        # imgaug's augmenters share one random state: each thread has a copy, seeded anew for every device's batch.
         if not hasattr(self._of_thread, "augmenter"):
             self._of_thread.augmenter = self.augmenter.deepcopy()
-        seed = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0]
-        self._of_thread.augmenter.seed_(int(seed) % 2**31)
-        return self._of_thread.augmenter(images=images)
+        parts = []
+        for position, (start, end) in enumerate(itertools.pairwise(bounds)):
+            batch = step * self.shares.devices + self.shares.first + position
+            seed = np.random.SeedSequence((self.seed, self.epoch, batch)).generate_state(1)[0]
+            self._of_thread.augmenter.seed_(int(seed) % 2**31)
+            parts += [self._of_thread.augmenter(images=images[start:end])] if end > start else []
+        return np.concatenate(parts) if len(parts) > 1 else (parts or [images])[0]
 
     def get_y_true(self) -> np.ndarray:
         """Returns the labels of one epoch in its order: int `(images,)` or float `(images, classes)`.
@@ -423,10 +504,14 @@ class AugmentedImageSequence(keras.utils.Sequence):
         order = self._order()
         return self._labels_of(order if self.shuffle else np.setdiff1d(order, list(self.bad_images)))
 
+    def get_labels(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the labels of these positions in `paths`, as batches have them."""
+        return self._labels_of(rows)
+
     def get_rows(self, index: int) -> np.ndarray:
         """Returns the positions in `paths` of the images of a batch that has been read, in an order not shuffled."""
-        rows = np.arange(index * self.batch_size, min((index + 1) * self.batch_size, len(self.paths)))
-        return np.setdiff1d(rows, list(self.bad_images))
+        bounds = self._get_bounds(index)
+        return np.setdiff1d(np.arange(bounds[0], bounds[-1]), list(self.bad_images))
 
     def get_class_counts(self) -> np.ndarray:
         """Returns how many images each class position has; positions after the last one present are left out."""

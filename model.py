@@ -8,12 +8,13 @@ that no script can get it wrong. Only stock Keras layers: `keras.models.load_mod
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import numpy as np
@@ -22,6 +23,10 @@ from keras import layers
 
 from configs import BACKBONE_NAMES, Configs, UserError
 from utils import get_class_weights, get_multilabel_class_weights, get_optimizer
+
+if TYPE_CHECKING:
+    from callbacks import Interruption
+    from generator import AugmentedImageSequence
 
 CONVOLUTIONS = (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D)
 
@@ -189,7 +194,7 @@ def compile_model(
     Returns:
         The same model.
     """
-    stock, metric = "sparse_categorical_crossentropy", "accuracy"
+    stock, metric = "sparse_categorical_crossentropy", keras.metrics.SparseCategoricalAccuracy(name="accuracy")
     if configs.multi_label_classification:
         stock = "binary_crossentropy"
         metric = keras.metrics.AUC(multi_label=True, num_labels=model.output_shape[-1], name="auroc")
@@ -200,6 +205,193 @@ def compile_model(
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     model.compile(optimizer, loss=loss or stock, weighted_metrics=[], metrics=[metric])
     return model
+
+
+class DistributedModel(keras.Model):
+    """Trains on several devices, in this process or in many, as one device would train on all their images.
+
+    It has a loop of its own, because under `tf.distribute` the `fit` of Keras 3.15 ends with an error on several
+    hosts (keras-team/keras issue 20585), takes the mean of uneven shares as if they were even, and leaves to each
+    device the batch normalisation's statistics of its own images. Build it, and what it is made of, in the scope of
+    a strategy; its batches are those of `AugmentedImageSequence.get_shares`.
+    """
+
+    def compile(self, optimizer: keras.optimizers.Optimizer, loss: Callable, metrics: list, **_: Any) -> None:
+        """Keeps what training needs: an optimizer, a loss of each image, and metrics that have their variables."""
+        super().compile(optimizer)
+        self.loss_of_images = keras.losses.get(loss)
+        self._own_metrics = metrics
+        # Of the epoch's images: the sum of their losses and their number, in every process the same.
+        self.loss_sums = np.zeros(2)
+        self._has_spread_seeds = False
+        self._forward, self._add = self._build_forward(), self._build_addition()
+        # Variables cannot come into being within a step of several devices.
+        if not optimizer.built:
+            optimizer.build(self.trainable_variables)
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """Those given to `compile`; each device counts its own images, and their sum is exact."""
+        return self._own_metrics
+
+    def fit(
+        self,
+        batches: tf.data.Dataset,
+        epochs: int,
+        initial_epoch: int,
+        callbacks: list[keras.callbacks.Callback],
+        interruption: Interruption,
+        class_weight: dict[int, float] | None = None,
+    ) -> None:
+        """Trains as Keras's `fit` does; what `interruption` notes in one process holds for all after the same step."""
+        steps = int(batches.cardinality())
+        self._step = self._build_step(class_weight)
+        self._interruption = interruption
+        self.train_function = self._train_on_next
+        self.stop_training = False
+        called = keras.callbacks.CallbackList(callbacks, add_progbar=True, verbose=1, epochs=epochs, steps=steps)
+        called.set_model(self)
+        called.on_train_begin()
+        self._spread_seeds()
+        for epoch in range(initial_epoch, epochs):
+            self.reset_metrics()
+            self.loss_sums = np.zeros(2)
+            called.on_epoch_begin(epoch)
+            iterator = iter(batches)
+            for step in range(steps):
+                called.on_train_batch_begin(step)
+                logs = self.train_function(iterator)
+                called.on_train_batch_end(step, logs)
+            called.on_epoch_end(epoch, logs | {metric.name: float(metric.result()) for metric in self.metrics})
+            if self.stop_training:
+                break
+        called.on_train_end()
+
+    def predict_sequence(self, sequence: AugmentedImageSequence) -> tuple[np.ndarray, np.ndarray]:
+        """Predicts a sequence's images, each on one device of one process.
+
+        Returns:
+            Probabilities `(images, classes)` in the sequence's order, of the images that could be read, and which of
+            all images these are, bool `(all images,)`; the same in every process.
+        """
+        found = np.zeros((len(sequence.paths), self.output_shape[-1] + 1), np.float32)
+        for step, (images, _) in enumerate(sequence.to_dataset().as_numpy_iterator()):
+            if len(images):
+                rows = sequence.get_rows(step)
+                found[rows, :-1], found[rows, -1] = self._predict(images), 1
+        if sequence.shares.local < sequence.shares.devices:
+            found = self.distribute_strategy.experimental_local_results(self._add(found))[0].numpy()
+        is_read = found[:, -1] > 0
+        return found[is_read, :-1], is_read
+
+    def _train_on_next(self, iterator: Iterator) -> dict[str, float]:
+        outputs = self._step(*iterator.get_next(), self._interruption.get_flags())
+        sums = self.distribute_strategy.experimental_local_results(outputs)[0].numpy()
+        self.loss_sums = self.loss_sums + sums[:2]
+        self._interruption.note_flags(sums[2:])
+        return {"loss": self.loss_sums[0] / self.loss_sums[1]}
+
+    def _build_step(self, class_weight: dict[int, float] | None) -> Callable:
+        strategy = self.distribute_strategy
+        class_weights = None if class_weight is None else np.array(list(class_weight.values()), np.float32)
+
+        def train_on_share(*batch: tf.Tensor) -> tf.Tensor:
+            *parts, bounds, total, signals = batch
+            images, labels, is_real = self._get_own_images(parts, bounds)
+            weights = is_real if class_weights is None else is_real * tf.gather(class_weights, labels)
+            with tf.GradientTape() as tape:
+                probabilities = self(images, training=True)
+                losses = self.loss_of_images(labels, probabilities) * weights
+                loss = tf.reduce_sum(losses) / total
+                scaled = self.optimizer.scale_loss(loss)
+            self._update_weights(tape.gradient(scaled, self.trainable_variables))
+            self._share_statistics(tf.reduce_sum(is_real) / total)
+            for metric in self.metrics:
+                metric.update_state(tf.boolean_mask(labels, is_real > 0), tf.boolean_mask(probabilities, is_real > 0))
+            sums = tf.concat([[tf.reduce_sum(losses), tf.reduce_sum(is_real)], signals], axis=0)
+            return tf.distribute.get_replica_context().all_reduce("sum", sums)
+
+        @functools.partial(tf.function, autograph=False, reduce_retracing=True)
+        def train(*batch: tf.Tensor) -> Any:
+            return strategy.run(train_on_share, args=batch)
+
+        return train
+
+    @staticmethod
+    def _get_own_images(parts: Sequence[tf.Tensor], bounds: tf.Tensor) -> list[tf.Tensor]:
+        """Cuts a device's own images, labels and weights out of its process's, before they go to the device."""
+        device = tf.distribute.get_replica_context().replica_id_in_sync_group % (bounds.shape[0] - 1)
+        with tf.device("/CPU:0"):
+            return [part[bounds[device] : bounds[device + 1]] for part in parts]
+
+    def _update_weights(self, gradients: list[tf.Tensor]) -> None:
+        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            # Each device leaves a step out where its own gradients are not finite: all must do what one does.
+            is_finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in gradients])
+            poison = tf.distribute.get_replica_context().all_reduce("sum", tf.where(is_finite, 0.0, np.nan))
+            gradients = [gradients[0] + poison, *gradients[1:]]
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+
+    def _share_statistics(self, share: tf.Tensor) -> None:
+        """Takes the batch normalisations' statistics of all images: each device has moved them by those of its own."""
+        norms = [layer for layer in leaf_layers(self) if isinstance(layer, layers.BatchNormalization)]
+        variables = [v.value for norm in norms if norm.trainable for v in (norm.moving_mean, norm.moving_variance)]
+        if variables:
+            parts = [tf.identity(variable) * share for variable in variables]
+            sums = tf.distribute.get_replica_context().all_reduce("sum", parts)
+            for variable, value in zip(variables, sums, strict=True):
+                variable.assign(value)
+
+    def _predict(self, images: np.ndarray) -> np.ndarray:
+        local, number = len(self.distribute_strategy.extended.worker_devices), len(images)
+        # Not every layer takes an empty batch.
+        padded = np.concatenate([images, *[images[-1:]] * (local - number)])
+        bounds = np.array([len(padded) * device // local for device in range(local + 1)], np.int32)
+        return np.concatenate([part.numpy() for part in self._forward(padded, bounds)])[:number]
+
+    def _build_forward(self) -> Callable:
+        strategy = self.distribute_strategy
+
+        def predict_share(images: tf.Tensor, bounds: tf.Tensor) -> tf.Tensor:
+            (images,) = self._get_own_images([images], bounds)
+            return self(images, training=False)
+
+        @functools.partial(tf.function, autograph=False, reduce_retracing=True)
+        def forward(images: tf.Tensor, bounds: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            return strategy.experimental_local_results(strategy.run(predict_share, args=(images, bounds)))
+
+        return forward
+
+    def _build_addition(self) -> Callable:
+        """Builds the sum of an array over the processes; each device has its process's, so the first one's counts."""
+        strategy = self.distribute_strategy
+
+        @functools.partial(tf.function, autograph=False)
+        def add(values: tf.Tensor) -> Any:
+            def add_once() -> tf.Tensor:
+                context = tf.distribute.get_replica_context()
+                is_first = context.replica_id_in_sync_group % len(strategy.extended.worker_devices) == 0
+                return context.all_reduce("sum", values * tf.cast(is_first, values.dtype))
+
+            return strategy.run(add_once)
+
+        return add
+
+    def _spread_seeds(self) -> None:
+        """Gives each device random states of its own: dropout would leave out the same units on all of them."""
+        if self._has_spread_seeds:
+            return
+        self._has_spread_seeds = True
+        states = [variable.value for variable in self.variables if variable.name == "seed_generator_state"]
+
+        @tf.function(autograph=False)
+        def spread() -> None:
+            device = tf.distribute.get_replica_context().replica_id_in_sync_group
+            for state in states:
+                state.assign_add(tf.cast(tf.stack([device, 0]), state.dtype))
+
+        if states:
+            self.distribute_strategy.run(spread)
 
 
 def get_loss(configs: Configs, labels: np.ndarray) -> tuple[Callable, dict[int, float] | None]:

@@ -18,7 +18,9 @@ from utils import (
     IMAGE_SUFFIXES,
     LABEL_SEPARATOR,
     check_file_name,
+    is_url,
     join_names,
+    join_path,
     read_table,
     walk_visible,
     write_csv,
@@ -39,7 +41,7 @@ MOST_COPIES = 100
 class PredictConfigs(Configs):
     """The options of this script, beside those of every script."""
 
-    input: str = define("", "An image, a folder, a pattern in quotes such as 'photos/**/*.jpg', or a CSV file of paths")
+    input: str = define("", "An image, its URL, a folder, a quoted pattern ('photos/**/*.jpg'), or a CSV file of paths")
     write_path: str = define("./predictions.csv", "The CSV file to write")
     top_k: int = define(0, "Also write that many most probable classes of each image, the first one first", at_least=0)
     tta: str = define(
@@ -98,8 +100,9 @@ def list_inputs(given: str, image_directory: str = "") -> tuple[list[str], list[
     """Lists the images that `input` means. Whether each is one shows when it is decoded.
 
     Args:
-        given: an image; a folder, of which the files count that end as images do, subfolders included; a pattern, of
-            which every file counts; or a CSV file with the column `path`. Hidden files count where they are named.
+        given: an image, or its URL; a folder, of which the files count that end as images do, subfolders included; a
+            pattern, of which every file counts; or a CSV file with the column `path`. Hidden files count where they
+            are named.
         image_directory: put in front of the paths in a CSV file.
 
     Returns:
@@ -110,10 +113,10 @@ def list_inputs(given: str, image_directory: str = "") -> tuple[list[str], list[
     """
     if os.path.isfile(given) and given.lower().endswith(".csv"):
         names = read_table(given, IMAGE_COLUMN)[IMAGE_COLUMN].tolist()
-        return names, [os.path.join(image_directory, name) for name in names]
+        return names, [join_path(image_directory, name) for name in names]
     if os.path.isdir(given):
         names = list_folder(given)
-    elif os.path.isfile(given):
+    elif os.path.isfile(given) or is_url(given):
         names = [given]
     elif glob.has_magic(given):
         names = sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))

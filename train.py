@@ -15,9 +15,11 @@ from configs import Configs, UserError, run_script
 
 if TYPE_CHECKING:
     import keras
+    import tensorflow as tf
 
-    from callbacks import Checkpoint
-    from generator import AugmentedImageSequence
+    from callbacks import Checkpoint, Interruption
+    from generator import AugmentedImageSequence, Shares
+    from utils import Team
 
 # What a run writes, as patterns: a new run into the same folder may not mix with it.
 RUN_FILES = ("best_model.keras", "latest_model.keras", "model_epoch_*.keras", "training_log.*", "best_auroc.log")
@@ -25,36 +27,48 @@ RUN_FILES += (".training_stats.json", "configs.json", "logs", "decision.json", "
 
 
 def main(configs: Configs) -> dict:
-    """Seeds, reads the data, builds or loads the model, trains; returns the last epoch's figures and the best."""
+    """Trains, alone or with the other processes of TF_CONFIG; returns the last epoch's figures and the best."""
     # Imported here, so that --help does not wait for TensorFlow.
+    from utils import join_team
+
+    with join_team(configs) as team:
+        return train(configs, team)
+
+
+def train(configs: Configs, team: Team) -> dict:
+    """Seeds, reads the data, builds or loads the model, trains; returns the last epoch's figures and the best."""
     from callbacks import Interruption, build_callbacks, check_same_data, locked
-    from model import get_loss
-    from utils import check_sets, keep_freed_memory, resolve_class_names, set_gpu_usage, set_seed, write_json
+    from model import DistributedModel, get_loss
+    from utils import build_strategy, check_sets, keep_freed_memory, resolve_class_names, set_gpu_usage, set_seed
 
     model_path, state, configs = find_start(configs)
     if state and has_ended(state, configs):
         print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
         return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
-    bad_rows = check_sets(list_sets(configs), configs)
+    bad_rows = check_sets(list_sets(configs), configs, team.is_chief)
     set_gpu_usage(configs.gpu_percentage)
+    strategy = build_strategy(configs.distribution_strategy)
     keep_freed_memory()
     configs.random_seed = set_seed(configs.random_seed, configs.deterministic)
     configs.classes = resolve_class_names(
         configs.classes, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
     )
-    training, validation = get_generators(configs, bad_rows)
+    training, validation = get_generators(configs, bad_rows, get_shares(strategy, team, configs))
+    agree_on_start(team, training, validation, model_path)
     if state:
         check_same_data(state, training, validation)
     loss, class_weights = get_loss(configs, training.labels)
-    model = get_model(configs, loss, model_path, state)
-    with locked(configs.save_model_path), Interruption() as interruption:
-        clear_folder(configs)
-        write_json(os.path.join(configs.save_model_path, "configs.json"), configs.to_dict())
+    with strategy.scope():
+        model = get_model(configs, loss, model_path, state, strategy.num_replicas_in_sync)
+    folder = configs.save_model_path
+    with locked(folder, team.is_chief), Interruption(isinstance(model, DistributedModel)) as interruption:
+        if team.is_chief:
+            prepare_folder(configs)
         if configs.show_model_summary:
             model.summary()
-        callbacks = build_callbacks(configs, training, validation, loss, interruption, state)
-        fit(model, training, validation, configs.num_epochs, state, class_weights, callbacks)
-    return report(callbacks[-1], configs.save_model_path)
+        callbacks = build_callbacks(configs, training, validation, loss, interruption, team, state)
+        fit(model, training, validation, configs.num_epochs, state, class_weights, callbacks, interruption)
+    return report(callbacks[-1], folder)
 
 
 def find_start(configs: Configs) -> tuple[str, dict[str, Any] | None, Configs]:
@@ -115,8 +129,39 @@ def list_sets(configs: Configs) -> dict[str, str]:
     return sets
 
 
+def get_shares(strategy: tf.distribute.Strategy, team: Team, configs: Configs) -> Shares | None:
+    """Finds out which of the devices that train together are this process's, if any do, and prints how many there are.
+
+    Raises:
+        UserError: the processes have different numbers of devices.
+    """
+    from generator import Shares
+
+    if configs.distribution_strategy == "none":
+        return None
+    devices, batch_size = strategy.num_replicas_in_sync, configs.batch_size
+    local = devices // team.size
+    team.agree({"the number of devices": local})
+    print(f"Devices that train together: {devices}. Images a step: {devices} x {batch_size} = {devices * batch_size}.")
+    return Shares(devices, local * team.index, local)
+
+
+def agree_on_start(
+    team: Team, training: AugmentedImageSequence, validation: AugmentedImageSequence, model_path: str
+) -> None:
+    """Raises UserError in every process where they do not start from the same images, labels and model file."""
+    from callbacks import fingerprint
+    from utils import hash_file
+
+    if team.size > 1:
+        digest = hash_file(model_path).hex() if model_path else ""
+        values = {"the images and labels of train_csv": fingerprint(training)}
+        values |= {"the images and labels of the validation set": fingerprint(validation)}
+        team.agree(values | {"the model to start from": digest})
+
+
 def get_generators(
-    configs: Configs, bad_rows: dict[str, set[int]]
+    configs: Configs, bad_rows: dict[str, set[int]], shares: Shares | None
 ) -> tuple[AugmentedImageSequence, AugmentedImageSequence]:
     """Builds the generators of the training and of the validation images, without the bad rows of their CSV files."""
     from utils import get_generator
@@ -127,29 +172,50 @@ def get_generators(
             f"No validation_csv is given: the test set {configs.test_csv} also selects the best model, "
             "so its figures will be optimistic."
         )
-    training = get_generator(configs.train_csv, configs.classes, configs, True, bad_rows[configs.train_csv])
-    validation = get_generator(validation_csv, configs.classes, configs, False, bad_rows[validation_csv])
+    training = get_generator(configs.train_csv, configs.classes, configs, True, bad_rows[configs.train_csv], shares)
+    validation = get_generator(validation_csv, configs.classes, configs, False, bad_rows[validation_csv], shares)
     print(f"{len(training.paths)} training images, {len(validation.paths)} validation images.")
     print(f"Classes: {', '.join(configs.classes)}")
     return training, validation
 
 
-def get_model(configs: Configs, loss: Callable, model_path: str, state: dict[str, Any] | None) -> keras.Model:
-    """Builds the model, or loads the one to start from; with a state, its optimizer goes on too."""
-    from model import ModelFactory, compile_model, prepare_backbone
+def get_model(
+    configs: Configs, loss: Callable, model_path: str, state: dict[str, Any] | None, devices: int
+) -> keras.Model:
+    """Builds the model, or loads the one to start from, in the scope of the run's strategy.
+
+    With a state, its optimizer goes on too.
+    """
+    from model import DistributedModel, ModelFactory, compile_model, prepare_backbone
     from utils import load_fitting_model
 
+    factor = devices if configs.scale_learning_rate else 1
+    if factor > 1:
+        print(f"learning_rate is {configs.learning_rate} times {factor} devices: {configs.learning_rate * factor:g}.")
+    optimizer = None
     if not model_path:
-        return compile_model(ModelFactory().get_model(configs), configs, loss)
-    size = configs.image_target_size[:2]
-    model = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
-    if state is None:
-        if "backbone" in [layer.name for layer in model.layers]:
+        model = ModelFactory().get_model(configs)
+    else:
+        size = configs.image_target_size[:2]
+        model = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
+        if state is not None:
+            optimizer = model.optimizer
+        elif "backbone" in [layer.name for layer in model.layers]:
             prepare_backbone(model.get_layer("backbone"), configs.conv_layers_to_train, configs.batch_norm_momentum)
-        return compile_model(model, configs, loss)
-    if configs.learning_rate != state["configs"]["learning_rate"]:
-        model.optimizer.learning_rate = configs.learning_rate
-    return compile_model(model, configs, loss, optimizer=model.optimizer)
+    if configs.distribution_strategy != "none":
+        model = DistributedModel(model.inputs, model.outputs, name=model.name)
+    model = compile_model(model, configs, loss, optimizer)
+    if optimizer is None or configs.learning_rate != state["configs"]["learning_rate"]:
+        model.optimizer.learning_rate = configs.learning_rate * factor
+    return model
+
+
+def prepare_folder(configs: Configs) -> None:
+    """Makes the run's folder ready, and writes its configs into it."""
+    from utils import write_json
+
+    clear_folder(configs)
+    write_json(os.path.join(configs.save_model_path, "configs.json"), configs.to_dict())
 
 
 def clear_folder(configs: Configs) -> None:
@@ -178,13 +244,19 @@ def fit(
     state: dict[str, Any] | None,
     class_weights: dict[int, float] | None,
     callbacks: list[keras.callbacks.Callback],
+    interruption: Interruption,
 ) -> None:
     """Runs Keras's fit with a progress bar, from the state's step on.
 
     Raises:
         UserError: an image turns out to be unreadable, or the loss is not finite.
     """
+    from model import DistributedModel
     from utils import naming_bad_images
+
+    # How Keras fits on one device, and the same loop on several.
+    is_distributed = isinstance(model, DistributedModel)
+    options = {"interruption": interruption} if is_distributed else {"shuffle": False}
 
     def run(first_epoch: int, end: int) -> None:
         """Trains the epochs from `first_epoch` to before `end`, counted from 0."""
@@ -194,14 +266,15 @@ def fit(
             initial_epoch=first_epoch,
             class_weight=class_weights,
             callbacks=callbacks,
-            shuffle=False,
+            **options,
         )
 
     first_epoch = state["epochs_completed"] if state else 0
     with naming_bad_images(training, validation):
         if state and state["steps_completed"]:
             # The rest of an epoch has fewer steps than those after it: Keras wants a call of its own for each number.
-            model.test_on_batch(*training[0])
+            if not is_distributed:
+                model.test_on_batch(*training[0])
             training.first_step = state["steps_completed"]
             run(first_epoch, first_epoch + 1)
             training.first_step, first_epoch = 0, first_epoch + 1

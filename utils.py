@@ -5,36 +5,49 @@ TensorFlow, Keras and pandas are imported inside the functions that need them, s
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import io
 import json
 import math
 import os
+import posixpath
+import queue
 import re
+import select
 import shutil
+import socket
 import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
 import unicodedata
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
 from configs import LARGEST_JSON_FILE, MAX_IMAGE_PIXELS, Configs, UserError
 
 if TYPE_CHECKING:
+    import fsspec
     import h5py
     import keras
     import pandas as pd
     import PIL.Image
+    import tensorflow as tf
 
-    from generator import AugmentedImageSequence
+    from generator import AugmentedImageSequence, Shares
     from metrics import Decision
 
 IMAGE_COLUMN = "path"
@@ -130,6 +143,209 @@ def check_file_name(path: str) -> None:
         path.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"The file name {path!a} is not UTF-8. Rename the file.") from error
+
+
+# Images, on the disk and in stores
+
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+# What fsspec needs beside itself for a protocol; of the others its own words tell.
+STORE_PACKAGES = dict.fromkeys(("s3", "s3a"), "s3fs") | dict.fromkeys(("gs", "gcs"), "gcsfs")
+STORE_PACKAGES |= dict.fromkeys(("abfs", "abfss", "az"), "adlfs") | dict.fromkeys(("http", "https"), "aiohttp")
+# What stores call that which changes with an object's bytes, in small letters and without what joins words.
+VERSION_FIELDS = frozenset({"size", "etag", "md5hash", "contentmd5", "crc32c", "checksum", "digest", "generation"})
+VERSION_FIELDS |= {"versionid", "sha", "blobid", "mtime", "modified", "modify", "lastmodified", "updated", "created"}
+# Bytes: holds most headers and many an image, and takes a store hardly longer than one byte.
+FIRST_PART = 2**16
+# Threads that ask stores: waiting for an answer takes no core.
+STORE_THREADS = 16
+
+
+def is_url(path: str) -> bool:
+    """Tells whether an image path is a URL, which fsspec reads; a Windows drive, of one letter, is none."""
+    return URL.match(path) is not None
+
+
+def join_path(directory: str, path: str) -> str:
+    """Puts `image_directory`, a folder or a URL, in front of an image path that is neither absolute nor a URL."""
+    if is_url(path):
+        return path
+    if not is_url(directory) or os.path.isabs(path):
+        return os.path.join(directory, path)
+    protocol, place = directory.split("://", 1)
+    # Stores take "." and ".." for names of folders.
+    return f"{protocol}://{posixpath.normpath(posixpath.join(place, path.replace(os.sep, '/')))}"
+
+
+def read_bytes(path: str) -> np.ndarray:
+    """Reads the whole of an image file, or of the object that a URL names.
+
+    Returns:
+        uint8 `(bytes,)`.
+
+    Raises:
+        OSError: the file cannot be read.
+        BadImage: there is no such object, or the store does not give it.
+        UserError: fsspec needs another package for the URL.
+    """
+    if is_url(path):
+        return np.frombuffer(read_url(path), np.uint8)
+    # A pipe or a device has no end.
+    if not os.path.isfile(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    return np.fromfile(path, np.uint8)
+
+
+def read_url(url: str) -> bytes:
+    """Reads the object that a URL names; raises as `read_bytes` does."""
+    with _telling_store_faults(url):
+        store, name = _find_store(url)
+        return store.cat_file(name)
+
+
+def open_url(url: str) -> BinaryIO:
+    """Opens the object that a URL names as a file; what is not read of a large one is not fetched, where that can be.
+
+    Raises:
+        BadImage: there is no such object, or the store does not give it; while it is read as well.
+        UserError: fsspec needs another package for the URL.
+    """
+    with _telling_store_faults(url):
+        store, name = _find_store(url)
+        size = _ask_store(store, name).get("size")
+        # Some servers do not tell the size.
+        if size is None:
+            return io.BytesIO(store.cat_file(name))
+
+    def fetch(start: int, end: int) -> bytes:
+        with _telling_store_faults(url):
+            return store.cat_file(name, start=start, end=end)
+
+    return io.BufferedReader(PartlyFetched(fetch, size))
+
+
+def read_version(url: str) -> str:
+    """Returns what a store tells of an object, without sending it, that changes with its bytes: size, hashes, times.
+
+    Raises:
+        BadImage: there is no such object, or the store does not tell.
+        UserError: fsspec needs another package for the URL.
+    """
+    with _telling_store_faults(url):
+        told = _ask_store(*_find_store(url))
+    fields = {re.sub(r"[ _-]", "", name).lower(): value for name, value in told.items()}
+    return json.dumps({name: str(fields[name]) for name in sorted(fields.keys() & VERSION_FIELDS)})
+
+
+class PartlyFetched(io.RawIOBase):
+    """A file of which only the parts that are read are fetched, each once, and each twice as large as the one before.
+
+    Args:
+        fetch: returns the bytes from a start to an end, or all of them where it cannot tell parts.
+        size: bytes of the file.
+    """
+
+    def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
+        self._fetch = fetch
+        self._size = size
+        self._position = 0
+        self._parts: list[tuple[int, bytes]] = []
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Moves to a position, and returns it."""
+        origins = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}
+        self._position = max(0, origins[whence] + offset)
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Reads into a buffer, and returns how many bytes: 0 at the end, and else at least one.
+
+        Raises:
+            BadImage: the file is not as long as it was to be.
+        """
+        part = self._read_part(len(buffer))[: len(buffer)]
+        buffer[: len(part)] = part
+        self._position += len(part)
+        return len(part)
+
+    def readall(self) -> bytes:
+        """Returns the rest of the file, which is fetched at once; raises as `readinto` does."""
+        parts = []
+        while part := self._read_part(self._size):
+            parts.append(part)
+            self._position += len(part)
+        return b"".join(parts)
+
+    def _read_part(self, wanted: int) -> bytes:
+        position = self._position
+        if position >= self._size:
+            return b""
+        for start, part in self._parts:
+            if start <= position < start + len(part):
+                return part[position - start :]
+        end = min(self._size, position + max(wanted, FIRST_PART << len(self._parts)))
+        part = self._fetch(position, end)
+        if len(part) == self._size:
+            self._parts = [(0, part)]
+            return part[position:]
+        if len(part) != end - position:
+            raise BadImage("unreachable", "is out of reach: it changed while it was read")
+        self._parts.append((position, part))
+        return part
+
+
+def _find_store(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Returns what reads a URL, and the object's name there; raises anything."""
+    import fsspec.core
+    from fsspec.implementations.local import LocalFileSystem
+
+    if "::" in url:
+        # The URLs behind it would tell fsspec how to read the first; some of what they name can hold programs.
+        raise ValueError("URLs joined by '::' are not read")
+    store, name = fsspec.core.url_to_fs(url)
+    # A pipe or a device has no end.
+    if isinstance(store, LocalFileSystem) and not os.path.isfile(name):
+        raise FileNotFoundError(name)
+    return store, name
+
+
+def _ask_store(store: fsspec.AbstractFileSystem, name: str) -> dict[str, Any]:
+    """Returns what a store tells of an object; raises anything, FileNotFoundError for a folder."""
+    try:
+        told = store.info(name)
+    except FileNotFoundError:
+        # fsspec's own reader of web pages says so whatever is the matter; asking for a byte brings the reason.
+        store.cat_file(name, start=0, end=1)
+        raise
+    if told["type"] == "directory":
+        raise FileNotFoundError(name)
+    return told
+
+
+@contextlib.contextmanager
+def _telling_store_faults(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (BadImage, UserError):
+        raise
+    except ImportError as error:
+        package = STORE_PACKAGES.get(url.split("://")[0])
+        remedy = f"Run pip install {package}" if package else _shorten(str(error)).rstrip(".")
+        raise UserError(f"{show_text(url)} needs a package that is not installed. {remedy}.") from error
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise BadImage("missing", "does not exist") from error
+    except Exception as error:
+        # Each store has errors of its own, which are not those of Python: all of it is the store's answer.
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
+        raise BadImage("unreachable", f"is out of reach: {_shorten(reason) or type(error).__name__}") from error
 
 
 # Tables and labels
@@ -327,6 +543,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "missing": Kind("error", "There is no such file. Correct image_directory or the paths, or drop the rows."),
+    "unreachable": Kind("error", "The store does not give it. Check address, network and permissions, or drop it."),
     "empty": Kind("error", "The file has no bytes. Copy it again, or drop the row."),
     "truncated": Kind("error", "The end of the file is missing. Copy it again, or drop the row."),
     "unreadable": Kind("error", "The image cannot be decoded. Replace it, or drop the row."),
@@ -364,7 +581,7 @@ KINDS = {
     "palette": Kind("note", "with a palette, converted to RGB"),
     "alpha": Kind("note", "with transparency, which is dropped"),
 }
-IMAGE_FAULTS = ("missing", "empty", "truncated", "unreadable", "not_an_image", "too_many_pixels")
+IMAGE_FAULTS = ("missing", "unreachable", "empty", "truncated", "unreadable", "not_an_image", "too_many_pixels")
 REPORT_FILE = "data_report.csv"
 
 FORMAT_SUFFIXES = {
@@ -430,7 +647,8 @@ def make_image_table(
 ) -> ImageTable:
     """Takes what the data check needs from a table that `parse_table` has read."""
     paths = table[IMAGE_COLUMN].tolist()
-    files = [os.path.normpath(os.path.join(image_directory, path)) if path.strip() else "" for path in paths]
+    files = [join_path(image_directory, path) if path.strip() else "" for path in paths]
+    files = [os.path.normpath(file) if file and not is_url(file) else file for file in files]
     return ImageTable(set_name, csv_path, paths, files, table[label_column].tolist())
 
 
@@ -656,7 +874,10 @@ def inspect_images(files: Sequence[str], decode: bool, max_pixels: int, workers:
     """Inspects image files in threads, with a progress bar where it takes longer than a second."""
     from tqdm import tqdm
 
-    parts = [files[start : start + 32] for start in range(0, len(files), 32)]
+    size = 32
+    if any(map(is_url, files)):
+        size, workers = 1, max(workers, STORE_THREADS)
+    parts = [files[start : start + size] for start in range(0, len(files), size)]
 
     def inspect(part: Sequence[str]) -> list[Inspection]:
         return [inspect_image(file, decode, max_pixels) for file in part]
@@ -673,32 +894,34 @@ def inspect_images(files: Sequence[str], decode: bool, max_pixels: int, workers:
 
 
 def inspect_image(path: str, decode: bool = False, max_pixels: int = MAX_IMAGE_PIXELS) -> Inspection:
-    """Inspects an image file: its header and its end, and its pixels where `decode` is set."""
+    """Inspects an image file or URL: its header and its end, and its pixels where `decode` is set.
+
+    Raises:
+        UserError: fsspec needs another package for the URL.
+    """
     # False for folders, devices and pipes as well, from which nothing is to be read.
-    if not os.path.isfile(path):
+    if not is_url(path) and not os.path.isfile(path):
         return Inspection(("missing", "does not exist"), [])
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            return _inspect_open(path, io.BytesIO(file.read()) if decode else file, size, decode, max_pixels)
+        with open_url(path) if is_url(path) else open(path, "rb") as file:
+            return _inspect_open(path, io.BytesIO(file.read()) if decode else file, decode, max_pixels)
     except BadImage as error:
         return Inspection((error.kind, error.detail), [])
     except OSError as error:
         return Inspection(("unreadable", str(error.strerror or error)), [])
 
 
-def _inspect_open(path: str, file: BinaryIO, size: int, decode: bool, max_pixels: int) -> Inspection:
+def _inspect_open(path: str, file: BinaryIO, decode: bool, max_pixels: int) -> Inspection:
+    size = file.seek(0, os.SEEK_END)
     if not size:
         raise BadImage("empty", "is empty")
+    file.seek(0)
     start = file.read(32)
     file.seek(0)
     check_length(start, size)
     image = read_header(file, max_pixels)
-    if image is None:
-        import cv2
-
-        if not cv2.haveImageReader(path):
-            raise BadImage("not_an_image", "is no image that OpenCV reads")
+    if image is None and not is_known_to_opencv(path, file):
+        raise BadImage("not_an_image", "is no image that OpenCV reads")
     file.seek(max(size - TAIL_BYTES, 0))
     tail = file.read()
     remarks, sides = [], (0, 0)
@@ -707,6 +930,21 @@ def _inspect_open(path: str, file: BinaryIO, size: int, decode: bool, max_pixels
         check_end(image, tail, file)
     near_hash = hash_picture(file.getvalue(), start, sides) if decode else None
     return Inspection(None, remarks, sides, (size, zlib.crc32(tail)), near_hash)
+
+
+def is_known_to_opencv(path: str, file: BinaryIO) -> bool:
+    """Tells whether a file, open, or the object of a URL begins as one that OpenCV has a reader for."""
+    import cv2
+
+    if not is_url(path):
+        return cv2.haveImageReader(path)
+    # OpenCV looks at files alone.
+    with tempfile.TemporaryDirectory() as folder:
+        beginning = os.path.join(folder, "beginning")
+        file.seek(0)
+        with open(beginning, "wb") as copy:
+            copy.write(file.read(TAIL_BYTES))
+        return cv2.haveImageReader(beginning)
 
 
 def find_remarks(path: str, image: PIL.Image.Image, start: bytes) -> Iterator[tuple[str, str]]:
@@ -932,11 +1170,13 @@ def group_by_content(known: dict[str, Inspection]) -> dict[str, str]:
 
 
 def hash_file(path: str) -> bytes | str:
-    """Returns a digest of a file's bytes, or its name where it can no longer be read."""
+    """Returns a digest of the bytes of a file or URL, or its name where it can no longer be read."""
     try:
+        if is_url(path):
+            return hashlib.sha256(read_url(path)).digest()
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
-    except OSError:
+    except (OSError, BadImage):
         return path
 
 
@@ -1044,13 +1284,16 @@ def write_data_report(folder: str, findings: Sequence[Finding], is_more: bool = 
     return path
 
 
-def report_findings(findings: Sequence[Finding], folder: str, skip_bad_images: bool) -> None:
+def report_findings(
+    findings: Sequence[Finding], folder: str, skip_bad_images: bool, writes_report: bool = True
+) -> None:
     """Prints what the data check has found, and writes data_report.csv where that is anything.
 
     Args:
         findings: from `check_data`.
         folder: receives the report.
         skip_bad_images: images that cannot be used are left out, not errors.
+        writes_report: False leaves the report to another process that finds the same.
 
     Raises:
         UserError: there are errors; the text lists them.
@@ -1059,7 +1302,7 @@ def report_findings(findings: Sequence[Finding], folder: str, skip_bad_images: b
     errors = [finding for finding in findings if KINDS[finding.kind].severity == "error" and finding not in skipped]
     if not findings and not os.path.exists(os.path.join(folder, REPORT_FILE)):
         return
-    path = write_data_report(folder, findings)
+    path = write_data_report(folder, findings) if writes_report else os.path.join(folder, REPORT_FILE)
     if text := format_findings([*skipped, *(one for one in findings if KINDS[one.kind].severity != "error")]):
         print(text)
     if skipped:
@@ -1191,6 +1434,23 @@ def set_gpu_usage(gpu_percentage: float) -> None:
         tf.config.set_logical_device_configuration(gpu, [limit])
 
 
+def build_strategy(name: str) -> tf.distribute.Strategy:
+    """Builds the strategy that makes devices train together; to be called before TensorFlow computes anything.
+
+    Args:
+        name: `mirrored` for the visible GPUs of this machine, or where it has none for its logical CPUs;
+            `multi_worker` for those of every host in TF_CONFIG; `none` for one device.
+    """
+    import tensorflow as tf
+
+    if name == "none":
+        return tf.distribute.get_strategy()
+    if name == "multi_worker":
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    return tf.distribute.MirroredStrategy([device.name for device in devices])
+
+
 def keep_freed_memory() -> None:
     """Lets the C library reuse the memory that TensorFlow frees, where it is glibc.
 
@@ -1237,6 +1497,393 @@ def gpu_memory_sizes(number_of_gpus: int) -> list[int]:
     return sizes
 
 
+# Processes that train together
+
+# How long every worker may take to come, in seconds.
+WAIT_SECONDS = 300.0
+PING_SECONDS = 5.0
+# A worker that has said nothing for that long is lost; one that is killed is noticed at once.
+LOST_AFTER_SECONDS = 60.0
+LONGEST_MESSAGE = 2**26
+# What may differ from host to host; what the paths lead to is compared.
+OWN_OPTIONS = {"train_csv", "test_csv", "validation_csv", "image_directory", "load_model_path", "save_model_path"}
+OWN_OPTIONS |= {"generator_workers", "generator_queue_length", "image_cache", "image_cache_path", "gpu_percentage"}
+ADDRESS = re.compile(r"[^\s/]+:[0-9]{1,5}")
+# The port of the first task on each host of a Slurm step; the others have those after it.
+SLURM_PORT = 8888
+# In the place of what a worker says, once it has nothing left to do.
+LEFT = object()
+
+
+def read_cluster() -> tuple[list[str], int]:
+    """Reads from TF_CONFIG, or where it is not set from Slurm's variables, which processes train together.
+
+    Slurm's are put into TF_CONFIG, where TensorFlow finds them.
+
+    Returns:
+        The address, host:port, of each worker, the chief's first; and the position of this process among them.
+
+    Raises:
+        UserError: there is neither, or TF_CONFIG is not what TensorFlow expects.
+    """
+    if "TF_CONFIG" not in os.environ and "SLURM_PROCID" in os.environ:
+        os.environ["TF_CONFIG"] = json.dumps(_read_slurm_step())
+    expected = '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}'
+    text = os.environ.get("TF_CONFIG", "")
+    try:
+        content = json.loads(text)
+        cluster, task = content["cluster"], content["task"]
+        addresses = [*cluster.get("chief", []), *cluster.get("worker", [])]
+        index = task["index"] + (len(cluster.get("chief", [])) if task["type"] == "worker" else 0)
+        is_right = cluster.keys() <= {"chief", "worker"} and len(cluster.get("chief", addresses[:1])) == 1
+        is_right = is_right and type(task["index"]) is int and 0 <= task["index"] < len(cluster[task["type"]])
+        is_right = is_right and len(set(addresses)) == len(addresses) and all(map(ADDRESS.fullmatch, addresses))
+        is_right = is_right and all(0 < int(address.rpartition(":")[2]) < 2**16 for address in addresses)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        is_right = False
+    if not is_right:
+        raise UserError(
+            f"distribution_strategy multi_worker: expected TF_CONFIG to be like {expected}, the same cluster and "
+            f"another index in every process, or a Slurm step. Received: {_shorten(text) if text else 'nothing'}. "
+            "docs/distributed.md shows how to start."
+        )
+    return addresses, index
+
+
+def _read_slurm_step() -> dict[str, Any]:
+    """Returns what TF_CONFIG has to be in a task of a Slurm step; raises UserError where there is none."""
+    import tensorflow as tf
+
+    try:
+        # The GPUs stay those that Slurm gives: the resolver would number them from 0, and fails where there are none.
+        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
+            port_base=SLURM_PORT, gpus_per_node=2**16, gpus_per_task=1, auto_set_gpu=False
+        )
+        cluster = resolver.cluster_spec().as_dict()
+        # Not by rank: the resolver sorts the hosts by name, and Slurm may deal the tasks out in turn.
+        own = f"{os.environ['SLURMD_NODENAME']}:{SLURM_PORT + int(os.environ['SLURM_LOCALID'])}"
+        return {"cluster": cluster, "task": {"type": "worker", "index": cluster["worker"].index(own)}}
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = f"{error} is not set" if isinstance(error, KeyError) else _shorten(str(error)).rstrip(".")
+        raise UserError(
+            f"distribution_strategy multi_worker: Slurm's variables do not name the workers: {reason}. Start train.py "
+            "with srun, or set TF_CONFIG. docs/distributed.md shows how."
+        ) from error
+
+
+def join_team(configs: Configs) -> Team:
+    """Builds the team that these configs want: of every worker in TF_CONFIG, or of this process alone."""
+    if configs.distribution_strategy != "multi_worker":
+        return Team()
+    settings = {name: value for name, value in configs.to_dict().items() if name not in OWN_OPTIONS}
+    return Team(*read_cluster(), settings, configs.load_model_path or configs.save_model_path)
+
+
+def end_at_once(status: int) -> None:
+    """Ends this process before TensorFlow closes its connections: ten seconds, and errors about the other workers."""
+    # Python sets it where an error has ended the script.
+    if not hasattr(sys, "last_type"):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def describe_end(error: BaseException) -> tuple[int, str, str]:
+    """Returns the exit status of a process that an error ends, what it prints, and the reason in a few words."""
+    if isinstance(error, UserError):
+        return 2, f"Error: {error}", str(error).partition("\n")[0]
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "Interrupted.", "it was interrupted"
+    return 1, "".join(traceback.format_exception(error)), f"{type(error).__name__}, as its own output tells"
+
+
+class Team:
+    """The processes that train one model together, and a way to talk that is not TensorFlow's.
+
+    Each worker keeps a connection with the chief, the first of them, at the address that TensorFlow will use. Over it
+    they compare what they start with, and learn within seconds that one has failed, been killed or been cut off:
+    TensorFlow would wait, or end with a page of its own. All leave together.
+
+    Args:
+        addresses: host:port of each worker, the chief's first.
+        index: the position of this process among them.
+        settings: what must be the same in all of them, by name.
+        folder: named as the place to continue from.
+    """
+
+    def __init__(
+        self, addresses: Sequence[str] = ("",), index: int = 0, settings: dict[str, Any] | None = None, folder: str = ""
+    ) -> None:
+        self.addresses = list(addresses)
+        self.index = index
+        self.settings = settings or {}
+        self.folder = folder
+        self._peers: dict[int, socket.socket] = {}
+        self._received: dict[int, queue.Queue] = {}
+        self._has_left: set[int] = set()
+        self._is_over = False
+        self._sending = threading.Lock()
+        # Whoever ends this process keeps it, and all others wait for that end.
+        self._ending = threading.Lock()
+        self._silence = contextlib.ExitStack()
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.index == 0
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return len(self.addresses)
+
+    def __enter__(self) -> Team:
+        if self.size == 1:
+            return self
+        try:
+            self._meet_workers() if self.is_chief else self._meet_chief()
+        except BaseException:
+            for peer in self._peers.values():
+                peer.close()
+            raise
+        for index, peer in self._peers.items():
+            peer.settimeout(LOST_AFTER_SECONDS)
+            self._received[index] = queue.Queue()
+            threading.Thread(target=self._listen, args=(index,), daemon=True).start()
+        threading.Thread(target=self._ping, daemon=True).start()
+        self.agree(self.settings)
+        print(f"Worker {self.index} of {self.size}. The chief, {self.addresses[0]}, prints and writes.", flush=True)
+        if not self.is_chief:
+            nowhere = self._silence.enter_context(open(os.devnull, "w"))
+            self._silence.enter_context(contextlib.redirect_stdout(nowhere))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        self._silence.close()
+        if self.size == 1:
+            return
+        if error is None or isinstance(error, SystemExit):
+            self._leave()
+            atexit.register(end_at_once, (error.code or 0) if error else 0)
+            return
+        if kind.__module__.startswith("tensorflow"):
+            # Most likely another worker's end: it is told as that as soon as it is noticed.
+            time.sleep(2 * PING_SECONDS)
+        status, shown, reason = describe_end(error)
+        with self._ending:
+            # TensorFlow would wait for the other workers at this process's end.
+            self._stop(shown, status, "" if self._is_over else f"{self._name(self.index)} has stopped: {reason}")
+
+    def agree(self, values: dict[str, Any]) -> None:
+        """Compares values by name, which JSON can hold, over all workers.
+
+        Raises:
+            UserError: in every worker: one has another value than the chief; names it.
+        """
+        first, *others = self.exchange(values)
+        for index, other in enumerate(others, start=1):
+            for name in first | other:
+                if first.get(name) != other.get(name):
+                    # All find the same: nobody has to be told.
+                    self._leave()
+                    theirs, ours = (_shorten(repr(worker.get(name))) for worker in (other, first))
+                    raise UserError(
+                        f"The workers do not start with the same: {name} is {theirs} for {self._name(index)} and "
+                        f"{ours} for the chief. Give both the same."
+                    )
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Returns the values of all workers in their order; each calls it as often as the others."""
+        if self.size == 1:
+            return [value]
+        if not self.is_chief:
+            self._tell({"value": value})
+            return self._received[0].get()
+        values = [json.loads(json.dumps(value)), *(self._hear(index) for index in range(1, self.size))]
+        self._tell({"value": values})
+        return values
+
+    def _hear(self, index: int, has_left: bool = False) -> Any:
+        """Returns what a worker says next; ends all where it has left and should not have, or the other way round."""
+        value = self._received[index].get()
+        if (value is LEFT) != has_left:
+            self._end(
+                f"{self._name(index)} has {'more' if has_left else 'nothing more'} to do, and the chief has "
+                f"{'nothing' if has_left else 'something'}. Give every worker the same model to continue from.",
+                2,
+            )
+        return value
+
+    def _name(self, index: int) -> str:
+        return f"worker {index} ({self.addresses[index]})"
+
+    def _meet_workers(self) -> None:
+        """Waits at the chief's address until every worker has come."""
+        with self._open_port() as server:
+            end = time.monotonic() + WAIT_SECONDS
+            while missing := [self._name(index) for index in range(1, self.size) if index not in self._peers]:
+                server.settimeout(max(end - time.monotonic(), 0.01))
+                try:
+                    self._welcome(server.accept()[0])
+                except TimeoutError as error:
+                    reason = (
+                        f"{join_names(missing)} did not come to the chief at {self.addresses[0]} within "
+                        f"{WAIT_SECONDS:.0f} seconds. Start train.py on every host of TF_CONFIG, with its own index."
+                    )
+                    self._tell({"end": reason, "status": 2})
+                    raise UserError(reason) from error
+        self._tell({"welcome": self.addresses})
+
+    def _welcome(self, peer: socket.socket) -> None:
+        """Takes in a worker that has come to the chief.
+
+        Raises:
+            UserError: in that worker and those before it too: its TF_CONFIG does not go with the chief's.
+        """
+        peer.settimeout(PING_SECONDS)
+        try:
+            hello = json.loads(peer.makefile("rb").readline(LONGEST_MESSAGE))["hello"]
+            index, addresses = int(hello["index"]), list(hello["addresses"])
+            if not 0 < index < len(addresses):
+                raise ValueError(index)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            # No worker: a port scan, or a probe of the scheduler.
+            peer.close()
+            return
+        reason = ""
+        if addresses != self.addresses:
+            theirs, ours = (_shorten(str(names)) for names in (addresses, self.addresses))
+            reason = f"TF_CONFIG names the workers {ours} for the chief and {theirs} for worker {index}"
+        elif index in self._peers and not self._has_hung_up(index):
+            reason = f"TF_CONFIG: two processes say that they are {self._name(index)}"
+        if reason:
+            self._peers[-1] = peer
+            self._tell({"end": f"{reason}. Correct TF_CONFIG.", "status": 2})
+            raise UserError(f"{reason}. Correct TF_CONFIG.")
+        self._peers[index] = peer
+
+    def _has_hung_up(self, index: int) -> bool:
+        """Tells whether a worker that waits for the others is gone: it has nothing to say, so that it can be read."""
+        return bool(select.select([self._peers[index]], [], [], 0)[0])
+
+    def _meet_chief(self) -> None:
+        """Connects with the chief, and waits there until every worker has come."""
+        self._open_port().close()
+        self._peers[0] = self._reach_chief()
+        self._tell({"hello": {"index": self.index, "addresses": self.addresses}})
+        # Longer than the chief waits, who then says who is missing.
+        self._peers[0].settimeout(WAIT_SECONDS + 2 * PING_SECONDS)
+        try:
+            answer = json.loads(self._peers[0].makefile("rb", buffering=0).readline(LONGEST_MESSAGE))
+        except (OSError, ValueError):
+            answer = {}
+        if "end" in answer:
+            raise UserError(answer["end"])
+        if "welcome" not in answer:
+            raise UserError(
+                f"The chief at {self.addresses[0]} has ended, or what answers there is no train.py that waits for its "
+                "workers. Stop every worker, and start them all again."
+            )
+
+    def _reach_chief(self) -> socket.socket:
+        """Connects with the chief as soon as that listens."""
+        host, _, port = self.addresses[0].rpartition(":")
+        end = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                peer = socket.create_connection((host.strip("[]"), int(port)), timeout=PING_SECONDS)
+                # On one machine a connection may be given the very port that it calls, and reach itself.
+                if peer.getsockname() != peer.getpeername():
+                    return peer
+                peer.close()
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"The chief, {self._name(0)}, did not answer within {WAIT_SECONDS:.0f} seconds: "
+                        f"{error.strerror or error}. Start train.py there too, and let its port be reached from here."
+                    ) from error
+            time.sleep(0.2)
+
+    def _open_port(self) -> socket.socket:
+        """Takes the port of this process's own address; the caller closes it before TensorFlow needs it."""
+        port = int(self.addresses[self.index].rpartition(":")[2])
+        server = socket.socket()
+        try:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("", port))
+            server.listen(self.size)
+        except OSError as error:
+            server.close()
+            raise UserError(
+                f"Port {port}, of {self._name(self.index)} in TF_CONFIG, cannot be used on this host: "
+                f"{error.strerror}. End the program that has it, or choose another port for all workers."
+            ) from error
+        return server
+
+    def _listen(self, index: int) -> None:
+        """Takes what a peer sends, until it leaves; ends this process where the peer ends otherwise."""
+        try:
+            with self._peers[index].makefile("rb") as lines:
+                while line := lines.readline(LONGEST_MESSAGE):
+                    message = json.loads(line)
+                    if "end" in message:
+                        self._end(message["end"], message["status"])
+                    elif "left" in message:
+                        self._has_left.add(index)
+                        self._received[index].put(LEFT)
+                    elif "value" in message:
+                        self._received[index].put(message["value"])
+        except (OSError, ValueError):
+            pass
+        if index not in self._has_left:
+            self._end(
+                f"{self._name(index)} was killed or cannot be reached any more. Every worker stops. Start them all "
+                f"again with --load_model_path {self.folder}: training goes on after the last checkpoint.",
+                1,
+            )
+
+    def _end(self, text: str, status: int) -> None:
+        """Ends this process for what has happened to another, unless all have left."""
+        with self._ending:
+            if not self._is_over:
+                self._stop(f"\nError: {text[0].upper()}{text[1:]}", status, text if self.is_chief else "")
+
+    def _stop(self, shown: str, status: int, told: str) -> NoReturn:
+        """Ends this process with a message: its main thread may wait in a collective operation for ever."""
+        try:
+            if told:
+                self._tell({"end": told, "status": status})
+            self._silence.close()
+            print(shown, file=sys.stderr, flush=True)
+            sys.stdout.flush()
+        finally:
+            os._exit(status)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        line = json.dumps(message).encode() + b"\n"
+        with self._sending:
+            for peer in self._peers.values():
+                # Whoever listens to that peer notices that it is gone.
+                with contextlib.suppress(OSError):
+                    peer.sendall(line)
+
+    def _ping(self) -> None:
+        while not self._is_over:
+            self._tell({})
+            time.sleep(PING_SECONDS)
+
+    def _leave(self) -> None:
+        """Waits until all are done: the end of one would end the others."""
+        if not self.is_chief:
+            self._tell({"left": True})
+        for index in self._received:
+            self._hear(index, has_left=True)
+        with self._ending:
+            self._is_over = True
+        if self.is_chief:
+            self._tell({"left": True})
+
+
 # Factories that take configs
 
 
@@ -1246,6 +1893,7 @@ def get_generator(
     configs: Configs,
     training: bool,
     bad_rows: Collection[int] | None = None,
+    shares: Shares | None = None,
 ) -> AugmentedImageSequence:
     """Builds the generator of one CSV file: augmented and reshuffled every epoch for training, else in order.
 
@@ -1255,6 +1903,7 @@ def get_generator(
         configs: the options.
         training: whether the model learns from these images.
         bad_rows: line numbers to leave out, where the data check has run. None checks the images now.
+        shares: the devices to feed, where several train together.
 
     Raises:
         UserError: the CSV, a label or an image in it is not usable.
@@ -1264,7 +1913,7 @@ def get_generator(
 
     table = read_table(csv_path, configs.csv_label_column, configs.multi_label_classification)
     labels = encode_labels(table[configs.csv_label_column], class_names, configs.multi_label_classification, csv_path)
-    paths = [os.path.join(configs.image_directory, path) for path in table[IMAGE_COLUMN]]
+    paths = [join_path(configs.image_directory, path) for path in table[IMAGE_COLUMN]]
     if bad_rows is None:
         bad_rows = check_images(
             paths, csv_path, configs.max_image_pixels, configs.generator_workers, configs.skip_bad_images
@@ -1292,15 +1941,17 @@ def get_generator(
         cache=cache,
         max_pixels=configs.max_image_pixels,
         skip_bad_images=configs.skip_bad_images,
+        shares=shares,
     )
 
 
-def check_sets(csv_paths: dict[str, str], configs: Configs) -> dict[str, set[int]]:
+def check_sets(csv_paths: dict[str, str], configs: Configs, writes_report: bool = True) -> dict[str, set[int]]:
     """Checks the tables of a run and their images, prints what it finds and writes data_report.csv.
 
     Args:
         csv_paths: by the set's name: training, validation, and where it is another one test.
         configs: the options.
+        writes_report: False leaves the report to another process that finds the same.
 
     Returns:
         The line numbers of each CSV file that `skip_bad_images` leaves out.
@@ -1325,7 +1976,7 @@ def check_sets(csv_paths: dict[str, str], configs: Configs) -> dict[str, set[int
         configs.generator_workers,
         configs.allow_duplicates,
     )
-    report_findings(findings, configs.save_model_path, configs.skip_bad_images)
+    report_findings(findings, configs.save_model_path, configs.skip_bad_images, writes_report)
     bad = get_bad_rows(findings)
     return {path: bad.get(path, set()) for path in csv_paths.values()}
 

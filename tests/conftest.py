@@ -1,6 +1,7 @@
 """Fixtures that several test files share: small real JPEGs, tables of them, and the configs of a small run."""
 
 import os
+from types import SimpleNamespace
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -8,6 +9,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from configs import Configs
 
@@ -48,6 +50,30 @@ def multilabel_csv(tmp_path_factory):
     path = folder / "labels.csv"
     pd.DataFrame(rows, columns=["path", "class"]).to_csv(path, index=False)
     return path
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """A store that `memory://` URLs lead into, empty.
+
+    `put` and `remove` change an object by its URL; `asked` lists what the store was asked: `info` or `bytes`, the
+    object's name, and for bytes start and end.
+    """
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    asked, info, cat_file = [], MemoryFileSystem.info, MemoryFileSystem.cat_file
+
+    def tell(self, path, **options):
+        asked.append(("info", path))
+        return info(self, path, **options)
+
+    def send(self, path, start=None, end=None, **options):
+        asked.append(("bytes", path, start, end))
+        return cat_file(self, path, start=start, end=end, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "info", tell)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", send)
+    memory = MemoryFileSystem()
+    return SimpleNamespace(put=memory.pipe_file, remove=memory.rm_file, asked=asked)
 
 
 @pytest.fixture

@@ -69,6 +69,8 @@ DEFAULTS = [
     ("cam_top_k", 3),
     ("cam_alpha", 0.4),
     ("cam_colormap", "jet"),
+    ("distribution_strategy", "none"),
+    ("scale_learning_rate", False),
     ("overwrite", False),
 ]
 

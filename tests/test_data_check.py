@@ -4,12 +4,15 @@ import csv
 import io
 import itertools
 import os
+import subprocess
+import sys
 
 import cv2
 import numpy as np
 import pytest
 import skimage.data
 from corpus import BAD_TABLES, BOMB_SIDES, UNREADABLE, build_corpus, encode, photo
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 import generator
@@ -53,6 +56,7 @@ def table_of(rows, set_name="training", folder=""):
     """Makes a table of (path, label) rows."""
     paths, labels = zip(*rows, strict=True)
     files = [os.path.normpath(os.path.join(folder, path)) if path.strip() else "" for path in paths]
+    files = [path if utils.is_url(path) else file for path, file in zip(paths, files, strict=True)]
     return utils.ImageTable(set_name, f"{set_name}.csv", list(paths), files, list(labels))
 
 
@@ -205,6 +209,131 @@ def test_sizes_below_the_target_and_far_from_the_rest_are_told(tmp_path):
     found = {(finding.kind, finding.path) for finding in findings if finding.kind in ("small", "unusual_size")}
     expected = {("small", name) for name in ("tiny.png", "long.png", "thin.png")}
     assert found == expected | {("unusual_size", "tiny.png"), ("unusual_size", "long.png")}
+
+
+# Images in stores
+
+
+def large_files():
+    """Returns files of every kind, by name, that are larger than the part of a header that is read first."""
+    noisy = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    files = {f"large.{kind.lower()}": encode(kind, noisy) for kind in ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")}
+    files["trailing.jpeg"] = files["large.jpeg"] + bytes(9000)
+    files["large.hdr"] = cv2.imencode(".hdr", noisy.astype(np.float32))[1].tobytes()
+    files["large.txt"] = b"no image " * 20_000
+    assert min(map(len, files.values())) > utils.FIRST_PART
+    return files | {f"cut_{name}": data[:-5000] for name, data in files.items()}
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_each_object_is_told_for_what_the_file_is(corpus, store, tmp_path, decode):
+    files = {path.name: path for path in corpus.values()}
+    for name, data in large_files().items():
+        files[name] = tmp_path / name
+        files[name].write_bytes(data)
+    for name, path in files.items():
+        if path.is_file():
+            store.put(f"memory://bucket/{name}", path.read_bytes())
+    store.put("memory://bucket/folder.jpg/a.jpg", b"")
+    for name, path in files.items():
+        assert utils.inspect_image(f"memory://bucket/{name}", decode) == utils.inspect_image(str(path), decode), name
+
+
+def test_header_and_end_of_a_large_object_are_all_that_is_read(store):
+    data = large_files()["large.jpeg"]
+    store.put("memory://bucket/a.jpg", data)
+    assert utils.inspect_image("memory://bucket/a.jpg").sides == (400, 300)
+    parts = [(0, 2**16), (len(data) - 4096, len(data))]
+    assert store.asked == [("info", "/bucket/a.jpg"), *(("bytes", "/bucket/a.jpg", *part) for part in parts)]
+    small = encode("JPEG", photo(0))
+    for content, decode in ((data, True), (small, False), (small, True)):
+        store.put("memory://bucket/a.jpg", content)
+        store.asked.clear()
+        assert utils.inspect_image("memory://bucket/a.jpg", decode).fault is None
+        assert store.asked == [("info", "/bucket/a.jpg"), ("bytes", "/bucket/a.jpg", 0, len(content))]
+
+
+def test_a_header_that_is_longer_is_read_to_its_end(store):
+    data = encode("JPEG", photo(0, (120, 160)))
+    comment = b"\xff\xfe" + (60_000).to_bytes(2, "big") + bytes(59_998)
+    store.put("memory://bucket/a.jpg", data[:2] + comment * 5 + data[2:-2] + bytes(10**6) + data[-2:])
+    found = utils.inspect_image("memory://bucket/a.jpg")
+    assert (found.fault, found.remarks, found.sides) == (None, [], (160, 120))
+    # Before the sides are 300,000 bytes: parts of 1, 2 and 4 times the first one.
+    assert sum(end - start for _, _, start, end in store.asked[1:]) == 7 * 2**16 + 4096
+
+
+@pytest.mark.parametrize("knows_parts", [False, True])
+def test_a_partly_fetched_file_reads_as_the_whole(knows_parts):
+    data, fetched = np.random.default_rng(0).bytes(700_000), []
+
+    def fetch(start, end):
+        fetched.append((start, end))
+        return data[start:end] if knows_parts else data
+
+    rng, whole = np.random.default_rng(1), io.BytesIO(data)
+    with io.BufferedReader(utils.PartlyFetched(fetch, len(data))) as file:
+        for _ in range(300):
+            offset, whence = int(rng.integers(-300_000, 800_000)), int(rng.integers(3))
+            if [0, whole.tell(), len(data)][whence] + offset >= 0:
+                assert file.seek(offset, whence) == whole.seek(offset, whence)
+            number = int(rng.choice([0, 1, 30, 5000, 200_000, -1], p=[0.1, 0.2, 0.3, 0.2, 0.18, 0.02]))
+            assert file.read(number) == whole.read(number)
+    assert len(fetched) < 20 if knows_parts else len(fetched) == 1
+
+
+def test_an_object_of_unknown_size_is_read_whole(store, monkeypatch):
+    monkeypatch.setattr(MemoryFileSystem, "info", lambda *_: {"type": "file", "size": None})
+    files = large_files()
+    for name, fault in (("large.jpeg", None), ("cut_large.jpeg", "truncated"), ("large.txt", "not_an_image")):
+        store.put("memory://bucket/a", files[name])
+        found = utils.inspect_image("memory://bucket/a").fault
+        assert (found and found[0]) == fault
+    assert store.asked == [("bytes", "/bucket/a", None, None)] * 3
+
+
+def test_an_object_that_changes_while_it_is_read_is_no_damaged_image(store, monkeypatch):
+    store.put("memory://bucket/a.jpg", large_files()["large.jpeg"])
+    monkeypatch.setattr(utils, "_ask_store", lambda *_: {"type": "file", "size": 10**7})
+    expected = "unreachable", "is out of reach: it changed while it was read"
+    assert utils.inspect_image("memory://bucket/a.jpg").fault == expected
+
+
+def test_what_no_store_gives_is_told_with_its_row(store):
+    store.put("memory://bucket/a.jpg", encode("JPEG", photo(0)))
+    paths = ["memory://bucket/a.jpg", "memory://bucket/b.jpg", "htps://host/c.jpg", "a.jpg::memory://bucket/a.jpg"]
+    findings = check(table_of([(path, "a") for path in paths]))
+    found = [(finding.kind, finding.row) for finding in findings if finding.kind in utils.IMAGE_FAULTS]
+    assert found == [("missing", 3), ("missing", 5), ("unreachable", 4)]
+    with pytest.raises(UserError, match="row 3: memory://bucket/b.jpg does not exist; row 4: htps://host/c.jpg is out"):
+        utils.check_images(paths, "test.csv")
+    assert utils.check_images(paths, "test.csv", skip_bad_images=True) == [3, 4, 5]
+
+
+@pytest.mark.parametrize("skip_bad_images", [False, True])
+def test_a_missing_package_ends_the_check_with_its_name(store, monkeypatch, skip_bad_images):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match=r"^s3://bucket/\d+.jpg needs a package .*\. Run pip install s3fs\.$"):
+        utils.check_images([f"s3://bucket/{number}.jpg" for number in range(50)], "t.csv", 9, 4, skip_bad_images)
+
+
+def test_copies_are_found_between_disk_and_store(store, tmp_path):
+    path = write_photo(tmp_path / "a.jpg", 1)
+    store.put("memory://bucket/b.jpg", (tmp_path / "a.jpg").read_bytes())
+    training = table_of([(path, "x"), ("memory://bucket/b.jpg", "x")])
+    test = table_of([("memory:///bucket/b.jpg", "x")], "test")
+    expected = [("duplicate", "training", 3), ("duplicate_across_sets", "test", 2)]
+    assert kinds_of(check(training, test)) == expected
+
+
+def test_files_alone_leave_fsspec_aside(tmp_path):
+    code = (
+        "import sys, utils\n"
+        "found = utils.inspect_images(sys.argv[1:], True, 10**6, 2)\n"
+        "assert not found[0].fault and utils.read_bytes(sys.argv[1]).size\n"
+        "assert 'fsspec' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, write_photo(tmp_path / "a.jpg", 1)], check=True)
 
 
 # Copies
@@ -525,7 +654,8 @@ def test_next_image_of_the_order_takes_the_place_of_one_that_goes_bad(tmp_path, 
         rows = [order.index(row) for row in expected]
         np.testing.assert_array_equal(replaced, images[rows])
         np.testing.assert_array_equal(of_replaced, labels[rows])
-    callback = BadImages({configs.train_csv: training, configs.test_csv: validation}, configs.save_model_path)
+    sequences = {configs.train_csv: training, configs.test_csv: validation}
+    callback = BadImages(sequences, configs.save_model_path, utils.Team())
     callback.on_epoch_end(0)
     callback.on_epoch_end(1)
     assert capsys.readouterr().out.count("2 images could not be read and were left out") == 1
@@ -666,6 +796,23 @@ def test_copies_stay_in_one_set_with_their_original(tmp_path, capsys):
         names = [os.path.basename(row["path"]) for row in found]
         assert {name.removeprefix("copy_") for name in names} == {name for name in names if "copy_" not in name}
     assert "stay in one set with their original: 12" in capsys.readouterr().out
+
+
+def test_splitting_verifies_what_is_in_a_store(tmp_path, store):
+    rows = [(f"./{number}.jpg", "ab"[number % 2]) for number in range(10)]
+    for number in range(10):
+        store.put(f"memory://bucket/photos/{number}.jpg", encode("JPEG", photo(number // 2 * 2)))
+    with pytest.raises(UserError, match=r"duplicate with other label \(5\)"):
+        split(tmp_path, rows, ("path", "class"), verify=True, image_directory="memory://bucket/photos")
+    for number in range(9):
+        store.put(f"memory://bucket/photos/{number}.jpg", encode("JPEG", photo(number // 4 * 4 + number % 2)))
+    store.remove("memory://bucket/photos/9.jpg")
+    options = {"verify": True, "image_directory": "memory://bucket/photos/", "skip_bad_images": True}
+    _, sets = split(tmp_path, rows, ("path", "class"), **options)
+    numbers = [{int(row["path"].strip("./jpg")) for row in found} for found in sets.values()]
+    assert set.union(*numbers) == set(range(9))
+    for copies in ({0, 2}, {1, 3}, {4, 6}, {5, 7}):
+        assert any(copies <= found for found in numbers)
 
 
 def test_splitting_leaves_out_bad_images_where_it_may(tmp_path):

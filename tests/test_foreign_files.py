@@ -13,6 +13,8 @@ import keras
 import numpy as np
 import pytest
 from corpus import BAD_TABLES, build_corpus, encode, images, photo
+from fsspec import AbstractFileSystem, register_implementation
+from fsspec.implementations.memory import MemoryFileSystem
 
 import draw_activations
 import predict
@@ -21,6 +23,7 @@ import train
 import utils
 from compress_weights import CompressConfigs
 from configs import Configs, UserError
+from generator import read_image
 from metrics import Decision, read_decision, write_decision
 from report import read_log
 
@@ -222,6 +225,40 @@ def image_of(name):
     return run
 
 
+def url_of(url, content=None, read=False):
+    """Returns a case: the data check decodes what a URL names, or the generator reads it.
+
+    `content` is that of `memory://bucket/photo.jpg`, which is otherwise a whole image.
+    """
+
+    def run(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MemoryFileSystem, "store", {})
+            patch.setitem(sys.modules, "s3fs", None)
+            MemoryFileSystem().pipe_file("/bucket/photo.jpg", encode("JPEG") if content is None else content)
+            if read:
+                return read_image(url)
+            found = utils.inspect_image(url, decode=True)
+        return tell_findings([found.fault] if found.fault else found.remarks)
+
+    return run
+
+
+class Forbidding(AbstractFileSystem):
+    """A store that knows who asks, and gives them nothing."""
+
+    protocol = "forbidding"
+
+    def info(self, path, **options):
+        raise PermissionError("Access Denied")
+
+    def cat_file(self, path, start=None, end=None, **options):
+        raise PermissionError("Access Denied")
+
+
+register_implementation("forbidding", Forbidding, clobber=True)
+
+
 def table_of(name):
     """Returns a case: the data check reads a table of the corpus, whose images are all there, and tells of it."""
 
@@ -355,6 +392,20 @@ CASES = {
     "log_of_words": log_of(b"epoch,loss\n1,low\n"),
     "log_not_utf_8": log_of(b"\xff\xfe\x00"),
     **{f"image_{name}": image_of(name) for name in [*images(), "folder"]},
+    "url_good": url_of("memory://bucket/photo.jpg"),
+    "url_missing": url_of("memory://bucket/none.jpg"),
+    "url_missing_read": url_of("memory://bucket/none.jpg", read=True),
+    "url_folder": url_of("memory://bucket"),
+    "url_empty": url_of("memory://bucket/photo.jpg", b""),
+    "url_truncated": url_of("memory://bucket/photo.jpg", encode("JPEG")[:-300]),
+    "url_device": url_of("file:///dev/zero"),
+    "url_unknown_protocol": url_of("htps://host/photo.jpg"),
+    "url_unknown_protocol_read": url_of("htps://host/photo.jpg", read=True),
+    "url_without_package": url_of("s3://bucket/photo.jpg"),
+    "url_forbidden": url_of("forbidding://bucket/photo.jpg"),
+    "url_forbidden_read": url_of("forbidding://bucket/photo.jpg", read=True),
+    "url_no_answer": url_of("ftp://localhost:1/photo.jpg"),
+    "url_joined": url_of("reference://photo.jpg::memory://bucket/references.json"),
     **{f"table_{name}": table_of(name) for name in BAD_TABLES if name != "path_outside"},
 }
 
@@ -440,6 +491,18 @@ def test_code_in_the_training_part_of_an_hdf5_file_is_refused(tmp_path):
         file.attrs["training_config"] = json.dumps(training)
     with pytest.raises(UserError, match="Python lambda"):
         utils.load_model(path, with_optimizer=True)
+
+
+@pytest.mark.parametrize("url", ["reference://a.jpg::memory://references.json", "memory://x::reference://a.jpg"])
+def test_no_url_brings_a_program(url, tmp_path, store):
+    # What fsspec calls references may hold templates, which some of its versions run.
+    program = f"{{{{ cycler.__init__.__globals__.os.mkdir({str(tmp_path / 'mark')!r}) }}}}"
+    references = {"version": 1, "templates": {"u": program}, "gen": [], "refs": {"a.jpg": ["{{u}}"]}}
+    store.put("memory://references.json", json.dumps(references).encode())
+    assert utils.inspect_image(url).fault[0] == "unreachable"
+    with pytest.raises(UserError, match="joined by '::' are not read"):
+        read_image(url)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_part_outside_of_an_archive_is_not_written(tmp_path):

@@ -6,6 +6,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import keras
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 import skimage.data
 import tensorflow as tf
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image, ImageOps
 
 from augmenter import build_augmenter
 from callbacks import EpochOrder, InputWait
 from configs import UserError
 from generator import AugmentedImageSequence, DiskCache, MemoryCache, choose_divisor, read_image, resize_image
-from utils import naming_bad_images, predict
+from utils import naming_bad_images, predict, read_version
 
 SIZE = (12, 16)
 
@@ -527,6 +529,113 @@ def test_a_missing_image_is_named_with_a_cache_too(pictures, tmp_path):
     paths = [*pictures[0], str(tmp_path / "lost.png")]
     with pytest.raises(UserError, match=r"lost\.png"):
         one_epoch(sequence_of(paths, cache=cache_of("disk", paths, tmp_path)))
+
+
+# Images in stores
+
+
+@pytest.fixture
+def urls(pictures, store):
+    """The URLs of the pictures in a store, and the pictures."""
+    found = [f"memory://bucket/{number}.png" for number in range(10)]
+    for url, path in zip(found, pictures[0], strict=True):
+        store.put(url, Path(path).read_bytes())
+    return found, pictures[1]
+
+
+@pytest.mark.parametrize("size", [None, (30, 40)])
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "gif"])
+def test_an_image_in_a_store_is_that_of_the_file(tmp_path, store, kind, size):
+    path = tmp_path / f"a.{kind}"
+    Image.fromarray(skimage.data.astronaut()[:300, :400]).save(path)
+    store.put(f"memory://bucket/a.{kind}", path.read_bytes())
+    np.testing.assert_array_equal(read_image(f"memory://bucket/a.{kind}", size), read_image(str(path), size))
+
+
+def test_batches_of_urls_are_those_of_files(urls, pictures):
+    for workers in (1, 3):
+        of_files, of_urls = (
+            list(augmented_sequence(paths, workers=workers).to_dataset().as_numpy_iterator())
+            for paths in (pictures[0], urls[0])
+        )
+        for (images, labels), (expected, of_expected) in zip(of_urls, of_files, strict=True):
+            np.testing.assert_array_equal(images, expected)
+            np.testing.assert_array_equal(labels, of_expected)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory://bucket/lost.png", "lost.png: it does not exist. Replace it, or drop its row.$"),
+        ("memory://bucket", "memory://bucket: it does not exist"),
+        ("memory://bucket/text.png", "Cannot decode the image memory://bucket/text.png: it is damaged or no image"),
+        ("htps://host/a.png", "out of reach: Protocol not known: htps. Check the address, .* or drop its row.$"),
+        ("zip://a.png::memory://bucket/a.zip", "URLs joined by '::' are not read"),
+    ],
+)
+def test_a_url_that_brings_no_image_is_named(urls, store, url, message):
+    store.put("memory://bucket/text.png", b"no image")
+    sequence = sequence_of([*urls[0][:8], url], cache=None)
+    with pytest.raises(UserError, match=message) as caught:
+        sequence[2]
+    assert sequence.error is caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_a_warm_disk_cache_downloads_nothing_and_asks_once_an_image(urls, tmp_path, store):
+    paths, images = urls
+    names = [f"/bucket/{number}.png" for number in range(10)]
+    # The first run fetches each image once in its two epochs; a later one only asks for each one's version.
+    for expected in ([("info", name) for name in names] + [("bytes", name, None, None) for name in names], None):
+        store.asked.clear()
+        sequence = sequence_of(paths, cache=cache_of("disk", paths, tmp_path))
+        for sequence.epoch in range(2):
+            np.testing.assert_array_equal(one_epoch(sequence)[0], images)
+        assert sorted(store.asked) == sorted(expected or [("info", name) for name in names])
+    assert len(list(tmp_path.glob("*.cache"))) == 1
+
+
+def test_an_object_that_was_replaced_is_fetched_anew(urls, tmp_path, store, pictures):
+    paths, images = urls
+    one_epoch(sequence_of(paths, cache=cache_of("disk", paths, tmp_path)))
+    store.put(paths[3], Path(pictures[0][7]).read_bytes())
+    store.asked.clear()
+    batches, _ = one_epoch(sequence_of(paths, cache=cache_of("disk", paths, tmp_path)))
+    np.testing.assert_array_equal(batches, images[[0, 1, 2, 7, 4, 5, 6, 7, 8, 9]])
+    assert [asked for asked in store.asked if asked[0] == "bytes"] == [("bytes", "/bucket/3.png", None, None)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ({"ETag": '"a"'}, {"ETag": '"a"'}, True),
+        ({"ETag": '"a"'}, {"ETag": '"b"'}, False),
+        ({"last_modified": "2026-01-01"}, {"last_modified": "2026-01-02"}, False),
+        ({"Last-Modified": "Thu"}, {"Last-Modified": "Fri"}, False),
+        ({"size": 1}, {"size": 2}, False),
+        ({"StorageClass": "STANDARD", "time": 1}, {"StorageClass": "GLACIER", "time": 2}, True),
+    ],
+)
+def test_the_version_is_what_changes_with_the_bytes(urls, monkeypatch, first, second, same):
+    versions = []
+    for told in (first, second):
+        monkeypatch.setattr(MemoryFileSystem, "info", lambda *_, told=told: {"type": "file", "size": 9} | told)
+        versions.append(read_version(urls[0][0]))
+    assert (versions[0] == versions[1]) is same
+
+
+def test_an_image_whose_store_tells_no_version_is_read_in_every_run(urls, tmp_path, store, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", refuse)
+    paths, images = urls
+    for _ in range(2):
+        store.asked.clear()
+        sequence = sequence_of(paths, cache=cache_of("disk", paths, tmp_path))
+        for _ in range(2):
+            np.testing.assert_array_equal(one_epoch(sequence)[0], images)
+        assert len(store.asked) == 10
 
 
 def test_input_wait_is_the_share_of_the_time_that_the_model_waits(monkeypatch, capsys):

@@ -155,6 +155,32 @@ def test_image_directory_is_for_lists_only(single_run, photo_folder):
     assert written["predicted"].tolist() == ["red"]
 
 
+@pytest.mark.parametrize("image_directory", ["", "memory://bucket/photos", "elsewhere"])
+def test_images_in_a_store_are_predicted_as_the_files_are(single_run, photo_folder, store, image_directory):
+    names = ["red/03.jpg", "blue/00.jpg", "green/01.jpg", "red/99.jpg"]
+    for name in names[:3]:
+        store.put(f"memory://bucket/photos/{name}", (photo_folder / name).read_bytes())
+    listed = names if image_directory.startswith("memory") else [f"memory://bucket/photos/{name}" for name in names]
+    pd.DataFrame({"path": listed}).to_csv(single_run.parent / "list.csv", index=False)
+    written = run(single_run, single_run.parent / "list.csv", image_directory=image_directory)["written"]
+    assert written["path"].tolist() == listed
+    assert written["predicted"].tolist() == ["red", "blue", "green", ""]
+    assert written["error"][3] == (
+        "Cannot read the image memory://bucket/photos/red/99.jpg: it does not exist. Replace it, or drop its row."
+    )
+    pd.DataFrame({"path": names[:3]}).to_csv(single_run.parent / "list.csv", index=False)
+    of_files = run(single_run, single_run.parent / "list.csv", image_directory=str(photo_folder))["written"]
+    np.testing.assert_array_equal(by_class(written[:3]), by_class(of_files))
+
+
+def test_one_url_is_an_input(single_run, photo_folder, store):
+    store.put("memory://bucket/a", (photo_folder / "green" / "01.jpg").read_bytes())
+    written = run(single_run, "memory://bucket/a")["written"]
+    assert written[["path", "predicted"]].values.tolist() == [["memory://bucket/a", "green"]]
+    with pytest.raises(UserError, match="The image could not be read; .* it does not exist"):
+        run(single_run, "memory://bucket/b")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -795,6 +795,37 @@ def test_a_decision_takes_the_place_of_mode_and_threshold(images, threshold_type
     assert probabilities == pytest.approx({"owl": 0.75, "dog": 0.5, "cat": 0.25})
 
 
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        *[(url, True) for url in ("s3://bucket/a.jpg", "memory://a", "https://host/a?b=c", "git+ssh://host/a")],
+        *[(path, False) for path in ("a.jpg", "C:\\a.jpg", "C://a.jpg", "/a:b/c.jpg", "./s3://b/a.jpg", "s3:/a", "")],
+    ],
+)
+def test_a_protocol_of_two_letters_or_more_makes_a_url(path, expected):
+    assert utils.is_url(path) is expected
+
+
+@pytest.mark.parametrize(
+    ("directory", "path", "expected"),
+    [
+        ("", "a.jpg", "a.jpg"),
+        ("", "s3://bucket/a.jpg", "s3://bucket/a.jpg"),
+        ("photos", "s3://bucket/../a.jpg", "s3://bucket/../a.jpg"),
+        ("s3://bucket", "gs://other/a.jpg", "gs://other/a.jpg"),
+        ("s3://bucket", "a.jpg", "s3://bucket/a.jpg"),
+        ("s3://bucket/photos/", "./cat/a.jpg", "s3://bucket/photos/cat/a.jpg"),
+        ("s3://bucket/photos", "../a.jpg", "s3://bucket/a.jpg"),
+        ("memory://", "x/a.jpg", "memory://x/a.jpg"),
+        ("file:///photos", "a.jpg", "file:///photos/a.jpg"),
+        ("photos", "a.jpg", os.path.join("photos", "a.jpg")),
+        ("s3://bucket", os.path.abspath("a.jpg"), os.path.abspath("a.jpg")),
+    ],
+)
+def test_a_path_is_joined_to_a_folder_or_a_url(directory, path, expected):
+    assert utils.join_path(directory, path) == expected
+
+
 def test_names_that_do_not_number_the_outputs_are_refused(trained_model, images):
     with pytest.raises(ValueError, match="zip"):
         utils.classify_image(trained_model, images[0], ["cat", "dog"])

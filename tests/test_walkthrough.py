@@ -18,6 +18,7 @@ import compress_weights
 import draw_activations
 import make_csv_from_folders
 import plot_training_log
+import predict as predicting
 import split_train_test
 import test as evaluation
 import train
@@ -239,6 +240,50 @@ def test_activations_are_drawn_for_every_test_image(trained):
 def test_two_images_of_one_name_are_both_drawn():
     names = draw_activations.name_outputs(["photos/a/1.jpg", "photos/b/1.jpg", "photos/a-1.jpg", "photos/c.tif"])
     assert names == ["a-1.jpg", "b-1.jpg", "a-1_2.jpg", "c.tif.png"]
+
+
+def test_pictures_of_urls_are_named_by_what_follows_their_common_folder():
+    urls = ["s3://bucket/x/a/1.jpg", "s3://bucket/x/b/1.jpg", "s3://bucket/x/1.tif", "s3://bucket/x/2.jpg?version=3"]
+    expected = ["a-1.jpg", "b-1.jpg", "1.tif.png", "2.jpg_version=3.png"]
+    assert draw_activations.name_outputs(urls) == expected
+    assert draw_activations.name_outputs(["s3://one/a.jpg", "gs://one/a.jpg"]) == ["s3-one-a.jpg", "gs-one-a.jpg"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image_cache", ["none", "disk"])
+def test_images_in_a_store_give_the_run_of_the_files(
+    split_photos, photo_folder, small_run, tmp_path, store, image_cache
+):
+    for path in photo_folder.rglob("*.jpg"):
+        store.put(f"memory://bucket/{path.relative_to(photo_folder).as_posix()}", path.read_bytes())
+    found = {}
+    for place in ("files", "store"):
+        csv_paths = [tmp_path / f"{place}_{path.name}" for path in split_photos]
+        for written, path in zip(csv_paths, split_photos, strict=True):
+            table = pd.read_csv(path)
+            if place == "store":
+                table["path"] = [f"memory://bucket/{'/'.join(Path(file).parts[-2:])}" for file in table["path"]]
+            table.to_csv(written, index=False)
+        options = {"save_model_path": str(tmp_path / place), "image_cache_path": str(tmp_path / "cache")}
+        options |= {"pop_conv_layers": 66, "final_layer_pooling": "max", "verify_data": "full"}
+        configs = small_run(*csv_paths, deterministic=True, image_cache=image_cache, **options)
+        train.main(configs)
+        listed = predicting.PredictConfigs(
+            load_model_path=str(tmp_path / place), input=str(csv_paths[1]), write_path=str(tmp_path / f"{place}.csv")
+        )
+        found[place] = {
+            "log": (tmp_path / place / "training_log.csv").read_text(),
+            "weights": load_model(str(tmp_path / place / "latest_model.keras")).get_weights(),
+            "sets": evaluation.main(configs)["sets"],
+            "pictures": [Path(path).read_bytes() for path in draw_activations.main(configs)["paths"]],
+            "predictions": predicting.main(listed)["predictions"].drop(columns="path"),
+        }
+    for name in ("log", "sets", "pictures"):
+        assert found["store"][name] == found["files"][name], name
+    for of_store, of_files in zip(found["store"]["weights"], found["files"]["weights"], strict=True):
+        np.testing.assert_array_equal(of_store, of_files)
+    pd.testing.assert_frame_equal(found["store"]["predictions"], found["files"]["predictions"])
+    assert len(found["store"]["pictures"]) == 9
 
 
 def test_the_log_is_plotted(trained):
