@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import cv2
 import numpy as np
@@ -17,28 +17,79 @@ BY_VALUE = (iaa.Add, iaa.Multiply, iaa.LinearContrast, iaa.GammaContrast, iaa.Lo
 BY_VALUE += (iaa.Invert,)
 
 
-def build_augmenter() -> FusedAugmenter:
+def build_augmenter(strength: str = "default") -> FusedAugmenter | None:
     """Builds the pipeline for uint8 RGB batches `(batch, height, width, 3)`; it keeps shape and type.
 
-    To remove a change, delete its line; to add one, add a line with any augmenter of imgaug that keeps an image's
+    To remove a change, delete its line below; to add one, add a line with any augmenter of imgaug that keeps an image's
     size (https://imgaug.readthedocs.io/en/latest/source/overview_of_augmenters.html), or change a range.
+
+    Args:
+        strength: a key of `STRENGTHS`.
+
+    Returns:
+        The pipeline; None where nothing changes.
     """
-    return FusedAugmenter(
-        [
-            iaa.Fliplr(0.5),
-            iaa.Affine(
-                rotate=(-15, 15),
-                scale=(0.9, 1.15),
-                shear=(-6, 6),
-                translate_percent={"x": (-0.08, 0.08), "y": (-0.08, 0.08)},
-                order=1,
-                mode="reflect",
-            ),
-            # Colour: each channel is made up to a tenth brighter or darker on its own.
-            iaa.Multiply((0.9, 1.1), per_channel=0.5),
-            iaa.LinearContrast((0.8, 1.25)),
-        ]
-    )
+    augmenters = STRENGTHS[strength]()
+    return FusedAugmenter(augmenters) if augmenters else None
+
+
+def _light() -> list[iaa.Augmenter]:
+    return [
+        iaa.Fliplr(0.5),
+        iaa.Affine(
+            scale=(0.95, 1.05),
+            translate_percent={"x": (-0.04, 0.04), "y": (-0.04, 0.04)},
+            order=1,
+            mode="reflect",
+        ),
+    ]
+
+
+def _default() -> list[iaa.Augmenter]:
+    return [
+        iaa.Fliplr(0.5),
+        iaa.Affine(
+            rotate=(-15, 15),
+            scale=(0.9, 1.15),
+            shear=(-6, 6),
+            translate_percent={"x": (-0.08, 0.08), "y": (-0.08, 0.08)},
+            order=1,
+            mode="reflect",
+        ),
+        # Colour: each channel is made up to a tenth brighter or darker on its own.
+        iaa.Multiply((0.9, 1.1), per_channel=0.5),
+        iaa.LinearContrast((0.8, 1.25)),
+    ]
+
+
+def _strong() -> list[iaa.Augmenter]:
+    return [
+        iaa.Fliplr(0.5),
+        iaa.Affine(
+            rotate=(-30, 30),
+            scale=(0.8, 1.35),
+            shear=(-12, 12),
+            translate_percent={"x": (-0.15, 0.15), "y": (-0.15, 0.15)},
+            order=1,
+            mode="reflect",
+        ),
+        iaa.Multiply((0.75, 1.25), per_channel=0.5),
+        iaa.LinearContrast((0.6, 1.6)),
+        # Random erasing (Zhong et al., AAAI 2020, arXiv:1708.04896): a box of any colour hides a part of every other
+        # image, so that no single part of a thing is enough to know it.
+        iaa.Sometimes(
+            0.5,
+            iaa.Cutout(nb_iterations=1, size=(0.15, 0.45), squared=False, cval=(0, 255), fill_per_channel=True),
+        ),
+    ]
+
+
+STRENGTHS: dict[str, Callable[[], list[iaa.Augmenter]]] = {
+    "none": list,
+    "light": _light,
+    "default": _default,
+    "strong": _strong,
+}
 
 
 class FusedAugmenter:

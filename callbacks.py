@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import keras
 import numpy as np
@@ -24,7 +25,7 @@ import tensorflow as tf
 from configs import Configs, UserError
 from generator import AugmentedImageSequence
 from metrics import get_aurocs, mean_of_defined, none_if_undefined
-from model import DistributedModel
+from model import TrainingModel, find_averages
 from utils import (
     TEMPORARY_PREFIX,
     Finding,
@@ -65,13 +66,8 @@ class Validation(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Predicts the validation images and adds their figures to `logs`, which the callbacks after this one see."""
-        if isinstance(self.model, DistributedModel):
-            probabilities, is_read = self.model.predict_sequence(self.sequence)
-            y_true = self.sequence.get_labels(np.flatnonzero(is_read))
-        else:
-            probabilities = self.model.predict(self.sequence.to_dataset(), verbose=0)
-            # After the images have been read: the labels of those that cannot be are left out.
-            y_true = self.sequence.get_y_true()
+        probabilities, is_read = self.model.predict_sequence(self.sequence)
+        y_true = self.sequence.get_labels(np.flatnonzero(is_read))
         logs["val_loss"] = float(np.mean(self.loss(y_true, probabilities)))
         if self.multi_label:
             self.aurocs = get_aurocs(y_true, probabilities)
@@ -80,24 +76,8 @@ class Validation(keras.callbacks.Callback):
             logs["val_accuracy"] = float(np.mean(probabilities.argmax(axis=1) == y_true))
 
 
-class _Fetched(tf.experimental.ExtensionType):
-    """A batch that has arrived, in the place of the iterator that Keras's training function asks for the next one."""
-
-    batch: tf.experimental.Optional
-
-    def get_next(self) -> Any:
-        """Returns the batch."""
-        return self.batch.get_value()
-
-
-# Keras asks for the type: what is no iterator of TensorFlow it would take apart, and trace the model once more.
-tf.data.Iterator.register(_Fetched)
-
-
 class InputWait(keras.callbacks.Callback):
-    """Measures the share of an epoch's training time that the model waits for batches: `share`, in `[0, 1]`.
-
-    It fetches each batch before Keras's training function runs, and prints advice where the share is high.
+    """Prints the share of an epoch's training time that the model waits for batches: `share`, in `[0, 1]`.
 
     Args:
         advise_above: the share from which on advice is printed.
@@ -107,29 +87,12 @@ class InputWait(keras.callbacks.Callback):
         super().__init__()
         self.advise_above = advise_above
         self.share = 0.0
-        self._waited = 0.0
         self._start = 0.0
         self._end = 0.0
 
-    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        """Puts the measurement around the training function, which Keras has just made."""
-        self._original = self.model.train_function
-
-        def fetch_and_train(iterator: Any) -> dict[str, tf.Tensor]:
-            start = time.perf_counter()
-            batch = _Fetched(iterator.get_next_as_optional())
-            self._waited += time.perf_counter() - start
-            return self._original(batch)
-
-        self.model.train_function = fetch_and_train
-
-    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
-        """Leaves the model as it was."""
-        self.model.train_function = self._original
-
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Starts to count."""
-        self._start, self._waited = time.perf_counter(), 0.0
+        self._start = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         """Notes when the training part of the epoch has ended, should this be its last step."""
@@ -137,13 +100,137 @@ class InputWait(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Prints the share and what to do about it."""
-        self.share = self._waited / max(self._end - self._start, self._waited, 1e-9)
+        waited = self.model.seconds_waited
+        self.share = waited / max(self._end - self._start, waited, 1e-9)
         print(f"\ninput_wait: {self.share:.1%} of the epoch")
         if self.share > self.advise_above:
             print(
                 "The model waited for images. Raise generator_workers up to the number of cores, or set image_cache "
                 "to memory or disk."
             )
+
+
+class Phase(NamedTuple):
+    """Epochs that train the same layers in the same way.
+
+    Attributes:
+        first_epoch: counted from 0.
+        end: the first epoch after them.
+        learning_rate: the highest one.
+        trains_head_only: the classifier alone learns.
+    """
+
+    first_epoch: int
+    end: int
+    learning_rate: float
+    trains_head_only: bool
+
+
+class Schedule(keras.callbacks.Callback):
+    """Sets the learning rate of every step, as far as a plateau does not decide it: warm-up, cosine, constant.
+
+    Each phase has a schedule of its own. What it sets follows from epoch and step alone.
+
+    Args:
+        phase: its epochs and its highest rate.
+        sequence: the training images, for the steps of an epoch.
+        kind: `plateau` (after the warm-up it leaves the rate alone), `cosine` (Loshchilov and Hutter, 2017, without
+            restarts) or `constant`.
+        warmup_epochs: in which the rate rises linearly from 0.
+        minimum: the rate of the cosine's end.
+    """
+
+    def __init__(
+        self, phase: Phase, sequence: AugmentedImageSequence, kind: str, warmup_epochs: float, minimum: float
+    ) -> None:
+        super().__init__()
+        self.phase = phase
+        self.sequence = sequence
+        self.kind = kind
+        self.warmup_epochs = warmup_epochs
+        self.minimum = minimum
+        self._epoch = 0
+
+    def get_rate(self, step: int) -> float | None:
+        """Returns the learning rate of a step, counted from the phase's first; None where a plateau decides it."""
+        first_epoch, end, highest, _ = self.phase
+        warmup = self.warmup_epochs * self.sequence.steps
+        if step < warmup:
+            return highest * min((step + 1) / warmup, 1)
+        if self.kind == "plateau":
+            return None
+        if self.kind == "constant":
+            return highest
+        progress = (step - warmup) / max((end - first_epoch) * self.sequence.steps - warmup - 1, 1)
+        lowest = min(self.minimum, highest)
+        return lowest + (highest - lowest) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Notes the epoch."""
+        self._epoch = epoch
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Sets the rate."""
+        step = (self._epoch - self.phase.first_epoch) * self.sequence.steps + self.sequence.first_step + batch
+        rate = self.get_rate(step)
+        if rate is not None:
+            self.model.optimizer.learning_rate = rate
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Adds the rate to the logs."""
+        logs["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+
+
+class RangeTest(keras.callbacks.Callback):
+    """Raises the learning rate in every step, by the same factor, and notes the losses: `rates` and `losses`.
+
+    It stops training after `steps`, or where the loss is not finite or four times the lowest.
+    """
+
+    def __init__(self, lowest: float = 1e-7, highest: float = 1.0, steps: int = 100) -> None:
+        super().__init__()
+        self.steps = steps
+        self.rates: list[float] = []
+        self.losses: list[float] = []
+        self._all_rates = np.geomspace(lowest, highest, steps).tolist()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Starts from sums of zero."""
+        self._sums = np.zeros(2)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Sets the rate."""
+        self.model.optimizer.learning_rate = self._all_rates[len(self.rates)]
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Notes rate and loss of the step."""
+        loss, images = self.model.loss_sums - self._sums
+        self._sums = self.model.loss_sums
+        self.rates.append(self._all_rates[len(self.rates)])
+        self.losses.append(float(loss / images))
+        has_grown = self.losses[-1] > 4 * min(self.losses)
+        is_over = len(self.rates) == self.steps
+        self.model.stop_training = bool(is_over or has_grown or not np.isfinite(self.losses[-1]))
+
+
+class AveragedWeights(keras.callbacks.Callback):
+    """Gives the model the moving average of its weights, as the optimizer keeps it, for as long as it is tested.
+
+    `put_back` gives it its own weights again. Batch normalisation's statistics stay those of its own weights.
+    """
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Runs before validation."""
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        self._own = [variable.numpy() for variable in self.model.trainable_variables]
+        variables = self.model.trainable_variables
+        for variable, average in zip(variables, find_averages(optimizer, variables), strict=True):
+            variable.assign(average.numpy())
+
+    def put_back(self) -> None:
+        """Runs after what holds the averages has been saved."""
+        for variable, value in zip(self.model.trainable_variables, self._own, strict=True):
+            variable.assign(value)
 
 
 class EpochOrder(keras.callbacks.Callback):
@@ -198,9 +285,12 @@ class Checkpoint(keras.callbacks.Callback):
 
     Args:
         configs: of the run, with `classes` resolved; stored with every model.
+        phase: of the run.
+        classifier: the whole model, of which the trained one may be the head; every file holds it.
         training: the training images.
         validation: tells the AUROC of each class, multi-label.
-        plateau: the run's scheduler, whose state is kept.
+        plateau: the run's scheduler, whose state is kept; None where the learning rate follows from the step.
+        averages: what has given the model its averaged weights, where `ema_decay` is set.
         input_wait: tells the share of each epoch that the model waited.
         interruption: tells which signal has arrived.
         writes: False where another process of the run does so.
@@ -210,9 +300,12 @@ class Checkpoint(keras.callbacks.Callback):
     def __init__(
         self,
         configs: Configs,
+        phase: Phase,
+        classifier: keras.Model,
         training: AugmentedImageSequence,
         validation: Validation,
-        plateau: keras.callbacks.ReduceLROnPlateau,
+        plateau: keras.callbacks.ReduceLROnPlateau | None,
+        averages: AveragedWeights | None,
         input_wait: InputWait,
         interruption: Interruption,
         writes: bool = True,
@@ -224,6 +317,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.save_best_only = configs.save_best_model_only
         self.every_steps = configs.checkpoint_every_steps
         self.patience = configs.early_stopping_patience
+        self.head_epochs = configs.head_epochs
         self.class_names = configs.classes
         self.run_state = {
             "configs": configs.to_dict(),
@@ -232,14 +326,19 @@ class Checkpoint(keras.callbacks.Callback):
             "devices": training.shares.devices,
         }
         self.writes = writes
+        self.phase = phase
+        self.classifier = classifier
         self.training = training
         self.validation = validation
         self.plateau = plateau
+        self.averages = averages
         self.input_wait = input_wait
         self.input_waits: list[float] = list(state.get("input_waits", [])) if state else []
         self.interruption = interruption
         self.to_restore = state
-        self.plateau_state: dict[str, Any] = state["plateau"] if state else {}
+        # A plateau of one phase does not bind the next.
+        goes_on = state is not None and (state["epochs_completed"], state["steps_completed"]) > (phase.first_epoch, 0)
+        self.plateau_state: dict[str, Any] = state["plateau"] if goes_on else {}
         self.log: list[dict[str, float]] = list(state["log"]) if state else []
         self.best: float | None = state["best"] if state else None
         self.best_epoch: int | None = state["best_epoch"] if state else None
@@ -249,12 +348,13 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         """Restores what Keras has just reset, and on resuming the random states and the logs."""
         # A plain view of the model with the mode's stock loss: the file loads without this project.
-        self.saved_view = keras.Model(self.model.inputs, self.model.outputs, name=self.model.name)
+        self.saved_view = keras.Model(self.classifier.inputs, self.classifier.outputs, name=self.classifier.name)
         stock = "binary_crossentropy" if self.validation.multi_label else "sparse_categorical_crossentropy"
         self.saved_view.compile(self.model.optimizer, loss=stock)
         # The scheduler resets itself whenever `fit` begins, before this callback's turn.
-        for name, value in self.plateau_state.items():
-            setattr(self.plateau, name, value)
+        if self.plateau is not None:
+            for name, value in self.plateau_state.items():
+                setattr(self.plateau, name, value)
         if self.to_restore is not None:
             for variable, value in zip(seed_states(self.model), self.to_restore["seed_states"], strict=True):
                 variable.assign(np.array(value, dtype="uint32"))
@@ -280,11 +380,12 @@ class Checkpoint(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Writes the epoch's models and logs, the best one where it is that, and stops where that is due."""
         self._check_finite("validation loss", logs["val_loss"], f"epoch {epoch + 1}")
-        self.plateau_state = {
-            "wait": int(self.plateau.wait),
-            "best": float(self.plateau.best),
-            "cooldown_counter": int(self.plateau.cooldown_counter),
-        }
+        if self.plateau is not None:
+            self.plateau_state = {
+                "wait": int(self.plateau.wait),
+                "best": float(self.plateau.best),
+                "cooldown_counter": int(self.plateau.cooldown_counter),
+            }
         self.input_waits.append(round(self.input_wait.share, 4))
         self.log.append({"epoch": epoch + 1} | {name: float(value) for name, value in logs.items()})
         score = logs[self.monitor]
@@ -296,9 +397,15 @@ class Checkpoint(keras.callbacks.Callback):
                 self.best_aurocs = dict(zip(self.class_names, aurocs, strict=True))
         names = ["best_model.keras"] * is_best
         names += [f"model_epoch_{epoch + 1:03d}.keras"] * (not self.save_best_only)
-        self._save([*names, "latest_model.keras"], epoch + 1, 0)
+        if self.averages is None:
+            names.append("latest_model.keras")
+        if names:
+            self._save(names, epoch + 1, 0, resumes=self.averages is None)
+        if self.averages is not None:
+            self.averages.put_back()
+            self._save(["latest_model.keras"], epoch + 1, 0)
         self._write_logs()
-        self.model.stop_training = stops_early(epoch + 1, self.best_epoch, self.patience)
+        self.model.stop_training = stops_early(epoch + 1, self.best_epoch, self.patience, self.head_epochs)
         self._stop_if_interrupted()
 
     def state(self, epochs_completed: int, steps_completed: int) -> dict[str, Any]:
@@ -310,6 +417,7 @@ class Checkpoint(keras.callbacks.Callback):
         """
         return {
             **self.run_state,
+            "learning_rate": self.phase.learning_rate,
             "epochs_completed": epochs_completed,
             "steps_completed": steps_completed,
             "best": self.best,
@@ -329,13 +437,14 @@ class Checkpoint(keras.callbacks.Callback):
                 "continue with load_model_path."
             )
 
-    def _save(self, names: Sequence[str], epochs_completed: int, steps_completed: int) -> None:
+    def _save(self, names: Sequence[str], epochs_completed: int, steps_completed: int, resumes: bool = True) -> None:
+        """Writes a model under one or more names; where it has averaged weights, training cannot go on from it."""
         first, *others = (os.path.join(self.folder, name) for name in names)
         # Reading the metrics of several processes takes all of them.
         state = self.state(epochs_completed, steps_completed)
         if not self.writes:
             return
-        save_checkpoint(self.saved_view, first, state)
+        save_checkpoint(self.saved_view, first, state if resumes else None)
         for path in others:
             duplicate_file(first, path)
 
@@ -403,7 +512,7 @@ class Interruption:
 
     def note_flags(self, flags: Sequence[float]) -> None:
         """Takes the sum of all processes' flags: what one has received holds for all."""
-        self.signal = next((number for number, flag in zip(self.NUMBERS, flags, strict=True) if flag), 0)
+        self.signal = next((number for number, flag in zip(self.NUMBERS, flags, strict=True) if flag), self.signal)
 
     def _note(self, number: int, _: object) -> None:
         self._received = number
@@ -418,6 +527,8 @@ class Interruption:
 
 def build_callbacks(
     configs: Configs,
+    phase: Phase,
+    classifier: keras.Model,
     training: AugmentedImageSequence,
     validation: AugmentedImageSequence,
     loss: Callable,
@@ -425,36 +536,49 @@ def build_callbacks(
     team: Team,
     state: dict[str, Any] | None,
 ) -> list[keras.callbacks.Callback]:
-    """Builds a run's callbacks in the order that they need: measure, schedule, log, and last the checkpoint.
+    """Builds the callbacks of a phase in the order that they need: measure, schedule, log, and last the checkpoint.
 
     Args:
         configs: with `classes` resolved.
-        training: the training images.
+        phase: of the run.
+        classifier: the whole model.
+        training: the training images, or their features.
         validation: the validation images.
-        loss: of probabilities, as the training's.
+        loss: of probabilities, for the validation images.
         interruption: tells which signal has arrived.
         team: the processes that train together; its chief alone writes.
         state: of the checkpoint that training continues from.
     """
     measure = Validation(validation, loss, configs.multi_label_classification)
-    plateau = keras.callbacks.ReduceLROnPlateau(
-        monitor="val_loss",
-        factor=configs.learning_rate_decay_factor,
-        patience=configs.reduce_lr_patience,
-        min_lr=configs.minimum_learning_rate,
-        verbose=1,
+    schedule = Schedule(
+        phase, training, configs.learning_rate_schedule, configs.warmup_epochs, configs.minimum_learning_rate
     )
-    curves = keras.callbacks.TensorBoard(os.path.join(configs.save_model_path, "logs"), write_graph=False)
+    plateau = None
+    if configs.learning_rate_schedule == "plateau":
+        plateau = keras.callbacks.ReduceLROnPlateau(
+            monitor="val_loss",
+            factor=configs.learning_rate_decay_factor,
+            patience=configs.reduce_lr_patience,
+            min_lr=configs.minimum_learning_rate,
+            verbose=1,
+        )
+    averages = AveragedWeights() if configs.ema_decay else None
     input_wait = InputWait()
-    checkpoint = Checkpoint(configs, training, measure, plateau, input_wait, interruption, team.is_chief, state)
     sequences = {configs.train_csv: training, configs.validation_csv or configs.test_csv: validation}
     bad_images = BadImages(sequences, configs.save_model_path, team)
-    return [EpochOrder(training), input_wait, measure, plateau, *[curves] * team.is_chief, bad_images, checkpoint]
+    curves = None
+    if team.is_chief:
+        curves = keras.callbacks.TensorBoard(os.path.join(configs.save_model_path, "logs"), write_graph=False)
+    checkpoint = Checkpoint(
+        configs, phase, classifier, training, measure, plateau, averages, input_wait, interruption, team.is_chief, state
+    )
+    order = [EpochOrder(training), input_wait, averages, measure, schedule, plateau, curves, bad_images, checkpoint]
+    return [callback for callback in order if callback is not None]
 
 
-def stops_early(epochs_completed: int, best_epoch: int | None, patience: int) -> bool:
-    """Tells whether a run has gone `patience` epochs without a better score; 0 never stops."""
-    return bool(patience) and epochs_completed - (best_epoch or 0) >= patience
+def stops_early(epochs_completed: int, best_epoch: int | None, patience: int, head_epochs: int = 0) -> bool:
+    """Tells whether a run has gone `patience` epochs after its `head_epochs` without a better score; 0 never stops."""
+    return bool(patience) and epochs_completed - max(best_epoch or 0, head_epochs) >= patience
 
 
 def fingerprint(sequence: AugmentedImageSequence) -> str:
@@ -470,18 +594,17 @@ def seed_states(model: keras.Model) -> list[keras.Variable]:
     return [variable for variable in model.variables if variable.name == "seed_generator_state"]
 
 
-def read_metrics(model: keras.Model) -> list[Any]:
-    """Returns the values of a model's running metrics; of several devices their sums, with those of the loss."""
+def read_metrics(model: TrainingModel) -> list[Any]:
+    """Returns the values of a model's running metrics, of several devices their sums, and the sums of the loss."""
     values = [np.asarray(variable).tolist() for metric in model.metrics for variable in metric.variables]
-    return [*values, model.loss_sums.tolist()] if isinstance(model, DistributedModel) else values
+    return [*values, model.loss_sums.tolist()]
 
 
-def restore_metrics(model: keras.Model, values: Sequence[Any]) -> None:
+def restore_metrics(model: TrainingModel, values: Sequence[Any]) -> None:
     """Gives a model's running metrics the values that `read_metrics` returned; the first device has all of them."""
     variables = [variable for metric in model.metrics for variable in metric.variables]
-    if isinstance(model, DistributedModel):
-        *values, loss_sums = values
-        model.loss_sums = np.array(loss_sums)
+    *values, loss_sums = values
+    model.loss_sums = np.array(loss_sums)
 
     def assign() -> None:
         is_first = tf.distribute.get_replica_context().replica_id_in_sync_group == 0
@@ -491,12 +614,13 @@ def restore_metrics(model: keras.Model, values: Sequence[Any]) -> None:
     model.distribute_strategy.run(assign)
 
 
-def save_checkpoint(model: keras.Model, path: str, state: dict[str, Any]) -> None:
-    """Writes a `.keras` file that carries the training's state as one more member of its archive."""
+def save_checkpoint(model: keras.Model, path: str, state: dict[str, Any] | None) -> None:
+    """Writes a `.keras` file that carries the training's state, if there is one, as one more member of its archive."""
     with atomic_path(path) as temporary:
         model.save(temporary)
-        with zipfile.ZipFile(temporary, "a") as archive:
-            archive.writestr(STATE_MEMBER, json.dumps(state))
+        if state is not None:
+            with zipfile.ZipFile(temporary, "a") as archive:
+                archive.writestr(STATE_MEMBER, json.dumps(state))
 
 
 def duplicate_file(source: str, path: str) -> None:

@@ -29,7 +29,7 @@ BACKBONE_NAMES = (
     *("EfficientNetV2S", "EfficientNetV2M", "EfficientNetV2L"),
     *("ConvNeXtTiny", "ConvNeXtSmall", "ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtXLarge"),
 )
-OPTIMIZER_NAMES = ("Adam", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Nadam")
+OPTIMIZER_NAMES = ("Adam", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Nadam", "AdamW", "Lion")
 VERIFY_MODES = ("quick", "full", "off")
 MAX_IMAGE_PIXELS = 179_000_000
 DISTRIBUTION_STRATEGIES = ("none", "mirrored", "multi_worker")
@@ -223,6 +223,66 @@ class Configs:
         choices=DISTRIBUTION_STRATEGIES,
     )
     scale_learning_rate: bool = define(False, "Multiply the learning rate by the number of devices that train together")
+    head_epochs: int = define(
+        0,
+        "Epochs that train the classifier alone, the backbone frozen, before all is trained",
+        at_least=0,
+        fixed_in_run=True,
+    )
+    fine_tune_learning_rate: float | None = define(
+        None, "The learning rate after head_epochs; none keeps learning_rate", above=0
+    )
+    head_initialization: str = define(
+        "random",
+        "Start the classifier from random weights, or from a logistic regression on the backbone's features of the "
+        "training images (linear_probe)",
+        choices=("random", "linear_probe"),
+    )
+    learning_rate_schedule: str = define(
+        "plateau",
+        "Reduce the learning rate on a plateau of the validation loss, along a cosine down to minimum_learning_rate in "
+        "the last step, or not at all (constant)",
+        choices=("plateau", "cosine", "constant"),
+    )
+    warmup_epochs: float = define(0.0, "Epochs in which the learning rate rises from 0, at the start", at_least=0)
+    backbone_learning_rate_multiplier: float = define(
+        1.0, "The backbone learns at the learning rate times this", above=0, at_most=100
+    )
+    freeze_batch_norm: bool = define(
+        False, "Leave the backbone's batch normalisation as its weights have it", fixed_in_run=True
+    )
+    weight_decay: float = define(
+        0.0, "Decoupled weight decay of kernels; biases and normalisations have none", at_least=0, below=1
+    )
+    label_smoothing: float = define(0.0, "Share of each label that is spread over all classes", at_least=0, below=1)
+    mixup_alpha: float = define(0.0, "Mix pairs of images, with shares from Beta(alpha, alpha); 0 does not", at_least=0)
+    cutmix_alpha: float = define(
+        0.0, "Paste a piece of one image into another, with shares from Beta(alpha, alpha); 0 does not", at_least=0
+    )
+    ema_decay: float = define(
+        0.0,
+        "Test and keep the moving average of the weights with this decay a step; 0 keeps the weights",
+        at_least=0,
+        below=1,
+        fixed_in_run=True,
+    )
+    loss: str = define(
+        "cross_entropy",
+        "The training loss; multi-label also focal or asymmetric, which look less at what is easy",
+        choices=("cross_entropy", "focal", "asymmetric"),
+    )
+    gradient_accumulation_steps: int = define(
+        1,
+        "Batches whose gradients make one training step: batch_size images at a time in memory",
+        at_least=1,
+        fixed_in_run=True,
+    )
+    augmentation_strength: str = define(
+        "default", "How far training changes its images at random", choices=("none", "light", "default", "strong")
+    )
+    find_learning_rate: bool = define(
+        False, "Do not train: try rising learning rates, plot the loss over them and suggest one"
+    )
     overwrite: bool = define(False, "Start a new run where save_model_path holds another one, and remove that")
 
     def __post_init__(self) -> None:
@@ -355,9 +415,23 @@ class Configs:
             super().__setattr__(name, value)
             found = _bound_fault(value, field.metadata, types[name]) or _FURTHER_CHECKS.get(name, _no_fault)(value)
             faults += [f"{name}: {found}"] * bool(found)
+        faults += self._find_contradictions() if not faults else []
         if faults:
             raise UserError("\n".join(faults))
         return self
+
+    def _find_contradictions(self) -> list[str]:
+        """Returns a line for each option that has no effect beside another one's value."""
+        multi_label, head_epochs = self.multi_label_classification, self.head_epochs
+        needs = [
+            ("loss", self.loss != "cross_entropy" and not multi_label, "multi_label_classification True"),
+            ("fine_tune_learning_rate", self.fine_tune_learning_rate and not head_epochs, "head_epochs of 1 or more"),
+        ]
+        return [
+            f"{name}: {getattr(self, name)} has no effect without {need}. Set that too, or leave {name} out."
+            for name, is_needed, need in needs
+            if is_needed
+        ]
 
 
 def unknown_option(name: str, known: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import itertools
@@ -13,7 +14,7 @@ import threading
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import keras
@@ -50,6 +51,8 @@ DECODE_FLAGS = {
     8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 JPEG_START = b"\xff\xd8\xff"
+# Ends the key of mixing's random numbers, which are others than those of augmentation. Any number but 0 does.
+MIXING = 1
 # What to do about an object that no store gives.
 STORE_REMEDIES = {"missing": "Replace it", "unreachable": "Check the address, the network and your permissions"}
 
@@ -136,6 +139,63 @@ def resize_image(image: np.ndarray, image_size: Sequence[int], target: np.ndarra
     ratios = image.shape[0] / height, image.shape[1] / width
     averages = min(ratios) >= 1 and max(ratios) >= 1.5
     return cv2.resize(image, (width, height), target, interpolation=cv2.INTER_AREA if averages else cv2.INTER_LINEAR)
+
+
+def mix_batch(
+    images: np.ndarray, labels: np.ndarray, generator: np.random.Generator, mixup_alpha: float, cutmix_alpha: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mixes each image of a batch with another one of it, and their labels by the same share.
+
+    mixup blends the two; CutMix pastes a box of the other into the one. Where both alphas are above 0, even odds choose
+    one of them for the batch. The others are a random permutation of the batch, in which an image may meet itself.
+    Each pair has a share, and a box, of its own, as in the papers' equations; their programs draw one a batch.
+
+    Source: Zhang et al., ICLR 2018, section 1 (arXiv:1710.09412); Yun et al., ICCV 2019, eqs. 1-2 (arXiv:1905.04899).
+
+    Args:
+        images: uint8 `(batch, height, width, 3)`.
+        labels: float `(batch, classes)`.
+        generator: draws everything.
+        mixup_alpha: shares are drawn from Beta(alpha, alpha); 0 leaves mixup out.
+        cutmix_alpha: likewise of CutMix; one of the two is above 0.
+
+    Returns:
+        The mixed images, uint8, and labels, float32: each image's own share of both, and its other's for the rest.
+    """
+    cuts = cutmix_alpha > 0 and (mixup_alpha <= 0 or generator.random() < 0.5)
+    alpha = cutmix_alpha if cuts else mixup_alpha
+    others = generator.permutation(len(images))
+    shares = generator.beta(alpha, alpha, len(images))
+    mix = _paste if cuts else _blend
+    mixed, shares = mix(images, images[others], shares, generator)
+    own = shares.astype(np.float32)[:, None]
+    return mixed, (own * labels + (1 - own) * labels[others]).astype(np.float32)
+
+
+def _blend(
+    images: np.ndarray, others: np.ndarray, shares: np.ndarray, _: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    mixed = np.empty_like(images)
+    for target, image, other, share in zip(mixed, images, others, shares.tolist(), strict=True):
+        cv2.addWeighted(image, share, other, 1 - share, 0, target)
+    return mixed, shares
+
+
+def _paste(
+    images: np.ndarray, others: np.ndarray, shares: np.ndarray, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pastes boxes that have the image's own aspect ratio and any centre; the border cuts them off.
+
+    Returns:
+        The images, and their own shares of the pixels as they are then.
+    """
+    mixed, sides = images.copy(), np.array(images.shape[1:3])
+    box_sides = np.rint(sides * np.sqrt(1 - shares)[:, None]).astype(int)
+    starts = generator.integers(sides, size=box_sides.shape) - box_sides // 2
+    starts, ends = np.maximum(starts, 0), np.minimum(starts + box_sides, sides)
+    for target, other, (top, left), (bottom, right) in zip(mixed, others, starts, ends, strict=True):
+        target[top:bottom, left:right] = other[top:bottom, left:right]
+    return mixed, 1 - (ends - starts).prod(axis=1) / sides.prod()
 
 
 class MemoryCache:
@@ -298,8 +358,8 @@ class Shares(NamedTuple):
 class AugmentedImageSequence(keras.utils.Sequence):
     """Batches of images and labels.
 
-    Order and augmentation follow from `(seed, epoch, index)` alone, whatever the number of workers, and however the
-    devices that train together are spread over processes; set `epoch` before each epoch of training, and
+    Order, augmentation and mixing follow from `(seed, epoch, index)` alone, whatever the number of workers, and however
+    the devices that train together are spread over processes; set `epoch` before each epoch of training, and
     `first_step` to leave out the batches before it.
 
     Args:
@@ -309,7 +369,7 @@ class AugmentedImageSequence(keras.utils.Sequence):
         batch_size: images a batch and device; the last one of an epoch may be smaller.
         augmenter: of uint8 images, from `augmenter.py` or imgaug itself, or None.
         shuffle: give each epoch an order of its own; otherwise the order is that of `paths`.
-        seed: of order and augmentation.
+        seed: of order, augmentation and mixing.
         workers: threads that prepare batches.
         max_queue_size: batches kept ready.
         cache: keeps the resized images, or None.
@@ -317,6 +377,10 @@ class AugmentedImageSequence(keras.utils.Sequence):
         skip_bad_images: an image that cannot be read is noted in `bad_images`. Where `shuffle` is set the next one of
             the epoch's order that can be read takes its place; otherwise its row is left out.
         shares: the devices that train together whose images of every step these batches are; nothing else is read.
+        mixup_alpha: where it or `cutmix_alpha` is above 0 and `shuffle` is set, each device's batch is mixed by
+            `mix_batch` after augmentation: the labels in batches are float32 `(batch, classes)` then.
+        cutmix_alpha: likewise.
+        number_of_classes: of class positions, where batches are mixed.
     """
 
     def __init__(
@@ -334,6 +398,9 @@ class AugmentedImageSequence(keras.utils.Sequence):
         max_pixels: int = MAX_IMAGE_PIXELS,
         skip_bad_images: bool = False,
         shares: Shares | None = None,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        number_of_classes: int | None = None,
     ) -> None:
         super().__init__(workers=max(workers, 1), max_queue_size=max_queue_size)
         self.paths = np.asarray(paths, dtype=object)
@@ -349,6 +416,10 @@ class AugmentedImageSequence(keras.utils.Sequence):
         self.bad_images: dict[int, str] = {}
         self.gives_shares = shares is not None and shuffle
         self.shares = shares or Shares()
+        self.mixup_alpha = mixup_alpha
+        self.cutmix_alpha = cutmix_alpha
+        self.number_of_classes = number_of_classes
+        self.mixes = shuffle and max(mixup_alpha, cutmix_alpha) > 0
         self.epoch = 0
         self.first_step = 0
         self.error: UserError | None = None
@@ -380,9 +451,11 @@ class AugmentedImageSequence(keras.utils.Sequence):
             raise
         if len(kept) < len(rows):
             images, rows = images[kept], rows[kept]
+        bounds = [bound - bounds[0] for bound in bounds]
         if self.augmenter is not None:
-            images = self._augment(images, index, [bound - bounds[0] for bound in bounds])
-        return images, self._labels_of(rows)
+            images = self._augment(images, index, bounds)
+        labels = self._batch_labels_of(rows)
+        return self._mix(images, labels, index, bounds) if self.mixes else (images, labels)
 
     def get_shares(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.float32]:
         """Returns batch `first_step + index` for several devices, of which each has at least one image.
@@ -410,8 +483,11 @@ class AugmentedImageSequence(keras.utils.Sequence):
         Each pass over it is an epoch, the one that `epoch` says when it begins. Where `shares` are given, and `shuffle`
         is set, a batch is what `get_shares` returns.
         """
-        labels = tf.TensorSpec((None, *self.labels.shape[1:]), self._labels_of(slice(0)).dtype)
-        specs = [tf.TensorSpec((None, *self.image_size, 3), tf.uint8), labels]
+        return self._make_dataset(tf.TensorSpec((None, *self.image_size, 3), tf.uint8))
+
+    def _make_dataset(self, inputs: tf.TensorSpec) -> tf.data.Dataset:
+        labels = self._batch_labels_of(slice(0))
+        specs = [inputs, tf.TensorSpec((None, *labels.shape[1:]), labels.dtype)]
         make_batch = self.__getitem__
         if self.gives_shares:
             make_batch = self.get_shares
@@ -473,6 +549,12 @@ class AugmentedImageSequence(keras.utils.Sequence):
         labels = self.labels[rows]
         return labels.astype(np.float32) if labels.ndim == 2 else labels
 
+    def _batch_labels_of(self, rows: np.ndarray | slice) -> np.ndarray:
+        labels = self._labels_of(rows)
+        if not self.mixes or labels.ndim == 2:
+            return labels
+        return np.eye(self.number_of_classes, dtype=np.float32)[labels]
+
     def _order(self) -> np.ndarray:
         if not self.shuffle:
             return np.arange(len(self.paths))
@@ -490,14 +572,28 @@ class AugmentedImageSequence(keras.utils.Sequence):
             self._of_thread.augmenter = self.augmenter.deepcopy()
         parts = []
         for position, (start, end) in enumerate(itertools.pairwise(bounds)):
-            batch = step * self.shares.devices + self.shares.first + position
-            seed = np.random.SeedSequence((self.seed, self.epoch, batch)).generate_state(1)[0]
+            seed = np.random.SeedSequence(self._get_key(step, position)).generate_state(1)[0]
             self._of_thread.augmenter.seed_(int(seed) % 2**31)
             parts += [self._of_thread.augmenter(images=images[start:end])] if end > start else []
         return np.concatenate(parts) if len(parts) > 1 else (parts or [images])[0]
 
+    def _mix(
+        self, images: np.ndarray, labels: np.ndarray, step: int, bounds: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        parts = []
+        for position, (start, end) in enumerate(itertools.pairwise(bounds)):
+            generator = np.random.default_rng((*self._get_key(step, position), MIXING))
+            part = images[start:end], labels[start:end]
+            parts.append(mix_batch(*part, generator, self.mixup_alpha, self.cutmix_alpha))
+        images, labels = (np.concatenate(kind) for kind in zip(*parts, strict=True))
+        return images, labels
+
+    def _get_key(self, step: int, position: int) -> tuple[int, int, int]:
+        """Returns what the random numbers of a device's batch follow from."""
+        return self.seed, self.epoch, step * self.shares.devices + self.shares.first + position
+
     def get_y_true(self) -> np.ndarray:
-        """Returns the labels of one epoch in its order: int `(images,)` or float `(images, classes)`.
+        """Returns the labels of one epoch in its order, unmixed: int `(images,)` or float `(images, classes)`.
 
         Those of `bad_images` are left out, as they are from the batches of an order that is not shuffled.
         """
@@ -505,7 +601,7 @@ class AugmentedImageSequence(keras.utils.Sequence):
         return self._labels_of(order if self.shuffle else np.setdiff1d(order, list(self.bad_images)))
 
     def get_labels(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the labels of these positions in `paths`, as batches have them."""
+        """Returns the labels of these positions in `paths`, as batches have them that are not mixed."""
         return self._labels_of(rows)
 
     def get_rows(self, index: int) -> np.ndarray:
@@ -516,3 +612,79 @@ class AugmentedImageSequence(keras.utils.Sequence):
     def get_class_counts(self) -> np.ndarray:
         """Returns how many images each class position has; positions after the last one present are left out."""
         return self.labels.sum(axis=0).astype(int) if self.labels.ndim == 2 else np.bincount(self.labels)
+
+
+# Features in the place of images
+
+
+def read_plainly(sequence: AugmentedImageSequence) -> AugmentedImageSequence:
+    """Returns a sequence of the same images in the order of `paths`, for one device, without augmentation."""
+    plain = copy.copy(sequence)
+    plain.shuffle, plain.augmenter, plain.mixes = False, None, False
+    plain.gives_shares, plain.shares = False, Shares()
+    plain.epoch, plain.first_step, plain.error, plain.bad_images = 0, 0, None, {}
+    return plain
+
+
+class FeatureSequence(AugmentedImageSequence):
+    """Batches of features in the place of the images of another sequence, with its order, labels and shares.
+
+    It trains the classifier on a frozen backbone without running the backbone. Images are not augmented.
+
+    Args:
+        features: float32 `(images, channels)`, in the order of `paths`. Rows of `bad_images` are not used: the next
+            one in the epoch's order takes their place, or they are left out, as the images' own sequence does it.
+        bad_images: why an image could not be read, by its position in `paths`.
+        facts: what `AugmentedImageSequence` takes.
+    """
+
+    def __init__(self, features: np.ndarray, bad_images: dict[int, str], **facts: Any) -> None:
+        super().__init__(**facts)
+        self.features = features
+        self.bad_images = dict(bad_images)
+
+    @classmethod
+    def of(cls, sequence: AugmentedImageSequence, features: np.ndarray, is_read: np.ndarray) -> FeatureSequence:
+        """Puts features in the place of a sequence's images.
+
+        Args:
+            sequence: whose order, labels, shares, epoch and step it takes.
+            features: as `model.compute_features` gives them.
+            is_read: likewise.
+        """
+        features_only = cls(
+            features,
+            {row: sequence.bad_images[row] for row in np.flatnonzero(~is_read).tolist()},
+            paths=sequence.paths,
+            labels=sequence.labels,
+            image_size=sequence.image_size,
+            batch_size=sequence.batch_size,
+            shuffle=sequence.shuffle,
+            seed=sequence.seed,
+            max_queue_size=sequence.max_queue_size,
+            skip_bad_images=sequence.skip_bad_images,
+            shares=sequence.shares if sequence.gives_shares or not sequence.shuffle else None,
+        )
+        features_only.epoch, features_only.first_step = sequence.epoch, sequence.first_step
+        return features_only
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns batch `first_step + index` of this epoch: float32 `(batch, channels)` and its labels."""
+        bounds = self._get_bounds(index + self.first_step)
+        rows = self._order()[bounds[0] : bounds[-1]].copy()
+        features = np.empty((len(rows), self.features.shape[1]), np.float32)
+        kept = [
+            position
+            for position, target in enumerate(features)
+            if self._load_or_replace(rows, position, bounds[0], target)
+        ]
+        return features[kept], self._labels_of(rows[kept])
+
+    def to_dataset(self) -> tf.data.Dataset:
+        """Returns the batches of an epoch, as the images' own sequence does it."""
+        return self._make_dataset(tf.TensorSpec((None, self.features.shape[1]), tf.float32))
+
+    def _load(self, row: int, target: np.ndarray) -> None:
+        if row in self.bad_images:
+            raise UserError(self.bad_images[row])
+        target[:] = self.features[row]

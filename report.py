@@ -145,6 +145,39 @@ def draw_log(log: pd.DataFrame, figure: Figure | None = None) -> Figure:
     return figure
 
 
+def draw_learning_rate(rates: Sequence[float], losses: Sequence[float], suggestion: float | None, path: str) -> None:
+    """Draws the losses of a learning-rate range test as a PNG file.
+
+    Args:
+        rates: `(steps,)`, rising.
+        losses: `(steps,)`; those that are not finite are left out.
+        suggestion: the rate to mark; None marks none.
+        path: the file.
+    """
+    # Imported here, so that plot_training_log.py does not wait for scikit-learn.
+    from metrics import smooth_losses
+
+    is_finite = np.isfinite(losses)
+    rates, known = np.asarray(rates)[is_finite], np.asarray(losses)[is_finite]
+    with _style({}):
+        figure = Figure(figsize=(6.2, 4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(xscale="log", xlabel="Learning rate", ylabel="Loss", title="Loss while the learning rate rises")
+        axes.plot(rates, known, color=MUTED, linewidth=0.8, alpha=0.7, label="each step")
+        if len(known):
+            smooth = smooth_losses(known)
+            axes.plot(rates, smooth, color=COLOURS[0], linewidth=2, label="smoothed")
+            # Where training diverges, losses grow so far that the rest of the curve would be a flat line.
+            margin = 0.1 * np.ptp(smooth) or 0.1
+            axes.set_ylim(min(known.min(), smooth.min()) - margin, smooth.max() + 2 * margin)
+        if suggestion is not None:
+            axes.axvline(suggestion, color=COLOURS[1], linestyle="--", label=f"suggestion: {suggestion:.2g}")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=PRINTED_DPI, facecolor="white")
+
+
 # Figures of an evaluation
 
 

@@ -6,10 +6,13 @@ With load_model_path it continues a run, and ends with the model that the run wo
 from __future__ import annotations
 
 import glob
+import math
 import os
 import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from configs import Configs, UserError, run_script
 
@@ -17,8 +20,9 @@ if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
-    from callbacks import Checkpoint, Interruption
+    from callbacks import Checkpoint, Interruption, Phase
     from generator import AugmentedImageSequence, Shares
+    from model import TrainingModel
     from utils import Team
 
 # What a run writes, as patterns: a new run into the same folder may not mix with it.
@@ -38,10 +42,19 @@ def main(configs: Configs) -> dict:
 def train(configs: Configs, team: Team) -> dict:
     """Seeds, reads the data, builds or loads the model, trains; returns the last epoch's figures and the best."""
     from callbacks import Interruption, build_callbacks, check_same_data, locked
-    from model import DistributedModel, get_loss
-    from utils import build_strategy, check_sets, keep_freed_memory, resolve_class_names, set_gpu_usage, set_seed
+    from model import get_losses
+    from utils import (
+        build_strategy,
+        check_sets,
+        get_settings,
+        keep_freed_memory,
+        resolve_class_names,
+        set_gpu_usage,
+        set_seed,
+    )
 
     model_path, state, configs = find_start(configs)
+    team.agree(get_settings(configs))
     if state and has_ended(state, configs):
         print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
         return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
@@ -49,7 +62,8 @@ def train(configs: Configs, team: Team) -> dict:
     set_gpu_usage(configs.gpu_percentage)
     strategy = build_strategy(configs.distribution_strategy)
     keep_freed_memory()
-    configs.random_seed = set_seed(configs.random_seed, configs.deterministic)
+    # Drawn or given, it is the chief's: order and shares follow from it.
+    configs.random_seed = team.exchange(set_seed(configs.random_seed, configs.deterministic))[0]
     configs.classes = resolve_class_names(
         configs.classes, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
     )
@@ -57,18 +71,30 @@ def train(configs: Configs, team: Team) -> dict:
     agree_on_start(team, training, validation, model_path)
     if state:
         check_same_data(state, training, validation)
-    loss, class_weights = get_loss(configs, training.labels)
+    losses = get_losses(configs, training.labels)
+    phases = get_phases(configs, strategy.num_replicas_in_sync)
     with strategy.scope():
-        model = get_model(configs, loss, model_path, state, strategy.num_replicas_in_sync)
-    folder = configs.save_model_path
-    with locked(folder, team.is_chief), Interruption(isinstance(model, DistributedModel)) as interruption:
+        classifier, optimizer = get_model(configs, training, model_path, state, team)
+    if configs.find_learning_rate:
+        return find_learning_rate(configs, strategy, classifier, training, losses.training)
+    with locked(configs.save_model_path, team.is_chief), Interruption(is_shared=team.size > 1) as interruption:
         if team.is_chief:
             prepare_folder(configs)
         if configs.show_model_summary:
-            model.summary()
-        callbacks = build_callbacks(configs, training, validation, loss, interruption, team, state)
-        fit(model, training, validation, configs.num_epochs, state, class_weights, callbacks, interruption)
-    return report(callbacks[-1], folder)
+            classifier.summary()
+        for phase in phases:
+            if state and state["epochs_completed"] >= phase.end:
+                continue
+            with strategy.scope():
+                model = prepare_phase(classifier, phase, configs, losses.training, optimizer, state)
+            sets = get_sets(configs, phase, strategy, classifier, training, validation)
+            callbacks = build_callbacks(configs, phase, classifier, *sets, losses.validation, interruption, team, state)
+            fit(model, *sets, phase, state, callbacks, interruption)
+            # The next phase goes on from here as a run does that continues.
+            state = callbacks[-1].state(phase.end, 0)
+            if model.stop_training:
+                break
+    return report(callbacks[-1], configs.save_model_path)
 
 
 def find_start(configs: Configs) -> tuple[str, dict[str, Any] | None, Configs]:
@@ -112,7 +138,7 @@ def has_ended(state: dict[str, Any], configs: Configs) -> bool:
     from callbacks import stops_early
 
     epochs = state["epochs_completed"]
-    stopped = stops_early(epochs, state["best_epoch"], configs.early_stopping_patience)
+    stopped = stops_early(epochs, state["best_epoch"], configs.early_stopping_patience, configs.head_epochs)
     return epochs >= configs.num_epochs or (stopped and not state["steps_completed"])
 
 
@@ -129,8 +155,8 @@ def list_sets(configs: Configs) -> dict[str, str]:
     return sets
 
 
-def get_shares(strategy: tf.distribute.Strategy, team: Team, configs: Configs) -> Shares | None:
-    """Finds out which of the devices that train together are this process's, if any do, and prints how many there are.
+def get_shares(strategy: tf.distribute.Strategy, team: Team, configs: Configs) -> Shares:
+    """Finds out which of the devices that train together are this process's, and prints how many there are.
 
     Raises:
         UserError: the processes have different numbers of devices.
@@ -138,8 +164,9 @@ def get_shares(strategy: tf.distribute.Strategy, team: Team, configs: Configs) -
     from generator import Shares
 
     if configs.distribution_strategy == "none":
-        return None
-    devices, batch_size = strategy.num_replicas_in_sync, configs.batch_size
+        return Shares()
+    devices = strategy.num_replicas_in_sync
+    batch_size = configs.batch_size * configs.gradient_accumulation_steps
     local = devices // team.size
     team.agree({"the number of devices": local})
     print(f"Devices that train together: {devices}. Images a step: {devices} x {batch_size} = {devices * batch_size}.")
@@ -154,14 +181,14 @@ def agree_on_start(
     from utils import hash_file
 
     if team.size > 1:
-        digest = hash_file(model_path).hex() if model_path else ""
+        digest = str(hash_file(model_path)) if model_path else ""
         values = {"the images and labels of train_csv": fingerprint(training)}
         values |= {"the images and labels of the validation set": fingerprint(validation)}
         team.agree(values | {"the model to start from": digest})
 
 
 def get_generators(
-    configs: Configs, bad_rows: dict[str, set[int]], shares: Shares | None
+    configs: Configs, bad_rows: dict[str, set[int]], shares: Shares
 ) -> tuple[AugmentedImageSequence, AugmentedImageSequence]:
     """Builds the generators of the training and of the validation images, without the bad rows of their CSV files."""
     from utils import get_generator
@@ -180,34 +207,155 @@ def get_generators(
 
 
 def get_model(
-    configs: Configs, loss: Callable, model_path: str, state: dict[str, Any] | None, devices: int
-) -> keras.Model:
-    """Builds the model, or loads the one to start from, in the scope of the run's strategy.
+    configs: Configs, training: AugmentedImageSequence, model_path: str, state: dict[str, Any] | None, team: Team
+) -> tuple[keras.Model, keras.optimizers.Optimizer | None]:
+    """Builds the classifier, or loads the one to start from, in the scope of the run's strategy.
 
-    With a state, its optimizer goes on too.
+    Returns:
+        The classifier, and with a state the optimizer that goes on too.
     """
-    from model import DistributedModel, ModelFactory, compile_model, prepare_backbone
+    from model import ModelFactory
     from utils import load_fitting_model
+
+    if not model_path:
+        classifier = ModelFactory().get_model(configs)
+        if configs.head_initialization == "linear_probe":
+            probe(classifier, configs, training, team)
+        return classifier, None
+    size = configs.image_target_size[:2]
+    classifier = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
+    return classifier, classifier.optimizer if state else None
+
+
+def probe(classifier: keras.Model, configs: Configs, training: AugmentedImageSequence, team: Team) -> None:
+    """Starts the classifier's head from a logistic regression on the features of the training images."""
+    from model import compute_features, initialize_head
+
+    features, is_read = compute_features(classifier, training)
+    labels = training.labels[is_read]
+    strength = initialize_head(classifier, features, labels, configs.multi_label_classification, configs.random_seed)
+    # Libraries of other hosts may round otherwise.
+    head = classifier.get_layer("classifier").get_layer("logits")
+    head.set_weights(
+        [np.array(weights, np.float32) for weights in team.exchange([w.tolist() for w in head.get_weights()])[0]]
+    )
+    print(f"The head starts from a logistic regression on {len(features)} images, C = {strength:.3g}.")
+
+
+def get_phases(configs: Configs, devices: int) -> list[Phase]:
+    """Divides a run into the epochs that train the head alone, if any, and those that train all."""
+    from callbacks import Phase
 
     factor = devices if configs.scale_learning_rate else 1
     if factor > 1:
         print(f"learning_rate is {configs.learning_rate} times {factor} devices: {configs.learning_rate * factor:g}.")
-    optimizer = None
-    if not model_path:
-        model = ModelFactory().get_model(configs)
-    else:
-        size = configs.image_target_size[:2]
-        model = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
-        if state is not None:
-            optimizer = model.optimizer
-        elif "backbone" in [layer.name for layer in model.layers]:
-            prepare_backbone(model.get_layer("backbone"), configs.conv_layers_to_train, configs.batch_norm_momentum)
-    if configs.distribution_strategy != "none":
-        model = DistributedModel(model.inputs, model.outputs, name=model.name)
-    model = compile_model(model, configs, loss, optimizer)
-    if optimizer is None or configs.learning_rate != state["configs"]["learning_rate"]:
-        model.optimizer.learning_rate = configs.learning_rate * factor
+    border = min(configs.head_epochs, configs.num_epochs)
+    rate = configs.learning_rate * factor
+    later = rate if configs.fine_tune_learning_rate is None else configs.fine_tune_learning_rate * factor
+    phases = [Phase(0, border, rate, True), Phase(border, configs.num_epochs, later if border else rate, False)]
+    return [phase for phase in phases if phase.end > phase.first_epoch]
+
+
+def prepare_phase(
+    classifier: keras.Model,
+    phase: Phase,
+    configs: Configs,
+    loss: Callable,
+    optimizer: keras.optimizers.Optimizer | None,
+    state: dict[str, Any] | None,
+) -> TrainingModel:
+    """Makes the layers trainable that learn in a phase, and builds what trains them.
+
+    Args:
+        classifier: the whole model.
+        phase: of the run.
+        configs: the options.
+        loss: of the training images.
+        optimizer: that of the state.
+        state: of the checkpoint to continue from, which may be of this phase.
+    """
+    from model import get_training_model, prepare_backbone, split_head
+
+    names = [layer.name for layer in classifier.layers]
+    if "backbone" in names:
+        convolutions = 0 if phase.trains_head_only else configs.conv_layers_to_train
+        backbone = classifier.get_layer("backbone")
+        prepare_backbone(backbone, convolutions, configs.batch_norm_momentum, configs.freeze_batch_norm)
+    if "downscaling" in names:
+        classifier.get_layer("downscaling").trainable = not phase.trains_head_only
+    continues = is_within(state, phase)
+    part = classifier
+    if trains_on_features(classifier, phase, configs):
+        part = split_head(classifier)
+    model = get_training_model(part, configs, loss, optimizer if continues else None)
+    if not continues or phase.learning_rate != state["learning_rate"]:
+        model.optimizer.learning_rate = phase.learning_rate
     return model
+
+
+def is_within(state: dict[str, Any] | None, phase: Phase) -> bool:
+    """Tells whether a checkpoint was written after the first step of a phase: its optimizer is that of the phase."""
+    return bool(state) and (state["epochs_completed"], state["steps_completed"]) > (phase.first_epoch, 0)
+
+
+def trains_on_features(classifier: keras.Model, phase: Phase, configs: Configs) -> bool:
+    """Tells whether what comes before the head gives each image the same features in every epoch of a phase."""
+    from model import has_fixed_features
+
+    is_changed = configs.augmentation_strength != "none" or configs.mixup_alpha or configs.cutmix_alpha
+    return not is_changed and has_fixed_features(classifier)
+
+
+def get_sets(
+    configs: Configs,
+    phase: Phase,
+    strategy: tf.distribute.Strategy,
+    classifier: keras.Model,
+    training: AugmentedImageSequence,
+    validation: AugmentedImageSequence,
+) -> tuple[AugmentedImageSequence, AugmentedImageSequence]:
+    """Returns the images of a phase, or their features where those stay the same: they are computed once."""
+    if not trains_on_features(classifier, phase, configs):
+        return training, validation
+    from generator import FeatureSequence
+    from model import compute_features
+
+    print("The backbone is frozen and the images do not change: their features are computed once.")
+    with strategy.scope():
+        return tuple(
+            FeatureSequence.of(images, *compute_features(classifier, images)) for images in (training, validation)
+        )
+
+
+def find_learning_rate(
+    configs: Configs,
+    strategy: tf.distribute.Strategy,
+    classifier: keras.Model,
+    training: AugmentedImageSequence,
+    loss: Callable,
+) -> dict:
+    """Trains with rising learning rates, plots the loss over them into the run's folder and suggests one.
+
+    Source: Smith, WACV 2017 (arXiv:1506.01186).
+    """
+    from callbacks import EpochOrder, Interruption, RangeTest
+    from metrics import suggest_learning_rate
+    from report import draw_learning_rate
+
+    phase = get_phases(configs, strategy.num_replicas_in_sync)[0]
+    with strategy.scope():
+        model = prepare_phase(classifier, phase, configs, loss, None, None)
+    images = get_sets(configs, phase, strategy, classifier, training, training)[0]
+    test = RangeTest()
+    with Interruption() as interruption:
+        model.fit(
+            images.to_dataset(), 1 + math.ceil(test.steps / images.steps), 0, [EpochOrder(images), test], interruption
+        )
+    suggestion = suggest_learning_rate(test.rates, test.losses)
+    path = os.path.join(configs.save_model_path, "learning_rate.png")
+    draw_learning_rate(test.rates, test.losses, suggestion, path)
+    print(f"Suggested learning_rate: {suggestion:.2g}. The curve is in {path}")
+    return {"suggestion": suggestion, "rates": test.rates, "losses": test.losses}
 
 
 def prepare_folder(configs: Configs) -> None:
@@ -237,49 +385,36 @@ def clear_folder(configs: Configs) -> None:
 
 
 def fit(
-    model: keras.Model,
+    model: TrainingModel,
     training: AugmentedImageSequence,
     validation: AugmentedImageSequence,
-    num_epochs: int,
+    phase: Phase,
     state: dict[str, Any] | None,
-    class_weights: dict[int, float] | None,
     callbacks: list[keras.callbacks.Callback],
     interruption: Interruption,
 ) -> None:
-    """Runs Keras's fit with a progress bar, from the state's step on.
+    """Runs the epochs of a phase with a progress bar, from the state's step on.
 
     Raises:
         UserError: an image turns out to be unreadable, or the loss is not finite.
     """
-    from model import DistributedModel
     from utils import naming_bad_images
-
-    # How Keras fits on one device, and the same loop on several.
-    is_distributed = isinstance(model, DistributedModel)
-    options = {"interruption": interruption} if is_distributed else {"shuffle": False}
 
     def run(first_epoch: int, end: int) -> None:
         """Trains the epochs from `first_epoch` to before `end`, counted from 0."""
-        model.fit(
-            training.to_dataset(),
-            epochs=end,
-            initial_epoch=first_epoch,
-            class_weight=class_weights,
-            callbacks=callbacks,
-            **options,
-        )
+        model.fit(training.to_dataset(), end, first_epoch, callbacks, interruption)
 
-    first_epoch = state["epochs_completed"] if state else 0
+    first_epoch, first_step = phase.first_epoch, 0
+    if is_within(state, phase):
+        first_epoch, first_step = state["epochs_completed"], state["steps_completed"]
     with naming_bad_images(training, validation):
-        if state and state["steps_completed"]:
-            # The rest of an epoch has fewer steps than those after it: Keras wants a call of its own for each number.
-            if not is_distributed:
-                model.test_on_batch(*training[0])
-            training.first_step = state["steps_completed"]
+        if first_step:
+            # The rest of an epoch has fewer steps than those after it.
+            training.first_step = first_step
             run(first_epoch, first_epoch + 1)
             training.first_step, first_epoch = 0, first_epoch + 1
-        if first_epoch < num_epochs and not model.stop_training:
-            run(first_epoch, num_epochs)
+        if first_epoch < phase.end and not model.stop_training:
+            run(first_epoch, phase.end)
 
 
 def report(checkpoint: Checkpoint, save_model_path: str) -> dict:

@@ -1446,7 +1446,11 @@ def build_strategy(name: str) -> tf.distribute.Strategy:
     if name == "none":
         return tf.distribute.get_strategy()
     if name == "multi_worker":
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        # Left alone, TensorFlow takes its own ring over gRPC for GPUs as well.
+        kinds = tf.distribute.experimental.CommunicationImplementation
+        kind = kinds.NCCL if tf.config.list_physical_devices("GPU") else kinds.AUTO
+        options = tf.distribute.experimental.CommunicationOptions(implementation=kind)
+        return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     return tf.distribute.MirroredStrategy([device.name for device in devices])
 
@@ -1575,8 +1579,12 @@ def join_team(configs: Configs) -> Team:
     """Builds the team that these configs want: of every worker in TF_CONFIG, or of this process alone."""
     if configs.distribution_strategy != "multi_worker":
         return Team()
-    settings = {name: value for name, value in configs.to_dict().items() if name not in OWN_OPTIONS}
-    return Team(*read_cluster(), settings, configs.load_model_path or configs.save_model_path)
+    return Team(*read_cluster(), get_settings(configs), configs.load_model_path or configs.save_model_path)
+
+
+def get_settings(configs: Configs) -> dict[str, Any]:
+    """Returns the options that must be the same in all processes that train together."""
+    return {name: value for name, value in configs.to_dict().items() if name not in OWN_OPTIONS}
 
 
 def end_at_once(status: int) -> None:
@@ -1586,6 +1594,15 @@ def end_at_once(status: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def read_message(peer: socket.socket) -> dict[str, Any]:
+    """Returns the first message of whoever is connected, and nothing of what follows; an empty one where it is none."""
+    try:
+        message = json.loads(peer.makefile("rb", buffering=0).readline(LONGEST_MESSAGE))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return message if isinstance(message, dict) else {}
 
 
 def describe_end(error: BaseException) -> tuple[int, str, str]:
@@ -1721,7 +1738,7 @@ class Team:
         """Waits at the chief's address until every worker has come."""
         with self._open_port() as server:
             end = time.monotonic() + WAIT_SECONDS
-            while missing := [self._name(index) for index in range(1, self.size) if index not in self._peers]:
+            while missing := [self._name(index) for index in range(1, self.size) if not self._waits(index)]:
                 server.settimeout(max(end - time.monotonic(), 0.01))
                 try:
                     self._welcome(server.accept()[0])
@@ -1742,11 +1759,11 @@ class Team:
         """
         peer.settimeout(PING_SECONDS)
         try:
-            hello = json.loads(peer.makefile("rb").readline(LONGEST_MESSAGE))["hello"]
+            hello = read_message(peer)["hello"]
             index, addresses = int(hello["index"]), list(hello["addresses"])
             if not 0 < index < len(addresses):
                 raise ValueError(index)
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             # No worker: a port scan, or a probe of the scheduler.
             peer.close()
             return
@@ -1754,7 +1771,7 @@ class Team:
         if addresses != self.addresses:
             theirs, ours = (_shorten(str(names)) for names in (addresses, self.addresses))
             reason = f"TF_CONFIG names the workers {ours} for the chief and {theirs} for worker {index}"
-        elif index in self._peers and not self._has_hung_up(index):
+        elif self._waits(index):
             reason = f"TF_CONFIG: two processes say that they are {self._name(index)}"
         if reason:
             self._peers[-1] = peer
@@ -1762,9 +1779,9 @@ class Team:
             raise UserError(f"{reason}. Correct TF_CONFIG.")
         self._peers[index] = peer
 
-    def _has_hung_up(self, index: int) -> bool:
-        """Tells whether a worker that waits for the others is gone: it has nothing to say, so that it can be read."""
-        return bool(select.select([self._peers[index]], [], [], 0)[0])
+    def _waits(self, index: int) -> bool:
+        """Tells whether a worker has come to the chief and is still there: it says nothing until all have come."""
+        return index in self._peers and not select.select([self._peers[index]], [], [], 0)[0]
 
     def _meet_chief(self) -> None:
         """Connects with the chief, and waits there until every worker has come."""
@@ -1773,10 +1790,7 @@ class Team:
         self._tell({"hello": {"index": self.index, "addresses": self.addresses}})
         # Longer than the chief waits, who then says who is missing.
         self._peers[0].settimeout(WAIT_SECONDS + 2 * PING_SECONDS)
-        try:
-            answer = json.loads(self._peers[0].makefile("rb", buffering=0).readline(LONGEST_MESSAGE))
-        except (OSError, ValueError):
-            answer = {}
+        answer = read_message(self._peers[0])
         if "end" in answer:
             raise UserError(answer["end"])
         if "welcome" not in answer:
@@ -1811,7 +1825,8 @@ class Team:
         try:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("", port))
-            server.listen(self.size)
+            # Room for strangers too: whoever finds none tries again only after a second.
+            server.listen(self.size + 128)
         except OSError as error:
             server.close()
             raise UserError(
@@ -1895,7 +1910,7 @@ def get_generator(
     bad_rows: Collection[int] | None = None,
     shares: Shares | None = None,
 ) -> AugmentedImageSequence:
-    """Builds the generator of one CSV file: augmented and reshuffled every epoch for training, else in order.
+    """Builds the generator of one CSV file: augmented, mixed and reshuffled every epoch for training, else in order.
 
     Args:
         csv_path: the table.
@@ -1932,8 +1947,8 @@ def get_generator(
         paths,
         labels,
         image_size=image_size,
-        batch_size=configs.batch_size,
-        augmenter=build_augmenter() if training else None,
+        batch_size=configs.batch_size * (configs.gradient_accumulation_steps if training else 1),
+        augmenter=build_augmenter(configs.augmentation_strength) if training else None,
         shuffle=training,
         seed=configs.random_seed or 0,
         workers=configs.generator_workers,
@@ -1942,6 +1957,9 @@ def get_generator(
         max_pixels=configs.max_image_pixels,
         skip_bad_images=configs.skip_bad_images,
         shares=shares,
+        mixup_alpha=configs.mixup_alpha,
+        cutmix_alpha=configs.cutmix_alpha,
+        number_of_classes=len(class_names),
     )
 
 
@@ -1981,11 +1999,41 @@ def check_sets(csv_paths: dict[str, str], configs: Configs, writes_report: bool 
     return {path: bad.get(path, set()) for path in csv_paths.values()}
 
 
-def get_optimizer(optimizer_type: str, learning_rate: float) -> keras.optimizers.Optimizer:
-    """Builds the Keras optimizer of that name."""
+def get_optimizer(
+    optimizer_type: str, learning_rate: float, weight_decay: float = 0.0, ema_decay: float = 0.0
+) -> keras.optimizers.Optimizer:
+    """Builds the Keras optimizer of that name.
+
+    Args:
+        optimizer_type: one of `OPTIMIZER_NAMES`.
+        learning_rate: above 0.
+        weight_decay: in `[0, 1)`. Each step takes it times the learning rate away from the weights, apart from the
+            gradients: Loshchilov and Hutter, ICLR 2019 (arXiv:1711.05101). See `exclude_from_weight_decay`.
+        ema_decay: in `[0, 1)`: of the moving average of the weights that the optimizer keeps; 0 keeps none.
+    """
     import keras
 
-    return getattr(keras.optimizers, optimizer_type)(learning_rate=learning_rate)
+    # Keras's AdamW has a decay of its own, and takes no None.
+    options = {"weight_decay": weight_decay} if weight_decay or optimizer_type == "AdamW" else {}
+    if ema_decay:
+        options |= {"use_ema": True, "ema_momentum": ema_decay, "ema_overwrite_frequency": None}
+    return getattr(keras.optimizers, optimizer_type)(learning_rate=learning_rate, **options)
+
+
+def exclude_from_weight_decay(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
+    """Leaves biases and what normalisations learn without weight decay: all weights of fewer than two axes.
+
+    A model file does not bring this back: to be called again after loading, before the first step.
+
+    Args:
+        model: whose weights the optimizer changes.
+        optimizer: built or not.
+    """
+    import keras
+
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    optimizer.exclude_from_weight_decay([weight for weight in model.weights if len(weight.shape) < 2])
 
 
 # Models and the folders of runs

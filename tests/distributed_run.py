@@ -11,20 +11,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 def main(path: str) -> None:
     """Runs the trainings that a JSON file describes, one after the other.
 
-    The file holds `devices`, how many logical CPUs there are; `runs`, the options of each; `without_augmentation`;
-    and `digests`, a file that receives the digest of the weights that each run leaves in this process.
+    The file holds `devices`, how many logical CPUs there are; `runs`, the options of each; and `digests`, a file that
+    receives the digest of the weights that each run leaves in this process.
     """
     job = json.loads(Path(path).read_text())
     import tensorflow as tf
 
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * job["devices"])
-    import augmenter
     import train
     from configs import Configs
 
-    if job["without_augmentation"]:
-        augmenter.build_augmenter = lambda: None
     fit, digests = train.fit, []
 
     def fit_and_note(model, *rest):

@@ -6,31 +6,34 @@ import pytest
 import skimage.data
 from imgaug import augmenters as iaa
 
-from augmenter import FusedAugmenter, build_augmenter
+from augmenter import STRENGTHS, FusedAugmenter, build_augmenter
+from configs import Configs
 
 
 def noise(count: int, height: int = 24, width: int = 37) -> np.ndarray:
     return np.random.default_rng(7).integers(0, 256, (count, height, width, 3), np.uint8)
 
 
-def augment(images: np.ndarray, seed: int) -> np.ndarray:
-    augmenter = build_augmenter()
+def augment(images: np.ndarray, seed: int, strength: str = "default") -> np.ndarray:
+    augmenter = build_augmenter(strength)
     augmenter.seed_(seed)
     return np.asarray(augmenter(images=images))
 
 
+@pytest.mark.parametrize("strength", ["light", "default", "strong"])
 @pytest.mark.parametrize(("count", "height", "width"), [(1, 24, 37), (5, 37, 24), (3, 64, 64)])
-def test_keeps_shape_and_type(count, height, width):
+def test_keeps_shape_and_type(count, height, width, strength):
     images = noise(count, height, width)
-    augmented = augment(images, seed=0)
+    augmented = augment(images, 0, strength)
     assert augmented.shape == images.shape
     assert augmented.dtype == np.uint8
 
 
-def test_changes_every_image_and_leaves_its_input_alone():
+@pytest.mark.parametrize("strength", ["light", "default", "strong"])
+def test_changes_every_image_and_leaves_its_input_alone(strength):
     images = noise(16)
     original = images.copy()
-    augmented = augment(images, seed=0)
+    augmented = augment(images, 0, strength)
     np.testing.assert_array_equal(images, original)
     assert all((after != before).any() for after, before in zip(augmented, original, strict=True))
 
@@ -74,6 +77,48 @@ def test_fills_borders_with_the_picture_and_keeps_the_order_of_channels():
 def smooth_photos(count: int) -> np.ndarray:
     photo = cv2.resize(skimage.data.astronaut(), (70, 60), interpolation=cv2.INTER_AREA)
     return np.stack([cv2.GaussianBlur(photo, (0, 0), 2)] * count)
+
+
+def test_every_strength_of_the_configs_is_known():
+    assert set(STRENGTHS) == set(Configs.options()["augmentation_strength"].metadata["choices"])
+    assert build_augmenter("none") is None
+
+
+def test_a_greater_strength_changes_more():
+    images = smooth_photos(60)
+    changes = [
+        np.abs(augment(images, 0, strength).astype(int) - images).mean() for strength in ("light", "default", "strong")
+    ]
+    assert 2 < changes[0] < changes[1] - 2
+    assert changes[1] < changes[2] - 5
+
+
+def plain_images(count: int) -> np.ndarray:
+    images = np.empty((count, 40, 60, 3), np.uint8)
+    images[:] = (120, 90, 60)
+    return images
+
+
+def test_light_changes_no_colour():
+    np.testing.assert_array_equal(augment(plain_images(20), 0, "light"), plain_images(20))
+
+
+def test_strong_hides_a_box_of_about_half_of_the_images():
+    is_plain = []
+    for image in augment(plain_images(200), 0, "strong"):
+        colours, counts = np.unique(image.reshape(-1, 3), axis=0, return_counts=True)
+        is_plain.append(len(colours) == 1)
+        if not is_plain[-1]:
+            assert len(colours) == 2
+            rows, columns = np.nonzero((image == colours[counts.argmin()]).all(axis=-1))
+            height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+            assert counts.min() == height * width
+            # Between 0.15 and 0.45 of each side, in whole pixels; the border may cut a part off.
+            is_whole = rows.min() > 0 and rows.max() < 39 and columns.min() > 0 and columns.max() < 59
+            assert height <= 19
+            assert width <= 28
+            assert not is_whole or (height >= 5 and width >= 8)
+    assert 0.4 < np.mean(is_plain) < 0.6
 
 
 def default_warp(**options) -> iaa.Augmenter:

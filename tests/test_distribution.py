@@ -16,15 +16,16 @@ import pytest
 import tensorflow as tf
 
 import train
-from callbacks import Interruption, read_state
+from callbacks import EpochOrder, Interruption, read_state
 from configs import Configs, UserError
 from generator import AugmentedImageSequence, Shares
-from model import DistributedModel
+from model import ModelFactory, TrainingModel
+from utils import get_class_weights, get_generator, set_seed
 
 PROJECT = Path(__file__).parent.parent
 # Nothing to normalise, and dropout only where it is wanted: the sum of two halves is then the whole.
 PLAIN = {"visual_model_name": "VGG16", "pop_conv_layers": 15, "final_layer_pooling": "avg"}
-PLAIN |= {"classifier_layer_sizes": []}
+PLAIN |= {"classifier_layer_sizes": [], "augmentation_strength": "none"}
 # Batch normalisation and dropout, in a backbone cut to its first layers.
 NORMED = {"visual_model_name": "MobileNet", "pop_conv_layers": 66, "final_layer_pooling": "max"}
 
@@ -57,8 +58,8 @@ def options_of(tables, folder, **options):
     return values | options
 
 
-def write_job(path, runs, devices=1, without_augmentation=False):
-    job = {"devices": devices, "runs": runs, "without_augmentation": without_augmentation}
+def write_job(path, runs, devices=1):
+    job = {"devices": devices, "runs": runs}
     path.write_text(json.dumps(job | {"digests": f"{path}.digests"}))
     return path
 
@@ -70,8 +71,8 @@ def start(job, **environment):
     return subprocess.Popen(command, cwd=PROJECT, env=environment, **pipes)
 
 
-def run(path, runs, devices=1, without_augmentation=False):
-    process = start(write_job(path, runs, devices, without_augmentation))
+def run(path, runs, devices=1):
+    process = start(write_job(path, runs, devices))
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return output
@@ -87,12 +88,12 @@ def free_ports(number):
     return ports
 
 
-def start_workers(folder, options, number, without_augmentation=False):
+def start_workers(folder, options, number):
     """Starts a training in that many processes; each has a job file of its own, and the last one other options."""
     cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(number)]}
     workers = []
     for index in range(number):
-        job = write_job(folder / f"worker_{index}.json", [options], without_augmentation=without_augmentation)
+        job = write_job(folder / f"worker_{index}.json", [options])
         config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
         workers.append(start(job, TF_CONFIG=json.dumps(config)))
     return workers
@@ -142,13 +143,21 @@ def multi_label(multilabel_csv):
     return sets | {"image_directory": str(multilabel_csv.parent), "multi_label_classification": True}
 
 
-def test_one_device_trains_as_keras_does(tables, tmp_path, monkeypatch):
-    monkeypatch.setattr("augmenter.build_augmenter", lambda: None)
-    for strategy in ("none", "mirrored"):
-        folder = tmp_path / strategy
-        options = options_of(tables, folder, num_epochs=2, **NORMED | {"classifier_layer_sizes": []})
-        train.main(Configs(**options, distribution_strategy=strategy).validate())
-    assert_close(tmp_path / "none", tmp_path / "mirrored", 1e-5)
+def test_one_device_trains_as_keras_does(tables, tmp_path):
+    options = options_of(tables, tmp_path / "run", num_epochs=2, augmentation_strength="none", **NORMED)
+    configs = Configs(**options | {"classifier_layer_sizes": []}).validate()
+    train.main(configs)
+    set_seed(0, deterministic=True)
+    model = ModelFactory().get_model(configs)
+    sequence = get_generator(configs.train_csv, configs.classes, configs, True)
+    weights = get_class_weights(sequence.labels, 3)
+    model.fit(sequence, epochs=2, class_weight=weights, shuffle=False, verbose=0, callbacks=[EpochOrder(sequence)])
+    log = pd.read_csv(tmp_path / "run" / "training_log.csv")
+    np.testing.assert_allclose(log["loss"], model.history.history["loss"], rtol=1e-5)
+    np.testing.assert_allclose(log["accuracy"], model.history.history["accuracy"], rtol=1e-6)
+    expected = [np.array(variable) for variable in (*model.weights, *model.optimizer.variables)]
+    for one, other in zip(expected, weights_of(tmp_path / "run" / "latest_model.keras"), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
 def test_the_learning_rate_is_scaled_only_where_that_is_wanted(tables, tmp_path, capsys, monkeypatch):
@@ -188,7 +197,7 @@ def test_two_devices_give_the_weights_of_one_with_twice_the_batch(tables, multi_
     options = options_of(tables, tmp_path / "one", batch_size=16, **PLAIN)
     options |= multi_label if mode == "multi-label" else {}
     other = options | {"batch_size": 8, "distribution_strategy": "mirrored", "save_model_path": str(tmp_path / "two")}
-    printed = run(tmp_path / "job.json", [options, other], devices=2, without_augmentation=True)
+    printed = run(tmp_path / "job.json", [options, other], devices=2)
     assert "Devices that train together: 2. Images a step: 2 x 8 = 16." in printed
     assert_close(tmp_path / "one", tmp_path / "two", 1e-5)
 
@@ -198,7 +207,7 @@ def test_a_step_with_fewer_images_than_devices_counts_each_once(tables, tmp_path
     # 25 images: twice 12, and one image for three devices.
     options = options_of(tables, tmp_path / "one", batch_size=12, num_epochs=2, **PLAIN)
     other = options | {"batch_size": 4, "distribution_strategy": "mirrored", "save_model_path": str(tmp_path / "three")}
-    run(tmp_path / "job.json", [options, other], devices=3, without_augmentation=True)
+    run(tmp_path / "job.json", [options, other], devices=3)
     assert_close(tmp_path / "one", tmp_path / "three", 1e-5)
 
 
@@ -301,7 +310,7 @@ model.fit(tf.data.Dataset.from_tensor_slices((np.ones((8, 4)), np.ones((8, 2))))
 
 @pytest.mark.slow
 def test_keras_still_needs_a_loop_of_our_own_on_several_hosts():
-    """Where this test fails, Keras's own `fit` works there: see whether `DistributedModel` can be simpler."""
+    """Where this test fails, Keras's own `fit` works there: see whether `TrainingModel` can be simpler."""
     cluster = {"worker": [f"127.0.0.1:{port}" for port in free_ports(2)]}
     workers = []
     for index in range(2):
@@ -321,15 +330,16 @@ sys.path.insert(0, sys.argv[1])
 import keras, numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from model import DistributedModel
+from model import ModelFactory, TrainingModel
+from utils import get_class_weights, get_generator, set_seed
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
     inputs = keras.Input((1, 1, 3))
     outputs = keras.layers.Dense(2, kernel_initializer="ones")(keras.layers.Flatten()(inputs))
-    model = DistributedModel(inputs, outputs)
+    model = TrainingModel(inputs, outputs)
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=8.0)
     model.compile(optimizer, lambda y, p: tf.reduce_sum(p, axis=-1) * tf.cast(y, tf.float32), [])
-step = model._build_step(None)
+step = model._step
 images = np.ones((2, 1, 1, 3), np.float32)
 def train(labels):
     labels, bounds = np.array(labels, np.float32), np.array([0, 1, 2], np.int32)
@@ -370,7 +380,7 @@ def test_predictions_of_a_distributed_model_are_those_of_the_model(tables, tmp_p
     with strategy.scope():
         inputs = keras.Input((8, 8, 3))
         outputs = keras.layers.Dense(3, activation="softmax")(keras.layers.Flatten()(inputs))
-        model = DistributedModel(inputs, outputs)
+        model = TrainingModel(inputs, outputs)
         model.compile(keras.optimizers.SGD(), "mse", [])
     sequence = AugmentedImageSequence(table["path"], np.zeros(11, int), (8, 8), 4, shares=Shares(1, 0, 1))
     probabilities, is_read = model.predict_sequence(sequence)

@@ -7,6 +7,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import keras
@@ -18,10 +19,20 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image, ImageOps
 
 from augmenter import build_augmenter
-from callbacks import EpochOrder, InputWait
-from configs import UserError
-from generator import AugmentedImageSequence, DiskCache, MemoryCache, choose_divisor, read_image, resize_image
-from utils import naming_bad_images, predict, read_version
+from callbacks import EpochOrder, InputWait, Interruption
+from configs import Configs, UserError
+from generator import (
+    AugmentedImageSequence,
+    DiskCache,
+    MemoryCache,
+    Shares,
+    choose_divisor,
+    mix_batch,
+    read_image,
+    resize_image,
+)
+from model import TrainingModel
+from utils import get_generator, naming_bad_images, predict, read_version
 
 SIZE = (12, 16)
 
@@ -304,6 +315,230 @@ def test_fit_receives_the_same_batches_whatever_the_workers(pictures, workers):
     for (images, labels), (expected_images, expected_labels) in zip(received, expected, strict=True):
         np.testing.assert_array_equal(labels, expected_labels)
         np.testing.assert_array_equal(images, expected_images)
+
+
+def mix(images, labels=None, seed=0, mixup_alpha=0.0, cutmix_alpha=0.0):
+    labels = np.eye(len(images), dtype=np.float32) if labels is None else labels
+    return mix_batch(images, labels, np.random.default_rng(seed), mixup_alpha, cutmix_alpha)
+
+
+def random_images(count, height=12, width=16):
+    return np.random.default_rng(8).integers(0, 256, (count, height, width, 3), np.uint8)
+
+
+def assert_blended(images, mixed, labels):
+    """Checks that each mixed image is the sum of two images by their labels' shares, of which the first is its own."""
+    for position, (image, shares) in enumerate(zip(mixed, labels, strict=True)):
+        assert shares[position] > 0
+        assert np.count_nonzero(shares) <= 2
+        assert shares.sum() == pytest.approx(1, abs=1e-6)
+        np.testing.assert_allclose(image, np.tensordot(shares, images.astype(float), 1), atol=0.51)
+
+
+def test_mixup_blends_pixels_and_labels_by_the_same_share():
+    images = random_images(12)
+    original = images.copy()
+    mixed, labels = mix(images, mixup_alpha=1.0)
+    assert (mixed.dtype, labels.dtype) == (np.uint8, np.float32)
+    assert_blended(images, mixed, labels)
+    np.testing.assert_array_equal(images, original)
+    # Each image is in the batch once as itself and once as the other one, and each pair has a share of its own.
+    is_pair = np.count_nonzero(labels, axis=1) == 2
+    assert is_pair.sum() >= 8
+    assert ((labels > 0).sum(axis=0) == np.where(is_pair, 2, 1)).all()
+    assert len(np.unique(labels.diagonal()[is_pair])) == is_pair.sum()
+
+
+def test_cutmix_pastes_a_box_and_counts_its_pixels():
+    images = np.empty((40, 30, 50, 3), np.uint8)
+    images[:] = np.arange(40)[:, None, None, None] + [0, 50, 100]
+    mixed, labels = mix(images, cutmix_alpha=1.0)
+    assert (mixed.dtype, labels.dtype) == (np.uint8, np.float32)
+    cut_off = 0
+    for position, (image, shares) in enumerate(zip(mixed, labels, strict=True)):
+        np.testing.assert_array_equal(image - image[..., :1], np.broadcast_to([0, 50, 100], image.shape))
+        counts = np.bincount(image[..., 0].ravel(), minlength=40)
+        np.testing.assert_allclose(shares, counts / counts.sum(), atol=1e-6)
+        rows, columns = np.nonzero(image[..., 0] != position)
+        if rows.size:
+            height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+            assert height * width == rows.size
+            at_border = {rows.min(), columns.min()} & {0} or rows.max() == 29 or columns.max() == 49
+            # Where the border has cut nothing off, a box is as high to its width as an image.
+            assert at_border or abs(height / 30 - width / 50) < 0.04
+            cut_off += bool(at_border)
+    assert 0 < cut_off < 40
+
+
+def test_boxes_of_cutmix_reach_everywhere_and_have_the_drawn_size():
+    images = np.zeros((400, 10, 10, 3), np.uint8)
+    images[200:] = 255
+    # Beta(1e6, 1e6) is a half: a box of 7 pixels a side, for 7 * 7 is about half of 100; its border may cut it off.
+    mixed, _ = mix(images, cutmix_alpha=1e6)
+    pasted = mixed[..., 0] != images[..., 0]
+    assert pasted.any(axis=0).all()
+    assert pasted.any(axis=2).sum(axis=1).max() == pasted.any(axis=1).sum(axis=1).max() == 7
+    assert pasted.sum(axis=(1, 2)).max() == 49
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
+def test_shares_of_mixup_are_of_the_beta_distribution(alpha):
+    labels = np.repeat(np.eye(2, dtype=np.float32), 5000, axis=0)
+    _, mixed = mix(np.zeros((10000, 1, 1, 3), np.uint8), labels, mixup_alpha=alpha)
+    # Where both are of one class, the share of the other is 0.
+    shares = np.concatenate([mixed[:5000, 0], mixed[5000:, 1]])
+    shares = shares[shares < 1]
+    assert 4500 < len(shares) <= 5500
+    assert shares.mean() == pytest.approx(0.5, abs=0.03)
+    # Of Beta(alpha, alpha) the variance is 1 / (4 (2 alpha + 1)).
+    assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
+
+
+def test_mixup_and_cutmix_take_turns_at_even_odds():
+    images = np.zeros((4, 6, 6, 3), np.uint8)
+    images[2:] = 255
+    # At shares of a half, a blend has greys and a box has none; a batch whose pairs are of one colour tells nothing.
+    batches = [mix(images, seed=seed, mixup_alpha=1e6, cutmix_alpha=1e6) for seed in range(300)]
+    told = [mixed for mixed, _ in batches if (mixed != images).any()]
+    blends = [bool(((mixed > 0) & (mixed < 255)).any()) for mixed in told]
+    assert len(told) > 200
+    assert 0.4 < np.mean(blends) < 0.6
+    # A batch is either the one or the other.
+    for mixed, is_blend in zip(told, blends, strict=True):
+        assert all((len(np.unique(image)) == 1) == is_blend for image in mixed if len(np.unique(image)) > 1)
+
+
+@pytest.mark.parametrize("alphas", [(1.0, 0.0), (0.0, 1.0)])
+def test_one_image_is_mixed_with_itself(alphas):
+    image = random_images(1)
+    mixed, labels = mix(image, np.array([[0, 1, 1]], np.float32), 0, *alphas)
+    np.testing.assert_array_equal(mixed, image)
+    np.testing.assert_allclose(labels, [[0, 1, 1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [5e-324, 1e-3, 1e5, 1e308])
+def test_any_alpha_gives_shares(alpha):
+    for alphas in ((alpha, 0.0), (0.0, alpha)):
+        _, labels = mix(random_images(5), None, 0, *alphas)
+        np.testing.assert_allclose(labels.sum(axis=1), 1, rtol=1e-6)
+        assert labels.min() >= 0
+
+
+def mixing_sequence(paths, labels=None, **options):
+    options = {"mixup_alpha": 1.0, "number_of_classes": 10, "shuffle": True, "seed": 7} | options
+    return sequence_of(paths, labels, **options)
+
+
+def test_batches_are_mixed_after_augmentation(pictures):
+    plain, mixing = augmented_sequence(pictures[0]), mixing_sequence(pictures[0])
+    mixing.augmenter, mixing.batch_size = build_augmenter(), 2
+    for epoch in range(2):
+        plain.epoch = mixing.epoch = epoch
+        for index in range(5):
+            (images, classes), (mixed, labels) = plain[index], mixing[index]
+            assert (mixed.dtype, labels.dtype, labels.shape) == (np.uint8, np.float32, (2, 10))
+            assert_blended(images, mixed, labels[:, classes])
+
+
+def test_without_alphas_or_in_order_nothing_is_mixed(pictures):
+    for options in ({"mixup_alpha": 0.0, "number_of_classes": 10}, {"mixup_alpha": 0.0, "number_of_classes": None}):
+        plain, other = sequence_of(pictures[0], shuffle=True, seed=7), mixing_sequence(pictures[0], **options)
+        for index in range(3):
+            for expected, found in zip(plain[index], other[index], strict=True):
+                np.testing.assert_array_equal(found, expected)
+                assert found.dtype == expected.dtype
+    images, labels = one_epoch(mixing_sequence(pictures[0], shuffle=False, cutmix_alpha=1.0))
+    np.testing.assert_array_equal(images, pictures[1])
+    np.testing.assert_array_equal(labels, np.arange(10))
+
+
+def test_mixing_changes_with_seed_epoch_and_index_but_not_with_threads(pictures):
+    same = [pictures[0][0], pictures[0][1]] * 4
+    options = {"labels": np.tile([0, 1], 4), "number_of_classes": 2, "cutmix_alpha": 1.0, "batch_size": 4}
+    first, second = mixing_sequence(same, **options), mixing_sequence(same, **options)
+    second.epoch = 1
+    batches = [first[0], first[1], second[0], second[1], mixing_sequence(same, **options, seed=8)[0]]
+    assert len({labels.tobytes() for _, labels in batches}) == 5
+    for workers in (1, 3):
+        sequence = mixing_sequence(same, **options, workers=workers)
+        with ThreadPoolExecutor(workers) as pool:
+            for index, found in zip([1, 0] * 8, pool.map(sequence.__getitem__, [1, 0] * 8), strict=True):
+                for part, expected in zip(found, first[index], strict=True):
+                    np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_dataset_brings_mixed_batches(pictures, workers):
+    sequence, direct = mixing_sequence(pictures[0], workers=workers), mixing_sequence(pictures[0])
+    dataset = sequence.to_dataset()
+    assert dataset.element_spec[1] == tf.TensorSpec((None, 10), tf.float32)
+    for index, (images, labels) in enumerate(dataset.as_numpy_iterator()):
+        np.testing.assert_array_equal(images, direct[index][0])
+        np.testing.assert_array_equal(labels, direct[index][1])
+    np.testing.assert_array_equal(np.sort(sequence.get_y_true()), np.arange(10))
+    assert sequence.get_labels(np.array([3, 1])).tolist() == [3, 1]
+
+
+def test_each_device_mixes_its_own_images_however_they_are_spread(pictures):
+    options = {"batch_size": 3, "cutmix_alpha": 1.0}
+    together = mixing_sequence(pictures[0], shares=Shares(2, 0, 2), **options)
+    apart = [mixing_sequence(pictures[0], shares=Shares(2, first, 1), **options) for first in (0, 1)]
+    plain = sequence_of(pictures[0], shuffle=True, seed=7, batch_size=6)
+    for step in range(2):
+        images, labels = together[step]
+        parts = [sequence[step] for sequence in apart]
+        np.testing.assert_array_equal(images, np.concatenate([part[0] for part in parts]))
+        np.testing.assert_array_equal(labels, np.concatenate([part[1] for part in parts]))
+        classes = plain[step][1]
+        middle = len(classes) // 2
+        for own, (_, part) in zip((classes[:middle], classes[middle:]), parts, strict=True):
+            assert not np.delete(part, own, axis=1).any()
+
+
+def test_a_device_without_an_image_has_no_share_of_any_class(pictures):
+    sequence = mixing_sequence(pictures[0][:1], np.array([4]), batch_size=3, shares=Shares(2, 0, 2))
+    images, labels, weights, bounds, total = sequence.get_shares(0)
+    assert labels.dtype == np.float32
+    np.testing.assert_array_equal(labels[weights == 0], np.zeros((1, 10)))
+    np.testing.assert_allclose(labels[weights == 1], np.eye(10)[[4]], rtol=1e-6)
+    np.testing.assert_array_equal(images[weights == 1], pictures[1][:1])
+    assert (bounds.tolist(), total) == ([0, 1, 2], 1)
+    (batch,) = sequence.to_dataset().as_numpy_iterator()
+    np.testing.assert_array_equal(batch[1], labels)
+
+
+def test_several_labels_are_mixed_as_they_are(pictures):
+    present = np.eye(10, dtype=int)
+    present[:, 0] = 1
+    _, labels = one_epoch(mixing_sequence(pictures[0], present, number_of_classes=None))
+    assert labels.dtype == np.float32
+    # All images have the first label, and so has each mixed one; of the others it has shares.
+    np.testing.assert_allclose(labels[:, 0], 1, rtol=1e-6)
+    assert ((labels > 0) & (labels < 0.999)).any()
+
+
+def test_mixing_leaves_a_cache_as_it_is(pictures, tmp_path):
+    sequence = mixing_sequence(pictures[0], cutmix_alpha=1.0, cache=MemoryCache(10, SIZE))
+    first, second = one_epoch(sequence), one_epoch(sequence)
+    np.testing.assert_array_equal(first[0], second[0])
+    for row in range(10):
+        np.testing.assert_array_equal(sequence.cache.get(row), pictures[1][row])
+
+
+def test_the_configs_say_how_training_images_change(pictures, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("path,class\n" + "".join(f"{path},{'ab'[row % 2]}\n" for row, path in enumerate(pictures[0])))
+    configs = Configs(image_target_size=(*SIZE, 3), augmentation_strength="none", batch_size=10, cutmix_alpha=0.5)
+    training, validation = (get_generator(str(table), ["a", "b"], configs, kind) for kind in (True, False))
+    assert training.augmenter is validation.augmenter is None
+    images, labels = training[0]
+    assert labels.shape == (10, 2)
+    assert (np.abs(images.astype(int) - pictures[1][training._order()]).sum(axis=(1, 2, 3)) > 0).any()
+    np.testing.assert_array_equal(validation[0][0], pictures[1])
+    assert validation[0][1].tolist() == [0, 1] * 5
+    configs = configs.replace(cutmix_alpha=0.0, augmentation_strength="light")
+    assert get_generator(str(table), ["a", "b"], configs, True).augmenter is not None
+    assert get_generator(str(table), ["a", "b"], configs, True)[0][1].shape == (10,)
 
 
 def test_the_given_augmenter_is_not_reseeded(pictures):
@@ -641,33 +876,19 @@ def test_an_image_whose_store_tells_no_version_is_read_in_every_run(urls, tmp_pa
 def test_input_wait_is_the_share_of_the_time_that_the_model_waits(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-
-    def passes(seconds):
-        now[0] += seconds
-
-    class Batches:
-        def get_next_as_optional(self):
-            passes(0.3)
-            return tf.experimental.Optional.from_value(tf.constant(5))
-
-    def train(iterator):
-        passes(0.1)
-        return {"loss": iterator.get_next()}
-
     wait = InputWait()
-    wait.set_model(flat_model())
-    wait.model.train_function = train
-    wait.on_train_begin()
+    wait.set_model(SimpleNamespace(seconds_waited=0.0))
     for epoch in range(2):
+        wait.model.seconds_waited = 0.0
         wait.on_epoch_begin(epoch)
         for batch in range(3):
-            assert wait.model.train_function(Batches())["loss"] == 5
+            now[0] += 0.3
+            wait.model.seconds_waited += 0.3
+            now[0] += 0.1
             wait.on_train_batch_end(batch)
-        passes(1000)  # validation
+        now[0] += 1000  # validation
         wait.on_epoch_end(epoch)
     assert wait.share == pytest.approx(0.75)
-    wait.on_train_end()
-    assert wait.model.train_function is train
     printed = capsys.readouterr().out
     assert printed.count("input_wait: 75.0% of the epoch") == 2
     assert printed.count("Raise generator_workers") == 2
@@ -686,10 +907,151 @@ def test_a_starved_model_waits_longer_than_one_that_is_fed(pictures):
 
     shares = []
     for kind, work in ((Slow, []), (AugmentedImageSequence, [Busy()])):
-        sequence = kind(pictures[0], np.arange(10), image_size=SIZE, batch_size=1)
-        model = flat_model()
-        model.compile(loss="mse")
+        sequence = kind(pictures[0], np.zeros(10, int), SIZE, 1, shuffle=True, shares=Shares())
+        inputs = keras.Input((*SIZE, 3))
+        model = TrainingModel(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(inputs)))
+        model.compile(keras.optimizers.SGD(1e-9), lambda labels, outputs: outputs[:, 0], [])
         wait = InputWait()
-        model.fit(sequence.to_dataset(), epochs=2, shuffle=False, verbose=0, callbacks=[*work, wait])
+        model.fit(sequence.to_dataset(), 2, 0, [*work, wait], Interruption())
         shares.append(wait.share)
     assert 1 >= shares[0] > shares[1] >= 0
+
+
+# Devices that train together
+
+
+def sequences_of(paths, devices, processes, **options):
+    """The sequences of processes that have the same number of devices each."""
+    local = devices // processes
+    return [sequence_of(paths, shares=Shares(devices, local * number, local), **options) for number in range(processes)]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("images", [1, 3, 10, 23])
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(
+    ("devices", "processes"), [(1, 1), (2, 1), (2, 2), (3, 3), (4, 1), (4, 2), (4, 4), (5, 1), (5, 5)]
+)
+def test_every_image_is_read_by_one_process_once_an_epoch(monkeypatch, devices, processes, batch_size, images, shuffle):
+    read = []
+    monkeypatch.setattr("generator.read_image", lambda path, *_: read.append(path) or np.zeros((*SIZE, 3), np.uint8))
+    paths = [f"{number}.png" for number in range(images)]
+    whole = sequence_of(paths, batch_size=batch_size * devices, shuffle=shuffle, seed=3)
+    parts = sequences_of(paths, devices, processes, batch_size=batch_size, shuffle=shuffle, seed=3)
+    for epoch in (0, 1):
+        labels, read_by = [], []
+        for part in parts:
+            part.epoch = epoch
+            assert len(part) == part.steps == -(-images // (batch_size * devices))
+            labels.append([part[step][1].tolist() for step in range(len(part))])
+            read_by.append(read.copy())
+            read.clear()
+        assert sorted(path for process in read_by for path in process) == sorted(paths)
+        whole.epoch = epoch
+        for step, of_step in enumerate(zip(*labels, strict=True)):
+            # One process after the other has what one device would have at once, in parts as even as can be.
+            assert [label for part in of_step for label in part] == whole[step][1].tolist()
+            sizes = [len(part) for part in of_step]
+            assert max(sizes) - min(sizes) <= devices // processes
+        read.clear()
+
+
+def test_augmentation_does_not_depend_on_which_process_has_a_device(pictures):
+    expected = None
+    for processes in (1, 2, 4):
+        parts = sequences_of(pictures[0], 4, processes, augmenter=build_augmenter(), shuffle=True, seed=7, batch_size=2)
+        for part in parts:
+            part.epoch = 2
+        found = [np.concatenate([part[step][0] for part in parts]) for step in range(2)]
+        assert [len(images) for images in found] == [8, 2]
+        expected = expected or found
+        for images, before in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(images, before)
+    # Two devices do not augment alike.
+    (same,) = sequences_of(pictures[0][:1] * 4, 2, 1, augmenter=build_augmenter(), shuffle=True, batch_size=2)
+    assert len({image.tobytes() for image in same[0][0]}) == 4
+
+
+def test_one_device_augments_as_without_shares(pictures):
+    (shared,) = sequences_of(pictures[0], 1, 1, augmenter=build_augmenter(), shuffle=True, seed=7, batch_size=2)
+    alone = augmented_sequence(pictures[0])
+    for step in range(5):
+        np.testing.assert_array_equal(shared.get_shares(step)[0], alone[step][0])
+
+
+@pytest.mark.parametrize(
+    ("shares", "step", "rows", "weights", "bounds", "total"),
+    [
+        # 10 images, 4 devices of 2: 8 of the first step two by two, and in the second step none, one, none, one.
+        (Shares(4, 0, 4), 0, [0, 1, 2, 3, 4, 5, 6, 7], [1] * 8, [0, 2, 4, 6, 8], 8),
+        (Shares(4, 2, 2), 0, [4, 5, 6, 7], [1] * 4, [0, 2, 4], 8),
+        (Shares(4, 0, 4), 1, [None, 8, None, 9], [0, 1, 0, 1], [0, 1, 2, 3, 4], 2),
+        (Shares(4, 0, 1), 1, [None], [0], [0, 1], 2),
+        (Shares(4, 1, 1), 1, [8], [1], [0, 1], 2),
+        (Shares(4, 2, 2), 1, [None, 9], [0, 1], [0, 1, 2], 2),
+        # 3 devices of 2: 4 are left, of which the last device has two.
+        (Shares(3, 0, 3), 1, [6, 7, 8, 9], [1] * 4, [0, 1, 2, 4], 4),
+        (Shares(3, 2, 1), 1, [8, 9], [1] * 2, [0, 2], 4),
+        # 6 devices of 1.
+        (Shares(6, 0, 3), 1, [None, 6, 7], [0, 1, 1], [0, 1, 2, 3], 4),
+        (Shares(6, 3, 3), 1, [None, 8, 9], [0, 1, 1], [0, 1, 2, 3], 4),
+    ],
+)
+@pytest.mark.parametrize("labels", [np.arange(10) + 20, np.eye(10, dtype=np.float32)], ids=["single", "multi"])
+def test_each_device_has_its_share_or_a_grey_image_that_does_not_count(
+    pictures, monkeypatch, labels, shares, step, rows, weights, bounds, total
+):
+    paths, images = pictures
+    monkeypatch.setattr(AugmentedImageSequence, "_order", lambda _: np.arange(10))
+    batch_size = 1 if shares.devices == 6 else 2
+    sequence = sequence_of(paths, labels, shuffle=True, batch_size=batch_size, shares=shares)
+    # Whether the steps before it are left out or not.
+    for sequence.first_step, index in ((0, step), (step, 0)):
+        found = sequence.get_shares(index)
+        expected = [np.full((*SIZE, 3), 127, np.uint8) if row is None else images[row] for row in rows]
+        np.testing.assert_array_equal(found[0], expected)
+        np.testing.assert_array_equal(found[1], [0 * labels[0] if row is None else labels[row] for row in rows])
+        assert [part.tolist() for part in found[2:]] == [weights, bounds, total]
+        assert [part.dtype for part in found] == [np.uint8, labels.dtype, np.float32, np.int32, np.float32]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_dataset_brings_the_shares(pictures, processes):
+    for part in sequences_of(pictures[0], 4, processes, shuffle=True, batch_size=2, workers=2):
+        dataset = part.to_dataset()
+        assert int(dataset.cardinality()) == 2
+        for step, batch in enumerate(dataset.as_numpy_iterator()):
+            for found, expected in zip(batch, part.get_shares(step), strict=True):
+                np.testing.assert_array_equal(found, expected)
+
+
+def test_shares_of_an_order_that_is_not_shuffled_are_plain_batches(pictures):
+    first, second = sequences_of(pictures[0], 4, 2, batch_size=2)
+    assert [labels.tolist() for _, labels in first.to_dataset().as_numpy_iterator()] == [[0, 1, 2, 3], [8]]
+    assert [labels.tolist() for _, labels in second.to_dataset().as_numpy_iterator()] == [[4, 5, 6, 7], [9]]
+    assert [first.get_rows(step).tolist() for step in range(2)] == [[0, 1, 2, 3], [8]]
+    assert [second.get_rows(step).tolist() for step in range(2)] == [[4, 5, 6, 7], [9]]
+    np.testing.assert_array_equal(second.get_labels(np.array([9, 4])), [9, 4])
+
+
+def test_rows_leave_out_what_could_not_be_read(pictures):
+    paths, images = pictures
+    paths = [*paths[:5], "lost.png", *paths[6:]]
+    _, second = sequences_of(paths, 2, 2, batch_size=4, skip_bad_images=True)
+    batch, labels = second[0]
+    assert labels.tolist() == second.get_rows(0).tolist() == [4, 6, 7]
+    np.testing.assert_array_equal(batch, images[[4, 6, 7]])
+    assert list(second.bad_images) == [5]
+
+
+def test_an_image_that_cannot_be_read_is_replaced_as_on_one_device(pictures):
+    paths = [*pictures[0][:5], "lost.png", *pictures[0][6:]]
+    options = {"shuffle": True, "seed": 1, "skip_bad_images": True}
+    whole = sequence_of(paths, batch_size=10, **options)
+    expected = whole[0][1].tolist()
+    assert 5 not in expected
+    for processes in (1, 5):
+        parts = sequences_of(paths, 5, processes, batch_size=2, **options)
+        assert [label for part in parts for label in part.get_shares(0)[1].tolist()] == expected
+        # The one whose share it is tells of it.
+        assert [row for part in parts for row in part.bad_images] == [5]

@@ -17,12 +17,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from sklearn.metrics import log_loss
 
 from configs import Configs
 from report import (
     choose_gallery,
     draw_confusion_matrix,
+    draw_learning_rate,
     draw_log,
     draw_precision_recall_curves,
     draw_reliability,
@@ -337,6 +339,35 @@ def test_names_that_matplotlib_could_stumble_over(tmp_path):
         paths = save_figures(str(tmp_path), single_label(names), make_curves(names))
     assert sorted(map(str, tmp_path.iterdir())) == sorted(paths)
     assert len(paths) == 4
+
+
+def test_learning_rate_figure_holds_the_losses_and_the_suggestion(tmp_path, monkeypatch):
+    rates, losses = np.geomspace(1e-6, 1, 50), np.append(np.linspace(1.6, 0.4, 49), np.nan)
+    drawn, savefig = [], Figure.savefig
+
+    def note_and_save(figure, *values, **facts):
+        drawn.append(figure)
+        savefig(figure, *values, **facts)
+
+    monkeypatch.setattr(Figure, "savefig", note_and_save)
+    draw_learning_rate(rates, losses, 1e-3, str(tmp_path / "learning_rate.png"))
+    (axes,) = drawn[0].axes
+    steps, smooth, mark = axes.lines
+    np.testing.assert_allclose(steps.get_xydata(), np.stack([rates, losses], axis=1)[:49])
+    assert len(smooth.get_xydata()) == 49
+    assert list(mark.get_xdata()) == [1e-3, 1e-3]
+    assert axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().texts] == ["each step", "smoothed", "suggestion: 0.001"]
+    assert cv2.imread(str(tmp_path / "learning_rate.png")).shape[1] == 930
+    assert [path.name for path in tmp_path.iterdir()] == ["learning_rate.png"]
+
+
+@pytest.mark.parametrize("losses", [[np.nan] * 3, [1.0, 1.0, 1e30]])
+def test_learning_rate_figure_without_a_suggestion(tmp_path, losses):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_learning_rate([1e-3, 1e-2, 1e-1], losses, None, str(tmp_path / "learning_rate.png"))
+    assert (tmp_path / "learning_rate.png").stat().st_size > 5000
 
 
 # Page

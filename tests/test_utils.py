@@ -453,9 +453,88 @@ def test_optimizer_has_its_name_and_rate(name):
             "Adadelta": keras.optimizers.Adadelta,
             "Adamax": keras.optimizers.Adamax,
             "Nadam": keras.optimizers.Nadam,
+            "AdamW": keras.optimizers.AdamW,
+            "Lion": keras.optimizers.Lion,
         }[name]
     )
     assert float(optimizer.learning_rate) == pytest.approx(0.0123)
+
+
+def normalised_model():
+    """A convolution by depth, a normalisation and a dense layer; all their weights are 2."""
+    inputs = keras.Input((4, 4, 3))
+    outputs = keras.layers.BatchNormalization()(keras.layers.DepthwiseConv2D(3)(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling2D()(outputs)))
+    model.set_weights([np.full(weight.shape, 2, np.float32) for weight in model.weights])
+    return model
+
+
+def step_without_gradients(optimizer, model):
+    optimizer.apply_gradients([(np.zeros(weight.shape, np.float32), weight) for weight in model.trainable_variables])
+    return {"/".join(weight.path.split("/")[-2:]): weight.numpy() for weight in model.trainable_variables}
+
+
+def assert_kernels_alone_have_changed(weights, factor):
+    kernels = {name for name in weights if name.endswith("kernel")}
+    assert len(kernels) == 2
+    assert len(weights) == 6
+    for name, value in weights.items():
+        np.testing.assert_allclose(value, 2 * (factor if name in kernels else 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+def test_weight_decay_takes_from_kernels_alone(name):
+    model, optimizer = normalised_model(), utils.get_optimizer(name, 0.5, weight_decay=0.2)
+    utils.exclude_from_weight_decay(model, optimizer)
+    assert_kernels_alone_have_changed(step_without_gradients(optimizer, model), 1 - 0.5 * 0.2)
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+def test_without_weight_decay_nothing_is_taken(name):
+    model, optimizer = normalised_model(), utils.get_optimizer(name, 0.5)
+    for weight in step_without_gradients(optimizer, model).values():
+        np.testing.assert_array_equal(weight, 2)
+    # What Keras saves of an optimizer it can build again.
+    assert type(optimizer).from_config(optimizer.get_config()).weight_decay in (None, 0.0)
+
+
+def test_weight_decay_is_apart_from_the_gradient():
+    weight, optimizer = keras.Variable([[3.0]]), utils.get_optimizer("SGD", 0.5, weight_decay=0.2)
+    optimizer.apply_gradients([(np.array([[0.4]], np.float32), weight)])
+    assert float(weight[0, 0]) == pytest.approx(3 - 3 * 0.5 * 0.2 - 0.5 * 0.4)
+
+
+def test_biases_are_excluded_from_an_optimizer_that_is_built_or_scales_the_loss():
+    for wraps in (False, True):
+        model, optimizer = normalised_model(), utils.get_optimizer("AdamW", 0.5, weight_decay=0.2)
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer) if wraps else optimizer
+        optimizer.build(model.trainable_variables)
+        utils.exclude_from_weight_decay(model, optimizer)
+        assert_kernels_alone_have_changed(step_without_gradients(optimizer, model), 1 - 0.5 * 0.2)
+
+
+def test_biases_are_excluded_again_after_loading(tmp_path):
+    model = normalised_model()
+    model.compile(utils.get_optimizer("AdamW", 0.5, weight_decay=0.2))
+    utils.exclude_from_weight_decay(model, model.optimizer)
+    step_without_gradients(model.optimizer, model)
+    path = str(tmp_path / "model.keras")
+    model.save(path)
+    loaded = utils.load_model(path, with_optimizer=True)
+    assert loaded.optimizer.built
+    utils.exclude_from_weight_decay(loaded, loaded.optimizer)
+    assert_kernels_alone_have_changed(step_without_gradients(loaded.optimizer, loaded), (1 - 0.5 * 0.2) ** 2)
+
+
+def test_ema_decay_keeps_the_moving_average_beside_the_weights():
+    weight, optimizer = keras.Variable([3.0]), utils.get_optimizer("SGD", 1.0, ema_decay=0.75)
+    for gradient in (1.0, 4.0):
+        optimizer.apply_gradients([(np.array([gradient], np.float32), weight)])
+    np.testing.assert_allclose(weight, [-2.0])
+    (average,) = [variable for variable in optimizer.variables if variable.name.endswith("average")]
+    # It starts from the weights after the first step, which are 2.
+    np.testing.assert_allclose(average, [0.75 * 2 + 0.25 * -2])
+    assert not utils.get_optimizer("SGD", 1.0).use_ema
 
 
 # Model paths and what a model's configs.json says

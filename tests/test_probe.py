@@ -1,0 +1,385 @@
+"""The classifier alone: features computed once, a logistic regression as its start, and training on features."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+
+from configs import Configs, UserError
+from generator import AugmentedImageSequence, FeatureSequence, Shares, read_plainly
+from model import (
+    ModelFactory,
+    build_classifier,
+    build_preprocessing,
+    compute_features,
+    initialize_head,
+    precision_policy,
+    split_head,
+)
+
+CLASSES = ["blue", "green", "red"]
+
+
+def build(size: int = 32, channels: int = 6, number: int = 3, multi_label: bool = False, **options) -> keras.Model:
+    """Builds a model of the parts that `ModelFactory` gives one, with a backbone of one convolution."""
+    fixed = {"layer_sizes": [0.4], "pooling": "avg"}
+    inputs, backbone_inputs = keras.Input((size, size, 3)), keras.Input((size, size, 3))
+    maps = keras.layers.Conv2D(channels, 3, strides=2, activation="relu")(backbone_inputs)
+    backbone = keras.Model(backbone_inputs, maps, name="backbone")
+    classifier = build_classifier(number, multi_label, **fixed | options)
+    return keras.Model(inputs, classifier(backbone(build_preprocessing("tf")(inputs))))
+
+
+@pytest.fixture(scope="module")
+def model() -> keras.Model:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def photos(photo_folder) -> tuple[list[str], np.ndarray]:
+    paths = [str(path) for name in CLASSES for path in sorted((photo_folder / name).iterdir())]
+    return paths, np.repeat(np.arange(3), 12)
+
+
+def make_sequence(photos, **options) -> AugmentedImageSequence:
+    paths, labels = photos
+    return AugmentedImageSequence(paths, labels, (32, 32), **{"batch_size": 8, "workers": 2} | options)
+
+
+def make_features(labels: np.ndarray, channels: int = 64, seed: int = 0) -> np.ndarray:
+    """Draws features as a ReLU gives them, that tell the labels without certainty."""
+    rng = np.random.default_rng(seed)
+    targets = labels if labels.ndim == 2 else np.eye(labels.max() + 1)[labels]
+    signal = targets @ rng.normal(size=(targets.shape[1], channels))
+    return np.maximum(signal + rng.normal(1, 1.5, (len(labels), channels)), 0).astype(np.float32) * 3
+
+
+def standardise(features: np.ndarray) -> np.ndarray:
+    return (features - features.mean(axis=0)) / np.sqrt(features.var(axis=0).mean())
+
+
+def head_of(channels: int, **options) -> tuple[keras.Model, keras.Model]:
+    """Returns a model whose features have that many channels, with its head."""
+    model = build(4, channels, **options)
+    return model, split_head(model)
+
+
+# Features
+
+
+def test_features_are_what_the_pooling_gives_in_the_order_of_paths_unaugmented(model, photos):
+    shuffled = make_sequence(photos, shuffle=True, seed=3, augmenter=Inverting(), mixup_alpha=1.0, number_of_classes=3)
+    features, is_read = compute_features(model, shuffled)
+    images = np.concatenate([images for images, _ in (make_sequence(photos)[step] for step in range(5))])
+    maps = images
+    for layer in model.layers[1:-1]:
+        maps = layer(maps, training=False)
+    np.testing.assert_allclose(features, np.asarray(maps).mean(axis=(1, 2)), atol=1e-5)
+    assert features.dtype == np.float32
+    assert is_read.all()
+    assert shuffled.shuffle
+    assert shuffled.mixes
+
+
+class Inverting:
+    def deepcopy(self):
+        return self
+
+    def seed_(self, seed):
+        pass
+
+    def __call__(self, images):
+        return 255 - images
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_rows_of_images_that_cannot_be_read_are_nan(model, photos, tmp_path, batch_size):
+    paths, labels = list(photos[0]), photos[1]
+    paths[5] = str(tmp_path / "missing.jpg")
+    sequence = make_sequence((paths, labels), batch_size=batch_size, shuffle=True, skip_bad_images=True)
+    features, is_read = compute_features(model, sequence)
+    whole, _ = compute_features(model, make_sequence(photos))
+    assert np.flatnonzero(~is_read).tolist() == [5]
+    assert np.isnan(features[5]).all()
+    np.testing.assert_allclose(features[is_read], whole[is_read], atol=1e-5)
+    assert "missing.jpg" in sequence.bad_images[5]
+
+
+def test_an_image_that_cannot_be_read_ends_in_its_own_error(model, photos, tmp_path):
+    paths = [*photos[0][:-1], str(tmp_path / "missing.jpg")]
+    with pytest.raises(UserError, match="missing.jpg"):
+        compute_features(model, make_sequence((paths, photos[1])))
+
+
+def test_features_in_16_bits_arrive_as_float32(photos):
+    with precision_policy(True):
+        model = build()
+    features, _ = compute_features(model, make_sequence(photos))
+    assert features.dtype == np.float32
+    assert np.isfinite(features).all()
+
+
+def test_a_model_without_the_parts_is_refused(photos):
+    inputs = keras.Input((32, 32, 3))
+    foreign = keras.Model(inputs, keras.layers.Flatten(name="flat")(inputs))
+    for use in (lambda: compute_features(foreign, make_sequence(photos)), lambda: split_head(foreign)):
+        with pytest.raises(UserError, match="'backbone' and 'classifier'. Received: .*flat. Set head_epochs to 0"):
+            use()
+
+
+# The head
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max", None])
+def test_the_head_gives_the_model_s_probabilities(photos, pooling):
+    model = build(pooling=pooling, layer_sizes=[8, 0.4])
+    features, _ = compute_features(model, make_sequence(photos))
+    expected = model.predict(make_sequence(photos).to_dataset(), verbose=0)
+    np.testing.assert_allclose(split_head(model).predict(features, verbose=0), expected, atol=1e-5)
+
+
+def test_training_the_head_trains_the_model_which_saves_as_before(photos, tmp_path):
+    model = build(layer_sizes=[8, 0.4])
+    features, _ = compute_features(model, make_sequence(photos))
+    head = split_head(model)
+    classifier = model.get_layer("classifier")
+    assert [id(variable) for variable in head.variables] == [id(variable) for variable in classifier.variables]
+    before = model.get_layer("backbone").get_weights()
+    head.compile("adam", "sparse_categorical_crossentropy")
+    head.fit(features, photos[1], epochs=3, verbose=0)
+    trained = model.predict(make_sequence(photos).to_dataset(), verbose=0)
+    np.testing.assert_allclose(trained, head.predict(features, verbose=0), atol=1e-5)
+    for old, new in zip(before, model.get_layer("backbone").get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(make_sequence(photos).to_dataset(), verbose=0), trained)
+    assert len(loaded.layers) == len(model.layers)
+
+
+# Its start
+
+
+@pytest.mark.parametrize("channels", [20, 150])
+@pytest.mark.parametrize("number", [2, 3, 5])
+def test_single_label_probabilities_are_those_of_scikit_learn(number, channels):
+    labels = np.random.default_rng(1).integers(0, number, 90)
+    features = make_features(labels, channels)
+    model, head = head_of(channels, number=number)
+    strength = initialize_head(model, features, labels, False, 0)
+    scaled = standardise(features.astype(float))
+    regression = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000).fit(scaled, labels)
+    np.testing.assert_allclose(head.predict(features, verbose=0), regression.predict_proba(scaled), atol=1e-5)
+
+
+def test_multi_label_probabilities_are_those_of_scikit_learn():
+    labels = (np.random.default_rng(1).random((90, 4)) < [0.5, 0.2, 0.8, 0.05]).astype(np.float32)
+    features = make_features(labels, 100)
+    model, head = head_of(100, number=4, multi_label=True)
+    strength = initialize_head(model, features, labels, True, 0)
+    scaled = standardise(features.astype(float))
+    regressions = OneVsRestClassifier(LogisticRegression(C=strength, tol=1e-10, max_iter=10_000)).fit(scaled, labels)
+    np.testing.assert_allclose(head.predict(features, verbose=0), regressions.predict_proba(scaled), atol=1e-5)
+
+
+def factory_model(multi_label: bool) -> keras.Model:
+    fixed = {"visual_model_name": "MobileNet", "image_target_size": (32, 32, 3), "pop_conv_layers": 67}
+    return ModelFactory().get_model(
+        Configs(classes=CLASSES, use_imagenet_weights=False, multi_label_classification=multi_label, **fixed)
+    )
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_the_whole_model_predicts_what_the_regression_does(photos, multi_label):
+    model, (paths, labels) = factory_model(multi_label), photos
+    labels = np.eye(3, dtype=np.float32)[labels] if multi_label else labels
+    features, _ = compute_features(model, make_sequence(photos))
+    strength = initialize_head(model, features, labels, multi_label, 0)
+    regression = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000)
+    regression = OneVsRestClassifier(regression) if multi_label else regression
+    scaled = standardise(features.astype(float))
+    expected = regression.fit(scaled, labels).predict_proba(scaled)
+    found = model.predict(make_sequence((paths, labels)).to_dataset(), verbose=0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_pure_noise_is_regularised_more_than_features_that_tell_the_classes():
+    labels = np.repeat([0, 1, 2], 30)
+    noise = np.random.default_rng(0).normal(size=(90, 50)).astype(np.float32)
+    clear = noise + 4 * np.eye(3, 50, dtype=np.float32)[labels]
+    strengths = [initialize_head(head_of(50)[0], features, labels, False, 0) for features in (noise, clear)]
+    assert strengths[0] == pytest.approx(10**-2.5)
+    assert strengths[1] > 10 * strengths[0]
+
+
+def test_the_scale_of_the_features_does_not_matter():
+    labels = np.repeat([0, 1, 2], 20)
+    features = make_features(labels)
+    found = []
+    for factor in (1, 1000):
+        model, head = head_of(64)
+        strength = initialize_head(model, features * factor, labels, False, 0)
+        found.append((strength, head.predict(features * factor, verbose=0)))
+    assert found[0][0] == found[1][0]
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-4)
+
+
+def test_two_runs_give_the_same_head():
+    labels = np.repeat([0, 1, 2], 20)
+    heads = [head_of(64) for _ in range(2)]
+    for model, _ in heads:
+        initialize_head(model, make_features(labels), labels, False, 7)
+    weights = [model.get_layer("classifier").get_layer("logits").get_weights() for model, _ in heads]
+    for first, second in zip(*weights, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("counts", [(1, 20, 20), (1, 1, 20), (1, 1, 1), (2, 3, 9)])
+def test_classes_of_few_images_are_learnt_without_a_word(counts):
+    labels = np.repeat([0, 1, 2], counts)
+    features = make_features(labels)
+    model, head = head_of(64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        strength = initialize_head(model, features, labels, False, 0)
+    assert 10**-2.6 < strength < 10**1.1
+    scaled = standardise(features.astype(float))
+    expected = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000).fit(scaled, labels).predict_proba(scaled)
+    np.testing.assert_allclose(head.predict(features, verbose=0), expected, atol=1e-5)
+
+
+def test_a_class_without_images_stays_improbable_and_the_others_stay_in_order():
+    labels = np.repeat([0, 2], 20)
+    features = make_features(labels)
+    model, head = head_of(64)
+    initialize_head(model, features, labels, False, 0)
+    probabilities = head.predict(features, verbose=0)
+    assert (probabilities.argmax(axis=1) == labels).mean() > 0.9
+    # Smoothed, it has one image of 43.
+    assert 0.002 < np.median(probabilities[:, 1]) < 0.2
+
+
+def test_a_single_class_gives_the_smoothed_frequencies():
+    model, head = head_of(8)
+    initialize_head(model, make_features(np.zeros(7, int), 8), np.zeros(7, int), False, 0)
+    np.testing.assert_allclose(head.predict(np.ones((1, 8)), verbose=0), [[8 / 10, 1 / 10, 1 / 10]], rtol=1e-5)
+
+
+def test_labels_of_no_image_or_of_all_keep_their_smoothed_frequency():
+    labels = np.stack([np.zeros(8), np.ones(8), np.arange(8) % 2], axis=1).astype(np.float32)
+    model, head = head_of(16, multi_label=True)
+    initialize_head(model, make_features(labels, 16), labels, True, 0)
+    probabilities = head.predict(np.random.default_rng(0).random((5, 16)), verbose=0)
+    np.testing.assert_allclose(probabilities[:, :2], np.tile([1 / 10, 9 / 10], (5, 1)), rtol=1e-5)
+
+
+def test_features_that_are_all_the_same_give_the_frequencies():
+    labels = np.repeat([0, 1, 2], [10, 20, 30])
+    model, head = head_of(6)
+    initialize_head(model, np.full((60, 6), 0.5, np.float32), labels, False, 0)
+    np.testing.assert_allclose(head.predict(np.ones((1, 6)), verbose=0), [[1 / 6, 2 / 6, 3 / 6]], atol=1e-4)
+
+
+def test_hidden_layers_are_refused():
+    model, _ = head_of(8, layer_sizes=[16, 0.5])
+    with pytest.raises(UserError, match="without hidden layers. Received: 16 units. Leave sizes of 1 and more out of"):
+        initialize_head(model, np.zeros((4, 8), np.float32), np.arange(4) % 2, False, 0)
+
+
+def test_features_that_are_not_finite_are_refused():
+    features = np.zeros((4, 8), np.float32)
+    features[2, 3] = np.inf
+    with pytest.raises(UserError, match="features are not finite"):
+        initialize_head(head_of(8)[0], features, np.arange(4) % 2, False, 0)
+
+
+# Features as batches
+
+
+def as_features(photos) -> np.ndarray:
+    """Features that tell their row."""
+    return np.arange(len(photos[0]), dtype=np.float32)[:, None] * [1, 10]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_features_come_in_the_order_of_the_images(photos, shuffle):
+    images = make_sequence((photos[0], np.arange(36)), shuffle=shuffle, seed=4)
+    features = FeatureSequence.of(images, as_features(photos), np.ones(36, bool))
+    for epoch, first_step in ((0, 0), (3, 0), (3, 2)):
+        for sequence in (images, features):
+            sequence.epoch, sequence.first_step = epoch, first_step
+        assert len(images) == len(features) == 5 - first_step
+        for (_, expected), (rows, labels) in zip(images.to_dataset(), features.to_dataset(), strict=True):
+            np.testing.assert_array_equal(labels, expected)
+            np.testing.assert_array_equal(rows, np.asarray(labels)[:, None] * [1, 10])
+
+
+def test_features_start_where_their_sequence_stands(photos):
+    images = make_sequence(photos, shuffle=True)
+    images.epoch, images.first_step = 2, 3
+    features = FeatureSequence.of(images, as_features(photos), np.ones(36, bool))
+    assert (features.epoch, features.first_step, len(features)) == (2, 3, 2)
+
+
+def test_features_of_multi_label_images_have_float_labels(photos):
+    images = make_sequence((photos[0], np.eye(3, dtype=int)[photos[1]]))
+    batch = next(iter(FeatureSequence.of(images, as_features(photos), np.ones(36, bool)).to_dataset()))
+    assert batch[1].dtype == np.float32
+    np.testing.assert_array_equal(batch[1], np.eye(3)[photos[1][:8]])
+
+
+@pytest.mark.parametrize("batch_size", [8, 7])
+def test_features_are_shared_out_as_the_images_are(photos, batch_size):
+    """36 images in steps of 3 devices; of 3 x 7, the last step has 15, of 3 x 8 it has 12."""
+    for first in (0, 1):
+        shares = Shares(devices=3, first=first, local=2)
+        images = make_sequence((photos[0], np.arange(36)), batch_size=batch_size, shuffle=True, shares=shares)
+        features = FeatureSequence.of(images, as_features(photos), np.ones(36, bool))
+        pairs = list(zip(images.to_dataset(), features.to_dataset(), strict=True))
+        assert len(pairs) == 2
+        for (_, *expected), (rows, *found) in pairs:
+            for left, right in zip(expected, found, strict=True):
+                np.testing.assert_array_equal(left, right)
+            np.testing.assert_array_equal(rows, np.asarray(found[0])[:, None] * [1, 10])
+
+
+def test_a_device_without_features_gets_a_row_of_weight_0(photos):
+    few = photos[0][:2], photos[1][:2]
+    images = make_sequence(few, shuffle=True, shares=Shares(devices=3, first=0, local=3))
+    rows, _, weights, bounds, total = FeatureSequence.of(images, as_features(few), np.ones(2, bool)).get_shares(0)
+    assert len(rows) == 3
+    assert sorted(weights.tolist()) == [0, 1, 1]
+    assert bounds.tolist() == [0, 1, 2, 3]
+    assert total == 2
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_rows_that_were_not_read_are_replaced_or_left_out_as_images_are(photos, tmp_path, shuffle):
+    paths = list(photos[0])
+    for row in (4, 5):
+        paths[row] = str(tmp_path / f"missing_{row}.jpg")
+    model, images = build(), make_sequence((paths, np.arange(36)), shuffle=shuffle, skip_bad_images=True)
+    features = FeatureSequence.of(images, *compute_features(model, images))
+    for (_, expected), (rows, labels) in zip(images.to_dataset(), features.to_dataset(), strict=True):
+        np.testing.assert_array_equal(labels, expected)
+        assert np.isfinite(rows).all()
+    np.testing.assert_array_equal(features.get_y_true(), images.get_y_true())
+
+
+def test_features_are_not_mixed_and_their_labels_stay_positions(photos):
+    images = make_sequence(photos, shuffle=True, mixup_alpha=1.0, number_of_classes=3)
+    features = FeatureSequence.of(images, as_features(photos), np.ones(36, bool))
+    assert next(iter(features.to_dataset()))[1].dtype == np.int64
+
+
+def test_a_plain_copy_leaves_its_sequence_alone(photos):
+    images = make_sequence(photos, shuffle=True, seed=1, augmenter=Inverting(), shares=Shares(2, 1, 1))
+    images.epoch, images.first_step = 3, 1
+    plain = read_plainly(images)
+    assert [len(plain), plain.get_y_true().tolist()] == [5, photos[1].tolist()]
+    assert (images.shuffle, images.epoch, images.first_step, images.shares.devices) == (True, 3, 1, 2)
+    plain.bad_images[0] = "unreadable"
+    assert not images.bad_images
