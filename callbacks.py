@@ -318,6 +318,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.every_steps = configs.checkpoint_every_steps
         self.patience = configs.early_stopping_patience
         self.head_epochs = configs.head_epochs
+        self.starts_good = configs.head_initialization == "linear_probe" and not configs.load_model_path
         self.class_names = configs.classes
         self.run_state = {
             "configs": configs.to_dict(),
@@ -359,6 +360,8 @@ class Checkpoint(keras.callbacks.Callback):
             for variable, value in zip(seed_states(self.model), self.to_restore["seed_states"], strict=True):
                 variable.assign(np.array(value, dtype="uint32"))
             self._write_logs()
+        elif self.starts_good:
+            self._keep_start()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Restores the running figures of an epoch that began before the stop: Keras has just set them to zero."""
@@ -388,13 +391,7 @@ class Checkpoint(keras.callbacks.Callback):
             }
         self.input_waits.append(round(self.input_wait.share, 4))
         self.log.append({"epoch": epoch + 1} | {name: float(value) for name, value in logs.items()})
-        score = logs[self.monitor]
-        is_best = not np.isnan(score) and (self.best is None or score > self.best)
-        if is_best:
-            self.best, self.best_epoch = float(score), epoch + 1
-            if self.validation.aurocs is not None:
-                aurocs = map(none_if_undefined, self.validation.aurocs)
-                self.best_aurocs = dict(zip(self.class_names, aurocs, strict=True))
+        is_best = self._note_best(epoch + 1, logs[self.monitor])
         names = ["best_model.keras"] * is_best
         names += [f"model_epoch_{epoch + 1:03d}.keras"] * (not self.save_best_only)
         if self.averages is None:
@@ -429,6 +426,24 @@ class Checkpoint(keras.callbacks.Callback):
             "log": self.log,
             "input_waits": self.input_waits,
         }
+
+    def _keep_start(self) -> None:
+        """Makes the model that training starts from the one to beat, as epoch 0."""
+        logs: dict[str, float] = {}
+        self.validation.on_epoch_end(-1, logs)
+        print(f"The head's start: {self.monitor} {logs[self.monitor]:.4f}.")
+        is_best = self._note_best(0, logs[self.monitor])
+        self._save([*["best_model.keras"] * is_best, "latest_model.keras"], 0, 0)
+
+    def _note_best(self, epochs_completed: int, score: float) -> bool:
+        """Notes a score where it is the best so far; tells whether it is."""
+        is_best = not np.isnan(score) and (self.best is None or score > self.best)
+        if is_best:
+            self.best, self.best_epoch = float(score), epochs_completed
+            if self.validation.aurocs is not None:
+                aurocs = map(none_if_undefined, self.validation.aurocs)
+                self.best_aurocs = dict(zip(self.class_names, aurocs, strict=True))
+        return is_best
 
     def _check_finite(self, name: str, value: float, moment: str) -> None:
         if not np.isfinite(value):

@@ -618,10 +618,10 @@ class AugmentedImageSequence(keras.utils.Sequence):
 
 
 def read_plainly(sequence: AugmentedImageSequence) -> AugmentedImageSequence:
-    """Returns a sequence of the same images in the order of `paths`, for one device, without augmentation."""
+    """Returns a sequence of the same images in the order of `paths`, without augmentation."""
     plain = copy.copy(sequence)
     plain.shuffle, plain.augmenter, plain.mixes = False, None, False
-    plain.gives_shares, plain.shares = False, Shares()
+    plain.gives_shares = False
     plain.epoch, plain.first_step, plain.error, plain.bad_images = 0, 0, None, {}
     return plain
 
@@ -654,7 +654,8 @@ class FeatureSequence(AugmentedImageSequence):
         """
         features_only = cls(
             features,
-            {row: sequence.bad_images[row] for row in np.flatnonzero(~is_read).tolist()},
+            # What another process was to read is known to that one.
+            {row: sequence.bad_images.get(row, "it could not be read") for row in np.flatnonzero(~is_read).tolist()},
             paths=sequence.paths,
             labels=sequence.labels,
             image_size=sequence.image_size,

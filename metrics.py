@@ -32,12 +32,13 @@ DECISION_FILE = "decision.json"
 LARGEST_DECISION_FILE = 2**22
 # Numbers in one block of work: a few arrays of it fit into a processor's cache.
 BLOCK = 2**20
-# Of a learning-rate range test: a step's weight against that of the one beside it, and the steps that tell how it
-# started. Noise alone makes the smoothed loss fall by 1.5 times the noise of a step in 1 of 20 tests.
-SMOOTHING = 0.9
+# Of a learning-rate range test: a step's weight against that of the one beside it, the steps that tell how it started,
+# those that it needs, and what its smoothed loss must fall by: a multiple of the noise of a step, which noise alone
+# reaches in 1 of 20 tests of 100 steps, and a share of the loss.
+SMOOTHING = 0.8
 FIRST_STEPS = 5
 LEAST_STEPS = 10
-LEAST_FALL = 1.5
+LEAST_FALL = 2.0
 LEAST_SHARE = 0.01
 
 
@@ -982,8 +983,8 @@ def suggest_learning_rate(rates: Sequence[float], losses: Sequence[float]) -> fl
     if fall <= least:
         raise UserError(
             f"No learning rate from {rates[0]:.2g} to {rates[-1]:.2g} made the loss fall clearly: expected a fall of "
-            f"more than {least:.2g}, {LEAST_FALL} times the noise of a step or {LEAST_SHARE:.0%}. Received: {fall:.2g}. "
-            "Raise batch_size against the noise, or check the labels."
+            f"more than {least:.2g}, {LEAST_FALL:g} times the noise of a step and {LEAST_SHARE:.0%} of the loss. "
+            f"Received: {fall:.2g}. Raise batch_size against the noise, or check the labels."
         )
     halfway = smooth[lowest] + fall / 2
     return float(rates[np.flatnonzero(smooth[: lowest + 1] >= halfway)[-1]])

@@ -262,6 +262,7 @@ class TrainingModel(keras.Model):
     multiplier = 1.0
     slow_layers: tuple[keras.Layer, ...] = ()
     seconds_waited = 0.0
+    _forward = None
 
     def compile(self, optimizer: keras.optimizers.Optimizer, loss: Callable, metrics: list, **_: Any) -> None:
         """Keeps what training needs: an optimizer, a loss of each image, and metrics that have their variables."""
@@ -814,17 +815,20 @@ FOLDS = 5
 MOST_COMPARED_IMAGES = 2000
 
 
-def compute_features(model: keras.Model, sequence: AugmentedImageSequence) -> tuple[np.ndarray, np.ndarray]:
-    """Computes once what the classifier sees of each image, while the backbone is frozen.
+def compute_features(
+    model: keras.Model, sequence: AugmentedImageSequence, mirrored: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Computes once what the classifier sees of each image, while the backbone is frozen; in the scope of a strategy.
 
     Args:
         model: a model of this collection.
         sequence: its images are read without augmentation. Under `skip_bad_images` those that cannot be read are
             noted in its `bad_images`.
+        mirrored: take the mirror images.
 
     Returns:
         What the pooling gives, float32 `(images, channels)` in the order of `paths`, and which images could be read,
-        bool `(images,)`; the rows of the others are NaN.
+        bool `(images,)`; the rows of the others are NaN. The devices that train together share the work.
 
     Raises:
         UserError: an image cannot be read, or the model has no `classifier`.
@@ -832,24 +836,16 @@ def compute_features(model: keras.Model, sequence: AugmentedImageSequence) -> tu
     from generator import read_plainly
 
     pooling, plain = _get_classifier(model).layers[0], read_plainly(sequence)
-
-    # Not Keras's predict, which would divide the batches among the devices that train together.
-    @functools.partial(tf.function, input_signature=[tf.TensorSpec((None, *plain.image_size, 3), tf.uint8)])
-    def pool(images: tf.Tensor) -> tf.Tensor:
-        for layer in (*model.layers[1:-1], pooling):
-            images = layer(images, training=False)
-        return tf.cast(images, tf.float32)
-
-    channels = pooling.compute_output_shape(model.layers[-2].output_shape)[1]
-    features = np.full((len(plain.paths), channels), np.nan, np.float32)
-    progress = keras.utils.Progbar(len(plain))
+    inputs = keras.Input(model.input_shape[1:])
+    outputs = keras.ops.flip(inputs, axis=2) if mirrored else inputs
+    for layer in (*model.layers[1:-1], pooling):
+        outputs = layer(outputs)
     with naming_bad_images(plain):
-        for step, (images, _) in enumerate(plain.to_dataset()):
-            if len(images):
-                features[plain.get_rows(step)] = pool(images)
-            progress.add(1)
+        known, is_read = TrainingModel(inputs, outputs).predict_sequence(plain)
+    features = np.full((len(is_read), known.shape[1]), np.nan, np.float32)
+    features[is_read] = known
     sequence.bad_images.update(plain.bad_images)
-    return features, ~np.isin(np.arange(len(features)), list(plain.bad_images))
+    return features, is_read
 
 
 def split_head(model: keras.Model) -> keras.Model:
@@ -868,7 +864,12 @@ def split_head(model: keras.Model) -> keras.Model:
 
 
 def initialize_head(
-    model: keras.Model, features: np.ndarray, labels: np.ndarray, multi_label: bool, seed: int
+    model: keras.Model,
+    features: np.ndarray,
+    labels: np.ndarray,
+    multi_label: bool,
+    seed: int,
+    mirrored: np.ndarray | None = None,
 ) -> float:
     """Makes a model's classifier the logistic regression on the backbone's features: it starts from the best answers
     that a frozen backbone allows, where a random one would first pull the backbone's weights apart.
@@ -877,7 +878,7 @@ def initialize_head(
     regression a label; a label that no image has, or every one, keeps its smoothed frequency whatever the features.
     How strongly the kernels are drawn to zero is chosen by the log loss in stratified cross-validation.
 
-    Source: Kumar et al., ICLR 2022, section 3.3 (arXiv:2202.10054).
+    Source: Kumar et al., ICLR 2022 (arXiv:2202.10054).
 
     Args:
         model: its classifier is pooling, dropout (any or none), and the dense layer `logits`, which is changed.
@@ -885,6 +886,8 @@ def initialize_head(
         labels: int `(images,)`, or `(images, classes)` of zeros and ones.
         multi_label: which of the two.
         seed: of the cross-validation's folds.
+        mirrored: the features of the mirror images, in the order of `features`: each image then counts half as itself
+            and half as that. They have no part in the choice of the strength.
 
     Returns:
         The strength C, the variance of the kernels' prior on features of variance 1.
@@ -895,19 +898,23 @@ def initialize_head(
     from threadpoolctl import threadpool_limits
 
     logits = _get_only_dense_layer(model)
-    if not np.isfinite(features).all():
+    views = [features] if mirrored is None else [features, mirrored]
+    if not all(np.isfinite(view).all() for view in views):
         raise UserError("The backbone's features are not finite: its weights are damaged. Load another model.")
     # One scale for all channels: the grid of strengths then suits every backbone.
     mean = features.mean(axis=0, dtype=np.float64)
-    scaled = features - mean
+    scaled = np.concatenate(views) - mean
     scale = np.sqrt(np.mean(scaled**2)) or 1.0
     scaled /= scale
     # The matrices are small: the threads of BLAS would wait for each other.
     with threadpool_limits(1):
         scaled, directions = _reduce_columns(scaled)
-        strength = _choose_strength(scaled, list(labels.T.astype(int)) if multi_label else [labels], seed)
+        targets = list(labels.T.astype(int)) if multi_label else [labels]
+        strength = _choose_strength(scaled[: len(labels)], targets, seed)
         fit = _fit_labels if multi_label else _fit_classes
-        kernel, bias = fit(scaled, labels, logits.units, strength)
+        # The loss is a sum over rows: a share of C is the weight of a row.
+        repeated = np.concatenate([labels] * len(views))
+        kernel, bias = fit(scaled, repeated, logits.units, strength / len(views))
     kernel = directions @ kernel / scale
     logits.set_weights([kernel, bias - mean @ kernel])
     return strength
@@ -1001,7 +1008,7 @@ def _make_trials(features: np.ndarray, target: np.ndarray, seed: int) -> list[Ca
 def _build_regression(**options: Any) -> LogisticRegression:
     from sklearn.linear_model import LogisticRegression
 
-    # Beside lbfgs, which is many times slower on weakly regularised features, the only one for several classes.
+    # lbfgs takes ten times as long where the regularisation is weak, newton-cholesky where the classes are several.
     return LogisticRegression(solver="newton-cg", max_iter=1000, warm_start=True, **options)
 
 

@@ -74,7 +74,7 @@ def train(configs: Configs, team: Team) -> dict:
     losses = get_losses(configs, training.labels)
     phases = get_phases(configs, strategy.num_replicas_in_sync)
     with strategy.scope():
-        classifier, optimizer = get_model(configs, training, model_path, state, team)
+        classifier, optimizer, features = get_model(configs, training, model_path, state, team)
     if configs.find_learning_rate:
         return find_learning_rate(configs, strategy, classifier, training, losses.training)
     with locked(configs.save_model_path, team.is_chief), Interruption(is_shared=team.size > 1) as interruption:
@@ -87,7 +87,7 @@ def train(configs: Configs, team: Team) -> dict:
                 continue
             with strategy.scope():
                 model = prepare_phase(classifier, phase, configs, losses.training, optimizer, state)
-            sets = get_sets(configs, phase, strategy, classifier, training, validation)
+                sets = get_sets(configs, phase, classifier, training, validation, features)
             callbacks = build_callbacks(configs, phase, classifier, *sets, losses.validation, interruption, team, state)
             fit(model, *sets, phase, state, callbacks, interruption)
             # The next phase goes on from here as a run does that continues.
@@ -208,38 +208,49 @@ def get_generators(
 
 def get_model(
     configs: Configs, training: AugmentedImageSequence, model_path: str, state: dict[str, Any] | None, team: Team
-) -> tuple[keras.Model, keras.optimizers.Optimizer | None]:
+) -> tuple[keras.Model, keras.optimizers.Optimizer | None, tuple[np.ndarray, np.ndarray] | None]:
     """Builds the classifier, or loads the one to start from, in the scope of the run's strategy.
 
     Returns:
-        The classifier, and with a state the optimizer that goes on too.
+        The classifier, with a state the optimizer that goes on too, and the features of the training images where the
+        head has been started from them.
     """
     from model import ModelFactory
     from utils import load_fitting_model
 
     if not model_path:
         classifier = ModelFactory().get_model(configs)
-        if configs.head_initialization == "linear_probe":
-            probe(classifier, configs, training, team)
-        return classifier, None
+        is_probed = configs.head_initialization == "linear_probe"
+        return classifier, None, probe(classifier, configs, training, team) if is_probed else None
     size = configs.image_target_size[:2]
     classifier = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
-    return classifier, classifier.optimizer if state else None
+    return classifier, classifier.optimizer if state else None, None
 
 
-def probe(classifier: keras.Model, configs: Configs, training: AugmentedImageSequence, team: Team) -> None:
-    """Starts the classifier's head from a logistic regression on the features of the training images."""
+def probe(
+    classifier: keras.Model, configs: Configs, training: AugmentedImageSequence, team: Team
+) -> tuple[np.ndarray, np.ndarray]:
+    """Starts the classifier's head from a logistic regression on the features of the training images.
+
+    Their mirror images count too, where training would show them.
+
+    Returns:
+        The features, and which images could be read, as `compute_features` does.
+    """
     from model import compute_features, initialize_head
 
     features, is_read = compute_features(classifier, training)
-    labels = training.labels[is_read]
-    strength = initialize_head(classifier, features, labels, configs.multi_label_classification, configs.random_seed)
-    # Libraries of other hosts may round otherwise.
+    mirrored = None
+    if configs.augmentation_strength != "none":
+        mirrored = compute_features(classifier, training, mirrored=True)[0][is_read]
+    labels, is_multi_label = training.labels[is_read], configs.multi_label_classification
+    strength = initialize_head(classifier, features[is_read], labels, is_multi_label, configs.random_seed, mirrored)
+    # Libraries of other hosts may round otherwise: the chief's weights are those of all.
     head = classifier.get_layer("classifier").get_layer("logits")
-    head.set_weights(
-        [np.array(weights, np.float32) for weights in team.exchange([w.tolist() for w in head.get_weights()])[0]]
-    )
-    print(f"The head starts from a logistic regression on {len(features)} images, C = {strength:.3g}.")
+    weights = team.exchange([weight.tolist() for weight in head.get_weights()])[0]
+    head.set_weights([np.array(weight, np.float32) for weight in weights])
+    print(f"The head starts from a logistic regression on {is_read.sum()} images, C = {strength:.3g}.")
+    return features, is_read
 
 
 def get_phases(configs: Configs, devices: int) -> list[Phase]:
@@ -309,22 +320,30 @@ def trains_on_features(classifier: keras.Model, phase: Phase, configs: Configs) 
 def get_sets(
     configs: Configs,
     phase: Phase,
-    strategy: tf.distribute.Strategy,
     classifier: keras.Model,
     training: AugmentedImageSequence,
     validation: AugmentedImageSequence,
+    features: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[AugmentedImageSequence, AugmentedImageSequence]:
-    """Returns the images of a phase, or their features where those stay the same: they are computed once."""
-    if not trains_on_features(classifier, phase, configs):
-        return training, validation
+    """Returns the images of a phase, or their features where those stay the same: they are computed once.
+
+    Args:
+        configs: the options.
+        phase: of the run.
+        classifier: in the scope of the run's strategy.
+        training: the training images.
+        validation: the validation images.
+        features: those of the training images, and which of these could be read, where they are known.
+    """
     from generator import FeatureSequence
     from model import compute_features
 
+    if not trains_on_features(classifier, phase, configs):
+        return training, validation
     print("The backbone is frozen and the images do not change: their features are computed once.")
-    with strategy.scope():
-        return tuple(
-            FeatureSequence.of(images, *compute_features(classifier, images)) for images in (training, validation)
-        )
+    features = features or compute_features(classifier, training)
+    others = compute_features(classifier, validation)
+    return FeatureSequence.of(training, *features), FeatureSequence.of(validation, *others)
 
 
 def find_learning_rate(
@@ -345,7 +364,7 @@ def find_learning_rate(
     phase = get_phases(configs, strategy.num_replicas_in_sync)[0]
     with strategy.scope():
         model = prepare_phase(classifier, phase, configs, loss, None, None)
-    images = get_sets(configs, phase, strategy, classifier, training, training)[0]
+        images = get_sets(configs, phase, classifier, training, training)[0]
     test = RangeTest()
     with Interruption() as interruption:
         model.fit(

@@ -875,8 +875,8 @@ RATES = np.geomspace(1e-6, 1, 100)
 
 
 def test_smoothed_losses_equal_weighted_means_worked_out_by_hand():
-    from_left = [1, (0.9 * 1 + 2) / 1.9, (0.81 * 1 + 0.9 * 2 + 4) / 2.71]
-    from_right = [(0.81 * 4 + 0.9 * 2 + 1) / 2.71, (0.9 * 4 + 2) / 1.9, 4]
+    from_left = [1, (0.8 * 1 + 2) / 1.8, (0.64 * 1 + 0.8 * 2 + 4) / 2.44]
+    from_right = [(0.64 * 4 + 0.8 * 2 + 1) / 2.44, (0.8 * 4 + 2) / 1.8, 4]
     expected = (np.array(from_left) + from_right) / 2
     np.testing.assert_allclose(smooth_losses(np.array([1.0, 2.0, 4.0])), expected)
 

@@ -2,6 +2,7 @@
 
 import warnings
 
+import cv2
 import keras
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
 from configs import Configs, UserError
-from generator import AugmentedImageSequence, FeatureSequence, Shares, read_plainly
+from generator import AugmentedImageSequence, FeatureSequence, Shares, read_image, read_plainly, resize_image
 from model import (
     ModelFactory,
     build_classifier,
@@ -93,6 +94,17 @@ class Inverting:
 
     def __call__(self, images):
         return 255 - images
+
+
+def test_mirrored_features_are_those_of_images_that_are_turned_from_left_to_right(model, photos, tmp_path):
+    for row, path in enumerate(photos[0]):
+        cv2.imwrite(str(tmp_path / f"{row:02d}.png"), resize_image(read_image(path), (32, 32))[:, ::-1, ::-1])
+    turned = [str(tmp_path / f"{row:02d}.png") for row in range(36)]
+    expected, _ = compute_features(model, make_sequence((turned, photos[1])))
+    found, _ = compute_features(model, make_sequence(photos), mirrored=True)
+    np.testing.assert_allclose(found, expected, atol=0.02)
+    plain, _ = compute_features(model, make_sequence(photos))
+    assert np.abs(found - plain).max() > 2 * np.abs(found - expected).max()
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -204,6 +216,19 @@ def test_the_whole_model_predicts_what_the_regression_does(photos, multi_label):
     expected = regression.fit(scaled, labels).predict_proba(scaled)
     found = model.predict(make_sequence((paths, labels)).to_dataset(), verbose=0)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_mirror_images_count_half_as_images_do():
+    labels = np.repeat([0, 1, 2], 30)
+    features, mirrored = (make_features(labels, 40, seed) for seed in (0, 1))
+    model, head = head_of(40)
+    strength = initialize_head(model, features, labels, False, 0, mirrored)
+    both = np.concatenate([features, mirrored]).astype(float)
+    centred = both - features.mean(axis=0, dtype=float)
+    scaled = centred / np.sqrt((centred**2).mean())
+    regression = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000)
+    regression.fit(scaled, np.tile(labels, 2), sample_weight=np.full(180, 0.5))
+    np.testing.assert_allclose(head.predict(both, verbose=0), regression.predict_proba(scaled), atol=1e-5)
 
 
 def test_pure_noise_is_regularised_more_than_features_that_tell_the_classes():
@@ -379,7 +404,8 @@ def test_a_plain_copy_leaves_its_sequence_alone(photos):
     images = make_sequence(photos, shuffle=True, seed=1, augmenter=Inverting(), shares=Shares(2, 1, 1))
     images.epoch, images.first_step = 3, 1
     plain = read_plainly(images)
-    assert [len(plain), plain.get_y_true().tolist()] == [5, photos[1].tolist()]
+    # Steps of 2 devices have 16 of the 36 images.
+    assert [len(plain), plain.get_y_true().tolist()] == [3, photos[1].tolist()]
     assert (images.shuffle, images.epoch, images.first_step, images.shares.devices) == (True, 3, 1, 2)
     plain.bad_images[0] = "unreadable"
     assert not images.bad_images

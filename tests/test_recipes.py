@@ -15,6 +15,7 @@ from test_resume import assert_same_run, options_of, start, tables  # noqa: F401
 import train
 from callbacks import Interruption, Phase, RangeTest, Schedule, read_state
 from configs import Configs, UserError
+from generator import read_image, resize_image
 from model import ModelFactory, TrainingModel, find_averages, has_fixed_features, leaf_layers, prepare_backbone
 
 
@@ -237,6 +238,21 @@ def test_linear_probe_then_train_starts_above_a_random_head(tables, tmp_path, ca
     losses = [pd.read_csv(tmp_path / name / "training_log.csv")["loss"][0] for name in ("probe", "random")]
     assert losses[0] < losses[1]
     assert "The head starts from a logistic regression on" in capsys.readouterr().out
+
+
+def test_training_that_makes_the_probe_worse_leaves_it_the_best_model(tables, tmp_path, capsys):  # noqa: F811
+    options = options_of(tables, tmp_path / "run", head_initialization="linear_probe", learning_rate=10.0, num_epochs=1)
+    found = start(**options | {"optimizer_type": "SGD"})
+    printed = capsys.readouterr().out
+    assert found["best_epoch"] == 0
+    assert f"The head's start: val_accuracy {found['best']:.4f}." in printed
+    assert f"Best val_accuracy: {found['best']:.4f} in epoch 0." in printed
+    best = keras.models.load_model(tmp_path / "run" / "best_model.keras")
+    table = pd.read_csv(tables[1])
+    images = np.stack([read_image(path, (32, 32)) for path in table["path"]])
+    images = np.stack([resize_image(image, (32, 32)) for image in images])
+    expected = np.array(sorted(set(table["class"])))[best.predict(images, verbose=0).argmax(axis=1)] == table["class"]
+    assert expected.mean() == pytest.approx(found["best"])
 
 
 def test_range_test_suggests_a_rate_and_trains_nothing(tables, tmp_path, capsys):  # noqa: F811
