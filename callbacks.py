@@ -184,7 +184,7 @@ class Schedule(keras.callbacks.Callback):
 class RangeTest(keras.callbacks.Callback):
     """Raises the learning rate in every step, by the same factor, and notes the losses: `rates` and `losses`.
 
-    It stops training after `steps`, or where the loss is not finite or four times the lowest.
+    It stops training after `steps`, or where the loss is not finite or four times that of the first steps.
     """
 
     def __init__(self, lowest: float = 1e-7, highest: float = 1.0, steps: int = 100) -> None:
@@ -208,7 +208,7 @@ class RangeTest(keras.callbacks.Callback):
         self._sums = self.model.loss_sums
         self.rates.append(self._all_rates[len(self.rates)])
         self.losses.append(float(loss / images))
-        has_grown = self.losses[-1] > 4 * min(self.losses)
+        has_grown = self.losses[-1] > 4 * np.median(self.losses[:5])
         is_over = len(self.rates) == self.steps
         self.model.stop_training = bool(is_over or has_grown or not np.isfinite(self.losses[-1]))
 

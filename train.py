@@ -76,7 +76,7 @@ def train(configs: Configs, team: Team) -> dict:
     with strategy.scope():
         classifier, optimizer, features = get_model(configs, training, model_path, state, team)
     if configs.find_learning_rate:
-        return find_learning_rate(configs, strategy, classifier, training, losses.training)
+        return find_learning_rate(configs, strategy, classifier, training, losses.training, team)
     with locked(configs.save_model_path, team.is_chief), Interruption(is_shared=team.size > 1) as interruption:
         if team.is_chief:
             prepare_folder(configs)
@@ -119,7 +119,7 @@ def refuse_other_run(configs: Configs) -> None:
     """Raises UserError where save_model_path holds models that this run neither continues nor may remove."""
     folder = configs.save_model_path
     held = [path for pattern in RUN_FILES[:3] for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
-    if held and not starts_in_own_folder(configs) and not configs.overwrite:
+    if held and not (starts_in_own_folder(configs) or configs.overwrite or configs.find_learning_rate):
         raise UserError(
             f"{folder} holds the models of another run ({os.path.basename(held[0])}). Continue it with "
             f"--load_model_path {folder}, choose another save_model_path, or remove it with --overwrite True."
@@ -352,6 +352,7 @@ def find_learning_rate(
     classifier: keras.Model,
     training: AugmentedImageSequence,
     loss: Callable,
+    team: Team,
 ) -> dict:
     """Trains with rising learning rates, plots the loss over them into the run's folder and suggests one.
 
@@ -360,19 +361,20 @@ def find_learning_rate(
     from callbacks import EpochOrder, Interruption, RangeTest
     from metrics import suggest_learning_rate
     from report import draw_learning_rate
+    from utils import naming_bad_images
 
     phase = get_phases(configs, strategy.num_replicas_in_sync)[0]
     with strategy.scope():
         model = prepare_phase(classifier, phase, configs, loss, None, None)
         images = get_sets(configs, phase, classifier, training, training)[0]
     test = RangeTest()
-    with Interruption() as interruption:
-        model.fit(
-            images.to_dataset(), 1 + math.ceil(test.steps / images.steps), 0, [EpochOrder(images), test], interruption
-        )
+    epochs = 1 + math.ceil(test.steps / images.steps)
+    with naming_bad_images(images):
+        model.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), test], Interruption())
     suggestion = suggest_learning_rate(test.rates, test.losses)
     path = os.path.join(configs.save_model_path, "learning_rate.png")
-    draw_learning_rate(test.rates, test.losses, suggestion, path)
+    if team.is_chief:
+        draw_learning_rate(test.rates, test.losses, suggestion, path)
     print(f"Suggested learning_rate: {suggestion:.2g}. The curve is in {path}")
     return {"suggestion": suggestion, "rates": test.rates, "losses": test.losses}
 

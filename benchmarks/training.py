@@ -70,7 +70,7 @@ def measure_checkpoint_cost(images: str) -> dict[str, float]:
 
 
 def build_mobilenet() -> object:
-    """Returns MobileNet with two classes, compiled, from random weights."""
+    """Returns MobileNet with two classes, from random weights."""
     from configs import Configs
     from model import ModelFactory
     from utils import keep_freed_memory
@@ -82,26 +82,31 @@ def build_mobilenet() -> object:
 
 
 def measure_fit(paths: list[str]) -> dict[str, float]:
-    """Returns images/s of `fit` on files, on one batch held in memory, and the median ratio of neighbouring runs."""
+    """Returns images/s of training on files, on one batch held in memory, and the median ratio of neighbouring runs."""
+    import keras
     import tensorflow as tf
 
     from augmenter import build_augmenter
-    from callbacks import InputWait
-    from generator import AugmentedImageSequence
+    from callbacks import InputWait, Interruption
+    from configs import Configs
+    from generator import AugmentedImageSequence, Shares
+    from model import get_training_model
 
-    model, batch = build_mobilenet(), 16
+    model = get_training_model(build_mobilenet(), Configs(), keras.losses.sparse_categorical_crossentropy)
+    batch, interruption = 16, Interruption()
     paths = (paths * (STEPS * batch // len(paths) + 1))[: STEPS * batch]
     labels = np.arange(len(paths), dtype=np.int32) % 2
-    sequence = AugmentedImageSequence(paths, labels, (224, 224), batch, build_augmenter(), True, workers=4)
+    options = {"augmenter": build_augmenter(), "shuffle": True, "workers": 4, "shares": Shares()}
+    sequence = AugmentedImageSequence(paths, labels, (224, 224), batch, **options)
     files, wait = sequence.to_dataset(), InputWait()
-    in_memory = tf.data.Dataset.from_tensors(sequence[0]).repeat(STEPS)
-    model.fit(files, verbose=0)
+    in_memory = tf.data.Dataset.from_tensors(sequence.get_shares(0)).repeat(STEPS)
+    model.fit(files, 1, 0, [], interruption)
     rates, waits = [], []
     for _ in range(3):
         pair = []
         for data, callbacks in ((files, [wait]), (in_memory, [])):
             start = time.perf_counter()
-            model.fit(data, verbose=0, callbacks=callbacks)
+            model.fit(data, 1, 0, callbacks, interruption)
             pair.append(len(paths) / (time.perf_counter() - start))
         rates.append(pair)
         waits.append(wait.share)
