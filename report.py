@@ -139,7 +139,7 @@ def draw_log(log: pd.DataFrame, figure: Figure | None = None) -> Figure:
         if f"val_{name}" in log:
             panel.plot(log["epoch"], log[f"val_{name}"], marker=".", label="validation", color=COLOURS[1])
         panel.set(xlabel="Epoch", ylabel=LOG_METRICS[name], title=LOG_METRICS[name])
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(alpha=0.3)
         panel.legend()
     return figure

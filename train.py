@@ -12,12 +12,11 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from configs import Configs, UserError, run_script
 
 if TYPE_CHECKING:
     import keras
+    import numpy as np
     import tensorflow as tf
 
     from callbacks import Checkpoint, Interruption, Phase
@@ -90,8 +89,8 @@ def train(configs: Configs, team: Team) -> dict:
                 sets = get_sets(configs, phase, classifier, training, validation, features)
             callbacks = build_callbacks(configs, phase, classifier, *sets, losses.validation, interruption, team, state)
             fit(model, *sets, phase, state, callbacks, interruption)
-            # The next phase goes on from here as a run does that continues.
-            state = callbacks[-1].state(phase.end, 0)
+            # The next phase goes on from here as a run does that continues: all from the chief's random states.
+            state = team.exchange(callbacks[-1].state(phase.end, 0))[0]
             if model.stop_training:
                 break
     return report(callbacks[-1], configs.save_model_path)
@@ -237,6 +236,8 @@ def probe(
     Returns:
         The features, and which images could be read, as `compute_features` does.
     """
+    import numpy as np
+
     from model import compute_features, initialize_head
 
     features, is_read = compute_features(classifier, training)
@@ -248,7 +249,7 @@ def probe(
     # Libraries of other hosts may round otherwise: the chief's weights are those of all.
     head = classifier.get_layer("classifier").get_layer("logits")
     weights = team.exchange([weight.tolist() for weight in head.get_weights()])[0]
-    head.set_weights([np.array(weight, np.float32) for weight in weights])
+    head.set_weights([np.array(weight) for weight in weights])
     print(f"The head starts from a logistic regression on {is_read.sum()} images, C = {strength:.3g}.")
     return features, is_read
 
@@ -292,6 +293,11 @@ def prepare_phase(
         convolutions = 0 if phase.trains_head_only else configs.conv_layers_to_train
         backbone = classifier.get_layer("backbone")
         prepare_backbone(backbone, convolutions, configs.batch_norm_momentum, configs.freeze_batch_norm)
+    elif phase.trains_head_only:
+        raise UserError(
+            f"head_epochs: expected a model with a part named 'backbone'. Received: {', '.join(names)}. Set "
+            "head_epochs to 0."
+        )
     if "downscaling" in names:
         classifier.get_layer("downscaling").trainable = not phase.trains_head_only
     continues = is_within(state, phase)
@@ -299,7 +305,8 @@ def prepare_phase(
     if trains_on_features(classifier, phase, configs):
         part = split_head(classifier)
     model = get_training_model(part, configs, loss, optimizer if continues else None)
-    if not continues or phase.learning_rate != state["learning_rate"]:
+    # Checkpoints of before the option head_epochs have the one rate of their configs.
+    if not continues or phase.learning_rate != state.get("learning_rate", state["configs"]["learning_rate"]):
         model.optimizer.learning_rate = phase.learning_rate
     return model
 
