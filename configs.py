@@ -252,7 +252,11 @@ class Configs:
         False, "Leave the backbone's batch normalisation as its weights have it", fixed_in_run=True
     )
     weight_decay: float = define(
-        0.0, "Decoupled weight decay of kernels; biases and normalisations have none", at_least=0, below=1
+        0.0,
+        "Decoupled weight decay of kernels; biases and normalisations have none",
+        at_least=0,
+        below=1,
+        fixed_in_run=True,
     )
     label_smoothing: float = define(0.0, "Share of each label that is spread over all classes", at_least=0, below=1)
     mixup_alpha: float = define(0.0, "Mix pairs of images, with shares from Beta(alpha, alpha); 0 does not", at_least=0)

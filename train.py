@@ -42,15 +42,7 @@ def train(configs: Configs, team: Team) -> dict:
     """Seeds, reads the data, builds or loads the model, trains; returns the last epoch's figures and the best."""
     from callbacks import Interruption, build_callbacks, check_same_data, locked
     from model import get_losses
-    from utils import (
-        build_strategy,
-        check_sets,
-        get_settings,
-        keep_freed_memory,
-        resolve_class_names,
-        set_gpu_usage,
-        set_seed,
-    )
+    from utils import check_sets, get_settings, resolve_class_names, set_seed, start_devices
 
     model_path, state, configs = find_start(configs)
     team.agree(get_settings(configs))
@@ -58,9 +50,7 @@ def train(configs: Configs, team: Team) -> dict:
         print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
         return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
     bad_rows = check_sets(list_sets(configs), configs, team.is_chief)
-    set_gpu_usage(configs.gpu_percentage)
-    strategy = build_strategy(configs.distribution_strategy)
-    keep_freed_memory()
+    strategy = start_devices(configs.gpu_percentage, configs.distribution_strategy)
     # Drawn or given, it is the chief's: order and shares follow from it.
     configs.random_seed = team.exchange(set_seed(configs.random_seed, configs.deterministic))[0]
     configs.classes = resolve_class_names(

@@ -59,6 +59,12 @@ WEIGHTS_MEMBER = "model.weights.h5"
 # What holds program code in a model file, by the name of its class there.
 CODE_LAYERS = {"Lambda": "Lambda layer", "__lambda__": "Python lambda"}
 CODE_LAYERS |= {"TFSMLayer": "TFSMLayer", "TorchModuleWrapper": "TorchModuleWrapper"}
+# Of compressed models. Numbers in a weight: fewer take less than the file's note of it, so they stay exact; and as many
+# are worth the time that unpacking takes. In int8, fewer numbers than this save too little beside their scale.
+WEIGHTS_DTYPES = ("float32", "float16", "int8")
+SMALLEST_ROUNDED = 64
+PACKED_FROM = 100_000
+FEWEST_PER_SCALE = 16
 LONGEST_LIST = 5
 TEMPORARY_PREFIX = ".tmp-"
 DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -1455,6 +1461,14 @@ def build_strategy(name: str) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy([device.name for device in devices])
 
 
+def start_devices(gpu_percentage: float, distribution_strategy: str) -> tf.distribute.Strategy:
+    """Makes the devices ready, in the order that TensorFlow wants, and returns the strategy that they train by."""
+    set_gpu_usage(gpu_percentage)
+    strategy = build_strategy(distribution_strategy)
+    keep_freed_memory()
+    return strategy
+
+
 def keep_freed_memory() -> None:
     """Lets the C library reuse the memory that TensorFlow frees, where it is glibc.
 
@@ -2276,17 +2290,24 @@ def _check_claim(claimed: int, limit: int) -> None:
 
 
 @contextlib.contextmanager
-def _limiting_weights(limit: int) -> Iterator[None]:
-    """Raises ValueError before a model takes more than `limit` bytes for its weights, whatever its layers claim."""
+def _limiting_weights(limit: int, initialize: bool = True) -> Iterator[None]:
+    """Raises ValueError before a model takes more than `limit` bytes for its weights, whatever its layers claim.
+
+    Args:
+        limit: in bytes.
+        initialize: draw the initial weights. Where all are to be replaced, zeros take less time.
+    """
     import keras
 
     claimed, add_weight = 0, keras.Layer.add_weight
 
-    def add_counted(layer: keras.Layer, shape: Sequence[int] | None = None, *values: Any, **options: Any) -> Any:
+    def add_counted(
+        layer: keras.Layer, shape: Sequence[int] | None = None, initializer: Any = None, *values: Any, **options: Any
+    ) -> Any:
         nonlocal claimed
         claimed += 4 * math.prod(shape or ())
         _check_claim(claimed, limit)
-        return add_weight(layer, shape, *values, **options)
+        return add_weight(layer, shape, initializer if initialize else "zeros", *values, **options)
 
     # Keras has no hook for this, and TensorFlow's is told of a variable, but not how large it will be.
     keras.Layer.add_weight = add_counted
@@ -2323,13 +2344,19 @@ def load_fitting_model(
     return model
 
 
-def custom_save_model(model: keras.Model, save_path: str, model_name: str) -> tuple[str, str]:
+def custom_save_model(
+    model: keras.Model, save_path: str, model_name: str, weights_dtype: str = "float32"
+) -> tuple[str, str]:
     """Writes a model as `model_name.json` (its layers) and `model_name.h5` (its weights), without optimizer state.
 
     Args:
         model: any model of stock Keras layers.
         save_path: the folder.
         model_name: the files' name without ending.
+        weights_dtype: one of `WEIGHTS_DTYPES`. `float32` is exact. `float16` rounds the weights, and packs the large
+            ones without loss. `int8` holds kernels as whole numbers from -127 to 127, each output channel times a
+            scale of its own, and the rest, kernels of a few numbers a channel too, as float16. Weights that float16
+            cannot hold, or that have fewer than 64 numbers, stay float32.
 
     Returns:
         The paths of the HDF5 and the JSON file.
@@ -2337,22 +2364,92 @@ def custom_save_model(model: keras.Model, save_path: str, model_name: str) -> tu
     import h5py
 
     weights_path, layers_path = (os.path.join(save_path, model_name + suffix) for suffix in (".h5", ".json"))
+    depthwise = {id(kernel) for kernel in _find_depthwise_kernels(model)}
     with atomic_path(weights_path) as temporary, h5py.File(temporary, "w") as file:
         for position, weight in enumerate(model.weights):
-            file.create_dataset(f"weights/{position:05d}", data=weight.numpy()).attrs["path"] = weight.path
+            name, values = f"{position:05d}", weight.numpy()
+            channel_axes = (-2, -1) if id(weight) in depthwise else (-1,)
+            stored, scales = _encode_weight(values, weights_dtype, channel_axes)
+            packs = stored.dtype == np.float16 and stored.size >= PACKED_FROM
+            packing = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if packs else {}
+            file.create_dataset(f"weights/{name}", data=stored, **packing).attrs["path"] = weight.path
+            if scales is not None:
+                file[f"scales/{name}"] = scales
     write_text(layers_path, model.to_json())
     return weights_path, layers_path
 
 
+def _walk_layers(layer: keras.Layer) -> Iterator[keras.Layer]:
+    """Yields a layer and all layers in it."""
+    yield layer
+    for inner in getattr(layer, "layers", ()):
+        yield from _walk_layers(inner)
+
+
+def _find_depthwise_kernels(model: keras.Model) -> Iterator[keras.Variable]:
+    """Yields the kernels whose last two axes together are the output channels."""
+    from keras import layers
+
+    names = dict.fromkeys((layers.DepthwiseConv1D, layers.DepthwiseConv2D), "kernel")
+    names |= dict.fromkeys((layers.SeparableConv1D, layers.SeparableConv2D), "depthwise_kernel")
+    for layer in _walk_layers(model):
+        if type(layer) in names:
+            yield getattr(layer, names[type(layer)])
+
+
+def _encode_weight(
+    values: np.ndarray, weights_dtype: str, channel_axes: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Turns a weight into what a file holds.
+
+    Args:
+        values: of the weight.
+        weights_dtype: one of `WEIGHTS_DTYPES`.
+        channel_axes: the axes, counted from the last one, along which the output channels lie.
+
+    Returns:
+        The array to store and, where it is int8, the scales to multiply it by: float32, of one number an output
+        channel, with as many axes as the array. The largest error is half a scale.
+    """
+    if weights_dtype == "float32" or values.dtype != np.float32 or values.size < SMALLEST_ROUNDED:
+        return values, None
+    with np.errstate(over="ignore"):
+        halved = values.astype(np.float16)
+    if not np.isfinite(halved).all():
+        return values, None
+    inner = tuple(axis for axis in range(values.ndim) if axis - values.ndim not in channel_axes)
+    if weights_dtype == "float16" or math.prod(values.shape[axis] for axis in inner) < FEWEST_PER_SCALE:
+        return halved, None
+    highest = np.abs(values).max(axis=inner, keepdims=True)
+    scales = np.maximum(highest / np.float32(127), np.finfo(np.float32).tiny)
+    return np.rint(values / scales).astype(np.int8), scales
+
+
+def _decode_weight(file: h5py.File, name: str, weight: keras.Variable) -> np.ndarray:
+    """Returns the values that a file holds of a weight; raises ValueError where an int8 array has not its scales."""
+    values = file["weights"][name][...]
+    if values.dtype != np.int8 or weight.dtype == "int8":
+        return values
+    scales = file["scales"][name][...] if f"scales/{name}" in file else np.empty(())
+    sizes = zip(scales.shape, values.shape, strict=False)
+    fits = scales.dtype == np.float32 and scales.ndim == values.ndim and all(size in (1, all_) for size, all_ in sizes)
+    if not fits or not (np.isfinite(scales) & (scales > 0)).all():
+        raise ValueError(f"Its part weights/{name} has no scales that fit it.")
+    return values * scales
+
+
 def custom_load_model(load_path: str, model_name: str) -> keras.Model:
-    """Reads a model that `custom_save_model` wrote.
+    """Reads a model that `custom_save_model` wrote, with weights of any of `WEIGHTS_DTYPES`.
 
     Args:
         load_path: the folder.
         model_name: the files' name without ending.
 
+    Returns:
+        An ordinary Keras model, its weights in the precision that it was trained in.
+
     Raises:
-        UserError: a file is missing, or the two do not belong together.
+        UserError: a file is missing or damaged, or the two do not belong together.
     """
     import h5py
     import keras
@@ -2367,16 +2464,22 @@ def custom_load_model(load_path: str, model_name: str) -> keras.Model:
         _check_layers(layers, layers_path)
         with h5py.File(weights_path) as file:
             _check_arrays(file, limit)
-            with _limiting_weights(limit):
+            with _limiting_weights(limit, initialize=False):
                 model = keras.saving.deserialize_keras_object(layers, safe_mode=True)
             if not isinstance(model, keras.Model):
                 raise ValueError("The JSON file describes no model.")
-            stored = [file["weights"][name] for name in sorted(file["weights"])]
-            if [array.shape for array in stored] != [tuple(weight.shape) for weight in model.weights]:
+            stored, weights = {name: file["weights"][name] for name in sorted(file["weights"])}, model.weights
+            if [array.shape for array in stored.values()] != [tuple(weight.shape) for weight in weights]:
                 raise UserError(
                     f"{weights_path} does not belong to {layers_path}: their weights differ in number or shape."
                 )
-            model.set_weights([array[...] for array in stored])
+            model.set_weights(
+                [_decode_weight(file, name, weight) for name, weight in zip(stored, weights, strict=True)]
+            )
+    for layer in _walk_layers(model):
+        # It computes with copies of its weights, in another shape.
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()
     return model
 
 

@@ -182,6 +182,21 @@ def of_two_pairs(folder):
     utils.load_model(path)
 
 
+def of_scales(scales):
+    """Returns a case: an int8 model's kernel has other scales, or none."""
+
+    def run(folder):
+        path, _ = utils.custom_save_model(build_model(), str(folder), "model", "int8")
+        with h5py.File(path, "r+") as file:
+            assert sorted(file["scales"]) == ["00002"]
+            del file["scales/00002"]
+            if scales is not None:
+                file["scales/00002"] = scales
+        utils.load_model(path)
+
+    return run
+
+
 def configs_of(content):
     """Returns a case: a configs file is read."""
 
@@ -346,6 +361,9 @@ CASES = {
     "model_pair_nested": loading(
         "compressed", lambda path: Path(path).with_suffix(".json").write_text("[" * 10**5 + "]" * 10**5)
     ),
+    "model_int8_without_scales": of_scales(None),
+    "model_int8_of_other_scales": of_scales(np.ones((1, 4), np.float32)),
+    "model_int8_of_endless_scales": of_scales(np.array([[1, np.inf, 1]], np.float32)),
     "model_other_size": fitting(lambda: build_model(image_size=(16, 16))),
     "model_two_inputs": fitting(two_inputs),
     "model_maps": fitting(maps_of_classes),

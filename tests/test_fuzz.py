@@ -269,7 +269,8 @@ def build_files():
             model.save(f"{folder}/model{suffix}")
         callbacks.save_checkpoint(model, f"{folder}/checkpoint.keras", STATE)
         utils.custom_save_model(model, folder, "pair")
-        names = ("model.keras", "checkpoint.keras", "model.h5", "pair.h5", "pair.json")
+        utils.custom_save_model(model, folder, "int8", "int8")
+        names = ("model.keras", "checkpoint.keras", "model.h5", "pair.h5", "pair.json", "int8.h5")
         return {name: Path(folder, name).read_bytes() for name in names}
 
 
@@ -347,7 +348,7 @@ def test_hdf5_files(folder, content, with_optimizer):
 @fuzz(
     600,
     layers=changed_layers() | damaged([FILES["pair.json"]]) | st.just(FILES["pair.json"]),
-    weights=damaged([FILES["pair.h5"]]) | st.just(FILES["pair.h5"]),
+    weights=damaged([FILES["pair.h5"], FILES["int8.h5"]]) | st.just(FILES["pair.h5"]),
 )
 def test_compressed_models(folder, layers, weights):
     Path("model.h5").write_bytes(weights)
