@@ -77,7 +77,7 @@ class Processes:
 
 def finish(process):
     """Waits for a process: far longer than any should take, and far shorter than those sleep that hang."""
-    out, err = process.communicate(timeout=40)
+    out, err = process.communicate(timeout=120)
     return SimpleNamespace(status=process.returncode, out=out.split("\n")[:-1], err=[*filter(None, err.split("\n"))])
 
 
@@ -93,7 +93,7 @@ def connect(address):
     host, _, port = address.rpartition(":")
     for _ in range(400):
         try:
-            return socket.create_connection((host, int(port)), timeout=20)
+            return socket.create_connection((host, int(port)), timeout=60)
         except OSError:
             time.sleep(0.05)
     pytest.fail("nobody listens")
