@@ -285,15 +285,18 @@ def run_script(command: Sequence[str | Path], budget: float | None = None) -> fl
     start = time.perf_counter()
     words = [sys.executable, *map(str, command)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    expected = {0}
     try:
         output, _ = process.communicate(timeout=budget)
     except subprocess.TimeoutExpired:
         process.terminate()
+        # Stopped by anyone else, a run is not the whole recipe.
+        expected.add(STOPPED)
         output, _ = process.communicate()
     seconds = time.perf_counter() - start
-    if process.returncode == -signal.SIGTERM:
+    if process.returncode == -signal.SIGTERM and STOPPED in expected:
         raise UserError(f"{command[0]} had not begun to train after {budget:.0f} s. Raise --budget.")
-    if process.returncode not in (0, STOPPED):
+    if process.returncode not in expected:
         raise UserError(f"{' '.join(words)} ended with status {process.returncode}:\n{output}")
     return seconds
 

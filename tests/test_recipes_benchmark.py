@@ -168,8 +168,15 @@ def test_data_needs_a_name_and_a_place(text, monkeypatch, capsys):
     assert "expected NAME=FOLDER" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("program", "budget"), [("pass", None), ("import sys; sys.exit(143)", 60)])
-def test_a_script_may_end_or_stop(program, budget, tmp_path):
+STOPPING = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("program", "budget"), [("pass", None), (STOPPING, 1.5)])
+def test_a_script_may_end_or_stop_at_the_budget(program, budget, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(program)
     assert recipes.run_script([script], budget) > 0
@@ -179,6 +186,8 @@ def test_a_script_may_end_or_stop(program, budget, tmp_path):
     ("program", "budget", "message"),
     [
         ("print('What was wrong.'); raise SystemExit(2)", None, "status 2:\nWhat was wrong."),
+        # Another one's signal.
+        ("raise SystemExit(143)", 600, "status 143"),
         ("import time; time.sleep(600)", 0.1, "had not begun to train after 0 s"),
     ],
 )
