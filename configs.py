@@ -324,8 +324,12 @@ class Configs:
         return changed
 
     @classmethod
-    def read_json(cls, path: str) -> dict[str, Any]:
+    def read_json(cls, path: str, part: str = "") -> dict[str, Any]:
         """Reads options from a JSON file.
+
+        Args:
+            path: of the file.
+            part: the member of its object that holds the options; empty where that is the object itself.
 
         Returns:
             The converted values of the options that the file holds.
@@ -344,8 +348,11 @@ class Configs:
             raise UserError(f"Cannot read the configs file {path}: {error.strerror}. Check the path.") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON: {error}. Expected an object of option: value.") from error
+        if part and isinstance(stored, dict):
+            stored = stored.get(part)
         if not isinstance(stored, dict):
-            raise UserError(f"{path}: expected a JSON object of option: value. Received: {type(stored).__name__}.")
+            place = f"{path}, {part}" if part else path
+            raise UserError(f"{place}: expected a JSON object of option: value. Received: {type(stored).__name__}.")
         return cls._convert_all(stored, is_text=False, source=path)
 
     @classmethod

@@ -15,7 +15,7 @@ from scipy import optimize, sparse, special
 from sklearn import metrics as sk
 
 from configs import UserError, convert
-from utils import join_names, write_json
+from utils import artefact_stem, join_names, metadata_path, write_json
 
 THRESHOLD_STEP = 0.01
 TOP_K = 5
@@ -306,20 +306,23 @@ def read_decision(folder: str, class_names: Sequence[str], multi_label: bool, mo
         folder: of the run.
         class_names: the model's.
         multi_label: whether the model's labels are independent.
-        model_path: of the model in use; `best_model_compressed.h5` is the same as `best_model.keras`.
+        model_path: of the model in use; what `compress_weights.py` makes of `best_model.keras` counts as that.
 
     Returns:
-        The stored decision; the defaults where there is none, or where it is another model's, which is printed.
+        The stored decision, or where there is none the one that an artefact brings in its `_metadata.json`; the
+        defaults where there is neither, or where it is another model's, which is printed.
 
     Raises:
         UserError: the file is not as `write_decision` writes it, or is of other classes.
     """
-    path = os.path.join(folder, DECISION_FILE)
+    path, part = os.path.join(folder, DECISION_FILE), ""
     default = Decision(list(class_names), multi_label)
+    if not os.path.lexists(path) and not model_path.endswith(".keras"):
+        path, part = metadata_path(model_path), "decision"
     if not os.path.lexists(path):
         return default
-    stored = _read_decision_file(path)
-    if stored.model and _model_stem(stored.model) != _model_stem(model_path):
+    stored = _read_decision_file(path, part)
+    if stored.model and artefact_stem(stored.model) != artefact_stem(model_path):
         print(
             f"{path} was fitted for {stored.model}: {os.path.basename(model_path)} goes without it. "
             "Run test.py on this model to fit its own."
@@ -334,12 +337,8 @@ def read_decision(folder: str, class_names: Sequence[str], multi_label: bool, mo
     return stored
 
 
-def _model_stem(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0].removesuffix("_compressed")
-
-
-def _read_decision_file(path: str) -> Decision:
-    """Reads `decision.json` and checks its form; raises UserError."""
+def _read_decision_file(path: str, part: str = "") -> Decision:
+    """Reads `decision.json`, or that part of another file, and checks its form; raises UserError."""
     try:
         if os.path.getsize(path) > LARGEST_DECISION_FILE:
             raise _decision_fault(path, f"expected at most {LARGEST_DECISION_FILE} bytes", "a larger file")
@@ -349,6 +348,8 @@ def _read_decision_file(path: str) -> Decision:
         raise UserError(f"Cannot read {path}: {error.strerror}. Check the file.") from error
     except (ValueError, RecursionError) as error:
         raise _decision_fault(path, "expected valid JSON", f"{error}") from error
+    if part and isinstance(stored, dict):
+        stored = stored.get(part)
     if not isinstance(stored, dict):
         raise _decision_fault(path, "expected a JSON object", repr(stored))
     if unknown := sorted(stored.keys() - _DECISION_FIELDS.keys()):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from augmenter import FusedAugmenter
     from generator import AugmentedImageSequence
     from metrics import Decision
+    from utils import ExportedModel
 
 MOST_COPIES = 100
 
@@ -72,7 +73,7 @@ def main(configs: PredictConfigs) -> dict:
     """
     # Imported here, so that --help does not wait for TensorFlow.
     from metrics import check_finite, read_decision
-    from utils import find_trained_model, keep_freed_memory, load_fitting_model, set_gpu_usage
+    from utils import find_trained_model, keep_freed_memory, load_predictor, set_gpu_usage
 
     names, paths = list_inputs(configs.input, configs.image_directory)
     check_write_path(configs.write_path, configs.input)
@@ -80,7 +81,7 @@ def main(configs: PredictConfigs) -> dict:
     keep_freed_memory()
     model_path, configs = find_trained_model(configs)
     check_top_k(configs.top_k, configs.classes)
-    model = load_fitting_model(model_path, configs.classes, configs.image_target_size[:2])
+    model = load_predictor(model_path, configs.classes, configs.image_target_size[:2])
     folder = os.path.dirname(os.path.abspath(model_path))
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
     print(f"Model: {model_path}\n{describe_decision(decision, configs.threshold_type)}")
@@ -348,7 +349,7 @@ def build_sequence(reader: ForgivingReader, configs: PredictConfigs) -> Augmente
     )
 
 
-def predict_images(model: keras.Model, sequence: AugmentedImageSequence) -> np.ndarray:
+def predict_images(model: keras.Model | ExportedModel, sequence: AugmentedImageSequence) -> np.ndarray:
     """Runs the model over a sequence that has rows for labels.
 
     Returns:
@@ -357,9 +358,9 @@ def predict_images(model: keras.Model, sequence: AugmentedImageSequence) -> np.n
     import tensorflow as tf
     from tqdm import tqdm
 
-    # One trace for every number of images: the last batch is often a smaller one.
-    signature = tf.TensorSpec((None, *sequence.image_size, 3), tf.uint8)
-    network = tf.function(lambda images: model(images, training=False), input_signature=[signature])
+    from utils import compile_model
+
+    network = compile_model(model)
     views = sequence.augmenter.number if sequence.augmenter else 1
     probabilities = np.empty((len(sequence.paths), model.output_shape[-1]), np.float32)
     with tqdm(total=len(sequence.paths), unit="image", desc="Predicting") as progress:

@@ -1,4 +1,4 @@
-"""Figures of an evaluation, and the page that holds them all: report.html opens offline, in one file."""
+"""Figures of an evaluation, the page that holds them all, and the model card: report.html and MODEL_CARD.md."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import base64
 import contextlib
 import hashlib
 import io
+import json
+import ntpath
 import os
+import re
 import shlex
+import sys
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from configs import Configs, UserError
-from utils import atomic_path, write_text
+from utils import MODEL_SUFFIXES, atomic_path, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,6 +84,10 @@ CLASS_COLUMNS = {
     "best_f1_threshold": "Best-F1 threshold",
     "f1_at_best_f1_threshold": "F1 at it",
 }
+CHOSEN_ON_TEST_SET = (
+    "There was no validation set, so the test set chose the epoch of the best model: its figures are optimistic. "
+    "Train with validation_csv for honest ones."
+)
 FILES = {
     "metrics.json": "every figure of this page, with intervals, for programs",
     "predictions.csv": "each test image's labels, prediction and probabilities",
@@ -94,6 +102,51 @@ FILES = {
 REPRODUCING = ("train_csv", "validation_csv", "test_csv", "image_directory", "csv_label_column")
 REPRODUCING += ("multilabel_threshold_range", "random_seed", "cam_method", "cam_classes", "cam_top_k")
 REPRODUCING += ("cam_alpha", "cam_colormap")
+
+CARD_FILE = "MODEL_CARD.md"
+# Figures that Hugging Face's metadata knows: name in metrics.json, and there.
+METRIC_TYPES = {"accuracy": "accuracy", "exact_match_accuracy": "accuracy", "macro_f1": "f1", "mean_auroc": "roc_auc"}
+PATH_ENDINGS = ("_csv", "_directory", "_path")
+# The card warns from there on: points between an interval's ends, and images of the largest class to the smallest.
+WIDE_INTERVAL = 5
+IMBALANCE = 3
+# By heading: options that are always told, and those that are where they differ from their default.
+RECIPE: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "Optimizer": (("optimizer_type", "learning_rate"), ("fine_tune_learning_rate", "weight_decay", "ema_decay")),
+    "Batches": (("batch_size",), ("gradient_accumulation_steps", "distribution_strategy", "scale_learning_rate")),
+    "Schedule": (("learning_rate_schedule",), ("warmup_epochs", "early_stopping_patience")),
+    "Loss": (("loss", "use_class_balancing"), ("positive_weights_multiply", "label_smoothing")),
+    "Augmentation": (("augmentation_strength",), ("mixup_alpha", "cutmix_alpha")),
+    "Seed": (("random_seed", "deterministic"), ()),
+}
+# By kind of file: which runtime loads it, and how.
+LOADING = {
+    "keras": (
+        "Keras",
+        "import keras\n\nmodel = keras.models.load_model({path})\nprobabilities = model.predict(image[None])",
+    ),
+    "weights": (
+        "Keras and this project on the path",
+        'from utils import custom_load_model\n\nmodel = custom_load_model(".", {stem})\n'
+        "probabilities = model.predict(image[None])",
+    ),
+    "tflite": (
+        "ai_edge_litert, one image at a time",
+        "from ai_edge_litert.interpreter import Interpreter\n\n"
+        "model = Interpreter({path}).get_signature_runner()\n"
+        'probabilities = model(image=image[None].astype("float32"))["output_0"]',
+    ),
+    "onnx": (
+        "onnxruntime",
+        "import onnxruntime\n\nsession = onnxruntime.InferenceSession({path})\n"
+        'probabilities = session.run(None, {{"image": image[None].astype("float32")}})[0]',
+    ),
+    "saved_model": (
+        "TensorFlow",
+        "import tensorflow as tf\n\nmodel = tf.saved_model.load({path})\n"
+        "probabilities = model.serve(tf.constant(image[None], tf.float32)).numpy()",
+    ),
+}
 
 
 # Training log
@@ -441,7 +494,7 @@ def write_report(
         configs: every option of the run by name.
     """
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    page = _compile_template().render(
+    page = _compile_template(TEMPLATE, autoescape=True, finalize=_show_text).render(
         style=Markup(STYLE),
         script=Markup(SCRIPT),
         script_hash=f"sha256-{digest}",
@@ -462,13 +515,16 @@ def write_report(
     write_text(path, page)
 
 
-def _compile_template() -> jinja2.Template:
-    """Returns the page's template, which escapes all that is put into it."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, finalize=_show_text, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"fixed": _format_fixed, "percent": _format_percent}
-    return environment.from_string(TEMPLATE)
+def _compile_template(source: str, **options: Any) -> jinja2.Template:
+    """Returns a template; the options tell how it escapes what is put into it."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options)
+    environment.filters |= {
+        "fixed": _format_fixed,
+        "percent": _format_percent,
+        "yaml": _quote_yaml,
+        "base_name": _base_name,
+    }
+    return environment.from_string(source)
 
 
 def show(text: str) -> str:
@@ -504,10 +560,7 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
     test, decision = results["sets"]["test"], results["decision"]
     found = []
     if not configs.get("validation_csv"):
-        found.append(
-            "There was no validation set, so the test set chose the epoch of the best model: its figures are "
-            "optimistic. Train with validation_csv for honest ones."
-        )
+        found.append(CHOSEN_ON_TEST_SET)
     if decision["temperature_fitted_on"] is None:
         found.append("No temperature was fitted for want of a validation set: probabilities are the model's own.")
     if results["multi_label"] and decision["thresholds_fitted_on"] == "training":
@@ -560,7 +613,7 @@ def _list_class_columns(results: dict[str, Any]) -> dict[str, str]:
 
 def _list_class_intervals(results: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     """Returns the intervals of each class that has any, by class and column; those that are undefined are left out."""
-    per_class = results["sets"]["test"].get("intervals", {}).get("per_class", {})
+    per_class = results["sets"]["test"].get("intervals", {}).get("per_class") or {}
     return {
         name: {column: interval for column, interval in row.items() if interval and None not in interval}
         for name, row in per_class.items()
@@ -714,6 +767,283 @@ def _encode_photo(photo: np.ndarray) -> str:
 
 def _data_uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+# Model card
+
+
+def write_model_card(folder: str) -> str:
+    """Writes MODEL_CARD.md, in Hugging Face's format, from what a run has written into its folder; atomically.
+
+    A file that is damaged, which is printed, or that belongs to an earlier model has no part in it.
+
+    Source: Mitchell et al., FAT* 2019 (arXiv:1810.03993).
+
+    Args:
+        folder: has `configs.json` and, as far as the run has come, training_log.csv and the files of `_CARD_FORMS`.
+
+    Returns:
+        The card's path; empty where there is no `configs.json`, and then no card is written.
+
+    Raises:
+        UserError: `configs.json` is damaged, or the card cannot be written.
+    """
+    configs_path, path = os.path.join(folder, "configs.json"), os.path.join(folder, CARD_FILE)
+    if not os.path.isfile(configs_path):
+        return ""
+    stored = Configs.read_json(configs_path)
+    configs = Configs.defaults() | stored
+    data, stats, decision, results, compression = (_read_part(folder, name) for name in _CARD_FORMS)
+    # test.py writes both; train.py removes the decision of a model that it is about to replace.
+    results = results if results and results["decision"] == decision else None
+    tested = results["sets"]["test"] if results else {}
+    if data and tested.get("sha256") == data["validation"]["sha256"]:
+        # Named or not, it was the test set, which is what the warnings look for.
+        configs["validation_csv"] = ""
+    artefacts = _list_artefacts(folder, compression) if compression else []
+    card = _compile_template(CARD, finalize=_escape_markdown, keep_trailing_newline=True).render(
+        configs=configs,
+        class_names=configs["classes"] or [],
+        measured=_list_measured(results),
+        results=results,
+        chosen_on_test_set=CHOSEN_ON_TEST_SET,
+        headlines=_list_headlines(results) if results else [],
+        columns=_list_class_columns(results) if results else {},
+        class_intervals=_list_class_intervals(results) if results else {},
+        decision=decision,
+        data=data,
+        counts=_count_images(data, results),
+        recipe=_list_recipe(configs) | _list_progress(folder, configs, stats),
+        goes_on=_goes_on(configs),
+        options=[option for option in _list_options(stored)["changed"] if option["name"] != "classes"],
+        path_endings=PATH_ENDINGS,
+        compression=compression,
+        artefacts=artefacts,
+        loading=_list_loading(folder, results, artefacts),
+        limits=_list_limits(configs, data, results),
+    )
+    write_text(path, card)
+    return path
+
+
+def _read_part(folder: str, name: str) -> dict[str, Any] | None:
+    """Returns the content of one of the files of `_CARD_FORMS`; None where there is none or, printed, a damaged one."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if _fits(content, _CARD_FORMS[name]):
+            return content
+        fault = "its content is not as this version writes it"
+    except (OSError, ValueError, RecursionError) as error:
+        fault = str(error)
+    print(f"The model card goes without {path}: {fault}. Write it again, or delete it.")
+    return None
+
+
+def _fits(value: Any, form: Any) -> bool:
+    """Tells whether the content of a JSON file has a form.
+
+    Args:
+        value: the content.
+        form: a type, where float means any finite number; None; a tuple of forms of which any will do; a list with
+            the form of each item, or of all; an object's members by name, one that is missing counting as None, where
+            `str` stands for all others and for at least one.
+    """
+    if isinstance(form, tuple):
+        return any(_fits(value, one) for one in form)
+    if isinstance(form, list) and isinstance(value, list):
+        forms = form * len(value) if len(form) == 1 else form
+        return len(value) == len(forms) and all(map(_fits, value, forms))
+    if isinstance(form, dict) and isinstance(value, dict):
+        forms = dict.fromkeys(value, form[str]) | form if str in form else form
+        return (bool(value) or str not in form) and all(
+            _fits(value.get(name), one) for name, one in forms.items() if name is not str
+        )
+    if form is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return value is None if form is None else type(value) is form
+
+
+_NUMBER = (float, None)
+_INTERVAL = ([_NUMBER, _NUMBER], None)
+_CALIBRATION = {"expected_calibration_error": float, "expected_calibration_error_uncalibrated": float}
+_FIGURES = dict.fromkeys(HEADLINES, _NUMBER) | {"images": int, "csv": (str, None)}
+_FIGURES |= {"sha256": (str, None), "calibration": _CALIBRATION}
+_FIGURES |= {"per_class": {str: {str: _NUMBER, "support": int}}}
+_INTERVALS = {str: _INTERVAL, "per_class": ({str: {str: _INTERVAL}}, None)}
+_INTERVALS |= dict.fromkeys(("accuracy", "exact_match_accuracy"), ([float, float], None))
+_DECISION = {"temperature": float, "temperature_fitted_on": (str, None), "thresholds_fitted_on": (str, None)}
+_DECISION |= {"exact_match_threshold": float, "best_f1_thresholds": ({str: float}, None)}
+_DATA = {"csv": str, "images": int, "classes": {str: int}, "sha256": str}
+_PAIR = {"before": float, "after": float}
+_COMPARISON = {"images": int, "largest_difference": float, "changed_predictions": int, "accuracy": _PAIR}
+_COMPARISON |= {"images_per_second": _PAIR}
+_ARTEFACT = {"kind": str, "precision": str, "path": str, "files": {str: int}, "rejected": bool}
+_CARD_FORMS: dict[str, dict[str, Any]] = {
+    "data.json": {str: _DATA, "training": _DATA, "validation": _DATA},
+    ".training_stats.json": {"epochs_completed": int, "monitor": str, "best": _NUMBER, "best_epoch": (int, None)},
+    "decision.json": _DECISION,
+    "evaluation/metrics.json": {
+        "model": str,
+        "multi_label": bool,
+        "decision": _DECISION,
+        "sets": {str: _FIGURES, "test": _FIGURES | {"intervals": _INTERVALS}},
+    },
+    "compression_report.json": {
+        "model": str,
+        "model_bytes": int,
+        "model_sha256": str,
+        "tolerance": float,
+        "artefacts": [_ARTEFACT | {"comparison": (_COMPARISON, None)}],
+    },
+}
+
+
+def _base_name(path: str) -> str:
+    """Returns the last part of a path of any system: the card shall not tell about its author's computer."""
+    return ntpath.basename(path.rstrip("/\\"))
+
+
+def _escape_markdown(value: Any) -> Any:
+    """Returns a text such that Markdown, a table of it too, shows it as it is; leaves Markup and all else alone."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    # An underscore between letters has no meaning, and is easier to read as it is.
+    return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", show(value))
+
+
+def _quote_yaml(text: str) -> Markup:
+    # YAML has Python's escapes.
+    return Markup('"' + text.encode("unicode_escape").decode().replace('"', '\\"') + '"')
+
+
+def _list_measured(results: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Lists the test figures that Hugging Face's metadata knows: `type`, `title` and `value`."""
+    test = results["sets"]["test"] if results else {}
+    found = {name: test[name] for name in METRIC_TYPES if test.get(name) is not None}
+    # With a fixed number of digits: YAML takes 1e-05 for a text.
+    return [
+        {"type": METRIC_TYPES[name], "title": HEADLINES[name][0], "value": f"{value:.6f}"}
+        for name, value in found.items()
+    ]
+
+
+def _count_images(data: dict[str, Any] | None, results: dict[str, Any] | None) -> dict[str, dict[str, int]]:
+    """Returns the images of each class, by set and class."""
+    counts = {name: part["classes"] for name, part in (data or {}).items()}
+    if results:
+        counts["test"] = {name: row["support"] for name, row in results["sets"]["test"]["per_class"].items()}
+    return counts
+
+
+def _list_recipe(configs: dict[str, Any]) -> dict[str, str]:
+    """Returns what train.py was told, in words by heading; of `RECIPE` what is not switched off."""
+    weights = "ImageNet" if configs["use_imagenet_weights"] else "random"
+    start = f"{configs['visual_model_name']} with {weights} weights"
+    if configs["load_model_path"] and not _goes_on(configs):
+        start = f"the model {_base_name(configs['load_model_path'])}"
+    elif configs["head_initialization"] == "linear_probe":
+        start += ", its classifier from a logistic regression on the training images"
+    layers, head_epochs = configs["conv_layers_to_train"], configs["head_epochs"]
+    parts = {-1: "the whole network", 0: "the classifier; the backbone is frozen"}
+    trained = parts.get(layers, f"the classifier and the backbone from its last {layers} convolutions on")
+    rows = {"Start": start, "Trained": f"the classifier for {head_epochs} epochs, then " * bool(head_epochs) + trained}
+    defaults = Configs.defaults()
+    for heading, (always, changed) in RECIPE.items():
+        names = [*always, *(name for name in changed if configs[name] != defaults[name])]
+        values = {name.replace("_", " "): configs[name] for name in names}
+        rows[heading] = "; ".join(
+            value if isinstance(value, str) else f"{name} {_show_value(value)}" for name, value in values.items()
+        )
+    return rows
+
+
+def _goes_on(configs: dict[str, Any]) -> bool:
+    """Tells whether the last start of a run went on from a checkpoint of its own."""
+    path = configs["load_model_path"]
+    source = os.path.dirname(path) if path.endswith(MODEL_SUFFIXES) else path
+    return bool(path) and os.path.abspath(source) == os.path.abspath(configs["save_model_path"])
+
+
+def _list_progress(folder: str, configs: dict[str, Any], stats: dict[str, Any] | None) -> dict[str, str]:
+    """Returns how far training has come, in words by heading; nothing where it does not say."""
+    if stats is None:
+        return {}
+    rows, epoch = {"Epochs": f"{stats['epochs_completed']} of {configs['num_epochs']}"}, stats["best_epoch"]
+    if stats["best"] is None or epoch is None:
+        return rows
+    rows["Best epoch"] = f"{epoch}{'' if epoch else ', the start'}: {stats['monitor']} {stats['best']:.4f}"
+    path = os.path.join(folder, "training_log.csv")
+    try:
+        log = read_log(path) if os.path.isfile(path) else None
+    except UserError as error:
+        print(f"The model card has no figures of the best epoch: {error}")
+        return rows
+    for row in [] if log is None else log[log["epoch"] == epoch].to_dict("records"):
+        figures = {name: value for name, value in row.items() if name.removeprefix("val_") in LOG_METRICS}
+        rows["Its figures"] = "; ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    return rows
+
+
+def _list_artefacts(folder: str, compression: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns what was made of the model, with `name` and `bytes`; nothing where the folder has another model now."""
+    model = os.path.join(folder, _base_name(compression["model"]))
+    if os.path.isfile(model):
+        with open(model, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != compression["model_sha256"]:
+                return []
+    return [
+        artefact | {"name": _base_name(artefact["path"]), "bytes": sum(artefact["files"].values())}
+        for artefact in compression["artefacts"]
+    ]
+
+
+def _list_loading(
+    folder: str, results: dict[str, Any] | None, artefacts: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns how to load each kind of file that is there and not rejected: `names`, `runtime` and `code`."""
+    models = [_base_name(results["model"])] if results else []
+    models += ["best_model.keras", "latest_model.keras"]
+    files = {"keras": [name for name in models if os.path.isfile(os.path.join(folder, name))][:1]}
+    for artefact in artefacts:
+        if not artefact["rejected"] and os.path.exists(os.path.join(folder, artefact["name"])):
+            files.setdefault(artefact["kind"], []).append(artefact["name"])
+    rows = []
+    for kind, names in files.items():
+        if names and kind in LOADING:
+            runtime, code = LOADING[kind]
+            path, stem = json.dumps(names[0]), json.dumps(os.path.splitext(names[0])[0])
+            rows.append({"names": names, "runtime": runtime, "code": Markup(code.format(path=path, stem=stem))})
+    return rows
+
+
+def _list_limits(configs: dict[str, Any], data: dict[str, Any] | None, results: dict[str, Any] | None) -> list[str]:
+    """Lists what the figures do not tell and what the model cannot do, in sentences."""
+    found = list_warnings(results, configs) if results else ["Nothing has been measured on a test set yet."]
+    test, several = results["sets"]["test"] if results else {}, configs["multi_label_classification"]
+    measure = "exact_match_accuracy" if several else "accuracy"
+    low, high = test.get("intervals", {}).get(measure) or (0, 0)
+    if 100 * (high - low) >= WIDE_INTERVAL:
+        title = HEADLINES[measure][0]
+        found.append(f"{title} has an interval of {100 * (high - low):.1f} points, for want of more test images.")
+    if test.get(measure) == 1:
+        # Hanley and Lippman-Hand, JAMA 249:1743, 1983: none in n leaves up to 3/n, at 95 % confidence.
+        share = min(100, 300 / test["images"])
+        found.append(f"No answer was wrong on {test['images']} test images: on others up to {share:.1f} % may be.")
+    counts = data["training"]["classes"] if data else {"": 1}
+    least, most = (choose(counts, key=counts.__getitem__) for choose in (min, max))
+    if counts[most] >= IMBALANCE * counts[least]:
+        found.append(f"Classes are imbalanced: {counts[most]} training images of {most}, {counts[least]} of {least}.")
+    answers = "none, one or several" if several else "one"
+    return [
+        *found,
+        f"Whatever an image shows, the answer is {answers} of the classes named above.",
+        "Nothing was measured on photos of another origin: other cameras, places, times or people.",
+        "Licence and intended use are for the author to add; the metadata at the top has no licence.",
+    ]
 
 
 # Firefox holds SVG images to the page's rule on styles, so inline ones are allowed; scripts are bound to a hash.
@@ -999,6 +1329,228 @@ with the temperature.</p>
 <script>{{ script }}</script>
 </body>
 </html>
+"""
+
+CARD = """\
+---
+library_name: keras
+pipeline_tag: image-classification
+tags:
+- keras
+- tensorflow
+- {{ configs.visual_model_name | yaml }}
+{% if measured %}
+metrics:
+{% for row in measured %}
+- {{ row.type }}
+{% endfor %}
+model-index:
+- name: {{ (configs.visual_model_name ~ " image classifier") | yaml }}
+  results:
+  - task:
+      type: image-classification
+    dataset:
+      type: csv
+      name: Test set of the run
+      split: test
+    metrics:
+{% for row in measured %}
+    - type: {{ row.type }}
+      name: {{ row.title }}
+      value: {{ row["value"] }}
+{% endfor %}
+{% endif %}
+---
+
+{% set height, width, _ = configs.image_target_size %}
+{% set several, number = configs.multi_label_classification, class_names | length %}
+# {{ configs.visual_model_name }} image classifier of {{ number }} classes
+
+- Classes, {{ "of which an image has any number" if several else "of which an image has one" }}: \
+{{ class_names | join(", ") }}.
+- Model: {{ configs.visual_model_name }} with a classifier of its own, in Keras on TensorFlow.
+- Input: RGB, shape `(images, {{ height }}, {{ width }}, 3)`, pixels from 0 to 255; the backbone's preprocessing is \
+inside.
+- Output: probabilities, shape `(images, {{ number }})`, in the order of the classes above, \
+{{ "each on its own" if several else "which sum to 1" }}.
+
+## Results
+
+{% if results %}
+{% set test = results.sets.test %}
+{% set others = ["validation", "training"] | select("in", results.sets) | list %}
+{{ results.model | base_name }} on {{ test.images }} test images, by `test.py`; see also [Limits](#limits).
+
+{% if not configs.validation_csv %}
+**{{ chosen_on_test_set }}**
+
+{% endif %}
+| Figure | Test | 95 % interval |{% for name in others %} {{ name | capitalize }} |{% endfor %} Meaning |
+|---|--:|--:|{% for _ in others %}--:|{% endfor %}---|
+{% for row in headlines %}
+| {{ row.title }} | {{ row.format(row["values"].test) }} |\
+{% if row.interval %} {{ row.format(row.interval[0]) }} to {{ row.format(row.interval[1]) }}{% endif %} |\
+{% for name in others %} {{ row.format(row["values"][name]) }} |{% endfor %} {{ row.meaning }} |
+{% endfor %}
+
+The interval holds the figure for 95 % of test sets of as many images of the same origin (bootstrap percentiles).
+
+| Class on the test set |{% for title in columns.values() %} {{ title }} |{% endfor %}
+
+|---|{% for _ in columns %}--:|{% endfor %}
+
+{% for name, row in test.per_class.items() %}
+| {{ name }} |{% for column in columns %}{% set interval = class_intervals.get(name, {}).get(column) %} \
+{{ row[column] if column == "support" else row.get(column) | fixed }}\
+{% if interval %} ({{ interval[0] | fixed }} to {{ interval[1] | fixed }}){% endif %} |{% endfor %}
+
+{% endfor %}
+{% else %}
+Not tested yet: run `python test.py --load_model_path` with this folder's path.
+{% endif %}
+
+## Decision
+
+{% if decision %}
+- Temperature, which divides the logits: {{ decision.temperature | fixed }}, \
+{% if decision.temperature_fitted_on %}fitted on the {{ decision.temperature_fitted_on }} set\
+{% else %}not fitted, for there was no validation set{% endif %}.\
+{% if results %}{% set calibration = results.sets.test.calibration %}
+ The test set's calibration error is {{ calibration.expected_calibration_error | fixed }} with it, \
+{{ calibration.expected_calibration_error_uncalibrated | fixed }} without.\
+{% endif %}
+
+{% if several %}
+- Threshold of every class: {{ decision.exact_match_threshold | fixed }}, \
+{% if decision.thresholds_fitted_on %}for the most exact matches on the {{ decision.thresholds_fitted_on }} set\
+{% else %}not fitted{% endif %}.
+{% if decision.best_f1_thresholds %}
+- Thresholds for the best F1 of each class: {% for name, threshold in decision.best_f1_thresholds.items() %}\
+{{ name }} {{ threshold | fixed }}{{ "." if loop.last else ", " }}{% endfor %}
+
+{% endif %}
+{% else %}
+- The answer is the most probable class; the temperature does not change it.
+{% endif %}
+- All this is in `decision.json`, and `predict.py` applies it; the model itself does not.
+{% else %}
+Not fitted yet: run `python test.py --load_model_path` with this folder's path.
+{% endif %}
+
+## Data
+
+{% if data %}
+| Set | Table | Images | SHA-256 of labels and file names |
+|---|---|--:|---|
+{% for name, set in data.items() %}
+| {{ name | capitalize }} | {{ set.csv | base_name }} | {{ set.images }} | {{ set.sha256 }} |
+{% endfor %}
+{% if results and results.sets.test.get("sha256") %}
+| Test | {{ (results.sets.test.get("csv") or "") | base_name }} | {{ results.sets.test.images }} | \
+{{ results.sets.test.sha256 }} |
+{% endif %}
+
+The SHA-256 covers the labels and the file names without folders, in the table's order, and not the pixels.
+{% else %}
+Not recorded: `train.py` writes `data.json` whenever it starts a run or goes on with it.
+{% endif %}
+
+{% if counts %}
+| Class{{ ", of which an image may have several" if several }} |\
+{% for name in counts %} {{ name | capitalize }} |{% endfor %}
+
+|---|{% for _ in counts %}--:|{% endfor %}
+
+{% for name in class_names %}
+| {{ name }} |{% for images in counts.values() %} {{ images.get(name, 0) }} |{% endfor %}
+
+{% endfor %}
+
+{% endif %}
+## Recipe
+
+| Part | Options |
+|---|---|
+{% for heading, words in recipe.items() %}
+| {{ heading }} | {{ words }} |
+{% endfor %}
+
+In the project's folder, with the path of this `configs.json` and the images at hand, this repeats the run\
+{{ "" if configs.deterministic else ", but for rounding" }}:
+
+```bash
+python train.py --configs configs.json --save_model_path repeated_run{{ ' --load_model_path ""' if goes_on }}
+```
+
+Options that differ from their default, paths without their folders; all are in `configs.json`:
+
+| Option | Value | Default |
+|---|---|---|
+{% for option in options %}
+| {{ option.name }} | {{ option["value"] | base_name if option.name.endswith(path_endings) else option["value"] }} | \
+{{ option.default }} |
+{% endfor %}
+
+## Files, sizes and speeds
+
+{% if artefacts %}
+| File | Holds | MB | {{ "Exact match" if several else "Accuracy" }} | Largest difference | Changed predictions | \
+Images/s | Verdict |
+|---|---|--:|--:|--:|--:|--:|---|
+| {{ compression.model | base_name }} | the trained model | {{ "%.2f" | format(compression.model_bytes / 1e6) }} \
+| | | | | |
+{% for row in artefacts %}
+| {{ row.name }} | {{ row.kind }}, {{ row.precision }} | {{ "%.2f" | format(row.bytes / 1e6) }} |\
+{% if row.comparison %}
+ {{ row.comparison.accuracy.before | percent }} → {{ row.comparison.accuracy.after | percent }} |\
+ {{ "%.2g" | format(row.comparison.largest_difference) }} |\
+ {{ row.comparison.changed_predictions }} of {{ row.comparison.images }} |\
+ {{ "%.1f" | format(row.comparison.images_per_second.before) }} →\
+ {{ "%.1f" | format(row.comparison.images_per_second.after) }} | {{ "rejected" if row.rejected else "accepted" }} |
+{% else %}
+ | | | | not compared |
+{% endif %}
+{% endfor %}
+
+Each from the trained model to the file, on the same test images; differences are of probabilities, speeds of the \
+computer that compressed. Accuracy may fall by {{ "%g" | format(compression.tolerance) }} (points), else a file is \
+rejected: it is not to be used.
+{% else %}
+Not compressed yet: run `python compress_weights.py --model_path` with this folder's path.
+{% endif %}
+
+## How to load it
+
+{% if loading %}
+The probabilities come in the order of `classes` in `configs.json`, without the decision above. This way of resizing \
+is not that of `predict.py`, and gives slightly different ones.
+
+```python
+import numpy as np
+from PIL import Image
+
+image = np.asarray(Image.open("photo.jpg").convert("RGB").resize(({{ width }}, {{ height }})))
+```
+{% for row in loading %}
+
+{{ row.names | join(", ") }}, with {{ row.runtime }}:
+
+```python
+{{ row.code }}
+```
+{% endfor %}
+{% else %}
+There is no model in this folder.
+{% endif %}
+
+## Limits
+
+{% for sentence in limits %}
+- {{ sentence }}
+{% endfor %}
+
+The project's scripts write this file again: keep your own words in a copy. Hugging Face shows it where it is named \
+`README.md`.
 """
 
 STYLE = """

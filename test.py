@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from generator import AugmentedImageSequence
     from gradcam import GradCam
     from metrics import Decision
+    from utils import ExportedModel
 
 CSV_OPTIONS = {"training": "train_csv", "validation": "validation_csv", "test": "test_csv"}
 GALLERIES = ("mistakes", "least_confident")
@@ -32,8 +33,9 @@ PHOTO_SIDE = 320
 def main(configs: Configs) -> dict:
     """Loads the model, predicts each set, evaluates, prints and writes; returns the content of metrics.json."""
     # Imported here, so that --help does not wait for TensorFlow.
-    from metrics import fit_decision, write_decision
-    from utils import find_trained_model, keep_freed_memory, load_fitting_model, predict, set_gpu_usage
+    from callbacks import fingerprint
+    from report import write_model_card
+    from utils import find_trained_model, keep_freed_memory, load_predictor, predict, set_gpu_usage
 
     set_gpu_usage(configs.gpu_percentage)
     keep_freed_memory()
@@ -41,16 +43,13 @@ def main(configs: Configs) -> dict:
     stored = read_run_configs(model_path)
     configs = take_validation_of_run(configs, stored)
     sequences = get_sequences(configs)
-    model = load_fitting_model(model_path, configs.classes, configs.image_target_size[:2])
+    model = load_predictor(model_path, configs.classes, configs.image_target_size[:2])
     print(f"Model: {model_path}")
     predictions = {name: predict(model, sequence) for name, sequence in sequences.items()}
     # After the images have been read: under skip_bad_images those that could not be have no part.
     truths = {name: sequence.get_y_true() for name, sequence in sequences.items()}
     threshold_range = configs.multilabel_threshold_range
-    decision = fit_decision(
-        truths, predictions, configs.classes, configs.multi_label_classification, threshold_range, model_path
-    )
-    write_decision(os.path.dirname(model_path), decision)
+    decision = get_decision(model_path, configs, truths, predictions)
     results = {
         "model": model_path,
         "classes": configs.classes,
@@ -58,9 +57,13 @@ def main(configs: Configs) -> dict:
         "decision": decision.to_dict(),
         "sets": evaluate_sets(truths, predictions, decision, threshold_range, configs.random_seed or 0),
     }
+    for name, sequence in sequences.items():
+        results["sets"][name] |= {"csv": getattr(configs, CSV_OPTIONS[name]), "sha256": fingerprint(sequence)}
     print_results(results, {name: getattr(configs, option) for name, option in CSV_OPTIONS.items()})
     options = configs.to_dict() | stored | {name: getattr(configs, name) for name in configs.given}
-    write_evaluation(configs, model, sequences["test"], predictions["test"], decision, results, options)
+    folder = os.path.join(configs.save_model_path, name_evaluation(model_path))
+    write_evaluation(folder, configs, model, sequences["test"], predictions["test"], decision, results, options)
+    write_model_card(configs.save_model_path)
     return results
 
 
@@ -87,6 +90,33 @@ def get_sequences(configs: Configs) -> dict[str, AugmentedImageSequence]:
     return {
         name: get_generator(path, configs.classes, configs, training=False) for name, path in csv_paths.items() if path
     }
+
+
+def get_decision(
+    model_path: str, configs: Configs, truths: dict[str, np.ndarray], predictions: dict[str, np.ndarray]
+) -> Decision:
+    """Fits temperature and thresholds and writes them into `decision.json`.
+
+    An exported model keeps those that it ships with, and so gives the labels of the model that it was made of.
+    """
+    from metrics import fit_decision, read_decision, write_decision
+    from utils import is_exported
+
+    class_names, multi_label = configs.classes, configs.multi_label_classification
+    folder = os.path.dirname(os.path.abspath(model_path))
+    if is_exported(model_path):
+        return read_decision(folder, class_names, multi_label, model_path)
+    threshold_range = configs.multilabel_threshold_range
+    decision = fit_decision(truths, predictions, class_names, multi_label, threshold_range, model_path)
+    write_decision(folder, decision)
+    return decision
+
+
+def name_evaluation(model_path: str) -> str:
+    """Returns the name of the folder for a model's evaluation: an exported one leaves that of the run as it is."""
+    from utils import is_exported
+
+    return f"evaluation_{os.path.basename(model_path)}" if is_exported(model_path) else "evaluation"
 
 
 def evaluate_sets(
@@ -119,28 +149,32 @@ def print_results(results: dict[str, Any], csv_paths: dict[str, str]) -> None:
     if decision["temperature_fitted_on"]:
         print(f"Temperature {decision['temperature']:.3f}, fitted on the {decision['temperature_fitted_on']} set.")
     else:
-        print("No validation_csv is given: probabilities stay as they are, no temperature is fitted.")
-    if results["multi_label"]:
-        fitted_on = decision["thresholds_fitted_on"]
-        threshold, accuracy = decision["exact_match_threshold"], results["sets"][fitted_on]["exact_match_accuracy"]
+        print("No temperature is fitted on a validation set: probabilities stay as they are.")
+    fitted_on, threshold = decision["thresholds_fitted_on"], decision["exact_match_threshold"]
+    if results["multi_label"] and fitted_on in results["sets"]:
+        accuracy = results["sets"][fitted_on]["exact_match_accuracy"]
         print(f"Threshold {threshold:.2f} gives the best exact-match accuracy on the {fitted_on} set, {accuracy:.4f}.")
+    elif results["multi_label"]:
+        print(f"Threshold {threshold:.2f}, fitted on {f'the {fitted_on} set' if fitted_on else 'no set'}.")
     for name, figures in results["sets"].items():
         print(f"\n{name} set: {figures['images']} images of {csv_paths[name]}\n{format_evaluation(figures)}")
 
 
 def write_evaluation(
+    folder: str,
     configs: Configs,
-    model: keras.Model,
+    model: keras.Model | ExportedModel,
     sequence: AugmentedImageSequence,
     predictions: np.ndarray,
     decision: Decision,
     results: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
-    """Writes evaluation/: metrics.json, predictions.csv, the figures and report.html of the test set.
+    """Writes metrics.json, predictions.csv, the figures and report.html of the test set.
 
     Args:
-        configs: where to write, and how to draw heatmaps.
+        folder: where to write.
+        configs: where the training log is, and how to draw heatmaps.
         model: explained.
         sequence: the test images.
         predictions: its raw probabilities of them, `(images, classes)`.
@@ -153,7 +187,6 @@ def write_evaluation(
     from report import save_figures, write_report
     from utils import write_csv, write_json
 
-    folder = os.path.join(configs.save_model_path, "evaluation")
     paths = sequence.paths[np.setdiff1d(np.arange(len(sequence.paths)), list(sequence.bad_images))]
     probabilities, y_true = decision.calibrate(predictions), sequence.get_y_true()
     write_json(os.path.join(folder, "metrics.json"), results)
@@ -235,10 +268,14 @@ def build_gallery(
     }
 
 
-def build_grad_cam(model: keras.Model, cam_method: str) -> GradCam | None:
+def build_grad_cam(model: keras.Model | ExportedModel, cam_method: str) -> GradCam | None:
     """Builds what explains a model; None, and a line, where it has not the parts for that."""
     from gradcam import GradCam
+    from utils import ExportedModel
 
+    if isinstance(model, ExportedModel):
+        print("The report's photos have no heatmaps: Grad-CAM needs the Keras model that this one was made of.")
+        return None
     try:
         return GradCam(model, cam_method)
     except UserError as error:

@@ -9,7 +9,7 @@ import glob
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from configs import Configs, UserError, run_script
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from model import TrainingModel
     from utils import Team
 
+MODEL_STEMS = ("best_model", "latest_model", "model_epoch_*")
 # What a run writes, as patterns: a new run into the same folder may not mix with it.
-RUN_FILES = ("best_model.keras", "latest_model.keras", "model_epoch_*.keras", "training_log.*", "best_auroc.log")
-RUN_FILES += (".training_stats.json", "configs.json", "logs", "decision.json", "evaluation", "cam_output")
+MODEL_FILES = tuple(f"{stem}.keras" for stem in MODEL_STEMS)
+RUN_FILES = (*MODEL_FILES, "training_log.*", "best_auroc.log", ".training_stats.json", "configs.json", "data.json")
+RUN_FILES += ("logs", "decision.json", "evaluation", "cam_output", "compression_report.json", "MODEL_CARD.md")
 
 
 def main(configs: Configs) -> dict:
@@ -68,7 +70,7 @@ def train(configs: Configs, team: Team) -> dict:
         return find_learning_rate(configs, strategy, classifier, training, losses.training, team)
     with locked(configs.save_model_path, team.is_chief), Interruption(is_shared=team.size > 1) as interruption:
         if team.is_chief:
-            prepare_folder(configs)
+            prepare_folder(configs, training, validation)
         if configs.show_model_summary:
             classifier.summary()
         for phase in phases:
@@ -107,7 +109,7 @@ def find_start(configs: Configs) -> tuple[str, dict[str, Any] | None, Configs]:
 def refuse_other_run(configs: Configs) -> None:
     """Raises UserError where save_model_path holds models that this run neither continues nor may remove."""
     folder = configs.save_model_path
-    held = [path for pattern in RUN_FILES[:3] for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
+    held = [path for pattern in MODEL_FILES for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
     if held and not (starts_in_own_folder(configs) or configs.overwrite or configs.find_learning_rate):
         raise UserError(
             f"{folder} holds the models of another run ({os.path.basename(held[0])}). Continue it with "
@@ -376,30 +378,60 @@ def find_learning_rate(
     return {"suggestion": suggestion, "rates": test.rates, "losses": test.losses}
 
 
-def prepare_folder(configs: Configs) -> None:
-    """Makes the run's folder ready, and writes its configs into it."""
+def prepare_folder(configs: Configs, training: AugmentedImageSequence, validation: AugmentedImageSequence) -> None:
+    """Makes the run's folder ready, and writes its configs and what its data are into it."""
     from utils import write_json
 
     clear_folder(configs)
     write_json(os.path.join(configs.save_model_path, "configs.json"), configs.to_dict())
+    sets = {
+        "training": describe_set(configs.train_csv, training, configs.classes),
+        "validation": describe_set(configs.validation_csv or configs.test_csv, validation, configs.classes),
+    }
+    write_json(os.path.join(configs.save_model_path, "data.json"), sets)
+
+
+def describe_set(csv_path: str, sequence: AugmentedImageSequence, class_names: Sequence[str]) -> dict[str, Any]:
+    """Returns a set's `csv`, `images`, images of each of its `classes` and the `sha256` of `callbacks.fingerprint`."""
+    import numpy as np
+
+    from callbacks import fingerprint
+
+    labels = sequence.labels
+    counts = np.bincount(labels, minlength=len(class_names)) if labels.ndim == 1 else labels.sum(axis=0)
+    classes = dict(zip(class_names, counts.astype(int).tolist(), strict=True))
+    return {"csv": csv_path, "images": len(labels), "classes": classes, "sha256": fingerprint(sequence)}
 
 
 def clear_folder(configs: Configs) -> None:
     """Removes what killed processes left in the run's folder and, to overwrite, the run that it holds.
 
-    A run that goes on loses its thresholds and temperature: they belong to the model that it is about to replace.
+    A run that goes on loses its decision and its model card: they belong to the model that it is about to replace.
     """
     from callbacks import remove_stale_files
 
-    remove_stale_files(configs.save_model_path)
-    decision = os.path.join(configs.save_model_path, "decision.json")
-    if os.path.isfile(decision):
-        os.remove(decision)
-        print(f"Removed {decision}: it belongs to the model before. Run test.py after training.")
+    folder = configs.save_model_path
+    remove_stale_files(folder)
+    for name in ("decision.json", "MODEL_CARD.md"):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            os.remove(path)
+            print(f"Removed {path}: it belongs to the model before. Run test.py after training.")
     if configs.overwrite and not starts_in_own_folder(configs):
-        for pattern in RUN_FILES:
-            for path in glob.glob(os.path.join(glob.escape(configs.save_model_path), pattern)):
+        for pattern in (*RUN_FILES, *list_derived_files()):
+            for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
+def list_derived_files() -> list[str]:
+    """Returns patterns of what compress_weights.py makes of a run's models, and of test.py's evaluations of that."""
+    from utils import ARTEFACT_ENDINGS, REJECTED
+
+    parts = {*ARTEFACT_ENDINGS.values(), ("_compressed", ".json"), ("_labels", ".txt"), ("_metadata", ".json")}
+    names = [
+        f"{stem}{ending}{mark}{suffix}" for stem in MODEL_STEMS for ending, suffix in parts for mark in ("", REJECTED)
+    ]
+    return [*names, *(f"evaluation_{name}" for name in names)]
 
 
 def fit(
@@ -436,7 +468,11 @@ def fit(
 
 
 def report(checkpoint: Checkpoint, save_model_path: str) -> dict:
-    """Prints the best epoch and where everything is; returns its figures with the last epoch's."""
+    """Writes the model card, prints the best epoch and where everything is; returns its figures with the last's."""
+    if checkpoint.writes:
+        from report import write_model_card
+
+        write_model_card(save_model_path)
     if checkpoint.best is None:
         print(f"{checkpoint.monitor} is undefined in every epoch, so no model is the best one.")
     else:

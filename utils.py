@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -65,6 +66,19 @@ WEIGHTS_DTYPES = ("float32", "float16", "int8")
 SMALLEST_ROUNDED = 64
 PACKED_FROM = 100_000
 FEWEST_PER_SCALE = 16
+# How compress_weights.py names what it makes of model.keras, by kind and precision; the longest that fits counts.
+ARTEFACT_ENDINGS = {("weights", dtype): ("_compressed", ".h5") for dtype in WEIGHTS_DTYPES}
+ARTEFACT_ENDINGS |= {("tflite", "float32"): ("", ".tflite"), ("tflite", "dynamic"): ("_dynamic", ".tflite")}
+ARTEFACT_ENDINGS |= {("tflite", "int8"): ("_int8", ".tflite")}
+ARTEFACT_ENDINGS |= {("onnx", "float32"): ("", ".onnx"), ("saved_model", "float32"): ("_saved_model", "")}
+# Marks an artefact that costs too much accuracy, in front of its suffix.
+REJECTED = ".rejected"
+GRAPH_FILE = "saved_model.pb"
+# Ops with a state that do no more than read a model's own weights, or call other functions that are looked at too.
+READING_OPS = {"VarHandleOp", "ReadVariableOp", "DisableCopyOnRead", "StatefulPartitionedCall"}
+HARMLESS_OBJECTS = {"user_object", "function", "bare_concrete_function", "variable", "constant", "captured_tensor"}
+# Only exports need these; what works with the versions in requirements.txt.
+OPTIONAL_PACKAGES = {"tf2onnx": "tf2onnx>=1.17,<2", "onnxruntime": "onnxruntime>=1.20,<2"}
 LONGEST_LIST = 5
 TEMPORARY_PREFIX = ".tmp-"
 DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -75,7 +89,7 @@ DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 @contextlib.contextmanager
 def atomic_path(path: str) -> Iterator[str]:
-    """Yields the name of a temporary file, which takes the place of `path` once it is whole and on the disk.
+    """Yields the name of a temporary file or folder, which takes the place of `path` once it is whole and on the disk.
 
     It has the same name in a temporary folder beside `path`: some writers tell the format by the ending. The
     folder's name begins with this process's number, so that what a killed process leaves can be told.
@@ -89,8 +103,12 @@ def atomic_path(path: str) -> Iterator[str]:
     try:
         os.makedirs(temporary_folder, exist_ok=True)
         yield temporary
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
+        for written in list_files(temporary):
+            with open(written, "r+b") as file:
+                os.fsync(file.fileno())
+        if os.path.isdir(temporary) and os.path.isdir(path):
+            # A folder takes no other one's place.
+            os.replace(path, f"{temporary}.before")
         os.replace(temporary, path)
         sync_folder(folder)
     except OSError as error:
@@ -99,6 +117,13 @@ def atomic_path(path: str) -> Iterator[str]:
         ) from error
     finally:
         shutil.rmtree(temporary_folder, ignore_errors=True)
+
+
+def list_files(path: str) -> list[str]:
+    """Returns the files of a folder and of the folders in it, sorted, or the file that `path` is."""
+    if not os.path.isdir(path):
+        return [path]
+    return sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
 
 
 def sync_folder(folder: str) -> None:
@@ -2068,6 +2093,8 @@ def resolve_model_path(path: str, preferred: Sequence[str] = ("best_model.keras"
     """
     if os.path.isfile(path):
         return path
+    if os.path.isfile(os.path.join(path, GRAPH_FILE)):
+        return os.path.normpath(path)
     if os.path.isdir(path):
         for name in preferred:
             if os.path.isfile(os.path.join(path, name)):
@@ -2108,15 +2135,18 @@ def find_trained_model(configs: Configs) -> tuple[str, Configs]:
 
 
 def describe_model(configs: Configs, model_path: str) -> Configs:
-    """Takes the options that describe a model from the `configs.json` beside it, where there is one.
+    """Takes the options that describe a model from the `configs.json` beside it, or an artefact's `_metadata.json`.
 
     Raises:
         UserError: an option that the user gave contradicts it.
     """
     stored_path = os.path.join(os.path.dirname(os.path.abspath(model_path)), "configs.json")
-    if not os.path.isfile(stored_path):
+    if os.path.isfile(stored_path):
+        stored = Configs.read_json(stored_path)
+    elif os.path.isfile(stored_path := metadata_path(model_path)):
+        stored = Configs.read_json(stored_path, part="options")
+    else:
         return configs
-    stored = Configs.read_json(stored_path)
     described = {
         name: stored[name]
         for name, option in Configs.options().items()
@@ -2126,8 +2156,9 @@ def describe_model(configs: Configs, model_path: str) -> Configs:
         given = getattr(configs, name)
         # For the classes alone, none means that they are to be found.
         if given != described[name] and not (name == "classes" and given is None):
+            source = os.path.basename(stored_path)
             raise UserError(
-                f"{name} is {described[name]!r} for the model {model_path} (its configs.json says so). "
+                f"{name} is {described[name]!r} for the model {model_path} (its {source} says so). "
                 f"Received: {given!r}. Leave {name} out, or name another model."
             )
     return configs.replace(**described)
@@ -2145,6 +2176,11 @@ def load_model(path: str, with_optimizer: bool = False) -> keras.Model:
     """
     import keras
 
+    if is_exported(path):
+        raise UserError(
+            f"{path} is an exported model, which predict.py and test.py take. This script needs the model that it was "
+            "made of, a .keras or .h5 file."
+        )
     stem, suffix = os.path.splitext(path)
     if suffix != ".keras" and os.path.isfile(f"{stem}.json"):
         return custom_load_model(os.path.dirname(path), os.path.basename(stem))
@@ -2329,19 +2365,31 @@ def load_fitting_model(
     # A model of another kind than a graph of layers has neither.
     if any(len(getattr(model, ends, None) or ()) != 1 for ends in ("inputs", "outputs")):
         raise UserError(f"{path} is no classifier of images: expected one input and one output.")
-    (batch, *inputs), outputs, expected = model.inputs[0].shape, model.outputs[0].shape, (*image_size, 3)
-    if len(outputs) != 2 or outputs[-1] != len(class_names):
+    _check_fit(path, model.inputs[0].shape, model.outputs[0].shape, class_names, image_size)
+    return model
+
+
+def _check_fit(
+    path: str,
+    input_shape: Sequence[int | None],
+    output_shape: Sequence[int | None],
+    class_names: Sequence[str],
+    image_size: Sequence[int],
+) -> None:
+    """Raises UserError where a model's shapes are not those of a classifier of such images into these classes."""
+    (batch, *inputs), expected = input_shape, (*image_size, 3)
+    if len(output_shape) != 2 or output_shape[-1] != len(class_names):
         raise UserError(
-            f"{path} tells {outputs[-1]} classes apart, but the configs name {len(class_names)}: "
+            f"{path} tells {output_shape[-1]} classes apart, but the configs name {len(class_names)}: "
             f"{join_names(class_names)}. Use the CSV files and classes that it was trained with."
-            if len(outputs) == 2
-            else f"{path} gives outputs of shape {outputs[1:]}. Expected one number a class, {len(class_names)}."
+            if len(output_shape) == 2
+            else f"{path} gives outputs of shape {tuple(output_shape[1:])}. Expected one number a class, "
+            f"{len(class_names)}."
         )
     fits = len(inputs) == 3 and all(size in (None, wanted) for size, wanted in zip(inputs, expected, strict=True))
     if not fits or batch is not None:
         shown = tuple(inputs) if batch is None else (batch, *inputs)
         raise UserError(f"{path} takes inputs of shape {shown}. Expected images of image_target_size, {expected}.")
-    return model
 
 
 def custom_save_model(
@@ -2483,6 +2531,214 @@ def custom_load_model(load_path: str, model_name: str) -> keras.Model:
     return model
 
 
+# Models of other runtimes
+
+
+class ExportedModel:
+    """A model that `compress_weights.py` exported, in its own runtime; has what predicting needs of a Keras model.
+
+    Args:
+        run: from images, float32 RGB `(batch, height, width, 3)` in `[0, 255]`, to probabilities, `(batch, classes)`.
+        input_shape: of its images, None for a size that is not fixed; that of the batch is of no account.
+        output_shape: of its probabilities.
+    """
+
+    def __init__(
+        self, run: Callable[[np.ndarray], np.ndarray], input_shape: Sequence[Any], output_shape: Sequence[Any]
+    ) -> None:
+        shapes = [
+            [size if isinstance(size, int) and size > 0 else None for size in shape[1:]]
+            for shape in (input_shape, output_shape)
+        ]
+        self.input_shape, self.output_shape = ((None, *shape) for shape in shapes)
+        self._run = run
+
+    def __call__(self, images: Any, training: bool = False) -> np.ndarray:
+        """Returns the probabilities of images of any numeric type, float32 `(batch, classes)`."""
+        return self._run(np.asarray(images, np.float32))
+
+    def predict(self, batches: tf.data.Dataset, verbose: int = 1) -> np.ndarray:
+        """Returns the probabilities of batches of images and labels, with a progress bar where `verbose` is not 0."""
+        from tqdm import tqdm
+
+        return np.concatenate([self(images) for images, _ in tqdm(batches, disable=not verbose, desc="Predicting")])
+
+
+def artefact_stem(path: str) -> str:
+    """Returns the name without ending of the model that a file or a SavedModel was made of, or is."""
+    name = os.path.basename(os.path.normpath(path)).replace(REJECTED, "")
+    endings = {"".join(parts) for parts in ARTEFACT_ENDINGS.values()} | {"_compressed.json"}
+    for ending in sorted(endings, key=len, reverse=True):
+        if name.endswith(ending) and name != ending:
+            return name.removesuffix(ending)
+    return os.path.splitext(name)[0]
+
+
+def metadata_path(path: str) -> str:
+    """Returns where what an artefact needs beside it stands: its classes, its image size, its decision."""
+    return os.path.join(os.path.dirname(os.path.abspath(path)), f"{artefact_stem(path)}_metadata.json")
+
+
+def is_exported(path: str) -> bool:
+    """Tells whether a path is that of a model for another runtime than Keras."""
+    return os.path.splitext(path)[1] in (".tflite", ".onnx") or os.path.isfile(os.path.join(path, GRAPH_FILE))
+
+
+@contextlib.contextmanager
+def importing(name: str, purpose: str) -> Iterator[None]:
+    """Tells how to install a package that few need, where its import fails.
+
+    Args:
+        name: a key of `OPTIONAL_PACKAGES`.
+        purpose: begins the message.
+
+    Raises:
+        UserError: it is missing.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"{purpose} needs the package {name}: {error}. Install it: pip install '{OPTIONAL_PACKAGES[name]}'"
+        ) from error
+
+
+def load_predictor(path: str, class_names: Sequence[str], image_size: Sequence[int]) -> keras.Model | ExportedModel:
+    """Loads what is to predict, a Keras model or an exported one; both have `predict` and are called with images.
+
+    Raises:
+        UserError: the file is no model, does not fit, or its runtime is not installed.
+    """
+    if not is_exported(path):
+        return load_fitting_model(path, class_names, image_size)
+    model = load_exported_model(path)
+    _check_fit(path, model.input_shape, model.output_shape, class_names, image_size)
+    return model
+
+
+def load_exported_model(path: str) -> ExportedModel:
+    """Loads an exported model in its own runtime, which uses all cores.
+
+    Args:
+        path: a `.tflite` or `.onnx` file, or the folder of a SavedModel.
+
+    Raises:
+        UserError: the file is no such model or is damaged, or its runtime is not installed.
+    """
+    suffix = os.path.splitext(path)[1]
+    by_suffix = {".tflite": ("a TensorFlow Lite model", _load_tflite), ".onnx": ("an ONNX model", _load_onnx)}
+    kind, load = by_suffix.get(suffix, ("a SavedModel", _load_saved_model))
+    with _telling_damage(f"{path} is not {kind} with images in and probabilities out"):
+        if os.path.isfile(path) and not os.path.getsize(path):
+            raise ValueError("It is empty.")
+        return load(path)
+
+
+def _load_tflite(path: str) -> ExportedModel:
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError:
+        # The same interpreter, which TensorFlow means to drop.
+        from tensorflow.lite.python.interpreter import Interpreter
+    with open(path, "rb") as file:
+        content = file.read()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\s*Warning: tf.lite.Interpreter is deprecated")
+        interpreter = Interpreter(model_content=content, num_threads=os.cpu_count())
+    (inputs,), (outputs,) = interpreter.get_input_details(), interpreter.get_output_details()
+    if any(part["dtype"] is not np.float32 for part in (inputs, outputs)):
+        raise ValueError("Its numbers are not float32.")
+    interpreter.resize_tensor_input(inputs["index"], [1, *inputs["shape"][1:]])
+    interpreter.allocate_tensors()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        probabilities = np.empty((len(images), outputs["shape"][-1]), np.float32)
+        for row, image in enumerate(images):
+            interpreter.set_tensor(inputs["index"], image[None])
+            interpreter.invoke()
+            probabilities[row] = interpreter.get_tensor(outputs["index"])[0]
+        return probabilities
+
+    return ExportedModel(run, inputs["shape"].tolist(), outputs["shape"].tolist())
+
+
+def _load_onnx(path: str) -> ExportedModel:
+    with importing("onnxruntime", path):
+        import onnxruntime
+    session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
+    (inputs,), (outputs,) = session.get_inputs(), session.get_outputs()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return session.run(None, {inputs.name: images})[0]
+
+    return ExportedModel(run, inputs.shape, outputs.shape)
+
+
+def _load_saved_model(path: str) -> ExportedModel:
+    import tensorflow as tf
+
+    _check_graph(path)
+    loaded = tf.saved_model.load(path)
+    function = loaded.signatures["serving_default"]
+    ((name, inputs),) = function.structured_input_signature[1].items()
+    ((output_name, outputs),) = function.structured_outputs.items()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        # Whoever forgets `loaded` loses the weights.
+        return loaded.signatures["serving_default"](**{name: tf.constant(images)})[output_name].numpy()
+
+    return ExportedModel(run, inputs.shape, outputs.shape)
+
+
+def _check_graph(path: str) -> None:
+    """Checks that a SavedModel does no more than compute: TensorFlow's programs may write files and run Python.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    from tensorflow.core.protobuf import saved_model_pb2
+    from tensorflow.python.framework import op_def_registry
+
+    content = saved_model_pb2.SavedModel()
+    with open(os.path.join(path, GRAPH_FILE), "rb") as file:
+        content.ParseFromString(file.read())
+    (graph,) = content.meta_graphs
+    functions = {function.signature.name: function for function in graph.graph_def.library.function}
+    foreign = {node.WhichOneof("kind") for node in graph.object_graph_def.nodes} - HARMLESS_OBJECTS
+    # What cannot be reached from here, such as the function that saves the weights, never runs.
+    pending, seen = list(graph.object_graph_def.concrete_functions), set()
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for node in functions[name].node_def:
+            called = [attribute.func.name for attribute in node.attr.values() if attribute.HasField("func")]
+            called += [part.name for attribute in node.attr.values() for part in attribute.list.func]
+            pending += called
+            definition = op_def_registry.get(node.op)
+            if node.op not in READING_OPS and (definition is None or definition.is_stateful):
+                foreign.add(node.op)
+    if foreign:
+        raise UserError(
+            f"{path} is not loaded: it holds {_shorten(min(map(str, foreign)))}, which does more than compute. "
+            "Export the model again with compress_weights.py --export saved_model."
+        )
+
+
+def compile_model(model: keras.Model | ExportedModel) -> Callable[[Any], Any]:
+    """Returns what takes uint8 images `(batch, height, width, 3)` to probabilities; compiled once for all sizes."""
+    import tensorflow as tf
+
+    if isinstance(model, ExportedModel):
+        return model
+    signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)
+    return tf.function(lambda images: model(images, training=False), input_signature=[signature])
+
+
+# Predicting
+
+
 @contextlib.contextmanager
 def naming_bad_images(*sequences: AugmentedImageSequence) -> Iterator[None]:
     """Raises a sequence's own error, with the path of the image, in place of what Keras makes of it."""
@@ -2501,7 +2757,7 @@ def tell_bad_images(sequence: AugmentedImageSequence) -> None:
         print(f"{len(bad_rows)} images could not be read and were left out: {paths}")
 
 
-def predict(model: keras.Model, sequence: AugmentedImageSequence) -> np.ndarray:
+def predict(model: keras.Model | ExportedModel, sequence: AugmentedImageSequence) -> np.ndarray:
     """Returns the probabilities of a sequence's images in its order, float32 `(images, classes)`.
 
     Under `skip_bad_images` those that cannot be read are left out, and printed.
@@ -2516,7 +2772,7 @@ def predict(model: keras.Model, sequence: AugmentedImageSequence) -> np.ndarray:
 
 
 def classify_image(
-    model: keras.Model,
+    model: keras.Model | ExportedModel,
     image: np.ndarray,
     class_names: Sequence[str],
     multi_label: bool = False,
@@ -2531,7 +2787,7 @@ def classify_image(
     that differs a little, and so do the probabilities then.
 
     Args:
-        model: a model of this collection.
+        model: a model of this collection, or one that `load_exported_model` returns.
         image: RGB `(height, width, 3)`, pixels in `[0, 255]`, of any size.
         class_names: in the model's order, as `configs.json` has them.
         multi_label: whether several labels may hold.

@@ -218,9 +218,11 @@ def test_what_answers_the_same_is_accepted(run_folder, weights_dtype, capsys):
     assert {path.name for path in run_folder.iterdir()} == {
         *("best_model.keras", "configs.json", "compression_report.json"),
         *("best_model_compressed.h5", "best_model_compressed.json"),
+        *("best_model_labels.txt", "best_model_metadata.json", "MODEL_CARD.md"),
     }
     printed = capsys.readouterr().out
-    assert "changed predictions: 0 of 36" in printed
+    assert f"weights {weights_dtype}" in printed
+    assert "0 of 36" in printed
     assert "Accepted" in printed
 
 

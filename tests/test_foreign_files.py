@@ -12,6 +12,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from corpus import BAD_TABLES, build_corpus, encode, images, photo
 from fsspec import AbstractFileSystem, register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
@@ -197,6 +198,41 @@ def of_scales(scales):
     return run
 
 
+def exported(name, content):
+    """Returns a case: a file in the place of an exported model is loaded."""
+
+    def run(folder):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        utils.load_exported_model(str(folder / name.split("/")[0]))
+
+    return run
+
+
+def graph_that_writes(folder):
+    """A case: a SavedModel that writes a file."""
+
+    def serve(image):
+        tf.io.write_file(str(folder / "mark"), "hello")
+        return image[:, 0, 0]
+
+    module = tf.Module()
+    module.serve = tf.function(serve, input_signature=[tf.TensorSpec((None, 8, 8, 3), tf.float32, "image")])
+    tf.saved_model.save(module, str(folder / "model"), signatures=module.serve)
+    utils.load_exported_model(str(folder / "model"))
+
+
+def metadata_of(content):
+    """Returns a case: what stands beside an exported model says what it is."""
+
+    def run(folder):
+        (folder / "model_metadata.json").write_text(json.dumps(content))
+        utils.describe_model(Configs(), str(folder / "model.onnx"))
+
+    return run
+
+
 def configs_of(content):
     """Returns a case: a configs file is read."""
 
@@ -347,8 +383,8 @@ CASES = {
         utils.load_model(str(folder / "a.weights.h5")),
     ),
     "model_other_ending": lambda folder: (
-        (folder / "model.onnx").write_bytes(b"\x08\x07"),
-        utils.load_model(str(folder / "model.onnx")),
+        (folder / "model.pt").write_bytes(b"\x08\x07"),
+        utils.load_model(str(folder / "model.pt")),
     ),
     "model_huge_array": loading("compressed", claim_huge_array),
     "model_link": loading("compressed", point_elsewhere),
@@ -369,6 +405,19 @@ CASES = {
     "model_maps": fitting(maps_of_classes),
     "model_one_size_of_batch": fitting(one_size_of_batch),
     "model_other_classes": lambda folder: utils.load_fitting_model(save(folder, ".keras"), ["cat", "dog"], (8, 8)),
+    "exported_to_a_keras_script": lambda folder: (
+        (folder / "model.onnx").write_bytes(b"\x08\x07"),
+        utils.load_model(str(folder / "model.onnx")),
+    ),
+    "exported_tflite_empty": exported("model.tflite", b""),
+    "exported_tflite_text": exported("model.tflite", b"<html>not found</html>"),
+    "exported_onnx_empty": exported("model.onnx", b""),
+    "exported_onnx_text": exported("model.onnx", b"<html>not found</html>"),
+    "exported_graph_text": exported("model/saved_model.pb", b"<html>not found</html>"),
+    "exported_graph_that_writes": graph_that_writes,
+    "metadata_list": metadata_of([1, 2]),
+    "metadata_without_options": metadata_of({"decision": {}}),
+    "metadata_unknown_option": metadata_of({"options": {"clases": ["cat"]}}),
     "model_missing": lambda folder: utils.resolve_model_path(str(folder / "best_model.keras")),
     "configs_missing": flags("--configs", "nowhere.json"),
     "configs_empty": configs_of(b""),

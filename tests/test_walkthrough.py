@@ -23,7 +23,7 @@ import split_train_test
 import test as evaluation
 import train
 from configs import Configs, UserError
-from generator import read_image
+from generator import read_image, resize_image
 from utils import custom_load_model, get_generator, load_model, predict
 
 PROJECT = Path(__file__).parent.parent
@@ -96,7 +96,7 @@ def test_train_writes_every_file(trained):
     names = {path.name for path in folder.iterdir()}
     assert names == {
         *("best_model.keras", "latest_model.keras", "model_epoch_001.keras", "model_epoch_002.keras"),
-        *("configs.json", "training_log.csv", "logs", ".training_stats.json", ".lock"),
+        *("configs.json", "data.json", "training_log.csv", "logs", ".training_stats.json", ".lock", "MODEL_CARD.md"),
     }
     assert {path.name for path in (folder / "logs").iterdir()} == {"train", "validation"}
     stored = json.loads((folder / "configs.json").read_text())
@@ -443,14 +443,22 @@ def test_the_readmes_python_examples_run(trained, split_photos, tmp_path, monkey
     shutil.copytree(configs.save_model_path, tmp_path / "saved_model")
     shutil.copy(pd.read_csv(split_photos[1])["path"][0], tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    compress_weights.main(compress_weights.CompressConfigs())
-    examples = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.S)
-    assert len(examples) == 2
-    for example in examples:
-        names = {}
-        exec(example, names)
-        assert isinstance(names["model"], keras.Model)
+    compress_weights.main(compress_weights.CompressConfigs(export=["tflite", "onnx", "saved_model"]))
+    first, compressed, *exported = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.S)
+    names = {}
+    exec(first, names)
+    assert isinstance(names["model"], keras.Model)
     assert names["names"][0] in names["probabilities"].keys() == {"blue", "green", "red"}
+    image = resize_image(read_image("photo.jpg", (32, 32)), (32, 32)).astype(np.float32)
+    expected = names["model"].predict(image[None], verbose=0)
+    names = {}
+    exec(compressed, names)
+    np.testing.assert_array_equal(names["model"].predict(image[None], verbose=0), expected)
+    assert len(exported) == 3
+    for example in exported:
+        names = {"image": image}
+        exec(example, names)
+        np.testing.assert_allclose(names["probabilities"], expected, atol=1e-5)
 
 
 @pytest.mark.slow
