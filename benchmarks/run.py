@@ -36,9 +36,10 @@ def main() -> None:
             **measure_training(images),
             "tables": {name: measure_table(name) for name in table_tasks()},
             "data_check": run_alone("data_check.py", images),
+            "compression": measure_compression(),
         }
     rows = [*rows_of_loaders(results["loaders"]), *rows_of_training(results), *rows_of_tables(results["tables"])]
-    rows += rows_of_data_check(results["data_check"])
+    rows += [*rows_of_data_check(results["data_check"]), *rows_of_compression(results["compression"])]
     print("\n| what | measured | promised | |\n|---|---|---|---|")
     for what, value, sign, bound in rows:
         holds = value >= bound if sign == "at least" else value <= bound
@@ -107,6 +108,13 @@ def measure_table(name: str) -> dict[str, list[float]]:
     return {"rows": list(ROWS), "seconds": [figure[0] for figure in figures], "mib": [figure[1] for figure in figures]}
 
 
+def measure_compression() -> dict[str, list[float]]:
+    """Returns the figures of `compression.py` by backbone."""
+    import compression
+
+    return {name: run_alone("compression.py", name) for name in compression.BACKBONES}
+
+
 Row = tuple[str, float, str, float]
 
 
@@ -157,6 +165,17 @@ def rows_of_data_check(figures: list[float]) -> list[Row]:
         ("full data check / decoding alone, one core", figures[0], "at least", 0.8),
         ("quick data check, files/s on one core", figures[1], "at least", 2000),
     ]
+
+
+def rows_of_compression(figures: dict[str, list[float]]) -> list[Row]:
+    """Returns the table's rows on compressed weights: the promises for float32, float16 and int8 in their order."""
+    rows = []
+    for name, values in figures.items():
+        kinds = zip(("float32", "float16", "int8"), values[:3], values[3:], (3, 6, 11), strict=True)
+        for dtype, smaller, faster, bound in kinds:
+            rows.append((f"checkpoint / {dtype} weights, bytes, {name}", smaller, "at least", bound))
+            rows.append((f"checkpoint / {dtype} weights, seconds to load, {name}", faster, "at least", 2))
+    return rows
 
 
 if __name__ == "__main__":

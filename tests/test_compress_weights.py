@@ -114,6 +114,16 @@ def test_restored_model_predicts_nearly_the_same_and_trains_on(wide_model, weigh
     restored.fit(images, np.array([0, 1, 2, 0]), verbose=0)
 
 
+def test_the_optimizer_of_a_compiled_model_is_left_behind(wide_model, tmp_path):
+    compiled = keras.models.clone_model(wide_model)
+    compiled.compile("adam", "sparse_categorical_crossentropy")
+    compiled.train_on_batch(np.zeros((1, 8, 8, 3)), np.array([0]))
+    for weights_dtype in utils.WEIGHTS_DTYPES:
+        _, restored = round_trip(compiled, tmp_path, weights_dtype)
+        assert getattr(restored, "optimizer", None) is None
+        assert len(restored.variables) == len(wide_model.variables)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["MobileNet", "DenseNet121", "VGG16"])
 def test_sizes_against_the_checkpoint_with_adam(name, tmp_path):
