@@ -420,7 +420,9 @@ def clear_folder(configs: Configs) -> None:
     if configs.overwrite and not starts_in_own_folder(configs):
         for pattern in (*RUN_FILES, *list_derived_files()):
             for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
-                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+                # Of a link the name goes, not what it leads to.
+                is_folder = os.path.isdir(path) and not os.path.islink(path)
+                shutil.rmtree(path) if is_folder else os.remove(path)
 
 
 def list_derived_files() -> list[str]:

@@ -2641,7 +2641,9 @@ def _load_tflite(path: str) -> ExportedModel:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError:
         # The same interpreter, which TensorFlow means to drop.
-        from tensorflow.lite.python.interpreter import Interpreter
+        import tensorflow as tf
+
+        Interpreter = tf.lite.Interpreter
     with open(path, "rb") as file:
         content = file.read()
     with warnings.catch_warnings():
@@ -2689,7 +2691,7 @@ def _load_saved_model(path: str) -> ExportedModel:
     ((output_name, outputs),) = function.structured_outputs.items()
 
     def run(images: np.ndarray) -> np.ndarray:
-        # Whoever forgets `loaded` loses the weights.
+        # The function alone does not keep the weights.
         return loaded.signatures["serving_default"](**{name: tf.constant(images)})[output_name].numpy()
 
     return ExportedModel(run, inputs.shape, outputs.shape)
@@ -2708,6 +2710,9 @@ def _check_graph(path: str) -> None:
     with open(os.path.join(path, GRAPH_FILE), "rb") as file:
         content.ParseFromString(file.read())
     (graph,) = content.meta_graphs
+    if not graph.HasField("object_graph_def"):
+        # TensorFlow 1's form, whose loading runs whatever the file names.
+        raise ValueError("It is of TensorFlow 1.")
     functions = {function.signature.name: function for function in graph.graph_def.library.function}
     foreign = {node.WhichOneof("kind") for node in graph.object_graph_def.nodes} - HARMLESS_OBJECTS
     # What cannot be reached from here, such as the function that saves the weights, never runs.

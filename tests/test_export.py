@@ -482,6 +482,24 @@ def test_a_saved_model_with_a_table_is_refused(tmp_path):
         utils.load_exported_model(str(tmp_path / "model"))
 
 
+def test_a_saved_model_of_tensorflow_1_is_refused(tmp_path):
+    # Its loading would run the op that is to initialise it.
+    mark = str(tmp_path / "mark")
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        image = tf.compat.v1.placeholder(tf.float32, (None, 32, 32, 3))
+        program = tf.io.write_file(mark, "hello")
+        signature = tf.compat.v1.saved_model.predict_signature_def({"image": image}, {"output_0": image[:, 0, 0]})
+        builder = tf.compat.v1.saved_model.Builder(str(tmp_path / "model"))
+        builder.add_meta_graph_and_variables(session, ["serve"], {"serving_default": signature}, main_op=program)
+        builder.save()
+    with pytest.raises(UserError, match="model is not a SavedModel .*: It is of TensorFlow 1"):
+        utils.load_exported_model(str(tmp_path / "model"))
+    assert not os.path.exists(mark)
+    # The file does what it is made for where TensorFlow is let.
+    tf.saved_model.load(str(tmp_path / "model"))
+    assert os.path.exists(mark)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["MobileNetV3Small", "EfficientNetB0", "ConvNeXtTiny", "DenseNet121"])
 def test_backbones_answer_the_same_in_each_runtime(name, tmp_path):

@@ -648,3 +648,13 @@ def test_new_run_leaves_nothing_of_the_model_before(tmp_path):
         (tmp_path / name / "part").write_text("")
     train.clear_folder(Configs(save_model_path=str(tmp_path), overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
+
+
+def test_a_link_in_the_runs_folder_is_removed_and_not_what_it_leads_to(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "events").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "logs").symlink_to(tmp_path / "elsewhere")
+    train.clear_folder(Configs(save_model_path=str(tmp_path / "run"), overwrite=True))
+    assert os.listdir(tmp_path / "run") == []
+    assert (tmp_path / "elsewhere" / "events").read_text() == "kept"
