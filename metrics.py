@@ -15,7 +15,7 @@ from scipy import optimize, sparse, special
 from sklearn import metrics as sk
 
 from configs import UserError, convert
-from utils import artefact_stem, join_names, metadata_path, write_json
+from utils import artefact_stem, is_exported, join_names, metadata_path, write_json
 
 THRESHOLD_STEP = 0.01
 TOP_K = 5
@@ -309,19 +309,23 @@ def read_decision(folder: str, class_names: Sequence[str], multi_label: bool, mo
         model_path: of the model in use; what `compress_weights.py` makes of `best_model.keras` counts as that.
 
     Returns:
-        The stored decision, or where there is none the one that an artefact brings in its `_metadata.json`; the
-        defaults where there is neither, or where it is another model's, which is printed.
+        The stored decision. An exported model keeps the one that it brings in its `_metadata.json`, if that was fitted:
+        it gives the same labels here as elsewhere. Where there is no stored one, that of the metadata counts for
+        compressed weights too. The defaults where there is neither, or where it is another model's, which is printed.
 
     Raises:
         UserError: the file is not as `write_decision` writes it, or is of other classes.
     """
-    path, part = os.path.join(folder, DECISION_FILE), ""
+    path, shipped_path = os.path.join(folder, DECISION_FILE), metadata_path(model_path)
     default = Decision(list(class_names), multi_label)
-    if not os.path.lexists(path) and not model_path.endswith(".keras"):
-        path, part = metadata_path(model_path), "decision"
-    if not os.path.lexists(path):
+    stored = _read_decision_file(path) if os.path.lexists(path) else None
+    brings_own = is_exported(model_path) or (stored is None and not model_path.endswith(".keras"))
+    if brings_own and os.path.lexists(shipped_path):
+        shipped = _read_decision_file(shipped_path, "decision")
+        if stored is None or shipped.temperature_fitted_on or shipped.thresholds_fitted_on:
+            path, stored = shipped_path, shipped
+    if stored is None:
         return default
-    stored = _read_decision_file(path, part)
     if stored.model and artefact_stem(stored.model) != artefact_stem(model_path):
         print(
             f"{path} was fitted for {stored.model}: {os.path.basename(model_path)} goes without it. "

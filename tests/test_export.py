@@ -22,6 +22,7 @@ import train
 import utils
 from compress_weights import CompressConfigs
 from configs import UserError
+from metrics import read_decision
 
 CLASSES = ["blue", "green", "red"]
 EXPORTS = ["tflite", "onnx", "saved_model"]
@@ -375,6 +376,20 @@ def test_shipped_thresholds_decide(multilabel_csv, tmp_path):
     assert table["predicted"].fillna("").tolist() == expected
     assert 0 < shown.mean() < 1
     assert len(set(expected)) > 2
+
+
+@pytest.mark.parametrize("fitted_on", ["validation", None])
+def test_a_later_decision_changes_no_artefact_that_ships_with_one(fitted_on, run_folder):
+    decision = {"classes": CLASSES, "multi_label": False, "temperature": 2.0, "temperature_fitted_on": fitted_on}
+    decision |= {"exact_match_threshold": 0.5, "best_f1_thresholds": None, "thresholds_fitted_on": None}
+    decision |= {"model": "best_model.keras"}
+    (run_folder / "decision.json").write_text(json.dumps(decision))
+    export(run_folder, "onnx")
+    later = decision | {"temperature": 3.0, "temperature_fitted_on": "validation"}
+    (run_folder / "decision.json").write_text(json.dumps(later))
+    paths = {name: str(run_folder / name) for name in ("best_model.keras", "best_model.onnx")}
+    found = {name: read_decision(str(run_folder), CLASSES, False, path).temperature for name, path in paths.items()}
+    assert found == {"best_model.keras": 3.0, "best_model.onnx": 2.0 if fitted_on else 3.0}
 
 
 def test_test_measures_artefacts_and_leaves_the_run_as_it_is(run_folder, capsys):
