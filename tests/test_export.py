@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import keras
@@ -284,12 +285,13 @@ def test_optional_packages_are_those_that_the_tests_install():
     assert set(utils.OPTIONAL_PACKAGES.values()) <= set(declared)
 
 
-@pytest.mark.filterwarnings("error")
 def test_tensorflows_interpreter_stands_in_for_litert(run_folder, monkeypatch):
     export(run_folder, "tflite")
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
-    model = utils.load_exported_model(str(run_folder / "best_model.tflite"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = utils.load_exported_model(str(run_folder / "best_model.tflite"))
     assert (model.input_shape, model.output_shape) == ((None, 32, 32, 3), (None, 3))
     np.testing.assert_allclose(model(images), answer(images), atol=1e-5)
 

@@ -666,6 +666,7 @@ def test_a_cache_gives_the_same_batches_without_reading_again(pictures, tmp_path
         np.testing.assert_array_equal(images, expected[index][0])
 
 
+@pytest.mark.slow
 def test_a_later_process_uses_the_disk_cache(pictures, tmp_path):
     paths, images = pictures
     sequence = sequence_of(paths, cache=cache_of("disk", paths, tmp_path))

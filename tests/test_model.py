@@ -710,7 +710,8 @@ def test_mixed_precision_takes_bfloat16_where_every_gpu_has_it(monkeypatch, capa
     assert choose_mixed_policy() == policy
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 def test_mixed_precision_computes_in_16_bits_and_answers_in_32(monkeypatch, tmp_path, kind):
     monkeypatch.setattr("model.choose_mixed_policy", lambda: f"mixed_{kind}")
     options = {"visual_model_name": "MobileNet", "use_imagenet_weights": False, "image_target_size": (32, 32, 3)}

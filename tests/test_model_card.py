@@ -544,6 +544,7 @@ def digest(labels, paths):
     return hashlib.sha256(np.asarray(labels).tobytes() + names).hexdigest()
 
 
+@pytest.mark.slow
 def test_training_records_its_data(trained):
     run, parts, configs, _ = trained
     stored = json.loads((run / "data.json").read_text())

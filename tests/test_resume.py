@@ -101,6 +101,7 @@ def stop_at(monkeypatch):
     return arrange
 
 
+@pytest.mark.slow
 def test_two_runs_are_the_same_whatever_the_number_of_workers(tables, uninterrupted, tmp_path):
     start(**options_of(tables, tmp_path / "again", generator_workers=1))
     assert_same_run(uninterrupted, tmp_path / "again")
@@ -116,9 +117,8 @@ def test_a_run_of_fewer_epochs_continues_to_the_same_model(tables, uninterrupted
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_after_the_step_and_the_rest_is_the_same(
     tables, uninterrupted, tmp_path, stop_at, capsys, number, status, monkeypatch
 ):
@@ -137,6 +137,7 @@ def test_a_signal_ends_after_the_step_and_the_rest_is_the_same(
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_plateau_goes_on_after_a_stop_within_an_epoch(tables, tmp_path, stop_at, monkeypatch):
     # A frozen backbone and tiny steps: the loss changes by less than what counts as better.
     still = {"conv_layers_to_train": 0, "optimizer_type": "SGD", "learning_rate": 1e-6, "minimum_learning_rate": 1e-9}
@@ -172,6 +173,7 @@ def test_mixed_precision_goes_on_exactly(tables, tmp_path, stop_at, monkeypatch,
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_cache", ["memory", "disk"])
 def test_a_cache_changes_no_bit(tables, uninterrupted, tmp_path, image_cache):
     start(**options_of(tables, tmp_path / "run", image_cache=image_cache, image_cache_path=str(tmp_path / "cache")))
@@ -206,6 +208,7 @@ def test_other_images_are_refused(tables, uninterrupted, tmp_path):
         start(**options | {"train_csv": str(tmp_path / "training_set.csv")})
 
 
+@pytest.mark.slow
 def test_what_is_safe_to_change_is_said(tables, tmp_path, capsys):
     options = options_of(tables, tmp_path / "run", num_epochs=1)
     start(**options)
@@ -225,6 +228,7 @@ def test_options_of_the_first_command_line_hold_on(tables, tmp_path):
     assert train.main(with_defaults)["epochs_completed"] == 1
 
 
+@pytest.mark.slow
 def test_another_runs_models_are_not_overwritten_unless_asked(tables, tmp_path):
     options = options_of(tables, tmp_path / "run", num_epochs=1, save_best_model_only=False)
     start(**options)

@@ -167,6 +167,7 @@ def test_evaluation_files_hold_what_was_printed_and_predicted(trained):
     assert all(word in page for word in ("blue", "green", "red", f"{100 * results['sets']['test']['accuracy']:.1f}"))
 
 
+@pytest.mark.slow
 def test_temperature_is_fitted_on_the_validation_set_that_the_run_had(trained, split_photos, tmp_path, capsys):
     configs, _ = trained
     shutil.copytree(configs.save_model_path, tmp_path / "run")
@@ -182,6 +183,7 @@ def test_temperature_is_fitted_on_the_validation_set_that_the_run_had(trained, s
     assert f"Temperature {decision['temperature']:.3f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_on_removes_what_was_fitted_for_the_model_before(trained, tmp_path, capsys):
     configs, _ = trained
     shutil.copytree(configs.save_model_path, tmp_path / "run")
@@ -192,6 +194,7 @@ def test_training_on_removes_what_was_fitted_for_the_model_before(trained, tmp_p
     assert "Run test.py after training" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_decoded_has_no_part_in_testing_under_skip_bad_images(trained, tmp_path, capsys):
     configs, _ = trained
     table = pd.read_csv(configs.test_csv)
