@@ -274,10 +274,13 @@ def test_images_in_a_store_give_the_run_of_the_files(
         listed = predicting.PredictConfigs(
             load_model_path=str(tmp_path / place), input=str(csv_paths[1]), write_path=str(tmp_path / f"{place}.csv")
         )
+        sets = evaluation.main(configs)["sets"]
+        # The tables have other names; the digests of their labels and file names are the same.
+        assert [figures.pop("csv") for figures in sets.values()] == list(map(str, csv_paths))
         found[place] = {
             "log": (tmp_path / place / "training_log.csv").read_text(),
             "weights": load_model(str(tmp_path / place / "latest_model.keras")).get_weights(),
-            "sets": evaluation.main(configs)["sets"],
+            "sets": sets,
             "pictures": [Path(path).read_bytes() for path in draw_activations.main(configs)["paths"]],
             "predictions": predicting.main(listed)["predictions"].drop(columns="path"),
         }
