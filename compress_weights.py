@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -54,7 +55,7 @@ SIDES = ("before", "after")
 TIMED_RUNS = 3
 EXPORTS = ("tflite", "onnx", "saved_model")
 CALIBRATION_IMAGES = 200
-# Reads the training images, float32 `(height, width, 3)`, from which the ranges of 8-bit activations follow.
+# Reads the training images, uint8 `(height, width, 3)`, from which the ranges of 8-bit activations follow.
 Calibration = Callable[[], list[np.ndarray]]
 
 
@@ -114,7 +115,7 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     configs = take_description(configs, model_path)
     model, decision, subject = load_subject(model_path, configs)
     report = start_report(model_path, configs, subject)
-    calibrate = get_calibration(configs)
+    calibrate = functools.partial(read_calibration_images, configs)
     for kind, precision in list_kinds(configs):
         path = name_candidate(model_path, kind, precision)
         paths = WRITERS[kind](model, path, precision, calibrate)
@@ -224,6 +225,12 @@ def name_candidate(model_path: str, kind: str, precision: str) -> str:
     return os.path.join(os.path.dirname(model_path), f"{artefact_stem(model_path)}{ending}{REJECTED}{suffix}")
 
 
+def name_accepted(path: str) -> str:
+    """Takes `.rejected` out of the name of a file or folder; what its folder is called stays."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, name.replace(REJECTED, ""))
+
+
 def write_weights(model: keras.Model, path: str, precision: str, _: Calibration) -> tuple[str, ...]:
     """Writes weights and layers; returns the paths of both files, that of the weights first."""
     folder, name = os.path.split(path)
@@ -241,7 +248,7 @@ def write_tflite(model: keras.Model, path: str, precision: str, calibrate: Calib
         # Ops without an 8-bit form stay float32, and so do images and probabilities.
         options["target_spec"]["supported_ops"].insert(0, tf.lite.OpsSet.TFLITE_BUILTINS_INT8)
         images = calibrate()
-        options["representative_dataset"] = lambda: ([image[None]] for image in images)
+        options["representative_dataset"] = lambda: ([image[None].astype(np.float32)] for image in images)
     model = to_float32(model)
     with atomic_path(path) as temporary:
         model.export(temporary, format="litert", verbose=False, input_signature=[describe_input(model, 1)], **options)
@@ -348,26 +355,26 @@ def to_float32(model: keras.Model) -> keras.Model:
     return rebuilt
 
 
-def get_calibration(configs: CompressConfigs) -> Calibration:
-    """Returns what reads the training images from which the ranges of int8 activations follow, float32 `[0, 255]`."""
+def read_calibration_images(configs: CompressConfigs) -> list[np.ndarray]:
+    """Reads up to `CALIBRATION_IMAGES` training images, drawn at random, uint8 RGB `(height, width, 3)`.
+
+    Raises:
+        UserError: there is no training table, or an image cannot be read.
+    """
     from generator import read_image, resize_image
     from utils import get_generator
 
-    def calibrate() -> list[np.ndarray]:
-        if not os.path.isfile(configs.train_csv):
-            raise UserError(
-                f"train_csv: --export_quantization int8 takes its ranges from training images. Expected a CSV file. "
-                f"Received: {configs.train_csv!r}, and there is none. Give --train_csv."
-            )
-        paths = get_generator(configs.train_csv, configs.classes, configs, training=False).paths
-        rng = np.random.default_rng(configs.random_seed or 0)
-        chosen = rng.permutation(len(paths))[:CALIBRATION_IMAGES]
-        size, most = configs.image_target_size[:2], configs.max_image_pixels
-        print(f"int8: ranges from {len(chosen)} images of {configs.train_csv}")
-        images = (read_image(paths[row], size, most) for row in chosen)
-        return [resize_image(image, size).astype(np.float32) for image in images]
-
-    return calibrate
+    if not os.path.isfile(configs.train_csv):
+        raise UserError(
+            f"train_csv: --export_quantization int8 takes its ranges from training images. Expected a CSV file. "
+            f"Received: {configs.train_csv!r}, and there is none. Give --train_csv."
+        )
+    paths = get_generator(configs.train_csv, configs.classes, configs, training=False).paths
+    rng = np.random.default_rng(configs.random_seed or 0)
+    chosen = rng.permutation(len(paths))[:CALIBRATION_IMAGES]
+    size, most = configs.image_target_size[:2], configs.max_image_pixels
+    print(f"int8: ranges from {len(chosen)} images of {configs.train_csv}")
+    return [resize_image(read_image(paths[row], size, most), size) for row in chosen]
 
 
 def write_metadata(model_path: str, configs: CompressConfigs, decision: Decision) -> None:
@@ -405,8 +412,8 @@ def judge(paths: Sequence[str], subject: Subject | None, tolerance: float) -> di
 
 
 def accept(paths: Sequence[str]) -> tuple[str, ...]:
-    """Takes `.rejected` out of the names of files and folders, and returns these."""
-    accepted = tuple(path.replace(REJECTED, "") for path in paths)
+    """Gives files and folders the names that ship, and returns these."""
+    accepted = tuple(map(name_accepted, paths))
     for path, name in zip(paths, accepted, strict=True):
         with atomic_path(name) as temporary:
             os.replace(path, temporary)
@@ -501,7 +508,7 @@ def find_earlier(folder: str, report: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         with open(os.path.join(folder, REPORT_FILE), encoding="utf-8") as file:
             earlier = json.load(file)
-        now = {artefact["path"].replace(REJECTED, "") for artefact in report["artefacts"]}
+        now = {name_accepted(artefact["path"]) for artefact in report["artefacts"]}
         is_same = all(earlier[name] == report[name] for name in ("model_sha256", "test_csv"))
         return [
             artefact

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from configs import Configs, UserError
-from utils import MODEL_SUFFIXES, atomic_path, write_text
+from utils import MODEL_SUFFIXES, atomic_path, hash_file, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -992,9 +992,9 @@ def _list_artefacts(folder: str, compression: dict[str, Any]) -> list[dict[str, 
     """Returns what was made of the model, with `name` and `bytes`; nothing where the folder has another model now."""
     model = os.path.join(folder, _base_name(compression["model"]))
     if os.path.isfile(model):
-        with open(model, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != compression["model_sha256"]:
-                return []
+        digest = hash_file(model)
+        if not isinstance(digest, bytes) or digest.hex() != compression["model_sha256"]:
+            return []
     return [
         artefact | {"name": _base_name(artefact["path"]), "bytes": sum(artefact["files"].values())}
         for artefact in compression["artefacts"]

@@ -59,7 +59,7 @@ def main(configs: Configs) -> dict:
     }
     for name, sequence in sequences.items():
         results["sets"][name] |= {"csv": getattr(configs, CSV_OPTIONS[name]), "sha256": fingerprint(sequence)}
-    print_results(results, {name: getattr(configs, option) for name, option in CSV_OPTIONS.items()})
+    print_results(results)
     options = configs.to_dict() | stored | {name: getattr(configs, name) for name in configs.given}
     folder = os.path.join(configs.save_model_path, name_evaluation(model_path))
     write_evaluation(folder, configs, model, sequences["test"], predictions["test"], decision, results, options)
@@ -141,7 +141,7 @@ def evaluate_sets(
     return {name: evaluate_set(truths[name], predictions[name], decision, **extras.get(name, {})) for name in truths}
 
 
-def print_results(results: dict[str, Any], csv_paths: dict[str, str]) -> None:
+def print_results(results: dict[str, Any]) -> None:
     """Prints what was fitted, and the figures of each set."""
     from metrics import format_evaluation
 
@@ -157,7 +157,7 @@ def print_results(results: dict[str, Any], csv_paths: dict[str, str]) -> None:
     elif results["multi_label"]:
         print(f"Threshold {threshold:.2f}, fitted on {f'the {fitted_on} set' if fitted_on else 'no set'}.")
     for name, figures in results["sets"].items():
-        print(f"\n{name} set: {figures['images']} images of {csv_paths[name]}\n{format_evaluation(figures)}")
+        print(f"\n{name} set: {figures['images']} images of {figures['csv']}\n{format_evaluation(figures)}")
 
 
 def write_evaluation(

@@ -182,7 +182,8 @@ def test_int8_takes_its_ranges_from_the_training_images(run_folder, monkeypatch,
 
     paths = [os.path.join(stored["image_directory"], name) for name in names]
     expected = [resize_image(read_image(path, (32, 32)), (32, 32)) for path in paths]
-    assert sorted(image.tobytes() for image in images) == sorted(e.astype(np.float32).tobytes() for e in expected)
+    assert {image.dtype for image in images} == {np.dtype(np.uint8)}
+    assert sorted(image.tobytes() for image in images) == sorted(image.tobytes() for image in expected)
     assert "int8: ranges from 18 images" in capsys.readouterr().out
 
 
@@ -213,6 +214,15 @@ def test_a_second_export_takes_the_place_of_the_first(run_folder):
     for name, run in RUNTIMES.items():
         assert run(run_folder / name, images).argmax() == 0
     assert not [name for name in os.listdir(run_folder) if name.startswith(".tmp")]
+
+
+def test_a_folder_may_be_called_rejected(run_folder):
+    folder = run_folder.rename(run_folder.with_name("first.rejected.run"))
+    for _ in range(2):
+        report = export(folder, *EXPORTS)
+    paths = [folder / name for name in ("best_model_compressed.h5", *ARTEFACTS)]
+    assert [artefact["path"] for artefact in report["artefacts"]] == list(map(str, paths))
+    assert all(path.exists() for path in paths)
 
 
 # The gate
