@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     import tensorflow as tf
     import tf2onnx
 
+    from finetune.metrics import Decision
     from generator import AugmentedImageSequence
-    from metrics import Decision
     from utils import ExportedModel
 
 # Where a run's images are: its own configs.json knows.
@@ -104,7 +104,7 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
         UserError: there is no model, an export needs a package that is missing, or the test set or the calibration
             images cannot be used or are not the model's.
     """
-    from report import write_model_card
+    from finetune.report import write_model_card
     from utils import keep_freed_memory, set_gpu_usage
 
     model_path = resolve_model_path(configs.model_path or configs.load_model_path or configs.save_model_path)
@@ -202,7 +202,7 @@ def load_subject(model_path: str, configs: CompressConfigs) -> tuple[keras.Model
 
     Before anything is written: what is wrong with an image shows here.
     """
-    from metrics import read_decision
+    from finetune.metrics import read_decision
     from utils import get_generator, load_fitting_model, predict
 
     if configs.classes is None:
@@ -452,7 +452,7 @@ def compare(y_true: np.ndarray, before: np.ndarray, after: np.ndarray, decision:
     Raises:
         UserError: a probability is not finite.
     """
-    from metrics import check_finite
+    from finetune.metrics import check_finite
 
     for probabilities in (before, after):
         check_finite(probabilities)

@@ -16,9 +16,9 @@ import numpy as np
 from configs import Configs, run_script
 
 if TYPE_CHECKING:
+    from finetune.gradcam import GradCam
+    from finetune.metrics import Decision
     from generator import AugmentedImageSequence
-    from gradcam import GradCam
-    from metrics import Decision
 
 WRITABLE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 WRITERS = 2
@@ -59,8 +59,8 @@ def main(configs: Configs) -> dict:
     # Imported here, so that --help does not wait for TensorFlow.
     from tqdm import tqdm
 
-    from gradcam import GradCam, describe_faithfulness, overlay_heatmap, summarise_faithfulness
-    from metrics import read_decision
+    from finetune.gradcam import GradCam, describe_faithfulness, overlay_heatmap, summarise_faithfulness
+    from finetune.metrics import read_decision
     from utils import (
         find_trained_model,
         get_generator,
@@ -150,7 +150,7 @@ def explain_all(
     Raises:
         UserError: the model's probabilities are no numbers.
     """
-    from metrics import check_finite
+    from finetune.metrics import check_finite
 
     for index, (images, labels) in enumerate(sequence.to_dataset().as_numpy_iterator()):
         features, probabilities = grad_cam.read(images)
@@ -181,7 +181,7 @@ def measure_some(
         seed: of the random fifths.
         drops: receives what `measure_faithfulness` returns, an item an image; images without a class have none.
     """
-    from gradcam import measure_faithfulness
+    from finetune.gradcam import measure_faithfulness
 
     measured = np.zeros(number_of_images, bool)
     measured[np.linspace(0, number_of_images - 1, min(number_of_images, MOST_MEASURED)).round().astype(int)] = True
@@ -258,7 +258,7 @@ def draw_batch(
 
 def arrange(panels: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
     """Lays images of one size side by side, each over its caption, and many in rows; uint8 RGB."""
-    from gradcam import write_caption
+    from finetune.gradcam import write_caption
 
     pictures = [write_caption(image, caption) for image, caption in panels]
     columns = min(len(pictures), max(PANELS_A_ROW, math.isqrt(len(pictures))))

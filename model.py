@@ -36,7 +36,7 @@ from utils import (
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
-    from callbacks import Interruption
+    from finetune.callbacks import Interruption
     from generator import AugmentedImageSequence
 
 CONVOLUTIONS = (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D)

@@ -19,7 +19,7 @@ class PlotConfigs(Configs):
 def main(configs: PlotConfigs) -> dict:
     """Reads the log, draws it, shows it where there is a display; returns the picture's path."""
     # Imported here, so that --help does not wait for matplotlib.
-    from report import draw_log, read_log
+    from finetune.report import draw_log, read_log
     from utils import atomic_path
 
     log_path = configs.train_log_path or os.path.join(configs.save_model_path, "training_log.csv")

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from augmenter import FusedAugmenter
+    from finetune.metrics import Decision
     from generator import AugmentedImageSequence
-    from metrics import Decision
     from utils import ExportedModel
 
 MOST_COPIES = 100
@@ -72,7 +72,7 @@ def main(configs: PredictConfigs) -> dict:
         `predictions`, the table as written, and `failed`, how many of its images could not be read.
     """
     # Imported here, so that --help does not wait for TensorFlow.
-    from metrics import check_finite, read_decision
+    from finetune.metrics import check_finite, read_decision
     from utils import find_trained_model, keep_freed_memory, load_predictor, set_gpu_usage
 
     names, paths = list_inputs(configs.input, configs.image_directory)

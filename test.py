@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import keras
     import pandas as pd
 
+    from finetune.gradcam import GradCam
+    from finetune.metrics import Decision
     from generator import AugmentedImageSequence
-    from gradcam import GradCam
-    from metrics import Decision
     from utils import ExportedModel
 
 CSV_OPTIONS = {"training": "train_csv", "validation": "validation_csv", "test": "test_csv"}
@@ -33,8 +33,8 @@ PHOTO_SIDE = 320
 def main(configs: Configs) -> dict:
     """Loads the model, predicts each set, evaluates, prints and writes; returns the content of metrics.json."""
     # Imported here, so that --help does not wait for TensorFlow.
-    from callbacks import fingerprint
-    from report import write_model_card
+    from finetune.callbacks import fingerprint
+    from finetune.report import write_model_card
     from utils import find_trained_model, keep_freed_memory, load_predictor, predict, set_gpu_usage
 
     set_gpu_usage(configs.gpu_percentage)
@@ -99,7 +99,7 @@ def get_decision(
 
     An exported model keeps those that it ships with, and so gives the labels of the model that it was made of.
     """
-    from metrics import fit_decision, read_decision, write_decision
+    from finetune.metrics import fit_decision, read_decision, write_decision
     from utils import is_exported
 
     class_names, multi_label = configs.classes, configs.multi_label_classification
@@ -135,7 +135,7 @@ def evaluate_sets(
         threshold_range: lowest and highest threshold of that optimum.
         seed: of the bootstrap.
     """
-    from metrics import evaluate_set
+    from finetune.metrics import evaluate_set
 
     extras = {"test": {"bootstrap": True, "seed": seed, "threshold_range": threshold_range}}
     return {name: evaluate_set(truths[name], predictions[name], decision, **extras.get(name, {})) for name in truths}
@@ -143,7 +143,7 @@ def evaluate_sets(
 
 def print_results(results: dict[str, Any]) -> None:
     """Prints what was fitted, and the figures of each set."""
-    from metrics import format_evaluation
+    from finetune.metrics import format_evaluation
 
     decision = results["decision"]
     if decision["temperature_fitted_on"]:
@@ -182,9 +182,9 @@ def write_evaluation(
         results: the content of metrics.json.
         options: of the run, which the report lists.
     """
-    from gradcam import overlay_heatmap
-    from metrics import get_curves
-    from report import save_figures, write_report
+    from finetune.gradcam import overlay_heatmap
+    from finetune.metrics import get_curves
+    from finetune.report import save_figures, write_report
     from utils import write_csv, write_json
 
     paths = sequence.paths[np.setdiff1d(np.arange(len(sequence.paths)), list(sequence.bad_images))]
@@ -240,7 +240,7 @@ def build_gallery(
         probabilities: calibrated, `(images, classes)`.
         decision: chooses the predicted labels.
     """
-    from report import choose_gallery, get_losses
+    from finetune.report import choose_gallery, get_losses
 
     chosen = decision.choose(probabilities)
     rows = dict(zip(GALLERIES, choose_gallery(y_true, probabilities, chosen, GALLERY_IMAGES), strict=True))
@@ -270,7 +270,7 @@ def build_gallery(
 
 def build_grad_cam(model: keras.Model | ExportedModel, cam_method: str) -> GradCam | None:
     """Builds what explains a model; None, and a line, where it has not the parts for that."""
-    from gradcam import GradCam
+    from finetune.gradcam import GradCam
     from utils import ExportedModel
 
     if isinstance(model, ExportedModel):
@@ -320,7 +320,7 @@ def draw_pictures(
 
 def read_training_log(folder: str) -> pd.DataFrame | None:
     """Returns the run's training log; None where there is none."""
-    from report import read_log
+    from finetune.report import read_log
 
     path = os.path.join(folder, "training_log.csv")
     try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import tensorflow as tf
 
-    from callbacks import Checkpoint, Interruption, Phase
+    from finetune.callbacks import Checkpoint, Interruption, Phase
     from generator import AugmentedImageSequence, Shares
     from model import TrainingModel
     from utils import Team
@@ -42,7 +42,7 @@ def main(configs: Configs) -> dict:
 
 def train(configs: Configs, team: Team) -> dict:
     """Seeds, reads the data, builds or loads the model, trains; returns the last epoch's figures and the best."""
-    from callbacks import Interruption, build_callbacks, check_same_data, locked
+    from finetune.callbacks import Interruption, build_callbacks, check_same_data, locked
     from model import get_losses
     from utils import check_sets, get_settings, resolve_class_names, set_seed, start_devices
 
@@ -90,7 +90,7 @@ def train(configs: Configs, team: Team) -> dict:
 
 def find_start(configs: Configs) -> tuple[str, dict[str, Any] | None, Configs]:
     """Finds the model to continue from, if any, the state of its training, if it carries one, and the run's configs."""
-    from callbacks import configs_to_continue, read_state
+    from finetune.callbacks import configs_to_continue, read_state
     from utils import resolve_model_path
 
     refuse_other_run(configs)
@@ -126,7 +126,7 @@ def starts_in_own_folder(configs: Configs) -> bool:
 
 def has_ended(state: dict[str, Any], configs: Configs) -> bool:
     """Tells whether a run has nothing left to do: its epochs are over, or it stopped early."""
-    from callbacks import stops_early
+    from finetune.callbacks import stops_early
 
     epochs = state["epochs_completed"]
     stopped = stops_early(epochs, state["best_epoch"], configs.early_stopping_patience, configs.head_epochs)
@@ -168,7 +168,7 @@ def agree_on_start(
     team: Team, training: AugmentedImageSequence, validation: AugmentedImageSequence, model_path: str
 ) -> None:
     """Raises UserError in every process where they do not start from the same images, labels and model file."""
-    from callbacks import fingerprint
+    from finetune.callbacks import fingerprint
     from utils import hash_file
 
     if team.size > 1:
@@ -248,7 +248,7 @@ def probe(
 
 def get_phases(configs: Configs, devices: int) -> list[Phase]:
     """Divides a run into the epochs that train the head alone, if any, and those that train all."""
-    from callbacks import Phase
+    from finetune.callbacks import Phase
 
     factor = devices if configs.scale_learning_rate else 1
     if factor > 1:
@@ -357,9 +357,9 @@ def find_learning_rate(
 
     Source: Smith, WACV 2017 (arXiv:1506.01186).
     """
-    from callbacks import EpochOrder, Interruption, RangeTest
-    from metrics import suggest_learning_rate
-    from report import draw_learning_rate
+    from finetune.callbacks import EpochOrder, Interruption, RangeTest
+    from finetune.metrics import suggest_learning_rate
+    from finetune.report import draw_learning_rate
     from utils import naming_bad_images
 
     phase = get_phases(configs, strategy.num_replicas_in_sync)[0]
@@ -395,7 +395,7 @@ def describe_set(csv_path: str, sequence: AugmentedImageSequence, class_names: S
     """Returns a set's `csv`, `images`, images of each of its `classes` and the `sha256` of `callbacks.fingerprint`."""
     import numpy as np
 
-    from callbacks import fingerprint
+    from finetune.callbacks import fingerprint
 
     labels = sequence.labels
     counts = np.bincount(labels, minlength=len(class_names)) if labels.ndim == 1 else labels.sum(axis=0)
@@ -408,7 +408,7 @@ def clear_folder(configs: Configs) -> None:
 
     A run that goes on loses its decision and its model card: they belong to the model that it is about to replace.
     """
-    from callbacks import remove_stale_files
+    from finetune.callbacks import remove_stale_files
 
     folder = configs.save_model_path
     remove_stale_files(folder)
@@ -472,7 +472,7 @@ def fit(
 def report(checkpoint: Checkpoint, save_model_path: str) -> dict:
     """Writes the model card, prints the best epoch and where everything is; returns its figures with the last's."""
     if checkpoint.writes:
-        from report import write_model_card
+        from finetune.report import write_model_card
 
         write_model_card(save_model_path)
     if checkpoint.best is None:

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     import PIL.Image
     import tensorflow as tf
 
+    from finetune.metrics import Decision
     from generator import AugmentedImageSequence, Shares
-    from metrics import Decision
 
 IMAGE_COLUMN = "path"
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")

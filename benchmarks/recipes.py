@@ -261,7 +261,7 @@ def write_tables(photos: Photos, seed: int, folder: str) -> dict[str, str]:
 
 def run_peer(recipe: str, photos: Photos, seed: int, folder: str, arguments: argparse.Namespace) -> tuple[float, float]:
     """Trains and predicts by plain_keras.py; returns the score, by the same functions, and the seconds of training."""
-    from metrics import Decision, evaluate_set
+    from finetune.metrics import Decision, evaluate_set
 
     truth = photos.truth if photos.multi_label else photos.truth.argmax(axis=1)
     rows = split_photos(photos.truth, seed)

@@ -32,11 +32,11 @@ def measure_checkpoint_cost(images: str) -> dict[str, float]:
     Returns:
         Medians over the epochs: `epoch_s`, `checkpoint_s`, and `share`, their ratio.
     """
-    import callbacks
     import make_csv_from_folders
     import split_train_test
     import train
     from configs import Configs
+    from finetune import callbacks
 
     spent, ends = [], []
     original = callbacks.Checkpoint.on_epoch_end
@@ -87,8 +87,8 @@ def measure_fit(paths: list[str]) -> dict[str, float]:
     import tensorflow as tf
 
     from augmenter import build_augmenter
-    from callbacks import InputWait, Interruption
     from configs import Configs
+    from finetune.callbacks import InputWait, Interruption
     from generator import AugmentedImageSequence, Shares
     from model import get_training_model
 
@@ -125,7 +125,7 @@ def measure_grad_cam() -> dict[str, float]:
     import keras
     import tensorflow as tf
 
-    from gradcam import GradCam
+    from finetune.gradcam import GradCam
 
     model = build_mobilenet()
     images = np.random.default_rng(0).integers(0, 256, (128, 224, 224, 3), np.uint8)

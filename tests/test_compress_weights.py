@@ -13,7 +13,7 @@ import compress_weights
 import utils
 from compress_weights import CompressConfigs
 from configs import Configs, UserError
-from metrics import Decision
+from finetune.metrics import Decision
 from model import ModelFactory
 
 CLASSES = ["blue", "green", "red"]

@@ -19,8 +19,8 @@ import generator
 import make_csv_from_folders
 import split_train_test
 import utils
-from callbacks import BadImages
 from configs import Configs, UserError
+from finetune.callbacks import BadImages
 
 # What full checking finds in each file of the corpus; quick checking does not see into the pixels of `DEEP`.
 EXPECTED = {

@@ -16,8 +16,8 @@ import pytest
 import tensorflow as tf
 
 import train
-from callbacks import EpochOrder, Interruption, read_state
 from configs import Configs, UserError
+from finetune.callbacks import EpochOrder, Interruption, read_state
 from generator import AugmentedImageSequence, Shares
 from model import ModelFactory, TrainingModel
 from utils import get_class_weights, get_generator, set_seed
@@ -182,7 +182,7 @@ def test_the_learning_rate_is_scaled_only_where_that_is_wanted(tables, tmp_path,
 
 
 def test_a_run_within_an_epoch_keeps_its_number_of_devices(tables, tmp_path):
-    from callbacks import check_same_data, fingerprint
+    from finetune.callbacks import check_same_data, fingerprint
 
     paths = [str(tables[0])] * 8
     sequence = AugmentedImageSequence(paths, np.zeros(8, int), (8, 8), 2, shares=Shares(2, 0, 2))

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 import draw_activations
-import gradcam
 from configs import Configs, UserError
-from metrics import Decision, write_decision
+from finetune import gradcam
+from finetune.metrics import Decision, write_decision
 from model import ModelFactory
 from utils import get_generator, write_json
 

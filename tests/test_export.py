@@ -23,7 +23,7 @@ import train
 import utils
 from compress_weights import CompressConfigs
 from configs import UserError
-from metrics import read_decision
+from finetune.metrics import read_decision
 
 CLASSES = ["blue", "green", "red"]
 EXPORTS = ["tflite", "onnx", "saved_model"]

@@ -24,9 +24,9 @@ import train
 import utils
 from compress_weights import CompressConfigs
 from configs import Configs, UserError
+from finetune.metrics import Decision, read_decision, write_decision
+from finetune.report import read_log
 from generator import read_image
-from metrics import Decision, read_decision, write_decision
-from report import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["cat", "dog", "owl"]

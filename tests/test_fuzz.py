@@ -21,14 +21,12 @@ from corpus import BAD_TABLES, images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import callbacks
 import draw_activations
 import generator
-import metrics
-import report
 import utils
 from compress_weights import CompressConfigs
 from configs import Configs, UserError
+from finetune import callbacks, metrics, report
 from make_csv_from_folders import FolderConfigs
 from plot_training_log import PlotConfigs
 from predict import PredictConfigs

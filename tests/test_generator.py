@@ -19,8 +19,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image, ImageOps
 
 from augmenter import build_augmenter
-from callbacks import EpochOrder, InputWait, Interruption
 from configs import Configs, UserError
+from finetune.callbacks import EpochOrder, InputWait, Interruption
 from generator import (
     AugmentedImageSequence,
     DiskCache,

@@ -5,7 +5,7 @@ import pytest
 from keras import layers
 
 from configs import CAM_COLORMAPS, CAM_METHODS, Configs, UserError
-from gradcam import (
+from finetune.gradcam import (
     METHODS,
     GradCam,
     describe_faithfulness,

@@ -9,9 +9,9 @@ import pytest
 from scipy import special, stats
 from sklearn import metrics as sk
 
-import metrics
 from configs import UserError
-from metrics import (
+from finetune import metrics
+from finetune.metrics import (
     Decision,
     evaluate_set,
     find_best_f1_thresholds,
@@ -865,7 +865,7 @@ def test_format_keeps_long_column_names_apart():
 
 
 def test_no_tensorflow_is_imported():
-    command = "import sys, metrics; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
+    command = "import sys, finetune.metrics; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
     subprocess.run([sys.executable, "-c", command], cwd=Path(metrics.__file__).parent, check=True)
 
 

@@ -13,7 +13,7 @@ from keras import layers
 from sklearn.metrics import log_loss
 
 from configs import BACKBONE_NAMES, Configs, UserError
-from gradcam import GradCam
+from finetune.gradcam import GradCam
 from model import (
     BACKBONES,
     LAST_LAYER_OF_FAMILY,

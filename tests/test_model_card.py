@@ -21,11 +21,11 @@ from sklearn.metrics import accuracy_score, f1_score
 from test_report import multi_label, single_label
 
 import compress_weights
-import report
 import test
 import train
 from configs import Configs, UserError
-from report import show, write_model_card
+from finetune import report
+from finetune.report import show, write_model_card
 
 HOSTILE = [
     "a|b`c",

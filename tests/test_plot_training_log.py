@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from configs import UserError
+from finetune.report import draw_log
 from plot_training_log import PlotConfigs, main
-from report import draw_log
 
 matplotlib.use("agg")
 

@@ -18,8 +18,8 @@ from imgaug import augmenters as iaa
 import augmenter
 import predict
 from configs import Configs, UserError
+from finetune.metrics import Decision, read_decision
 from generator import read_image
-from metrics import Decision, read_decision
 from predict import PredictConfigs
 from utils import classify_image, load_model, write_json
 

@@ -13,8 +13,8 @@ import tensorflow as tf
 from test_resume import assert_same_run, options_of, start, tables  # noqa: F401 - a fixture
 
 import train
-from callbacks import Interruption, Phase, RangeTest, Schedule, read_state
 from configs import Configs, UserError
+from finetune.callbacks import Interruption, Phase, RangeTest, Schedule, read_state
 from generator import read_image, resize_image
 from model import ModelFactory, TrainingModel, find_averages, has_fixed_features, leaf_layers, prepare_backbone
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import log_loss
 
 from configs import Configs
-from report import (
+from finetune.report import (
     choose_gallery,
     draw_confusion_matrix,
     draw_learning_rate,

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 
 import train
-from callbacks import locked, read_state, remove_stale_files
 from configs import Configs, UserError
+from finetune.callbacks import locked, read_state, remove_stale_files
 from generator import AugmentedImageSequence
 from model import ModelFactory
 
@@ -292,7 +292,7 @@ def test_early_stopping_ends_the_run_and_resuming_it_changes_nothing(tables, tmp
 
 
 def test_checkpoints_between_epochs_carry_their_step(tables, tmp_path, monkeypatch):
-    import callbacks
+    from finetune import callbacks
 
     written = []
     original = callbacks.save_checkpoint

@@ -514,7 +514,7 @@ def test_a_process_that_has_nothing_to_do_while_others_have_is_told(processes, e
 
 
 def test_a_signal_of_one_process_holds_for_all_after_the_same_step():
-    from callbacks import Interruption
+    from finetune.callbacks import Interruption
 
     workers = [Interruption(is_shared=True) for _ in range(3)]
 
@@ -535,7 +535,7 @@ def test_a_signal_of_one_process_holds_for_all_after_the_same_step():
 
 @posix
 def test_the_first_signal_is_noted_and_the_handlers_come_back():
-    from callbacks import Interruption
+    from finetune.callbacks import Interruption
 
     before = [signal.getsignal(number) for number in Interruption.NUMBERS]
     for is_shared in (False, True):

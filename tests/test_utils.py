@@ -20,7 +20,7 @@ import tensorflow as tf
 
 import utils
 from configs import OPTIMIZER_NAMES, Configs, UserError
-from metrics import Decision
+from finetune.metrics import Decision
 
 PROJECT = Path(__file__).parent.parent
 CLASSES = ["cat", "dog", "owl"]

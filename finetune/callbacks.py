@@ -23,8 +23,8 @@ import pandas as pd
 import tensorflow as tf
 
 from configs import Configs, UserError
+from finetune.metrics import get_aurocs, mean_of_defined, none_if_undefined
 from generator import AugmentedImageSequence
-from metrics import get_aurocs, mean_of_defined, none_if_undefined
 from model import TrainingModel, find_averages
 from utils import (
     TEMPORARY_PREFIX,

@@ -208,7 +208,7 @@ def draw_learning_rate(rates: Sequence[float], losses: Sequence[float], suggesti
         path: the file.
     """
     # Imported here, so that plot_training_log.py does not wait for scikit-learn.
-    from metrics import smooth_losses
+    from finetune.metrics import smooth_losses
 
     is_finite = np.isfinite(losses)
     rates, known = np.asarray(rates)[is_finite], np.asarray(losses)[is_finite]
