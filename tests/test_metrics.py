@@ -866,7 +866,7 @@ def test_format_keeps_long_column_names_apart():
 
 def test_no_tensorflow_is_imported():
     command = "import sys, finetune.metrics; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
-    subprocess.run([sys.executable, "-c", command], cwd=Path(metrics.__file__).parent, check=True)
+    subprocess.run([sys.executable, "-c", command], cwd=Path(metrics.__file__).parent.parent, check=True)
 
 
 # Learning-rate range test
