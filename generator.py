@@ -3,342 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import hashlib
-import io
 import itertools
 import math
-import os
-import shutil
 import threading
-import zlib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import cv2
 import keras
 import numpy as np
-import psutil
 import tensorflow as tf
+from imgaug import augmenters as iaa
 
-from configs import MAX_IMAGE_PIXELS, UserError
-from utils import (
-    TAIL_BYTES,
-    BadImage,
-    check_end,
-    check_length,
-    decode_animated_png,
-    is_url,
-    read_bytes,
-    read_header,
-    read_version,
-)
-
-if TYPE_CHECKING:
-    from imgaug import augmenters as iaa
-
-    from augmenter import FusedAugmenter
+from augmenter import build_augmenter
+from configs import MAX_IMAGE_PIXELS, Configs
+from finetune.caches import DiskCache, MemoryCache, build_cache
+from finetune.data_check import check_images
+from finetune.images import read_image, resize_image
+from finetune.mixing import mix_batch
+from finetune.options import UserError
+from finetune.stores import join_path
+from finetune.tables import IMAGE_COLUMN, encode_labels, read_table
+from finetune.texts import join_names
+from finetune.warps import FusedAugmenter
 
 # OpenCV's own threads would compete with the generator's workers for the same cores.
 cv2.setNumThreads(1)
 
-# OpenCV names its scaled decoding by grey and by BGR pictures; with the flag for RGB the former gives RGB.
-DECODE_FLAGS = {
-    1: cv2.IMREAD_COLOR_RGB,
-    2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
-JPEG_START = b"\xff\xd8\xff"
 # Ends the key of mixing's random numbers, which are others than those of augmentation. Any number but 0 does.
 MIXING = 1
-# What to do about an object that no store gives.
-STORE_REMEDIES = {"missing": "Replace it", "unreachable": "Check the address, the network and your permissions"}
-
-
-def read_image(path: str, image_size: Sequence[int] | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
-    """Decodes an image as an upright picture: its EXIF orientation is applied.
-
-    Args:
-        path: a file, or a URL that fsspec reads.
-        image_size: `(height, width)` that the picture will be resized to: a JPEG at least twice as large is decoded
-            at 1/2, 1/4 or 1/8 of its size, never below this one, which is faster.
-        max_pixels: what the picture may have; the header tells before anything is decoded.
-
-    Returns:
-        uint8 RGB `(height, width, 3)`; grey is repeated, alpha dropped, 16 bits reduced to 8.
-
-    Raises:
-        UserError: the file is missing, cut short, too large or cannot be decoded.
-    """
-    try:
-        encoded = read_bytes(path)
-        sides = check_header(encoded, max_pixels)
-        divisor = choose_divisor(encoded, sides, image_size) if image_size else 1
-        image = decode_animated_png(encoded)
-        if image is None and encoded.size:
-            image = cv2.imdecode(encoded, DECODE_FLAGS[divisor])
-    except (OSError, ValueError, cv2.error) as error:
-        reason = getattr(error, "strerror", None) or getattr(error, "err", None) or str(error)
-        raise UserError(f"Cannot read the image {path}: {reason}. Replace it, or drop its row.") from error
-    except BadImage as error:
-        what = f"read the image {path}: it" if error.kind in STORE_REMEDIES else f"decode the image {path}:"
-        remedy = STORE_REMEDIES.get(error.kind, "Replace it")
-        raise UserError(f"Cannot {what} {error.detail}. {remedy}, or drop its row.") from error
-    if image is None:
-        raise UserError(f"Cannot decode the image {path}: it is damaged or no image. Replace it, or drop its row.")
-    return image
-
-
-def check_header(encoded: np.ndarray, max_pixels: int) -> tuple[int, int]:
-    """Checks an image file's number of pixels, and that it has its end, before it is decoded.
-
-    OpenCV decodes a JPEG that is cut short as if it were whole, the rest of it grey.
-
-    Returns:
-        Width and height; zeros where Pillow does not know the format.
-
-    Raises:
-        BadImage: it has too many pixels, or is cut short.
-    """
-    check_length(encoded[:12].tobytes(), encoded.size)
-    file = io.BytesIO(encoded)
-    header = read_header(file, max_pixels)
-    if header is None:
-        return 0, 0
-    check_end(header, encoded[-TAIL_BYTES:].tobytes(), file)
-    return header.size
-
-
-def choose_divisor(encoded: np.ndarray, sides: Sequence[int], image_size: Sequence[int]) -> int:
-    """Returns the largest of 8, 4, 2 and 1 by which a JPEG file's picture stays at least as large as `image_size`."""
-    if encoded[:3].tobytes() != JPEG_START:
-        return 1
-    # Its EXIF orientation may turn the picture: the shorter side is taken for both.
-    return next(divisor for divisor in (8, 4, 2, 1) if divisor == 1 or min(sides) // divisor >= max(image_size))
-
-
-def resize_image(image: np.ndarray, image_size: Sequence[int], target: np.ndarray | None = None) -> np.ndarray:
-    """Resizes an image to `(height, width)`; the aspect ratio may change.
-
-    Where it shrinks, areas are averaged; where the sides shrink by less than 1.5, neighbours are interpolated, which
-    takes 0.1 ms instead of 0.5 ms from 240x320 to 224x224.
-
-    Args:
-        image: `(any height, any width, 3)`.
-        image_size: `(height, width)`.
-        target: receives the result, `(height, width, 3)` of the image's type; None makes a new array.
-    """
-    height, width = image_size
-    if image.shape[:2] == (height, width):
-        if target is None:
-            return image
-        target[:] = image
-        return target
-    ratios = image.shape[0] / height, image.shape[1] / width
-    averages = min(ratios) >= 1 and max(ratios) >= 1.5
-    return cv2.resize(image, (width, height), target, interpolation=cv2.INTER_AREA if averages else cv2.INTER_LINEAR)
-
-
-def mix_batch(
-    images: np.ndarray, labels: np.ndarray, generator: np.random.Generator, mixup_alpha: float, cutmix_alpha: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mixes each image of a batch with another one of it, and their labels by the same share.
-
-    mixup blends the two; CutMix pastes a box of the other into the one. Where both alphas are above 0, even odds choose
-    one of them for the batch. The others are a random permutation of the batch, in which an image may meet itself.
-    Each pair has a share, and a box, of its own, as in the papers' equations; their programs draw one a batch.
-
-    Source: Zhang et al., ICLR 2018, section 1 (arXiv:1710.09412); Yun et al., ICCV 2019, eqs. 1-2 (arXiv:1905.04899).
-
-    Args:
-        images: uint8 `(batch, height, width, 3)`.
-        labels: float `(batch, classes)`.
-        generator: draws everything.
-        mixup_alpha: shares are drawn from Beta(alpha, alpha); 0 leaves mixup out.
-        cutmix_alpha: likewise of CutMix; one of the two is above 0.
-
-    Returns:
-        The mixed images, uint8, and labels, float32: each image's own share of both, and its other's for the rest.
-    """
-    cuts = cutmix_alpha > 0 and (mixup_alpha <= 0 or generator.random() < 0.5)
-    alpha = cutmix_alpha if cuts else mixup_alpha
-    others = generator.permutation(len(images))
-    shares = generator.beta(alpha, alpha, len(images))
-    mix = _paste if cuts else _blend
-    mixed, shares = mix(images, images[others], shares, generator)
-    own = shares.astype(np.float32)[:, None]
-    return mixed, (own * labels + (1 - own) * labels[others]).astype(np.float32)
-
-
-def _blend(
-    images: np.ndarray, others: np.ndarray, shares: np.ndarray, _: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    mixed = np.empty_like(images)
-    for target, image, other, share in zip(mixed, images, others, shares.tolist(), strict=True):
-        cv2.addWeighted(image, share, other, 1 - share, 0, target)
-    return mixed, shares
-
-
-def _paste(
-    images: np.ndarray, others: np.ndarray, shares: np.ndarray, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pastes boxes that have the image's own aspect ratio and any centre; the border cuts them off.
-
-    Returns:
-        The images, and their own shares of the pixels as they are then.
-    """
-    mixed, sides = images.copy(), np.array(images.shape[1:3])
-    box_sides = np.rint(sides * np.sqrt(1 - shares)[:, None]).astype(int)
-    starts = generator.integers(sides, size=box_sides.shape) - box_sides // 2
-    starts, ends = np.maximum(starts, 0), np.minimum(starts + box_sides, sides)
-    for target, other, (top, left), (bottom, right) in zip(mixed, others, starts, ends, strict=True):
-        target[top:bottom, left:right] = other[top:bottom, left:right]
-    return mixed, 1 - (ends - starts).prod(axis=1) / sides.prod()
-
-
-class MemoryCache:
-    """Keeps resized images in memory, which it takes at once: what does not fit is told before training starts.
-
-    Args:
-        number: of images.
-        image_size: `(height, width)`.
-
-    Raises:
-        UserError: the memory that is free does not suffice.
-    """
-
-    def __init__(self, number: int, image_size: Sequence[int]) -> None:
-        shape = (number, *image_size, 3)
-        needed, free = math.prod(shape), free_memory()
-        if needed > free:
-            raise UserError(
-                f"image_cache: {number} images of {image_size[0]}x{image_size[1]} need {needed / 2**30:.1f} GiB of "
-                f"memory. Free are {free / 2**30:.1f} GiB. Set image_cache to disk or none."
-            )
-        self._images = np.full(shape, 0, np.uint8)
-        self._is_known = np.zeros(number, bool)
-
-    def get(self, row: int) -> np.ndarray | None:
-        """Returns the image of a row, uint8 `(height, width, 3)`; None where it is not known yet."""
-        return self._images[row] if self._is_known[row] else None
-
-    def put(self, row: int, image: np.ndarray) -> None:
-        """Keeps the image of a row."""
-        self._images[row] = image
-        self._is_known[row] = True
-
-
-class DiskCache:
-    """Keeps resized images in a file that is mapped into memory, for this run, later ones and other processes.
-
-    The file holds an entry per image (a digest of its path, size and modification time, or of its URL and what the
-    store tells without sending it, and a checksum of its pixels) and after the entries the pixels. Pixels are written
-    before their entry, and both are checked at an image's first use: what changed meanwhile, or was half written when
-    a process or the machine stopped, is decoded anew. Processes that share the file write the same bytes.
-
-    Args:
-        paths: image files or URLs.
-        image_size: `(height, width)`.
-        folder: where the file is, or will be.
-
-    Raises:
-        UserError: the folder cannot be written, or has too little room.
-    """
-
-    ENTRY = np.dtype([("digest", "V16"), ("checksum", "<u4")])
-    # To be raised when images are decoded or resized in another way.
-    VERSION = 1
-
-    def __init__(self, paths: Sequence[str], image_size: Sequence[int], folder: str) -> None:
-        self._paths = [path if is_url(path) else os.path.abspath(path) for path in paths]
-        self._shape = (*image_size, 3)
-        self._image_bytes = math.prod(self._shape)
-        self._pixels_start = len(paths) * self.ENTRY.itemsize
-        self._checked = np.zeros(len(paths), bool)
-        self._digests: dict[int, bytes] = {}
-        self._lock = threading.Lock()
-        height, width = image_size
-        key = "\0".join([str(self.VERSION), *self._paths])
-        digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-        self.path = os.path.join(folder, f"images_{height}x{width}_{digest}.cache")
-        try:
-            os.makedirs(folder, exist_ok=True)
-            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - open as long as the cache
-            self._file.close()
-            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
-            self._reserve(self._pixels_start + len(paths) * self._image_bytes)
-        except OSError as error:
-            raise UserError(f"Cannot write the image cache {self.path}: {error.strerror}.") from error
-        self._entries = np.memmap(self.path, self.ENTRY, "r", shape=len(paths))
-        self._images = np.memmap(self.path, np.uint8, "r", offset=self._pixels_start, shape=(len(paths), *self._shape))
-
-    def _reserve(self, size: int) -> None:
-        status = os.fstat(self._file.fileno())
-        missing = size - getattr(status, "st_blocks", status.st_size // 512) * 512
-        free = shutil.disk_usage(os.path.dirname(self.path)).free
-        if missing > free:
-            raise UserError(
-                f"image_cache: {self.path} needs {missing / 2**30:.1f} GiB more. Free are {free / 2**30:.1f} GiB. "
-                "Choose another image_cache_path, or set image_cache to none."
-            )
-        if status.st_size != size:
-            self._file.truncate(size)
-
-    def get(self, row: int) -> np.ndarray | None:
-        """Returns the image of a row, uint8 `(height, width, 3)`; None where it is not known, or no longer right."""
-        if not self._checked[row]:
-            entry, image, digest = self._entries[row], self._images[row], self._digest(row)
-            if entry["digest"].tobytes() != digest or entry["checksum"] != zlib.crc32(image):
-                # Kept for `put`: the file may change while it is being read.
-                self._digests[row] = digest
-                return None
-            self._checked[row] = True
-        return self._images[row]
-
-    def put(self, row: int, image: np.ndarray) -> None:
-        """Keeps the image of a row, which was read after `get` did not have it.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        digest = self._digests.pop(row, None) or self._digest(row)
-        entry = np.zeros((), self.ENTRY)
-        entry["digest"], entry["checksum"] = np.void(digest), zlib.crc32(np.ascontiguousarray(image))
-        parts = (self._pixels_start + row * self._image_bytes, image), (row * self.ENTRY.itemsize, entry)
-        try:
-            with self._lock:
-                for start, part in parts:
-                    self._file.seek(start)
-                    self._file.write(part.tobytes())
-        except OSError as error:
-            raise UserError(f"Cannot write the image cache {self.path}: {error.strerror}. Free the space.") from error
-        # A store is asked once a run: it takes longer to answer than a disk.
-        self._checked[row] = is_url(self._paths[row])
-
-    def _digest(self, row: int) -> bytes:
-        path = self._paths[row]
-        try:
-            if is_url(path):
-                version = read_version(path)
-            else:
-                status = os.stat(path)
-                version = f"{status.st_size}\0{status.st_mtime_ns}"
-        except (OSError, BadImage):
-            return b""  # reading the image tells what is wrong with it; no entry's digest is that short
-        key = f"{path}\0{version}"
-        return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).digest()
-
-
-def free_memory() -> int:
-    """Returns the bytes of memory that can still be taken, within a container's limit where there is one."""
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
-    return free
 
 
 class Shares(NamedTuple):
@@ -604,6 +297,10 @@ class AugmentedImageSequence(keras.utils.Sequence):
         """Returns the labels of these positions in `paths`, as batches have them that are not mixed."""
         return self._labels_of(rows)
 
+    def get_read_paths(self) -> np.ndarray:
+        """Returns the paths of the images that could be read, text `(images,)`, in the order of `paths`."""
+        return self.paths[np.setdiff1d(np.arange(len(self.paths)), list(self.bad_images))]
+
     def get_rows(self, index: int) -> np.ndarray:
         """Returns the positions in `paths` of the images of a batch that has been read, in an order not shuffled."""
         bounds = self._get_bounds(index)
@@ -614,78 +311,79 @@ class AugmentedImageSequence(keras.utils.Sequence):
         return self.labels.sum(axis=0).astype(int) if self.labels.ndim == 2 else np.bincount(self.labels)
 
 
-# Features in the place of images
-
-
-def read_plainly(sequence: AugmentedImageSequence) -> AugmentedImageSequence:
-    """Returns a sequence of the same images in the order of `paths`, without augmentation."""
-    plain = copy.copy(sequence)
-    plain.shuffle, plain.augmenter, plain.mixes = False, None, False
-    plain.gives_shares = False
-    plain.epoch, plain.first_step, plain.error, plain.bad_images = 0, 0, None, {}
-    return plain
-
-
-class FeatureSequence(AugmentedImageSequence):
-    """Batches of features in the place of the images of another sequence, with its order, labels and shares.
-
-    It trains the classifier on a frozen backbone without running the backbone. Images are not augmented.
+def get_generator(
+    csv_path: str,
+    class_names: Sequence[str],
+    configs: Configs,
+    training: bool,
+    bad_rows: Collection[int] | None = None,
+    shares: Shares | None = None,
+) -> AugmentedImageSequence:
+    """Builds the generator of one CSV file: augmented, mixed and reshuffled every epoch for training, else in order.
 
     Args:
-        features: float32 `(images, channels)`, in the order of `paths`. Rows of `bad_images` are not used: the next
-            one in the epoch's order takes their place, or they are left out, as the images' own sequence does it.
-        bad_images: why an image could not be read, by its position in `paths`.
-        facts: what `AugmentedImageSequence` takes.
+        csv_path: the table.
+        class_names: in the model's order.
+        configs: the options.
+        training: whether the model learns from these images.
+        bad_rows: line numbers to leave out, where the data check has run. None checks the images now.
+        shares: the devices to feed, where several train together.
+
+    Raises:
+        UserError: the CSV, a label or an image in it is not usable.
     """
+    paths, labels = _list_images(csv_path, class_names, configs, bad_rows)
+    image_size = configs.image_target_size[:2]
+    return AugmentedImageSequence(
+        paths,
+        labels,
+        image_size=image_size,
+        batch_size=configs.batch_size * (configs.gradient_accumulation_steps if training else 1),
+        augmenter=build_augmenter(configs.augmentation_strength) if training else None,
+        shuffle=training,
+        seed=configs.random_seed or 0,
+        workers=configs.generator_workers,
+        max_queue_size=configs.generator_queue_length,
+        cache=build_cache(configs.image_cache, paths, image_size, configs.image_cache_path),
+        max_pixels=configs.max_image_pixels,
+        skip_bad_images=configs.skip_bad_images,
+        shares=shares,
+        mixup_alpha=configs.mixup_alpha,
+        cutmix_alpha=configs.cutmix_alpha,
+        number_of_classes=len(class_names),
+    )
 
-    def __init__(self, features: np.ndarray, bad_images: dict[int, str], **facts: Any) -> None:
-        super().__init__(**facts)
-        self.features = features
-        self.bad_images = dict(bad_images)
 
-    @classmethod
-    def of(cls, sequence: AugmentedImageSequence, features: np.ndarray, is_read: np.ndarray) -> FeatureSequence:
-        """Puts features in the place of a sequence's images.
-
-        Args:
-            sequence: whose order, labels, shares, epoch and step it takes.
-            features: as `model.compute_features` gives them.
-            is_read: likewise.
-        """
-        features_only = cls(
-            features,
-            # What another process was to read is known to that one.
-            {row: sequence.bad_images.get(row, "it could not be read") for row in np.flatnonzero(~is_read).tolist()},
-            paths=sequence.paths,
-            labels=sequence.labels,
-            image_size=sequence.image_size,
-            batch_size=sequence.batch_size,
-            shuffle=sequence.shuffle,
-            seed=sequence.seed,
-            max_queue_size=sequence.max_queue_size,
-            skip_bad_images=sequence.skip_bad_images,
-            shares=sequence.shares if sequence.gives_shares or not sequence.shuffle else None,
+def _list_images(
+    csv_path: str, class_names: Sequence[str], configs: Configs, bad_rows: Collection[int] | None
+) -> tuple[list[str], np.ndarray]:
+    """Returns the paths of a table's usable images and their labels, as `encode_labels` gives them."""
+    table = read_table(csv_path, configs.csv_label_column, configs.multi_label_classification)
+    labels = encode_labels(table[configs.csv_label_column], class_names, configs.multi_label_classification, csv_path)
+    paths = [join_path(configs.image_directory, path) for path in table[IMAGE_COLUMN]]
+    if bad_rows is None:
+        bad_rows = check_images(
+            paths, csv_path, configs.max_image_pixels, configs.generator_workers, configs.skip_bad_images
         )
-        features_only.epoch, features_only.first_step = sequence.epoch, sequence.first_step
-        return features_only
+    kept = np.setdiff1d(np.arange(len(paths)), np.array(sorted(bad_rows), int) - 2)
+    if not kept.size:
+        raise UserError(f"{csv_path}: none of the {len(paths)} images can be read. Check image_directory.")
+    return [paths[row] for row in kept], labels[kept]
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns batch `first_step + index` of this epoch: float32 `(batch, channels)` and its labels."""
-        bounds = self._get_bounds(index + self.first_step)
-        rows = self._order()[bounds[0] : bounds[-1]].copy()
-        features = np.empty((len(rows), self.features.shape[1]), np.float32)
-        kept = [
-            position
-            for position, target in enumerate(features)
-            if self._load_or_replace(rows, position, bounds[0], target)
-        ]
-        return features[kept], self._labels_of(rows[kept])
 
-    def to_dataset(self) -> tf.data.Dataset:
-        """Returns the batches of an epoch, as the images' own sequence does it."""
-        return self._make_dataset(tf.TensorSpec((None, self.features.shape[1]), tf.float32))
+@contextlib.contextmanager
+def naming_bad_images(*sequences: AugmentedImageSequence) -> Iterator[None]:
+    """Raises a sequence's own error, with the path of the image, in place of what Keras makes of it."""
+    try:
+        yield
+    except Exception as error:
+        if reason := next((sequence.error for sequence in sequences if sequence.error), None):
+            raise reason from error
+        raise
 
-    def _load(self, row: int, target: np.ndarray) -> None:
-        if row in self.bad_images:
-            raise UserError(self.bad_images[row])
-        target[:] = self.features[row]
+
+def tell_bad_images(sequence: AugmentedImageSequence) -> None:
+    """Prints which images of a sequence could not be read and were left out."""
+    if bad_rows := sorted(sequence.bad_images):
+        paths = join_names([sequence.paths[row] for row in bad_rows])
+        print(f"{len(bad_rows)} images could not be read and were left out: {paths}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 
-from configs import Configs, define, run_script
+from configs import Configs
+from finetune.options import define, run_script
 
 
 @dataclasses.dataclass
@@ -19,8 +19,8 @@ class PlotConfigs(Configs):
 def main(configs: PlotConfigs) -> dict:
     """Reads the log, draws it, shows it where there is a display; returns the picture's path."""
     # Imported here, so that --help does not wait for matplotlib.
-    from finetune.report import draw_log, read_log
-    from utils import atomic_path
+    from finetune.files import atomic_path
+    from finetune.log_figures import draw_log, read_log, select_backend
 
     log_path = configs.train_log_path or os.path.join(configs.save_model_path, "training_log.csv")
     log = read_log(log_path)
@@ -38,18 +38,5 @@ def main(configs: PlotConfigs) -> dict:
     return {"path": picture_path}
 
 
-def select_backend() -> bool:
-    """Chooses matplotlib's file-only backend where there is no display; returns whether there is one."""
-    import matplotlib
-
-    has_display = sys.platform in ("win32", "darwin") or bool(
-        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    )
-    if not has_display or matplotlib.get_backend().lower() == "agg":
-        matplotlib.use("agg")
-        return False
-    return True
-
-
 if __name__ == "__main__":
-    run_script(main, PlotConfigs)
+    run_script(main)

@@ -17,6 +17,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from finetune.artefacts import WEIGHTS_DTYPES
+from finetune.compressed import custom_load_model, custom_save_model
+
 BACKBONES = ("MobileNet", "DenseNet121", "VGG16")
 REPEATS = 5
 
@@ -39,16 +42,14 @@ def measure(name: str) -> list[float]:
     """Returns how many times smaller each file is, and how many times faster it loads at its best; they take turns."""
     import keras
 
-    import utils
-
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(name, folder)
         model, smaller = keras.models.load_model(checkpoint), []
-        for dtype in utils.WEIGHTS_DTYPES:
-            path, _ = utils.custom_save_model(model, folder, dtype, dtype)
+        for dtype in WEIGHTS_DTYPES:
+            path, _ = custom_save_model(model, folder, dtype, dtype)
             smaller.append(os.path.getsize(checkpoint) / os.path.getsize(path))
         loaders = [lambda: keras.models.load_model(checkpoint)]
-        loaders += [lambda dtype=dtype: utils.custom_load_model(folder, dtype) for dtype in utils.WEIGHTS_DTYPES]
+        loaders += [lambda dtype=dtype: custom_load_model(folder, dtype) for dtype in WEIGHTS_DTYPES]
         times = []
         for _ in range(REPEATS):
             for load in loaders:

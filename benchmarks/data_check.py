@@ -30,7 +30,8 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     import cv2
 
-    from utils import MAX_IMAGE_PIXELS, inspect_images
+    from configs import MAX_IMAGE_PIXELS
+    from finetune.inspection import inspect_images
 
     cv2.setNumThreads(1)
     files = sorted(str(path) for path in Path(sys.argv[1]).glob("*/*"))

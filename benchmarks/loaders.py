@@ -37,7 +37,7 @@ def decode_full(folder: str, cores: int) -> Iterator[int]:
 
 def decode_scaled(folder: str, cores: int) -> Iterator[int]:
     """The stricter limit: the decoder alone, at the scale that the generator asks it for."""
-    from generator import read_image
+    from finetune.images import read_image
 
     for path in itertools.cycle(list_images(folder)):
         read_image(path, (SIZE, SIZE))
@@ -138,8 +138,9 @@ def ours(folder: str, cores: int, augmented: bool = True, cache: str = "none", k
         known: every image has been cached.
     """
     from augmenter import build_augmenter
-    from generator import AugmentedImageSequence, DiskCache, MemoryCache
-    from utils import keep_freed_memory
+    from finetune.caches import DiskCache, MemoryCache
+    from finetune.devices import keep_freed_memory
+    from generator import AugmentedImageSequence
 
     keep_freed_memory()  # as every script does
     paths = list_images(folder)

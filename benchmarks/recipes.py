@@ -39,8 +39,10 @@ HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 sys.path.insert(0, str(PROJECT))
 
-from configs import BACKBONE_NAMES, Configs, UserError  # noqa: E402
-from utils import IMAGE_COLUMN, IMAGE_SUFFIXES, LABEL_SEPARATOR, write_csv, write_json  # noqa: E402
+from configs import BACKBONE_NAMES, Configs  # noqa: E402
+from finetune.files import IMAGE_SUFFIXES, write_csv, write_json  # noqa: E402
+from finetune.options import UserError  # noqa: E402
+from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR  # noqa: E402
 
 RECIPES = ("recommended", "probe", "default", "keras")
 PROBE = ("--head_initialization", "linear_probe", "--conv_layers_to_train", "0", "--augmentation_strength", "none")
@@ -130,7 +132,7 @@ def read_photos(name: str, place: str) -> Photos:
     """
     csv_stem, is_csv, folder = place.partition(".csv:")
     if is_csv:
-        from utils import read_table
+        from finetune.tables import read_table
 
         table = read_table(f"{csv_stem}.csv", LABEL_COLUMN, multi_label=True)
         paths = [os.path.join(folder, path) for path in table[IMAGE_COLUMN]]
@@ -261,7 +263,8 @@ def write_tables(photos: Photos, seed: int, folder: str) -> dict[str, str]:
 
 def run_peer(recipe: str, photos: Photos, seed: int, folder: str, arguments: argparse.Namespace) -> tuple[float, float]:
     """Trains and predicts by plain_keras.py; returns the score, by the same functions, and the seconds of training."""
-    from finetune.metrics import Decision, evaluate_set
+    from finetune.decision import Decision
+    from finetune.evaluation import evaluate_set
 
     truth = photos.truth if photos.multi_label else photos.truth.argmax(axis=1)
     rows = split_photos(photos.truth, seed)

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from photos import generate_photos
 
 HERE = Path(__file__).resolve().parent
 REPEATS = 3
@@ -45,21 +46,6 @@ def main() -> None:
         holds = value >= bound if sign == "at least" else value <= bound
         print(f"| {what} | {value:.3g} | {sign} {bound} | {'holds' if holds else 'missed'} |")
     (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-
-
-def generate_photos(folder: str) -> str:
-    """Writes 96 photos of 640x480: four of scikit-image's, with a sensor's noise; returns their folder."""
-    import cv2
-    import skimage.data
-
-    rng = np.random.default_rng(0)
-    for name in ("astronaut", "chelsea", "coffee", "rocket"):
-        os.makedirs(f"{folder}/{name}")
-        photo = cv2.resize(getattr(skimage.data, name)(), (640, 480), interpolation=cv2.INTER_CUBIC)[..., ::-1]
-        for number in range(24):
-            noisy = np.clip(photo + rng.normal(0, 6, photo.shape), 0, 255).astype(np.uint8)
-            cv2.imwrite(f"{folder}/{name}/{number:02d}.jpg", noisy, [cv2.IMWRITE_JPEG_QUALITY, 90])
-    return folder
 
 
 def run_alone(script: str, *arguments: str) -> list[float]:

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from finetune.tables import encode_labels, find_class_names, read_table
+
 CLASSES = [f"class_{number:02d}" for number in range(100)]
 
 
@@ -61,13 +63,12 @@ def split(folder: str, rows: int, multi_label: bool = False) -> float:
 def parse_and_construct(folder: str, rows: int, multi_label: bool = False) -> float:
     """Reads a table, finds the classes, encodes the labels, builds the generator and its first order."""
     import generator
-    import utils
 
     path = f"{folder}/all_data.csv"
     write_table(path, rows, multi_label)
     start = time.perf_counter()
-    table = utils.read_table(path, "class", multi_label)
-    labels = utils.encode_labels(table["class"], utils.find_class_names(table["class"], multi_label), multi_label, path)
+    table = read_table(path, "class", multi_label)
+    labels = encode_labels(table["class"], find_class_names(table["class"], multi_label), multi_label, path)
     generator.AugmentedImageSequence(list(table["path"]), labels, (224, 224), 16, shuffle=True)._order()
     return time.perf_counter() - start
 

@@ -17,6 +17,8 @@ from unittest import mock
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from finetune.checkpoints import Checkpoint
+
 EPOCHS, STEPS = 4, 24
 
 
@@ -36,18 +38,17 @@ def measure_checkpoint_cost(images: str) -> dict[str, float]:
     import split_train_test
     import train
     from configs import Configs
-    from finetune import callbacks
 
     spent, ends = [], []
-    original = callbacks.Checkpoint.on_epoch_end
+    original = Checkpoint.on_epoch_end
 
-    def timed(checkpoint: callbacks.Checkpoint, epoch: int, logs: dict[str, float]) -> None:
+    def timed(checkpoint: Checkpoint, epoch: int, logs: dict[str, float]) -> None:
         start = time.perf_counter()
         original(checkpoint, epoch, logs | {checkpoint.monitor: float(epoch)})
         ends.append(time.perf_counter())
         spent.append(ends[-1] - start)
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(callbacks.Checkpoint, "on_epoch_end", timed):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Checkpoint, "on_epoch_end", timed):
         table = f"{folder}/all_data.csv"
         make_csv_from_folders.main(make_csv_from_folders.FolderConfigs(folder_path=images, write_path=table))
         split_train_test.main(split_train_test.SplitConfigs(csv_path=table))
@@ -72,8 +73,8 @@ def measure_checkpoint_cost(images: str) -> dict[str, float]:
 def build_mobilenet() -> object:
     """Returns MobileNet with two classes, from random weights."""
     from configs import Configs
+    from finetune.devices import keep_freed_memory
     from model import ModelFactory
-    from utils import keep_freed_memory
 
     keep_freed_memory()
     return ModelFactory().get_model(
@@ -88,9 +89,10 @@ def measure_fit(paths: list[str]) -> dict[str, float]:
 
     from augmenter import build_augmenter
     from configs import Configs
-    from finetune.callbacks import InputWait, Interruption
+    from finetune.callbacks import InputWait
+    from finetune.interruption import Interruption
+    from finetune.trainer import get_training_model
     from generator import AugmentedImageSequence, Shares
-    from model import get_training_model
 
     model = get_training_model(build_mobilenet(), Configs(), keras.losses.sparse_categorical_crossentropy)
     batch, interruption = 16, Interruption()
@@ -164,23 +166,27 @@ def measure_grad_cam() -> dict[str, float]:
 
 def measure_memory_of_drawing(number: int) -> float:
     """Draws the activations of `number` photos of 640x480; returns the most MiB that this process has held."""
-    import run
+    import photos
     import tables
 
     import draw_activations
     from configs import Configs
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        run.generate_photos(f"{folder}/photos")
-        photos = sorted(Path(folder, "photos").glob("*/*"))
+        photos.generate_photos(f"{folder}/photos")
+        files = sorted(Path(folder, "photos").glob("*/*"))
         with open(f"{folder}/photos.csv", "w", encoding="utf-8") as table:
             table.write("path,class\n")
             for row in range(number):
-                os.link(photos[row % len(photos)], f"{folder}/{row:05d}.jpg")
+                os.link(files[row % len(files)], f"{folder}/{row:05d}.jpg")
                 table.write(f"{folder}/{row:05d}.jpg,{'ab'[row % 2]}\n")
         build_mobilenet().save(f"{folder}/best_model.keras")
-        files = {"train_csv": f"{folder}/photos.csv", "test_csv": f"{folder}/photos.csv", "save_model_path": folder}
-        draw_activations.main(Configs(**files, visual_model_name="MobileNet").validate())
+        tables_of_run = {
+            "train_csv": f"{folder}/photos.csv",
+            "test_csv": f"{folder}/photos.csv",
+            "save_model_path": folder,
+        }
+        draw_activations.main(Configs(**tables_of_run, visual_model_name="MobileNet").validate())
     return tables.largest_memory()
 
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import unicodedata
 from collections.abc import Callable
 from typing import Any
 
 import cv2
 import keras
-import matplotlib
 import numpy as np
-import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageFont
 import tensorflow as tf
 
-from configs import UserError
+from finetune.options import UserError
 
 # The share of an image that is blurred to see whether a map shows what the answer rests on.
 BLURRED_SHARE = 0.2
@@ -25,10 +18,6 @@ BLURRED_SHARE = 0.2
 BLUR_WIDTH = 1 / 16
 # Fewer images say nothing: their mean is noise.
 FEWEST_IMAGES = 10
-FONT_PATH = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-
-
-# The algorithm: from features and the gradients of one logit a weight for every feature
 
 
 def weigh_by_mean_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
@@ -185,9 +174,6 @@ def _input_of_classifier(model: keras.Model) -> keras.KerasTensor:
     return images
 
 
-# Whether to believe the maps
-
-
 def measure_faithfulness(
     predict: Callable[[np.ndarray], np.ndarray],
     images: np.ndarray,
@@ -290,66 +276,3 @@ def describe_faithfulness(summary: dict[str, Any], number_of_images: int) -> str
         f"class's probability by {abs(summary['highlighted']):.2f}, a random fifth {effects[1]} it by "
         f"{abs(summary['random']):.2f}: {verdict}."
     )
-
-
-# Pictures
-
-
-@functools.cache
-def colour_table(colormap: str) -> np.ndarray:
-    """Returns the RGB of each of 256 values, uint8 `(256, 3)`.
-
-    OpenCV builds this table anew in every call, which takes longer than all else in a picture.
-
-    Args:
-        colormap: OpenCV's name, in lower case.
-    """
-    code = getattr(cv2, f"COLORMAP_{colormap.upper()}")
-    return cv2.applyColorMap(np.arange(256, dtype=np.uint8), code)[:, 0, ::-1].copy()
-
-
-def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray, opacity: float = 0.4, colormap: str = "jet") -> np.ndarray:
-    """Colours an image by a heatmap.
-
-    Args:
-        image: uint8 RGB `(height, width, 3)`.
-        heatmap: `(h, w)` in `[0, 1]`, of any size.
-        opacity: of the colours, in `[0, 1]`.
-        colormap: OpenCV's name, in lower case; jet is blue at 0 and red at 1.
-
-    Returns:
-        uint8 RGB `(height, width, 3)`.
-    """
-    height, width = image.shape[:2]
-    smooth = cv2.resize(heatmap.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
-    colours = colour_table(colormap)[np.uint8(255 * np.clip(smooth, 0, 1))]
-    return cv2.addWeighted(colours, opacity, image, 1 - opacity, 0)
-
-
-def write_caption(image: np.ndarray, caption: str) -> np.ndarray:
-    """Puts a line of text in a bar below an image.
-
-    Args:
-        image: uint8 RGB `(height, width, 3)`.
-        caption: shortened to what fits. Latin, Greek, Cyrillic and whatever else DejaVu Sans has reads right; other
-            characters are shown as a box, control characters as `?`.
-
-    Returns:
-        uint8 RGB, taller by the bar.
-    """
-    bar, width = max(18, image.shape[1] // 12), image.shape[1]
-    font = load_font(round(bar * 0.7))
-    # Some systems' file names hold an accent apart from its letter: the font has them as one character.
-    text = unicodedata.normalize("NFC", caption)
-    text = "".join(character if character.isprintable() else "?" for character in text[:width])
-    while len(text) > 1 and font.getlength(text) > width - 4:
-        text = text[:-1]
-    canvas = PIL.Image.new("L", (width, bar), 255)
-    PIL.ImageDraw.Draw(canvas).text((2, bar // 2), text, fill=0, font=font, anchor="lm")
-    return np.concatenate([image, np.repeat(np.asarray(canvas)[..., None], 3, axis=2)])
-
-
-@functools.cache
-def load_font(size: int) -> PIL.ImageFont.FreeTypeFont:
-    """Returns DejaVu Sans, which matplotlib brings, of a size in pixels."""
-    return PIL.ImageFont.truetype(FONT_PATH, size)

@@ -21,8 +21,9 @@ def main(path: str) -> None:
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * job["devices"])
     import train
     from configs import Configs
+    from finetune import training
 
-    fit, digests = train.fit, []
+    fit, digests = training.run_phase, []
 
     def fit_and_note(model, *rest):
         try:
@@ -34,7 +35,7 @@ def main(path: str) -> None:
             digests.append(digest.hexdigest())
             Path(job["digests"]).write_text(json.dumps(digests))
 
-    train.fit = fit_and_note
+    training.run_phase = fit_and_note
 
     def run_all(configs: Configs) -> dict:
         for options in job["runs"]:
@@ -43,7 +44,7 @@ def main(path: str) -> None:
 
     sys.argv = sys.argv[:1]
     run_all.__module__ = "train"
-    from configs import run_script
+    from finetune.options import run_script
 
     run_script(run_all)
 

@@ -6,8 +6,9 @@ import pytest
 import skimage.data
 from imgaug import augmenters as iaa
 
-from augmenter import STRENGTHS, FusedAugmenter, build_augmenter
+from augmenter import STRENGTHS, build_augmenter
 from configs import Configs
+from finetune.warps import FusedAugmenter
 
 
 def noise(count: int, height: int = 24, width: int = 37) -> np.ndarray:

@@ -10,10 +10,15 @@ import pandas as pd
 import pytest
 
 import compress_weights
-import utils
 from compress_weights import CompressConfigs
-from configs import Configs, UserError
-from finetune.metrics import Decision
+from configs import Configs
+from finetune import exports
+from finetune.artefacts import WEIGHTS_DTYPES
+from finetune.compressed import custom_load_model, custom_save_model
+from finetune.decision import Decision
+from finetune.model_files import load_model
+from finetune.options import UserError
+from finetune.parity import compare
 from model import ModelFactory
 
 CLASSES = ["blue", "green", "red"]
@@ -47,8 +52,8 @@ def wide_model():
 
 
 def round_trip(model, folder, weights_dtype):
-    path, _ = utils.custom_save_model(model, str(folder), "model", weights_dtype)
-    return path, utils.custom_load_model(str(folder), "model")
+    path, _ = custom_save_model(model, str(folder), "model", weights_dtype)
+    return path, custom_load_model(str(folder), "model")
 
 
 # Precisions
@@ -94,7 +99,7 @@ def test_int8_holds_kernels_in_bytes_and_the_rest_in_halves(wide_model, tmp_path
     assert set(types.values()) == {"int8", "float16", "float32", "int64"}
 
 
-@pytest.mark.parametrize("weights_dtype", utils.WEIGHTS_DTYPES)
+@pytest.mark.parametrize("weights_dtype", WEIGHTS_DTYPES)
 def test_a_weight_that_float16_cannot_hold_stays_exact(weights_dtype, tmp_path):
     model = keras.Sequential([keras.Input((8, 8, 100)), keras.layers.BatchNormalization()])
     variance = np.linspace(1, 1e6, 100, dtype=np.float32)
@@ -103,7 +108,7 @@ def test_a_weight_that_float16_cannot_hold_stays_exact(weights_dtype, tmp_path):
     np.testing.assert_array_equal(restored.layers[0].moving_variance.numpy(), variance)
 
 
-@pytest.mark.parametrize("weights_dtype", utils.WEIGHTS_DTYPES)
+@pytest.mark.parametrize("weights_dtype", WEIGHTS_DTYPES)
 def test_restored_model_predicts_nearly_the_same_and_trains_on(wide_model, weights_dtype, tmp_path):
     _, restored = round_trip(wide_model, tmp_path, weights_dtype)
     images = np.random.default_rng(1).normal(100, 30, (4, 8, 8, 3)).astype(np.float32)
@@ -118,7 +123,7 @@ def test_the_optimizer_of_a_compiled_model_is_left_behind(wide_model, tmp_path):
     compiled = keras.models.clone_model(wide_model)
     compiled.compile("adam", "sparse_categorical_crossentropy")
     compiled.train_on_batch(np.zeros((1, 8, 8, 3)), np.array([0]))
-    for weights_dtype in utils.WEIGHTS_DTYPES:
+    for weights_dtype in WEIGHTS_DTYPES:
         _, restored = round_trip(compiled, tmp_path, weights_dtype)
         assert getattr(restored, "optimizer", None) is None
         assert len(restored.variables) == len(wide_model.variables)
@@ -136,7 +141,7 @@ def test_sizes_against_the_checkpoint_with_adam(name, tmp_path):
     model.save(tmp_path / "checkpoint.keras")
     size = os.path.getsize(tmp_path / "checkpoint.keras")
     for weights_dtype, share in (("float32", 3), ("float16", 6), ("int8", 11)):
-        path, _ = utils.custom_save_model(model, str(tmp_path), "model", weights_dtype)
+        path, _ = custom_save_model(model, str(tmp_path), "model", weights_dtype)
         assert os.path.getsize(path) * share <= size
 
 
@@ -146,7 +151,7 @@ def test_sizes_against_the_checkpoint_with_adam(name, tmp_path):
 def test_comparison_of_single_labels():
     before = np.array([[0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [1, 0]], np.float32)
     after = np.array([[0.25, 0.75], [0.5, 0.5], [0.25, 0.75], [0.75, 0.25]], np.float32)
-    found = compress_weights.compare(np.array([0, 0, 1, 1]), before, after, Decision(["cat", "dog"], False))
+    found = compare(np.array([0, 0, 1, 1]), before, after, Decision(["cat", "dog"], False))
     assert found == {
         "images": 4,
         "largest_difference": 0.5,
@@ -162,7 +167,7 @@ def test_comparison_of_several_labels_counts_exact_matches_by_the_runs_threshold
     decision = Decision(["cat", "dog"], True, exact_match_threshold=0.75)
     before = np.array([[0.5, 0.875], [0.875, 0.125]], np.float32)
     after = np.array([[0.875, 0.875], [0.875, 0.5]], np.float32)
-    found = compress_weights.compare(np.array([[1, 1], [1, 0]]), before, after, decision)
+    found = compare(np.array([[1, 1], [1, 0]]), before, after, decision)
     assert found["measure"] == "exact match"
     assert found["accuracy"] == {"before": 0.5, "after": 1.0}
     assert (found["changed_predictions"], found["accuracy_drop"]) == (1, -50.0)
@@ -172,7 +177,7 @@ def test_one_image_of_a_hundred_is_exactly_one_point():
     before = np.tile(np.array([1, 0], np.float32), (100, 1))
     after = before.copy()
     after[0] = [0, 1]
-    found = compress_weights.compare(np.zeros(100, int), before, after, Decision(["cat", "dog"], False))
+    found = compare(np.zeros(100, int), before, after, Decision(["cat", "dog"], False))
     assert found["accuracy_drop"] == 1
 
 
@@ -203,17 +208,17 @@ def run_folder(photo_folder, tmp_path):
 
 def damage(monkeypatch):
     """Makes what is saved answer blue throughout."""
-    save = utils.custom_save_model
+    save = custom_save_model
 
     def save_blue(model, *arguments):
         blue = keras.models.clone_model(model)
         blue.set_weights([np.zeros((3, 3)), np.array([9, 0, 0])])
         return save(blue, *arguments)
 
-    monkeypatch.setattr(compress_weights, "custom_save_model", save_blue)
+    monkeypatch.setattr(exports, "custom_save_model", save_blue)
 
 
-@pytest.mark.parametrize("weights_dtype", utils.WEIGHTS_DTYPES)
+@pytest.mark.parametrize("weights_dtype", WEIGHTS_DTYPES)
 def test_what_answers_the_same_is_accepted(run_folder, weights_dtype, capsys):
     report = compress_weights.compress(CompressConfigs(model_path=str(run_folder), weights_dtype=weights_dtype))
     assert report == json.loads((run_folder / "compression_report.json").read_text())
@@ -248,7 +253,7 @@ def test_what_costs_too_much_is_kept_as_rejected_and_ends_in_status_1(run_folder
     assert artefact["comparison"]["accuracy"]["after"] == pytest.approx(1 / 3)
     assert artefact["comparison"]["changed_predictions"] == 24
     assert artefact["path"] == str(run_folder / "best_model_compressed.rejected.h5")
-    assert utils.load_model(artefact["path"]).count_params() == 12
+    assert load_model(artefact["path"]).count_params() == 12
     assert (run_folder / "best_model_compressed.h5").read_text() == "an earlier one"
 
 
@@ -294,7 +299,7 @@ def test_a_given_test_set_comes_before_the_runs(run_folder, tmp_path):
 
 def test_several_labels_are_compared_by_exact_match(multilabel_csv, tmp_path):
     save_colour_model(tmp_path)
-    model = utils.load_model(str(tmp_path / "best_model.keras"))
+    model = load_model(str(tmp_path / "best_model.keras"))
     model.layers[-1].activation = keras.activations.sigmoid
     keras.models.clone_model(model).save(tmp_path / "best_model.keras")
     stored = {"test_csv": str(multilabel_csv), "image_directory": str(multilabel_csv.parent), "classes": CLASSES}

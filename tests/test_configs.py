@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from configs import BACKBONE_NAMES, Configs, UserError
+from configs import BACKBONE_NAMES, Configs
+from finetune.options import UserError
 from make_csv_from_folders import FolderConfigs
 from plot_training_log import PlotConfigs
 from split_train_test import SplitConfigs
@@ -108,8 +109,8 @@ def run_tiny_script(tmp_path, body):
     script = tmp_path / "tiny.py"
     script.write_text(
         f'"""A tiny script."""\nimport os, signal, sys\nsys.path.insert(0, {str(PROJECT)!r})\n'
-        "from configs import UserError, run_script\n\n"
-        f"def main(configs):\n    {body}\n\nrun_script(main)\n",
+        "from configs import Configs\nfrom finetune.options import UserError, run_script\n\n"
+        f"def main(configs: Configs):\n    {body}\n\nrun_script(main)\n",
         encoding="utf-8",
     )
     return run_python(str(script), cwd=tmp_path)

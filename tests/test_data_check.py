@@ -18,9 +18,20 @@ from PIL import Image
 import generator
 import make_csv_from_folders
 import split_train_test
-import utils
-from configs import Configs, UserError
+from configs import Configs
+from finetune import stores
 from finetune.callbacks import BadImages
+from finetune.copies import Groups, join_near
+from finetune.data_check import check_data, check_images, check_sets
+from finetune.findings import IMAGE_FAULTS, KINDS, format_findings, write_data_report
+from finetune.images import read_image
+from finetune.inspection import hash_picture, inspect_image
+from finetune.options import UserError
+from finetune.splitting import SET_FILES
+from finetune.stores import FIRST_PART, PartlyFetched, is_url
+from finetune.tables import ImageTable, make_image_table, parse_table, read_table
+from finetune.team import Team
+from generator import get_generator
 
 # What full checking finds in each file of the corpus; quick checking does not see into the pixels of `DEEP`.
 EXPECTED = {
@@ -56,12 +67,12 @@ def table_of(rows, set_name="training", folder=""):
     """Makes a table of (path, label) rows."""
     paths, labels = zip(*rows, strict=True)
     files = [os.path.normpath(os.path.join(folder, path)) if path.strip() else "" for path in paths]
-    files = [path if utils.is_url(path) else file for path, file in zip(paths, files, strict=True)]
-    return utils.ImageTable(set_name, f"{set_name}.csv", list(paths), files, list(labels))
+    files = [path if is_url(path) else file for path, file in zip(paths, files, strict=True)]
+    return ImageTable(set_name, f"{set_name}.csv", list(paths), files, list(labels))
 
 
 def check(*tables, multi_label=False, **options):
-    return utils.check_data(tables, multi_label, **options)
+    return check_data(tables, multi_label, **options)
 
 
 def kinds_of(findings):
@@ -79,14 +90,14 @@ def write_photo(path, seed, **options):
 @pytest.mark.parametrize("decode", [False, True])
 def test_each_file_of_the_corpus_is_told_for_what_it_is(corpus, decode):
     for name, path in corpus.items():
-        found = utils.inspect_image(str(path), decode)
+        found = inspect_image(str(path), decode)
         kinds = [found.fault[0]] if found.fault else [kind for kind, _ in found.remarks]
         assert kinds == ([] if name in DEEP and not decode else EXPECTED.get(name, [])), name
 
 
 def test_what_cannot_be_read_is_an_error_and_what_can_is_none(corpus):
     findings = check(table_of([(str(path), name) for name, path in corpus.items()]), mode="full")
-    errors = {finding.path for finding in findings if finding.kind in utils.IMAGE_FAULTS}
+    errors = {finding.path for finding in findings if finding.kind in IMAGE_FAULTS}
     assert errors == {str(corpus[name]) for name in UNREADABLE}
 
 
@@ -94,9 +105,9 @@ def test_generator_refuses_exactly_what_the_check_calls_an_error(corpus):
     for name, path in corpus.items():
         if name in UNREADABLE:
             with pytest.raises(UserError, match=path.name):
-                generator.read_image(str(path))
+                read_image(str(path))
         else:
-            assert generator.read_image(str(path)).ndim == 3
+            assert read_image(str(path)).ndim == 3
 
 
 @pytest.mark.parametrize(
@@ -113,14 +124,14 @@ def test_unusual_image_is_decoded_as_pillow_does(corpus, name):
         upright = ImageOps.exif_transpose(image)
         has_alpha = upright.mode in ("LA", "RGBA", "P")
         expected = np.asarray((upright.convert("RGBA") if has_alpha else upright).convert("RGB"))
-    image = generator.read_image(str(corpus[name]))
+    image = read_image(str(corpus[name]))
     assert image.shape == expected.shape
     assert np.abs(image.astype(int) - expected).mean() < 1.5
 
 
 def test_16_bits_keep_their_high_byte(corpus):
     deep = cv2.imread(str(corpus["deep_png"]), cv2.IMREAD_UNCHANGED)[..., ::-1]
-    assert np.abs(generator.read_image(str(corpus["deep_png"])).astype(int) - deep / 257).max() <= 1
+    assert np.abs(read_image(str(corpus["deep_png"])).astype(int) - deep / 257).max() <= 1
 
 
 def test_a_large_jpeg_that_is_cut_short_is_refused_at_every_length(tmp_path):
@@ -130,8 +141,8 @@ def test_a_large_jpeg_that_is_cut_short_is_refused_at_every_length(tmp_path):
         path.write_bytes(data[: int(len(data) * share)])
         for size in (None, (100, 100)):
             with pytest.raises(UserError, match=r"cut\.jpg"):
-                generator.read_image(str(path), size)
-        assert utils.inspect_image(str(path)).fault[0] in ("truncated", "unreadable")
+                read_image(str(path), size)
+        assert inspect_image(str(path)).fault[0] in ("truncated", "unreadable")
 
 
 def test_end_mark_of_a_thumbnail_is_not_that_of_the_photo(tmp_path):
@@ -141,9 +152,9 @@ def test_end_mark_of_a_thumbnail_is_not_that_of_the_photo(tmp_path):
     path = tmp_path / "photo.jpg"
     whole = data[:2] + segment + data[2:]
     path.write_bytes(whole)
-    assert utils.inspect_image(str(path)).fault is None
+    assert inspect_image(str(path)).fault is None
     path.write_bytes(whole[:-200])
-    assert utils.inspect_image(str(path)).fault[0] == "truncated"
+    assert inspect_image(str(path)).fault[0] == "truncated"
 
 
 def test_damaged_animation_does_not_reach_opencv_which_crashes(corpus, tmp_path, monkeypatch):
@@ -153,8 +164,8 @@ def test_damaged_animation_does_not_reach_opencv_which_crashes(corpus, tmp_path,
     path.write_bytes(data)
     monkeypatch.setattr(generator.cv2, "imdecode", lambda *_: pytest.fail("decoded by OpenCV"))
     with pytest.raises(UserError, match=r"animated\.png"):
-        generator.read_image(str(path))
-    assert utils.inspect_image(str(path), decode=True).fault[0] == "unreadable"
+        read_image(str(path))
+    assert inspect_image(str(path), decode=True).fault[0] == "unreadable"
 
 
 def test_chunk_that_claims_gigabytes_takes_no_memory(corpus, tmp_path, monkeypatch):
@@ -165,7 +176,7 @@ def test_chunk_that_claims_gigabytes_takes_no_memory(corpus, tmp_path, monkeypat
     path.write_bytes(data)
     monkeypatch.setattr(generator.cv2, "imdecode", lambda *_: pytest.fail("decoded by OpenCV"))
     with pytest.raises(UserError, match="longer than the file"):
-        generator.read_image(str(path))
+        read_image(str(path))
 
 
 def test_small_file_that_claims_more_pixels_than_it_can_hold_is_refused(tmp_path):
@@ -174,30 +185,30 @@ def test_small_file_that_claims_more_pixels_than_it_can_hold_is_refused(tmp_path
     data[18:26] = (12_000).to_bytes(4, "little") * 2
     path.write_bytes(data)
     with pytest.raises(UserError, match="cannot hold"):
-        generator.read_image(str(path))
+        read_image(str(path))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
 def test_pipe_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
-    assert utils.inspect_image(str(tmp_path / "pipe.jpg"), decode=True).fault[0] == "missing"
+    assert inspect_image(str(tmp_path / "pipe.jpg"), decode=True).fault[0] == "missing"
     with pytest.raises(UserError, match=r"pipe\.jpg"):
-        generator.read_image(str(tmp_path / "pipe.jpg"))
+        read_image(str(tmp_path / "pipe.jpg"))
 
 
 def test_pixels_are_counted_before_decoding(corpus, monkeypatch):
     monkeypatch.setattr(generator.cv2, "imdecode", lambda *_: pytest.fail("decoded"))
     for name in ("bomb_png", "bomb_jpeg", "bomb_gif", "bomb_bmp", "good_png"):
         with pytest.raises(UserError, match="more than max_image_pixels"):
-            generator.read_image(str(corpus[name]), max_pixels=100)
+            read_image(str(corpus[name]), max_pixels=100)
 
 
 def test_the_limit_of_pixels_is_the_last_number_allowed(corpus):
-    height, width = generator.read_image(str(corpus["good_jpeg"])).shape[:2]
-    assert utils.inspect_image(str(corpus["good_jpeg"]), max_pixels=height * width).fault is None
-    assert utils.inspect_image(str(corpus["good_jpeg"]), max_pixels=height * width - 1).fault[0] == "too_many_pixels"
+    height, width = read_image(str(corpus["good_jpeg"])).shape[:2]
+    assert inspect_image(str(corpus["good_jpeg"]), max_pixels=height * width).fault is None
+    assert inspect_image(str(corpus["good_jpeg"]), max_pixels=height * width - 1).fault[0] == "too_many_pixels"
     pixels = BOMB_SIDES[0] * BOMB_SIDES[1]
-    assert utils.inspect_image(str(corpus["bomb_png"]), max_pixels=pixels).fault is None
+    assert inspect_image(str(corpus["bomb_png"]), max_pixels=pixels).fault is None
 
 
 def test_sizes_below_the_target_and_far_from_the_rest_are_told(tmp_path):
@@ -221,7 +232,7 @@ def large_files():
     files["trailing.jpeg"] = files["large.jpeg"] + bytes(9000)
     files["large.hdr"] = cv2.imencode(".hdr", noisy.astype(np.float32))[1].tobytes()
     files["large.txt"] = b"no image " * 20_000
-    assert min(map(len, files.values())) > utils.FIRST_PART
+    assert min(map(len, files.values())) > FIRST_PART
     return files | {f"cut_{name}": data[:-5000] for name, data in files.items()}
 
 
@@ -236,20 +247,20 @@ def test_each_object_is_told_for_what_the_file_is(corpus, store, tmp_path, decod
             store.put(f"memory://bucket/{name}", path.read_bytes())
     store.put("memory://bucket/folder.jpg/a.jpg", b"")
     for name, path in files.items():
-        assert utils.inspect_image(f"memory://bucket/{name}", decode) == utils.inspect_image(str(path), decode), name
+        assert inspect_image(f"memory://bucket/{name}", decode) == inspect_image(str(path), decode), name
 
 
 def test_header_and_end_of_a_large_object_are_all_that_is_read(store):
     data = large_files()["large.jpeg"]
     store.put("memory://bucket/a.jpg", data)
-    assert utils.inspect_image("memory://bucket/a.jpg").sides == (400, 300)
+    assert inspect_image("memory://bucket/a.jpg").sides == (400, 300)
     parts = [(0, 2**16), (len(data) - 4096, len(data))]
     assert store.asked == [("info", "/bucket/a.jpg"), *(("bytes", "/bucket/a.jpg", *part) for part in parts)]
     small = encode("JPEG", photo(0))
     for content, decode in ((data, True), (small, False), (small, True)):
         store.put("memory://bucket/a.jpg", content)
         store.asked.clear()
-        assert utils.inspect_image("memory://bucket/a.jpg", decode).fault is None
+        assert inspect_image("memory://bucket/a.jpg", decode).fault is None
         assert store.asked == [("info", "/bucket/a.jpg"), ("bytes", "/bucket/a.jpg", 0, len(content))]
 
 
@@ -257,7 +268,7 @@ def test_a_header_that_is_longer_is_read_to_its_end(store):
     data = encode("JPEG", photo(0, (120, 160)))
     comment = b"\xff\xfe" + (60_000).to_bytes(2, "big") + bytes(59_998)
     store.put("memory://bucket/a.jpg", data[:2] + comment * 5 + data[2:-2] + bytes(10**6) + data[-2:])
-    found = utils.inspect_image("memory://bucket/a.jpg")
+    found = inspect_image("memory://bucket/a.jpg")
     assert (found.fault, found.remarks, found.sides) == (None, [], (160, 120))
     # Before the sides are 300,000 bytes: parts of 1, 2 and 4 times the first one.
     assert sum(end - start for _, _, start, end in store.asked[1:]) == 7 * 2**16 + 4096
@@ -272,7 +283,7 @@ def test_a_partly_fetched_file_reads_as_the_whole(knows_parts):
         return data[start:end] if knows_parts else data
 
     rng, whole = np.random.default_rng(1), io.BytesIO(data)
-    with io.BufferedReader(utils.PartlyFetched(fetch, len(data))) as file:
+    with io.BufferedReader(PartlyFetched(fetch, len(data))) as file:
         for _ in range(300):
             offset, whence = int(rng.integers(-300_000, 800_000)), int(rng.integers(3))
             if [0, whole.tell(), len(data)][whence] + offset >= 0:
@@ -287,34 +298,34 @@ def test_an_object_of_unknown_size_is_read_whole(store, monkeypatch):
     files = large_files()
     for name, fault in (("large.jpeg", None), ("cut_large.jpeg", "truncated"), ("large.txt", "not_an_image")):
         store.put("memory://bucket/a", files[name])
-        found = utils.inspect_image("memory://bucket/a").fault
+        found = inspect_image("memory://bucket/a").fault
         assert (found and found[0]) == fault
     assert store.asked == [("bytes", "/bucket/a", None, None)] * 3
 
 
 def test_an_object_that_changes_while_it_is_read_is_no_damaged_image(store, monkeypatch):
     store.put("memory://bucket/a.jpg", large_files()["large.jpeg"])
-    monkeypatch.setattr(utils, "_ask_store", lambda *_: {"type": "file", "size": 10**7})
+    monkeypatch.setattr(stores, "_ask_store", lambda *_: {"type": "file", "size": 10**7})
     expected = "unreachable", "is out of reach: it changed while it was read"
-    assert utils.inspect_image("memory://bucket/a.jpg").fault == expected
+    assert inspect_image("memory://bucket/a.jpg").fault == expected
 
 
 def test_what_no_store_gives_is_told_with_its_row(store):
     store.put("memory://bucket/a.jpg", encode("JPEG", photo(0)))
     paths = ["memory://bucket/a.jpg", "memory://bucket/b.jpg", "htps://host/c.jpg", "a.jpg::memory://bucket/a.jpg"]
     findings = check(table_of([(path, "a") for path in paths]))
-    found = [(finding.kind, finding.row) for finding in findings if finding.kind in utils.IMAGE_FAULTS]
+    found = [(finding.kind, finding.row) for finding in findings if finding.kind in IMAGE_FAULTS]
     assert found == [("missing", 3), ("missing", 5), ("unreachable", 4)]
     with pytest.raises(UserError, match="row 3: memory://bucket/b.jpg does not exist; row 4: htps://host/c.jpg is out"):
-        utils.check_images(paths, "test.csv")
-    assert utils.check_images(paths, "test.csv", skip_bad_images=True) == [3, 4, 5]
+        check_images(paths, "test.csv")
+    assert check_images(paths, "test.csv", skip_bad_images=True) == [3, 4, 5]
 
 
 @pytest.mark.parametrize("skip_bad_images", [False, True])
 def test_a_missing_package_ends_the_check_with_its_name(store, monkeypatch, skip_bad_images):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match=r"^s3://bucket/\d+.jpg needs a package .*\. Run pip install s3fs\.$"):
-        utils.check_images([f"s3://bucket/{number}.jpg" for number in range(50)], "t.csv", 9, 4, skip_bad_images)
+        check_images([f"s3://bucket/{number}.jpg" for number in range(50)], "t.csv", 9, 4, skip_bad_images)
 
 
 def test_copies_are_found_between_disk_and_store(store, tmp_path):
@@ -328,9 +339,9 @@ def test_copies_are_found_between_disk_and_store(store, tmp_path):
 
 def test_files_alone_leave_fsspec_aside(tmp_path):
     code = (
-        "import sys, utils\n"
-        "found = utils.inspect_images(sys.argv[1:], True, 10**6, 2)\n"
-        "assert not found[0].fault and utils.read_bytes(sys.argv[1]).size\n"
+        "import sys; from finetune import inspection, stores\n"
+        "found = inspection.inspect_images(sys.argv[1:], True, 10**6, 2)\n"
+        "assert not found[0].fault and stores.read_bytes(sys.argv[1]).size\n"
         "assert 'fsspec' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, write_photo(tmp_path / "a.jpg", 1)], check=True)
@@ -391,7 +402,7 @@ def make_copies(picture):
 def near_hashes(pictures):
     files = [encode("JPEG", picture, quality=quality) for picture, quality in pictures]
     sides = [picture.shape[1::-1] for picture, _ in pictures]
-    hashes = [utils.hash_picture(data, data[:12], side) for data, side in zip(files, sides, strict=True)]
+    hashes = [hash_picture(data, data[:12], side) for data, side in zip(files, sides, strict=True)]
     return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 5)
 
 
@@ -406,14 +417,14 @@ def test_resized_recompressed_and_cropped_copies_are_found():
     found = []
     for picture in photos():
         hashes = near_hashes([(picture, 95), *make_copies(picture)])
-        found += [bool(utils.join_near(hashes[[0, copy]], ["a", "a"])) for copy in range(1, len(hashes))]
+        found += [bool(join_near(hashes[[0, copy]], ["a", "a"])) for copy in range(1, len(hashes))]
     assert np.mean(found) >= 0.95
 
 
 def test_different_photos_are_not_taken_for_copies():
     pictures = photos()[4:]
     hashes = near_hashes([(picture, 90) for picture in pictures])
-    assert utils.join_near(hashes, ["a"] * len(hashes)) == []
+    assert join_near(hashes, ["a"] * len(hashes)) == []
 
 
 def test_near_copies_across_sets_are_an_error_that_full_checking_alone_finds(tmp_path):
@@ -439,8 +450,8 @@ def test_every_chain_of_near_hashes_becomes_one_group():
     for copy, original in ((300, 10), (650, 300), (20, 650)):
         hashes[copy] = hashes[original]
         hashes[copy, 1:] ^= np.uint64(3 << copy % 60)
-    groups = utils.Groups(700)
-    for first, second, distance in utils.join_near(hashes, ["a"] * 700):
+    groups = Groups(700)
+    for first, second, distance in join_near(hashes, ["a"] * 700):
         assert distance <= 24
         groups.join(first, second)
     assert {groups.find(position) for position in (10, 20, 300, 650)} == {10}
@@ -467,8 +478,8 @@ def test_faults_of_a_table_are_all_told_with_their_rows(tmp_path, name, multi_la
     (tmp_path / "table.csv").write_bytes(BAD_TABLES[name])
     for seed, letter in enumerate("abcd"):
         write_photo(tmp_path / f"{letter}.jpg", seed)
-    read = utils.parse_table(str(tmp_path / "table.csv"), "class")
-    findings = check(utils.make_image_table("training", "t", read, "class", str(tmp_path)), multi_label=multi_label)
+    read = parse_table(str(tmp_path / "table.csv"), "class")
+    findings = check(make_image_table("training", "t", read, "class", str(tmp_path)), multi_label=multi_label)
     found = [(finding.kind, finding.row) for finding in findings]
     kinds = {kind for kind, _ in expected}
     assert sorted(pair for pair in found if pair[0] in kinds) == expected
@@ -479,7 +490,7 @@ def test_read_table_tells_every_empty_cell_at_once(tmp_path):
     path = tmp_path / "table.csv"
     path.write_bytes(b"path,class\n,cat\nb.jpg,\nc.jpg,\nd.jpg,dog\n")
     with pytest.raises(UserError) as raised:
-        utils.read_table(str(path), "class")
+        read_table(str(path), "class")
     lines = str(raised.value).splitlines()
     assert [line.split("table.csv, ")[1].split(":")[0] for line in lines] == ["row 2", "rows 3, 4"]
 
@@ -499,7 +510,7 @@ def test_delimiter_and_encoding_are_named(tmp_path, name, message):
     path = tmp_path / "table.csv"
     path.write_bytes(BAD_TABLES[name])
     with pytest.raises(UserError, match=message):
-        utils.read_table(str(path), "class")
+        read_table(str(path), "class")
 
 
 @pytest.mark.parametrize("name", BAD_TABLES)
@@ -514,7 +525,7 @@ def test_no_table_ends_in_a_traceback(tmp_path, name, multi_label):
         save_model_path=str(tmp_path / "run"),
     )
     with pytest.raises(UserError):
-        utils.check_sets({"training": str(path), "validation": str(path)}, configs)
+        check_sets({"training": str(path), "validation": str(path)}, configs)
     assert set(os.listdir(tmp_path)) <= {"table.csv", "run"}
 
 
@@ -529,27 +540,27 @@ def test_classes_that_training_lacks_are_told_for_each_row(tmp_path):
 
 def test_report_lists_all_and_the_summary_the_first_few(tmp_path):
     findings = check(table_of([(f"missing_{number}.jpg", "a") for number in range(9)]))
-    text = utils.format_findings(findings)
+    text = format_findings(findings)
     assert "error, missing (9)" in text
     assert "training.csv, row 6: missing_4.jpg" in text
     assert "missing_5" not in text
     assert "and 4 more rows" in text
-    with open(utils.write_data_report(str(tmp_path), findings), encoding="utf-8", newline="") as file:
+    with open(write_data_report(str(tmp_path), findings), encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["row"] for row in rows] == [str(number) for number in range(2, 11)]
     assert {row["severity"] for row in rows} == {"error"}
 
 
 def test_notes_alone_take_one_line(corpus):
-    names = [name for name, kinds in EXPECTED.items() if utils.KINDS[kinds[0]].severity == "note"]
+    names = [name for name, kinds in EXPECTED.items() if KINDS[kinds[0]].severity == "note"]
     findings = check(table_of([(str(corpus[name]), "a") for name in names]))
-    text = utils.format_findings([one for one in findings if utils.KINDS[one.kind].severity == "note"])
+    text = format_findings([one for one in findings if KINDS[one.kind].severity == "note"])
     assert len(text.splitlines()) == 1
     assert "3 turned upright by EXIF" in text
 
 
 def test_control_characters_do_not_reach_the_terminal():
-    text = utils.format_findings(check(table_of([("\x1b[2Ja\nb.jpg", "a"), ("b.jpg", "a")])))
+    text = format_findings(check(table_of([("\x1b[2Ja\nb.jpg", "a"), ("b.jpg", "a")])))
     assert "\x1b" not in text
     assert all(line.startswith(("error", "  ")) for line in text.splitlines())
 
@@ -574,7 +585,7 @@ def write_sets(folder, corrupt=()):
 
 
 def check_run(configs):
-    return utils.check_sets({"training": configs.train_csv, "validation": configs.test_csv}, configs)
+    return check_sets({"training": configs.train_csv, "validation": configs.test_csv}, configs)
 
 
 def test_clean_data_writes_no_report(tmp_path, capsys):
@@ -594,7 +605,7 @@ def test_bad_images_end_the_run_or_are_left_out(tmp_path, capsys):
     bad_rows = check_run(configs)
     assert bad_rows == {configs.train_csv: {4}, configs.test_csv: {3}}
     assert "Left out 2 images" in capsys.readouterr().out
-    sequence = utils.get_generator(configs.train_csv, ["a", "b"], configs, True, bad_rows[configs.train_csv])
+    sequence = get_generator(configs.train_csv, ["a", "b"], configs, True, bad_rows[configs.train_csv])
     assert [os.path.basename(path) for path in sequence.paths] == [f"{seed}.jpg" for seed in (0, 1, 3, 4, 5, 6, 7)]
     assert sequence.labels.tolist() == [0, 1, 1, 0, 1, 0, 1]
 
@@ -622,7 +633,7 @@ def test_off_checks_nothing(tmp_path):
 def sequences_of(configs):
     bad_rows = check_run(configs)
     return [
-        utils.get_generator(path, ["a", "b"], configs, path == configs.train_csv, bad_rows[path])
+        get_generator(path, ["a", "b"], configs, path == configs.train_csv, bad_rows[path])
         for path in (configs.train_csv, configs.test_csv)
     ]
 
@@ -655,7 +666,7 @@ def test_next_image_of_the_order_takes_the_place_of_one_that_goes_bad(tmp_path, 
         np.testing.assert_array_equal(replaced, images[rows])
         np.testing.assert_array_equal(of_replaced, labels[rows])
     sequences = {configs.train_csv: training, configs.test_csv: validation}
-    callback = BadImages(sequences, configs.save_model_path, utils.Team())
+    callback = BadImages(sequences, configs.save_model_path, Team())
     callback.on_epoch_end(0)
     callback.on_epoch_end(1)
     assert capsys.readouterr().out.count("2 images could not be read and were left out") == 1
@@ -723,7 +734,7 @@ def split(folder, rows, header=("path", "class", "patient"), **options):
         split_train_test.SplitConfigs(csv_path=str(folder / "all.csv"), **options).validate()
     )
     sets = {}
-    for name, file_name in split_train_test.SET_FILES.items():
+    for name, file_name in SET_FILES.items():
         if (folder / file_name).exists():
             sets[name] = list(csv.DictReader(io.StringIO((folder / file_name).read_text("utf-8"))))
     return counts, sets

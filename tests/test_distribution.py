@@ -16,11 +16,16 @@ import pytest
 import tensorflow as tf
 
 import train
-from configs import Configs, UserError
-from finetune.callbacks import EpochOrder, Interruption, read_state
-from generator import AugmentedImageSequence, Shares
-from model import ModelFactory, TrainingModel
-from utils import get_class_weights, get_generator, set_seed
+from configs import Configs
+from finetune.callbacks import EpochOrder
+from finetune.devices import set_seed
+from finetune.interruption import Interruption
+from finetune.losses import get_class_weights
+from finetune.options import UserError
+from finetune.trainer import TrainingModel
+from finetune.training_state import read_state
+from generator import AugmentedImageSequence, Shares, get_generator
+from model import ModelFactory
 
 PROJECT = Path(__file__).parent.parent
 # Nothing to normalise, and dropout only where it is wanted: the sum of two halves is then the whole.
@@ -170,8 +175,8 @@ def test_the_learning_rate_is_scaled_only_where_that_is_wanted(tables, tmp_path,
         rates[len(rates)] = float(model.optimizer.learning_rate.numpy())
         raise UserError("enough")
 
-    monkeypatch.setattr("train.fit", note)
-    monkeypatch.setattr("train.get_shares", lambda *_: Shares(4, 0, 4))
+    monkeypatch.setattr("finetune.training.run_phase", note)
+    monkeypatch.setattr("finetune.training.get_shares", lambda *_: Shares(4, 0, 4))
     monkeypatch.setattr(tf.distribute.MirroredStrategy, "num_replicas_in_sync", 4)
     for scale in (False, True):
         options = options_of(tables, tmp_path / str(scale), **PLAIN, scale_learning_rate=scale)
@@ -182,7 +187,8 @@ def test_the_learning_rate_is_scaled_only_where_that_is_wanted(tables, tmp_path,
 
 
 def test_a_run_within_an_epoch_keeps_its_number_of_devices(tables, tmp_path):
-    from finetune.callbacks import check_same_data, fingerprint
+    from finetune.resuming import check_same_data
+    from finetune.run_folder import fingerprint
 
     paths = [str(tables[0])] * 8
     sequence = AugmentedImageSequence(paths, np.zeros(8, int), (8, 8), 2, shares=Shares(2, 0, 2))
@@ -365,8 +371,7 @@ sys.path.insert(0, sys.argv[1])
 import keras, numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from model import ModelFactory, TrainingModel
-from utils import get_class_weights, get_generator, set_seed
+from finetune.trainer import TrainingModel
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
     inputs = keras.Input((1, 1, 3))
@@ -401,9 +406,9 @@ def test_all_devices_leave_out_the_step_in_which_one_has_gradients_that_are_not_
 def test_memory_is_limited_on_every_gpu_before_a_strategy_takes_them(monkeypatch):
     limits = []
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: ["gpu0", "gpu1"])
-    monkeypatch.setattr("utils.gpu_memory_sizes", lambda number: [2**34, 2**33])
+    monkeypatch.setattr("finetune.devices.gpu_memory_sizes", lambda number: [2**34, 2**33])
     monkeypatch.setattr(tf.config, "set_logical_device_configuration", lambda *limit: limits.append(limit))
-    from utils import set_gpu_usage
+    from finetune.devices import set_gpu_usage
 
     set_gpu_usage(0.5)
     assert [(gpu, config[0].memory_limit) for gpu, config in limits] == [("gpu0", 2**13), ("gpu1", 2**12)]

@@ -10,11 +10,16 @@ import pandas as pd
 import pytest
 
 import draw_activations
-from configs import Configs, UserError
-from finetune import gradcam
-from finetune.metrics import Decision, write_decision
+from configs import Configs
+from finetune import cam_pictures, explaining, gradcam
+from finetune.cam_pictures import name_outputs, overlay_heatmap
+from finetune.decision import Decision
+from finetune.decision_file import write_decision
+from finetune.explaining import CHOOSERS
+from finetune.files import write_json
+from finetune.options import UserError
+from generator import get_generator
 from model import ModelFactory
-from utils import get_generator, write_json
 
 SIZE, CLASS_NAMES = 32, ["blue", "green", "red"]
 MULTI_LABELS = np.array([[1, 0, 1], [0, 1, 0]], np.float32)
@@ -93,7 +98,7 @@ def load(configs: Configs) -> tuple[keras.Model, np.ndarray, np.ndarray]:
 @pytest.fixture
 def panels(monkeypatch):
     """Collects, by file name, the images and captions of each picture, which is written as well."""
-    found, arrange, write_image = {}, draw_activations.arrange, draw_activations.write_image
+    found, arrange, write_image = {}, cam_pictures.arrange, cam_pictures.write_image
     pictures = {}
 
     def remember(panels):
@@ -105,15 +110,13 @@ def panels(monkeypatch):
         found[os.path.basename(path)] = pictures[id(image)][1]
         write_image(path, image)
 
-    monkeypatch.setattr(draw_activations, "arrange", remember)
-    monkeypatch.setattr(draw_activations, "write_image", write)
+    monkeypatch.setattr(cam_pictures, "arrange", remember)
+    monkeypatch.setattr(cam_pictures, "write_image", write)
     return found
 
 
 def captions(panels: dict, configs: Configs) -> list[list[str]]:
-    names = draw_activations.name_outputs(
-        get_generator(configs.test_csv, CLASS_NAMES, configs, training=False).paths.tolist()
-    )
+    names = name_outputs(get_generator(configs.test_csv, CLASS_NAMES, configs, training=False).paths.tolist())
     return [[caption for _, caption in panels[name]] for name in names]
 
 
@@ -127,10 +130,10 @@ def test_the_predicted_class_is_drawn_beside_the_photo(single, panels):
         [f"true: {true[row]}", f"{probabilities[row, best[row]]:.2f} {CLASS_NAMES[best[row]]}"] for row in range(9)
     ]
     heatmaps, _ = gradcam.GradCam(model)(images, best)
-    for row, name in enumerate(draw_activations.name_outputs(pd.read_csv(single.test_csv)["path"].tolist())):
+    for row, name in enumerate(name_outputs(pd.read_csv(single.test_csv)["path"].tolist())):
         (photo, _), (overlay, _) = panels[name]
         np.testing.assert_array_equal(photo, images[row])
-        expected = gradcam.overlay_heatmap(images[row], heatmaps[row])
+        expected = overlay_heatmap(images[row], heatmaps[row])
         np.testing.assert_allclose(overlay.astype(int), expected, atol=2)
     for path in result["paths"]:
         height, width, _ = cv2.imread(path).shape
@@ -210,7 +213,7 @@ def test_method_opacity_and_colours_are_those_of_the_options(method, several, pa
     heatmaps, _ = gradcam.GradCam(model, method)(images, probabilities.argmax(axis=1))
     for row in range(24):
         overlay, _ = panels[f"{row:02d}.jpg"][1]
-        expected = gradcam.overlay_heatmap(images[row], heatmaps[row], 0.7, "viridis")
+        expected = overlay_heatmap(images[row], heatmaps[row], 0.7, "viridis")
         np.testing.assert_allclose(overlay.astype(int), expected, atol=4)
 
 
@@ -234,7 +237,7 @@ def test_faithfulness_is_of_the_explained_class_in_calibrated_probabilities(sing
         seen.extend(zip(class_indices.tolist(), before.tolist(), strict=True))
         return np.zeros((len(images), 2))
 
-    monkeypatch.setattr(gradcam, "measure_faithfulness", measure)
+    monkeypatch.setattr(explaining, "measure_faithfulness", measure)
     draw_activations.main(single.replace(cam_classes="top_k"))
     assert [class_index for class_index, _ in seen] == calibrated.argmax(axis=1).tolist()
     np.testing.assert_allclose([before for _, before in seen], calibrated.max(axis=1), atol=1e-5)
@@ -242,9 +245,11 @@ def test_faithfulness_is_of_the_explained_class_in_calibrated_probabilities(sing
 
 def test_faithfulness_is_measured_on_a_sample_evenly_taken(several, monkeypatch):
     measured = []
-    monkeypatch.setattr(draw_activations, "MOST_MEASURED", 3)
+    monkeypatch.setattr(explaining, "MOST_MEASURED", 3)
     monkeypatch.setattr(
-        gradcam, "measure_faithfulness", lambda _, images, *rest: measured.extend(images) or np.zeros((len(images), 2))
+        explaining,
+        "measure_faithfulness",
+        lambda _, images, *rest: measured.extend(images) or np.zeros((len(images), 2)),
     )
     assert draw_activations.main(several)["faithfulness"]["images"] == 3
     _, images, _ = load(several)
@@ -272,7 +277,7 @@ def test_a_damaged_decision_is_named(single):
 @pytest.mark.parametrize(("number", "columns", "rows"), [(1, 1, 1), (4, 4, 1), (6, 6, 1), (7, 6, 2), (50, 7, 8)])
 def test_many_panels_stand_in_rows(number, columns, rows):
     photos = [np.full((16, 20, 3), value, np.uint8) for value in range(number)]
-    picture = draw_activations.arrange([(photo, "") for photo in photos])
+    picture = cam_pictures.arrange([(photo, "") for photo in photos])
     height = picture.shape[0] // rows
     assert picture.shape == (height * rows, columns * 20, 3)
     for value in range(columns * rows):
@@ -294,5 +299,5 @@ def test_choosers_by_hand(name, expected):
     # Equal ones: the first is the predicted class.
     probabilities = np.array([[0.1, 0.9, 0.7], [0.3, 0.3, 0.2]], np.float32)
     decision = Decision(CLASS_NAMES, True, exact_match_threshold=0.7)
-    chosen = draw_activations.CHOOSERS[name](probabilities, MULTI_LABELS, decision=decision, top_k=2)
+    chosen = CHOOSERS[name](probabilities, MULTI_LABELS, decision=decision, top_k=2)
     np.testing.assert_array_equal(chosen, np.array(expected, bool))

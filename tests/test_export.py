@@ -20,10 +20,13 @@ import draw_activations
 import predict
 import test as evaluation
 import train
-import utils
 from compress_weights import CompressConfigs
-from configs import UserError
-from finetune.metrics import read_decision
+from finetune import exports
+from finetune.artefacts import artefact_stem
+from finetune.decision_file import read_decision
+from finetune.exports import WRITERS
+from finetune.options import UserError
+from finetune.runtimes import OPTIONAL_PACKAGES, load_exported_model, load_predictor
 
 CLASSES = ["blue", "green", "red"]
 EXPORTS = ["tflite", "onnx", "saved_model"]
@@ -168,17 +171,17 @@ def test_quantization_stores_kernels_in_bytes(quantization, kernel, run_folder):
 
 
 def test_int8_takes_its_ranges_from_the_training_images(run_folder, monkeypatch, capsys):
-    shown, write = [], compress_weights.WRITERS["tflite"]
+    shown, write = [], WRITERS["tflite"]
 
     def spy(model, path, precision, calibrate):
         return write(model, path, precision, lambda: shown.append(calibrate()) or shown[0])
 
-    monkeypatch.setitem(compress_weights.WRITERS, "tflite", spy)
+    monkeypatch.setitem(WRITERS, "tflite", spy)
     export(run_folder, "tflite", export_quantization="int8")
     (images,) = shown
     names = pd.read_csv(run_folder.parent / "train.csv")["path"]
     stored = json.loads((run_folder / "configs.json").read_text())
-    from generator import read_image, resize_image
+    from finetune.images import read_image, resize_image
 
     paths = [os.path.join(stored["image_directory"], name) for name in names]
     expected = [resize_image(read_image(path, (32, 32)), (32, 32)) for path in paths]
@@ -231,17 +234,17 @@ def test_a_folder_may_be_called_rejected(run_folder):
 def test_only_what_answers_otherwise_is_rejected(run_folder, monkeypatch, capsys):
     blue = build_colour_model()
     blue.layers[2].set_weights([np.zeros((3, 3)), np.array([9, 0, 0])])
-    monkeypatch.setattr(compress_weights, "to_float32", lambda model: blue)
+    monkeypatch.setattr(exports, "to_float32", lambda model: blue)
     (run_folder / "best_model.onnx").write_text("an earlier one")
     with pytest.raises(SystemExit) as raised:
         compress_weights.compress(CompressConfigs(model_path=str(run_folder), export=EXPORTS))
     assert raised.value.code == 1
     report = json.loads((run_folder / "compression_report.json").read_text())
-    weights, *exports = report["artefacts"]
+    weights, *exported = report["artefacts"]
     assert not weights["rejected"]
     names = ["best_model.rejected.tflite", "best_model.rejected.onnx", "best_model_saved_model.rejected"]
-    assert [os.path.basename(artefact["path"]) for artefact in exports] == names
-    for artefact in exports:
+    assert [os.path.basename(artefact["path"]) for artefact in exported] == names
+    for artefact in exported:
         assert artefact["rejected"]
         assert artefact["comparison"]["changed_predictions"] == 12
         assert artefact["comparison"]["accuracy_drop"] == pytest.approx(200 / 3)
@@ -292,7 +295,7 @@ def test_a_missing_package_is_told_before_any_work(name, run_folder, monkeypatch
 
 def test_optional_packages_are_those_that_the_tests_install():
     declared = (Path(__file__).parent / "requirements.txt").read_text().splitlines()
-    assert set(utils.OPTIONAL_PACKAGES.values()) <= set(declared)
+    assert set(OPTIONAL_PACKAGES.values()) <= set(declared)
 
 
 def test_tensorflows_interpreter_stands_in_for_litert(run_folder, monkeypatch):
@@ -301,7 +304,7 @@ def test_tensorflows_interpreter_stands_in_for_litert(run_folder, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = utils.load_exported_model(str(run_folder / "best_model.tflite"))
+        model = load_exported_model(str(run_folder / "best_model.tflite"))
     assert (model.input_shape, model.output_shape) == ((None, 32, 32, 3), (None, 3))
     np.testing.assert_allclose(model(images), answer(images), atol=1e-5)
 
@@ -338,7 +341,7 @@ def test_options_that_mean_nothing_are_told(arguments, message):
     ],
 )
 def test_an_artefact_tells_its_model_by_its_name(path, stem):
-    assert utils.artefact_stem(path) == stem
+    assert artefact_stem(path) == stem
 
 
 # The scripts that take them
@@ -443,9 +446,9 @@ def test_what_needs_the_layers_says_so(script, run_folder, small_run):
 def test_a_model_of_other_classes_is_told(run_folder, photo_folder):
     export(run_folder, "onnx")
     with pytest.raises(UserError, match=r"best_model\.onnx tells 3 classes apart, but the configs name 2: cat, dog"):
-        utils.load_predictor(str(run_folder / "best_model.onnx"), ["cat", "dog"], (32, 32))
+        load_predictor(str(run_folder / "best_model.onnx"), ["cat", "dog"], (32, 32))
     with pytest.raises(UserError, match=r"takes inputs of shape \(32, 32, 3\)"):
-        utils.load_predictor(str(run_folder / "best_model.onnx"), CLASSES, (64, 64))
+        load_predictor(str(run_folder / "best_model.onnx"), CLASSES, (64, 64))
 
 
 # Foreign and damaged ones
@@ -459,7 +462,7 @@ def test_a_damaged_artefact_is_told_in_a_line(name, damage, run_folder):
     content = path.read_bytes()
     path.write_bytes({"empty": b"", "text": b"<html>not found</html>", "half": content[: len(content) // 2]}[damage])
     with pytest.raises(UserError, match=f"{name} is not (a|an) .* with images in and probabilities out: ") as raised:
-        utils.load_exported_model(str(run_folder / name))
+        load_exported_model(str(run_folder / name))
     assert "\n" not in str(raised.value)
 
 
@@ -491,7 +494,7 @@ def test_a_saved_model_that_does_more_than_compute_is_refused(case, tmp_path):
     programs = {"writes a file": write, "writes in a branch": branch, "runs Python": run_python, "saves": save}
     save_program(tmp_path / "model", programs[case])
     with pytest.raises(UserError, match="is not loaded: it holds (WriteFile|If|EagerPyFunc|SaveV2), which does more"):
-        utils.load_exported_model(str(tmp_path / "model"))
+        load_exported_model(str(tmp_path / "model"))
     assert not os.path.exists(mark)
 
 
@@ -506,7 +509,7 @@ def test_a_saved_model_with_a_table_is_refused(tmp_path):
     module.serve = tf.function(look_up, input_signature=[tf.TensorSpec((None, 32, 32, 3), tf.float32, "image")])
     tf.saved_model.save(module, str(tmp_path / "model"), signatures=module.serve)
     with pytest.raises(UserError, match="is not loaded: it holds "):
-        utils.load_exported_model(str(tmp_path / "model"))
+        load_exported_model(str(tmp_path / "model"))
 
 
 def test_a_saved_model_of_tensorflow_1_is_refused(tmp_path):
@@ -520,7 +523,7 @@ def test_a_saved_model_of_tensorflow_1_is_refused(tmp_path):
         builder.add_meta_graph_and_variables(session, ["serve"], {"serving_default": signature}, main_op=program)
         builder.save()
     with pytest.raises(UserError, match="model is not a SavedModel .*: It is of TensorFlow 1"):
-        utils.load_exported_model(str(tmp_path / "model"))
+        load_exported_model(str(tmp_path / "model"))
     assert not os.path.exists(mark)
     # The file does what it is made for where TensorFlow is let.
     tf.saved_model.load(str(tmp_path / "model"))
@@ -539,6 +542,6 @@ def test_backbones_answer_the_same_in_each_runtime(name, tmp_path):
     images = rng.integers(0, 256, (2, 64, 64, 3)).astype(np.float32)
     expected = model.predict(images, verbose=0)
     for (kind, artefact), run in zip(zip(EXPORTS, ARTEFACTS, strict=True), RUNTIMES.values(), strict=True):
-        compress_weights.WRITERS[kind](model, str(tmp_path / artefact), "float32", list)
+        WRITERS[kind](model, str(tmp_path / artefact), "float32", list)
         np.testing.assert_allclose(run(tmp_path / artefact, images), expected, atol=1e-5)
     shutil.rmtree(tmp_path)

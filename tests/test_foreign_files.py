@@ -21,12 +21,24 @@ import draw_activations
 import predict
 import test as evaluation
 import train
-import utils
 from compress_weights import CompressConfigs
-from configs import Configs, UserError
-from finetune.metrics import Decision, read_decision, write_decision
-from finetune.report import read_log
-from generator import read_image
+from configs import Configs
+from finetune import cam_pictures
+from finetune.cam_pictures import name_outputs
+from finetune.compressed import custom_save_model
+from finetune.data_check import check_data
+from finetune.decision import Decision
+from finetune.decision_file import read_decision, write_decision
+from finetune.files import TEMPORARY_PREFIX
+from finetune.findings import KINDS
+from finetune.images import read_image
+from finetune.inspection import inspect_image
+from finetune.log_figures import read_log
+from finetune.model_files import load_fitting_model, load_model
+from finetune.options import UserError
+from finetune.run_folder import describe_model, resolve_model_path
+from finetune.runtimes import load_exported_model
+from finetune.tables import make_image_table, parse_table, resolve_class_names
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["cat", "dog", "owl"]
@@ -42,7 +54,7 @@ def save(folder, suffix, model=None):
     """Saves a model in one of the formats; returns the path that leads to it."""
     model = model or build_model()
     if suffix == "compressed":
-        return utils.custom_save_model(model, str(folder), "model")[0]
+        return custom_save_model(model, str(folder), "model")[0]
     path = folder / f"model{suffix}"
     model.save(path)
     return str(path)
@@ -98,7 +110,7 @@ def loading(suffix, change=None, content=None, **options):
             Path(path).write_bytes(content(Path(path).read_bytes()))
         if change is not None:
             change(path)
-        utils.load_model(path)
+        load_model(path)
 
     return run
 
@@ -107,7 +119,7 @@ def fitting(model, **options):
     """Returns a case: a model is loaded to tell three classes apart in images of 8x8."""
 
     def run(folder):
-        utils.load_fitting_model(save(folder, ".keras", model()), CLASSES, (8, 8), **options)
+        load_fitting_model(save(folder, ".keras", model()), CLASSES, (8, 8), **options)
 
     return run
 
@@ -166,13 +178,13 @@ def a_layer_alone(folder):
     save(folder, ".keras")
     dense = keras.saving.serialize_keras_object(keras.layers.Dense(3))
     change_archive(path, lambda parts: parts | {"config.json": json.dumps(dense)})
-    utils.load_model(str(path))
+    load_model(str(path))
 
 
 def half_of_a_pair(folder):
     path = save(folder, "compressed")
     os.remove(Path(path).with_suffix(".json"))
-    utils.load_model(path)
+    load_model(path)
 
 
 def of_two_pairs(folder):
@@ -180,20 +192,20 @@ def of_two_pairs(folder):
     layers = Path(path).with_suffix(".json").read_text()
     save(folder, "compressed")
     Path(path).with_suffix(".json").write_text(layers)
-    utils.load_model(path)
+    load_model(path)
 
 
 def of_scales(scales):
     """Returns a case: an int8 model's kernel has other scales, or none."""
 
     def run(folder):
-        path, _ = utils.custom_save_model(build_model(), str(folder), "model", "int8")
+        path, _ = custom_save_model(build_model(), str(folder), "model", "int8")
         with h5py.File(path, "r+") as file:
             assert sorted(file["scales"]) == ["00002"]
             del file["scales/00002"]
             if scales is not None:
                 file["scales/00002"] = scales
-        utils.load_model(path)
+        load_model(path)
 
     return run
 
@@ -205,7 +217,7 @@ def exported(name, content):
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
-        utils.load_exported_model(str(folder / name.split("/")[0]))
+        load_exported_model(str(folder / name.split("/")[0]))
 
     return run
 
@@ -220,7 +232,7 @@ def graph_that_writes(folder):
     module = tf.Module()
     module.serve = tf.function(serve, input_signature=[tf.TensorSpec((None, 8, 8, 3), tf.float32, "image")])
     tf.saved_model.save(module, str(folder / "model"), signatures=module.serve)
-    utils.load_exported_model(str(folder / "model"))
+    load_exported_model(str(folder / "model"))
 
 
 def metadata_of(content):
@@ -228,7 +240,7 @@ def metadata_of(content):
 
     def run(folder):
         (folder / "model_metadata.json").write_text(json.dumps(content))
-        utils.describe_model(Configs(), str(folder / "model.onnx"))
+        describe_model(Configs(), str(folder / "model.onnx"))
 
     return run
 
@@ -270,7 +282,7 @@ def image_of(name):
     """Returns a case: the data check decodes an image of the corpus; it returns what is found."""
 
     def run(folder):
-        found = utils.inspect_image(str(build_corpus(folder)[name]), decode=True)
+        found = inspect_image(str(build_corpus(folder)[name]), decode=True)
         return tell_findings([found.fault] if found.fault else found.remarks)
 
     return run
@@ -289,7 +301,7 @@ def url_of(url, content=None, read=False):
             MemoryFileSystem().pipe_file("/bucket/photo.jpg", encode("JPEG") if content is None else content)
             if read:
                 return read_image(url)
-            found = utils.inspect_image(url, decode=True)
+            found = inspect_image(url, decode=True)
         return tell_findings([found.fault] if found.fault else found.remarks)
 
     return run
@@ -316,15 +328,15 @@ def table_of(name):
     def run(folder):
         path, multi_label = folder / "table.csv", name.startswith("multi_label")
         path.write_bytes(BAD_TABLES[name])
-        content = utils.parse_table(str(path), "class")
+        content = parse_table(str(path), "class")
         for number, image in enumerate(content["path"].unique()):
             write_image(folder / image.replace("\0", "0"), number)
-        table = utils.make_image_table("training", str(path), content, "class", str(folder))
-        found = utils.check_data([table], multi_label)
+        table = make_image_table("training", str(path), content, "class", str(folder))
+        found = check_data([table], multi_label)
         # Small tables have such classes all of them.
         found = [finding for finding in found if finding.kind != "class_of_one_image" or finding.kind == name]
         if not found:
-            utils.resolve_class_names(None, str(path), "class", multi_label)
+            resolve_class_names(None, str(path), "class", multi_label)
         return tell_findings([(finding.kind, f"row {finding.row}: {finding.detail}") for finding in found])
 
     return run
@@ -337,7 +349,7 @@ def write_image(path, seed):
 
 
 def tell_findings(found):
-    lines = [f"{kind} ({utils.KINDS[kind].severity}): {detail}" for kind, detail in found]
+    lines = [f"{kind} ({KINDS[kind].severity}): {detail}" for kind, detail in found]
     return "; ".join(lines) or "nothing, it is right"
 
 
@@ -380,11 +392,11 @@ CASES = {
     "model_h5_truncated": loading(".h5", content=lambda content: content[: len(content) // 2]),
     "model_h5_weights_alone": lambda folder: (
         build_model().save_weights(folder / "a.weights.h5"),
-        utils.load_model(str(folder / "a.weights.h5")),
+        load_model(str(folder / "a.weights.h5")),
     ),
     "model_other_ending": lambda folder: (
         (folder / "model.pt").write_bytes(b"\x08\x07"),
-        utils.load_model(str(folder / "model.pt")),
+        load_model(str(folder / "model.pt")),
     ),
     "model_huge_array": loading("compressed", claim_huge_array),
     "model_link": loading("compressed", point_elsewhere),
@@ -404,10 +416,10 @@ CASES = {
     "model_two_inputs": fitting(two_inputs),
     "model_maps": fitting(maps_of_classes),
     "model_one_size_of_batch": fitting(one_size_of_batch),
-    "model_other_classes": lambda folder: utils.load_fitting_model(save(folder, ".keras"), ["cat", "dog"], (8, 8)),
+    "model_other_classes": lambda folder: load_fitting_model(save(folder, ".keras"), ["cat", "dog"], (8, 8)),
     "exported_to_a_keras_script": lambda folder: (
         (folder / "model.onnx").write_bytes(b"\x08\x07"),
-        utils.load_model(str(folder / "model.onnx")),
+        load_model(str(folder / "model.onnx")),
     ),
     "exported_tflite_empty": exported("model.tflite", b""),
     "exported_tflite_text": exported("model.tflite", b"<html>not found</html>"),
@@ -418,7 +430,7 @@ CASES = {
     "metadata_list": metadata_of([1, 2]),
     "metadata_without_options": metadata_of({"decision": {}}),
     "metadata_unknown_option": metadata_of({"options": {"clases": ["cat"]}}),
-    "model_missing": lambda folder: utils.resolve_model_path(str(folder / "best_model.keras")),
+    "model_missing": lambda folder: resolve_model_path(str(folder / "best_model.keras")),
     "configs_missing": flags("--configs", "nowhere.json"),
     "configs_empty": configs_of(b""),
     "configs_cut_short": configs_of(b'{"batch_size": 16, "classes": ["cat", '),
@@ -517,7 +529,7 @@ def test_marshalled_code_is_not_run(suffix, tmp_path, monkeypatch):
     path = save(tmp_path, suffix, build_model(keras.layers.Lambda(lambda x: (open("mark", "w").close(), x)[1])))
     os.remove("mark")
     with pytest.raises(UserError, match="Lambda layer, program code"):
-        utils.load_model(path)
+        load_model(path)
     assert not os.path.exists("mark")
     if suffix in (".keras", ".h5"):
         # The file does what it is made for where Keras is told to trust it.
@@ -534,7 +546,7 @@ def test_no_module_that_a_file_names_is_imported(suffix, with_optimizer, tmp_pat
     path = save(tmp_path, suffix)
     change_layers(path, with_last_layer(module="foreign_layers", registered_name="foreign_layers>Dense"))
     with pytest.raises(UserError, match=r"it needs foreign_layers\.Dense, code that is not Keras's own"):
-        utils.load_model(path, with_optimizer)
+        load_model(path, with_optimizer)
     assert not mark.exists()
     assert "foreign_layers" not in sys.modules
 
@@ -545,7 +557,7 @@ def test_no_function_of_another_module_becomes_an_activation(suffix, tmp_path):
     function = {"class_name": "function", "module": "os", "config": "system", "registered_name": "system"}
     change_layers(path, with_options(activation=function))
     with pytest.raises(UserError, match=r"it needs os\.system"):
-        utils.load_model(path)
+        load_model(path)
 
 
 def test_code_in_the_training_part_of_an_hdf5_file_is_refused(tmp_path):
@@ -557,7 +569,7 @@ def test_code_in_the_training_part_of_an_hdf5_file_is_refused(tmp_path):
         training["loss"] = {"class_name": "__lambda__", "config": {"value": "AAAA"}}
         file.attrs["training_config"] = json.dumps(training)
     with pytest.raises(UserError, match="Python lambda"):
-        utils.load_model(path, with_optimizer=True)
+        load_model(path, with_optimizer=True)
 
 
 @pytest.mark.parametrize("url", ["reference://a.jpg::memory://references.json", "memory://x::reference://a.jpg"])
@@ -566,7 +578,7 @@ def test_no_url_brings_a_program(url, tmp_path, store):
     program = f"{{{{ cycler.__init__.__globals__.os.mkdir({str(tmp_path / 'mark')!r}) }}}}"
     references = {"version": 1, "templates": {"u": program}, "gen": [], "refs": {"a.jpg": ["{{u}}"]}}
     store.put("memory://references.json", json.dumps(references).encode())
-    assert utils.inspect_image(url).fault[0] == "unreachable"
+    assert inspect_image(url).fault[0] == "unreachable"
     with pytest.raises(UserError, match="joined by '::' are not read"):
         read_image(url)
     assert os.listdir(tmp_path) == []
@@ -584,7 +596,7 @@ def test_the_count_of_weights_leaves_keras_as_it_was(tmp_path):
     before = keras.Layer.add_weight
     with pytest.raises(UserError, match="claims more weights"):
         CASES["model_huge_layer"](tmp_path)
-    utils.load_model(save(tmp_path, ".h5"))
+    load_model(save(tmp_path, ".h5"))
     assert keras.Layer.add_weight is before
 
 
@@ -668,7 +680,7 @@ BAD_NAMES = [
 
 
 def test_names_of_pictures_stay_in_their_folder_on_every_system():
-    names = draw_activations.name_outputs([f"root/{name}" for name in BAD_NAMES])
+    names = name_outputs([f"root/{name}" for name in BAD_NAMES])
     assert len({name.casefold() for name in names}) == len(BAD_NAMES)
     for name in names:
         assert name.isprintable()
@@ -676,20 +688,20 @@ def test_names_of_pictures_stay_in_their_folder_on_every_system():
         assert not name.startswith(".")
         assert name.split(".")[0].upper() not in ("CON", "NUL", "LPT1")
         # The folder of the temporary file bears the name with a prefix.
-        assert len(f"{utils.TEMPORARY_PREFIX}{2**22}-{name}_999".encode()) <= 255
+        assert len(f"{TEMPORARY_PREFIX}{2**22}-{name}_999".encode()) <= 255
 
 
 def test_ordinary_names_stay_as_they_are():
     paths = ["root/cat/1.jpg", "root/dog/Häuser am See (2).JPG", "root/dog/花.webp", "root/dog/scan.tif"]
     expected = ["cat-1.jpg", "dog-Häuser am See (2).JPG", "dog-花.webp", "dog-scan.tif.png"]
-    assert draw_activations.name_outputs(paths) == expected
+    assert name_outputs(paths) == expected
 
 
 def test_pictures_of_bad_names_are_written_into_their_folder_alone(tmp_path):
     (tmp_path / "cam_output").mkdir()
-    names = draw_activations.name_outputs([f"root/{name}" for name in BAD_NAMES])
+    names = name_outputs([f"root/{name}" for name in BAD_NAMES])
     for name in names:
-        draw_activations.write_image(str(tmp_path / "cam_output" / name), np.zeros((4, 4, 3), np.uint8))
+        cam_pictures.write_image(str(tmp_path / "cam_output" / name), np.zeros((4, 4, 3), np.uint8))
     assert os.listdir(tmp_path) == ["cam_output"]
     assert sorted(os.listdir(tmp_path / "cam_output")) == sorted(names)
 
@@ -702,7 +714,10 @@ FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "joblib", "subproces
 FORBIDDEN_CALLS = {"os.system", "os.popen", "pd.read_pickle", "np.load", "pd.eval"}
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("finetune/*.py")])
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_no_module_runs_text_or_unpacks_objects(path):
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Call):

@@ -21,12 +21,18 @@ from corpus import BAD_TABLES, images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import draw_activations
-import generator
-import utils
 from compress_weights import CompressConfigs
-from configs import Configs, UserError
-from finetune import callbacks, metrics, report
+from configs import Configs
+from finetune.cam_pictures import name_outputs, write_image
+from finetune.compressed import custom_save_model
+from finetune.decision import Decision
+from finetune.decision_file import read_decision
+from finetune.images import read_image
+from finetune.log_figures import read_log
+from finetune.model_files import load_model
+from finetune.options import UserError
+from finetune.tables import encode_labels, read_table, resolve_class_names
+from finetune.training_state import STATE_MEMBER, STATE_PARTS, read_state, save_checkpoint
 from make_csv_from_folders import FolderConfigs
 from plot_training_log import PlotConfigs
 from predict import PredictConfigs
@@ -158,9 +164,9 @@ def tables(draw):
 
 
 def read_labels(path, multi_label):
-    class_names = utils.resolve_class_names(None, path, "class", multi_label)
-    labels = utils.read_table(path, "class", multi_label)["class"]
-    return utils.encode_labels(labels, class_names, multi_label, path), class_names
+    class_names = resolve_class_names(None, path, "class", multi_label)
+    labels = read_table(path, "class", multi_label)["class"]
+    return encode_labels(labels, class_names, multi_label, path), class_names
 
 
 @fuzz(1200, content=tables() | damaged(sorted(BAD_TABLES.values(), key=len)[2:]), multi_label=st.booleans())
@@ -177,7 +183,7 @@ def test_tables(folder, content, multi_label):
 @fuzz(400, content=damaged([b"epoch,loss,val_loss\n1,0.5,0.6\n2,0.4,nan\n"]) | tables() | st.binary(max_size=60))
 def test_training_logs(folder, content):
     Path("training_log.csv").write_bytes(content)
-    log = attempt(report.read_log, "training_log.csv")
+    log = attempt(read_log, "training_log.csv")
     assert log is None or {"epoch", "loss"} <= set(log)
 
 
@@ -218,14 +224,14 @@ def test_command_lines(folder, configs_class, arguments):
         attempt(configs_class.from_command_line, "A script.", arguments)
 
 
-DECISION = metrics.Decision(["cat", "dog"], False).to_dict()
+DECISION = Decision(["cat", "dog"], False).to_dict()
 FIELDS = st.sampled_from(sorted(DECISION))
 
 
 @fuzz(600, content=json_files(st.dictionaries(FIELDS, VALUES, max_size=3).map(lambda fields: DECISION | fields)))
 def test_decisions(folder, content):
     Path("decision.json").write_bytes(content)
-    decision = attempt(metrics.read_decision, ".", ["cat", "dog"], False, "best_model.keras")
+    decision = attempt(read_decision, ".", ["cat", "dog"], False, "best_model.keras")
     if decision is not None:
         calibrated = decision.calibrate(np.array([[0.25, 0.75], [1, 0]], np.float32))
         assert ((calibrated >= 0) & (calibrated <= 1)).all()
@@ -242,7 +248,7 @@ SMALL_PICTURES = [content for content in PICTURES if len(content) < 50_000]
 @fuzz(1500, content=damaged(SMALL_PICTURES), image_size=st.sampled_from([None, (8, 8), (30, 40)]))
 def test_images(folder, content, image_size):
     Path("image.jpg").write_bytes(content)
-    image = attempt(generator.read_image, "image.jpg", image_size)
+    image = attempt(read_image, "image.jpg", image_size)
     if image is not None:
         assert image.dtype == np.uint8
         assert image.ndim == 3
@@ -253,7 +259,7 @@ def test_images(folder, content, image_size):
 # Models
 
 
-STATE = dict.fromkeys(sorted(callbacks.STATE_PARTS)) | {"epochs_completed": 1, "log": [{"epoch": 1}]}
+STATE = dict.fromkeys(sorted(STATE_PARTS)) | {"epochs_completed": 1, "log": [{"epoch": 1}]}
 
 
 def build_files():
@@ -265,9 +271,9 @@ def build_files():
     with tempfile.TemporaryDirectory() as folder:
         for suffix in (".keras", ".h5"):
             model.save(f"{folder}/model{suffix}")
-        callbacks.save_checkpoint(model, f"{folder}/checkpoint.keras", STATE)
-        utils.custom_save_model(model, folder, "pair")
-        utils.custom_save_model(model, folder, "int8", "int8")
+        save_checkpoint(model, f"{folder}/checkpoint.keras", STATE)
+        custom_save_model(model, folder, "pair")
+        custom_save_model(model, folder, "int8", "int8")
         names = ("model.keras", "checkpoint.keras", "model.h5", "pair.h5", "pair.json", "int8.h5")
         return {name: Path(folder, name).read_bytes() for name in names}
 
@@ -326,7 +332,7 @@ ARCHIVES = st.one_of(
 
 
 def load(path, with_optimizer):
-    return utils.load_model(path, with_optimizer)
+    return load_model(path, with_optimizer)
 
 
 @fuzz(700, content=ARCHIVES, with_optimizer=st.booleans())
@@ -355,10 +361,10 @@ def test_compressed_models(folder, layers, weights):
     assert model is None or isinstance(model, keras.Model)
 
 
-@fuzz(600, content=damaged([FILES["checkpoint.keras"], pack({callbacks.STATE_MEMBER: json.dumps(STATE)})]))
+@fuzz(600, content=damaged([FILES["checkpoint.keras"], pack({STATE_MEMBER: json.dumps(STATE)})]))
 def test_states(folder, content):
     Path("latest_model.keras").write_bytes(content)
-    state = attempt(callbacks.read_state, "latest_model.keras")
+    state = attempt(read_state, "latest_model.keras")
     assert state is None or state == STATE
 
 
@@ -370,11 +376,11 @@ PATH_PARTS = st.sampled_from(["..", ".", "CON", "a", ".hidden", "a\\b", "C:", "è
 
 @fuzz(300, parts=st.lists(st.lists(PATH_PARTS, min_size=1, max_size=4), min_size=1, max_size=4))
 def test_names_of_pictures(folder, parts):
-    names = attempt(draw_activations.name_outputs, ["/".join(part) + ".jpg" for part in parts])
+    names = attempt(name_outputs, ["/".join(part) + ".jpg" for part in parts])
     assert len({name.casefold() for name in names}) == len(parts)
     output = Path("cam_output")
     for name in names:
-        attempt(draw_activations.write_image, f"cam_output/{name}", np.zeros((2, 2, 3), np.uint8))
+        attempt(write_image, f"cam_output/{name}", np.zeros((2, 2, 3), np.uint8))
     assert sorted(os.listdir(output)) == sorted(names)
     shutil.rmtree(output)
 

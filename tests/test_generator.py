@@ -19,20 +19,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image, ImageOps
 
 from augmenter import build_augmenter
-from configs import Configs, UserError
-from finetune.callbacks import EpochOrder, InputWait, Interruption
-from generator import (
-    AugmentedImageSequence,
-    DiskCache,
-    MemoryCache,
-    Shares,
-    choose_divisor,
-    mix_batch,
-    read_image,
-    resize_image,
-)
-from model import TrainingModel
-from utils import get_generator, naming_bad_images, predict, read_version
+from configs import Configs
+from finetune.caches import DiskCache, MemoryCache
+from finetune.callbacks import EpochOrder, InputWait
+from finetune.images import choose_divisor, read_image, resize_image
+from finetune.interruption import Interruption
+from finetune.mixing import mix_batch
+from finetune.options import UserError
+from finetune.predicting import predict
+from finetune.stores import read_version
+from finetune.trainer import TrainingModel
+from generator import AugmentedImageSequence, Shares, get_generator, naming_bad_images
 
 SIZE = (12, 16)
 
@@ -672,7 +669,7 @@ def test_a_later_process_uses_the_disk_cache(pictures, tmp_path):
     sequence = sequence_of(paths, cache=cache_of("disk", paths, tmp_path))
     one_epoch(sequence)
     code = (
-        "import sys; from generator import DiskCache; import numpy as np; "
+        "import sys; from finetune.caches import DiskCache; import numpy as np; "
         f"cache = DiskCache(sys.argv[1:], {SIZE}, {str(tmp_path)!r}); "
         "print(sum(int(cache.get(row).sum()) for row in range(len(sys.argv) - 1)))"
     )
@@ -731,7 +728,8 @@ def test_two_processes_that_fill_one_cache_agree(pictures, tmp_path):
 def test_a_disk_cache_that_is_killed_while_it_is_filled_is_right_afterwards(pictures, tmp_path):
     paths, images = pictures
     code = (
-        "import os, signal, sys, threading, time; import numpy as np; from generator import DiskCache, read_image\n"
+        "import os, signal, sys, threading, time; import numpy as np; from finetune.caches import DiskCache\n"
+        "from finetune.images import read_image\n"
         f"cache = DiskCache(sys.argv[1:], {SIZE}, {str(tmp_path)!r})\n"
         "threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
         "while True:\n"
@@ -746,7 +744,7 @@ def test_a_disk_cache_that_is_killed_while_it_is_filled_is_right_afterwards(pict
 
 @pytest.mark.parametrize(
     ("patched", "value", "kind"),
-    [("generator.free_memory", 5000, "memory"), ("generator.shutil.disk_usage", None, "disk")],
+    [("finetune.caches.free_memory", 5000, "memory"), ("finetune.caches.shutil.disk_usage", None, "disk")],
 )
 def test_a_cache_that_does_not_fit_is_refused_before_the_start(pictures, tmp_path, monkeypatch, patched, value, kind):
     usage = shutil.disk_usage(tmp_path)._replace(free=3000)

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 from keras import layers
 
-from configs import CAM_COLORMAPS, CAM_METHODS, Configs, UserError
+from configs import CAM_COLORMAPS, CAM_METHODS, Configs
+from finetune.cam_pictures import overlay_heatmap, write_caption
 from finetune.gradcam import (
     METHODS,
     GradCam,
     describe_faithfulness,
     find_highlighted,
     measure_faithfulness,
-    overlay_heatmap,
     summarise_faithfulness,
-    write_caption,
 )
+from finetune.options import UserError
 from model import ModelFactory
 
 HEIGHT, WIDTH, CHANNELS, CLASSES = 2, 3, 3, 2

@@ -9,30 +9,29 @@ import pytest
 from scipy import special, stats
 from sklearn import metrics as sk
 
-from configs import UserError
 from finetune import metrics
-from finetune.metrics import (
+from finetune.curves import get_curves
+from finetune.decision import (
     Decision,
-    evaluate_set,
     find_best_f1_thresholds,
     find_exact_match_threshold,
     fit_decision,
     fit_temperature,
-    format_evaluation,
+)
+from finetune.decision_file import read_decision, write_decision
+from finetune.evaluation import evaluate_set, format_evaluation
+from finetune.intervals import get_intervals
+from finetune.metrics import (
     get_aurocs,
     get_average_precisions,
     get_calibration,
-    get_curves,
     get_evaluation_metrics,
-    get_intervals,
     get_multilabel_evaluation_metrics,
     is_in_top_k,
     mean_of_defined,
-    read_decision,
-    smooth_losses,
-    suggest_learning_rate,
-    write_decision,
 )
+from finetune.options import UserError
+from finetune.range_test import smooth_losses, suggest_learning_rate
 
 NAMES = ["ant", "bee", "cow"]
 Y_TRUE = np.array([0, 0, 1, 1, 2])
@@ -365,7 +364,7 @@ def test_a_block_of_any_size_gives_the_same_temperature_and_probabilities(monkey
     y_true, raw = random_single_label(100, 4)
     expected, decision = fit_temperature(y_true, raw, False), Decision(list("abcd"), False, 1.7)
     calibrated = decision.calibrate(raw)
-    monkeypatch.setattr(metrics, "BLOCK", 28)
+    monkeypatch.setattr("finetune.decision.BLOCK", 28)
     assert fit_temperature(y_true, raw, False) == pytest.approx(expected, rel=1e-6)
     np.testing.assert_array_equal(decision.calibrate(raw), calibrated)
 
@@ -695,7 +694,8 @@ def test_intervals_depend_on_the_seed_alone(multi_label, monkeypatch):
     decision = Decision(NAMES, multi_label, 1.3, exact_match_threshold=0.6)
     first = get_intervals(y_true, raw, decision, seed=1, resamples=50)
     assert first != get_intervals(y_true, raw, decision, seed=2, resamples=50)
-    monkeypatch.setattr(metrics, "BLOCK", 7 * 60)
+    monkeypatch.setattr("finetune.decision.BLOCK", 7 * 60)
+    monkeypatch.setattr("finetune.intervals.BLOCK", 7 * 60)
     assert get_intervals(y_true, raw, decision, seed=1, resamples=50) == first
 
 

@@ -12,8 +12,13 @@ import tensorflow as tf
 from keras import layers
 from sklearn.metrics import log_loss
 
-from configs import BACKBONE_NAMES, Configs, UserError
+from configs import BACKBONE_NAMES, Configs
+from finetune.devices import choose_mixed_policy
+from finetune.freezing import freeze_layers, set_batch_norm_momentum
 from finetune.gradcam import GradCam
+from finetune.losses import get_losses, weighted_binary_crossentropy
+from finetune.optimizers import compile_model, get_optimizer
+from finetune.options import UserError
 from model import (
     BACKBONES,
     LAST_LAYER_OF_FAMILY,
@@ -21,13 +26,7 @@ from model import (
     build_backbone,
     build_classifier,
     build_preprocessing,
-    choose_mixed_policy,
-    compile_model,
     downscale,
-    freeze_layers,
-    get_losses,
-    set_batch_norm_momentum,
-    weighted_binary_crossentropy,
 )
 
 PARTS = ("downscaling", "preprocessing", "backbone", "classifier")
@@ -276,7 +275,7 @@ def test_a_training_step_moves_what_is_trained_only():
     model = build_alive()
     backbone = model.get_layer("backbone")
     freeze_layers(backbone, 1)
-    compile_model(model, small_configs(optimizer_type="SGD", learning_rate=0.1))
+    compile_model(model, get_optimizer("SGD", 0.1), False)
     model.run_eagerly = True
     before = {weight.path: weight.numpy() for weight in model.weights}
     model.train_on_batch(random_images(4, 32, 32, 3)[::-1], np.array([0, 1, 2, 0]))
@@ -534,8 +533,7 @@ def test_losses_of_multiple_labels_have_finite_gradients_everywhere(loss):
 def test_compiling_uses_the_configs(multi_label, metric, optimizer_type):
     inputs = keras.Input((2, 2, 1))
     model = keras.Model(inputs, build_classifier(3, multi_label, [], "avg")(inputs))
-    configs = small_configs(multi_label_classification=multi_label, optimizer_type=optimizer_type, learning_rate=0.125)
-    assert compile_model(model, configs) is model
+    assert compile_model(model, get_optimizer(optimizer_type, 0.125), multi_label) is model
     assert type(model.optimizer).__name__ == optimizer_type
     assert float(model.optimizer.learning_rate) == 0.125
     labels = np.eye(3)[[0, 1, 2, 0]] if multi_label else np.array([0, 1, 2, 0])
@@ -599,7 +597,7 @@ LOAD_ELSEWHERE = """
 import sys
 import keras, numpy as np
 model = keras.models.load_model(sys.argv[1], safe_mode=True)
-assert not {"model", "configs", "utils"} & set(sys.modules)
+assert not {"model", "configs", "utils", "finetune"} & set(sys.modules)
 np.save(sys.argv[3], model(np.load(sys.argv[2]), training=False))
 """
 
@@ -713,7 +711,7 @@ def test_mixed_precision_takes_bfloat16_where_every_gpu_has_it(monkeypatch, capa
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 def test_mixed_precision_computes_in_16_bits_and_answers_in_32(monkeypatch, tmp_path, kind):
-    monkeypatch.setattr("model.choose_mixed_policy", lambda: f"mixed_{kind}")
+    monkeypatch.setattr("finetune.devices.choose_mixed_policy", lambda: f"mixed_{kind}")
     options = {"visual_model_name": "MobileNet", "use_imagenet_weights": False, "image_target_size": (32, 32, 3)}
     configs = Configs(**options, classes=["a", "b", "c"], mixed_precision=True)
     model = ModelFactory().get_model(configs)

@@ -1,6 +1,5 @@
 """The model card says what a run's files say, in Hugging Face's format, whatever the names in them are."""
 
-import functools
 import hashlib
 import itertools
 import json
@@ -23,9 +22,13 @@ from test_report import multi_label, single_label
 import compress_weights
 import test
 import train
-from configs import Configs, UserError
-from finetune import report
-from finetune.report import show, write_model_card
+from configs import Configs
+from finetune.model_card import write_model_card
+from finetune.options import UserError
+from finetune.run_folder import LOCK_FILE, clear_folder
+from finetune.team import Team
+from finetune.texts import show
+from finetune.training import open_run
 
 HOSTILE = [
     "a|b`c",
@@ -409,9 +412,7 @@ def list_values(content, path=()):
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_no_wrong_value_of_a_part_makes_an_error(tmp_path, monkeypatch, name):
-    # Compiling takes most of the time.
-    monkeypatch.setattr(report, "_compile_template", functools.cache(report._compile_template))
+def test_no_wrong_value_of_a_part_makes_an_error(tmp_path, name):
     results = multi_label()
     del results["sets"]["training"]
     parts = {"data.json": make_data([9, 9, 9]), ".training_stats.json": STATS, "decision.json": results["decision"]}
@@ -611,8 +612,10 @@ def test_folder_of_a_run_that_goes_on_is_told_its_data_and_loses_what_is_of_the_
     labels = np.array([[1, 0, 1], [0, 0, 1]], np.float32)
     training = SimpleNamespace(labels=labels, paths=["photos/a.jpg", "photos/b.jpg"])
     validation = SimpleNamespace(labels=labels[:1], paths=["photos/c.jpg"])
-    configs = Configs(save_model_path=str(tmp_path), load_model_path=str(tmp_path), train_csv="a.csv", test_csv="b.csv")
-    train.prepare_folder(configs.replace(classes=["cat", "dog", "owl"], overwrite=True), training, validation)
+    folders = {"save_model_path": str(tmp_path), "load_model_path": str(tmp_path)}
+    configs = Configs(**folders, train_csv="a.csv", test_csv="b.csv", classes=["cat", "dog", "owl"], overwrite=True)
+    with open_run(configs, (training, validation), Team()):
+        os.remove(tmp_path / LOCK_FILE)
     assert sorted(os.listdir(tmp_path)) == sorted([*names[:3], "configs.json", "data.json"])
     assert capsys.readouterr().out.count("it belongs to the model before") == 2
     assert json.loads((tmp_path / "data.json").read_text()) == {
@@ -647,7 +650,7 @@ def test_new_run_leaves_nothing_of_the_model_before(tmp_path):
     for name in folders:
         (tmp_path / name).mkdir()
         (tmp_path / name / "part").write_text("")
-    train.clear_folder(Configs(save_model_path=str(tmp_path), overwrite=True))
+    clear_folder(str(tmp_path), overwrites=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
 
 
@@ -656,6 +659,6 @@ def test_a_link_in_the_runs_folder_is_removed_and_not_what_it_leads_to(tmp_path)
     (tmp_path / "elsewhere" / "events").write_text("kept")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "logs").symlink_to(tmp_path / "elsewhere")
-    train.clear_folder(Configs(save_model_path=str(tmp_path / "run"), overwrite=True))
+    clear_folder(str(tmp_path / "run"), overwrites=True)
     assert os.listdir(tmp_path / "run") == []
     assert (tmp_path / "elsewhere" / "events").read_text() == "kept"

@@ -6,8 +6,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from configs import UserError
-from finetune.report import draw_log
+from finetune.log_figures import draw_log
+from finetune.options import UserError
 from plot_training_log import PlotConfigs, main
 
 matplotlib.use("agg")

@@ -15,13 +15,19 @@ import PIL.Image
 import pytest
 from imgaug import augmenters as iaa
 
-import augmenter
 import predict
-from configs import Configs, UserError
-from finetune.metrics import Decision, read_decision
-from generator import read_image
+from configs import Configs
+from finetune import predicting
+from finetune.decision import Decision
+from finetune.decision_file import read_decision
+from finetune.files import write_csv, write_json
+from finetune.images import read_image
+from finetune.model_files import load_model
+from finetune.options import UserError
+from finetune.predicting import classify_image
+from finetune.prediction_files import find_top_classes, list_inputs, make_table
+from finetune.warps import FusedAugmenter
 from predict import PredictConfigs
-from utils import classify_image, load_model, write_json
 
 PROJECT = Path(__file__).parent.parent
 CLASSES = ["blue", "green", "red"]
@@ -121,7 +127,7 @@ def test_hidden_and_other_files_of_a_folder_are_left_out(photo_folder, tmp_path,
         path = tmp_path / "mixed" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(photo)
-    names, _ = predict.list_inputs(str(tmp_path / "mixed"))
+    names, _ = list_inputs(str(tmp_path / "mixed"))
     assert names == [str(tmp_path / "mixed" / name) for name in ("a/z.png", "b.JPG")]
     assert "Left out 1 files" in capsys.readouterr().out
 
@@ -135,7 +141,7 @@ def test_one_file_counts_whatever_its_ending(single_run, photo_folder):
 
 @pytest.mark.parametrize(("pattern", "number"), [("*/00.jpg", 3), ("**/0?.jpg", 30), ("red/*", 12), ("**", 36)])
 def test_pattern_gives_sorted_files(photo_folder, pattern, number):
-    names, paths = predict.list_inputs(str(photo_folder / pattern))
+    names, paths = list_inputs(str(photo_folder / pattern))
     assert names == paths == sorted(names)
     assert len(names) == number
 
@@ -200,7 +206,7 @@ def test_input_that_lists_nothing_is_a_users_mistake(tmp_path, given, message):
     (tmp_path / "header.csv").write_text("path\n")
     (tmp_path / "blank.csv").write_text("path,note\n,x\n")
     with pytest.raises(UserError, match=message):
-        predict.list_inputs(given and str(tmp_path / given))
+        list_inputs(given and str(tmp_path / given))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are bytes")
@@ -209,7 +215,7 @@ def test_file_name_that_is_no_text_is_named(photo_folder, tmp_path):
     Path(os.fsdecode(path)).write_bytes((photo_folder / "red" / "00.jpg").read_bytes())
     for given in (str(tmp_path), str(tmp_path / "*"), os.fsdecode(path)):
         with pytest.raises(UserError, match="is not UTF-8. Rename the file"):
-            predict.list_inputs(given)
+            list_inputs(given)
 
 
 # What cannot be read
@@ -335,9 +341,9 @@ def test_top_k_lists_the_most_probable_classes(single_run, photo_folder):
 def test_awkward_names_come_back_from_the_csv(tmp_path):
     class_names = ["path", 'a "quoted", one', "=1+1", "error", "1"]
     raw = np.eye(5, dtype=np.float32)[[1, 2, 0]] * 0.6 + 0.08
-    table = predict.make_table(["@x,y.jpg", "-z.jpg", "b"], raw, {2: "broken"}, Decision(class_names, False), top_k=1)
+    table = make_table(["@x,y.jpg", "-z.jpg", "b"], raw, {2: "broken"}, Decision(class_names, False), top_k=1)
     assert table.columns.is_unique
-    predict.write_csv(str(tmp_path / "table.csv"), table)
+    write_csv(str(tmp_path / "table.csv"), table)
     back = pd.read_csv(tmp_path / "table.csv", keep_default_na=False)
     assert back["path"].tolist() == ["@x,y.jpg", "-z.jpg", "b"]
     assert back["predicted"].tolist() == back["top_1"].tolist() == ['a "quoted", one', "=1+1", ""]
@@ -368,7 +374,7 @@ def test_flip_comes_before_the_temperature(single_run, multilabel_csv):
 
 
 def test_copies_count_beside_the_image_itself(single_run, multilabel_csv, monkeypatch):
-    monkeypatch.setattr(augmenter, "build_augmenter", lambda: augmenter.FusedAugmenter([iaa.Fliplr(1.0)]))
+    monkeypatch.setattr(predicting, "build_augmenter", lambda: FusedAugmenter([iaa.Fliplr(1.0)]))
     photo = multilabel_csv.parent / "03.jpg"
     row = run(single_run, photo, tta="3")["written"]
     expected = (softmax(logits_of(photo)) + 3 * softmax(logits_of(photo, mirrored=True))) / 4
@@ -496,7 +502,7 @@ def test_users_mistake_ends_with_2_before_tensorflow_loads(tmp_path):
 def test_top_classes_of_many_rows_are_those_of_a_full_sort():
     rng = np.random.default_rng(0)
     probabilities = rng.random((20_001, 4)).astype(np.float32)
-    found = predict.find_top_classes(probabilities, 2)
+    found = find_top_classes(probabilities, 2)
     for row, chosen in zip(itertools.islice(probabilities.tolist(), 0, None, 997), found[::997], strict=True):
         assert chosen.tolist() == sorted(range(4), key=lambda position: -row[position])[:2]
     assert found.shape == (20_001, 2)

@@ -9,17 +9,14 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
-from configs import Configs, UserError
-from generator import AugmentedImageSequence, FeatureSequence, Shares, read_image, read_plainly, resize_image
-from model import (
-    ModelFactory,
-    build_classifier,
-    build_preprocessing,
-    compute_features,
-    initialize_head,
-    precision_policy,
-    split_head,
-)
+from configs import Configs
+from finetune.devices import precision_policy
+from finetune.features import FeatureSequence, read_plainly
+from finetune.images import read_image, resize_image
+from finetune.options import UserError
+from finetune.probe import compute_features, initialize_head, split_head
+from generator import AugmentedImageSequence, Shares
+from model import ModelFactory, build_classifier, build_preprocessing
 
 CLASSES = ["blue", "green", "red"]
 

@@ -12,11 +12,18 @@ import pytest
 import tensorflow as tf
 from test_resume import assert_same_run, options_of, start, tables  # noqa: F401 - a fixture
 
-import train
-from configs import Configs, UserError
-from finetune.callbacks import Interruption, Phase, RangeTest, Schedule, read_state
-from generator import read_image, resize_image
-from model import ModelFactory, TrainingModel, find_averages, has_fixed_features, leaf_layers, prepare_backbone
+from configs import Configs
+from finetune import phases, training
+from finetune.callbacks import RangeTest, Schedule
+from finetune.freezing import has_fixed_features, leaf_layers, prepare_backbone
+from finetune.images import read_image, resize_image
+from finetune.interruption import Interruption
+from finetune.optimizers import find_averages
+from finetune.options import UserError
+from finetune.phases import Phase, run_phase
+from finetune.trainer import TrainingModel
+from finetune.training_state import read_state
+from model import ModelFactory
 
 
 def weights_of(folder, name="latest_model.keras"):
@@ -176,7 +183,7 @@ def test_a_run_with_every_option_continues_to_the_same_bits(tables, tmp_path, st
     # The cosine ends with the run: what is stopped must be a run of as many epochs.
     whole, run = options_of(tables, tmp_path / "whole", **EVERY), options_of(tables, tmp_path / "run", **EVERY)
     start(**whole)
-    original = train.fit
+    original = run_phase
 
     class Stop(Exception):
         pass
@@ -190,7 +197,7 @@ def test_a_run_with_every_option_continues_to_the_same_bits(tables, tmp_path, st
         original(model, training, validation, phase, state, [*callbacks, StopAfter()], interruption)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", fit)
+        patch.setattr(training, "run_phase", fit)
         with pytest.raises(Stop):
             start(**run)
     start(**run | {"load_model_path": str(tmp_path / "run" / "latest_model.keras")})
@@ -215,7 +222,7 @@ def test_the_best_model_holds_the_averages_and_starts_no_resume(tables, tmp_path
 def test_features_computed_once_train_the_head_as_images_do(tables, tmp_path, monkeypatch):  # noqa: F811
     options = {"conv_layers_to_train": 0, "augmentation_strength": "none", "num_epochs": 3}
     start(**options_of(tables, tmp_path / "features", **options))
-    monkeypatch.setattr(train, "trains_on_features", lambda *_: False)
+    monkeypatch.setattr(phases, "trains_on_features", lambda *_: False)
     start(**options_of(tables, tmp_path / "images", **options))
     logs = [pd.read_csv(tmp_path / name / "training_log.csv") for name in ("features", "images")]
     np.testing.assert_allclose(logs[0], logs[1], rtol=1e-4, atol=1e-5)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import recipes
-from configs import UserError
+from finetune.options import UserError
 
 FLOWERS = np.repeat(np.eye(5), 100, axis=0)
 SEEDS = range(10)

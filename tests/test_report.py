@@ -21,20 +21,18 @@ from matplotlib.figure import Figure
 from sklearn.metrics import log_loss
 
 from configs import Configs
-from finetune.report import (
-    choose_gallery,
+from finetune.figures import (
     draw_confusion_matrix,
-    draw_learning_rate,
-    draw_log,
     draw_precision_recall_curves,
     draw_reliability,
     draw_roc_curves,
-    get_losses,
-    list_warnings,
     save_figures,
-    show,
-    write_report,
 )
+from finetune.gallery import choose_gallery, get_image_losses
+from finetune.log_figures import draw_learning_rate, draw_log
+from finetune.report import write_report
+from finetune.summaries import list_warnings
+from finetune.texts import show
 
 NAMES = ["cat", "dog", "owl"]
 LOG = pd.DataFrame({"epoch": [1, 2], "accuracy": [0.5, 0.7], "loss": [1.1, 0.9], "val_accuracy": [0.4, 0.6]})
@@ -225,16 +223,16 @@ def test_losses_are_those_of_scikit_learn():
     probabilities = rng.dirichlet(np.ones(4), size=6)
     y_true = rng.integers(0, 4, 6)
     expected = [log_loss([label], [row], labels=range(4)) for label, row in zip(y_true, probabilities, strict=True)]
-    np.testing.assert_allclose(get_losses(y_true, probabilities), expected, rtol=1e-6)
+    np.testing.assert_allclose(get_image_losses(y_true, probabilities), expected, rtol=1e-6)
     labels = rng.integers(0, 2, (6, 4))
     expected = [log_loss(truth, row, labels=[0, 1]) for truth, row in zip(labels, probabilities, strict=True)]
-    np.testing.assert_allclose(get_losses(labels, probabilities), expected, rtol=1e-6)
+    np.testing.assert_allclose(get_image_losses(labels, probabilities), expected, rtol=1e-6)
 
 
 def test_loss_of_an_impossible_answer_is_finite():
     probabilities = np.array([[1, 0]], np.float32)
-    np.testing.assert_allclose(get_losses(np.array([1]), probabilities), 16.118, rtol=1e-4)
-    np.testing.assert_allclose(get_losses(np.array([[0, 1]]), probabilities), 16.118, rtol=1e-4)
+    np.testing.assert_allclose(get_image_losses(np.array([1]), probabilities), 16.118, rtol=1e-4)
+    np.testing.assert_allclose(get_image_losses(np.array([[0, 1]]), probabilities), 16.118, rtol=1e-4)
 
 
 # Figures

@@ -15,8 +15,12 @@ import pandas as pd
 import pytest
 
 import train
-from configs import Configs, UserError
-from finetune.callbacks import locked, read_state, remove_stale_files
+from configs import Configs
+from finetune import checkpoints
+from finetune.files import remove_stale_files
+from finetune.options import UserError
+from finetune.run_folder import locked
+from finetune.training_state import read_state, save_checkpoint
 from generator import AugmentedImageSequence
 from model import ModelFactory
 
@@ -160,7 +164,7 @@ def test_mixed_precision_goes_on_exactly(tables, tmp_path, stop_at, monkeypatch,
     def choose():
         return f"mixed_{kind}"
 
-    monkeypatch.setattr("model.choose_mixed_policy", choose)
+    monkeypatch.setattr("finetune.devices.choose_mixed_policy", choose)
     options = options_of(tables, tmp_path / "whole", num_epochs=2, mixed_precision=True)
     start(**options)
     options |= {"save_model_path": str(tmp_path / "run")}
@@ -168,7 +172,7 @@ def test_mixed_precision_goes_on_exactly(tables, tmp_path, stop_at, monkeypatch,
     with pytest.raises(SystemExit):
         start(**options)
     monkeypatch.undo()
-    monkeypatch.setattr("model.choose_mixed_policy", choose)
+    monkeypatch.setattr("finetune.devices.choose_mixed_policy", choose)
     start(**options | {"load_model_path": str(tmp_path / "run")})
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -292,16 +296,15 @@ def test_early_stopping_ends_the_run_and_resuming_it_changes_nothing(tables, tmp
 
 
 def test_checkpoints_between_epochs_carry_their_step(tables, tmp_path, monkeypatch):
-    from finetune import callbacks
 
     written = []
-    original = callbacks.save_checkpoint
+    original = save_checkpoint
 
     def save(model, path, state):
         written.append((state["epochs_completed"], state["steps_completed"]))
         original(model, path, state)
 
-    monkeypatch.setattr(callbacks, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", save)
     start(**options_of(tables, tmp_path / "run", num_epochs=2, checkpoint_every_steps=3))
     assert written == [(0, 3), (0, 6), (1, 0), (1, 3), (1, 6), (2, 0)]
 

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from configs import UserError
+from finetune.options import UserError
 from split_train_test import SplitConfigs, main
 
 SETS = ("training", "validation", "testing")

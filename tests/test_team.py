@@ -11,24 +11,29 @@ from types import SimpleNamespace
 
 import pytest
 
-import utils
-from configs import Configs, UserError
+from finetune import team as teams
+from finetune.cluster import read_cluster
+from finetune.options import UserError
+from finetune.slurm import SLURM_PORT, take_slurm_step
+from finetune.team import LOST_AFTER_SECONDS, OWN_OPTIONS, PING_SECONDS, WAIT_SECONDS, join_team
 
 ADDRESSES = ["a:2222", "b:2222", "c:2222"]
-PROJECT = os.path.dirname(os.path.abspath(utils.__file__))
-# BODY is what a process does as one of the team, TIMES are other values of the seconds in utils.
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(teams.__file__)))
+# BODY is what a process does as one of the team, TIMES are other values of the seconds in finetune.team.
 PROGRAM = """
 import json, os, signal, sys, time
-import utils
-from configs import UserError, run_script
+from configs import Configs
+from finetune import team as teams
+from finetune.options import UserError, run_script
 
-vars(utils).update(json.loads(os.environ["TIMES"]))
+vars(teams).update(json.loads(os.environ["TIMES"]))
 
 def show(value):
     print(json.dumps(value), file=sys.stderr, flush=True)
 
-def main(configs):
-    with utils.join_team(configs) as team:
+def main(configs: Configs):
+    folder = configs.load_model_path or configs.save_model_path
+    with teams.join_team(configs.distribution_strategy, configs.to_dict(), folder) as team:
         exec(os.environ["BODY"])
 
 run_script(main)
@@ -123,7 +128,7 @@ def say_hello(addresses, index):
 def test_the_chief_comes_first_and_workers_in_their_order(monkeypatch, cluster, task, expected):
     content = {"cluster": cluster, "task": dict(zip(("type", "index"), task, strict=True)), "environment": "cloud"}
     monkeypatch.setenv("TF_CONFIG", json.dumps(content))
-    assert utils.read_cluster() == expected
+    assert read_cluster() == expected
 
 
 WRONG = {
@@ -164,7 +169,7 @@ def test_a_wrong_tf_config_is_told_in_one_line(monkeypatch, text):
     if text is not None:
         monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(UserError) as caught:
-        utils.read_cluster()
+        read_cluster()
     message = str(caught.value)
     assert '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}' in message
     assert f"Received: {text[:60] if text else 'nothing'}" in message
@@ -201,7 +206,8 @@ def test_a_slurm_step_names_its_workers(monkeypatch, hosts, tasks, own, addresse
     number = str(len(addresses))
     step = {"_STEP_NODELIST": hosts, "_STEP_TASKS_PER_NODE": tasks, "_STEP_NUM_TASKS": number, "_NTASKS": number}
     slurm_step(monkeypatch, _PROCID=rank, _LOCALID=place, D_NODENAME=host, **step)
-    assert utils.read_cluster() == (addresses, index)
+    take_slurm_step()
+    assert read_cluster() == (addresses, index)
     # Where TensorFlow looks for it.
     expected = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
     assert json.loads(os.environ["TF_CONFIG"]) == expected
@@ -226,7 +232,7 @@ STEP |= {"_STEP_NUM_TASKS": "1", "_STEP_TASKS_PER_NODE": "1"}
 def test_slurm_variables_that_name_no_workers_are_told_in_one_line(monkeypatch, changed, reason):
     slurm_step(monkeypatch, **{name: value for name, value in (STEP | changed).items() if value is not None})
     with pytest.raises(UserError) as caught:
-        utils.read_cluster()
+        take_slurm_step()
     assert f"Slurm's variables do not name the workers: {reason}" in str(caught.value)
     assert "srun" in str(caught.value)
     assert str(caught.value).isprintable()
@@ -236,13 +242,14 @@ def test_slurm_variables_that_name_no_workers_are_told_in_one_line(monkeypatch, 
 def test_tf_config_wins_over_slurm(monkeypatch):
     slurm_step(monkeypatch, **STEP)
     monkeypatch.setenv("TF_CONFIG", config_of(ADDRESSES, 1))
-    assert utils.read_cluster() == (ADDRESSES, 1)
+    take_slurm_step()
+    assert read_cluster() == (ADDRESSES, 1)
 
 
 @pytest.mark.parametrize("strategy", ["none", "mirrored"])
 def test_one_process_is_a_team_that_asks_nobody(monkeypatch, strategy):
     monkeypatch.setenv("TF_CONFIG", "no JSON")
-    with utils.join_team(Configs(distribution_strategy=strategy)) as team:
+    with join_team(strategy, {}, "") as team:
         assert (team.size, team.index, team.is_chief) == (1, 0, True)
         assert team.exchange({"any": 1}) == [{"any": 1}]
         team.agree({"any": object()})
@@ -514,7 +521,7 @@ def test_a_process_that_has_nothing_to_do_while_others_have_is_told(processes, e
 
 
 def test_a_signal_of_one_process_holds_for_all_after_the_same_step():
-    from finetune.callbacks import Interruption
+    from finetune.interruption import Interruption
 
     workers = [Interruption(is_shared=True) for _ in range(3)]
 
@@ -535,7 +542,7 @@ def test_a_signal_of_one_process_holds_for_all_after_the_same_step():
 
 @posix
 def test_the_first_signal_is_noted_and_the_handlers_come_back():
-    from finetune.callbacks import Interruption
+    from finetune.interruption import Interruption
 
     before = [signal.getsignal(number) for number in Interruption.NUMBERS]
     for is_shared in (False, True):
@@ -552,8 +559,8 @@ def test_the_manual_says_what_the_code_does():
     with open(os.path.join(PROJECT, "docs", "distributed.md"), encoding="utf-8") as file:
         manual = file.read()
     own = manual[manual.index("The same code, packages and options") : manual.index("The same tables")]
-    assert set(own.split("`")[1::2]) == utils.OWN_OPTIONS
-    for words in (f"up to {utils.WAIT_SECONDS:.0f} seconds", f"| {utils.LOST_AFTER_SECONDS:.0f} s |"):
+    assert set(own.split("`")[1::2]) == OWN_OPTIONS
+    for words in (f"up to {WAIT_SECONDS:.0f} seconds", f"| {LOST_AFTER_SECONDS:.0f} s |"):
         assert words in manual
-    assert f"port {utils.SLURM_PORT} for the first task on a host, {utils.SLURM_PORT + 1} for the second" in manual
-    assert f"{2 * utils.PING_SECONDS:.0f} s if raised by TensorFlow" in manual
+    assert f"port {SLURM_PORT} for the first task on a host, {SLURM_PORT + 1} for the second" in manual
+    assert f"{2 * PING_SECONDS:.0f} s if raised by TensorFlow" in manual

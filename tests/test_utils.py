@@ -18,9 +18,21 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import utils
-from configs import OPTIMIZER_NAMES, Configs, UserError
-from finetune.metrics import Decision
+from configs import OPTIMIZER_NAMES, Configs
+from finetune import devices
+from finetune.compressed import custom_load_model, custom_save_model
+from finetune.data_check import check_images
+from finetune.decision import Decision
+from finetune.devices import gpu_memory_sizes, set_gpu_usage, set_seed
+from finetune.files import atomic_path, write_csv, write_json, write_text
+from finetune.losses import get_class_weights, get_multilabel_class_weights
+from finetune.model_files import load_fitting_model, load_model
+from finetune.optimizers import exclude_from_weight_decay, get_optimizer
+from finetune.options import UserError
+from finetune.predicting import classify_image
+from finetune.run_folder import describe_model, find_trained_model, resolve_model_path
+from finetune.stores import is_url, join_path
+from finetune.tables import encode_labels, find_class_names, read_table, resolve_class_names
 
 PROJECT = Path(__file__).parent.parent
 CLASSES = ["cat", "dog", "owl"]
@@ -81,7 +93,7 @@ def predict(model, images):
 
 def test_table_is_read_as_texts_with_its_other_columns(tmp_path):
     path = write_table(tmp_path, "path,class,note\n001,NA,x\n002,None,\n003,1.50,nan\n")
-    assert utils.read_table(path, "class").to_dict("list") == {
+    assert read_table(path, "class").to_dict("list") == {
         "path": ["001", "002", "003"],
         "class": ["NA", "None", "1.50"],
         "note": ["x", "", "nan"],
@@ -89,12 +101,12 @@ def test_table_is_read_as_texts_with_its_other_columns(tmp_path):
 
 
 def test_byte_order_mark_is_accepted(tmp_path):
-    table = utils.read_table(write_table(tmp_path, "path,class\na.jpg,Ärmel\n", "utf-8-sig"), "class")
+    table = read_table(write_table(tmp_path, "path,class\na.jpg,Ärmel\n", "utf-8-sig"), "class")
     assert table.to_dict("list") == {"path": ["a.jpg"], "class": ["Ärmel"]}
 
 
 def test_windows_line_ends_and_quotes_are_read(tmp_path):
-    table = utils.read_table(write_table(tmp_path, 'path,class\r\n"a, b.jpg","say ""x"""\r\n'), "class")
+    table = read_table(write_table(tmp_path, 'path,class\r\n"a, b.jpg","say ""x"""\r\n'), "class")
     assert table.to_dict("list") == {"path": ["a, b.jpg"], "class": ['say "x"']}
 
 
@@ -120,42 +132,43 @@ def test_windows_line_ends_and_quotes_are_read(tmp_path):
 )
 def test_unusable_table_is_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=rf"table\.csv,? ?{message}"):
-        utils.read_table(write_table(tmp_path, content), "label")
+        read_table(write_table(tmp_path, content), "label")
 
 
 def test_rows_with_more_fields_than_the_header_are_refused_not_shifted(tmp_path):
     with pytest.raises(UserError, match=r"table\.csv"):
-        utils.read_table(write_table(tmp_path, "path,class\na.jpg,cat,dog\nb.jpg,dog,cat\n"), "class")
+        read_table(write_table(tmp_path, "path,class\na.jpg,cat,dog\nb.jpg,dog,cat\n"), "class")
 
 
 def test_blank_line_between_rows_is_named_and_those_at_the_end_are_harmless(tmp_path):
     with pytest.raises(UserError, match="row 3: the column 'path' is empty"):
-        utils.read_table(write_table(tmp_path, "path,class\na.jpg,cat\n\nb.jpg,dog\n"), "class")
-    table = utils.read_table(write_table(tmp_path, "path,class\na.jpg,cat\nb.jpg,dog\n\n\n"), "class")
+        read_table(write_table(tmp_path, "path,class\na.jpg,cat\n\nb.jpg,dog\n"), "class")
+    table = read_table(write_table(tmp_path, "path,class\na.jpg,cat\nb.jpg,dog\n\n\n"), "class")
     assert table["path"].tolist() == ["a.jpg", "b.jpg"]
 
 
 @pytest.mark.parametrize("name", ["missing.csv", "."])
 def test_table_that_cannot_be_read_is_named(tmp_path, name):
     with pytest.raises(UserError, match="Cannot read the CSV file .*Check the path"):
-        utils.read_table(str(tmp_path / name), "class")
+        read_table(str(tmp_path / name), "class")
 
 
 # Class names and labels
 
 
 def test_class_names_are_sorted():
-    assert utils.find_class_names(["owl", "cat", "owl", "Dog"], False) == ["Dog", "cat", "owl"]
+    assert find_class_names(["owl", "cat", "owl", "Dog"], False) == ["Dog", "cat", "owl"]
 
 
 def test_multi_label_class_names_are_split():
-    assert utils.find_class_names(["owl$cat", "dog", "cat"], True) == ["cat", "dog", "owl"]
-    assert utils.find_class_names(["owl$cat", "dog"], False) == ["dog", "owl$cat"]
+    assert find_class_names(["owl$cat", "dog", "cat"], True) == ["cat", "dog", "owl"]
+    assert find_class_names(["owl$cat", "dog"], False) == ["dog", "owl$cat"]
 
 
 def test_class_names_do_not_depend_on_the_hash_seed():
     code = (
-        "from utils import find_class_names; print(find_class_names([f'{n % 29}${n % 13}' for n in range(300)], True))"
+        "from finetune.tables import find_class_names\n"
+        "print(find_class_names([f'{n % 29}${n % 13}' for n in range(300)], True))"
     )
     outputs = {
         subprocess.run(
@@ -173,8 +186,8 @@ def test_class_names_do_not_depend_on_the_hash_seed():
 
 def test_given_classes_keep_their_order(tmp_path):
     path = write_table(tmp_path, "path,class\na,cat\nb,dog\n")
-    assert utils.resolve_class_names(["dog", "cat"], path, "class", False) == ["dog", "cat"]
-    assert utils.resolve_class_names(None, path, "class", False) == ["cat", "dog"]
+    assert resolve_class_names(["dog", "cat"], path, "class", False) == ["dog", "cat"]
+    assert resolve_class_names(None, path, "class", False) == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(
@@ -189,28 +202,28 @@ def test_given_classes_keep_their_order(tmp_path):
 def test_classes_that_are_not_those_of_the_table_are_refused(tmp_path, given, message):
     path = write_table(tmp_path, "path,class\na,cat\nb,dog\n")
     with pytest.raises(UserError, match=rf"classes does not match .*table\.csv.*{message}"):
-        utils.resolve_class_names(given, path, "class", False)
+        resolve_class_names(given, path, "class", False)
 
 
 def test_one_class_is_refused_unless_multi_label(tmp_path):
     path = write_table(tmp_path, "path,class\na,cat\nb,cat\n")
     with pytest.raises(UserError, match="holds one class, cat"):
-        utils.resolve_class_names(None, path, "class", False)
-    assert utils.resolve_class_names(None, path, "class", True) == ["cat"]
+        resolve_class_names(None, path, "class", False)
+    assert resolve_class_names(None, path, "class", True) == ["cat"]
 
 
 def test_single_labels_become_positions():
-    encoded = utils.encode_labels(["owl", "cat", "owl"], CLASSES, False, "t.csv")
+    encoded = encode_labels(["owl", "cat", "owl"], CLASSES, False, "t.csv")
     assert encoded.tolist() == [2, 0, 2]
     assert encoded.dtype == np.int32
 
 
 def test_positions_follow_the_given_order():
-    assert utils.encode_labels(["owl", "cat"], ["owl", "dog", "cat"], False, "t.csv").tolist() == [0, 2]
+    assert encode_labels(["owl", "cat"], ["owl", "dog", "cat"], False, "t.csv").tolist() == [0, 2]
 
 
 def test_multi_labels_become_zeros_and_ones():
-    encoded = utils.encode_labels(["owl$cat", "dog", "cat$cat"], CLASSES, True, "t.csv")
+    encoded = encode_labels(["owl$cat", "dog", "cat$cat"], CLASSES, True, "t.csv")
     assert encoded.tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 0]]
     assert encoded.dtype == np.uint8
 
@@ -225,14 +238,14 @@ def test_multi_labels_become_zeros_and_ones():
 )
 def test_unknown_label_names_its_row(labels, multi_label, row, name):
     with pytest.raises(UserError, match=rf"t\.csv, row {row}: the label '{name}'.*cat, dog, owl"):
-        utils.encode_labels(labels, CLASSES, multi_label, "t.csv")
+        encode_labels(labels, CLASSES, multi_label, "t.csv")
 
 
 @pytest.mark.parametrize("label", ["cat$", "$cat", "cat$$dog"])
 def test_separator_without_a_name_beside_it_makes_no_class(tmp_path, label):
     path = write_table(tmp_path, f"path,class\na,dog\nb,{label}\n")
     with pytest.raises(UserError):
-        utils.resolve_class_names(None, path, "class", True)
+        resolve_class_names(None, path, "class", True)
 
 
 # Images
@@ -242,7 +255,7 @@ def test_images_of_any_format_pass(tmp_path):
     names = ["a.png", "b.jpg", "c.bmp", "d.tif", "e.webp"]
     for name in names:
         cv2.imwrite(str(tmp_path / name), np.zeros((4, 4, 3), np.uint8))
-    utils.check_images([str(tmp_path / name) for name in names], "t.csv")
+    check_images([str(tmp_path / name) for name in names], "t.csv")
 
 
 @pytest.mark.parametrize(
@@ -259,13 +272,13 @@ def test_file_that_is_no_image_names_its_row(tmp_path, name, message):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("this is a text, not an image, whatever its name says", encoding="utf-8")
     with pytest.raises(UserError, match=rf"t\.csv: row 3: .*{message}\. Correct image_directory") as raised:
-        utils.check_images([str(tmp_path / "good.jpg"), str(tmp_path / name)], "t.csv")
+        check_images([str(tmp_path / "good.jpg"), str(tmp_path / name)], "t.csv")
     assert "row 2" not in str(raised.value)
 
 
 def test_only_the_first_bad_images_are_listed():
     with pytest.raises(UserError, match="3 more rows") as raised:
-        utils.check_images([f"missing_{number}.jpg" for number in range(8)], "t.csv")
+        check_images([f"missing_{number}.jpg" for number in range(8)], "t.csv")
     assert "missing_4.jpg" in str(raised.value)
     assert "missing_5.jpg" not in str(raised.value)
 
@@ -285,13 +298,13 @@ def test_only_the_first_bad_images_are_listed():
     ],
 )
 def test_rare_class_weighs_more_and_none_less_than_1(counts, expected):
-    weights = utils.get_class_weights(np.repeat(np.arange(len(counts)), counts), len(counts))
+    weights = get_class_weights(np.repeat(np.arange(len(counts)), counts), len(counts))
     assert weights == pytest.approx(dict(enumerate(expected)))
     assert min(weights.values()) >= 1
 
 
 def test_balanced_classes_weigh_exactly_1():
-    assert utils.get_class_weights(np.tile(np.arange(7), 11), 7) == dict.fromkeys(range(7), 1.0)
+    assert get_class_weights(np.tile(np.arange(7), 11), 7) == dict.fromkeys(range(7), 1.0)
 
 
 def test_multi_label_weights_raise_the_rarer_of_present_and_absent():
@@ -299,7 +312,7 @@ def test_multi_label_weights_raise_the_rarer_of_present_and_absent():
     for position, present in enumerate([2, 5, 8, 0, 10]):
         labels[:present, position] = 1
     more = 1 + math.log(4)
-    weights = utils.get_multilabel_class_weights(labels)
+    weights = get_multilabel_class_weights(labels)
     np.testing.assert_allclose(weights, [[1, 1, more, 1, 1], [more, 1, 1, 1, 1]], rtol=1e-6)
     assert weights.dtype == np.float32
 
@@ -307,8 +320,8 @@ def test_multi_label_weights_raise_the_rarer_of_present_and_absent():
 def test_multi_label_weights_of_present_labels_are_multiplied():
     labels = np.array([[1], [0], [0], [0]])
     more = 1 + math.log(3)
-    np.testing.assert_allclose(utils.get_multilabel_class_weights(labels, 2.5), [[1], [2.5 * more]], rtol=1e-6)
-    np.testing.assert_allclose(utils.get_multilabel_class_weights(labels, 2.5, balance=False), [[1], [2.5]])
+    np.testing.assert_allclose(get_multilabel_class_weights(labels, 2.5), [[1], [2.5 * more]], rtol=1e-6)
+    np.testing.assert_allclose(get_multilabel_class_weights(labels, 2.5, balance=False), [[1], [2.5]])
 
 
 # Files
@@ -316,7 +329,7 @@ def test_multi_label_weights_of_present_labels_are_multiplied():
 
 def test_file_takes_its_place_when_it_is_whole(tmp_path):
     path = tmp_path / "new" / "a.txt"
-    with utils.atomic_path(str(path)) as temporary:
+    with atomic_path(str(path)) as temporary:
         assert temporary.endswith("a.txt")
         assert Path(temporary).is_relative_to(path.parent)
         Path(temporary).write_text("new", encoding="utf-8")
@@ -326,7 +339,7 @@ def test_file_takes_its_place_when_it_is_whole(tmp_path):
 
 
 def write_half(path, error):
-    with utils.atomic_path(str(path)) as temporary:
+    with atomic_path(str(path)) as temporary:
         Path(temporary).write_text("half", encoding="utf-8")
         raise error
 
@@ -357,22 +370,22 @@ def test_full_disk_is_told_in_one_line(tmp_path):
 def test_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="Cannot write"):
-        utils.write_text(str(tmp_path / "file" / "a.txt"), "x")
+        write_text(str(tmp_path / "file" / "a.txt"), "x")
 
 
 def test_folder_in_place_of_the_file_is_told(tmp_path):
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(UserError, match="Cannot write"):
-        utils.write_text(str(tmp_path / "a.txt"), "x")
+        write_text(str(tmp_path / "a.txt"), "x")
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_json_and_csv_are_written_as_others_read_them(tmp_path):
     import pandas as pd
 
-    utils.write_json(str(tmp_path / "a.json"), {"classes": ["Ärmel"]})
+    write_json(str(tmp_path / "a.json"), {"classes": ["Ärmel"]})
     assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"classes": ["Ärmel"]}
-    utils.write_csv(str(tmp_path / "a.csv"), pd.DataFrame({"path": ["a, b"], "class": ["Ärmel"]}))
+    write_csv(str(tmp_path / "a.csv"), pd.DataFrame({"path": ["a, b"], "class": ["Ärmel"]}))
     with open(tmp_path / "a.csv", encoding="utf-8", newline="") as file:
         assert list(csv.reader(file)) == [["path", "class"], ["a, b", "Ärmel"]]
 
@@ -383,13 +396,13 @@ def test_json_and_csv_are_written_as_others_read_them(tmp_path):
 def test_seed_repeats_the_draws():
     draws = []
     for seed in (3, 3, 4):
-        assert utils.set_seed(seed) == seed
+        assert set_seed(seed) == seed
         draws.append((np.random.rand(), keras.random.uniform((1,)).numpy().item()))
     assert draws[0] == draws[1] != draws[2]
 
 
 def test_no_seed_draws_a_valid_one():
-    seed = utils.set_seed(None)
+    seed = set_seed(None)
     assert Configs(random_seed=seed).validate().random_seed == seed
 
 
@@ -404,45 +417,45 @@ def gpu_calls(monkeypatch):
         "set_logical_device_configuration",
         lambda gpu, parts: calls.limits.update({gpu: [part.memory_limit for part in parts]}),
     )
-    monkeypatch.setattr(utils, "gpu_memory_sizes", lambda number: [8 * 2**30, 4 * 2**30][:number])
+    monkeypatch.setattr(devices, "gpu_memory_sizes", lambda number: [8 * 2**30, 4 * 2**30][:number])
     return calls
 
 
 def test_share_holds_on_every_gpu(gpu_calls):
-    utils.set_gpu_usage(0.25)
+    set_gpu_usage(0.25)
     assert gpu_calls.limits == {"gpu0": [2048], "gpu1": [1024]}
     assert gpu_calls.visible is None
 
 
 def test_share_of_0_hides_the_gpus(gpu_calls):
-    utils.set_gpu_usage(0)
+    set_gpu_usage(0)
     assert gpu_calls.visible == ([], "GPU")
     assert gpu_calls.limits == {}
 
 
 def test_machine_without_gpu_needs_nothing(gpu_calls):
     gpu_calls.gpus = []
-    utils.set_gpu_usage(0.95)
+    set_gpu_usage(0.95)
     assert gpu_calls.limits == {}
 
 
 def test_no_gpu_asks_no_driver(monkeypatch):
-    monkeypatch.setattr(utils.ctypes, "CDLL", None)
-    assert utils.gpu_memory_sizes(0) == []
+    monkeypatch.setattr(devices.ctypes, "CDLL", None)
+    assert gpu_memory_sizes(0) == []
 
 
 def test_missing_driver_is_told(monkeypatch):
     def missing(name):
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(utils.ctypes, "CDLL", missing)
+    monkeypatch.setattr(devices.ctypes, "CDLL", missing)
     with pytest.raises(UserError, match="CUDA driver.*Set gpu_percentage to 0"):
-        utils.gpu_memory_sizes(1)
+        gpu_memory_sizes(1)
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
 def test_optimizer_has_its_name_and_rate(name):
-    optimizer = utils.get_optimizer(name, 0.0123)
+    optimizer = get_optimizer(name, 0.0123)
     assert (
         type(optimizer)
         is {
@@ -484,14 +497,14 @@ def assert_kernels_alone_have_changed(weights, factor):
 
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
 def test_weight_decay_takes_from_kernels_alone(name):
-    model, optimizer = normalised_model(), utils.get_optimizer(name, 0.5, weight_decay=0.2)
-    utils.exclude_from_weight_decay(model, optimizer)
+    model, optimizer = normalised_model(), get_optimizer(name, 0.5, weight_decay=0.2)
+    exclude_from_weight_decay(model, optimizer)
     assert_kernels_alone_have_changed(step_without_gradients(optimizer, model), 1 - 0.5 * 0.2)
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
 def test_without_weight_decay_nothing_is_taken(name):
-    model, optimizer = normalised_model(), utils.get_optimizer(name, 0.5)
+    model, optimizer = normalised_model(), get_optimizer(name, 0.5)
     for weight in step_without_gradients(optimizer, model).values():
         np.testing.assert_array_equal(weight, 2)
     # What Keras saves of an optimizer it can build again.
@@ -499,42 +512,42 @@ def test_without_weight_decay_nothing_is_taken(name):
 
 
 def test_weight_decay_is_apart_from_the_gradient():
-    weight, optimizer = keras.Variable([[3.0]]), utils.get_optimizer("SGD", 0.5, weight_decay=0.2)
+    weight, optimizer = keras.Variable([[3.0]]), get_optimizer("SGD", 0.5, weight_decay=0.2)
     optimizer.apply_gradients([(np.array([[0.4]], np.float32), weight)])
     assert float(weight[0, 0]) == pytest.approx(3 - 3 * 0.5 * 0.2 - 0.5 * 0.4)
 
 
 def test_biases_are_excluded_from_an_optimizer_that_is_built_or_scales_the_loss():
     for wraps in (False, True):
-        model, optimizer = normalised_model(), utils.get_optimizer("AdamW", 0.5, weight_decay=0.2)
+        model, optimizer = normalised_model(), get_optimizer("AdamW", 0.5, weight_decay=0.2)
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer) if wraps else optimizer
         optimizer.build(model.trainable_variables)
-        utils.exclude_from_weight_decay(model, optimizer)
+        exclude_from_weight_decay(model, optimizer)
         assert_kernels_alone_have_changed(step_without_gradients(optimizer, model), 1 - 0.5 * 0.2)
 
 
 def test_biases_are_excluded_again_after_loading(tmp_path):
     model = normalised_model()
-    model.compile(utils.get_optimizer("AdamW", 0.5, weight_decay=0.2))
-    utils.exclude_from_weight_decay(model, model.optimizer)
+    model.compile(get_optimizer("AdamW", 0.5, weight_decay=0.2))
+    exclude_from_weight_decay(model, model.optimizer)
     step_without_gradients(model.optimizer, model)
     path = str(tmp_path / "model.keras")
     model.save(path)
-    loaded = utils.load_model(path, with_optimizer=True)
+    loaded = load_model(path, with_optimizer=True)
     assert loaded.optimizer.built
-    utils.exclude_from_weight_decay(loaded, loaded.optimizer)
+    exclude_from_weight_decay(loaded, loaded.optimizer)
     assert_kernels_alone_have_changed(step_without_gradients(loaded.optimizer, loaded), (1 - 0.5 * 0.2) ** 2)
 
 
 def test_ema_decay_keeps_the_moving_average_beside_the_weights():
-    weight, optimizer = keras.Variable([3.0]), utils.get_optimizer("SGD", 1.0, ema_decay=0.75)
+    weight, optimizer = keras.Variable([3.0]), get_optimizer("SGD", 1.0, ema_decay=0.75)
     for gradient in (1.0, 4.0):
         optimizer.apply_gradients([(np.array([gradient], np.float32), weight)])
     np.testing.assert_allclose(weight, [-2.0])
     (average,) = [variable for variable in optimizer.variables if variable.name.endswith("average")]
     # It starts from the weights after the first step, which are 2.
     np.testing.assert_allclose(average, [0.75 * 2 + 0.25 * -2])
-    assert not utils.get_optimizer("SGD", 1.0).use_ema
+    assert not get_optimizer("SGD", 1.0).use_ema
 
 
 # Model paths and what a model's configs.json says
@@ -542,23 +555,23 @@ def test_ema_decay_keeps_the_moving_average_beside_the_weights():
 
 def test_model_file_is_itself(tmp_path, capsys):
     (tmp_path / "a.h5").touch()
-    assert utils.resolve_model_path(str(tmp_path / "a.h5")) == str(tmp_path / "a.h5")
+    assert resolve_model_path(str(tmp_path / "a.h5")) == str(tmp_path / "a.h5")
     assert capsys.readouterr().out == ""
 
 
 def test_folder_means_its_best_model_or_else_the_latest(tmp_path):
     (tmp_path / "latest_model.keras").touch()
-    assert utils.resolve_model_path(str(tmp_path)) == str(tmp_path / "latest_model.keras")
+    assert resolve_model_path(str(tmp_path)) == str(tmp_path / "latest_model.keras")
     (tmp_path / "best_model.keras").touch()
-    assert utils.resolve_model_path(str(tmp_path)) == str(tmp_path / "best_model.keras")
+    assert resolve_model_path(str(tmp_path)) == str(tmp_path / "best_model.keras")
     preferred = ("latest_model.keras", "best_model.keras")
-    assert utils.resolve_model_path(str(tmp_path), preferred) == str(tmp_path / "latest_model.keras")
+    assert resolve_model_path(str(tmp_path), preferred) == str(tmp_path / "latest_model.keras")
 
 
 def test_substituted_ending_is_printed(tmp_path, capsys):
     (tmp_path / "best_model.keras").touch()
     asked = str(tmp_path / "best_model.hdf5")
-    assert utils.resolve_model_path(asked) == str(tmp_path / "best_model.keras")
+    assert resolve_model_path(asked) == str(tmp_path / "best_model.keras")
     printed = capsys.readouterr().out
     assert asked in printed
     assert str(tmp_path / "best_model.keras") in printed
@@ -570,7 +583,7 @@ def test_path_without_a_model_is_refused(tmp_path, name, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "notes.keras").touch()
     with pytest.raises(UserError, match="no model"):
-        utils.resolve_model_path(name)
+        resolve_model_path(name)
 
 
 STORED = {
@@ -588,14 +601,14 @@ STORED = {
 
 def test_model_is_described_by_the_configs_beside_it(tmp_path):
     write_configs(tmp_path, **STORED, batch_size=99, train_csv="other.csv", learning_rate=0.5)
-    configs = utils.describe_model(Configs(batch_size=4), str(tmp_path / "best_model.keras"))
+    configs = describe_model(Configs(batch_size=4), str(tmp_path / "best_model.keras"))
     expected = STORED | {"image_target_size": (96, 80, 3)}
     assert {name: getattr(configs, name) for name in expected} == expected
     assert (configs.batch_size, configs.train_csv, configs.learning_rate) == (4, "./data/training_set.csv", 0.001)
 
 
 def test_model_without_configs_leaves_everything(tmp_path):
-    assert utils.describe_model(Configs(batch_size=4), str(tmp_path / "a.keras")) == Configs(batch_size=4)
+    assert describe_model(Configs(batch_size=4), str(tmp_path / "a.keras")) == Configs(batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -614,33 +627,33 @@ def test_given_option_that_contradicts_the_model_is_refused(tmp_path, flags, nam
     write_configs(tmp_path, **STORED)
     configs = Configs.from_command_line(arguments=flags)
     with pytest.raises(UserError, match=rf"^{name} is .*configs\.json.*Received: "):
-        utils.describe_model(configs, str(tmp_path / "best_model.keras"))
+        describe_model(configs, str(tmp_path / "best_model.keras"))
 
 
 def test_given_none_that_contradicts_the_model_is_refused(tmp_path):
     write_configs(tmp_path, final_layer_pooling="avg")
     configs = Configs.from_command_line(arguments=["--final_layer_pooling", "none"])
     with pytest.raises(UserError, match="final_layer_pooling"):
-        utils.describe_model(configs, str(tmp_path / "best_model.keras"))
+        describe_model(configs, str(tmp_path / "best_model.keras"))
 
 
 def test_given_options_that_agree_or_leave_the_classes_open_pass(tmp_path):
     write_configs(tmp_path, **STORED)
     flags = ["--image_target_size", "96", "80", "3", "--classes", "none", "--batch_size", "7"]
-    configs = utils.describe_model(Configs.from_command_line(arguments=flags), str(tmp_path / "best_model.keras"))
+    configs = describe_model(Configs.from_command_line(arguments=flags), str(tmp_path / "best_model.keras"))
     assert (configs.classes, configs.batch_size) == (["owl", "cat"], 7)
 
 
 def test_damaged_configs_beside_the_model_are_told(tmp_path):
     (tmp_path / "configs.json").write_text('{"classes": ', encoding="utf-8")
     with pytest.raises(UserError, match=r"configs\.json is not valid JSON"):
-        utils.describe_model(Configs(), str(tmp_path / "best_model.keras"))
+        describe_model(Configs(), str(tmp_path / "best_model.keras"))
 
 
 def test_classes_of_a_model_without_configs_come_from_the_training_table(tmp_path):
     (tmp_path / "best_model.keras").touch()
     train_csv = write_table(tmp_path, "path,class\na,owl\nb,cat\n")
-    path, configs = utils.find_trained_model(Configs(load_model_path=str(tmp_path), train_csv=train_csv))
+    path, configs = find_trained_model(Configs(load_model_path=str(tmp_path), train_csv=train_csv))
     assert path == str(tmp_path / "best_model.keras")
     assert configs.classes == ["cat", "owl"]
 
@@ -648,10 +661,10 @@ def test_classes_of_a_model_without_configs_come_from_the_training_table(tmp_pat
 def test_what_is_written_about_a_model_goes_beside_it_unless_another_folder_is_given(tmp_path):
     (tmp_path / "best_model.keras").touch()
     train_csv = write_table(tmp_path, "path,class\na,owl\nb,cat\n")
-    _, configs = utils.find_trained_model(Configs(load_model_path=str(tmp_path), train_csv=train_csv))
+    _, configs = find_trained_model(Configs(load_model_path=str(tmp_path), train_csv=train_csv))
     assert configs.save_model_path == str(tmp_path)
     given = Configs(load_model_path=str(tmp_path), train_csv=train_csv, save_model_path="elsewhere")
-    assert utils.find_trained_model(given)[1].save_model_path == "elsewhere"
+    assert find_trained_model(given)[1].save_model_path == "elsewhere"
 
 
 # Model files
@@ -659,40 +672,40 @@ def test_what_is_written_about_a_model_goes_beside_it_unless_another_folder_is_g
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5", ".hdf5"])
 def test_whole_model_file_is_loaded(model_files, trained_model, images, suffix):
-    loaded = utils.load_model(model_files[suffix])
+    loaded = load_model(model_files[suffix])
     np.testing.assert_array_equal(predict(loaded, images), predict(trained_model, images))
 
 
 def test_optimizer_comes_back_only_where_it_is_asked_for(model_files, trained_model):
-    assert getattr(utils.load_model(model_files[".keras"]), "optimizer", None) is None
-    restored = utils.load_model(model_files[".keras"], with_optimizer=True).optimizer
+    assert getattr(load_model(model_files[".keras"]), "optimizer", None) is None
+    restored = load_model(model_files[".keras"], with_optimizer=True).optimizer
     for variable, expected in zip(restored.variables, trained_model.optimizer.variables, strict=True):
         np.testing.assert_array_equal(variable.numpy(), expected.numpy())
 
 
 def test_compressed_model_predicts_the_same(tmp_path, trained_model, images):
-    weights_path, layers_path = utils.custom_save_model(trained_model, str(tmp_path / "new"), "model")
+    weights_path, layers_path = custom_save_model(trained_model, str(tmp_path / "new"), "model")
     assert (weights_path, layers_path) == (str(tmp_path / "new" / "model.h5"), str(tmp_path / "new" / "model.json"))
     assert sorted(os.listdir(tmp_path / "new")) == ["model.h5", "model.json"]
-    for loaded in (utils.custom_load_model(str(tmp_path / "new"), "model"), utils.load_model(weights_path)):
+    for loaded in (custom_load_model(str(tmp_path / "new"), "model"), load_model(weights_path)):
         np.testing.assert_array_equal(predict(loaded, images), predict(trained_model, images))
 
 
 def test_compressed_model_holds_the_statistics_but_no_optimizer_state(tmp_path, trained_model):
-    weights_path, _ = utils.custom_save_model(trained_model, str(tmp_path), "model")
+    weights_path, _ = custom_save_model(trained_model, str(tmp_path), "model")
     with h5py.File(weights_path) as file:
         stored = [group[...] for group in file["weights"].values()]
     kernel, bias, gamma, beta, mean, variance = (3 * 3 * 3 * 4, 4, 4, 4, 4, 4)
     assert sum(array.size for array in stored) == kernel + bias + gamma + beta + mean + variance + 4 * 3 + 3
-    restored = utils.custom_load_model(str(tmp_path), "model")
+    restored = custom_load_model(str(tmp_path), "model")
     batch_norm = next(layer for layer in restored.layers if isinstance(layer, keras.layers.BatchNormalization))
     assert not np.allclose(batch_norm.moving_mean.numpy(), 0)
 
 
 def test_compressed_model_in_the_working_folder_is_loaded(tmp_path, trained_model, images, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    utils.custom_save_model(trained_model, "", "model")
-    np.testing.assert_array_equal(predict(utils.load_model("model.h5"), images), predict(trained_model, images))
+    custom_save_model(trained_model, "", "model")
+    np.testing.assert_array_equal(predict(load_model("model.h5"), images), predict(trained_model, images))
 
 
 def test_more_than_ten_weights_keep_their_order(tmp_path):
@@ -701,44 +714,44 @@ def test_more_than_ten_weights_keep_their_order(tmp_path):
     for _ in range(8):
         outputs = keras.layers.Dense(2)(outputs)
     model = keras.Model(inputs, outputs)
-    utils.custom_save_model(model, str(tmp_path), "model")
+    custom_save_model(model, str(tmp_path), "model")
     for restored, expected in zip(
-        utils.custom_load_model(str(tmp_path), "model").get_weights(), model.get_weights(), strict=True
+        custom_load_model(str(tmp_path), "model").get_weights(), model.get_weights(), strict=True
     ):
         np.testing.assert_array_equal(restored, expected)
 
 
 @pytest.mark.parametrize("missing", ["model.h5", "model.json"])
 def test_half_of_a_compressed_model_is_refused(tmp_path, trained_model, missing):
-    utils.custom_save_model(trained_model, str(tmp_path), "model")
+    custom_save_model(trained_model, str(tmp_path), "model")
     os.remove(tmp_path / missing)
     with pytest.raises(UserError, match=r"model\.h5"):
-        utils.custom_load_model(str(tmp_path), "model")
+        custom_load_model(str(tmp_path), "model")
     with pytest.raises(UserError, match=r"model\.h5"):
-        utils.load_model(str(tmp_path / "model.h5"))
+        load_model(str(tmp_path / "model.h5"))
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "null", "3", '{"class_name": "Nonsense", "config": {}}', "{"])
 def test_compressed_model_with_a_foreign_json_is_refused(tmp_path, trained_model, content):
-    utils.custom_save_model(trained_model, str(tmp_path), "model")
+    custom_save_model(trained_model, str(tmp_path), "model")
     (tmp_path / "model.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"model\.json"):
-        utils.load_model(str(tmp_path / "model.h5"))
+        load_model(str(tmp_path / "model.h5"))
 
 
 def test_weights_of_another_model_are_refused(tmp_path, trained_model):
-    utils.custom_save_model(trained_model, str(tmp_path), "model")
+    custom_save_model(trained_model, str(tmp_path), "model")
     other = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
-    utils.custom_save_model(other, str(tmp_path), "other")
+    custom_save_model(other, str(tmp_path), "other")
     shutil.copy(tmp_path / "other.json", tmp_path / "model.json")
     with pytest.raises(UserError, match="does not belong to"):
-        utils.load_model(str(tmp_path / "model.h5"))
+        load_model(str(tmp_path / "model.h5"))
 
 
 def test_weights_without_a_model_are_refused(tmp_path, trained_model):
     trained_model.save_weights(tmp_path / "model.weights.h5")
     with pytest.raises(UserError, match=r"model\.weights\.h5 holds weights but no model"):
-        utils.load_model(str(tmp_path / "model.weights.h5"))
+        load_model(str(tmp_path / "model.weights.h5"))
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5", ".hdf5", ".txt", ""])
@@ -748,7 +761,7 @@ def test_file_that_is_no_model_is_refused(tmp_path, suffix, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match="model") as raised:
-        utils.load_model(str(path))
+        load_model(str(path))
     assert "\n" not in str(raised.value)
 
 
@@ -756,7 +769,7 @@ def test_foreign_archive_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "model.keras", "w") as archive:
         archive.writestr("notes.txt", "x")
     with pytest.raises(UserError, match="is not a model"):
-        utils.load_model(str(tmp_path / "model.keras"))
+        load_model(str(tmp_path / "model.keras"))
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
@@ -766,7 +779,7 @@ def test_truncated_model_is_refused(tmp_path, model_files, suffix, kept):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(UserError, match="is not a model"):
-        utils.load_model(str(path))
+        load_model(str(path))
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5", "compressed"])
@@ -774,15 +787,15 @@ def test_code_in_a_model_file_is_never_run(tmp_path, suffix):
     model = keras.Sequential([keras.Input((8, 10, 3)), keras.layers.Lambda(lambda x: x * 2), keras.layers.Flatten()])
     path = str(tmp_path / f"model{suffix}")
     if suffix == "compressed":
-        path, _ = utils.custom_save_model(model, str(tmp_path), "model")
+        path, _ = custom_save_model(model, str(tmp_path), "model")
     else:
         model.save(path)
     with pytest.raises(UserError, match=r"[Ll]ambda"):
-        utils.load_model(path)
+        load_model(path)
 
 
 def test_fitting_model_is_loaded(model_files):
-    model = utils.load_fitting_model(model_files[".keras"], CLASSES, (8, 10))
+    model = load_fitting_model(model_files[".keras"], CLASSES, (8, 10))
     assert model.output_shape == (None, 3)
 
 
@@ -795,7 +808,7 @@ def test_fitting_model_is_loaded(model_files):
 )
 def test_model_that_does_not_fit_is_refused(model_files, class_names, image_size, message):
     with pytest.raises(UserError, match=message):
-        utils.load_fitting_model(model_files[".keras"], class_names, image_size)
+        load_fitting_model(model_files[".keras"], class_names, image_size)
 
 
 @pytest.mark.parametrize("input_shape", [(8, 10, 1), (8,), (8, 10)])
@@ -803,13 +816,13 @@ def test_model_of_other_input_than_rgb_is_refused(tmp_path, input_shape):
     layers = [keras.Input(input_shape), keras.layers.Flatten(), keras.layers.Dense(3)]
     keras.Sequential(layers).save(tmp_path / "model.keras")
     with pytest.raises(UserError, match=r"model\.keras takes"):
-        utils.load_fitting_model(str(tmp_path / "model.keras"), CLASSES, (8, 10))
+        load_fitting_model(str(tmp_path / "model.keras"), CLASSES, (8, 10))
 
 
 def test_model_of_any_image_size_fits(tmp_path):
     layers = [keras.Input((None, None, 3)), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3)]
     keras.Sequential(layers).save(tmp_path / "model.keras")
-    model = utils.load_fitting_model(str(tmp_path / "model.keras"), CLASSES, (8, 10))
+    model = load_fitting_model(str(tmp_path / "model.keras"), CLASSES, (8, 10))
     assert model.output_shape == (None, 3)
 
 
@@ -825,14 +838,14 @@ def test_single_label_image_gets_the_most_probable_class(trained_model, photo):
     blocks = photo.reshape(8, 4, 10, 4, 3).mean(axis=(1, 3))
     resized = np.rint(blocks).astype(np.uint8)
     expected = predict(trained_model, resized[None])[0]
-    names, probabilities = utils.classify_image(trained_model, photo, CLASSES)
+    names, probabilities = classify_image(trained_model, photo, CLASSES)
     assert names == [CLASSES[expected.argmax()]]
     assert list(probabilities) == CLASSES
     assert list(probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-3)
 
 
 def test_image_of_the_model_s_size_is_taken_as_it_is(trained_model, images):
-    _, probabilities = utils.classify_image(trained_model, images[0], CLASSES)
+    _, probabilities = classify_image(trained_model, images[0], CLASSES)
     assert list(probabilities.values()) == pytest.approx(predict(trained_model, images[:1])[0].tolist(), abs=1e-6)
 
 
@@ -848,7 +861,7 @@ def test_multi_label_image_gets_every_class_from_the_threshold_on(images, thresh
         ]
     )
     model.layers[-1].bias.assign([math.log(9), 0.0, -math.log(9)])
-    chosen, probabilities = utils.classify_image(model, images[0], ["owl", "dog", "cat"], True, threshold)
+    chosen, probabilities = classify_image(model, images[0], ["owl", "dog", "cat"], True, threshold)
     assert chosen == names
     assert probabilities == pytest.approx({"owl": 0.9, "dog": 0.5, "cat": 0.1})
 
@@ -867,7 +880,7 @@ def test_a_decision_takes_the_place_of_mode_and_threshold(images, threshold_type
     model.layers[-1].bias.assign([math.log(9), 0.0, -math.log(9)])
     # Temperature 2 halves the logits: odds of 9 become odds of 3.
     decision = Decision(["owl", "dog", "cat"], True, 2.0, "validation", 0.7, [0.6, 0.4, 0.2], "validation")
-    chosen, probabilities = utils.classify_image(
+    chosen, probabilities = classify_image(
         model, images[0], ["owl", "dog", "cat"], threshold=0.99, decision=decision, threshold_type=threshold_type
     )
     assert chosen == names
@@ -882,7 +895,7 @@ def test_a_decision_takes_the_place_of_mode_and_threshold(images, threshold_type
     ],
 )
 def test_a_protocol_of_two_letters_or_more_makes_a_url(path, expected):
-    assert utils.is_url(path) is expected
+    assert is_url(path) is expected
 
 
 @pytest.mark.parametrize(
@@ -902,9 +915,9 @@ def test_a_protocol_of_two_letters_or_more_makes_a_url(path, expected):
     ],
 )
 def test_a_path_is_joined_to_a_folder_or_a_url(directory, path, expected):
-    assert utils.join_path(directory, path) == expected
+    assert join_path(directory, path) == expected
 
 
 def test_names_that_do_not_number_the_outputs_are_refused(trained_model, images):
     with pytest.raises(ValueError, match="zip"):
-        utils.classify_image(trained_model, images[0], ["cat", "dog"])
+        classify_image(trained_model, images[0], ["cat", "dog"])

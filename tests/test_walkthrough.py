@@ -22,9 +22,14 @@ import predict as predicting
 import split_train_test
 import test as evaluation
 import train
-from configs import Configs, UserError
-from generator import read_image, resize_image
-from utils import custom_load_model, get_generator, load_model, predict
+from configs import Configs
+from finetune.cam_pictures import name_outputs
+from finetune.compressed import custom_load_model
+from finetune.images import read_image, resize_image
+from finetune.model_files import load_model
+from finetune.options import UserError
+from finetune.predicting import predict
+from generator import get_generator
 
 PROJECT = Path(__file__).parent.parent
 
@@ -241,15 +246,15 @@ def test_activations_are_drawn_for_every_test_image(trained):
 
 
 def test_two_images_of_one_name_are_both_drawn():
-    names = draw_activations.name_outputs(["photos/a/1.jpg", "photos/b/1.jpg", "photos/a-1.jpg", "photos/c.tif"])
+    names = name_outputs(["photos/a/1.jpg", "photos/b/1.jpg", "photos/a-1.jpg", "photos/c.tif"])
     assert names == ["a-1.jpg", "b-1.jpg", "a-1_2.jpg", "c.tif.png"]
 
 
 def test_pictures_of_urls_are_named_by_what_follows_their_common_folder():
     urls = ["s3://bucket/x/a/1.jpg", "s3://bucket/x/b/1.jpg", "s3://bucket/x/1.tif", "s3://bucket/x/2.jpg?version=3"]
     expected = ["a-1.jpg", "b-1.jpg", "1.tif.png", "2.jpg_version=3.png"]
-    assert draw_activations.name_outputs(urls) == expected
-    assert draw_activations.name_outputs(["s3://one/a.jpg", "gs://one/a.jpg"]) == ["s3-one-a.jpg", "gs-one-a.jpg"]
+    assert name_outputs(urls) == expected
+    assert name_outputs(["s3://one/a.jpg", "gs://one/a.jpg"]) == ["s3-one-a.jpg", "gs-one-a.jpg"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,70 @@
+"""Writes docs/options.md from the options' declarations: `python docs/make_options.py`, after each change of one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from compress_weights import CompressConfigs  # noqa: E402
+from configs import BACKBONE_NAMES, Configs  # noqa: E402
+from make_csv_from_folders import FolderConfigs  # noqa: E402
+from plot_training_log import PlotConfigs  # noqa: E402
+from predict import PredictConfigs  # noqa: E402
+from split_train_test import SplitConfigs  # noqa: E402
+
+PAGE = PROJECT / "docs" / "options.md"
+SCRIPTS: dict[str, type[Configs]] = {
+    "make_csv_from_folders.py": FolderConfigs,
+    "split_train_test.py": SplitConfigs,
+    "train.py": Configs,
+    "test.py": Configs,
+    "draw_activations.py": Configs,
+    "plot_training_log.py": PlotConfigs,
+    "compress_weights.py": CompressConfigs,
+    "predict.py": PredictConfigs,
+}
+INTRODUCTION = """\
+# Options
+
+`python docs/make_options.py` writes this page from the options' declarations, in `configs.py` and in the scripts.
+
+A default in `configs.py` is overridden by `--configs FILE.json`, and that by a flag of the same name. Every script
+takes every option and `--help`. `none` on the command line is `null` in JSON. An unknown option or a value out of range
+is an error that says what was expected."""
+
+
+def make_page() -> str:
+    """Returns the page: the options of every script, the backbones, and the scripts' own options."""
+    parts = [INTRODUCTION, "## Options of every script", make_table(Configs, list(Configs.options()))]
+    parts += ["## Backbones", f"Backbones: {', '.join(BACKBONE_NAMES)}."]
+    without_own = []
+    for script, configs_class in SCRIPTS.items():
+        own = [name for name in configs_class.options() if name not in Configs.options()]
+        if own:
+            parts += [f"## Options of {script} alone", make_table(configs_class, own)]
+        else:
+            without_own.append(f"`{script}`")
+    parts += ["## Scripts without options of their own", f"{', '.join(without_own)}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def make_table(configs_class: type[Configs], names: list[str]) -> str:
+    """Returns a Markdown table of some of a class's options: name, default, description."""
+    options, defaults = configs_class.options(), configs_class.defaults()
+    rows = ["| option | default | what it does |", "|---|---|---|"]
+    for name in names:
+        default = "''" if defaults[name] == "" else defaults[name]
+        rows.append(f"| `{name}` | `{default}` | {options[name].metadata['description']} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Writes the page."""
+    PAGE.write_text(make_page(), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Pictures of photos beside their heatmaps."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import os
+import unicodedata
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import matplotlib
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from finetune.explaining import Explained
+from finetune.files import atomic_path
+
+WRITABLE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+WRITERS = 2
+PANELS_A_ROW = 6
+# What Windows forbids in the name of a file, and the names that it keeps for devices.
+FORBIDDEN = frozenset('<>:"/\\|?*')
+RESERVED = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))})
+# Bytes: systems allow 255 for a name, of which the temporary one needs some more, and so may a number.
+LONGEST_STEM = 200
+FONT_PATH = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+
+
+@functools.cache
+def colour_table(colormap: str) -> np.ndarray:
+    """Returns the RGB of each of 256 values, uint8 `(256, 3)`.
+
+    OpenCV builds this table anew in every call, which takes longer than all else in a picture.
+
+    Args:
+        colormap: OpenCV's name, in lower case.
+    """
+    code = getattr(cv2, f"COLORMAP_{colormap.upper()}")
+    return cv2.applyColorMap(np.arange(256, dtype=np.uint8), code)[:, 0, ::-1].copy()
+
+
+def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray, opacity: float = 0.4, colormap: str = "jet") -> np.ndarray:
+    """Colours an image by a heatmap.
+
+    Args:
+        image: uint8 RGB `(height, width, 3)`.
+        heatmap: `(h, w)` in `[0, 1]`, of any size.
+        opacity: of the colours, in `[0, 1]`.
+        colormap: OpenCV's name, in lower case; jet is blue at 0 and red at 1.
+
+    Returns:
+        uint8 RGB `(height, width, 3)`.
+    """
+    height, width = image.shape[:2]
+    smooth = cv2.resize(heatmap.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    colours = colour_table(colormap)[np.uint8(255 * np.clip(smooth, 0, 1))]
+    return cv2.addWeighted(colours, opacity, image, 1 - opacity, 0)
+
+
+def write_caption(image: np.ndarray, caption: str) -> np.ndarray:
+    """Puts a line of text in a bar below an image.
+
+    Args:
+        image: uint8 RGB `(height, width, 3)`.
+        caption: shortened to what fits. Latin, Greek, Cyrillic and whatever else DejaVu Sans has reads right; other
+            characters are shown as a box, control characters as `?`.
+
+    Returns:
+        uint8 RGB, taller by the bar.
+    """
+    bar, width = max(18, image.shape[1] // 12), image.shape[1]
+    font = load_font(round(bar * 0.7))
+    # Some systems' file names hold an accent apart from its letter: the font has them as one character.
+    text = unicodedata.normalize("NFC", caption)
+    text = "".join(character if character.isprintable() else "?" for character in text[:width])
+    while len(text) > 1 and font.getlength(text) > width - 4:
+        text = text[:-1]
+    canvas = PIL.Image.new("L", (width, bar), 255)
+    PIL.ImageDraw.Draw(canvas).text((2, bar // 2), text, fill=0, font=font, anchor="lm")
+    return np.concatenate([image, np.repeat(np.asarray(canvas)[..., None], 3, axis=2)])
+
+
+@functools.cache
+def load_font(size: int) -> PIL.ImageFont.FreeTypeFont:
+    """Returns DejaVu Sans, which matplotlib brings, of a size in pixels."""
+    return PIL.ImageFont.truetype(FONT_PATH, size)
+
+
+def draw_all(
+    batches: Iterable[Explained],
+    paths: Sequence[str],
+    class_names: Sequence[str],
+    overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    report: Callable[[int], object],
+) -> None:
+    """Writes the pictures of explained batches; drawing and writing go on while the network runs.
+
+    Args:
+        batches: in order.
+        paths: of the pictures of all images.
+        class_names: in the model's order.
+        overlay: colours an image by a heatmap.
+        report: is told how many pictures more are written.
+    """
+    pending = deque()
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for batch in batches:
+            targets = [paths[position] for position in batch.positions]
+            pending.append(pool.submit(draw_batch, targets, batch, class_names, overlay))
+            # A bounded backlog: memory does not grow where the network is faster than the disk.
+            while len(pending) > WRITERS:
+                report(pending.popleft().result())
+        while pending:
+            report(pending.popleft().result())
+
+
+def draw_batch(
+    paths: Sequence[str],
+    batch: Explained,
+    class_names: Sequence[str],
+    overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> int:
+    """Writes the pictures of a batch, each the image and beside it its maps; returns how many."""
+    for row, (path, image) in enumerate(zip(paths, batch.images, strict=True)):
+        label = batch.labels[row]
+        true_positions = np.flatnonzero(label) if label.ndim else [label]
+        panels = [(image, "true: " + ", ".join(class_names[position] for position in true_positions))]
+        for pair in np.flatnonzero(batch.rows == row):
+            position = batch.class_indices[pair]
+            # The number comes first: a long name is cut.
+            caption = f"{batch.probabilities[row, position]:.2f} {class_names[position]}"
+            panels.append((overlay(image, batch.heatmaps[pair]), caption))
+        if len(panels) == 1:
+            panels.append((image, "no label above its threshold"))
+        write_image(path, arrange(panels))
+    return len(paths)
+
+
+def arrange(panels: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
+    """Lays images of one size side by side, each over its caption, and many in rows; uint8 RGB."""
+    pictures = [write_caption(image, caption) for image, caption in panels]
+    columns = min(len(pictures), max(PANELS_A_ROW, math.isqrt(len(pictures))))
+    pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % columns)
+    starts = range(0, len(pictures), columns)
+    return np.concatenate([np.concatenate(pictures[start : start + columns], axis=1) for start in starts])
+
+
+def name_outputs(paths: list[str]) -> list[str]:
+    """Gives each image a file name of its own: its path or URL below the images' common folder, joined by hyphens.
+
+    Returns:
+        Names without folders, in the order of `paths`, that every system can write: what one of them forbids in a
+        name becomes an underscore, a long name is cut and ends in a digest; a name met again gets a number.
+    """
+    # A URL's protocol stands for a folder.
+    absolute = [os.path.abspath(path.replace("://", os.sep, 1)) for path in paths]
+    common = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    names, taken = [], set()
+    for path in absolute:
+        stem, suffix = os.path.splitext(os.path.relpath(path, common).replace(os.sep, "-"))
+        if suffix.lower() not in WRITABLE_SUFFIXES:
+            stem, suffix = stem + suffix, ".png"
+        stem = make_writable(stem)
+        name, number = stem + suffix, 2
+        # Some systems hold names that differ in case alone for the same.
+        while name.casefold() in taken:
+            name, number = f"{stem}_{number}{suffix}", number + 1
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def make_writable(stem: str) -> str:
+    """Returns a file name without its ending as every system can write it: visible, not reserved, not too long."""
+    safe = "".join("_" if character in FORBIDDEN or not character.isprintable() else character for character in stem)
+    if safe.startswith(".") or safe.split(".")[0].upper() in RESERVED:
+        safe = f"_{safe}"
+    if len(safe.encode()) <= LONGEST_STEM:
+        return safe
+    digest = hashlib.sha256(stem.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return f"{safe.encode()[: LONGEST_STEM - 17].decode(errors='ignore')}~{digest}"
+
+
+def write_image(path: str, image: np.ndarray) -> None:
+    """Writes a uint8 RGB image in the format of the path's ending."""
+    with atomic_path(path) as temporary:
+        encoded = cv2.imencode(os.path.splitext(path)[1], cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1]
+        encoded.tofile(temporary)

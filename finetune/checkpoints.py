@@ -1,0 +1,256 @@
+"""Writing a run's models, log and statistics, and stopping it where that is due."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import pandas as pd
+
+from configs import Configs
+from finetune.callbacks import AveragedWeights, InputWait, Validation
+from finetune.files import duplicate_file, write_csv, write_json, write_text
+from finetune.interruption import Interruption
+from finetune.metrics import none_if_undefined
+from finetune.options import UserError
+from finetune.phases import Phase
+from finetune.run_folder import (
+    AUROC_FILE,
+    BEST_MODEL,
+    CONFIGS_FILE,
+    LATEST_MODEL,
+    LOG_FILE,
+    STATISTICS_FILE,
+    fingerprint,
+)
+from finetune.training_state import read_metrics, restore_metrics, save_checkpoint, seed_states
+from generator import AugmentedImageSequence
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Writes the models, the training log and the statistics of a run, and stops it where that is due.
+
+    Every `.keras` file is written whole or not at all, and carries the state that resuming from it needs, so that
+    the two cannot disagree: see `state`. It stops training on a non-finite loss, after `early_stopping_patience`
+    epochs without a better score, and on SIGINT or SIGTERM, after the step that runs then.
+
+    Args:
+        configs: of the run, with `classes` resolved; stored with every model.
+        phase: of the run.
+        classifier: the whole model, of which the trained one may be the head; every file holds it.
+        training: the training images.
+        validation: tells the AUROC of each class, multi-label.
+        plateau: the run's scheduler, whose state is kept; None where the learning rate follows from the step.
+        averages: what has given the model its averaged weights, where `ema_decay` is set.
+        input_wait: tells the share of each epoch that the model waited.
+        interruption: tells which signal has arrived.
+        writes: False where another process of the run does so.
+        state: of the checkpoint that training continues from.
+    """
+
+    def __init__(
+        self,
+        configs: Configs,
+        phase: Phase,
+        classifier: keras.Model,
+        training: AugmentedImageSequence,
+        validation: Validation,
+        plateau: keras.callbacks.ReduceLROnPlateau | None,
+        averages: AveragedWeights | None,
+        input_wait: InputWait,
+        interruption: Interruption,
+        writes: bool = True,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.folder = configs.save_model_path
+        self.monitor = "val_auroc" if configs.multi_label_classification else "val_accuracy"
+        self.save_best_only = configs.save_best_model_only
+        self.every_steps = configs.checkpoint_every_steps
+        self.patience = configs.early_stopping_patience
+        self.head_epochs = configs.head_epochs
+        self.starts_good = configs.head_initialization == "linear_probe" and not configs.load_model_path
+        self.class_names = configs.classes
+        self.run_state = {
+            "configs": configs.to_dict(),
+            "given": sorted(configs.given),
+            "data": {"train_csv": fingerprint(training), "validation_csv": fingerprint(validation.sequence)},
+            "devices": training.shares.devices,
+        }
+        self.writes = writes
+        self.phase = phase
+        self.classifier = classifier
+        self.training = training
+        self.validation = validation
+        self.plateau = plateau
+        self.averages = averages
+        self.input_wait = input_wait
+        self.input_waits: list[float] = list(state.get("input_waits", [])) if state else []
+        self.interruption = interruption
+        self.to_restore = state
+        # A plateau of one phase does not bind the next.
+        goes_on = state is not None and (state["epochs_completed"], state["steps_completed"]) > (phase.first_epoch, 0)
+        self.plateau_state: dict[str, Any] = state["plateau"] if goes_on else {}
+        self.log: list[dict[str, float]] = list(state["log"]) if state else []
+        self.best: float | None = state["best"] if state else None
+        self.best_epoch: int | None = state["best_epoch"] if state else None
+        self.best_aurocs: dict[str, float | None] | None = state["best_aurocs"] if state else None
+        self.epoch = 0
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        """Restores what Keras has just reset, and on resuming the random states and the logs."""
+        # A plain view of the model with the mode's stock loss: the file loads without this project.
+        self.saved_view = keras.Model(self.classifier.inputs, self.classifier.outputs, name=self.classifier.name)
+        stock = "binary_crossentropy" if self.validation.multi_label else "sparse_categorical_crossentropy"
+        self.saved_view.compile(self.model.optimizer, loss=stock)
+        # The scheduler resets itself whenever `fit` begins, before this callback's turn.
+        if self.plateau is not None:
+            for name, value in self.plateau_state.items():
+                setattr(self.plateau, name, value)
+        if self.to_restore is not None:
+            for variable, value in zip(seed_states(self.model), self.to_restore["seed_states"], strict=True):
+                variable.assign(np.array(value, dtype="uint32"))
+            self._write_logs()
+        elif self.starts_good:
+            self._keep_start()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Restores the running figures of an epoch that began before the stop: Keras has just set them to zero."""
+        self.epoch = epoch
+        if self.to_restore is not None and self.to_restore["steps_completed"]:
+            restore_metrics(self.model, self.to_restore["metrics"])
+        self.to_restore = None
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float]) -> None:
+        """Stops on a loss that is not finite or on a signal; writes a checkpoint where one is due."""
+        steps_completed = self.training.first_step + batch + 1
+        self._check_finite("loss", logs["loss"], f"epoch {self.epoch + 1}, step {steps_completed}")
+        is_last = steps_completed == self.training.steps
+        is_due = self.every_steps and steps_completed % self.every_steps == 0
+        if not is_last and (is_due or self.interruption.signal):
+            self._save([LATEST_MODEL], self.epoch, steps_completed)
+            self._stop_if_interrupted()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Writes the epoch's models and logs, the best one where it is that, and stops where that is due."""
+        self._check_finite("validation loss", logs["val_loss"], f"epoch {epoch + 1}")
+        if self.plateau is not None:
+            self.plateau_state = {
+                "wait": int(self.plateau.wait),
+                "best": float(self.plateau.best),
+                "cooldown_counter": int(self.plateau.cooldown_counter),
+            }
+        self.input_waits.append(round(self.input_wait.share, 4))
+        self.log.append({"epoch": epoch + 1} | {name: float(value) for name, value in logs.items()})
+        is_best = self._note_best(epoch + 1, logs[self.monitor])
+        names = [BEST_MODEL] * is_best
+        names += [f"model_epoch_{epoch + 1:03d}.keras"] * (not self.save_best_only)
+        if self.averages is None:
+            names.append(LATEST_MODEL)
+        if names:
+            self._save(names, epoch + 1, 0, resumes=self.averages is None)
+        if self.averages is not None:
+            self.averages.put_back()
+            self._save([LATEST_MODEL], epoch + 1, 0)
+        self._write_logs()
+        self.model.stop_training = stops_early(epoch + 1, self.best_epoch, self.patience, self.head_epochs)
+        self._stop_if_interrupted()
+
+    def state(self, epochs_completed: int, steps_completed: int) -> dict[str, Any]:
+        """Returns everything that resumes, beside the weights and the optimizer's variables in the model file.
+
+        Args:
+            epochs_completed: of the run.
+            steps_completed: of the epoch after them.
+        """
+        return {
+            **self.run_state,
+            "learning_rate": self.phase.learning_rate,
+            "epochs_completed": epochs_completed,
+            "steps_completed": steps_completed,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "best_aurocs": self.best_aurocs,
+            "plateau": self.plateau_state,
+            "seed_states": [np.asarray(variable).tolist() for variable in seed_states(self.model)],
+            "metrics": read_metrics(self.model) if steps_completed else [],
+            "log": self.log,
+            "input_waits": self.input_waits,
+        }
+
+    def _keep_start(self) -> None:
+        """Makes the model that training starts from the one to beat, as epoch 0."""
+        logs: dict[str, float] = {}
+        self.validation.on_epoch_end(-1, logs)
+        print(f"The head's start: {self.monitor} {logs[self.monitor]:.4f}.")
+        is_best = self._note_best(0, logs[self.monitor])
+        self._save([*[BEST_MODEL] * is_best, LATEST_MODEL], 0, 0)
+
+    def _note_best(self, epochs_completed: int, score: float) -> bool:
+        """Notes a score where it is the best so far; tells whether it is."""
+        is_best = not np.isnan(score) and (self.best is None or score > self.best)
+        if is_best:
+            self.best, self.best_epoch = float(score), epochs_completed
+            if self.validation.aurocs is not None:
+                aurocs = map(none_if_undefined, self.validation.aurocs)
+                self.best_aurocs = dict(zip(self.class_names, aurocs, strict=True))
+        return is_best
+
+    def _check_finite(self, name: str, value: float, moment: str) -> None:
+        if not np.isfinite(value):
+            raise UserError(
+                f"The {name} is {value} in {moment}. What {self.folder} holds is of before. Lower learning_rate, and "
+                "continue with load_model_path."
+            )
+
+    def _save(self, names: Sequence[str], epochs_completed: int, steps_completed: int, resumes: bool = True) -> None:
+        """Writes a model under one or more names; where it has averaged weights, training cannot go on from it."""
+        first, *others = (os.path.join(self.folder, name) for name in names)
+        # Reading the metrics of several processes takes all of them.
+        state = self.state(epochs_completed, steps_completed)
+        if not self.writes:
+            return
+        save_checkpoint(self.saved_view, first, state if resumes else None)
+        for path in others:
+            duplicate_file(first, path)
+
+    def _stop_if_interrupted(self) -> None:
+        if self.interruption.signal:
+            print(
+                f"\nStopped by {signal.Signals(self.interruption.signal).name}. Continue with\n"
+                f"python train.py --configs {os.path.join(self.folder, CONFIGS_FILE)} "
+                f"--load_model_path {self.folder}",
+                flush=True,
+            )
+            raise SystemExit(128 + self.interruption.signal)
+
+    def _write_logs(self) -> None:
+        if not self.log or not self.writes:
+            return
+        write_csv(os.path.join(self.folder, LOG_FILE), pd.DataFrame(self.log))
+        stats = {
+            "epochs_completed": len(self.log),
+            "monitor": self.monitor,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "latest": self.log[-1],
+            # Not in training_log.csv: two runs of one seed have the same log, but not the same times.
+            "input_wait_by_epoch": self.input_waits,
+        }
+        if self.best_aurocs is not None:
+            stats["best_auroc_by_class"] = self.best_aurocs
+            lines = [f"epoch {self.best_epoch}", f"mean {self.best:.4f}"]
+            lines += [
+                f"{name} {'undefined' if auroc is None else f'{auroc:.4f}'}" for name, auroc in self.best_aurocs.items()
+            ]
+            write_text(os.path.join(self.folder, AUROC_FILE), "\n".join(lines) + "\n")
+        write_json(os.path.join(self.folder, STATISTICS_FILE), stats)
+
+
+def stops_early(epochs_completed: int, best_epoch: int | None, patience: int, head_epochs: int = 0) -> bool:
+    """Tells whether a run has gone `patience` epochs after its `head_epochs` without a better score; 0 never stops."""
+    return bool(patience) and epochs_completed - max(best_epoch or 0, head_epochs) >= patience

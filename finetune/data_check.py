@@ -1,0 +1,274 @@
+"""Everything in tables and their images that makes training fail, or wrong."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from configs import MAX_IMAGE_PIXELS, Configs
+from finetune.copies import find_copies
+from finetune.findings import KINDS, Finding, get_bad_rows, report_findings
+from finetune.inspection import Inspection, inspect_images
+from finetune.options import UserError
+from finetune.tables import ImageTable, find_class_names, make_image_table, parse_table, split_label
+from finetune.texts import LONGEST_LIST, join_names
+
+SIZE_FACTOR, SHAPE_FACTOR, FEWEST_SIZES = 4, 3, 10
+
+
+def list_sets(configs: Configs) -> dict[str, str]:
+    """Returns the CSV files of a run's sets by name.
+
+    The test set counts where it is also the validation set, or where its name is the user's choice as that of the
+    training set is: an old data/testing_set.csv may be of other images.
+    """
+    sets = {"training": configs.train_csv, "validation": configs.validation_csv or configs.test_csv}
+    is_chosen = "test_csv" in configs.given or "train_csv" not in configs.given
+    if configs.validation_csv and is_chosen and os.path.isfile(configs.test_csv):
+        sets["test"] = configs.test_csv
+    return sets
+
+
+def check_sets(csv_paths: dict[str, str], configs: Configs, writes_report: bool = True) -> dict[str, set[int]]:
+    """Checks the tables of a run and their images, prints what it finds and writes data_report.csv.
+
+    Args:
+        csv_paths: by the set's name: training, validation, and where it is another one test.
+        configs: the options.
+        writes_report: False leaves the report to another process that finds the same.
+
+    Returns:
+        The line numbers of each CSV file that `skip_bad_images` leaves out.
+
+    Raises:
+        UserError: a table is not usable, or something makes training wrong: the summary of that.
+    """
+    if configs.verify_data == "off":
+        return {path: set() for path in csv_paths.values()}
+    label_column = configs.csv_label_column
+    tables = [
+        make_image_table(name, path, parse_table(path, label_column), label_column, configs.image_directory)
+        for name, path in csv_paths.items()
+        if name != "test" or os.path.realpath(path) != os.path.realpath(csv_paths["validation"])
+    ]
+    findings = check_data(
+        tables,
+        configs.multi_label_classification,
+        configs.verify_data,
+        configs.image_target_size[:2],
+        configs.max_image_pixels,
+        configs.generator_workers,
+        configs.allow_duplicates,
+    )
+    report_findings(findings, configs.save_model_path, configs.skip_bad_images, writes_report)
+    bad = get_bad_rows(findings)
+    return {path: bad.get(path, set()) for path in csv_paths.values()}
+
+
+def check_table(
+    table: pd.DataFrame, csv_path: str, configs: Configs, multi_label: bool = False, image_directory: str = ""
+) -> list[Finding]:
+    """Checks a table and every image in it, prints what it finds and writes data_report.csv beside it.
+
+    Args:
+        table: as `parse_table` gives it.
+        csv_path: where it is, or will be.
+        configs: for the label's column, the images' size and limits.
+        multi_label: whether a label may hold several class names.
+        image_directory: in front of the paths.
+
+    Raises:
+        UserError: there are errors; of images that cannot be read only where `skip_bad_images` is not set.
+    """
+    findings = check_data(
+        [make_image_table("", csv_path, table, configs.csv_label_column, image_directory)],
+        multi_label,
+        mode="full",
+        image_size=configs.image_target_size[:2],
+        max_pixels=configs.max_image_pixels,
+        workers=configs.generator_workers,
+    )
+    report_findings(findings, os.path.dirname(csv_path), configs.skip_bad_images)
+    return findings
+
+
+def check_data(
+    tables: Sequence[ImageTable],
+    multi_label: bool,
+    mode: str = "quick",
+    image_size: Sequence[int] = (1, 1),
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    workers: int = 4,
+    allow_duplicates: bool = False,
+) -> list[Finding]:
+    """Looks for everything in tables and their images that makes training fail, or wrong.
+
+    Args:
+        tables: of the sets, the training set first.
+        multi_label: whether a label may hold several class names.
+        mode: `quick` reads headers, and whole files only where two may be the same; `full` decodes every image, and
+            also finds near copies.
+        image_size: `(height, width)` that images are resized to.
+        max_pixels: what an image may have.
+        workers: threads.
+        allow_duplicates: an image in two sets is a warning.
+
+    Returns:
+        The findings in the order of `KINDS`.
+    """
+    findings = [finding for table in tables for finding in check_labels(table, multi_label)]
+    findings += find_unknown_classes(tables, multi_label)
+    files = list(dict.fromkeys(file for table in tables for file in table.files if file))
+    known = dict(zip(files, inspect_images(files, mode == "full", max_pixels, workers), strict=True))
+    unusual = find_unusual_sizes(known, image_size)
+    for table in tables:
+        for row, (path, file) in enumerate(zip(table.paths, table.files, strict=True), start=2):
+            if file and (known[file].fault or known[file].remarks or file in unusual):
+                found = [known[file].fault] if known[file].fault else [*known[file].remarks, *unusual.get(file, [])]
+                findings += [Finding(kind, table.set_name, table.csv_path, row, path, text) for kind, text in found]
+    findings += find_copies(tables, known, multi_label, allow_duplicates)
+    order = {kind: position for position, kind in enumerate(KINDS)}
+    return sorted(findings, key=lambda finding: order[finding.kind])
+
+
+def check_labels(table: ImageTable, multi_label: bool) -> list[Finding]:
+    """Finds empty, doubled and suspicious labels in one table."""
+    rows_of = defaultdict(list)
+    for row, label in enumerate(table.labels, start=2):
+        rows_of[label].append(row)
+    found, names, first_row = [], Counter(), {}
+
+    def add(kind: str, row: int, detail: str) -> None:
+        found.append(Finding(kind, table.set_name, table.csv_path, row, table.paths[row - 2], detail))
+
+    for row, file in enumerate(table.files, start=2):
+        if not file:
+            add("empty_path", row, "the path is empty")
+    for label, rows in rows_of.items():
+        parts = split_label(label, multi_label)
+        for name in set(parts):
+            names[name] += len(rows)
+            first_row[name] = min(rows[0], first_row.get(name, rows[0]))
+        faults = [("empty_label", "the label is empty")] * (not label.strip())
+        if label.strip() and not all(part.strip() for part in parts):
+            faults.append(("empty_label_part", f"the label {label!r}"))
+        if len(set(parts)) < len(parts):
+            faults.append(("doubled_label", f"the label {label!r}"))
+        for kind, detail in faults:
+            for row in rows:
+                add(kind, row, detail)
+    named = {name: count for name, count in names.items() if name.strip()}
+    for name, kind, detail in compare_names(named):
+        for label, rows in rows_of.items():
+            if name in split_label(label, multi_label):
+                for row in rows:
+                    add(kind, row, detail)
+    if table.set_name in ("", "training"):
+        for name in sorted(name for name, count in named.items() if count == 1):
+            add("class_of_one_image", first_row[name], f"the class {name!r}")
+    return found
+
+
+def compare_names(counts: dict[str, int]) -> list[tuple[str, str, str]]:
+    """Finds class names that are variants of another one, or have white space at their ends.
+
+    Args:
+        counts: images of each class name.
+
+    Returns:
+        For each, the name, a key of `KINDS` and what was found.
+    """
+    found, variants = [], defaultdict(list)
+    for name in sorted(counts, key=lambda name: (-counts[name], name)):
+        plain = " ".join(name.split())
+        if plain != name and plain in counts:
+            found.append((name, "white_space_variant", f"{name!r} beside {plain!r}"))
+        elif name != name.strip():
+            found.append((name, "white_space", f"the label {name!r}"))
+        if plain == name or plain not in counts:
+            variants[unicodedata.normalize("NFKC", plain).casefold()].append(name)
+    for common, *others in variants.values():
+        for name in others:
+            text = f"{name!r} ({counts[name]} images) beside {common!r} ({counts[common]})"
+            found.append((name, "case_variant", text))
+    return found
+
+
+def find_unknown_classes(tables: Sequence[ImageTable], multi_label: bool) -> list[Finding]:
+    """Finds the labels of other sets that the training set has no image of."""
+    training = next((table for table in tables if table.set_name == "training"), None)
+    if training is None:
+        return []
+    known, found = set(find_class_names(training.labels, multi_label)), []
+    for table in tables:
+        unknown = {label: sorted(set(split_label(label, multi_label)) - known) for label in set(table.labels)}
+        for row, label in enumerate(table.labels, start=2):
+            if unknown[label] and label.strip():
+                names = join_names([repr(name) for name in unknown[label]])
+                text = f"the label {names} is none of the {len(known)} classes of the training set"
+                path = table.paths[row - 2]
+                found.append(Finding("unknown_class", table.set_name, table.csv_path, row, path, text))
+    return found
+
+
+def find_unusual_sizes(known: dict[str, Inspection], image_size: Sequence[int]) -> dict[str, list[tuple[str, str]]]:
+    """Finds images that are smaller than the target, or whose size or shape is far from the median.
+
+    Far is a mean side 4 times as long or as short, or sides' ratio 3 times as large or as small.
+
+    Args:
+        known: the inspected files.
+        image_size: `(height, width)` that images are resized to.
+
+    Returns:
+        The kinds and details of each such file.
+    """
+    files = [file for file, inspection in known.items() if min(inspection.sides)]
+    if not files:
+        return {}
+    sides = np.array([known[file].sides for file in files], float)
+    logs = np.stack([np.log(sides).mean(axis=1), np.log(sides[:, 0] / sides[:, 1])], axis=1)
+    distance = np.abs(logs - np.median(logs, axis=0))
+    far = (distance > np.log([SIZE_FACTOR, SHAPE_FACTOR])).any(axis=1) & (len(files) >= FEWEST_SIZES)
+    small = (sides < [image_size[1], image_size[0]]).any(axis=1)
+    typical = np.median(sides, axis=0)
+    found = defaultdict(list)
+    for kind, rows, beside in (
+        ("small", small, f"the target is {image_size[1]}x{image_size[0]}"),
+        ("unusual_size", far, f"the median is {typical[0]:.0f}x{typical[1]:.0f}"),
+    ):
+        for row in np.flatnonzero(rows):
+            found[files[row]].append((kind, f"{sides[row, 0]:.0f}x{sides[row, 1]:.0f}, {beside}"))
+    return found
+
+
+def check_images(
+    paths: Sequence[str],
+    csv_path: str,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    workers: int = 4,
+    skip_bad_images: bool = False,
+) -> list[int]:
+    """Checks that every path is a file that starts and ends as an image does; decoding waits until it is read.
+
+    Returns:
+        The line numbers of those that are not, where `skip_bad_images` is set; they are printed.
+
+    Raises:
+        UserError: names the first few files that are missing, empty or no images, with their rows.
+    """
+    inspections = inspect_images(paths, False, max_pixels, workers)
+    faults = {row: inspection.fault[1] for row, inspection in enumerate(inspections, start=2) if inspection.fault}
+    if not faults:
+        return []
+    shown = [f"row {row}: {paths[row - 2]} {detail}" for row, detail in list(faults.items())[:LONGEST_LIST]]
+    more = f" (and {len(faults) - LONGEST_LIST} more rows)" if len(faults) > LONGEST_LIST else ""
+    if skip_bad_images:
+        print(f"{csv_path}: left out {len(faults)} images: {'; '.join(shown)}{more}.")
+        return list(faults)
+    raise UserError(f"{csv_path}: {'; '.join(shown)}{more}. Correct image_directory or the paths, or drop the rows.")

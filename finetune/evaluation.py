@@ -1,0 +1,199 @@
+"""A set of images evaluated under a decision, as figures and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from finetune.decision import Decision, find_exact_match_threshold
+from finetune.intervals import get_intervals
+from finetune.metrics import (
+    binary_metrics,
+    check_finite,
+    get_calibration,
+    get_evaluation_metrics,
+    get_multilabel_evaluation_metrics,
+)
+from finetune.tables import LABEL_SEPARATOR
+
+
+def evaluate_set(
+    y_true: np.ndarray,
+    raw_probabilities: np.ndarray,
+    decision: Decision,
+    bootstrap: bool = False,
+    seed: int = 0,
+    threshold_range: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """Evaluates one set of images under a decision.
+
+    Args:
+        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
+        raw_probabilities: of the model, `(images, classes)`.
+        decision: as fitted; the set's own labels have no part in it.
+        bootstrap: add `intervals`, as `get_intervals` returns them.
+        seed: of the bootstrap.
+        threshold_range: multi-label, for the test set: add `optimistic`, the best exact-match threshold in this
+            range by the set's own labels.
+
+    Returns:
+        `images`, the figures of `get_evaluation_metrics` or `get_multilabel_evaluation_metrics` and `calibration`;
+        multi-label: `best_f1_threshold` and `f1_at_best_f1_threshold` of each class as well. JSON can hold it.
+
+    Raises:
+        UserError: a probability is not finite.
+    """
+    check_finite(raw_probabilities)
+    raw_probabilities = np.asarray(raw_probabilities, np.float32)
+    calibrated = decision.calibrate(raw_probabilities)
+    figures: dict[str, Any] = {"images": len(y_true)}
+    if decision.multi_label:
+        threshold = decision.exact_match_threshold
+        figures |= get_multilabel_evaluation_metrics(
+            y_true, calibrated, decision.class_names, threshold, ranking=raw_probabilities
+        )
+        _add_best_f1(figures["per_class"], y_true, calibrated, decision)
+        if threshold_range is not None:
+            best, accuracy = find_exact_match_threshold(y_true, calibrated, threshold_range)
+            note = "chosen on the test set itself: optimistic"
+            figures["optimistic"] = {"threshold": best, "exact_match_accuracy": accuracy, "note": note}
+    else:
+        figures |= get_evaluation_metrics(y_true, raw_probabilities, decision.class_names)
+    figures["calibration"] = _evaluate_calibration(y_true, raw_probabilities, calibrated, decision.multi_label)
+    if bootstrap:
+        figures["intervals"] = get_intervals(y_true, raw_probabilities, decision, seed)
+    return figures
+
+
+def _add_best_f1(per_class: dict[str, dict], y_true: np.ndarray, calibrated: np.ndarray, decision: Decision) -> None:
+    truth, chosen = y_true.astype(bool), decision.choose(calibrated, "best_f1")
+    for position, threshold in enumerate(decision.thresholds("best_f1").tolist()):
+        row = per_class[decision.class_names[position]]
+        row["best_f1_threshold"] = threshold
+        row["f1_at_best_f1_threshold"] = binary_metrics(truth[:, position], chosen[:, position])["f1"]
+
+
+def _evaluate_calibration(
+    y_true: np.ndarray, raw: np.ndarray, calibrated: np.ndarray, multi_label: bool
+) -> dict[str, Any]:
+    """Compares the top class with being right, or multi-label every probability with the label's presence."""
+    results = {}
+    for suffix, probabilities in (("", calibrated), ("_uncalibrated", raw)):
+        if multi_label:
+            confidences, outcomes = probabilities.ravel(), y_true.astype(bool).ravel()
+        else:
+            confidences, outcomes = probabilities.max(axis=1), probabilities.argmax(axis=1) == y_true
+        error, bins = get_calibration(confidences, outcomes)
+        results |= {f"expected_calibration_error{suffix}": error, f"bins{suffix}": bins}
+    return results
+
+
+def format_evaluation(metrics: dict[str, Any]) -> str:
+    """Lays out what `evaluate_set` or either evaluation function returned as a text table."""
+    per_class, intervals = metrics["per_class"], metrics.get("intervals", {})
+    columns = list(next(iter(per_class.values())))
+    width = max(len("class"), *map(len, per_class))
+    widths = {column: max(len(column), 9) + 2 for column in columns}
+    lines = [f"{'class':<{width}}" + "".join(f"{column.replace('_', ' '):>{widths[column]}}" for column in columns)]
+    for name, row in per_class.items():
+        lines.append(f"{name:<{width}}" + "".join(f"{_format(row[column]):>{widths[column]}}" for column in columns))
+    if "confusion_matrix" in metrics:
+        lines += ["", *_format_confusion_matrix(metrics["confusion_matrix"], list(per_class))]
+    lines.append("")
+    for name, value in metrics.items():
+        if isinstance(value, float | None):
+            lines.append(f"{name.replace('_', ' ')}: {_format(value)}{_format_interval(intervals.get(name))}")
+    if "calibration" in metrics:
+        after, before = (
+            metrics["calibration"][f"expected_calibration_error{suffix}"] for suffix in ("", "_uncalibrated")
+        )
+        without = f" ({_format(before)} without the temperature)" * (before != after)
+        lines.append(f"expected calibration error: {_format(after)}{without}")
+    if "optimistic" in metrics:
+        best = metrics["optimistic"]
+        accuracy, threshold = _format(best["exact_match_accuracy"]), _format(best["threshold"])
+        lines.append(f"best exact match accuracy: {accuracy} at threshold {threshold} ({best['note']})")
+    return "\n".join(lines)
+
+
+def _format_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[str]:
+    head = "true, predicted ->"
+    rows = [f"{position} {name}" for position, name in enumerate(class_names)]
+    width = max(len(head), *map(len, rows))
+    cell = 1 + max(4, *(len(str(max(row))) for row in matrix))
+    return [
+        "confusion matrix",
+        f"{head:<{width}}" + "".join(f"{position:>{cell}}" for position in range(len(class_names))),
+        *(
+            f"{name:<{width}}" + "".join(f"{count:>{cell}}" for count in row)
+            for name, row in zip(rows, matrix, strict=True)
+        ),
+    ]
+
+
+def _format(value: float | int | None) -> str:
+    if value is None:
+        return "undefined"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _format_interval(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else " (95 % interval {:.4f} to {:.4f})".format(*interval)
+
+
+def evaluate_sets(
+    truths: dict[str, np.ndarray],
+    predictions: dict[str, np.ndarray],
+    decision: Decision,
+    threshold_range: Sequence[float],
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Evaluates each set, the test set with intervals and, multi-label, beside the optimum by its own labels.
+
+    Args:
+        truths: labels by set, `(images,)` or multi-label `(images, classes)`.
+        predictions: the model's raw probabilities by set, `(images, classes)`.
+        decision: fitted without the test set.
+        threshold_range: lowest and highest threshold of that optimum.
+        seed: of the bootstrap.
+    """
+    extras = {"test": {"bootstrap": True, "seed": seed, "threshold_range": threshold_range}}
+    return {name: evaluate_set(truths[name], predictions[name], decision, **extras.get(name, {})) for name in truths}
+
+
+def list_predictions(
+    paths: Sequence[str], y_true: np.ndarray, probabilities: np.ndarray, decision: Decision
+) -> pd.DataFrame:
+    """Returns a row per image: path, true and predicted labels, and the probability of each class."""
+    labels = {"true": y_true, "predicted": decision.choose(probabilities)}
+    names = {column: name_labels(values, decision.class_names) for column, values in labels.items()}
+    table = pd.DataFrame({"path": paths} | {key: [*map(LABEL_SEPARATOR.join, rows)] for key, rows in names.items()})
+    columns = {f"probability_{name}": probabilities[:, row] for row, name in enumerate(decision.class_names)}
+    return pd.concat([table, pd.DataFrame(columns)], axis=1)
+
+
+def name_labels(labels: np.ndarray, class_names: Sequence[str]) -> list[list[str]]:
+    """Returns the class names of labels, positions `(images,)` or zeros and ones `(images, classes)`."""
+    if labels.ndim == 1:
+        return [[class_names[position]] for position in labels]
+    return [[class_names[position] for position in row.nonzero()[0]] for row in labels]
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Prints what was fitted, and the figures of each set."""
+    decision = results["decision"]
+    if decision["temperature_fitted_on"]:
+        print(f"Temperature {decision['temperature']:.3f}, fitted on the {decision['temperature_fitted_on']} set.")
+    else:
+        print("No temperature is fitted on a validation set: probabilities stay as they are.")
+    fitted_on, threshold = decision["thresholds_fitted_on"], decision["exact_match_threshold"]
+    if results["multi_label"] and fitted_on in results["sets"]:
+        accuracy = results["sets"][fitted_on]["exact_match_accuracy"]
+        print(f"Threshold {threshold:.2f} gives the best exact-match accuracy on the {fitted_on} set, {accuracy:.4f}.")
+    elif results["multi_label"]:
+        print(f"Threshold {threshold:.2f}, fitted on {f'the {fitted_on} set' if fitted_on else 'no set'}.")
+    for name, figures in results["sets"].items():
+        print(f"\n{name} set: {figures['images']} images of {figures['csv']}\n{format_evaluation(figures)}")

@@ -1,0 +1,169 @@
+"""Looking at image files: faults, what is unusual, and the hashes that find near copies."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO, NamedTuple
+
+import cv2
+import imagehash
+import numpy as np
+import PIL.Image
+from tqdm import tqdm
+
+from configs import MAX_IMAGE_PIXELS
+from finetune.files import IMAGE_SUFFIXES
+from finetune.findings import BadImage
+from finetune.images import (
+    PILLOW_ERRORS,
+    TAIL_BYTES,
+    check_end,
+    check_length,
+    decode_grey,
+    find_orientation,
+    read_header,
+)
+from finetune.stores import STORE_THREADS, is_url, open_url
+
+FORMAT_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg"),
+    "MPO": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+}
+HASHED_SIDE = 32
+
+
+class Inspection(NamedTuple):
+    """What is known of an image file: its fault, if any, what is unusual, its sides, its length and last bytes."""
+
+    fault: tuple[str, str] | None
+    remarks: list[tuple[str, str]]
+    sides: tuple[int, int] = (0, 0)
+    signature: tuple[int, int] = (0, 0)
+    near_hash: bytes | None = None
+
+
+def inspect_images(files: Sequence[str], decode: bool, max_pixels: int, workers: int) -> list[Inspection]:
+    """Inspects image files in threads, with a progress bar where it takes longer than a second."""
+    size = 32
+    if any(map(is_url, files)):
+        size, workers = 1, max(workers, STORE_THREADS)
+    parts = [files[start : start + size] for start in range(0, len(files), size)]
+
+    def inspect(part: Sequence[str]) -> list[Inspection]:
+        return [inspect_image(file, decode, max_pixels) for file in part]
+
+    found = []
+    with (
+        tqdm(total=len(files), unit="image", desc="Checking images", delay=1) as progress,
+        ThreadPoolExecutor(max(workers, 1)) as pool,
+    ):
+        for part in pool.map(inspect, parts):
+            found += part
+            progress.update(len(part))
+    return found
+
+
+def inspect_image(path: str, decode: bool = False, max_pixels: int = MAX_IMAGE_PIXELS) -> Inspection:
+    """Inspects an image file or URL: its header and its end, and its pixels where `decode` is set.
+
+    Raises:
+        UserError: fsspec needs another package for the URL.
+    """
+    # False for folders, devices and pipes as well, from which nothing is to be read.
+    if not is_url(path) and not os.path.isfile(path):
+        return Inspection(("missing", "does not exist"), [])
+    try:
+        with open_url(path) if is_url(path) else open(path, "rb") as file:
+            return _inspect_open(path, io.BytesIO(file.read()) if decode else file, decode, max_pixels)
+    except BadImage as error:
+        return Inspection((error.kind, error.detail), [])
+    except OSError as error:
+        return Inspection(("unreadable", str(error.strerror or error)), [])
+
+
+def _inspect_open(path: str, file: BinaryIO, decode: bool, max_pixels: int) -> Inspection:
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        raise BadImage("empty", "is empty")
+    file.seek(0)
+    start = file.read(32)
+    file.seek(0)
+    check_length(start, size)
+    image = read_header(file, max_pixels)
+    if image is None and not is_known_to_opencv(path, file):
+        raise BadImage("not_an_image", "is no image that OpenCV reads")
+    file.seek(max(size - TAIL_BYTES, 0))
+    tail = file.read()
+    remarks, sides = [], (0, 0)
+    if image is not None:
+        remarks, sides = list(find_remarks(path, image, start)), image.size
+        check_end(image, tail, file)
+    near_hash = hash_picture(file.getvalue(), start, sides) if decode else None
+    return Inspection(None, remarks, sides, (size, zlib.crc32(tail)), near_hash)
+
+
+def is_known_to_opencv(path: str, file: BinaryIO) -> bool:
+    """Tells whether a file, open, or the object of a URL begins as one that OpenCV has a reader for."""
+    if not is_url(path):
+        return cv2.haveImageReader(path)
+    # OpenCV looks at files alone.
+    with tempfile.TemporaryDirectory() as folder:
+        beginning = os.path.join(folder, "beginning")
+        file.seek(0)
+        with open(beginning, "wb") as copy:
+            copy.write(file.read(TAIL_BYTES))
+        return cv2.haveImageReader(beginning)
+
+
+def find_remarks(path: str, image: PIL.Image.Image, start: bytes) -> Iterator[tuple[str, str]]:
+    """Yields what is unusual about an image, from its header alone."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in IMAGE_SUFFIXES and suffix not in FORMAT_SUFFIXES.get(image.format, (suffix,)):
+        yield "wrong_extension", f"its content is {image.format}"
+    if (orientation := find_orientation(image)) != 1:
+        yield ("exif_ignored" if image.format == "WEBP" else "rotated"), f"EXIF orientation {orientation}"
+    with contextlib.suppress(*PILLOW_ERRORS):
+        # A file of one photo and its previews is no animation.
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            yield "animated", "several frames or pages"
+    if "16" in image.mode or (image.format == "PNG" and start[24:25] == b"\x10"):
+        yield "deep", "16 bits a channel"
+    if image.mode == "CMYK":
+        yield "cmyk", "CMYK"
+    if image.mode == "P" and image.format != "GIF":
+        yield "palette", "palette"
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        yield "alpha", "alpha"
+
+
+def hash_picture(data: bytes, start: bytes, sides: tuple[int, int]) -> bytes | None:
+    """Decodes an image and takes two perceptual hashes of ImageHash, whose bits stand for coarse shapes.
+
+    Args:
+        data: of the file.
+        start: its first bytes.
+        sides: its width and height.
+
+    Returns:
+        40 bytes, the difference hash and the DCT's; None for a picture of one colour, which has no shapes.
+
+    Raises:
+        BadImage: it cannot be decoded.
+    """
+    picture = cv2.resize(decode_grey(data, start, sides), (HASHED_SIDE, HASHED_SIDE), interpolation=cv2.INTER_AREA)
+    if picture.std() < 2:
+        return None
+    small = PIL.Image.fromarray(picture)
+    hashes = imagehash.dhash(small), imagehash.phash(small, hash_size=16, highfreq_factor=HASHED_SIDE // 16)
+    return b"".join(np.packbits(found.hash).tobytes() for found in hashes)

@@ -1,0 +1,273 @@
+"""MODEL_CARD.md, in Hugging Face's format."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from configs import Configs
+from finetune.artefacts import MODEL_SUFFIXES
+from finetune.card_parts import CARD_FORMS, read_part
+from finetune.files import write_text
+from finetune.log_figures import LOG_METRICS, read_log
+from finetune.options import UserError
+from finetune.run_folder import BEST_MODEL, CARD_FILE, CONFIGS_FILE, LATEST_MODEL, LOG_FILE
+from finetune.stores import hash_file
+from finetune.summaries import (
+    CHOSEN_ON_TEST_SET,
+    HEADLINES,
+    base_name,
+    compile_template,
+    list_class_columns,
+    list_class_intervals,
+    list_headlines,
+    list_options,
+    list_warnings,
+    show_value,
+)
+from finetune.texts import show
+
+# Figures that Hugging Face's metadata knows: name in metrics.json, and there.
+METRIC_TYPES = {"accuracy": "accuracy", "exact_match_accuracy": "accuracy", "macro_f1": "f1", "mean_auroc": "roc_auc"}
+PATH_ENDINGS = ("_csv", "_directory", "_path")
+# The card warns from there on: points between an interval's ends, and images of the largest class to the smallest.
+WIDE_INTERVAL = 5
+IMBALANCE = 3
+# By heading: options that are always told, and those that are where they differ from their default.
+RECIPE: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "Optimizer": (("optimizer_type", "learning_rate"), ("fine_tune_learning_rate", "weight_decay", "ema_decay")),
+    "Batches": (("batch_size",), ("gradient_accumulation_steps", "distribution_strategy", "scale_learning_rate")),
+    "Schedule": (("learning_rate_schedule",), ("warmup_epochs", "early_stopping_patience")),
+    "Loss": (("loss", "use_class_balancing"), ("positive_weights_multiply", "label_smoothing")),
+    "Augmentation": (("augmentation_strength",), ("mixup_alpha", "cutmix_alpha")),
+    "Seed": (("random_seed", "deterministic"), ()),
+}
+# By kind of file: which runtime loads it, and how.
+LOADING = {
+    "keras": (
+        "Keras",
+        "import keras\n\nmodel = keras.models.load_model({path})\nprobabilities = model.predict(image[None])",
+    ),
+    "weights": (
+        "Keras and this project on the path",
+        'from utils import custom_load_model\n\nmodel = custom_load_model(".", {stem})\n'
+        "probabilities = model.predict(image[None])",
+    ),
+    "tflite": (
+        "ai_edge_litert, one image at a time",
+        "from ai_edge_litert.interpreter import Interpreter\n\n"
+        "model = Interpreter({path}).get_signature_runner()\n"
+        'probabilities = model(image=image[None].astype("float32"))["output_0"]',
+    ),
+    "onnx": (
+        "onnxruntime",
+        "import onnxruntime\n\nsession = onnxruntime.InferenceSession({path})\n"
+        'probabilities = session.run(None, {{"image": image[None].astype("float32")}})[0]',
+    ),
+    "saved_model": (
+        "TensorFlow",
+        "import tensorflow as tf\n\nmodel = tf.saved_model.load({path})\n"
+        "probabilities = model.serve(tf.constant(image[None], tf.float32)).numpy()",
+    ),
+}
+
+
+def write_model_card(folder: str) -> str:
+    """Writes MODEL_CARD.md, in Hugging Face's format, from what a run has written into its folder; atomically.
+
+    A file that is damaged, which is printed, or that belongs to an earlier model has no part in it.
+
+    Source: Mitchell et al., FAT* 2019 (arXiv:1810.03993).
+
+    Args:
+        folder: has `configs.json` and, as far as the run has come, training_log.csv and the files of `CARD_FORMS`.
+
+    Returns:
+        The card's path; empty where there is no `configs.json`, and then no card is written.
+
+    Raises:
+        UserError: `configs.json` is damaged, or the card cannot be written.
+    """
+    configs_path, path = os.path.join(folder, CONFIGS_FILE), os.path.join(folder, CARD_FILE)
+    if not os.path.isfile(configs_path):
+        return ""
+    stored = Configs.read_json(configs_path)
+    configs = Configs.defaults() | stored
+    data, stats, decision, results, compression = (read_part(folder, name) for name in CARD_FORMS)
+    # test.py writes both; train.py removes the decision of a model that it is about to replace.
+    results = results if results and results["decision"] == decision else None
+    tested = results["sets"]["test"] if results else {}
+    if data and tested.get("sha256") == data["validation"]["sha256"]:
+        # Named or not, it was the test set, which is what the warnings look for.
+        configs["validation_csv"] = ""
+    template = compile_template("model_card.md", finalize=_escape_markdown, keep_trailing_newline=True)
+    artefacts = _list_artefacts(folder, compression) if compression else []
+    card = template.render(
+        configs=configs,
+        class_names=configs["classes"] or [],
+        **_describe_results(results),
+        decision=decision,
+        data=data,
+        counts=_count_images(data, results),
+        recipe=_list_recipe(configs) | _list_progress(folder, configs, stats),
+        goes_on=_goes_on(configs),
+        options=[option for option in list_options(stored)["changed"] if option["name"] != "classes"],
+        path_endings=PATH_ENDINGS,
+        compression=compression,
+        artefacts=artefacts,
+        loading=_list_loading(folder, results, artefacts),
+        limits=_list_limits(configs, data, results),
+    )
+    write_text(path, card)
+    return path
+
+
+def _escape_markdown(value: Any) -> Any:
+    """Returns a text such that Markdown, a table of it too, shows it as it is; leaves Markup and all else alone."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    # An underscore between letters has no meaning, and is easier to read as it is.
+    return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", show(value))
+
+
+def _describe_results(results: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns what the card tells of an evaluation, by the names in its template."""
+    return {
+        "measured": _list_measured(results),
+        "results": results,
+        "chosen_on_test_set": CHOSEN_ON_TEST_SET,
+        "headlines": list_headlines(results) if results else [],
+        "columns": list_class_columns(results) if results else {},
+        "class_intervals": list_class_intervals(results) if results else {},
+    }
+
+
+def _list_measured(results: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Lists the test figures that Hugging Face's metadata knows: `type`, `title` and `value`."""
+    test = results["sets"]["test"] if results else {}
+    found = {name: test[name] for name in METRIC_TYPES if test.get(name) is not None}
+    # With a fixed number of digits: YAML takes 1e-05 for a text.
+    return [
+        {"type": METRIC_TYPES[name], "title": HEADLINES[name][0], "value": f"{value:.6f}"}
+        for name, value in found.items()
+    ]
+
+
+def _count_images(data: dict[str, Any] | None, results: dict[str, Any] | None) -> dict[str, dict[str, int]]:
+    """Returns the images of each class, by set and class."""
+    counts = {name: part["classes"] for name, part in (data or {}).items()}
+    if results:
+        counts["test"] = {name: row["support"] for name, row in results["sets"]["test"]["per_class"].items()}
+    return counts
+
+
+def _list_recipe(configs: dict[str, Any]) -> dict[str, str]:
+    """Returns what train.py was told, in words by heading; of `RECIPE` what is not switched off."""
+    weights = "ImageNet" if configs["use_imagenet_weights"] else "random"
+    start = f"{configs['visual_model_name']} with {weights} weights"
+    if configs["load_model_path"] and not _goes_on(configs):
+        start = f"the model {base_name(configs['load_model_path'])}"
+    elif configs["head_initialization"] == "linear_probe":
+        start += ", its classifier from a logistic regression on the training images"
+    layers, head_epochs = configs["conv_layers_to_train"], configs["head_epochs"]
+    parts = {-1: "the whole network", 0: "the classifier; the backbone is frozen"}
+    trained = parts.get(layers, f"the classifier and the backbone from its last {layers} convolutions on")
+    rows = {"Start": start, "Trained": f"the classifier for {head_epochs} epochs, then " * bool(head_epochs) + trained}
+    defaults = Configs.defaults()
+    for heading, (always, changed) in RECIPE.items():
+        names = [*always, *(name for name in changed if configs[name] != defaults[name])]
+        values = {name.replace("_", " "): configs[name] for name in names}
+        rows[heading] = "; ".join(
+            value if isinstance(value, str) else f"{name} {show_value(value)}" for name, value in values.items()
+        )
+    return rows
+
+
+def _goes_on(configs: dict[str, Any]) -> bool:
+    """Tells whether the last start of a run went on from a checkpoint of its own."""
+    path = configs["load_model_path"]
+    source = os.path.dirname(path) if path.endswith(MODEL_SUFFIXES) else path
+    return bool(path) and os.path.abspath(source) == os.path.abspath(configs["save_model_path"])
+
+
+def _list_progress(folder: str, configs: dict[str, Any], stats: dict[str, Any] | None) -> dict[str, str]:
+    """Returns how far training has come, in words by heading; nothing where it does not say."""
+    if stats is None:
+        return {}
+    rows, epoch = {"Epochs": f"{stats['epochs_completed']} of {configs['num_epochs']}"}, stats["best_epoch"]
+    if stats["best"] is None or epoch is None:
+        return rows
+    rows["Best epoch"] = f"{epoch}{'' if epoch else ', the start'}: {stats['monitor']} {stats['best']:.4f}"
+    path = os.path.join(folder, LOG_FILE)
+    try:
+        log = read_log(path) if os.path.isfile(path) else None
+    except UserError as error:
+        print(f"The model card has no figures of the best epoch: {error}")
+        return rows
+    for row in [] if log is None else log[log["epoch"] == epoch].to_dict("records"):
+        figures = {name: value for name, value in row.items() if name.removeprefix("val_") in LOG_METRICS}
+        rows["Its figures"] = "; ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    return rows
+
+
+def _list_artefacts(folder: str, compression: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns what was made of the model, with `name` and `bytes`; nothing where the folder has another model now."""
+    model = os.path.join(folder, base_name(compression["model"]))
+    if os.path.isfile(model):
+        digest = hash_file(model)
+        if not isinstance(digest, bytes) or digest.hex() != compression["model_sha256"]:
+            return []
+    return [
+        artefact | {"name": base_name(artefact["path"]), "bytes": sum(artefact["files"].values())}
+        for artefact in compression["artefacts"]
+    ]
+
+
+def _list_loading(
+    folder: str, results: dict[str, Any] | None, artefacts: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns how to load each kind of file that is there and not rejected: `names`, `runtime` and `code`."""
+    models = [base_name(results["model"])] if results else []
+    models += [BEST_MODEL, LATEST_MODEL]
+    files = {"keras": [name for name in models if os.path.isfile(os.path.join(folder, name))][:1]}
+    for artefact in artefacts:
+        if not artefact["rejected"] and os.path.exists(os.path.join(folder, artefact["name"])):
+            files.setdefault(artefact["kind"], []).append(artefact["name"])
+    rows = []
+    for kind, names in files.items():
+        if names and kind in LOADING:
+            runtime, code = LOADING[kind]
+            path, stem = json.dumps(names[0]), json.dumps(os.path.splitext(names[0])[0])
+            rows.append({"names": names, "runtime": runtime, "code": Markup(code.format(path=path, stem=stem))})
+    return rows
+
+
+def _list_limits(configs: dict[str, Any], data: dict[str, Any] | None, results: dict[str, Any] | None) -> list[str]:
+    """Lists what the figures do not tell and what the model cannot do, in sentences."""
+    found = list_warnings(results, configs) if results else ["Nothing has been measured on a test set yet."]
+    test, several = results["sets"]["test"] if results else {}, configs["multi_label_classification"]
+    measure = "exact_match_accuracy" if several else "accuracy"
+    low, high = test.get("intervals", {}).get(measure) or (0, 0)
+    if 100 * (high - low) >= WIDE_INTERVAL:
+        title = HEADLINES[measure][0]
+        found.append(f"{title} has an interval of {100 * (high - low):.1f} points, for want of more test images.")
+    if test.get(measure) == 1:
+        # Hanley and Lippman-Hand, JAMA 249:1743, 1983: none in n leaves up to 3/n, at 95 % confidence.
+        share = min(100, 300 / test["images"])
+        found.append(f"No answer was wrong on {test['images']} test images: on others up to {share:.1f} % may be.")
+    counts = data["training"]["classes"] if data else {"": 1}
+    least, most = (choose(counts, key=counts.__getitem__) for choose in (min, max))
+    if counts[most] >= IMBALANCE * counts[least]:
+        found.append(f"Classes are imbalanced: {counts[most]} training images of {most}, {counts[least]} of {least}.")
+    answers = "none, one or several" if several else "one"
+    return [
+        *found,
+        f"Whatever an image shows, the answer is {answers} of the classes named above.",
+        "Nothing was measured on photos of another origin: other cameras, places, times or people.",
+        "Licence and intended use are for the author to add; the metadata at the top has no licence.",
+    ]

@@ -1,0 +1,311 @@
+"""Options: how one is declared, converted, checked, and read from JSON and the command line; running a script."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+from finetune.values import (
+    LONGEST_SHOWN,
+    bound_fault,
+    convert,
+    describe_bounds,
+    describe_choices,
+    describe_type,
+    show_value,
+    type_fault,
+    unwrap_optional,
+)
+
+LARGEST_JSON_FILE = 2**24
+MOST_FAULTS = 20
+
+
+class UserError(Exception):
+    """A mistake that its user can mend: shown as its message alone, with exit status 2."""
+
+
+def define(
+    default: Any,
+    description: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    choices: Sequence[str] | None = None,
+    check: Callable[[Any], str] | None = None,
+    needs: tuple[str, str] | None = None,
+    describes_model: bool = False,
+    fixed_in_run: bool = False,
+) -> Any:
+    """Declares one option.
+
+    Args:
+        default: value where nothing else is given.
+        description: one sentence, shown by `--help`.
+        above: exclusive lower bound; of each element where the option is a list.
+        at_least: inclusive lower bound, likewise.
+        below: exclusive upper bound, likewise.
+        at_most: inclusive upper bound, likewise.
+        choices: the only texts allowed.
+        check: returns what is wrong with a value of the right type and within its bounds; empty where nothing is.
+        needs: the name of another option without which this one has no effect, and what that has to be, in words.
+        describes_model: the option says what a trained model is; a model's own `configs.json` then decides it.
+        fixed_in_run: a run cannot go on with another value, for it would not be the same run.
+    """
+    bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    metadata = {
+        "description": description,
+        "bounds": {word: bound for word, bound in bounds.items() if bound is not None},
+        "choices": choices,
+        "check": check,
+        "needs": needs,
+        "describes_model": describes_model,
+        "fixed_in_run": fixed_in_run,
+    }
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Options:
+    """The base of a class of options. Building one reads no file; `validate` checks all at once."""
+
+    def __post_init__(self) -> None:
+        defaults = type(self).defaults()
+        self.given = {name for name, default in defaults.items() if getattr(self, name) != default}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "given" and name not in self.options():
+            raise AttributeError(unknown_option(name, list(self.options())))
+        super().__setattr__(name, value)
+        if "given" in vars(self) and name != "given":
+            self.given.add(name)
+
+    @classmethod
+    def options(cls) -> dict[str, dataclasses.Field]:
+        """Returns the declared options by name, in the order of their declaration."""
+        return {field.name: field for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Returns each option's default."""
+        return {
+            name: field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            for name, field in cls.options().items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the options as JSON can hold them."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in self.options()}
+
+    def replace(self, **values: Any) -> Self:
+        """Returns a copy with some options changed; they count as given by the user, as those of this one do."""
+        changed = dataclasses.replace(self, **values)
+        changed.given = self.given | values.keys()
+        return changed
+
+    @classmethod
+    def read_json(cls, path: str, part: str = "") -> dict[str, Any]:
+        """Reads options from a JSON file.
+
+        Args:
+            path: of the file.
+            part: the member of its object that holds the options; empty where that is the object itself.
+
+        Returns:
+            The converted values of the options that the file holds.
+
+        Raises:
+            UserError: the file is missing, too large or no JSON object, or an option in it is unknown, there twice
+                or of a wrong type.
+        """
+        try:
+            with open(path, "rb") as file:
+                content = file.read(LARGEST_JSON_FILE + 1)
+            if len(content) > LARGEST_JSON_FILE:
+                raise UserError(f"{path} is no configs file: expected at most {LARGEST_JSON_FILE} bytes. It has more.")
+            stored = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_refuse_repeated)
+        except OSError as error:
+            raise UserError(f"Cannot read the configs file {path}: {error.strerror}. Check the path.") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON: {error}. Expected an object of option: value.") from error
+        if part and isinstance(stored, dict):
+            stored = stored.get(part)
+        if not isinstance(stored, dict):
+            place = f"{path}, {part}" if part else path
+            raise UserError(f"{place}: expected a JSON object of option: value. Received: {type(stored).__name__}.")
+        return cls._convert_all(stored, is_text=False, source=path)
+
+    @classmethod
+    def from_json(cls, path: str) -> Self:
+        """Builds configs from a JSON file over the defaults; raises UserError as `read_json` does."""
+        return cls._build(cls.read_json(path))
+
+    @classmethod
+    def from_command_line(cls, description: str | None = None, arguments: Sequence[str] | None = None) -> Self:
+        """Builds and validates configs from the defaults, then `--configs FILE.json`, then the flags.
+
+        Args:
+            description: shown at the top of `--help`.
+            arguments: the command line without the program's name; by default this process's own.
+
+        Raises:
+            UserError: an option is unknown, has no value, or has one of a wrong type or out of range.
+            SystemExit: after `--help`.
+        """
+        parser = _argument_parser(cls, description)
+        namespace, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            raise UserError(unknown_flag(unknown[0].split("=")[0], list(cls.options())))
+        flags = {name: value for name, value in vars(namespace).items() if name != "configs"}
+        from_file = cls.read_json(namespace.configs) if "configs" in namespace else {}
+        return cls._build(from_file | cls._convert_all(flags, is_text=True, source="command line")).validate()
+
+    @classmethod
+    def _build(cls, values: dict[str, Any]) -> Self:
+        configs = cls(**values)
+        configs.given |= values.keys()
+        return configs
+
+    @classmethod
+    def _convert_all(cls, raw: dict[str, Any], is_text: bool, source: str) -> dict[str, Any]:
+        types = typing.get_type_hints(cls)
+        values, faults = {}, []
+        for name, value in raw.items():
+            if len(faults) == MOST_FAULTS:
+                faults.append("and more")
+                break
+            if name not in cls.options():
+                faults.append(unknown_option(name, list(cls.options())))
+                continue
+            try:
+                values[name] = convert(value, types[name], is_text)
+            except ValueError:
+                faults.append(type_fault(name, types[name], value))
+        if faults:
+            raise UserError("\n".join(f"{source}: {fault}" for fault in faults))
+        return values
+
+    def validate(self) -> Self:
+        """Checks types, bounds and combinations.
+
+        Returns:
+            These configs.
+
+        Raises:
+            UserError: one line for each fault: the option, what was expected, what was received.
+        """
+        types = typing.get_type_hints(type(self))
+        faults = []
+        for name, field in self.options().items():
+            value = getattr(self, name)
+            try:
+                value = convert(value, types[name], is_text=False)
+            except ValueError:
+                faults.append(type_fault(name, types[name], value))
+                continue
+            super().__setattr__(name, value)
+            found = bound_fault(value, field.metadata, types[name])
+            if not found and field.metadata["check"]:
+                found = field.metadata["check"](value)
+            faults += [f"{name}: {found}"] * bool(found)
+        faults += self._find_contradictions() if not faults else []
+        if faults:
+            raise UserError("\n".join(faults))
+        return self
+
+    def _find_contradictions(self) -> list[str]:
+        """Returns a line for each option that has no effect beside another one's value."""
+        defaults = self.defaults()
+        return [
+            f"{name}: {getattr(self, name)} has no effect without {words}. Set that too, or leave {name} out."
+            for name, field in self.options().items()
+            for needed, words in [field.metadata["needs"]] * bool(field.metadata["needs"])
+            if getattr(self, name) != defaults[name] and not getattr(self, needed)
+        ]
+
+
+def unknown_option(name: str, known: Sequence[str]) -> str:
+    """Returns the message for an option that does not exist, naming the nearest one that does."""
+    # Comparing takes time by the square of the length.
+    nearest = difflib.get_close_matches(name[:LONGEST_SHOWN], known, n=1, cutoff=0.5)
+    shown = name if name.isprintable() and len(name) <= LONGEST_SHOWN else show_value(name)
+    return f"Unknown option {shown}. " + (f"Did you mean {nearest[0]}?" if nearest else "See --help for all options.")
+
+
+def unknown_flag(flag: str, known: Sequence[str]) -> str:
+    """Returns the message for a word on the command line that is no flag, as it was typed."""
+    return unknown_option(flag, [f"--{name}" for name in known])
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"it has {show_value(name)} twice")
+        content[name] = value
+    return content
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}. See --help for all options.")
+
+
+def _argument_parser(cls: type[Options], description: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    # The class that adds the first options is that of every script.
+    common = cls.__mro__[cls.__mro__.index(Options) - 1]
+    own = parser.add_argument_group("options of this script") if cls is not common else None
+    shared = parser.add_argument_group("options of every script, from configs.py")
+    shared.add_argument("--configs", metavar="FILE.json", help="a JSON file of options, read before the flags")
+    types, defaults = typing.get_type_hints(cls), cls.defaults()
+    for name, field in cls.options().items():
+        group = shared if name in common.options() else own
+        is_list = typing.get_origin(unwrap_optional(types[name])[0]) in (list, tuple)
+        words = [describe_type(types[name]), describe_bounds(field.metadata)]
+        if field.metadata["choices"]:
+            words = [describe_choices(field.metadata, types[name])]
+        default = "empty" if defaults[name] == "" else defaults[name]
+        help_text = f"{field.metadata['description']} ({' '.join(filter(None, words))}; default {default})"
+        group.add_argument(
+            f"--{name}", metavar="VALUE", nargs="*" if is_list else None, help=help_text.replace("%", "%%")
+        )
+    return parser
+
+
+def run_script(main: Callable[[Any], dict]) -> None:
+    """Runs a script's `main` on the command line's configs.
+
+    A user's mistake ends in its message on stderr and exit status 2, Ctrl-C in 130; a bug keeps its traceback.
+
+    Args:
+        main: takes `configs`, whose annotation says which options there are; the docstring of its module is the head
+            of `--help`.
+    """
+    # TensorFlow's and OpenCV's notices would bury the lines that matter; a user's own setting wins.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    try:
+        configs = typing.get_type_hints(main)["configs"].from_command_line(sys.modules[main.__module__].__doc__)
+        # OpenCV reads it when it is imported.
+        os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(configs.max_image_pixels))
+        main(configs)
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,131 @@
+"""Whether an artefact still answers as its model does."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from configs import Configs
+from finetune.artefacts import accept
+from finetune.decision import Decision
+from finetune.decision_file import read_decision
+from finetune.files import list_files
+from finetune.metrics import check_finite
+from finetune.model_files import load_fitting_model, load_model
+from finetune.predicting import predict
+from finetune.runtimes import ExportedModel, compile_predictor, load_predictor
+from generator import AugmentedImageSequence, get_generator
+
+SIDES = ("before", "after")
+TIMED_RUNS = 3
+
+
+class Subject(NamedTuple):
+    """A model on its test set: what each artefact is compared with.
+
+    Attributes:
+        model: the original.
+        sequence: the test images.
+        probabilities: the original's, raw, `(images, classes)`.
+        decision: turns them into answers.
+    """
+
+    model: keras.Model
+    sequence: AugmentedImageSequence
+    probabilities: np.ndarray
+    decision: Decision
+
+
+def load_subject(model_path: str, configs: Configs) -> tuple[keras.Model, Decision | None, Subject | None]:
+    """Loads the model, reads its decision and, where there is a test set, predicts that.
+
+    Before anything is written: what is wrong with an image shows here.
+    """
+    if configs.classes is None:
+        return load_model(model_path), None, None
+    model = load_fitting_model(model_path, configs.classes, configs.image_target_size[:2])
+    folder = os.path.dirname(model_path)
+    decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
+    if not configs.test_csv:
+        return model, decision, None
+    sequence = get_generator(configs.test_csv, configs.classes, configs, training=False)
+    return model, decision, Subject(model, sequence, predict(model, sequence), decision)
+
+
+def judge(paths: Sequence[str], subject: Subject | None, tolerance: float) -> dict[str, Any]:
+    """Compares an artefact with the original, and gives it the name that ships unless it costs too much.
+
+    Returns:
+        Its part of the report but for its kind and precision.
+    """
+    comparison = compare_artefact(paths[0], subject) if subject else None
+    rejected = comparison is not None and comparison["accuracy_drop"] > tolerance
+    paths = tuple(paths) if rejected else accept(paths)
+    files = {file: os.path.getsize(file) for path in paths for file in list_files(path)}
+    return {"path": paths[0], "files": files, "rejected": rejected, "comparison": comparison}
+
+
+def compare_artefact(path: str, subject: Subject) -> dict[str, Any]:
+    """Loads an artefact in its own runtime and runs it on the test set.
+
+    Returns:
+        What `compare` found, with `images_per_second` of both.
+    """
+    model, sequence, before, decision = subject
+    artefact = load_predictor(path, decision.class_names, sequence.image_size)
+    comparison = compare(sequence.get_y_true(), before, predict(artefact, sequence), decision)
+    speeds = measure_speeds((model, artefact), sequence)
+    return comparison | {"images_per_second": dict(zip(SIDES, speeds, strict=True))}
+
+
+def compare(y_true: np.ndarray, before: np.ndarray, after: np.ndarray, decision: Decision) -> dict[str, Any]:
+    """Compares the answers of a model with those of its compressed form.
+
+    Args:
+        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
+        before: the original's raw probabilities, `(images, classes)`.
+        after: those of the compressed model.
+        decision: turns either into answers.
+
+    Returns:
+        `images`; `largest_difference` and `mean_difference` of the probabilities; `changed_predictions`, images with
+        another answer; `measure`, what `accuracy` is: the share of images with the right label, or multi-label with
+        exactly their labels; `accuracy`, before and after; `accuracy_drop` in points, negative for a gain.
+
+    Raises:
+        UserError: a probability is not finite.
+    """
+    for probabilities in (before, after):
+        check_finite(probabilities)
+    differences = np.abs(before.astype(np.float64) - after)
+    chosen = [decision.choose(decision.calibrate(probabilities)) for probabilities in (before, after)]
+    truth = y_true.astype(bool) if decision.multi_label else y_true[:, None] == np.arange(before.shape[1])
+    right = [int((labels == truth).all(axis=1).sum()) for labels in chosen]
+    return {
+        "images": len(y_true),
+        "largest_difference": float(differences.max()),
+        "mean_difference": float(differences.mean()),
+        "changed_predictions": int((chosen[0] != chosen[1]).any(axis=1).sum()),
+        "measure": "exact match" if decision.multi_label else "accuracy",
+        "accuracy": dict(zip(SIDES, [count / len(y_true) for count in right], strict=True)),
+        # Of counts: a difference of shares is rounded, and 1 point may come out above 1.
+        "accuracy_drop": 100 * (right[0] - right[1]) / len(y_true),
+    }
+
+
+def measure_speeds(models: Sequence[keras.Model | ExportedModel], sequence: AugmentedImageSequence) -> list[float]:
+    """Returns the images a second that each model predicts of the first batch, at its best of `TIMED_RUNS` runs."""
+    images, steps, times = sequence[0][0], [compile_predictor(model) for model in models], []
+    # The first run compiles. The models take turns, so that whatever else the computer does meets both.
+    for _ in range(1 + TIMED_RUNS):
+        for step in steps:
+            start = time.perf_counter()
+            np.asarray(step(images))
+            times.append(time.perf_counter() - start)
+    best = np.reshape(times, (-1, len(models)))[1:].min(axis=0)
+    return (len(images) / best).tolist()

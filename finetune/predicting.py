@@ -1,0 +1,185 @@
+"""From images to probabilities and answers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from augmenter import build_augmenter
+from configs import MAX_IMAGE_PIXELS
+from finetune.decision import Decision
+from finetune.images import read_image, resize_image
+from finetune.options import UserError
+from finetune.runtimes import ExportedModel, compile_predictor
+from finetune.warps import FusedAugmenter
+from generator import AugmentedImageSequence, naming_bad_images, tell_bad_images
+
+
+def predict(model: keras.Model | ExportedModel, sequence: AugmentedImageSequence) -> np.ndarray:
+    """Returns the probabilities of a sequence's images in its order, float32 `(images, classes)`.
+
+    Under `skip_bad_images` those that cannot be read are left out, and printed.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    with naming_bad_images(sequence):
+        probabilities = model.predict(sequence.to_dataset(), verbose=1)
+    tell_bad_images(sequence)
+    return probabilities
+
+
+def classify_image(
+    model: keras.Model | ExportedModel,
+    image: np.ndarray,
+    class_names: Sequence[str],
+    multi_label: bool = False,
+    threshold: float = 0.5,
+    decision: Decision | None = None,
+    threshold_type: str = "exact_match",
+) -> tuple[list[str], dict[str, float]]:
+    """Classifies one image, with a run's decision as `predict.py` does.
+
+    The image is resized as the generator does it. `predict.py` decodes large JPEGs at a fraction of their size: to
+    have the same answer, read them with `generator.read_image(path, image_size)`. `read_image(path)` gives a picture
+    that differs a little, and so do the probabilities then.
+
+    Args:
+        model: a model of this collection, or one that `load_exported_model` returns.
+        image: RGB `(height, width, 3)`, pixels in `[0, 255]`, of any size.
+        class_names: in the model's order, as `configs.json` has them.
+        multi_label: whether several labels may hold.
+        threshold: multi-label: lowest probability of a label that holds.
+        decision: from `metrics.read_decision`: calibrates the probabilities and chooses the labels, in the place of
+            `multi_label` and `threshold`.
+        threshold_type: which of the decision's thresholds hold, `exact_match` or `best_f1`.
+
+    Returns:
+        The predicted class names (one, or multi-label any number) and the probability of each class.
+    """
+    batch = resize_image(image, model.input_shape[1:3])[None]
+    probabilities = np.asarray(model(batch, training=False))
+    if decision is not None:
+        probabilities = decision.calibrate(probabilities)
+        chosen = np.flatnonzero(decision.choose(probabilities, threshold_type)[0])
+    else:
+        chosen = np.flatnonzero(probabilities[0] >= threshold) if multi_label else [int(probabilities[0].argmax())]
+    by_class = dict(zip(class_names, probabilities[0].tolist(), strict=True))
+    return [class_names[position] for position in chosen], by_class
+
+
+class ForgivingReader:
+    """Reads images for the generator, in the place of its cache: it notes what cannot be read and gives black then.
+
+    Args:
+        paths: image files.
+        image_size: `(height, width)` that images are resized to.
+        max_pixels: what an image may have.
+    """
+
+    def __init__(self, paths: Sequence[str], image_size: Sequence[int], max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+        self.paths = paths
+        self.image_size = tuple(image_size)
+        self.max_pixels = max_pixels
+        self.errors: dict[int, str] = {}
+
+    def get(self, row: int) -> np.ndarray:
+        """Returns the image of a row, uint8 `(height, width, 3)`; zeros, and an entry in `errors`, on failure."""
+        try:
+            return resize_image(read_image(self.paths[row], self.image_size, self.max_pixels), self.image_size)
+        except UserError as error:
+            self.errors[int(row)] = str(error)
+            return np.zeros((*self.image_size, 3), np.uint8)
+
+
+class Views:
+    """Makes the views of each image whose probabilities are averaged, in the place of the generator's augmenter.
+
+    Every image gets the same changes, so that its answer depends neither on the other images nor on the batch size.
+
+    Args:
+        copies: changed ones of each image.
+        augmenter: makes them; None mirrors the image left to right.
+        seed: of the augmenter.
+    """
+
+    def __init__(self, copies: int, augmenter: FusedAugmenter | None = None, seed: int = 0) -> None:
+        self.number = 1 + copies
+        self._augmenter = augmenter
+        self._seed = seed
+
+    def deepcopy(self) -> Views:
+        """Returns a copy for another thread."""
+        return copy.deepcopy(self)
+
+    def seed_(self, seed: int) -> None:
+        """Does nothing: the generator's seed is another one in every batch."""
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Returns all images as they are, then all of them changed, and so on; uint8.
+
+        Args:
+            images: uint8 RGB `(batch, height, width, 3)`; the result has `number` times as many.
+        """
+        views = np.repeat(images[None], self.number, axis=0)
+        if self._augmenter is None:
+            views[1:] = images[:, :, ::-1]
+        else:
+            for position in range(len(images)):
+                self._augmenter.seed_(self._seed)
+                views[1:, position] = self._augmenter(images=views[1:, position].copy())
+        return views.reshape(-1, *images.shape[1:])
+
+
+def build_views(tta: str, seed: int) -> Views | None:
+    """Builds what the option `tta` means; None where images are taken as they are."""
+    if tta in ("none", "flip"):
+        return Views(1) if tta == "flip" else None
+    return Views(int(tta), build_augmenter(), seed % 2**31)
+
+
+def build_sequence(
+    reader: ForgivingReader, views: Views | None, batch_size: int, workers: int, queue_length: int
+) -> AugmentedImageSequence:
+    """Builds the generator of a reader's images in their order; in the place of labels it has their rows.
+
+    Args:
+        reader: of the images.
+        views: of each image, or None.
+        batch_size: images a batch.
+        workers: threads.
+        queue_length: batches of one view kept ready.
+    """
+    return AugmentedImageSequence(
+        reader.paths,
+        np.arange(len(reader.paths)),
+        image_size=reader.image_size,
+        batch_size=batch_size,
+        augmenter=views,
+        workers=workers,
+        # Batches of several views take that many times the memory.
+        max_queue_size=max(1, queue_length // (views.number if views else 1)),
+        cache=reader,
+    )
+
+
+def predict_images(model: keras.Model | ExportedModel, sequence: AugmentedImageSequence) -> np.ndarray:
+    """Runs the model over a sequence that has rows for labels.
+
+    Returns:
+        The model's own probabilities in the order of the rows, float32 `(images, classes)`; means over the views.
+    """
+    network = compile_predictor(model)
+    views = sequence.augmenter.number if sequence.augmenter else 1
+    probabilities = np.empty((len(sequence.paths), model.output_shape[-1]), np.float32)
+    with tqdm(total=len(sequence.paths), unit="image", desc="Predicting") as progress:
+        for images, rows in sequence.to_dataset():
+            of_views = [network(view) for view in tf.split(images, views)]
+            probabilities[rows.numpy()] = np.mean(of_views, axis=0)
+            progress.update(len(rows))
+    return probabilities

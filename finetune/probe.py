@@ -1,0 +1,256 @@
+"""The classifier on a frozen backbone's features: logistic regression, its strength by cross-validation."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+from scipy import special
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.model_selection import StratifiedKFold
+from threadpoolctl import threadpool_limits
+
+from finetune.features import read_plainly
+from finetune.options import UserError
+from finetune.trainer import TrainingModel
+from generator import AugmentedImageSequence, naming_bad_images
+
+# The strengths C that are compared: half decades, the strongest regularisation first.
+STRENGTHS = 10.0 ** np.arange(-2.5, 1.25, 0.5)
+# Where no class has images enough to compare: what photos' features of MobileNet prefer.
+USUAL_STRENGTH = 10.0**-1.5
+FOLDS = 5
+MOST_COMPARED_IMAGES = 2000
+
+
+def compute_features(
+    model: keras.Model, sequence: AugmentedImageSequence, mirrored: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Computes once what the classifier sees of each image, while the backbone is frozen; in the scope of a strategy.
+
+    Args:
+        model: a model of this collection.
+        sequence: its images are read without augmentation. Under `skip_bad_images` those that cannot be read are
+            noted in its `bad_images`.
+        mirrored: take the mirror images.
+
+    Returns:
+        What the pooling gives, float32 `(images, channels)` in the order of `paths`, and which images could be read,
+        bool `(images,)`; the rows of the others are NaN. The devices that train together share the work.
+
+    Raises:
+        UserError: an image cannot be read, or the model has no `classifier`.
+    """
+    pooling, plain = _get_classifier(model).layers[0], read_plainly(sequence)
+    inputs = keras.Input(model.input_shape[1:])
+    outputs = keras.ops.flip(inputs, axis=2) if mirrored else inputs
+    for layer in (*model.layers[1:-1], pooling):
+        outputs = layer(outputs)
+    with naming_bad_images(plain):
+        known, is_read = TrainingModel(inputs, outputs).predict_sequence(plain)
+    features = np.full((len(is_read), known.shape[1]), np.nan, np.float32)
+    features[is_read] = known
+    sequence.bad_images.update(plain.bad_images)
+    return features, is_read
+
+
+def split_head(model: keras.Model) -> keras.Model:
+    """Returns the part of a model behind its pooling, from features `(batch, channels)` to probabilities.
+
+    It shares the model's layers: to train it is to train them.
+
+    Raises:
+        UserError: the model has no `classifier`.
+    """
+    pooling, *head = _get_classifier(model).layers
+    outputs = inputs = keras.Input(pooling.compute_output_shape(model.layers[-2].output_shape)[1:], name="features")
+    for layer in head:
+        outputs = layer(outputs)
+    return keras.Model(inputs, outputs, name="head")
+
+
+def initialize_head(
+    model: keras.Model,
+    features: np.ndarray,
+    labels: np.ndarray,
+    multi_label: bool,
+    seed: int,
+    mirrored: np.ndarray | None = None,
+) -> float:
+    """Makes a model's classifier the logistic regression on the backbone's features: it starts from the best answers
+    that a frozen backbone allows, where a random one would first pull the backbone's weights apart.
+
+    Single-label: one multinomial regression; a class without images keeps its smoothed frequency. Multi-label: one
+    regression a label; a label that no image has, or every one, keeps its smoothed frequency whatever the features.
+    How strongly the kernels are drawn to zero is chosen by the log loss in stratified cross-validation.
+
+    Source: Kumar et al., ICLR 2022 (arXiv:2202.10054).
+
+    Args:
+        model: its classifier is pooling, dropout (any or none), and the dense layer `logits`, which is changed.
+        features: float32 `(images, channels)`, as `compute_features` gives them, of images that could be read.
+        labels: int `(images,)`, or `(images, classes)` of zeros and ones.
+        multi_label: which of the two.
+        seed: of the cross-validation's folds.
+        mirrored: the features of the mirror images, in the order of `features`: each image then counts half as itself
+            and half as that. They have no part in the choice of the strength.
+
+    Returns:
+        The strength C, the variance of the kernels' prior on features of variance 1.
+
+    Raises:
+        UserError: the classifier has hidden layers, or a feature is not finite.
+    """
+    logits = _get_only_dense_layer(model)
+    views = [features] if mirrored is None else [features, mirrored]
+    if not all(np.isfinite(view).all() for view in views):
+        raise UserError("The backbone's features are not finite: its weights are damaged. Load another model.")
+    kernel, bias, strength = _fit_regression(views, labels, multi_label, logits.units, seed)
+    logits.set_weights([kernel, bias])
+    return strength
+
+
+def _fit_regression(
+    views: Sequence[np.ndarray], labels: np.ndarray, multi_label: bool, number: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Fits the regression to all views together, its strength chosen on the first; returns kernel, bias, strength."""
+    # One scale for all channels: the grid of strengths then suits every backbone.
+    mean = views[0].mean(axis=0, dtype=np.float64)
+    scaled = np.concatenate(views) - mean
+    scale = np.sqrt(np.mean(scaled**2)) or 1.0
+    scaled /= scale
+    # The matrices are small: the threads of BLAS would wait for each other.
+    with threadpool_limits(1):
+        scaled, directions = _reduce_columns(scaled)
+        targets = list(labels.T.astype(int)) if multi_label else [labels]
+        strength = _choose_strength(scaled[: len(labels)], targets, seed)
+        fit = _fit_labels if multi_label else _fit_classes
+        # The loss is a sum over rows: a share of C is the weight of a row.
+        repeated = np.concatenate([labels] * len(views))
+        kernel, bias = fit(scaled, repeated, number, strength / len(views))
+    kernel = directions @ kernel / scale
+    return kernel, bias - mean @ kernel, strength
+
+
+def _get_classifier(model: keras.Model) -> keras.Sequential:
+    """Returns a model's last part; raises UserError where it is none of this collection's."""
+    names = [layer.name for layer in model.layers]
+    if names[-2:] != ["backbone", "classifier"]:
+        raise UserError(
+            "Training the classifier alone needs a model that ends in the parts 'backbone' and 'classifier'. "
+            f"Received: {', '.join(names)}. Set head_epochs to 0 and head_initialization to random."
+        )
+    return model.layers[-1]
+
+
+def _get_only_dense_layer(model: keras.Model) -> keras.layers.Dense:
+    _, *hidden, logits, _ = _get_classifier(model).layers
+    if hidden := [layer for layer in hidden if not isinstance(layer, layers.Dropout)]:
+        raise UserError(
+            "head_initialization linear_probe: expected a classifier without hidden layers. Received: "
+            f"{', '.join(f'{layer.units} units' for layer in hidden)}. Leave sizes of 1 and more out of "
+            "classifier_layer_sizes, or set head_initialization to random."
+        )
+    return logits
+
+
+def _reduce_columns(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turns features so that they need no more columns than there are images.
+
+    A regression's kernel lies in the space that its images span: in fewer columns the solution is the same, and comes
+    many times faster.
+
+    Returns:
+        Features `(images, columns)`, and the matrix `(channels, columns)` that leads kernels back.
+    """
+    if len(features) >= features.shape[1]:
+        return features, np.eye(features.shape[1])
+    left, sizes, right = np.linalg.svd(features, full_matrices=False)
+    return left * sizes, right.T
+
+
+def _choose_strength(features: np.ndarray, targets: Sequence[np.ndarray], seed: int) -> float:
+    """Chooses the strength with the lowest mean log loss over the folds of all targets, each int `(images,)`."""
+    # The best strength does not depend on the number of images: it is the variance of the kernel's prior.
+    rows = np.random.default_rng(seed).permutation(len(features))[:MOST_COMPARED_IMAGES]
+    trials = [trial for target in targets for trial in _make_trials(features[rows], target[rows], seed)]
+    if not trials:
+        return USUAL_STRENGTH
+    losses = []
+    for strength in STRENGTHS:
+        losses.append(np.mean([trial(strength) for trial in trials]))
+        # Once it rises it goes on rising, and weak regularisation takes the longest to compute.
+        if losses[-1] > min(losses):
+            break
+    return float(STRENGTHS[np.argmin(losses)])
+
+
+def _make_trials(features: np.ndarray, target: np.ndarray, seed: int) -> list[Callable[[float], float]]:
+    """Returns for each fold a function from a strength to the log loss of the fold's images; none for too few images.
+
+    Each goes on from the solution of the strength before.
+    """
+    classes, positions, counts = np.unique(target, return_inverse=True, return_counts=True)
+    if (counts > 1).sum() < 2:
+        return []
+    # The only image of a class is always learnt from: without it the class would be unknown.
+    is_single = counts[positions] == 1
+    several, singles = np.flatnonzero(~is_single), np.flatnonzero(is_single)
+    folds = StratifiedKFold(min(FOLDS, int(counts.max())), shuffle=True, random_state=seed)
+
+    def try_fold(regression: LogisticRegression, learnt: np.ndarray, held_out: np.ndarray, strength: float) -> float:
+        regression.set_params(C=strength).fit(features[learnt], target[learnt])
+        return log_loss(target[held_out], regression.predict_proba(features[held_out]), labels=classes)
+
+    with warnings.catch_warnings():
+        # A class of fewer images than folds is in as many of them as it has images.
+        warnings.filterwarnings("ignore", "The least populated class")
+        pairs = list(folds.split(several, target[several]))
+    return [
+        functools.partial(
+            try_fold, _build_regression(tol=1e-3), np.concatenate([several[learnt], singles]), several[held_out]
+        )
+        for learnt, held_out in pairs
+    ]
+
+
+def _build_regression(**options: Any) -> LogisticRegression:
+    # lbfgs takes ten times as long where the regularisation is weak, newton-cholesky where the classes are several.
+    return LogisticRegression(solver="newton-cg", max_iter=1000, warm_start=True, **options)
+
+
+def _fit_classes(
+    features: np.ndarray, labels: np.ndarray, number: int, strength: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fits one regression to labels `(images,)`; returns kernel `(columns, number)` and bias `(number,)`."""
+    counts = np.bincount(labels, minlength=number)
+    kernel, bias = np.zeros((features.shape[1], number)), np.log((counts + 1) / (len(labels) + number))
+    known = np.flatnonzero(counts)
+    if len(known) == 1:
+        return kernel, bias
+    regression = _build_regression(C=strength, tol=1e-6).fit(features, labels)
+    # Of two classes it gives one score: half of it for the one, and half against the other.
+    signs = np.array([[-0.5], [0.5]]) if len(known) == 2 else 1.0
+    kernel[:, known] = (regression.coef_ * signs).T
+    scores = features @ kernel[:, known] + (regression.intercept_ * np.ravel(signs))
+    bias += special.logsumexp(scores, axis=1).mean()
+    bias[known] = regression.intercept_ * np.ravel(signs)
+    return kernel, bias
+
+
+def _fit_labels(
+    features: np.ndarray, labels: np.ndarray, number: int, strength: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fits a regression to each column of labels; returns kernel `(columns, number)` and bias `(number,)`."""
+    present = labels.sum(axis=0)
+    kernel, bias = np.zeros((features.shape[1], number)), np.log((present + 1) / (len(labels) - present + 1))
+    for position in np.flatnonzero((present > 0) & (present < len(labels))):
+        regression = _build_regression(C=strength, tol=1e-6).fit(features, labels[:, position].astype(int))
+        kernel[:, position], bias[position] = regression.coef_[0], regression.intercept_[0]
+    return kernel, bias

@@ -1,0 +1,302 @@
+"""Which files a run has, refusing and clearing them, and what a run knows about itself."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+
+from configs import Configs
+from finetune.artefacts import ARTEFACT_ENDINGS, GRAPH_FILE, MODEL_SUFFIXES, REJECTED, is_exported, metadata_path
+from finetune.decision_file import DECISION_FILE
+from finetune.files import remove_stale_files, write_json
+from finetune.options import UserError
+from finetune.tables import resolve_class_names
+from generator import AugmentedImageSequence
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+    import msvcrt
+
+BEST_MODEL = "best_model.keras"
+LATEST_MODEL = "latest_model.keras"
+CONFIGS_FILE = "configs.json"
+DATA_FILE = "data.json"
+LOG_FILE = "training_log.csv"
+STATISTICS_FILE = ".training_stats.json"
+AUROC_FILE = "best_auroc.log"
+CURVES_FOLDER = "logs"
+EVALUATION_FOLDER = "evaluation"
+METRICS_FILE = f"{EVALUATION_FOLDER}/metrics.json"
+MAPS_FOLDER = "cam_output"
+COMPRESSION_FILE = "compression_report.json"
+CARD_FILE = "MODEL_CARD.md"
+# Where a run's images are: its own configs.json knows.
+DATA_OPTIONS = ("train_csv", "test_csv", "image_directory", "csv_label_column")
+LOCK_FILE = ".lock"
+MODEL_STEMS = (BEST_MODEL.removesuffix(".keras"), LATEST_MODEL.removesuffix(".keras"), "model_epoch_*")
+# What a run writes, as patterns: a new run into the same folder may not mix with it.
+MODEL_FILES = tuple(f"{stem}.keras" for stem in MODEL_STEMS)
+RUN_FILES = (*MODEL_FILES, "training_log.*", AUROC_FILE, STATISTICS_FILE, CONFIGS_FILE, DATA_FILE, CURVES_FOLDER)
+RUN_FILES += (DECISION_FILE, EVALUATION_FOLDER, MAPS_FOLDER, COMPRESSION_FILE, CARD_FILE)
+
+
+def resolve_model_path(path: str, preferred: Sequence[str] = (BEST_MODEL, LATEST_MODEL)) -> str:
+    """Finds the model file that a path means.
+
+    Args:
+        path: a model file, or a run's folder.
+        preferred: names of files in a run's folder, the first choice first.
+
+    Returns:
+        An existing file; where it is not the named one, the substitution is printed.
+
+    Raises:
+        UserError: there is no model.
+    """
+    if os.path.isfile(path):
+        return path
+    if os.path.isfile(os.path.join(path, GRAPH_FILE)):
+        return os.path.normpath(path)
+    if os.path.isdir(path):
+        for name in preferred:
+            if os.path.isfile(os.path.join(path, name)):
+                return os.path.join(path, name)
+        raise UserError(f"The folder {path} holds no model. Expected {' or '.join(preferred)}. Train first.")
+    stem, suffix = os.path.splitext(path)
+    for other in MODEL_SUFFIXES:
+        if suffix in MODEL_SUFFIXES and os.path.isfile(stem + other):
+            print(f"{path} does not exist: using {stem + other} beside it.")
+            return stem + other
+    raise UserError(f"There is no model at {path}. Expected a .keras, .h5 or .hdf5 file, or the folder of a run.")
+
+
+def find_trained_model(configs: Configs) -> tuple[str, Configs]:
+    """Finds the trained model that configs name, and what its own `configs.json` says of it.
+
+    Args:
+        configs: `load_model_path`, or where that is empty `save_model_path`, leads to the model.
+
+    Returns:
+        The model file, and `configs` with the options that describe a model taken from the file beside it, or where
+        there is none the classes from the training CSV. Where `load_model_path` alone is given, `save_model_path`
+        becomes the model's folder: what is found out about a run belongs there, not into another one.
+
+    Raises:
+        UserError: there is no model, or a given option contradicts it.
+    """
+    model_path = resolve_model_path(configs.load_model_path or configs.save_model_path)
+    configs = describe_model(configs, model_path)
+    if "save_model_path" not in configs.given:
+        configs = configs.replace(save_model_path=os.path.dirname(model_path) or ".")
+    if configs.classes is None:
+        class_names = resolve_class_names(
+            None, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
+        )
+        configs = configs.replace(classes=class_names)
+    return model_path, configs
+
+
+def describe_model(configs: Configs, model_path: str) -> Configs:
+    """Takes the options that describe a model from the `configs.json` beside it, or an artefact's `_metadata.json`.
+
+    Raises:
+        UserError: an option that the user gave contradicts it.
+    """
+    stored_path = os.path.join(os.path.dirname(os.path.abspath(model_path)), CONFIGS_FILE)
+    if os.path.isfile(stored_path):
+        stored = Configs.read_json(stored_path)
+    elif os.path.isfile(stored_path := metadata_path(model_path)):
+        stored = Configs.read_json(stored_path, part="options")
+    else:
+        return configs
+    described = {
+        name: stored[name]
+        for name, option in Configs.options().items()
+        if option.metadata["describes_model"] and name in stored
+    }
+    for name in sorted(described.keys() & configs.given):
+        given = getattr(configs, name)
+        # For the classes alone, none means that they are to be found.
+        if given != described[name] and not (name == "classes" and given is None):
+            source = os.path.basename(stored_path)
+            raise UserError(
+                f"{name} is {described[name]!r} for the model {model_path} (its {source} says so). "
+                f"Received: {given!r}. Leave {name} out, or name another model."
+            )
+    return configs.replace(**described)
+
+
+def read_run_configs(model_path: str) -> dict[str, Any]:
+    """Returns the options of a model's run, from the `configs.json` beside it; empty where there is none."""
+    path = os.path.join(os.path.dirname(model_path), CONFIGS_FILE)
+    return Configs.read_json(path) if os.path.isfile(path) else {}
+
+
+def take_validation(configs: Configs, stored: dict[str, Any]) -> Configs:
+    """Takes the validation set that the run was trained with, where none is given: thresholds are fitted on it."""
+    path = stored.get("validation_csv", "")
+    if configs.validation_csv or not os.path.isfile(path):
+        return configs
+    print(f"validation_csv is that of the run: {path}")
+    return configs.replace(validation_csv=path)
+
+
+def take_test_data(configs: Configs, model_path: str) -> Configs:
+    """Takes the test set from the `configs.json` beside the model, where the user gives none.
+
+    Returns:
+        The configs; their `test_csv` is empty, which is printed with its reason, where there is nothing to compare on.
+    """
+    stored = read_run_configs(model_path)
+    is_given = "test_csv" in configs.given
+    configs = configs.replace(
+        **{name: stored[name] for name in DATA_OPTIONS if name in stored and name not in configs.given}
+    )
+    reason = ""
+    if not configs.test_csv:
+        reason = "test_csv is empty"
+    elif not is_given and "test_csv" not in stored:
+        reason = f"no {os.path.join(os.path.dirname(model_path), CONFIGS_FILE)} names the test set of this model"
+    elif not is_given and not os.path.isfile(configs.test_csv):
+        reason = f"{configs.test_csv} does not exist"
+    if reason:
+        print(f"Not compared with the original: {reason}. Give --test_csv to compare on labelled images.")
+    return configs.replace(test_csv="") if reason else configs
+
+
+def take_description(configs: Configs, model_path: str, needs_classes: bool) -> Configs:
+    """Takes what describes a model from the files beside it; its classes, where needed, from the training CSV."""
+    configs = configs.replace(load_model_path=model_path)
+    return find_trained_model(configs)[1] if needs_classes else describe_model(configs, model_path)
+
+
+def name_evaluation(model_path: str) -> str:
+    """Returns the name of the folder for a model's evaluation: an exported one leaves that of the run as it is."""
+    return f"{EVALUATION_FOLDER}_{os.path.basename(model_path)}" if is_exported(model_path) else EVALUATION_FOLDER
+
+
+def refuse_other_run(folder: str, load_model_path: str) -> None:
+    """Raises UserError where a folder holds models of a run that is not the one to continue."""
+    held = [path for pattern in MODEL_FILES for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
+    if held and not leads_into(load_model_path, folder):
+        raise UserError(
+            f"{folder} holds the models of another run ({os.path.basename(held[0])}). Continue it with "
+            f"--load_model_path {folder}, choose another save_model_path, or remove it with --overwrite True."
+        )
+
+
+def leads_into(model_path: str, folder: str) -> bool:
+    """Tells whether a path is a run's folder, or that of a model in it; an empty path is not."""
+    source = model_path if os.path.isdir(model_path) else os.path.dirname(model_path)
+    return bool(model_path) and os.path.realpath(source) == os.path.realpath(folder)
+
+
+def describe_run(
+    folder: str,
+    options: dict[str, Any],
+    sets: dict[str, tuple[str, AugmentedImageSequence]],
+    class_names: Sequence[str],
+) -> None:
+    """Writes a run's configs and what its data are into its folder.
+
+    Args:
+        folder: of the run.
+        options: as `Configs.to_dict` gives them.
+        sets: the CSV file and the images of each set, by its name.
+        class_names: in the model's order.
+    """
+    write_json(os.path.join(folder, CONFIGS_FILE), options)
+    described = {name: describe_set(csv_path, images, class_names) for name, (csv_path, images) in sets.items()}
+    write_json(os.path.join(folder, DATA_FILE), described)
+
+
+def describe_set(csv_path: str, sequence: AugmentedImageSequence, class_names: Sequence[str]) -> dict[str, Any]:
+    """Returns a set's `csv`, `images`, images of each of its `classes` and the `sha256` of `fingerprint`."""
+    labels = sequence.labels
+    counts = np.bincount(labels, minlength=len(class_names)) if labels.ndim == 1 else labels.sum(axis=0)
+    classes = dict(zip(class_names, counts.astype(int).tolist(), strict=True))
+    return {"csv": csv_path, "images": len(labels), "classes": classes, "sha256": fingerprint(sequence)}
+
+
+def clear_folder(folder: str, overwrites: bool) -> None:
+    """Removes what killed processes left in a run's folder and, to overwrite, the run that it holds.
+
+    A run that goes on loses its decision and its model card: they belong to the model that it is about to replace.
+    """
+    remove_stale_files(folder)
+    for name in (DECISION_FILE, CARD_FILE):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            os.remove(path)
+            print(f"Removed {path}: it belongs to the model before. Run test.py after training.")
+    for pattern in (*RUN_FILES, *list_derived_files()) if overwrites else ():
+        for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
+            # Of a link the name goes, not what it leads to.
+            is_folder = os.path.isdir(path) and not os.path.islink(path)
+            shutil.rmtree(path) if is_folder else os.remove(path)
+
+
+def list_derived_files() -> list[str]:
+    """Returns patterns of what compress_weights.py makes of a run's models, and of test.py's evaluations of that."""
+    parts = {*ARTEFACT_ENDINGS.values(), ("_compressed", ".json"), ("_labels", ".txt"), ("_metadata", ".json")}
+    names = [
+        f"{stem}{ending}{mark}{suffix}" for stem in MODEL_STEMS for ending, suffix in parts for mark in ("", REJECTED)
+    ]
+    return [*names, *(f"{EVALUATION_FOLDER}_{name}" for name in names)]
+
+
+def fingerprint(sequence: AugmentedImageSequence) -> str:
+    """Returns a digest of a set's labels and file names in their order; folders may move between runs."""
+    digest = hashlib.sha256(np.ascontiguousarray(sequence.labels).tobytes())
+    for path in sequence.paths:
+        digest.update(os.path.basename(path).encode() + b"\0")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: str, is_needed: bool = True) -> Iterator[None]:
+    """Holds a folder for this process alone; the system lets go of it however the process ends.
+
+    Where it is not needed, another process of the same run holds it.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
+    """
+    if not is_needed:
+        yield
+        return
+    path = os.path.join(folder, LOCK_FILE)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115 - closed below, after the lock's work is done
+    except OSError as error:
+        raise UserError(f"Cannot write into {folder}: {error.strerror}. Choose another save_model_path.") from error
+    try:
+        lock_file(file)
+        yield
+    except BlockingIOError as error:
+        raise UserError(
+            f"Another process is training into {folder}. Wait, or choose another save_model_path."
+        ) from error
+    finally:
+        file.close()
+
+
+def lock_file(file: TextIO) -> None:
+    """Locks an open file for this process; raises BlockingIOError where another one has."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        raise BlockingIOError from error

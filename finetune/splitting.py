@@ -1,0 +1,221 @@
+"""Dividing a table into sets, with every class in each."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pandas as pd
+
+from configs import Configs
+from finetune.copies import Groups
+from finetune.data_check import check_table
+from finetune.findings import get_bad_rows
+from finetune.options import UserError
+from finetune.tables import find_class_names, parse_table, read_table, split_label
+
+SET_FILES = {"training": "training_set.csv", "validation": "validation_set.csv", "testing": "testing_set.csv"}
+
+
+def refuse_own_input(csv_path: str, written: dict[str, str]) -> None:
+    """Raises UserError where a file to be written is the one that is split."""
+    if os.path.realpath(csv_path) in map(os.path.realpath, written.values()):
+        raise UserError(f"{csv_path} would be replaced by a part of itself. Rename it first.")
+
+
+def read_rows(
+    csv_path: str, group_column: str, verify: bool, configs: Configs
+) -> tuple[pd.DataFrame, np.ndarray | None]:
+    """Reads the table, checks its images where `verify` is set, and finds which rows have to stay together.
+
+    Args:
+        csv_path: the table.
+        group_column: the rows of one value in it stay together; empty: none.
+        verify: whether to decode every image; copies stay together then.
+        configs: the options of every script.
+
+    Returns:
+        The table, without the images that `skip_bad_images` leaves out, and the number of each row's group, int
+        `(rows,)`; None where no two rows belong together.
+
+    Raises:
+        UserError: the table, an image in it or `group_column` is not usable.
+    """
+    label_column, multi_label, findings = configs.csv_label_column, configs.multi_label_classification, []
+    if verify:
+        table = parse_table(csv_path, label_column)
+        findings = check_table(table, csv_path, configs, multi_label, configs.image_directory)
+    table = read_table(csv_path, label_column, multi_label)
+    groups = Groups(len(table))
+    if group_column:
+        join_by_column(groups, table, group_column, csv_path)
+    copies = [(finding.copy_of - 2, finding.row - 2) for finding in findings if finding.copy_of]
+    for first, second in copies:
+        groups.join(first, second)
+    if copies:
+        print(f"Copies, exact or near, that stay in one set with their original: {len(copies)}.")
+    kept = np.setdiff1d(np.arange(len(table)), [row - 2 for row in get_bad_rows(findings)[csv_path]])
+    if not kept.size:
+        raise UserError(f"{csv_path}: none of the {len(table)} images can be read. Check image_directory.")
+    numbers = np.array([groups.find(int(row)) for row in kept])
+    return table.iloc[kept], numbers if copies or group_column else None
+
+
+def split_rows(
+    labels: np.ndarray, fractions: dict[str, float], multi_label: bool, rng: np.random.Generator | None
+) -> dict[str, np.ndarray]:
+    """Divides rows so that every class is divided by the same fractions, as nearly as whole images allow.
+
+    The rarest class is divided first, so that its few images reach every set; multi-label, an image counts for
+    each of its labels (the iterative stratification of Sechidis et al., ECML PKDD 2011, one label after another).
+
+    Args:
+        labels: texts, one a row.
+        fractions: the share of each set, by its name; they add up to 1.
+        multi_label: whether a text holds several class names.
+        rng: draws the rows; None fills each set in the order of the rows: training first, then validation, then test.
+
+    Returns:
+        The sorted row numbers of each set.
+    """
+    codes, names = _label_matrix(labels, multi_label)
+    order = np.arange(len(labels)) if rng is None else rng.permutation(len(labels))
+    kept = [name for name in SET_FILES if fractions.get(name)]
+    shares = np.array([fractions[name] for name in kept])
+    totals = np.bincount(np.concatenate(codes), minlength=len(names))
+    wanted = np.outer(shares, totals)
+    assigned = np.full(len(labels), -1)
+    rows_of = [[] for _ in names]
+    for row in order:
+        for position in codes[row]:
+            rows_of[position].append(row)
+    for position in np.argsort(totals, kind="stable"):
+        rows = [row for row in rows_of[position] if assigned[row] < 0]
+        for row, chosen in zip(rows, _fill_sets(wanted[:, position], len(rows)), strict=True):
+            assigned[row] = chosen
+            wanted[chosen, codes[row]] -= 1
+    return {name: np.flatnonzero(assigned == position) for position, name in enumerate(kept)}
+
+
+def split_groups(
+    labels: np.ndarray,
+    groups: np.ndarray,
+    fractions: dict[str, float],
+    multi_label: bool,
+    rng: np.random.Generator | None,
+) -> dict[str, np.ndarray]:
+    """Divides rows as `split_rows` does, but each group as a whole, so that fractions hold as nearly as groups allow.
+
+    The groups with the rarest class come first, the largest of them before the others. Each goes to the set where it
+    lowers the squared distance to the wanted numbers most, relative to them; where a class has no more groups than
+    there are sets without it, to one of those.
+
+    Args:
+        labels: texts, one a row.
+        groups: the number of each row's group.
+        fractions: the share of each set, by its name; they add up to 1.
+        multi_label: whether a text holds several class names.
+        rng: draws among groups that are alike; None takes them in the order of the rows.
+
+    Returns:
+        The sorted row numbers of each set.
+    """
+    codes, names = _label_matrix(labels, multi_label)
+    kept = [name for name in SET_FILES if fractions.get(name)]
+    shares = np.array([fractions[name] for name in kept])
+    _, numbers = np.unique(groups, return_inverse=True)
+    rows_of = np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
+    counted = [np.unique(np.concatenate([codes[row] for row in rows]), return_counts=True) for rows in rows_of]
+    totals = np.bincount(np.concatenate(codes), minlength=len(names))
+    left = np.bincount(np.concatenate([classes for classes, _ in counted]), minlength=len(names))
+    wanted = np.outer(shares, totals).astype(float)
+    missing, assigned = np.ones(wanted.shape, bool), np.empty(len(labels), int)
+    order = np.arange(len(rows_of)) if rng is None else rng.permutation(len(rows_of))
+    for group in sorted(order, key=lambda group: (totals[counted[group][0]].min(), -len(rows_of[group]))):
+        classes, counts = counted[group]
+        scale = shares[:, None] * totals[classes]
+        costs = ((counts**2 - 2 * counts * wanted[:, classes]) / scale).sum(axis=1)
+        rarest = classes[totals[classes].argmin()]
+        if missing[:, rarest].any() and left[rarest] <= missing[:, rarest].sum():
+            costs = np.where(missing[:, rarest], costs, np.inf)
+        chosen = int(costs.argmin())
+        assigned[rows_of[group]] = chosen
+        wanted[chosen, classes] -= counts
+        missing[chosen, classes] = False
+        left[classes] -= 1
+    return {name: np.flatnonzero(assigned == position) for position, name in enumerate(kept)}
+
+
+def _label_matrix(labels: np.ndarray, multi_label: bool) -> tuple[list[np.ndarray], list[str]]:
+    """Returns the class positions of each row, and the class names."""
+    names = find_class_names(labels, multi_label)
+    positions = {name: position for position, name in enumerate(names)}
+    codes, distinct = pd.factorize(labels)
+    decoded = [np.array([positions[name] for name in set(split_label(label, multi_label))]) for label in distinct]
+    return [decoded[code] for code in codes], names
+
+
+def _fill_sets(wanted: np.ndarray, number_of_rows: int) -> np.ndarray:
+    """Gives `number_of_rows` rows of a class to sets in proportion to what they still want; ascending set numbers.
+
+    Largest remainders round the shares. A set that wants something gets at least one row where there are enough,
+    the first set even the only one.
+    """
+    wanted = np.maximum(wanted, 0)
+    shares = wanted / wanted.sum() * number_of_rows if wanted.sum() else np.eye(len(wanted))[0] * number_of_rows
+    counts = np.floor(shares + 1e-9).astype(int)
+    remainder_first = np.argsort(-(shares - counts), kind="stable")
+    counts[remainder_first[: number_of_rows - counts.sum()]] += 1
+    for position in np.flatnonzero((counts == 0) & (wanted > 0)):
+        if counts.max() > 1 or position == 0:
+            counts[counts.argmax()] -= 1
+            counts[position] += 1
+    return np.repeat(np.arange(len(wanted)), counts)
+
+
+def count_classes(
+    labels: pd.Series, sets: dict[str, np.ndarray], class_names: list[str], multi_label: bool
+) -> pd.DataFrame:
+    """Returns a table of image counts, a row a class and a column a set."""
+    counts = pd.DataFrame(0, index=class_names, columns=list(sets))
+    for name, rows in sets.items():
+        for label, count in labels.iloc[rows].value_counts().items():
+            for class_name in set(split_label(label, multi_label)):
+                counts.loc[class_name, name] += count
+    return counts
+
+
+def warn_of_other_fractions(sets: dict[str, np.ndarray], fractions: dict[str, float]) -> None:
+    """Prints which sets differ by more than 2 points from the share that they were to have."""
+    number = sum(map(len, sets.values()))
+    for name, rows in sets.items():
+        if abs(len(rows) / number - fractions[name]) > 0.02:
+            print(
+                f"Warning: the {name} set has {len(rows) / number:.1%} of the images, not {fractions[name]:.1%}: "
+                "groups stay whole."
+            )
+
+
+def warn_of_missing_classes(counts: pd.DataFrame) -> None:
+    """Prints which classes are too small to be in every set."""
+    for name, row in counts.iterrows():
+        for set_name in row.index[row == 0]:
+            print(f"Warning: {name} has {row.sum()} images, so the {set_name} set has none of it.")
+
+
+def join_by_column(groups: Groups, table: pd.DataFrame, column: str, csv_path: str) -> None:
+    """Joins the rows of a table that have the same value in a column.
+
+    Raises:
+        UserError: there is no such column, or a row has no value in it.
+    """
+    if column not in table.columns:
+        columns = ", ".join(table.columns)
+        raise UserError(
+            f"{csv_path} has no column '{column}'. Its columns: {columns}. Set group_column to one of them."
+        )
+    first_row = {}
+    for row, value in enumerate(table[column].str.strip()):
+        if not value:
+            raise UserError(f"{csv_path}, row {row + 2}: the column '{column}' is empty. Fill it in.")
+        groups.join(first_row.setdefault(value, row), row)

@@ -1,0 +1,38 @@
+"""Texts for people: short lists, one line, nothing that cannot be seen."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+LONGEST_LIST = 5
+
+
+def join_names(names: Sequence[Any]) -> str:
+    """Returns the first few names joined by commas, and how many more there are."""
+    shown = ", ".join(str(name) for name in names[:LONGEST_LIST])
+    return shown + (f" and {len(names) - LONGEST_LIST} more" if len(names) > LONGEST_LIST else "")
+
+
+def show_text(text: str) -> str:
+    """Returns a text on one line: as it is, or with escapes where it holds what cannot be printed."""
+    return text if text.isprintable() else ascii(text)
+
+
+def shorten(text: str) -> str:
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return shown if len(shown) <= 300 else f"{shown[:300]}..."
+
+
+BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def show(text: str) -> str:
+    """Returns a text with the characters that cannot be seen, or that reorder others, written as their escapes."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in ("Cc", "Cs") or character in BIDI_CONTROLS
+        else character
+        for character in text
+    )

@@ -1,0 +1,299 @@
+"""The parts of a training run: its sets, model, callbacks, and the learning-rate test."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from configs import Configs
+from finetune.callbacks import AveragedWeights, BadImages, EpochOrder, InputWait, RangeTest, Schedule, Validation
+from finetune.checkpoints import Checkpoint
+from finetune.devices import set_seed
+from finetune.interruption import Interruption
+from finetune.losses import Losses
+from finetune.model_files import load_fitting_model
+from finetune.phases import Phase, changes_images, get_sets, prepare_phase, run_phase
+from finetune.probe import compute_features, initialize_head
+from finetune.range_test import suggest_learning_rate
+from finetune.resuming import check_same_data
+from finetune.run_folder import CURVES_FOLDER, clear_folder, describe_run, fingerprint, leads_into, locked
+from finetune.stores import hash_file
+from finetune.tables import resolve_class_names
+from finetune.team import Team
+from generator import AugmentedImageSequence, Shares, get_generator, naming_bad_images
+from model import ModelFactory
+
+
+def settle(configs: Configs, team: Team) -> Configs:
+    """Seeds everything, and finds what configs may leave open: the seed and the classes.
+
+    Raises:
+        UserError: the classes are not those of the training CSV.
+    """
+    # Drawn or given, it is the chief's: order and shares follow from it.
+    configs.random_seed = team.exchange(set_seed(configs.random_seed, configs.deterministic))[0]
+    configs.classes = resolve_class_names(
+        configs.classes, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
+    )
+    return configs
+
+
+def get_shares(configs: Configs, devices: int, team: Team) -> Shares:
+    """Finds out which of all devices that train together are this process's, and prints how many there are.
+
+    Raises:
+        UserError: the processes have different numbers of devices.
+    """
+    if configs.distribution_strategy == "none":
+        return Shares()
+    batch_size = configs.batch_size * configs.gradient_accumulation_steps
+    local = devices // team.size
+    team.agree({"the number of devices": local})
+    print(f"Devices that train together: {devices}. Images a step: {devices} x {batch_size} = {devices * batch_size}.")
+    return Shares(devices, local * team.index, local)
+
+
+def get_images(
+    configs: Configs, bad_rows: dict[str, set[int]], shares: Shares
+) -> tuple[AugmentedImageSequence, AugmentedImageSequence]:
+    """Builds the generators of the training and of the validation images, without the bad rows of their CSV files."""
+    validation_csv = configs.validation_csv or configs.test_csv
+    if not configs.validation_csv:
+        print(
+            f"No validation_csv is given: the test set {configs.test_csv} also selects the best model, "
+            "so its figures will be optimistic."
+        )
+    training = get_generator(configs.train_csv, configs.classes, configs, True, bad_rows[configs.train_csv], shares)
+    validation = get_generator(validation_csv, configs.classes, configs, False, bad_rows[validation_csv], shares)
+    print(f"{len(training.paths)} training images, {len(validation.paths)} validation images.")
+    print(f"Classes: {', '.join(configs.classes)}")
+    return training, validation
+
+
+def agree_on_start(
+    team: Team,
+    images: tuple[AugmentedImageSequence, AugmentedImageSequence],
+    model_path: str,
+    state: dict[str, Any] | None,
+) -> None:
+    """Checks that all processes start from the same images, labels and model file, and that a run's are its own.
+
+    Raises:
+        UserError: in every process where that is not so.
+    """
+    if team.size > 1:
+        digest = str(hash_file(model_path)) if model_path else ""
+        values = {"the images and labels of train_csv": fingerprint(images[0])}
+        values |= {"the images and labels of the validation set": fingerprint(images[1])}
+        team.agree(values | {"the model to start from": digest})
+    if state:
+        check_same_data(state, *images)
+
+
+def get_model(
+    configs: Configs, training: AugmentedImageSequence, model_path: str, state: dict[str, Any] | None, team: Team
+) -> tuple[keras.Model, keras.optimizers.Optimizer | None, tuple[np.ndarray, np.ndarray] | None]:
+    """Builds the classifier, or loads the one to start from, in the scope of the run's strategy.
+
+    Returns:
+        The classifier, with a state the optimizer that goes on too, and the features of the training images where the
+        head has been started from them.
+    """
+    if not model_path:
+        classifier = ModelFactory().get_model(configs)
+        if configs.head_initialization != "linear_probe":
+            return classifier, None, None
+        multi_label, mirrors = configs.multi_label_classification, configs.augmentation_strength != "none"
+        probed = start_from_probe(classifier, training, multi_label, configs.random_seed, mirrors, team)
+        return classifier, None, probed
+    size = configs.image_target_size[:2]
+    classifier = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
+    return classifier, classifier.optimizer if state else None, None
+
+
+def start_from_probe(
+    classifier: keras.Model, training: AugmentedImageSequence, multi_label: bool, seed: int, mirrors: bool, team: Team
+) -> tuple[np.ndarray, np.ndarray]:
+    """Starts the classifier's head from a logistic regression on the features of the training images.
+
+    Args:
+        classifier: is changed.
+        training: the training images.
+        multi_label: whether an image may have several labels.
+        seed: of the cross-validation's folds.
+        mirrors: the mirror images count too.
+        team: has the chief's weights in the end.
+
+    Returns:
+        The features, and which images could be read, as `compute_features` does.
+    """
+    features, is_read = compute_features(classifier, training)
+    mirrored = compute_features(classifier, training, mirrored=True)[0][is_read] if mirrors else None
+    strength = initialize_head(classifier, features[is_read], training.labels[is_read], multi_label, seed, mirrored)
+    # Libraries of other hosts may round otherwise: the chief's weights are those of all.
+    head = classifier.get_layer("classifier").get_layer("logits")
+    weights = team.exchange([weight.tolist() for weight in head.get_weights()])[0]
+    head.set_weights([np.array(weight) for weight in weights])
+    print(f"The head starts from a logistic regression on {is_read.sum()} images, C = {strength:.3g}.")
+    return features, is_read
+
+
+def try_learning_rates(
+    phase: Phase,
+    configs: Configs,
+    strategy: tf.distribute.Strategy,
+    classifier: keras.Model,
+    training: AugmentedImageSequence,
+    loss: Callable,
+) -> dict[str, Any]:
+    """Trains with rising learning rates and suggests one.
+
+    Source: Smith, WACV 2017 (arXiv:1506.01186).
+
+    Returns:
+        `suggestion`, and the `rates` and `losses` of the steps.
+
+    Raises:
+        UserError: no rate makes the loss fall clearly, or an image cannot be read.
+    """
+    with strategy.scope():
+        model = prepare_phase(classifier, phase, configs, loss, None, None)
+        images = get_sets(classifier, changes_images(configs), training, training)[0]
+    test = RangeTest()
+    epochs = 1 + math.ceil(test.steps / images.steps)
+    with naming_bad_images(images):
+        model.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), test], Interruption())
+    suggestion = suggest_learning_rate(test.rates, test.losses)
+    return {"suggestion": suggestion, "rates": test.rates, "losses": test.losses}
+
+
+@contextlib.contextmanager
+def open_run(
+    configs: Configs, images: tuple[AugmentedImageSequence, AugmentedImageSequence], team: Team
+) -> Iterator[Interruption]:
+    """Holds the run's folder while it is entered, made ready: cleared, and with the run's configs and data described.
+
+    Yields:
+        What notes the signals that end training after a step.
+
+    Raises:
+        UserError: another process trains into the folder, or it cannot be written.
+    """
+    folder, csv_paths = configs.save_model_path, (configs.train_csv, configs.validation_csv or configs.test_csv)
+    with locked(folder, team.is_chief), Interruption(is_shared=team.size > 1) as interruption:
+        if team.is_chief:
+            clear_folder(folder, configs.overwrite and not leads_into(configs.load_model_path, folder))
+            sets = dict(zip(("training", "validation"), zip(csv_paths, images, strict=True), strict=True))
+            describe_run(folder, configs.to_dict(), sets, configs.classes)
+        yield interruption
+
+
+def report_best(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
+    """Prints the best epoch and where everything is; returns its figures with the last's."""
+    if checkpoint.best is None:
+        print(f"{checkpoint.monitor} is undefined in every epoch, so no model is the best one.")
+    else:
+        print(f"Best {checkpoint.monitor}: {checkpoint.best:.4f} in epoch {checkpoint.best_epoch}.")
+    print(f"Models and logs are in {folder}")
+    return {"best": checkpoint.best, "best_epoch": checkpoint.best_epoch} | checkpoint.log[-1]
+
+
+def build_callbacks(
+    configs: Configs,
+    phase: Phase,
+    classifier: keras.Model,
+    training: AugmentedImageSequence,
+    validation: AugmentedImageSequence,
+    loss: Callable,
+    interruption: Interruption,
+    team: Team,
+    state: dict[str, Any] | None,
+) -> list[keras.callbacks.Callback]:
+    """Builds the callbacks of a phase in the order that they need: measure, schedule, log, and last the checkpoint.
+
+    Args:
+        configs: with `classes` resolved.
+        phase: of the run.
+        classifier: the whole model.
+        training: the training images, or their features.
+        validation: the validation images.
+        loss: of probabilities, for the validation images.
+        interruption: tells which signal has arrived.
+        team: the processes that train together; its chief alone writes.
+        state: of the checkpoint that training continues from.
+    """
+    measure = Validation(validation, loss, configs.multi_label_classification)
+    schedule = Schedule(
+        phase, training, configs.learning_rate_schedule, configs.warmup_epochs, configs.minimum_learning_rate
+    )
+    plateau = None
+    if configs.learning_rate_schedule == "plateau":
+        plateau = keras.callbacks.ReduceLROnPlateau(
+            monitor="val_loss",
+            factor=configs.learning_rate_decay_factor,
+            patience=configs.reduce_lr_patience,
+            min_lr=configs.minimum_learning_rate,
+            verbose=1,
+        )
+    averages = AveragedWeights() if configs.ema_decay else None
+    input_wait = InputWait()
+    sequences = {configs.train_csv: training, configs.validation_csv or configs.test_csv: validation}
+    bad_images = BadImages(sequences, configs.save_model_path, team)
+    curves = None
+    if team.is_chief:
+        curves = keras.callbacks.TensorBoard(os.path.join(configs.save_model_path, CURVES_FOLDER), write_graph=False)
+    checkpoint = Checkpoint(
+        configs, phase, classifier, training, measure, plateau, averages, input_wait, interruption, team.is_chief, state
+    )
+    order = [EpochOrder(training), input_wait, averages, measure, schedule, plateau, curves, bad_images, checkpoint]
+    return [callback for callback in order if callback is not None]
+
+
+def train_phases(
+    phases: Sequence[Phase],
+    configs: Configs,
+    strategy: tf.distribute.Strategy,
+    start: tuple[keras.Model, keras.optimizers.Optimizer | None, tuple[np.ndarray, np.ndarray] | None],
+    sets: tuple[AugmentedImageSequence, AugmentedImageSequence],
+    losses: Losses,
+    interruption: Interruption,
+    team: Team,
+    state: dict[str, Any] | None,
+) -> Checkpoint:
+    """Trains one phase after the other.
+
+    Args:
+        phases: of the run, of which the state may have left some behind.
+        configs: with `classes` resolved.
+        strategy: of the devices.
+        start: as `get_model` returns it.
+        sets: the training and the validation images.
+        losses: of the run.
+        interruption: tells which signal has arrived.
+        team: the processes that train together.
+        state: of the checkpoint that training continues from.
+
+    Returns:
+        The last phase's checkpoint, which knows the run's figures.
+    """
+    classifier, optimizer, features = start
+    for phase in phases:
+        if state and state["epochs_completed"] >= phase.end:
+            continue
+        with strategy.scope():
+            model = prepare_phase(classifier, phase, configs, losses.training, optimizer, state)
+            images = get_sets(classifier, changes_images(configs), *sets, features)
+        callbacks = build_callbacks(configs, phase, classifier, *images, losses.validation, interruption, team, state)
+        run_phase(model, *images, phase, state, callbacks, interruption)
+        # The next phase goes on from here as a run does that continues: all from the chief's random states.
+        state = team.exchange(callbacks[-1].state(phase.end, 0))[0]
+        if model.stop_training:
+            break
+    return callbacks[-1]

@@ -1,0 +1,175 @@
+"""Values of options: converting them from text and JSON, checking them, and saying what is wrong with one."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# What 64-bit floats hold exactly: the libraries below fail on more, each in its own way.
+LARGEST_WHOLE_NUMBER = 2**53
+LONGEST_SHOWN = 200
+
+
+def convert(value: Any, kind: Any, is_text: bool) -> Any:
+    """Converts a raw value to an option's type.
+
+    Args:
+        value: from Python or JSON; or text, or a list of texts, from the command line.
+        kind: the annotated type: str, int, float, bool, list[...], tuple[...], or one of them `| None`.
+        is_text: the value comes from the command line.
+
+    Raises:
+        ValueError: the value is not of that type. A bool is no number; an int serves as a float. A text that no file
+            name and no UTF-8 file can hold is none, nor is a whole number beyond `LARGEST_WHOLE_NUMBER`.
+    """
+    inner, optional = unwrap_optional(kind)
+    if optional and (value is None or (is_text and _single(value).lower() == "none")):
+        return None
+    origin = typing.get_origin(inner)
+    if origin in (list, tuple):
+        return _convert_items(value, inner, origin, is_text)
+    if is_text:
+        value = _from_text(value, inner)
+    if inner is float and type(value) is int:
+        value = _from_text(str(value), float)
+    if type(value) is not inner or not _IS_USABLE.get(inner, _always)(value):
+        raise ValueError(value)
+    return value
+
+
+def _is_writable(text: str) -> bool:
+    # Neither NUL nor a lone half of a surrogate pair, which no file name and no UTF-8 file can hold.
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _always(_: Any) -> bool:
+    return True
+
+
+_IS_USABLE: dict[type, Callable[[Any], bool]] = {
+    str: _is_writable,
+    int: lambda value: abs(value) <= LARGEST_WHOLE_NUMBER,
+    float: math.isfinite,
+}
+
+
+def _convert_items(value: Any, inner: Any, origin: type, is_text: bool) -> list | tuple:
+    if not isinstance(value, list | tuple):
+        raise ValueError(value)
+    kinds = typing.get_args(inner)
+    if origin is tuple and len(kinds) != len(value):
+        raise ValueError(value)
+    return origin(convert(item, kinds[0], is_text) for item in value)
+
+
+def unwrap_optional(kind: Any) -> tuple[Any, bool]:
+    options = typing.get_args(kind)
+    if type(None) not in options:
+        return kind, False
+    return next(option for option in options if option is not type(None)), True
+
+
+def _single(value: Any) -> str:
+    if isinstance(value, list):
+        return value[0] if len(value) == 1 else ""
+    return value
+
+
+def _from_text(text: str, kind: type) -> Any:
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in words:
+            raise ValueError(text)
+        return words[text.lower()]
+    try:
+        return kind(text)
+    except OverflowError as error:
+        raise ValueError(text) from error
+
+
+def type_fault(name: str, kind: Any, value: Any) -> str:
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
+    unwritable = any(isinstance(text, str) and not _is_writable(text) for text in texts)
+    hint = " without NUL and lone surrogates" * unwritable
+    return f"{name}: expected {describe_type(kind)}{hint}. Received: {show_value(value)}"
+
+
+def describe_type(kind: Any) -> str:
+    """Returns an option's type in words, for help and errors."""
+    inner, optional = unwrap_optional(kind)
+    names = {str: "text", int: "a whole number", float: "a number", bool: "True or False"}
+    plurals = {str: "texts", int: "whole numbers", float: "numbers"}
+    items = typing.get_args(inner)
+    if typing.get_origin(inner) is tuple:
+        words = f"{len(items)} {plurals[items[0]]}"
+    elif typing.get_origin(inner) is list:
+        words = f"a list of {plurals[items[0]]}"
+    else:
+        words = names[inner]
+    return words + (" or none" if optional else "")
+
+
+def describe_choices(metadata: Mapping[str, Any], kind: Any) -> str:
+    choices = ", ".join(metadata["choices"])
+    return f"one of {choices} or none" if unwrap_optional(kind)[1] else f"one of {choices}"
+
+
+def describe_bounds(metadata: Mapping[str, Any]) -> str:
+    return " and ".join(f"{word} {bound}" for word, bound in metadata["bounds"].items())
+
+
+def bound_fault(value: Any, metadata: Mapping[str, Any], kind: Any) -> str:
+    if value is None:
+        return ""
+    if metadata["choices"] is not None and value not in metadata["choices"]:
+        nearest = difflib.get_close_matches(value[:LONGEST_SHOWN], metadata["choices"], n=1, cutoff=0.4)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        return f"expected {describe_choices(metadata, kind)}. Received: {show_value(value)}{hint}"
+    tests: dict[str, Callable[[float, float], bool]] = {
+        "above": lambda x, bound: x > bound,
+        "at least": lambda x, bound: x >= bound,
+        "below": lambda x, bound: x < bound,
+        "at most": lambda x, bound: x <= bound,
+    }
+    items = value if isinstance(value, list | tuple) else [value]
+    if all(tests[word](item, bound) for word, bound in metadata["bounds"].items() for item in items):
+        return ""
+    words = "numbers" if isinstance(value, list | tuple) else "a number"
+    return f"expected {words} {describe_bounds(metadata)}. Received: {show_value(value)}"
+
+
+def image_size_fault(size: tuple[int, int, int]) -> str:
+    return f"expected 3 channels last (images are read as RGB). Received: {show_value(size)}" if size[2] != 3 else ""
+
+
+def layer_sizes_fault(sizes: list[float]) -> str:
+    wrong = [size for size in sizes if size > 1 and size != int(size)]
+    return (
+        f"expected whole numbers from 1 on, or dropout rates under 1. Received: {show_value(wrong[0])}" if wrong else ""
+    )
+
+
+def threshold_range_fault(thresholds: list[float]) -> str:
+    if len(thresholds) == 2 and thresholds[0] <= thresholds[1]:
+        return ""
+    return f"expected two numbers, the lower first. Received: {show_value(thresholds)}"
+
+
+def classes_fault(classes: list[str] | None) -> str:
+    repeated = classes is not None and len(set(classes)) != len(classes)
+    return f"expected each class name once. Received: {show_value(classes)}" if repeated else ""
+
+
+def folder_fault(path: str) -> str:
+    return "" if path else "expected the name of a folder. Received: an empty text"
+
+
+def show_value(value: Any) -> str:
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "a deeply nested value"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
