@@ -44,12 +44,8 @@ def main(configs: PredictConfigs) -> dict:
     Returns:
         `predictions`, the table as written, and `failed`, how many of its images could not be read.
     """
-    # Imported here, so that --help does not wait for TensorFlow.
-    from finetune.decision_file import read_decision
-    from finetune.devices import start_devices
+    # Imported here, so that --help does not wait for pandas, nor a mistake for TensorFlow.
     from finetune.files import write_csv
-    from finetune.metrics import check_finite
-    from finetune.predicting import ForgivingReader, build_sequence, build_views, predict_images
     from finetune.prediction_files import (
         check_top_k,
         check_write_path,
@@ -58,11 +54,17 @@ def main(configs: PredictConfigs) -> dict:
         make_table,
         summarize,
     )
-    from finetune.run_folder import find_trained_model
-    from finetune.runtimes import load_predictor
 
     names, paths = list_inputs(configs.input, configs.image_directory)
     check_write_path(configs.write_path, configs.input)
+
+    from finetune.decision_file import read_decision
+    from finetune.devices import start_devices
+    from finetune.metrics import check_finite
+    from finetune.predicting import ForgivingReader, build_sequence, build_views, predict_images
+    from finetune.run_folder import find_trained_model
+    from finetune.runtimes import load_predictor
+
     start_devices(configs.gpu_percentage)
     model_path, configs = find_trained_model(configs)
     check_top_k(configs.top_k, configs.classes)
