@@ -85,7 +85,7 @@ def small_run(tmp_path):
             "train_csv": str(train_csv),
             "test_csv": str(test_csv),
             "visual_model_name": "MobileNet",
-            "pop_conv_layers": 37,
+            "pop_conv_layers": 66,
             "image_target_size": (IMAGE_SIZE, IMAGE_SIZE, 3),
             "use_imagenet_weights": False,
             "num_epochs": 2,

@@ -525,7 +525,7 @@ def trained(photo_folder, tmp_path_factory):
         validation_csv=str(folder / "validation.csv"),
         test_csv=str(folder / "testing.csv"),
         visual_model_name="MobileNet",
-        pop_conv_layers=37,
+        pop_conv_layers=66,
         image_target_size=(32, 32, 3),
         use_imagenet_weights=False,
         num_epochs=1,
