@@ -21,8 +21,9 @@ def main(configs: PlotConfigs) -> dict:
     # Imported here, so that --help does not wait for matplotlib.
     from finetune.files import atomic_path
     from finetune.log_figures import draw_log, read_log, select_backend
+    from finetune.run_folder import LOG_FILE
 
-    log_path = configs.train_log_path or os.path.join(configs.save_model_path, "training_log.csv")
+    log_path = configs.train_log_path or os.path.join(configs.save_model_path, LOG_FILE)
     log = read_log(log_path)
     has_display = select_backend()
 

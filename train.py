@@ -38,16 +38,18 @@ def main(configs: Configs) -> dict:
         shares = training.get_shares(configs, strategy.num_replicas_in_sync, team)
         images = training.get_images(configs, bad_rows, shares)
         training.agree_on_start(team, images, model_path, state)
-        losses = get_losses(configs, images[0].labels)
+        losses = get_losses(configs, images.training.labels)
         phases = get_phases(configs, strategy.num_replicas_in_sync)
         with strategy.scope():
-            start = training.get_model(configs, images[0], model_path, state, team)
+            start = training.get_model(configs, images.training, model_path, state, team)
         if configs.find_learning_rate:
-            found = training.try_learning_rates(phases[0], configs, strategy, start[0], images[0], losses.training)
+            found = training.try_learning_rates(
+                phases[0], configs, strategy, start.classifier, images.training, losses.training
+            )
             return report_learning_rate(configs.save_model_path, found, team.is_chief)
         with training.open_run(configs, images, team) as interruption:
             if configs.show_model_summary:
-                start[0].summary()
+                start.classifier.summary()
             checkpoint = training.train_phases(
                 phases, configs, strategy, start, images, losses, interruption, team, state
             )

@@ -8,7 +8,7 @@ The backbone's weights are those that Keras finds or downloads (KERAS_HOME).
 
 recommended  the options of data/recommended.json
 probe        a logistic regression on the frozen backbone's features of the photos at 224x224
-default      the README's walkthrough: eight epochs of train.py as configs.py has it
+default      train.py without options: eight epochs of train.py as configs.py has it
 keras        plain_keras.py: the head alone, then everything, as Keras's guides teach
 
 The test photos chose nothing. Each data set is divided once, for all seeds, into three pools with the same share of

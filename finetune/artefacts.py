@@ -17,6 +17,8 @@ ARTEFACT_ENDINGS = {("weights", dtype): ("_compressed", ".h5") for dtype in WEIG
 ARTEFACT_ENDINGS |= {("tflite", "float32"): ("", ".tflite"), ("tflite", "dynamic"): ("_dynamic", ".tflite")}
 ARTEFACT_ENDINGS |= {("tflite", "int8"): ("_int8", ".tflite")}
 ARTEFACT_ENDINGS |= {("onnx", "float32"): ("", ".onnx"), ("saved_model", "float32"): ("_saved_model", "")}
+# Beside a model: its temperature and thresholds.
+DECISION_FILE = "decision.json"
 # Marks an artefact that costs too much accuracy, in front of its suffix.
 REJECTED = ".rejected"
 GRAPH_FILE = "saved_model.pb"

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from finetune.decision_file import DECISION_FILE
+from finetune.artefacts import DECISION_FILE
 from finetune.run_folder import COMPRESSION_FILE, DATA_FILE, METRICS_FILE, STATISTICS_FILE
 from finetune.summaries import HEADLINES
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from finetune.artefacts import artefact_stem, is_exported, metadata_path
+from finetune.artefacts import DECISION_FILE, artefact_stem, is_exported, metadata_path
 from finetune.decision import TEMPERATURE_RANGE, Decision, fit_decision
 from finetune.files import write_json
 from finetune.options import UserError
 from finetune.texts import join_names
 from finetune.values import convert
 
-DECISION_FILE = "decision.json"
 LARGEST_DECISION_FILE = 2**22
 
 

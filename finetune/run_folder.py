@@ -8,17 +8,26 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from configs import Configs
-from finetune.artefacts import ARTEFACT_ENDINGS, GRAPH_FILE, MODEL_SUFFIXES, REJECTED, is_exported, metadata_path
-from finetune.decision_file import DECISION_FILE
+from finetune.artefacts import (
+    ARTEFACT_ENDINGS,
+    DECISION_FILE,
+    GRAPH_FILE,
+    MODEL_SUFFIXES,
+    REJECTED,
+    is_exported,
+    metadata_path,
+)
 from finetune.files import remove_stale_files, write_json
 from finetune.options import UserError
 from finetune.tables import resolve_class_names
-from generator import AugmentedImageSequence
+
+if TYPE_CHECKING:
+    from generator import AugmentedImageSequence
 
 try:
     import fcntl

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -29,6 +29,32 @@ from finetune.tables import resolve_class_names
 from finetune.team import Team
 from generator import AugmentedImageSequence, Shares, get_generator, naming_bad_images
 from model import ModelFactory
+
+
+class Images(NamedTuple):
+    """The sets of a run.
+
+    Attributes:
+        training: what the model learns from.
+        validation: what selects the best model.
+    """
+
+    training: AugmentedImageSequence
+    validation: AugmentedImageSequence
+
+
+class Start(NamedTuple):
+    """What training starts from.
+
+    Attributes:
+        classifier: the whole model.
+        optimizer: that of a checkpoint, which goes on; None for a fresh one.
+        features: of the training images, and which of these could be read, where the head has been started from them.
+    """
+
+    classifier: keras.Model
+    optimizer: keras.optimizers.Optimizer | None = None
+    features: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def settle(configs: Configs, team: Team) -> Configs:
@@ -60,9 +86,7 @@ def get_shares(configs: Configs, devices: int, team: Team) -> Shares:
     return Shares(devices, local * team.index, local)
 
 
-def get_images(
-    configs: Configs, bad_rows: dict[str, set[int]], shares: Shares
-) -> tuple[AugmentedImageSequence, AugmentedImageSequence]:
+def get_images(configs: Configs, bad_rows: dict[str, set[int]], shares: Shares) -> Images:
     """Builds the generators of the training and of the validation images, without the bad rows of their CSV files."""
     validation_csv = configs.validation_csv or configs.test_csv
     if not configs.validation_csv:
@@ -74,12 +98,12 @@ def get_images(
     validation = get_generator(validation_csv, configs.classes, configs, False, bad_rows[validation_csv], shares)
     print(f"{len(training.paths)} training images, {len(validation.paths)} validation images.")
     print(f"Classes: {', '.join(configs.classes)}")
-    return training, validation
+    return Images(training, validation)
 
 
 def agree_on_start(
     team: Team,
-    images: tuple[AugmentedImageSequence, AugmentedImageSequence],
+    images: Images,
     model_path: str,
     state: dict[str, Any] | None,
 ) -> None:
@@ -90,8 +114,8 @@ def agree_on_start(
     """
     if team.size > 1:
         digest = str(hash_file(model_path)) if model_path else ""
-        values = {"the images and labels of train_csv": fingerprint(images[0])}
-        values |= {"the images and labels of the validation set": fingerprint(images[1])}
+        values = {"the images and labels of train_csv": fingerprint(images.training)}
+        values |= {"the images and labels of the validation set": fingerprint(images.validation)}
         team.agree(values | {"the model to start from": digest})
     if state:
         check_same_data(state, *images)
@@ -99,23 +123,18 @@ def agree_on_start(
 
 def get_model(
     configs: Configs, training: AugmentedImageSequence, model_path: str, state: dict[str, Any] | None, team: Team
-) -> tuple[keras.Model, keras.optimizers.Optimizer | None, tuple[np.ndarray, np.ndarray] | None]:
-    """Builds the classifier, or loads the one to start from, in the scope of the run's strategy.
-
-    Returns:
-        The classifier, with a state the optimizer that goes on too, and the features of the training images where the
-        head has been started from them.
-    """
-    if not model_path:
-        classifier = ModelFactory().get_model(configs)
-        if configs.head_initialization != "linear_probe":
-            return classifier, None, None
-        multi_label, mirrors = configs.multi_label_classification, configs.augmentation_strength != "none"
-        probed = start_from_probe(classifier, training, multi_label, configs.random_seed, mirrors, team)
-        return classifier, None, probed
-    size = configs.image_target_size[:2]
-    classifier = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
-    return classifier, classifier.optimizer if state else None, None
+) -> Start:
+    """Builds the classifier, or loads the one to start from, in the scope of the run's strategy."""
+    if model_path:
+        size = configs.image_target_size[:2]
+        classifier = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
+        return Start(classifier, classifier.optimizer if state else None)
+    classifier = ModelFactory().get_model(configs)
+    if configs.head_initialization != "linear_probe":
+        return Start(classifier)
+    multi_label, mirrors = configs.multi_label_classification, configs.augmentation_strength != "none"
+    probed = start_from_probe(classifier, training, multi_label, configs.random_seed, mirrors, team)
+    return Start(classifier, features=probed)
 
 
 def start_from_probe(
@@ -175,9 +194,7 @@ def try_learning_rates(
 
 
 @contextlib.contextmanager
-def open_run(
-    configs: Configs, images: tuple[AugmentedImageSequence, AugmentedImageSequence], team: Team
-) -> Iterator[Interruption]:
+def open_run(configs: Configs, images: Images, team: Team) -> Iterator[Interruption]:
     """Holds the run's folder while it is entered, made ready: cleared, and with the run's configs and data described.
 
     Yields:
@@ -190,7 +207,7 @@ def open_run(
     with locked(folder, team.is_chief), Interruption(is_shared=team.size > 1) as interruption:
         if team.is_chief:
             clear_folder(folder, configs.overwrite and not leads_into(configs.load_model_path, folder))
-            sets = dict(zip(("training", "validation"), zip(csv_paths, images, strict=True), strict=True))
+            sets = dict(zip(Images._fields, zip(csv_paths, images, strict=True), strict=True))
             describe_run(folder, configs.to_dict(), sets, configs.classes)
         yield interruption
 
@@ -260,8 +277,8 @@ def train_phases(
     phases: Sequence[Phase],
     configs: Configs,
     strategy: tf.distribute.Strategy,
-    start: tuple[keras.Model, keras.optimizers.Optimizer | None, tuple[np.ndarray, np.ndarray] | None],
-    sets: tuple[AugmentedImageSequence, AugmentedImageSequence],
+    start: Start,
+    images: Images,
     losses: Losses,
     interruption: Interruption,
     team: Team,
@@ -273,8 +290,8 @@ def train_phases(
         phases: of the run, of which the state may have left some behind.
         configs: with `classes` resolved.
         strategy: of the devices.
-        start: as `get_model` returns it.
-        sets: the training and the validation images.
+        start: of the run.
+        images: of the run.
         losses: of the run.
         interruption: tells which signal has arrived.
         team: the processes that train together.
@@ -289,9 +306,9 @@ def train_phases(
             continue
         with strategy.scope():
             model = prepare_phase(classifier, phase, configs, losses.training, optimizer, state)
-            images = get_sets(classifier, changes_images(configs), *sets, features)
-        callbacks = build_callbacks(configs, phase, classifier, *images, losses.validation, interruption, team, state)
-        run_phase(model, *images, phase, state, callbacks, interruption)
+            sets = get_sets(classifier, changes_images(configs), *images, features)
+        callbacks = build_callbacks(configs, phase, classifier, *sets, losses.validation, interruption, team, state)
+        run_phase(model, *sets, phase, state, callbacks, interruption)
         # The next phase goes on from here as a run does that continues: all from the chief's random states.
         state = team.exchange(callbacks[-1].state(phase.end, 0))[0]
         if model.stop_training:
