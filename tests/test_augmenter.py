@@ -1,14 +1,11 @@
 import itertools
 
-import cv2
 import numpy as np
 import pytest
-import skimage.data
-from imgaug import augmenters as iaa
+from augmented import smooth_photos
 
 from augmenter import STRENGTHS, build_augmenter
 from configs import Configs
-from finetune.warps import FusedAugmenter
 
 
 def noise(count: int, height: int = 24, width: int = 37) -> np.ndarray:
@@ -75,11 +72,6 @@ def test_fills_borders_with_the_picture_and_keeps_the_order_of_channels():
     assert (np.diff(augmented, axis=-1) < 0).all()
 
 
-def smooth_photos(count: int) -> np.ndarray:
-    photo = cv2.resize(skimage.data.astronaut(), (70, 60), interpolation=cv2.INTER_AREA)
-    return np.stack([cv2.GaussianBlur(photo, (0, 0), 2)] * count)
-
-
 def test_every_strength_of_the_configs_is_known():
     assert set(STRENGTHS) == set(Configs.options()["augmentation_strength"].metadata["choices"])
     assert build_augmenter("none") is None
@@ -120,42 +112,6 @@ def test_strong_hides_a_box_of_about_half_of_the_images():
             assert width <= 28
             assert not is_whole or (height >= 5 and width >= 8)
     assert 0.4 < np.mean(is_plain) < 0.6
-
-
-def default_warp(**options) -> iaa.Augmenter:
-    return iaa.Affine(**{"rotate": (-30, 30), "scale": (0.8, 1.3), "order": 1, "mode": "reflect"} | options)
-
-
-PIPELINES = {
-    "mirror and warp": lambda: [iaa.Fliplr(0.5), default_warp(shear=(-8, 8), translate_percent=(-0.1, 0.1))],
-    "upside down": lambda: [iaa.Flipud(0.5), iaa.Fliplr(0.5)],
-    "far beyond the border": lambda: [default_warp(scale=(0.1, 0.4), translate_percent=(-0.5, 0.5))],
-    "values": lambda: [iaa.Multiply((0.7, 1.4), per_channel=0.5), iaa.LinearContrast((0.6, 1.5)), iaa.Add((-30, 30))],
-    "gamma": lambda: [iaa.GammaContrast((0.5, 2.0), per_channel=True), iaa.Invert(0.3)],
-    "between others": lambda: [iaa.Fliplr(0.5), iaa.GaussianBlur((0, 2)), default_warp(), iaa.Multiply((0.5, 1.5))],
-    "other border": lambda: [default_warp(mode="constant", cval=255), iaa.Fliplr(0.5)],
-    "now and then": lambda: [iaa.Sometimes(0.5, iaa.Fliplr(1.0)), iaa.Add((-20, 20))],
-}
-
-
-@pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=PIPELINES)
-def test_fusing_changes_no_image_by_more_than_rounding(pipeline):
-    images = smooth_photos(12)
-    plain, fused = iaa.Sequential(pipeline()), FusedAugmenter(pipeline())
-    plain.seed_(11)
-    fused.seed_(11)
-    expected, found = plain(images=images).astype(int), fused(images).astype(int)
-    assert np.abs(expected - images).mean() > 5
-    assert np.abs(found - expected).mean() < 0.3
-    assert np.quantile(np.abs(found - expected), 0.999) <= 3
-
-
-def test_two_warps_beside_each_other_become_one():
-    # There and back by 45 degrees: warped twice, a checkerboard would be blurred and its corners lost.
-    checks = np.kron(np.indices((12, 12)).sum(axis=0) % 2, np.ones((4, 4))).astype(np.uint8) * 200
-    images = np.repeat(checks[None, ..., None], 3, axis=-1)
-    there_and_back = [default_warp(rotate=angle, scale=1.0) for angle in (45, -45)]
-    np.testing.assert_allclose(FusedAugmenter(there_and_back)(images).astype(int), images, atol=1)
 
 
 def test_a_copy_draws_for_itself():

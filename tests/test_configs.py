@@ -1,11 +1,9 @@
 """Options: where a value comes from, how it is read and checked, and what a script says of a mistake."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from config_files import PROJECT, run_python
 
 from configs import BACKBONE_NAMES, Configs
 from finetune.options import UserError
@@ -13,7 +11,6 @@ from make_csv_from_folders import FolderConfigs
 from plot_training_log import PlotConfigs
 from split_train_test import SplitConfigs
 
-PROJECT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in PROJECT.glob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8"))
 NAMED_SCRIPTS = {
     *("make_csv_from_folders.py", "split_train_test.py", "train.py", "test.py", "draw_activations.py"),
@@ -99,21 +96,6 @@ def read_flags(*flags, configs_class=Configs):
 def write_json(path, **options):
     path.write_text(json.dumps(options), encoding="utf-8")
     return str(path)
-
-
-def run_python(*arguments, cwd=PROJECT):
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
-
-
-def run_tiny_script(tmp_path, body):
-    script = tmp_path / "tiny.py"
-    script.write_text(
-        f'"""A tiny script."""\nimport os, signal, sys\nsys.path.insert(0, {str(PROJECT)!r})\n'
-        "from configs import Configs\nfrom finetune.options import UserError, run_script\n\n"
-        f"def main(configs: Configs):\n    {body}\n\nrun_script(main)\n",
-        encoding="utf-8",
-    )
-    return run_python(str(script), cwd=tmp_path)
 
 
 # Names, order and defaults
@@ -494,31 +476,6 @@ def test_command_line_is_validated():
 
 
 # Scripts
-
-
-def test_mistake_ends_in_its_message_alone_and_status_2(tmp_path):
-    result = run_tiny_script(tmp_path, 'raise UserError("x is wrong. Mend it.")')
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", "Error: x is wrong. Mend it.\n")
-
-
-def test_bug_keeps_its_traceback(tmp_path):
-    result = run_tiny_script(tmp_path, "return 1 / 0")
-    assert result.returncode == 1
-    assert result.stderr.startswith("Traceback")
-    assert "ZeroDivisionError" in result.stderr
-
-
-def test_interrupt_ends_in_130_without_a_traceback(tmp_path):
-    # A shell starts its background jobs with the signal ignored, and the tests may run in one.
-    heeding = "signal.signal(signal.SIGINT, signal.default_int_handler)"
-    result = run_tiny_script(tmp_path, f"{heeding}; os.kill(os.getpid(), signal.SIGINT)")
-    assert result.returncode == 130
-    assert "Traceback" not in result.stderr
-
-
-def test_script_that_succeeds_ends_in_0(tmp_path):
-    result = run_tiny_script(tmp_path, "print(configs.batch_size)")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "16\n", "")
 
 
 def test_unknown_flag_of_a_real_script_ends_in_one_line():

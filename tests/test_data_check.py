@@ -11,94 +11,36 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
-from corpus import BAD_TABLES, BOMB_SIDES, UNREADABLE, build_corpus, encode, photo
-from fsspec.implementations.memory import MemoryFileSystem
+from checked_tables import (
+    check,
+    corpus,  # noqa: F401
+    table_of,
+    write_photo,
+)
+from corpus import BAD_TABLES, UNREADABLE, encode, photo
 from PIL import Image
+from tiny_models import images  # noqa: F401
 
 import generator
 import make_csv_from_folders
 import split_train_test
 from configs import Configs
-from finetune import stores
 from finetune.callbacks import BadImages
-from finetune.copies import Groups, join_near
-from finetune.data_check import check_data, check_images, check_sets
-from finetune.findings import IMAGE_FAULTS, KINDS, format_findings, write_data_report
+from finetune.data_check import check_images, check_sets
+from finetune.findings import IMAGE_FAULTS
 from finetune.images import read_image
-from finetune.inspection import hash_picture, inspect_image
+from finetune.inspection import inspect_image
 from finetune.options import UserError
 from finetune.splitting import SET_FILES
-from finetune.stores import FIRST_PART, PartlyFetched, is_url
-from finetune.tables import ImageTable, make_image_table, parse_table, read_table
 from finetune.team import Team
 from generator import get_generator
-
-# What full checking finds in each file of the corpus; quick checking does not see into the pixels of `DEEP`.
-EXPECTED = {
-    "missing": ["missing"],
-    "folder": ["missing"],
-    "empty": ["empty"],
-    **{name: ["not_an_image"] for name in ("text", "html", "noise")},
-    **{name: ["unreadable"] for name in ("header_only_png", "jpeg_start_only", "damaged_png")},
-    **{name: ["unreadable"] for name in ("truncated_gif", "truncated_tiff")},
-    **{name: ["truncated"] for name in ("truncated_jpeg", "truncated_progressive", "zero_filled_jpeg")},
-    **{name: ["truncated"] for name in ("truncated_png", "truncated_webp", "truncated_bmp")},
-    **{name: ["too_many_pixels"] for name in ("bomb_png", "bomb_jpeg", "bomb_gif", "bomb_bmp")},
-    **{name: ["wrong_extension"] for name in ("png_named_jpg", "jpeg_named_png")},
-    **{name: ["rotated"] for name in ("rotated_jpeg", "rotated_png", "rotated_tiff")},
-    "rotated_webp": ["exif_ignored"],
-    **{name: ["animated"] for name in ("animated_gif", "animated_webp", "animated_png", "pages_tiff")},
-    **{name: ["deep"] for name in ("deep_png", "deep_grey_png")},
-    "deep_alpha_png": ["deep", "alpha"],
-    **{name: ["cmyk"] for name in ("cmyk_jpeg", "cmyk_tiff")},
-    **{name: ["alpha"] for name in ("alpha_png", "alpha_webp", "grey_alpha_png")},
-    "palette_png": ["palette"],
-    "palette_alpha_png": ["palette", "alpha"],
-}
-DEEP = ("damaged_png", "truncated_gif", "truncated_tiff")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return build_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def table_of(rows, set_name="training", folder=""):
-    """Makes a table of (path, label) rows."""
-    paths, labels = zip(*rows, strict=True)
-    files = [os.path.normpath(os.path.join(folder, path)) if path.strip() else "" for path in paths]
-    files = [path if is_url(path) else file for path, file in zip(paths, files, strict=True)]
-    return ImageTable(set_name, f"{set_name}.csv", list(paths), files, list(labels))
-
-
-def check(*tables, multi_label=False, **options):
-    return check_data(tables, multi_label, **options)
 
 
 def kinds_of(findings):
     return sorted((finding.kind, finding.set_name, finding.row) for finding in findings)
 
 
-def write_photo(path, seed, **options):
-    path.write_bytes(encode("JPEG", photo(seed), **options))
-    return str(path)
-
-
 # Images
-
-
-@pytest.mark.parametrize("decode", [False, True])
-def test_each_file_of_the_corpus_is_told_for_what_it_is(corpus, decode):
-    for name, path in corpus.items():
-        found = inspect_image(str(path), decode)
-        kinds = [found.fault[0]] if found.fault else [kind for kind, _ in found.remarks]
-        assert kinds == ([] if name in DEEP and not decode else EXPECTED.get(name, [])), name
-
-
-def test_what_cannot_be_read_is_an_error_and_what_can_is_none(corpus):
-    findings = check(table_of([(str(path), name) for name, path in corpus.items()]), mode="full")
-    errors = {finding.path for finding in findings if finding.kind in IMAGE_FAULTS}
-    assert errors == {str(corpus[name]) for name in UNREADABLE}
 
 
 def test_generator_refuses_exactly_what_the_check_calls_an_error(corpus):
@@ -134,29 +76,6 @@ def test_16_bits_keep_their_high_byte(corpus):
     assert np.abs(read_image(str(corpus["deep_png"])).astype(int) - deep / 257).max() <= 1
 
 
-def test_a_large_jpeg_that_is_cut_short_is_refused_at_every_length(tmp_path):
-    data = encode("JPEG", cv2.resize(skimage.data.astronaut(), (900, 900)), quality=90)
-    path = tmp_path / "cut.jpg"
-    for share in (0.05, 0.3, 0.6, 0.9, 0.99):
-        path.write_bytes(data[: int(len(data) * share)])
-        for size in (None, (100, 100)):
-            with pytest.raises(UserError, match=r"cut\.jpg"):
-                read_image(str(path), size)
-        assert inspect_image(str(path)).fault[0] in ("truncated", "unreadable")
-
-
-def test_end_mark_of_a_thumbnail_is_not_that_of_the_photo(tmp_path):
-    data = encode("JPEG", photo(0, (120, 160)))
-    thumbnail = encode("JPEG", photo(1, (30, 40)))
-    segment = b"\xff\xe1" + (len(thumbnail) + 8).to_bytes(2, "big") + b"Exif\0\0" + thumbnail
-    path = tmp_path / "photo.jpg"
-    whole = data[:2] + segment + data[2:]
-    path.write_bytes(whole)
-    assert inspect_image(str(path)).fault is None
-    path.write_bytes(whole[:-200])
-    assert inspect_image(str(path)).fault[0] == "truncated"
-
-
 def test_damaged_animation_does_not_reach_opencv_which_crashes(corpus, tmp_path, monkeypatch):
     data = bytearray(corpus["animated_png"].read_bytes())
     data[len(data) // 3] ^= 0xFF
@@ -188,27 +107,11 @@ def test_small_file_that_claims_more_pixels_than_it_can_hold_is_refused(tmp_path
         read_image(str(path))
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
-def test_pipe_does_not_hang(tmp_path):
-    os.mkfifo(tmp_path / "pipe.jpg")
-    assert inspect_image(str(tmp_path / "pipe.jpg"), decode=True).fault[0] == "missing"
-    with pytest.raises(UserError, match=r"pipe\.jpg"):
-        read_image(str(tmp_path / "pipe.jpg"))
-
-
 def test_pixels_are_counted_before_decoding(corpus, monkeypatch):
     monkeypatch.setattr(generator.cv2, "imdecode", lambda *_: pytest.fail("decoded"))
     for name in ("bomb_png", "bomb_jpeg", "bomb_gif", "bomb_bmp", "good_png"):
         with pytest.raises(UserError, match="more than max_image_pixels"):
             read_image(str(corpus[name]), max_pixels=100)
-
-
-def test_the_limit_of_pixels_is_the_last_number_allowed(corpus):
-    height, width = read_image(str(corpus["good_jpeg"])).shape[:2]
-    assert inspect_image(str(corpus["good_jpeg"]), max_pixels=height * width).fault is None
-    assert inspect_image(str(corpus["good_jpeg"]), max_pixels=height * width - 1).fault[0] == "too_many_pixels"
-    pixels = BOMB_SIDES[0] * BOMB_SIDES[1]
-    assert inspect_image(str(corpus["bomb_png"]), max_pixels=pixels).fault is None
 
 
 def test_sizes_below_the_target_and_far_from_the_rest_are_told(tmp_path):
@@ -223,91 +126,6 @@ def test_sizes_below_the_target_and_far_from_the_rest_are_told(tmp_path):
 
 
 # Images in stores
-
-
-def large_files():
-    """Returns files of every kind, by name, that are larger than the part of a header that is read first."""
-    noisy = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
-    files = {f"large.{kind.lower()}": encode(kind, noisy) for kind in ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")}
-    files["trailing.jpeg"] = files["large.jpeg"] + bytes(9000)
-    files["large.hdr"] = cv2.imencode(".hdr", noisy.astype(np.float32))[1].tobytes()
-    files["large.txt"] = b"no image " * 20_000
-    assert min(map(len, files.values())) > FIRST_PART
-    return files | {f"cut_{name}": data[:-5000] for name, data in files.items()}
-
-
-@pytest.mark.parametrize("decode", [False, True])
-def test_each_object_is_told_for_what_the_file_is(corpus, store, tmp_path, decode):
-    files = {path.name: path for path in corpus.values()}
-    for name, data in large_files().items():
-        files[name] = tmp_path / name
-        files[name].write_bytes(data)
-    for name, path in files.items():
-        if path.is_file():
-            store.put(f"memory://bucket/{name}", path.read_bytes())
-    store.put("memory://bucket/folder.jpg/a.jpg", b"")
-    for name, path in files.items():
-        assert inspect_image(f"memory://bucket/{name}", decode) == inspect_image(str(path), decode), name
-
-
-def test_header_and_end_of_a_large_object_are_all_that_is_read(store):
-    data = large_files()["large.jpeg"]
-    store.put("memory://bucket/a.jpg", data)
-    assert inspect_image("memory://bucket/a.jpg").sides == (400, 300)
-    parts = [(0, 2**16), (len(data) - 4096, len(data))]
-    assert store.asked == [("info", "/bucket/a.jpg"), *(("bytes", "/bucket/a.jpg", *part) for part in parts)]
-    small = encode("JPEG", photo(0))
-    for content, decode in ((data, True), (small, False), (small, True)):
-        store.put("memory://bucket/a.jpg", content)
-        store.asked.clear()
-        assert inspect_image("memory://bucket/a.jpg", decode).fault is None
-        assert store.asked == [("info", "/bucket/a.jpg"), ("bytes", "/bucket/a.jpg", 0, len(content))]
-
-
-def test_a_header_that_is_longer_is_read_to_its_end(store):
-    data = encode("JPEG", photo(0, (120, 160)))
-    comment = b"\xff\xfe" + (60_000).to_bytes(2, "big") + bytes(59_998)
-    store.put("memory://bucket/a.jpg", data[:2] + comment * 5 + data[2:-2] + bytes(10**6) + data[-2:])
-    found = inspect_image("memory://bucket/a.jpg")
-    assert (found.fault, found.remarks, found.sides) == (None, [], (160, 120))
-    # Before the sides are 300,000 bytes: parts of 1, 2 and 4 times the first one.
-    assert sum(end - start for _, _, start, end in store.asked[1:]) == 7 * 2**16 + 4096
-
-
-@pytest.mark.parametrize("knows_parts", [False, True])
-def test_a_partly_fetched_file_reads_as_the_whole(knows_parts):
-    data, fetched = np.random.default_rng(0).bytes(700_000), []
-
-    def fetch(start, end):
-        fetched.append((start, end))
-        return data[start:end] if knows_parts else data
-
-    rng, whole = np.random.default_rng(1), io.BytesIO(data)
-    with io.BufferedReader(PartlyFetched(fetch, len(data))) as file:
-        for _ in range(300):
-            offset, whence = int(rng.integers(-300_000, 800_000)), int(rng.integers(3))
-            if [0, whole.tell(), len(data)][whence] + offset >= 0:
-                assert file.seek(offset, whence) == whole.seek(offset, whence)
-            number = int(rng.choice([0, 1, 30, 5000, 200_000, -1], p=[0.1, 0.2, 0.3, 0.2, 0.18, 0.02]))
-            assert file.read(number) == whole.read(number)
-    assert len(fetched) < 20 if knows_parts else len(fetched) == 1
-
-
-def test_an_object_of_unknown_size_is_read_whole(store, monkeypatch):
-    monkeypatch.setattr(MemoryFileSystem, "info", lambda *_: {"type": "file", "size": None})
-    files = large_files()
-    for name, fault in (("large.jpeg", None), ("cut_large.jpeg", "truncated"), ("large.txt", "not_an_image")):
-        store.put("memory://bucket/a", files[name])
-        found = inspect_image("memory://bucket/a").fault
-        assert (found and found[0]) == fault
-    assert store.asked == [("bytes", "/bucket/a", None, None)] * 3
-
-
-def test_an_object_that_changes_while_it_is_read_is_no_damaged_image(store, monkeypatch):
-    store.put("memory://bucket/a.jpg", large_files()["large.jpeg"])
-    monkeypatch.setattr(stores, "_ask_store", lambda *_: {"type": "file", "size": 10**7})
-    expected = "unreachable", "is out of reach: it changed while it was read"
-    assert inspect_image("memory://bucket/a.jpg").fault == expected
 
 
 def test_what_no_store_gives_is_told_with_its_row(store):
@@ -385,48 +203,6 @@ def test_files_of_one_length_and_end_are_told_apart_by_their_content(tmp_path):
     assert check(table_of([("a.bmp", "x"), ("b.bmp", "x")], folder=tmp_path)) == []
 
 
-def make_copies(picture):
-    """Yields copies of a picture as they occur: resized, recompressed, slightly cropped, and all three at once."""
-    height, width = picture.shape[:2]
-    for scale in (0.5, 0.8, 1.3, 2.0):
-        method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        yield cv2.resize(picture, None, fx=scale, fy=scale, interpolation=method), 95
-    for quality in (30, 60, 90):
-        yield picture, quality
-    for top, bottom, left, right in ((0.04, 0.04, 0.04, 0.04), (0.04, 0, 0.02, 0), (0, 0.03, 0, 0.03)):
-        rows = slice(int(top * height), height - int(bottom * height))
-        yield picture[rows, int(left * width) : width - int(right * width)], 90
-    yield cv2.resize(picture[height // 40 :, width // 40 :], None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA), 50
-
-
-def near_hashes(pictures):
-    files = [encode("JPEG", picture, quality=quality) for picture, quality in pictures]
-    sides = [picture.shape[1::-1] for picture, _ in pictures]
-    hashes = [hash_picture(data, data[:12], side) for data, side in zip(files, sides, strict=True)]
-    return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 5)
-
-
-def photos():
-    """Returns scikit-image's photos, and parts of them that share nothing."""
-    whole = [getattr(skimage.data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")]
-    halves = [np.ascontiguousarray(picture[:, part]) for picture in whole for part in (np.s_[:200], np.s_[220:420])]
-    return [*whole, *halves]
-
-
-def test_resized_recompressed_and_cropped_copies_are_found():
-    found = []
-    for picture in photos():
-        hashes = near_hashes([(picture, 95), *make_copies(picture)])
-        found += [bool(join_near(hashes[[0, copy]], ["a", "a"])) for copy in range(1, len(hashes))]
-    assert np.mean(found) >= 0.95
-
-
-def test_different_photos_are_not_taken_for_copies():
-    pictures = photos()[4:]
-    hashes = near_hashes([(picture, 90) for picture in pictures])
-    assert join_near(hashes, ["a"] * len(hashes)) == []
-
-
 def test_near_copies_across_sets_are_an_error_that_full_checking_alone_finds(tmp_path):
     picture = skimage.data.chelsea()
     for name, quality in (("a.jpg", 90), ("b.jpg", 60), ("c.jpg", 75)):
@@ -444,73 +220,7 @@ def test_pictures_of_one_colour_are_no_copies_of_each_other(tmp_path):
     assert check(table_of([("a.png", "x"), ("b.png", "x")], folder=tmp_path), mode="full") == []
 
 
-def test_every_chain_of_near_hashes_becomes_one_group():
-    rng = np.random.default_rng(0)
-    hashes = rng.integers(0, 2**63, (700, 5)).astype(np.uint64)
-    for copy, original in ((300, 10), (650, 300), (20, 650)):
-        hashes[copy] = hashes[original]
-        hashes[copy, 1:] ^= np.uint64(3 << copy % 60)
-    groups = Groups(700)
-    for first, second, distance in join_near(hashes, ["a"] * 700):
-        assert distance <= 24
-        groups.join(first, second)
-    assert {groups.find(position) for position in (10, 20, 300, 650)} == {10}
-    assert len({groups.find(position) for position in range(700)}) == 697
-
-
 # Tables
-
-
-@pytest.mark.parametrize(
-    ("name", "multi_label", "expected"),
-    [
-        ("empty_paths", False, [("empty_path", 2), ("empty_path", 3)]),
-        ("empty_labels", False, [("empty_label", 2), ("empty_label", 3)]),
-        ("multi_label_empty_parts", True, [("empty_label_part", 2), ("empty_label_part", 3), ("empty_label_part", 4)]),
-        ("multi_label_doubled", True, [("doubled_label", 2)]),
-        ("white_space", False, [("white_space_variant", 3), ("white_space_variant", 4)]),
-        ("case_variants", False, [("case_variant", 2)]),
-        ("duplicate_paths", False, [("duplicate_path", 3), ("duplicate_with_other_label", 5)]),
-        ("class_of_one_image", False, [("class_of_one_image", 4)]),
-    ],
-)
-def test_faults_of_a_table_are_all_told_with_their_rows(tmp_path, name, multi_label, expected):
-    (tmp_path / "table.csv").write_bytes(BAD_TABLES[name])
-    for seed, letter in enumerate("abcd"):
-        write_photo(tmp_path / f"{letter}.jpg", seed)
-    read = parse_table(str(tmp_path / "table.csv"), "class")
-    findings = check(make_image_table("training", "t", read, "class", str(tmp_path)), multi_label=multi_label)
-    found = [(finding.kind, finding.row) for finding in findings]
-    kinds = {kind for kind, _ in expected}
-    assert sorted(pair for pair in found if pair[0] in kinds) == expected
-    assert {kind for kind, _ in found} <= kinds | {"class_of_one_image"}
-
-
-def test_read_table_tells_every_empty_cell_at_once(tmp_path):
-    path = tmp_path / "table.csv"
-    path.write_bytes(b"path,class\n,cat\nb.jpg,\nc.jpg,\nd.jpg,dog\n")
-    with pytest.raises(UserError) as raised:
-        read_table(str(path), "class")
-    lines = str(raised.value).splitlines()
-    assert [line.split("table.csv, ")[1].split(":")[0] for line in lines] == ["row 2", "rows 3, 4"]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("semicolons", "separated by semicolons"),
-        ("tabs", "separated by tabs"),
-        ("bars", "separated by bars"),
-        ("latin_1", r"line 2 \('a.jpg,Ärmel'\) looks like Latin-1"),
-        ("utf_16", "it is UTF-16"),
-        ("image_in_place_of_a_table", "it is no text"),
-    ],
-)
-def test_delimiter_and_encoding_are_named(tmp_path, name, message):
-    path = tmp_path / "table.csv"
-    path.write_bytes(BAD_TABLES[name])
-    with pytest.raises(UserError, match=message):
-        read_table(str(path), "class")
 
 
 @pytest.mark.parametrize("name", BAD_TABLES)
@@ -536,33 +246,6 @@ def test_classes_that_training_lacks_are_told_for_each_row(tmp_path):
 
 
 # Reports
-
-
-def test_report_lists_all_and_the_summary_the_first_few(tmp_path):
-    findings = check(table_of([(f"missing_{number}.jpg", "a") for number in range(9)]))
-    text = format_findings(findings)
-    assert "error, missing (9)" in text
-    assert "training.csv, row 6: missing_4.jpg" in text
-    assert "missing_5" not in text
-    assert "and 4 more rows" in text
-    with open(write_data_report(str(tmp_path), findings), encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["row"] for row in rows] == [str(number) for number in range(2, 11)]
-    assert {row["severity"] for row in rows} == {"error"}
-
-
-def test_notes_alone_take_one_line(corpus):
-    names = [name for name, kinds in EXPECTED.items() if KINDS[kinds[0]].severity == "note"]
-    findings = check(table_of([(str(corpus[name]), "a") for name in names]))
-    text = format_findings([one for one in findings if KINDS[one.kind].severity == "note"])
-    assert len(text.splitlines()) == 1
-    assert "3 turned upright by EXIF" in text
-
-
-def test_control_characters_do_not_reach_the_terminal():
-    text = format_findings(check(table_of([("\x1b[2Ja\nb.jpg", "a"), ("b.jpg", "a")])))
-    assert "\x1b" not in text
-    assert all(line.startswith(("error", "  ")) for line in text.splitlines())
 
 
 def write_sets(folder, corrupt=()):
@@ -834,3 +517,35 @@ def test_splitting_leaves_out_bad_images_where_it_may(tmp_path):
     assert not (tmp_path / "training_set.csv").exists()
     _, sets = split(tmp_path, rows, ("path", "class"), verify=True, skip_bad_images=True)
     assert sum(map(len, sets.values())) == 10
+
+
+def test_images_of_any_format_pass(tmp_path):
+    names = ["a.png", "b.jpg", "c.bmp", "d.tif", "e.webp"]
+    for name in names:
+        cv2.imwrite(str(tmp_path / name), np.zeros((4, 4, 3), np.uint8))
+    check_images([str(tmp_path / name) for name in names], "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.jpg", "does not exist"),
+        ("empty.jpg", "is empty"),
+        ("text.jpg", "is no image that OpenCV reads"),
+        (".", "does not exist"),
+    ],
+)
+def test_file_that_is_no_image_names_its_row(tmp_path, name, message):
+    cv2.imwrite(str(tmp_path / "good.jpg"), np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("this is a text, not an image, whatever its name says", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"t\.csv: row 3: .*{message}\. Correct image_directory") as raised:
+        check_images([str(tmp_path / "good.jpg"), str(tmp_path / name)], "t.csv")
+    assert "row 2" not in str(raised.value)
+
+
+def test_only_the_first_bad_images_are_listed():
+    with pytest.raises(UserError, match="3 more rows") as raised:
+        check_images([f"missing_{number}.jpg" for number in range(8)], "t.csv")
+    assert "missing_4.jpg" in str(raised.value)
+    assert "missing_5.jpg" not in str(raised.value)

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+from drawn_runs import CLASS_NAMES, SIZE
 
 import draw_activations
 from configs import Configs
@@ -15,14 +16,10 @@ from finetune import cam_pictures, explaining, gradcam
 from finetune.cam_pictures import name_outputs, overlay_heatmap
 from finetune.decision import Decision
 from finetune.decision_file import write_decision
-from finetune.explaining import CHOOSERS
 from finetune.files import write_json
 from finetune.options import UserError
 from generator import get_generator
 from model import ModelFactory
-
-SIZE, CLASS_NAMES = 32, ["blue", "green", "red"]
-MULTI_LABELS = np.array([[1, 0, 1], [0, 1, 0]], np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -284,20 +281,3 @@ def test_many_panels_stand_in_rows(number, columns, rows):
         top, left = height * (value // columns), 20 * (value % columns)
         panel = picture[top : top + 16, left : left + 20]
         assert (panel == (value if value < number else 255)).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("predicted", [[0, 1, 0], [1, 0, 0]]),
-        ("true", [[1, 0, 1], [0, 1, 0]]),
-        ("top_k", [[0, 1, 1], [1, 1, 0]]),
-        ("threshold", [[0, 1, 1], [0, 0, 0]]),
-    ],
-)
-def test_choosers_by_hand(name, expected):
-    # Equal ones: the first is the predicted class.
-    probabilities = np.array([[0.1, 0.9, 0.7], [0.3, 0.3, 0.2]], np.float32)
-    decision = Decision(CLASS_NAMES, True, exact_match_threshold=0.7)
-    chosen = CHOOSERS[name](probabilities, MULTI_LABELS, decision=decision, top_k=2)
-    np.testing.assert_array_equal(chosen, np.array(expected, bool))

@@ -1,57 +1,35 @@
 import os
-import shutil
-import struct
-import subprocess
-import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import cv2
 import keras
 import numpy as np
 import pytest
-import skimage.data
 import tensorflow as tf
 from fsspec.implementations.memory import MemoryFileSystem
-from PIL import Image, ImageOps
+from picture_sets import (
+    SIZE,
+    assert_blended,
+    cache_of,
+    mixing_sequence,
+    one_epoch,
+    pictures,  # noqa: F401
+    sequence_of,
+    unreadable,  # noqa: F401
+)
+from PIL import Image
 
 from augmenter import build_augmenter
 from configs import Configs
-from finetune.caches import DiskCache, MemoryCache
 from finetune.callbacks import EpochOrder, InputWait
-from finetune.images import choose_divisor, read_image, resize_image
 from finetune.interruption import Interruption
-from finetune.mixing import mix_batch
 from finetune.options import UserError
 from finetune.predicting import predict
 from finetune.stores import read_version
 from finetune.trainer import TrainingModel
 from generator import AugmentedImageSequence, Shares, get_generator, naming_bad_images
-
-SIZE = (12, 16)
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    generator = np.random.default_rng(2)
-    images = generator.integers(0, 256, (10, *SIZE, 3), np.uint8)
-    paths = [str(tmp_path / f"{position}.png") for position in range(10)]
-    for path, image in zip(paths, images, strict=True):
-        Image.fromarray(image).save(path)
-    return paths, images
-
-
-def sequence_of(paths, labels=None, **options):
-    labels = np.arange(len(paths)) if labels is None else labels
-    return AugmentedImageSequence(paths, labels, **{"image_size": SIZE, "batch_size": 4} | options)
-
-
-def one_epoch(sequence):
-    images, labels = zip(*(sequence[index] for index in range(len(sequence))), strict=True)
-    return np.concatenate(images), np.concatenate(labels)
 
 
 def test_batches_are_uint8_rgb_in_the_order_of_the_csv(pictures):
@@ -123,101 +101,6 @@ def test_class_counts(labels, counts):
     found = sequence_of(["unread.png"] * 4, labels, shuffle=True).get_class_counts()
     assert found.tolist() == counts
     assert np.issubdtype(found.dtype, np.integer)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(tmp_path, orientation):
-    quadrants = np.zeros((32, 48, 3), np.uint8)
-    quadrants[:16, :24], quadrants[:16, 24:], quadrants[16:, :24] = (200, 30, 30), (30, 200, 30), (30, 30, 200)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = str(tmp_path / "photo.jpg")
-    Image.fromarray(quadrants).save(path, exif=exif, quality=95, subsampling=0)
-    upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
-    image = read_image(path)
-    assert image.shape == ((48, 32, 3) if orientation > 4 else (32, 48, 3))
-    assert np.abs(image.astype(int) - upright).mean() < 2
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
-def test_png_of_any_mode_is_read_as_8_bit_rgb(tmp_path, mode):
-    colours = np.random.default_rng(3).integers(0, 256, (*SIZE, 3), np.uint8)
-    picture = Image.fromarray(colours).convert(mode)
-    if mode in ("LA", "RGBA"):
-        picture.putalpha(Image.fromarray(colours[..., 0]))
-    path = str(tmp_path / "picture.png")
-    picture.save(path)
-    image = read_image(path)
-    assert image.dtype == np.uint8
-    expected = picture.convert("RGBA").convert("RGB") if mode in ("LA", "RGBA") else picture.convert("RGB")
-    np.testing.assert_array_equal(image, np.asarray(expected))
-
-
-def test_palette_png_with_a_transparent_colour_keeps_its_colours(tmp_path):
-    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
-    picture.putpalette([250, 10, 20, 30, 240, 40, 50, 60, 230])
-    path = str(tmp_path / "palette.png")
-    picture.save(path, transparency=1)
-    assert read_image(path).tolist() == [[[250, 10, 20], [30, 240, 40], [50, 60, 230]]]
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_16_bit_png_is_reduced_to_8_bits(tmp_path, channels):
-    eight = np.random.default_rng(4).integers(0, 256, (*SIZE, channels), np.uint8)
-    path = str(tmp_path / "deep.png")
-    cv2.imwrite(path, eight.astype(np.uint16) * 257)
-    expected = np.repeat(eight, 3, axis=2) if channels == 1 else eight[..., 2::-1]
-    np.testing.assert_array_equal(read_image(path), expected)
-
-
-@pytest.mark.parametrize("name", ["žltý kvet/ďatelina č. 1.png", "花.png", "with space.png", "UPPER.PNG"])
-def test_any_path_is_read(tmp_path, name):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    Image.new("RGB", (5, 3), (1, 2, 3)).save(path)
-    assert read_image(str(path)).tolist() == [[[1, 2, 3]] * 5] * 3
-
-
-def png_header(width: int, height: int) -> bytes:
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-
-
-UNREADABLE = {
-    "missing": None,
-    "empty": b"",
-    "text": b"this is no image",
-    "header only": png_header(12, 16),
-    "oversized": png_header(2**17, 2**17),
-}
-
-
-@pytest.fixture(params=UNREADABLE, ids=lambda kind: kind.replace(" ", "_"))
-def unreadable(request, tmp_path):
-    path = tmp_path / "bad image.png"
-    if UNREADABLE[request.param] is not None:
-        path.write_bytes(UNREADABLE[request.param])
-    return str(path)
-
-
-def test_an_unreadable_image_is_named(unreadable):
-    with pytest.raises(UserError) as caught:
-        read_image(unreadable)
-    assert unreadable in str(caught.value)
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
-def test_half_an_image_is_refused(tmp_path, suffix):
-    path = tmp_path / f"half.{suffix}"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)).save(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=f"half.{suffix}"):
-        read_image(str(path))
-
-
-def test_a_folder_in_place_of_an_image_is_named(tmp_path):
-    with pytest.raises(UserError, match=str(tmp_path)):
-        read_image(str(tmp_path))
 
 
 def test_the_sequence_keeps_its_error(pictures, unreadable):
@@ -314,118 +197,6 @@ def test_fit_receives_the_same_batches_whatever_the_workers(pictures, workers):
         np.testing.assert_array_equal(images, expected_images)
 
 
-def mix(images, labels=None, seed=0, mixup_alpha=0.0, cutmix_alpha=0.0):
-    labels = np.eye(len(images), dtype=np.float32) if labels is None else labels
-    return mix_batch(images, labels, np.random.default_rng(seed), mixup_alpha, cutmix_alpha)
-
-
-def random_images(count, height=12, width=16):
-    return np.random.default_rng(8).integers(0, 256, (count, height, width, 3), np.uint8)
-
-
-def assert_blended(images, mixed, labels):
-    """Checks that each mixed image is the sum of two images by their labels' shares, of which the first is its own."""
-    for position, (image, shares) in enumerate(zip(mixed, labels, strict=True)):
-        assert shares[position] > 0
-        assert np.count_nonzero(shares) <= 2
-        assert shares.sum() == pytest.approx(1, abs=1e-6)
-        np.testing.assert_allclose(image, np.tensordot(shares, images.astype(float), 1), atol=0.51)
-
-
-def test_mixup_blends_pixels_and_labels_by_the_same_share():
-    images = random_images(12)
-    original = images.copy()
-    mixed, labels = mix(images, mixup_alpha=1.0)
-    assert (mixed.dtype, labels.dtype) == (np.uint8, np.float32)
-    assert_blended(images, mixed, labels)
-    np.testing.assert_array_equal(images, original)
-    # Each image is in the batch once as itself and once as the other one, and each pair has a share of its own.
-    is_pair = np.count_nonzero(labels, axis=1) == 2
-    assert is_pair.sum() >= 8
-    assert ((labels > 0).sum(axis=0) == np.where(is_pair, 2, 1)).all()
-    assert len(np.unique(labels.diagonal()[is_pair])) == is_pair.sum()
-
-
-def test_cutmix_pastes_a_box_and_counts_its_pixels():
-    images = np.empty((40, 30, 50, 3), np.uint8)
-    images[:] = np.arange(40)[:, None, None, None] + [0, 50, 100]
-    mixed, labels = mix(images, cutmix_alpha=1.0)
-    assert (mixed.dtype, labels.dtype) == (np.uint8, np.float32)
-    cut_off = 0
-    for position, (image, shares) in enumerate(zip(mixed, labels, strict=True)):
-        np.testing.assert_array_equal(image - image[..., :1], np.broadcast_to([0, 50, 100], image.shape))
-        counts = np.bincount(image[..., 0].ravel(), minlength=40)
-        np.testing.assert_allclose(shares, counts / counts.sum(), atol=1e-6)
-        rows, columns = np.nonzero(image[..., 0] != position)
-        if rows.size:
-            height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
-            assert height * width == rows.size
-            at_border = {rows.min(), columns.min()} & {0} or rows.max() == 29 or columns.max() == 49
-            # Where the border has cut nothing off, a box is as high to its width as an image.
-            assert at_border or abs(height / 30 - width / 50) < 0.04
-            cut_off += bool(at_border)
-    assert 0 < cut_off < 40
-
-
-def test_boxes_of_cutmix_reach_everywhere_and_have_the_drawn_size():
-    images = np.zeros((400, 10, 10, 3), np.uint8)
-    images[200:] = 255
-    # Beta(1e6, 1e6) is a half: a box of 7 pixels a side, for 7 * 7 is about half of 100; its border may cut it off.
-    mixed, _ = mix(images, cutmix_alpha=1e6)
-    pasted = mixed[..., 0] != images[..., 0]
-    assert pasted.any(axis=0).all()
-    assert pasted.any(axis=2).sum(axis=1).max() == pasted.any(axis=1).sum(axis=1).max() == 7
-    assert pasted.sum(axis=(1, 2)).max() == 49
-
-
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
-def test_shares_of_mixup_are_of_the_beta_distribution(alpha):
-    labels = np.repeat(np.eye(2, dtype=np.float32), 5000, axis=0)
-    _, mixed = mix(np.zeros((10000, 1, 1, 3), np.uint8), labels, mixup_alpha=alpha)
-    # Where both are of one class, the share of the other is 0.
-    shares = np.concatenate([mixed[:5000, 0], mixed[5000:, 1]])
-    shares = shares[shares < 1]
-    assert 4500 < len(shares) <= 5500
-    assert shares.mean() == pytest.approx(0.5, abs=0.03)
-    # Of Beta(alpha, alpha) the variance is 1 / (4 (2 alpha + 1)).
-    assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
-
-
-def test_mixup_and_cutmix_take_turns_at_even_odds():
-    images = np.zeros((4, 6, 6, 3), np.uint8)
-    images[2:] = 255
-    # At shares of a half, a blend has greys and a box has none; a batch whose pairs are of one colour tells nothing.
-    batches = [mix(images, seed=seed, mixup_alpha=1e6, cutmix_alpha=1e6) for seed in range(300)]
-    told = [mixed for mixed, _ in batches if (mixed != images).any()]
-    blends = [bool(((mixed > 0) & (mixed < 255)).any()) for mixed in told]
-    assert len(told) > 200
-    assert 0.4 < np.mean(blends) < 0.6
-    # A batch is either the one or the other.
-    for mixed, is_blend in zip(told, blends, strict=True):
-        assert all((len(np.unique(image)) == 1) == is_blend for image in mixed if len(np.unique(image)) > 1)
-
-
-@pytest.mark.parametrize("alphas", [(1.0, 0.0), (0.0, 1.0)])
-def test_one_image_is_mixed_with_itself(alphas):
-    image = random_images(1)
-    mixed, labels = mix(image, np.array([[0, 1, 1]], np.float32), 0, *alphas)
-    np.testing.assert_array_equal(mixed, image)
-    np.testing.assert_allclose(labels, [[0, 1, 1]], rtol=1e-6)
-
-
-@pytest.mark.parametrize("alpha", [5e-324, 1e-3, 1e5, 1e308])
-def test_any_alpha_gives_shares(alpha):
-    for alphas in ((alpha, 0.0), (0.0, alpha)):
-        _, labels = mix(random_images(5), None, 0, *alphas)
-        np.testing.assert_allclose(labels.sum(axis=1), 1, rtol=1e-6)
-        assert labels.min() >= 0
-
-
-def mixing_sequence(paths, labels=None, **options):
-    options = {"mixup_alpha": 1.0, "number_of_classes": 10, "shuffle": True, "seed": 7} | options
-    return sequence_of(paths, labels, **options)
-
-
 def test_batches_are_mixed_after_augmentation(pictures):
     plain, mixing = augmented_sequence(pictures[0]), mixing_sequence(pictures[0])
     mixing.augmenter, mixing.batch_size = build_augmenter(), 2
@@ -514,14 +285,6 @@ def test_several_labels_are_mixed_as_they_are(pictures):
     assert ((labels > 0) & (labels < 0.999)).any()
 
 
-def test_mixing_leaves_a_cache_as_it_is(pictures, tmp_path):
-    sequence = mixing_sequence(pictures[0], cutmix_alpha=1.0, cache=MemoryCache(10, SIZE))
-    first, second = one_epoch(sequence), one_epoch(sequence)
-    np.testing.assert_array_equal(first[0], second[0])
-    for row in range(10):
-        np.testing.assert_array_equal(sequence.cache.get(row), pictures[1][row])
-
-
 def test_the_configs_say_how_training_images_change(pictures, tmp_path):
     table = tmp_path / "table.csv"
     table.write_text("path,class\n" + "".join(f"{path},{'ab'[row % 2]}\n" for row, path in enumerate(pictures[0])))
@@ -547,84 +310,6 @@ def test_the_given_augmenter_is_not_reseeded(pictures):
     np.testing.assert_array_equal(augmenter(images=pictures[1]), untouched(images=pictures[1]))
 
 
-@pytest.mark.parametrize("size", [(5, 7), (40, 9), (9, 40), (33, 50), (12, 16)])
-def test_resizing_gives_height_by_width_uint8(size):
-    resized = resize_image(np.zeros((*SIZE, 3), np.uint8), size)
-    assert resized.shape == (*size, 3)
-    assert resized.dtype == np.uint8
-
-
-def test_shrinking_averages_areas():
-    image = np.zeros((4, 8, 3), np.uint8)
-    image[:2, :4] = [[[0, 40, 80]] * 4, [[20, 60, 100]] * 4]
-    image[2, 6] = 200
-    expected = np.zeros((2, 2, 3))
-    expected[0, 0], expected[1, 1] = (10, 50, 90), 25
-    np.testing.assert_array_equal(resize_image(image, (2, 2)), expected)
-
-
-def test_shrinking_by_any_factor_keeps_the_mean():
-    image = np.random.default_rng(6).integers(0, 256, (45, 64, 3), np.uint8)
-    np.testing.assert_allclose(resize_image(image, (13, 22)).mean(axis=(0, 1)), image.mean(axis=(0, 1)), atol=0.5)
-
-
-def test_an_image_of_the_right_size_stays_as_it_is():
-    image = np.random.default_rng(6).integers(0, 256, (5, 7, 3), np.uint8)
-    np.testing.assert_array_equal(resize_image(image, (5, 7)), image)
-
-
-@pytest.mark.parametrize("size", [(3, 3), (12, 30), (31, 8), (50, 50)])
-def test_resizing_keeps_a_plain_colour(size):
-    plain = np.full((*SIZE, 3), (10, 120, 250), np.uint8)
-    assert np.unique(resize_image(plain, size).reshape(-1, 3), axis=0).tolist() == [[10, 120, 250]]
-
-
-def photo_jpeg(path, height, width, **options):
-    """Writes a real photo, enlarged or shrunk, as a JPEG file."""
-    image = Image.fromarray(skimage.data.astronaut()).resize((width, height), Image.Resampling.BICUBIC)
-    image.save(path, quality=90, **options)
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "image_size", "divisor"),
-    [
-        *((3000, 4000, (224, 224), 8), (1800, 1800, (224, 224), 8), (1791, 3000, (224, 224), 4)),
-        *((448, 640, (224, 224), 2), (447, 640, (224, 224), 1), (100, 100, (224, 224), 1)),
-        # Turned upright the picture may be 300 wide, which a half of would be below 200.
-        *((300, 900, (100, 200), 1), (400, 900, (100, 200), 2)),
-    ],
-)
-def test_a_jpeg_is_decoded_at_the_smallest_scale_that_suffices(tmp_path, height, width, image_size, divisor):
-    encoded = np.fromfile(photo_jpeg(tmp_path / "photo.jpg", height, width), np.uint8)
-    assert choose_divisor(encoded, (width, height), image_size) == divisor
-
-
-@pytest.mark.parametrize(("height", "width"), [(480, 640), (1000, 1500), (3000, 4000)])
-def test_scaled_decoding_is_close_to_full_decoding(tmp_path, height, width):
-    path = photo_jpeg(tmp_path / "photo.jpg", height, width)
-    scaled = read_image(path, (224, 224))
-    assert min(scaled.shape[:2]) >= 224
-    assert scaled.shape[0] <= height // 2
-    full = cv2.resize(read_image(path), (224, 224), interpolation=cv2.INTER_AREA)
-    assert np.abs(resize_image(scaled, (224, 224)).astype(int) - full).mean() < 2
-
-
-@pytest.mark.parametrize("orientation", [3, 6])
-def test_scaled_decoding_keeps_the_orientation_and_rgb(tmp_path, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = photo_jpeg(tmp_path / "photo.jpg", 400, 600, exif=exif)
-    upright = ImageOps.exif_transpose(Image.open(path)).resize((30, 30), Image.Resampling.BOX)
-    assert np.abs(resize_image(read_image(path, (30, 30)), (30, 30)).astype(int) - np.asarray(upright)).mean() < 3
-
-
-def test_other_formats_are_decoded_whole(tmp_path):
-    path = tmp_path / "photo.png"
-    Image.fromarray(skimage.data.astronaut()).save(path)
-    np.testing.assert_array_equal(read_image(str(path), (32, 32)), skimage.data.astronaut())
-
-
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_the_dataset_brings_the_batches_of_each_epoch(pictures, workers):
     sequence, direct = augmented_sequence(pictures[0], workers=workers), augmented_sequence(pictures[0])
@@ -644,10 +329,6 @@ def test_the_dataset_begins_at_the_first_step(pictures):
     assert [labels.tolist() for _, labels in sequence.to_dataset().as_numpy_iterator()] == [[8, 9]]
 
 
-def cache_of(kind, paths, folder, image_size=SIZE):
-    return MemoryCache(len(paths), image_size) if kind == "memory" else DiskCache(paths, image_size, str(folder))
-
-
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_a_cache_gives_the_same_batches_without_reading_again(pictures, tmp_path, kind, monkeypatch):
     paths = pictures[0]
@@ -663,20 +344,6 @@ def test_a_cache_gives_the_same_batches_without_reading_again(pictures, tmp_path
         np.testing.assert_array_equal(images, expected[index][0])
 
 
-@pytest.mark.slow
-def test_a_later_process_uses_the_disk_cache(pictures, tmp_path):
-    paths, images = pictures
-    sequence = sequence_of(paths, cache=cache_of("disk", paths, tmp_path))
-    one_epoch(sequence)
-    code = (
-        "import sys; from finetune.caches import DiskCache; import numpy as np; "
-        f"cache = DiskCache(sys.argv[1:], {SIZE}, {str(tmp_path)!r}); "
-        "print(sum(int(cache.get(row).sum()) for row in range(len(sys.argv) - 1)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == images.sum()
-
-
 def test_a_changed_image_is_read_again(pictures, tmp_path):
     paths, images = pictures
     one_epoch(sequence_of(paths, cache=cache_of("disk", paths, tmp_path)))
@@ -685,16 +352,6 @@ def test_a_changed_image_is_read_again(pictures, tmp_path):
     batches, _ = one_epoch(sequence_of(paths, cache=cache_of("disk", paths, tmp_path)))
     np.testing.assert_array_equal(batches[3], images[7])
     np.testing.assert_array_equal(np.delete(batches, 3, axis=0), np.delete(images, 3, axis=0))
-
-
-def test_an_image_that_changes_while_it_is_read_is_read_again(pictures, tmp_path):
-    paths, images = pictures
-    cache = cache_of("disk", paths, tmp_path)
-    assert cache.get(3) is None
-    Image.fromarray(images[7]).save(paths[3])
-    os.utime(paths[3], ns=(1, 1))
-    cache.put(3, images[3])
-    assert cache.get(3) is None
 
 
 def test_another_image_size_has_a_cache_of_its_own(pictures, tmp_path):
@@ -725,40 +382,6 @@ def test_two_processes_that_fill_one_cache_agree(pictures, tmp_path):
         np.testing.assert_array_equal(one_epoch(sequence)[0], images)
 
 
-def test_a_disk_cache_that_is_killed_while_it_is_filled_is_right_afterwards(pictures, tmp_path):
-    paths, images = pictures
-    code = (
-        "import os, signal, sys, threading, time; import numpy as np; from finetune.caches import DiskCache\n"
-        "from finetune.images import read_image\n"
-        f"cache = DiskCache(sys.argv[1:], {SIZE}, {str(tmp_path)!r})\n"
-        "threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
-        "while True:\n"
-        "    for row, path in enumerate(sys.argv[1:]): cache.put(row, read_image(path))\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True)
-    assert killed.returncode == -9, killed.stderr
-    cache = cache_of("disk", paths, tmp_path)
-    for row, image in enumerate(images):
-        assert cache.get(row) is None or (cache.get(row) == image).all()
-
-
-@pytest.mark.parametrize(
-    ("patched", "value", "kind"),
-    [("finetune.caches.free_memory", 5000, "memory"), ("finetune.caches.shutil.disk_usage", None, "disk")],
-)
-def test_a_cache_that_does_not_fit_is_refused_before_the_start(pictures, tmp_path, monkeypatch, patched, value, kind):
-    usage = shutil.disk_usage(tmp_path)._replace(free=3000)
-    monkeypatch.setattr(patched, (lambda: value) if kind == "memory" else (lambda _: usage))
-    with pytest.raises(UserError, match="image_cache: .*Free are 0.0 GiB"):
-        cache_of(kind, pictures[0], tmp_path)
-
-
-def test_a_cache_folder_that_cannot_be_written_is_named(pictures, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot write the image cache .*file"):
-        cache_of("disk", pictures[0], tmp_path / "file")
-
-
 def test_a_missing_image_is_named_with_a_cache_too(pictures, tmp_path):
     paths = [*pictures[0], str(tmp_path / "lost.png")]
     with pytest.raises(UserError, match=r"lost\.png"):
@@ -775,15 +398,6 @@ def urls(pictures, store):
     for url, path in zip(found, pictures[0], strict=True):
         store.put(url, Path(path).read_bytes())
     return found, pictures[1]
-
-
-@pytest.mark.parametrize("size", [None, (30, 40)])
-@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "gif"])
-def test_an_image_in_a_store_is_that_of_the_file(tmp_path, store, kind, size):
-    path = tmp_path / f"a.{kind}"
-    Image.fromarray(skimage.data.astronaut()[:300, :400]).save(path)
-    store.put(f"memory://bucket/a.{kind}", path.read_bytes())
-    np.testing.assert_array_equal(read_image(f"memory://bucket/a.{kind}", size), read_image(str(path), size))
 
 
 def test_batches_of_urls_are_those_of_files(urls, pictures):

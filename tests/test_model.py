@@ -3,20 +3,23 @@ import re
 import subprocess
 import sys
 import urllib.error
-from typing import NamedTuple
 
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from built_models import (
+    SLOW_SIZES,
+    build,
+    build_alive,
+    built,  # noqa: F401
+    flatten_layers,
+    random_images,
+)
 from keras import layers
-from sklearn.metrics import log_loss
 
 from configs import BACKBONE_NAMES, Configs
-from finetune.devices import choose_mixed_policy
-from finetune.freezing import freeze_layers, set_batch_norm_momentum
+from finetune.freezing import freeze_layers
 from finetune.gradcam import GradCam
-from finetune.losses import get_losses, weighted_binary_crossentropy
 from finetune.optimizers import compile_model, get_optimizer
 from finetune.options import UserError
 from model import (
@@ -35,47 +38,10 @@ SMALLEST_OF_FAMILY = (
     *("NASNetMobile", "MobileNet", "MobileNetV2", "MobileNetV3Small", "EfficientNetB0", "EfficientNetV2B0"),
     "ConvNeXtTiny",
 )
-SLOW_SIZES = {"Xception": (71, 96), "InceptionV3": (107, 139), "InceptionResNetV2": (107, 139)}
-
-
-def small_configs(**options) -> Configs:
-    fixed = {
-        "visual_model_name": "MobileNet",
-        "image_target_size": (32, 32, 3),
-        "classes": ["a", "b", "c"],
-        "use_imagenet_weights": False,
-    }
-    return Configs(**fixed | options)
-
-
-def build(**options) -> keras.Model:
-    return ModelFactory().get_model(small_configs(**options))
-
-
-def random_images(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-
-
-def flatten_layers(model: keras.Model) -> list[layers.Layer]:
-    return [layer for layer in model._flatten_layers(include_self=False) if not hasattr(layer, "layers")]
 
 
 def is_convolution(layer: layers.Layer) -> bool:
     return "Conv2D" in type(layer).__name__
-
-
-def moving_statistics(model: keras.Model) -> dict[str, np.ndarray]:
-    return {
-        layer.name: np.concatenate([layer.moving_mean.numpy(), layer.moving_variance.numpy()])
-        for layer in flatten_layers(model)
-        if isinstance(layer, layers.BatchNormalization)
-    }
-
-
-def build_alive(**options) -> keras.Model:
-    model = build(batch_norm_momentum=0.0, **options)
-    model(random_images(4, *model.input_shape[1:]), training=True)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -226,40 +192,6 @@ def test_probabilities_from_logits(multi_label, probabilities):
     np.testing.assert_allclose(classifier(features), [probabilities], rtol=1e-5)
 
 
-def convolutions_and_norms() -> keras.Model:
-    inputs = outputs = keras.Input((8, 8, 3))
-    for position, kind in enumerate([layers.Conv2D, layers.SeparableConv2D, layers.DepthwiseConv2D]):
-        outputs = (kind(3, 3, name=f"conv{position}") if position < 2 else kind(3, name="conv2"))(outputs)
-        outputs = layers.BatchNormalization(name=f"norm{position}")(outputs)
-    return keras.Model(inputs, outputs)
-
-
-@pytest.mark.parametrize(
-    ("conv_layers_to_train", "trained"),
-    [(-1, "conv0 norm0 conv1 norm1 conv2 norm2"), (0, ""), (1, "conv2 norm2"), (2, "conv1 norm1 conv2 norm2")],
-)
-def test_freezing_trains_the_last_convolutions_and_what_follows(conv_layers_to_train, trained):
-    backbone = convolutions_and_norms()
-    freeze_layers(backbone, conv_layers_to_train)
-    assert [layer.name for layer in backbone.layers if layer.trainable_weights] == trained.split()
-    before, weights = moving_statistics(backbone), [weight.numpy() for weight in backbone.weights]
-    backbone.compile("sgd", loss="mse")
-    backbone.train_on_batch(random_images(4, 8, 8, 3), backbone(random_images(4, 8, 8, 3)) + 1)
-    after = moving_statistics(backbone)
-    moved = [name for name in before if not np.array_equal(before[name], after[name])]
-    assert moved == [name for name in trained.split() if name.startswith("norm")]
-    if not trained:
-        assert all(np.array_equal(old, new.numpy()) for old, new in zip(weights, backbone.weights, strict=True))
-
-
-def test_all_convolutions_may_be_trained_but_not_more():
-    backbone = convolutions_and_norms()
-    freeze_layers(backbone, 3)
-    assert all(layer.trainable for layer in backbone.layers if layer.weights)
-    with pytest.raises(UserError, match="conv_layers_to_train.*3 convolutions.*Received: 4"):
-        freeze_layers(backbone, 4)
-
-
 @pytest.mark.parametrize(
     "name", ["MobileNet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ConvNeXtTiny", "Xception"))]
 )
@@ -269,27 +201,6 @@ def test_exactly_the_last_convolutions_of_a_backbone_train(name, count):
     freeze_layers(backbone, count)
     convolutions = [layer for layer in flatten_layers(backbone) if is_convolution(layer)]
     assert sum(bool(layer.trainable_weights) for layer in convolutions) == count
-
-
-def test_a_training_step_moves_what_is_trained_only():
-    model = build_alive()
-    backbone = model.get_layer("backbone")
-    freeze_layers(backbone, 1)
-    compile_model(model, get_optimizer("SGD", 0.1), False)
-    model.run_eagerly = True
-    before = {weight.path: weight.numpy() for weight in model.weights}
-    model.train_on_batch(random_images(4, 32, 32, 3)[::-1], np.array([0, 1, 2, 0]))
-    moved = {weight.path for weight in model.weights if not np.array_equal(before[weight.path], weight.numpy())}
-    trained = {weight.path for name in ("conv_pw_13", "conv_pw_13_bn") for weight in backbone.get_layer(name).weights}
-    assert moved == trained | {weight.path for weight in model.get_layer("classifier").weights}
-
-
-@pytest.mark.parametrize(("momentum", "expected"), [(0.8, 0.8), (0.0, 0.0), (None, 0.99)])
-def test_batch_norm_momentum_is_set_or_kept(momentum, expected):
-    backbone = convolutions_and_norms()
-    set_batch_norm_momentum(backbone, momentum)
-    norms = [layer for layer in backbone.layers if isinstance(layer, layers.BatchNormalization)]
-    assert {layer.momentum for layer in norms} == {expected}
 
 
 def test_the_models_batch_norms_have_the_momentum_of_the_configs(downscaling_mobilenet):
@@ -357,175 +268,6 @@ def test_popping_onto_no_feature_map_suggests_what_works():
     backbone = build_backbone("EfficientNetB0", (64, 64), False, suggested)
     assert len(backbone.output_shape) == 4
     assert backbone.output_shape[1:3] == (2, 2)
-
-
-def test_weighted_binary_crossentropy_of_a_hand_worked_example():
-    loss = weighted_binary_crossentropy(np.array([[1, 2], [3, 4]], np.float32))
-    y_true, y_pred = np.array([[1, 0], [0, 1]], np.float32), np.array([[0.8, 0.4], [0.5, 0.5]], np.float32)
-    expected = [-(3 * np.log(0.8) + 2 * np.log(0.6)) / 2, -(1 * np.log(0.5) + 4 * np.log(0.5)) / 2]
-    np.testing.assert_allclose(loss(y_true, y_pred), expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("kind", [np.float32, np.int32, np.uint8, bool])
-def test_unit_weights_give_keras_binary_crossentropy(kind):
-    generator = np.random.default_rng(0)
-    y_true, y_pred = generator.integers(0, 2, (6, 4)), generator.random((6, 4)).astype(np.float32)
-    expected = keras.losses.binary_crossentropy(y_true.astype(np.float32), y_pred)
-    found = weighted_binary_crossentropy(np.ones((2, 4), np.float32))(y_true.astype(kind), y_pred)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-def test_weighted_binary_crossentropy_stays_finite_at_certainty():
-    loss = weighted_binary_crossentropy(np.ones((2, 2), np.float32))
-    assert np.isfinite(loss(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]], np.float32))).all()
-    np.testing.assert_allclose(loss(np.array([[1.0, 0.0]]), np.array([[1.0, 0.0]], np.float32)), 0, atol=1e-5)
-
-
-def test_loss_of_single_labels_weighs_rare_classes():
-    losses = get_losses(small_configs(), np.array([0, 0, 0, 1, 1, 2]))
-    labels, probabilities = np.array([1, 2]), np.array([[0.2, 0.5, 0.3]] * 2, np.float32)
-    plain, rare = -np.log([0.5, 0.3]), 1 + np.log(2)
-    np.testing.assert_allclose(losses.training(labels, probabilities), plain * [1, rare], rtol=1e-5)
-    np.testing.assert_allclose(losses.validation(labels, probabilities), plain, rtol=1e-5)
-    unweighted = get_losses(small_configs(use_class_balancing=False), np.array([0, 0, 1, 2]))
-    np.testing.assert_allclose(unweighted.training(labels, probabilities), plain, rtol=1e-5)
-
-
-def random_probabilities(count: int, classes: int = 3) -> np.ndarray:
-    return np.random.default_rng(5).dirichlet(np.ones(classes), count).astype(np.float32)
-
-
-def test_loss_of_single_labels_is_that_of_scikit_learn():
-    labels, probabilities = np.array([0, 2, 1, 0, 0, 2, 0, 0]), random_probabilities(8)
-    losses = get_losses(small_configs(), labels)
-    # 8 images of 3 classes, 5, 1 and 2: the mean is 8/3.
-    weights = np.array([1, 1 + np.log(8 / 3), 1 + np.log(8 / 6)])[labels]
-    for loss, sample_weight in ((losses.training, weights), (losses.validation, None)):
-        expected = log_loss(labels, probabilities, sample_weight=sample_weight, normalize=False)
-        found = np.asarray(loss(labels, probabilities))
-        assert found.shape == (8,)
-        assert found.sum() == pytest.approx(expected, rel=1e-5)
-
-
-def test_loss_of_shares_weighs_each_class_by_its_share():
-    losses = get_losses(small_configs(), np.array([0, 0, 0, 1, 1, 2]))
-    shares, probabilities = np.array([[0.75, 0, 0.25]], np.float32), np.array([[0.6, 0.3, 0.1]], np.float32)
-    expected = (0.75 + 0.25 * (1 + np.log(2))) * -(0.75 * np.log(0.6) + 0.25 * np.log(0.1))
-    np.testing.assert_allclose(losses.training(shares, probabilities), [expected], rtol=1e-5)
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
-def test_loss_of_whole_shares_is_that_of_the_classes(label_smoothing):
-    labels, probabilities = np.array([0, 2, 1, 0]), random_probabilities(4)
-    losses = get_losses(small_configs(label_smoothing=label_smoothing), np.array([0, 0, 0, 1, 1, 2]))
-    np.testing.assert_allclose(
-        losses.training(np.eye(3, dtype=np.float32)[labels], probabilities),
-        losses.training(labels, probabilities),
-        rtol=1e-5,
-    )
-
-
-def test_smoothing_spreads_a_share_of_single_labels_over_all_classes():
-    losses = get_losses(small_configs(label_smoothing=0.3), np.array([0, 0, 0, 1, 1, 2]))
-    labels, probabilities = np.array([2]), np.array([[0.2, 0.3, 0.5]], np.float32)
-    # 0.7 of the class itself, and 0.1 of each.
-    expected = -(0.1 * np.log(0.2) + 0.1 * np.log(0.3) + 0.8 * np.log(0.5))
-    np.testing.assert_allclose(losses.training(labels, probabilities), [(1 + np.log(2)) * expected], rtol=1e-5)
-    np.testing.assert_allclose(losses.validation(labels, probabilities), [-np.log(0.5)], rtol=1e-5)
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("labels", [np.array([1]), np.array([[0, 1, 0]], np.float32)], ids=["int", "shares"])
-def test_single_labels_keep_their_gradient_where_the_model_is_certain_and_wrong(labels, label_smoothing):
-    loss = get_losses(small_configs(label_smoothing=label_smoothing), np.array([0, 1, 2])).training
-    logits = tf.Variable([[200.0, 0.0, 0.0]])
-
-    @tf.function
-    def differentiate(labels):
-        with tf.GradientTape() as tape:
-            value = loss(labels, keras.layers.Activation("softmax")(logits))
-        return value, tape.gradient(value, logits)
-
-    value, gradient = differentiate(tf.constant(labels))
-    # log(softmax) is (0, -200, -200).
-    assert float(value[0]) == pytest.approx(200 * (1 - label_smoothing / 3), rel=1e-5)
-    wanted = np.array([0, 1, 0]) * (1 - label_smoothing) + label_smoothing / 3
-    np.testing.assert_allclose(gradient, [[1, 0, 0] - wanted], atol=1e-5)
-
-
-@pytest.mark.parametrize("loss", ["focal", "asymmetric"])
-def test_single_labels_have_one_loss(loss):
-    with pytest.raises(UserError, match=f"loss: expected cross_entropy.*Received: {loss}.*multi_label_classification"):
-        get_losses(small_configs(loss=loss), np.array([0, 1, 2]))
-
-
-@pytest.mark.parametrize(
-    ("options", "present", "absent"),
-    [
-        ({}, 1 + np.log(3), 1),
-        ({"use_class_balancing": False}, 1, 1),
-        ({"positive_weights_multiply": 2.0}, 2 * (1 + np.log(3)), 1),
-        ({"positive_weights_multiply": 2.0, "use_class_balancing": False}, 2, 1),
-    ],
-)
-def test_losses_of_multiple_labels_weigh_rare_presence(options, present, absent):
-    configs = small_configs(multi_label_classification=True, classes=["a"], **options)
-    losses = get_losses(configs, np.array([[1], [0], [0], [0]], np.float32))
-    y_true, y_pred = np.array([[1], [0]], np.float32), np.array([[0.3], [0.4]], np.float32)
-    expected = [-present * np.log(0.3), -absent * np.log(0.6)]
-    np.testing.assert_allclose(losses.training(y_true, y_pred), expected, rtol=1e-5)
-    np.testing.assert_allclose(losses.validation(y_true, y_pred), expected, rtol=1e-5)
-
-
-def multilabel_losses(**options):
-    configs = small_configs(multi_label_classification=True, **{"use_class_balancing": False} | options)
-    return get_losses(configs, np.eye(3, dtype=np.float32))
-
-
-def test_focal_loss_is_that_of_keras():
-    generator = np.random.default_rng(0)
-    y_true, y_pred = generator.integers(0, 2, (6, 3)).astype(np.float32), generator.random((6, 3)).astype(np.float32)
-    expected = keras.losses.binary_focal_crossentropy(y_true, y_pred, gamma=2.0)
-    np.testing.assert_allclose(multilabel_losses(loss="focal").training(y_true, y_pred), expected, rtol=1e-5)
-
-
-def test_focal_loss_has_the_weights_of_presence():
-    losses = multilabel_losses(loss="focal", use_class_balancing=True)
-    # Each of the three classes is absent twice and present once.
-    y_true, y_pred = np.array([[1, 0, 0]], np.float32), np.array([[0.6, 0.1, 0.5]], np.float32)
-    expected = (1 + np.log(2)) * 0.16 * np.log(0.6) + 0.01 * np.log(0.9) + 0.25 * np.log(0.5)
-    np.testing.assert_allclose(losses.training(y_true, y_pred), [-expected / 3], rtol=1e-5)
-
-
-def test_asymmetric_loss_of_a_hand_worked_example():
-    losses = multilabel_losses(loss="asymmetric")
-    y_true = np.array([[1, 0, 0], [0, 0, 0]], np.float32)
-    y_pred = np.array([[0.3, 0.55, 0.04], [0.05, 0.0, 0.049]], np.float32)
-    # Present labels cost their cross-entropy, absent ones by what their probability has above 0.05.
-    expected = [-(np.log(0.3) + 0.5**4 * np.log(0.5)) / 3, 0]
-    np.testing.assert_allclose(losses.training(y_true, y_pred), expected, rtol=1e-4, atol=1e-9)
-    plain = [-(np.log(0.3) + np.log(0.45) + np.log(0.96)) / 3, -(np.log(0.95) + np.log(0.951)) / 3]
-    np.testing.assert_allclose(losses.validation(y_true, y_pred), plain, rtol=1e-5)
-
-
-@pytest.mark.parametrize("loss", ["cross_entropy", "focal", "asymmetric"])
-def test_smoothing_of_multiple_labels_moves_them_towards_a_half(loss):
-    y_true, y_pred = np.array([[1, 0, 0.5]], np.float32), np.array([[0.7, 0.2, 0.9]], np.float32)
-    smoothed, plain = multilabel_losses(loss=loss, label_smoothing=0.2), multilabel_losses(loss=loss)
-    expected = plain.training(np.array([[0.9, 0.1, 0.5]], np.float32), y_pred)
-    np.testing.assert_allclose(smoothed.training(y_true, y_pred), expected, rtol=1e-5)
-    np.testing.assert_array_equal(smoothed.validation(y_true, y_pred), plain.validation(y_true, y_pred))
-
-
-@pytest.mark.parametrize("loss", ["cross_entropy", "focal", "asymmetric"])
-def test_losses_of_multiple_labels_have_finite_gradients_everywhere(loss):
-    y_pred = tf.Variable([[0.0, 1e-9, 0.02], [0.05, 0.5, 1.0]])
-    for y_true in (np.zeros((2, 3)), np.ones((2, 3)), np.full((2, 3), 0.3)):
-        with tf.GradientTape() as tape:
-            value = multilabel_losses(loss=loss).training(y_true, y_pred)
-        assert np.isfinite(value).all()
-        assert (value.numpy() >= 0).all()
-        assert np.isfinite(tape.gradient(value, y_pred)).all()
 
 
 @pytest.mark.parametrize(("multi_label", "metric"), [(False, "accuracy"), (True, "auroc")])
@@ -620,43 +362,6 @@ def test_a_saved_model_loads_without_this_project(tmp_path, name, options):
     np.testing.assert_allclose(np.load(paths[-1]), model(images, training=False), rtol=1e-5, atol=1e-6)
 
 
-class Built(NamedTuple):
-    name: str
-    model: keras.Model
-    own_last_name: str
-    images: np.ndarray
-    probabilities: np.ndarray
-
-
-@pytest.fixture(scope="module", params=BACKBONE_NAMES)
-def built(request):
-    own_names = []
-
-    def remember(*args, **kwargs):
-        model = application(*args, **kwargs)
-        own_names.append(model.layers[-1].name)
-        return model
-
-    name = request.param
-    application = getattr(keras.applications, name)
-    keras.utils.set_random_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keras.applications, name, remember)
-        model = build_alive(visual_model_name=name, image_target_size=(*SLOW_SIZES.get(name, (64, 96)), 3))
-    freeze_layers(model.get_layer("backbone"), 3)
-    images = random_images(1, *model.input_shape[1:])
-    yield Built(name, model, own_names[0], images, np.asarray(model(images, training=False)))
-    del model
-    keras.backend.clear_session()
-
-
-@pytest.mark.slow
-def test_backbone_takes_an_image(built):
-    assert built.probabilities.shape == (1, 3)
-    assert built.probabilities.sum() == pytest.approx(1, abs=1e-5)
-    assert np.ptp(built.probabilities) > 1e-3
-
-
 @pytest.mark.slow
 def test_last_conv_layer_is_the_backbones_last(built):
     backbone = built.model.get_layer("backbone")
@@ -678,34 +383,6 @@ def test_backbone_gives_a_heatmap(built):
     # Of the compiled network, as these are: its fused operations round otherwise than the eager ones do, and a random
     # network of 152 layers makes 0.0006 of that.
     np.testing.assert_allclose(probabilities, built.model.predict(built.images, verbose=0), rtol=0, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_backbone_survives_saving(built, tmp_path):
-    path = tmp_path / "model.keras"
-    built.model.save(path)
-    loaded = keras.models.load_model(path, compile=False)
-    path.unlink()
-    np.testing.assert_allclose(loaded(built.images, training=False), built.probabilities, rtol=1e-5, atol=1e-7)
-    assert len(loaded.trainable_weights) == len(built.model.trainable_weights)
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "policy"),
-    [
-        ([], "mixed_bfloat16"),
-        ([(9, 0)], "mixed_bfloat16"),
-        ([(8, 0), (8, 6)], "mixed_bfloat16"),
-        ([(7, 5)], "mixed_float16"),
-        ([(8, 0), (7, 0)], "mixed_float16"),
-    ],
-)
-def test_mixed_precision_takes_bfloat16_where_every_gpu_has_it(monkeypatch, capabilities, policy):
-    monkeypatch.setattr("tensorflow.config.get_visible_devices", lambda kind: capabilities if kind == "GPU" else [])
-    monkeypatch.setattr(
-        "tensorflow.config.experimental.get_device_details", lambda capability: {"compute_capability": capability}
-    )
-    assert choose_mixed_policy() == policy
 
 
 @pytest.mark.slow

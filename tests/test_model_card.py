@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from evaluations import multi_label, single_label
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score
-from test_report import multi_label, single_label
 
 import compress_weights
 import test

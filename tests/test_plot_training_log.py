@@ -3,10 +3,8 @@
 import cv2
 import matplotlib
 import matplotlib.pyplot as plt
-import pandas as pd
 import pytest
 
-from finetune.log_figures import draw_log
 from finetune.options import UserError
 from plot_training_log import PlotConfigs, main
 
@@ -102,10 +100,3 @@ def test_file_that_is_no_training_log_is_refused(tmp_path, content):
     with pytest.raises(UserError, match=r"training_log\.csv is not a training log"):
         main(PlotConfigs(train_log_path=write_log(tmp_path, content)))
     assert not (tmp_path / "training_log.png").exists()
-
-
-def test_a_run_of_one_epoch_has_whole_epochs_on_its_axis():
-    figure = draw_log(pd.DataFrame({"epoch": [1], "loss": [0.1], "accuracy": [0.5]}))
-    figure.canvas.draw()
-    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert all(float(label.replace("\N{MINUS SIGN}", "-")).is_integer() for label in labels)

@@ -8,126 +8,23 @@ import re
 import shlex
 import shutil
 import subprocess
-import warnings
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import cv2
 import numpy as np
-import pandas as pd
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from sklearn.metrics import log_loss
+from evaluations import LOG, NAMES, make_curves, multi_label, single_label
 
 from configs import Configs
-from finetune.figures import (
-    draw_confusion_matrix,
-    draw_precision_recall_curves,
-    draw_reliability,
-    draw_roc_curves,
-    save_figures,
-)
-from finetune.gallery import choose_gallery, get_image_losses
-from finetune.log_figures import draw_learning_rate, draw_log
 from finetune.report import write_report
 from finetune.summaries import list_warnings
-from finetune.texts import show
-
-NAMES = ["cat", "dog", "owl"]
-LOG = pd.DataFrame({"epoch": [1, 2], "accuracy": [0.5, 0.7], "loss": [1.1, 0.9], "val_accuracy": [0.4, 0.6]})
-BINS = [{"confidence": 0.6, "accuracy": 0.5, "count": 4}, {"confidence": 0.9, "accuracy": 1.0, "count": 12}]
-RAW_BINS = [{"confidence": 0.97, "accuracy": 0.875, "count": 16}]
-CALIBRATION = {
-    "expected_calibration_error": 0.1,
-    "expected_calibration_error_uncalibrated": 0.095,
-    "bins": BINS,
-    "bins_uncalibrated": RAW_BINS,
-}
-CURVE = {
-    "false_positive_rate": [0.0, 0.0, 1.0],
-    "true_positive_rate": [0.0, 0.5, 1.0],
-    "precision": [0.5, 1.0, 1.0],
-    "recall": [1.0, 0.5, 0.0],
-    "auroc": 0.75,
-    "average_precision": 0.75,
-}
-UNDEFINED = {key: [] for key in CURVE} | {"auroc": None, "average_precision": None}
-DECISION = {
-    "temperature": 1.5,
-    "temperature_fitted_on": "validation",
-    "exact_match_threshold": 0.5,
-    "best_f1_thresholds": None,
-    "thresholds_fitted_on": None,
-    "model": "best_model.keras",
-}
-
-
-def single_label(names=NAMES):
-    """Results of 16 images, 14 of them right, of one label each, written by hand."""
-    rows = [(0.9, 0.75, 0.82, 12), (0.5, 1.0, 2 / 3, 1), (0.1, 0.3, 0.15, 3)]
-    columns = ("precision", "recall", "f1", "support")
-    figures = {
-        "images": 16,
-        "accuracy": 0.875,
-        "balanced_accuracy": 0.683,
-        "macro_f1": 0.545,
-        "per_class": {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, rows, strict=True)},
-        "confusion_matrix": [[9, 1, 2], [0, 1, 0], [0, 0, 3]],
-        "calibration": CALIBRATION,
-    }
-    intervals = {"accuracy": [0.75, 1.0], "balanced_accuracy": [0.5, 0.8], "macro_f1": [0.4, 0.7]}
-    return {
-        "model": "saved_model/best_model.keras",
-        "classes": list(names),
-        "multi_label": False,
-        "decision": DECISION | {"classes": list(names), "multi_label": False},
-        "sets": {
-            "training": figures | {"images": 1234, "accuracy": 0.999},
-            "validation": figures | {"accuracy": 0.901},
-            "test": figures | {"intervals": intervals},
-        },
-    }
-
-
-def multi_label(names=NAMES):
-    """Results of a multi-label model without a validation set, where the last class has no image."""
-    row = {"precision": 0.8, "recall": 0.6, "f1": 0.686, "support": 20, "auroc": 0.91, "average_precision": 0.72}
-    row |= {"best_f1_threshold": 0.37, "f1_at_best_f1_threshold": 0.7}
-    empty = row | {"support": 0, "auroc": None, "average_precision": None}
-    figures = {
-        "images": 40,
-        "mean_auroc": 0.91,
-        "mean_average_precision": 0.72,
-        "exact_match_accuracy": 0.55,
-        "hamming_loss": 0.125,
-        "macro_f1": 0.46,
-        "threshold": 0.41,
-        "per_class": {names[0]: row, names[1]: row | {"support": 9, "auroc": 0.7}, names[2]: empty},
-        "calibration": CALIBRATION | {"bins_uncalibrated": BINS},
-    }
-    intervals = {"mean_auroc": [0.8, 0.95], "hamming_loss": [0.1, 0.15], "macro_f1": [None, None]}
-    intervals["per_class"] = {names[0]: {"precision": [0.7, 0.9], "recall": [0.5, 0.7], "f1": [0.6, 0.75]}}
-    optimistic = {"threshold": 0.53, "exact_match_accuracy": 0.6, "note": "chosen on the test set itself: optimistic"}
-    decision = DECISION | {"temperature": 1.0, "temperature_fitted_on": None, "exact_match_threshold": 0.41}
-    decision |= {"thresholds_fitted_on": "training", "best_f1_thresholds": dict.fromkeys(names, 0.37)}
-    return {
-        "model": "saved_model/best_model.keras",
-        "classes": list(names),
-        "multi_label": True,
-        "decision": decision | {"classes": list(names), "multi_label": True},
-        "sets": {"training": figures, "test": figures | {"intervals": intervals, "optimistic": optimistic}},
-    }
 
 
 def make_item(**changes):
     photo = np.full((120, 90, 3), (200, 30, 40), np.uint8)
     item = {"path": "data/images/cat/7.jpg", "true": ["cat"], "predicted": ["owl"], "probability": 0.934, "loss": 3.5}
     return item | {"photo": photo, "heatmap": photo[::-1]} | changes
-
-
-def make_curves(names=NAMES):
-    return dict.fromkeys(names, CURVE)
 
 
 class Page(HTMLParser):
@@ -190,182 +87,7 @@ def multi_page(multi_path):
 # Gallery
 
 
-def test_gallery_of_single_labels():
-    y_true = np.array([0, 1, 2, 0])
-    probabilities = np.array([[0.9, 0.05, 0.05], [0.8, 0.15, 0.05], [0.05, 0.93, 0.02], [0.4, 0.3, 0.3]])
-    chosen = probabilities == probabilities.max(axis=1, keepdims=True)
-    mistakes, least_confident = choose_gallery(y_true, probabilities, chosen, 2)
-    # Wrong are the rows 1 (0.15 for the true class) and 2 (0.02); the surest answers have 0.9, 0.8, 0.93, 0.4.
-    assert mistakes.tolist() == [2, 1]
-    assert least_confident.tolist() == [3, 1]
-
-
-def test_gallery_of_several_labels_follows_the_thresholds():
-    y_true = np.array([[1, 0], [1, 0], [0, 0]])
-    probabilities = np.array([[0.3, 0.01], [0.99, 0.25], [0.05, 0.02]])
-    chosen = probabilities >= 0.2
-    mistakes, least_confident = choose_gallery(y_true, probabilities, chosen, 5)
-    # At 0.2 row 0 is right in spite of its loss, and row 1 wrong; the product of each answer's probabilities is
-    # 0.3 x 0.99 = 0.297, 0.99 x 0.25 = 0.2475, 0.95 x 0.98 = 0.931.
-    assert mistakes.tolist() == [1]
-    assert least_confident.tolist() == [1, 0, 2]
-
-
-def test_gallery_without_a_mistake_is_empty_and_ties_keep_their_order():
-    y_true, probabilities = np.array([0, 0, 1]), np.array([[0.7, 0.3], [0.7, 0.3], [0.3, 0.7]])
-    mistakes, least_confident = choose_gallery(y_true, probabilities, probabilities > 0.5, 2)
-    assert mistakes.tolist() == []
-    assert least_confident.tolist() == [0, 1]
-
-
-def test_losses_are_those_of_scikit_learn():
-    rng = np.random.default_rng(0)
-    probabilities = rng.dirichlet(np.ones(4), size=6)
-    y_true = rng.integers(0, 4, 6)
-    expected = [log_loss([label], [row], labels=range(4)) for label, row in zip(y_true, probabilities, strict=True)]
-    np.testing.assert_allclose(get_image_losses(y_true, probabilities), expected, rtol=1e-6)
-    labels = rng.integers(0, 2, (6, 4))
-    expected = [log_loss(truth, row, labels=[0, 1]) for truth, row in zip(labels, probabilities, strict=True)]
-    np.testing.assert_allclose(get_image_losses(labels, probabilities), expected, rtol=1e-6)
-
-
-def test_loss_of_an_impossible_answer_is_finite():
-    probabilities = np.array([[1, 0]], np.float32)
-    np.testing.assert_allclose(get_image_losses(np.array([1]), probabilities), 16.118, rtol=1e-4)
-    np.testing.assert_allclose(get_image_losses(np.array([[0, 1]]), probabilities), 16.118, rtol=1e-4)
-
-
 # Figures
-
-
-def test_confusion_matrix_shows_counts_and_shares_of_the_row():
-    (axes,) = draw_confusion_matrix([[9, 1, 2], [0, 1, 0], [0, 0, 0]], NAMES).axes
-    counts = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in axes.texts}
-    assert counts == {(0, 0): "9", (0, 1): "1", (0, 2): "2", (1, 1): "1"}
-    np.testing.assert_allclose(
-        axes.images[0].get_array()[..., 3], [[0.75, 1 / 12, 1 / 6], [0, 1, 0], [0, 0, 0]], rtol=1e-6
-    )
-    assert [label.get_text() for label in axes.get_yticklabels()] == NAMES
-    assert [label.get_text() for label in axes.get_xticklabels()] == NAMES
-    assert (axes.get_ylabel(), axes.get_xlabel()) == ("True", "Predicted")
-
-
-@pytest.mark.parametrize("number", [2, 5, 20, 100])
-def test_names_at_the_confusion_matrix_are_legible(number):
-    names = [f"a class with a long name {position}" for position in range(number)]
-    figure = draw_confusion_matrix(np.eye(number, dtype=int) * 40, names)
-    FigureCanvasAgg(figure).draw()
-    (axes,) = figure.axes
-    page = figure.bbox.padded(1)
-    for labels, side in ((axes.get_yticklabels(), "y"), (axes.get_xticklabels(), "x")):
-        boxes = [label.get_window_extent() for label in labels]
-        assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes)
-        centres = [getattr(box, f"{side}1") for box in boxes]
-        points = np.abs(np.diff(centres)) / figure.dpi * 72
-        assert min(label.get_fontsize() for label in labels) >= 8
-        assert points.min() > 1.2 * 8
-    assert len(axes.texts) == number
-    assert min(text.get_fontsize() for text in axes.texts) >= 5
-
-
-def test_counts_that_do_not_fit_are_left_out():
-    (axes,) = draw_confusion_matrix(np.full((100, 100), 1_000_000), [str(number) for number in range(100)]).axes
-    assert not axes.texts
-
-
-def test_roc_curves_name_each_class_with_its_area():
-    (axes,) = draw_roc_curves({"cat": CURVE, "none": UNDEFINED, "_dog": CURVE | {"auroc": 0.5}}).axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["0.750  cat", "0.500  _dog"]
-    assert [line.get_xydata().tolist() for line in axes.lines[1:]] == [[[0, 0], [0, 0.5], [1, 1]]] * 2
-
-
-def test_curves_of_many_classes_name_the_mean_and_the_worst():
-    curves = {f"class {number}": CURVE | {"average_precision": number / 20} for number in range(11, -1, -1)}
-    (axes,) = draw_precision_recall_curves(curves).axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "0.275  mean of 12 classes",
-        *(f"{number / 20:.3f}  class {number}" for number in range(5)),
-    ]
-    assert len(axes.lines) == 13
-    mean = axes.lines[-1].get_xydata()
-    # All twelve are the same curve, which falls from (0.5, 1) to (1, 0.5).
-    np.testing.assert_allclose(mean[:, 1], np.minimum(1, 1.5 - mean[:, 0]), atol=1e-9)
-
-
-def test_curves_that_are_all_undefined_say_so():
-    (axes,) = draw_roc_curves({"cat": UNDEFINED}).axes
-    assert [text.get_text() for text in axes.texts] == ["AUROC is undefined for every class"]
-
-
-def test_reliability_diagram_shows_before_and_after():
-    upper, lower = draw_reliability(CALIBRATION).axes
-    lines = {line.get_label(): line.get_xydata().tolist() for line in upper.lines}
-    assert lines["before the temperature: error 0.095"] == [[0.97, 0.875]]
-    assert lines["after the temperature: error 0.100"] == [[0.6, 0.5], [0.9, 1.0]]
-    assert [bar.get_height() for bar in lower.patches] == [1, 0.25, 0.75]
-
-
-def test_reliability_diagram_without_a_temperature_shows_one_line():
-    upper, _ = draw_reliability(CALIBRATION | {"bins_uncalibrated": BINS}).axes
-    assert [line.get_label() for line in upper.lines] == ["perfect calibration", "this model: error 0.100"]
-
-
-def test_log_is_drawn_without_a_window():
-    import matplotlib.pyplot as plt
-
-    before = plt.get_fignums()
-    figure = draw_log(LOG)
-    assert [panel.get_title() for panel in figure.axes] == ["Accuracy", "Loss"]
-    assert plt.get_fignums() == before
-
-
-@pytest.mark.parametrize(("results", "extra"), [(single_label(), {"confusion_matrix"}), (multi_label(), set())])
-def test_figures_are_written_as_png(tmp_path, results, extra):
-    paths = save_figures(str(tmp_path), results, make_curves())
-    expected = {"roc_curves", "precision_recall_curves", "reliability_diagram"} | extra
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.png" for name in expected)
-    for path in paths:
-        image = cv2.imread(path, cv2.IMREAD_UNCHANGED)
-        assert min(image.shape[:2]) > 400
-        assert (image[0, 0] == 255).all()
-
-
-def test_names_that_matplotlib_could_stumble_over(tmp_path):
-    names = ["$\\frac$ $1", "_hidden", "花\n\x00"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        paths = save_figures(str(tmp_path), single_label(names), make_curves(names))
-    assert sorted(map(str, tmp_path.iterdir())) == sorted(paths)
-    assert len(paths) == 4
-
-
-def test_learning_rate_figure_holds_the_losses_and_the_suggestion(tmp_path, monkeypatch):
-    rates, losses = np.geomspace(1e-6, 1, 50), np.append(np.linspace(1.6, 0.4, 49), np.nan)
-    drawn, savefig = [], Figure.savefig
-
-    def note_and_save(figure, *values, **facts):
-        drawn.append(figure)
-        savefig(figure, *values, **facts)
-
-    monkeypatch.setattr(Figure, "savefig", note_and_save)
-    draw_learning_rate(rates, losses, 1e-3, str(tmp_path / "learning_rate.png"))
-    (axes,) = drawn[0].axes
-    steps, smooth, mark = axes.lines
-    np.testing.assert_allclose(steps.get_xydata(), np.stack([rates, losses], axis=1)[:49])
-    assert len(smooth.get_xydata()) == 49
-    assert list(mark.get_xdata()) == [1e-3, 1e-3]
-    assert axes.get_xscale() == "log"
-    assert [text.get_text() for text in axes.get_legend().texts] == ["each step", "smoothed", "suggestion: 0.001"]
-    assert cv2.imread(str(tmp_path / "learning_rate.png")).shape[1] == 930
-    assert [path.name for path in tmp_path.iterdir()] == ["learning_rate.png"]
-
-
-@pytest.mark.parametrize("losses", [[np.nan] * 3, [1.0, 1.0, 1e30]])
-def test_learning_rate_figure_without_a_suggestion(tmp_path, losses):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        draw_learning_rate([1e-3, 1e-2, 1e-1], losses, None, str(tmp_path / "learning_rate.png"))
-    assert (tmp_path / "learning_rate.png").stat().st_size > 5000
 
 
 # Page
@@ -498,11 +220,6 @@ def test_what_a_name_or_path_holds_is_shown_not_run(tmp_path):
             assert "a\\x00b\\x1b\\n\\u202ec" in page.texts[section]
         assert "photos/{{ 7 * 7 }}</p><script>alert(3)</script>\\udcff.jpg" in page.texts["mistakes"]
         assert not {"\x00", "\x1b", "\u202e"} & set(page.source)
-
-
-def test_hidden_characters_are_written_out():
-    assert show("é 花 👩‍🚀") == "é 花 👩‍🚀"
-    assert show("\t\x7f\u2066") == "\\t\\x7f\\u2066"
 
 
 def test_gallery_shows_each_image_with_its_answer(tmp_path):

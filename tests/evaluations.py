@@ -1,0 +1,103 @@
+"""Evaluations as test.py makes them, and the pages of them."""
+
+import pandas as pd
+
+NAMES = ["cat", "dog", "owl"]
+
+
+LOG = pd.DataFrame({"epoch": [1, 2], "accuracy": [0.5, 0.7], "loss": [1.1, 0.9], "val_accuracy": [0.4, 0.6]})
+
+
+BINS = [{"confidence": 0.6, "accuracy": 0.5, "count": 4}, {"confidence": 0.9, "accuracy": 1.0, "count": 12}]
+
+
+RAW_BINS = [{"confidence": 0.97, "accuracy": 0.875, "count": 16}]
+
+
+CALIBRATION = {
+    "expected_calibration_error": 0.1,
+    "expected_calibration_error_uncalibrated": 0.095,
+    "bins": BINS,
+    "bins_uncalibrated": RAW_BINS,
+}
+
+
+CURVE = {
+    "false_positive_rate": [0.0, 0.0, 1.0],
+    "true_positive_rate": [0.0, 0.5, 1.0],
+    "precision": [0.5, 1.0, 1.0],
+    "recall": [1.0, 0.5, 0.0],
+    "auroc": 0.75,
+    "average_precision": 0.75,
+}
+
+
+DECISION = {
+    "temperature": 1.5,
+    "temperature_fitted_on": "validation",
+    "exact_match_threshold": 0.5,
+    "best_f1_thresholds": None,
+    "thresholds_fitted_on": None,
+    "model": "best_model.keras",
+}
+
+
+def single_label(names=NAMES):
+    """Results of 16 images, 14 of them right, of one label each, written by hand."""
+    rows = [(0.9, 0.75, 0.82, 12), (0.5, 1.0, 2 / 3, 1), (0.1, 0.3, 0.15, 3)]
+    columns = ("precision", "recall", "f1", "support")
+    figures = {
+        "images": 16,
+        "accuracy": 0.875,
+        "balanced_accuracy": 0.683,
+        "macro_f1": 0.545,
+        "per_class": {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, rows, strict=True)},
+        "confusion_matrix": [[9, 1, 2], [0, 1, 0], [0, 0, 3]],
+        "calibration": CALIBRATION,
+    }
+    intervals = {"accuracy": [0.75, 1.0], "balanced_accuracy": [0.5, 0.8], "macro_f1": [0.4, 0.7]}
+    return {
+        "model": "saved_model/best_model.keras",
+        "classes": list(names),
+        "multi_label": False,
+        "decision": DECISION | {"classes": list(names), "multi_label": False},
+        "sets": {
+            "training": figures | {"images": 1234, "accuracy": 0.999},
+            "validation": figures | {"accuracy": 0.901},
+            "test": figures | {"intervals": intervals},
+        },
+    }
+
+
+def multi_label(names=NAMES):
+    """Results of a multi-label model without a validation set, where the last class has no image."""
+    row = {"precision": 0.8, "recall": 0.6, "f1": 0.686, "support": 20, "auroc": 0.91, "average_precision": 0.72}
+    row |= {"best_f1_threshold": 0.37, "f1_at_best_f1_threshold": 0.7}
+    empty = row | {"support": 0, "auroc": None, "average_precision": None}
+    figures = {
+        "images": 40,
+        "mean_auroc": 0.91,
+        "mean_average_precision": 0.72,
+        "exact_match_accuracy": 0.55,
+        "hamming_loss": 0.125,
+        "macro_f1": 0.46,
+        "threshold": 0.41,
+        "per_class": {names[0]: row, names[1]: row | {"support": 9, "auroc": 0.7}, names[2]: empty},
+        "calibration": CALIBRATION | {"bins_uncalibrated": BINS},
+    }
+    intervals = {"mean_auroc": [0.8, 0.95], "hamming_loss": [0.1, 0.15], "macro_f1": [None, None]}
+    intervals["per_class"] = {names[0]: {"precision": [0.7, 0.9], "recall": [0.5, 0.7], "f1": [0.6, 0.75]}}
+    optimistic = {"threshold": 0.53, "exact_match_accuracy": 0.6, "note": "chosen on the test set itself: optimistic"}
+    decision = DECISION | {"temperature": 1.0, "temperature_fitted_on": None, "exact_match_threshold": 0.41}
+    decision |= {"thresholds_fitted_on": "training", "best_f1_thresholds": dict.fromkeys(names, 0.37)}
+    return {
+        "model": "saved_model/best_model.keras",
+        "classes": list(names),
+        "multi_label": True,
+        "decision": decision | {"classes": list(names), "multi_label": True},
+        "sets": {"training": figures, "test": figures | {"intervals": intervals, "optimistic": optimistic}},
+    }
+
+
+def make_curves(names=NAMES):
+    return dict.fromkeys(names, CURVE)

@@ -1,0 +1,54 @@
+"""Runs whose models are exported."""
+
+import json
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+import compress_weights
+from compress_weights import CompressConfigs
+
+CLASSES = ["blue", "green", "red"]
+
+
+EXPORTS = ["tflite", "onnx", "saved_model"]
+
+
+ARTEFACTS = ["best_model.tflite", "best_model.onnx", "best_model_saved_model"]
+
+
+def build_colour_model(activation="softmax", **options):
+    """Builds a model that tells the three colours of the photos apart: the mean of each channel is a logit."""
+    pooling, dense = keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3, **options)
+    layers = [keras.layers.Rescaling(1 / 64), pooling, dense, keras.layers.Activation(activation, dtype="float32")]
+    model = keras.Sequential([keras.Input((32, 32, 3)), *layers])
+    dense.set_weights([np.eye(3, dtype=np.float32)[::-1], np.zeros(3, np.float32)])
+    return model
+
+
+def answer(images):
+    """Works out what the colour model answers, in float64."""
+    logits = images.astype(np.float64).mean(axis=(1, 2))[:, ::-1] / 64
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+@pytest.fixture
+def run_folder(photo_folder, tmp_path):
+    """A run's folder with a model that is always right, and configs.json that names two tables of 18 photos each."""
+    rows = [(f"{path.parent.name}/{path.name}", path.parent.name) for path in sorted(photo_folder.rglob("*.jpg"))]
+    for number, name in enumerate(("train", "test")):
+        pd.DataFrame(rows[number::2], columns=["path", "class"]).to_csv(tmp_path / f"{name}.csv", index=False)
+    stored = {"train_csv": str(tmp_path / "train.csv"), "test_csv": str(tmp_path / "test.csv")}
+    stored |= {"image_directory": str(photo_folder), "classes": CLASSES, "image_target_size": [32, 32, 3]}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "configs.json").write_text(json.dumps(stored))
+    build_colour_model().save(folder / "best_model.keras")
+    return folder
+
+
+def export(folder, *kinds, **options):
+    return compress_weights.main(CompressConfigs(model_path=str(folder), export=list(kinds), **options))

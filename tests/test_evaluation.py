@@ -1,0 +1,157 @@
+"""A set evaluated under a decision, as figures and as text."""
+
+import json
+
+import numpy as np
+import pytest
+from random_answers import NAMES, PREDICTED, Y_TRUE, one_hot, random_multilabel, random_single_label
+from scipy import special
+from sklearn import metrics as sk
+
+from finetune.decision import (
+    Decision,
+    find_exact_match_threshold,
+    fit_decision,
+    fit_temperature,
+)
+from finetune.evaluation import evaluate_set, format_evaluation
+from finetune.intervals import get_intervals
+from finetune.metrics import (
+    get_calibration,
+    get_evaluation_metrics,
+    get_multilabel_evaluation_metrics,
+)
+from finetune.options import UserError
+
+
+def cells(line: str) -> list[str]:
+    return line.split()
+
+
+def test_format_prints_single_label_figures():
+    lines = format_evaluation(get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES)).splitlines()
+    assert cells(lines[0]) == ["class", "precision", "recall", "f1", "support"]
+    assert cells(lines[2]) == ["bee", "0.6667", "1.0000", "0.8000", "2"]
+    start = lines.index("confusion matrix")
+    assert [cells(line)[-3:] for line in lines[start + 2 : start + 5]] == [list("110"), list("020"), list("100")]
+    assert "accuracy: 0.6000" in lines
+
+
+def test_format_prints_multilabel_figures_and_what_is_undefined():
+    y_true, probabilities = np.array([[1, 0], [0, 0]], np.float32), np.array([[0.9, 0.6], [0.1, 0.2]], np.float32)
+    figures = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant", "bee"], threshold=0.25)
+    lines = format_evaluation(figures).splitlines()
+    assert cells(lines[1]) == ["ant", "1.0000", "1.0000", "1.0000", "1", "1.0000", "1.0000"]
+    assert cells(lines[2]) == ["bee", "0.0000", "0.0000", "0.0000", "0", "undefined", "undefined"]
+    for line in ("mean auroc: 1.0000", "exact match accuracy: 0.5000", "hamming loss: 0.2500", "threshold: 0.2500"):
+        assert line in lines
+
+
+def test_format_aligns_counts_of_any_width_and_names_of_any_length():
+    y_true = np.array([0] * 123456 + [1])
+    text = format_evaluation(get_evaluation_metrics(y_true, one_hot(y_true, 2), ["a", "a rather long class name"]))
+    assert ["0", "a", "123456", "0"] in [cells(line) for line in text.splitlines()]
+
+
+def test_probabilities_that_are_no_numbers_are_a_users_mistake():
+    raw = np.array([[0.5, 0.5], [np.nan, 0.5], [np.inf, 0]])
+    for call in (
+        lambda: fit_temperature(np.array([0, 1, 1]), raw, False),
+        lambda: evaluate_set(np.array([0, 1, 1]), raw, Decision(["ant", "bee"], False)),
+        lambda: fit_decision({"training": np.eye(2)[[0, 1, 1]]}, {"training": raw}, "ab", True, [0.1, 0.9], "m"),
+    ):
+        with pytest.raises(UserError, match="2 of 3 images are not finite"):
+            call()
+
+
+def test_evaluating_a_set_of_one_label_an_image():
+    y_true, raw = random_single_label(80, 3)
+    decision = Decision(NAMES, False, 3.0, "validation")
+    figures = evaluate_set(y_true, raw, decision, bootstrap=True, seed=3)
+    plain = get_evaluation_metrics(y_true, raw, NAMES)
+    assert figures.keys() == {*plain, "images", "calibration", "intervals"}
+    assert {name: figures[name] for name in plain} == plain
+    assert figures["images"] == 80
+    assert figures["intervals"] == get_intervals(y_true, raw, decision, seed=3)
+    for name, (low, high) in figures["intervals"].items():
+        assert low <= figures[name] <= high
+    calibrated, right = decision.calibrate(raw), raw.argmax(axis=1) == y_true
+    after, before = (get_calibration(scores.max(axis=1), right) for scores in (calibrated, raw))
+    assert figures["calibration"] == {
+        "expected_calibration_error": after[0],
+        "bins": after[1],
+        "expected_calibration_error_uncalibrated": before[0],
+        "bins_uncalibrated": before[1],
+    }
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert "intervals" not in evaluate_set(y_true, raw, decision)
+
+
+def test_evaluating_a_multilabel_set():
+    y_true, raw = random_multilabel(80)
+    decision = Decision(NAMES, True, 2.0, "validation", 0.45, [0.3, 0.5, 0.7], "validation")
+    figures = evaluate_set(y_true, raw, decision, bootstrap=True, threshold_range=[0.2, 0.8])
+    calibrated = decision.calibrate(raw)
+    assert figures["threshold"] == 0.45
+    assert figures["exact_match_accuracy"] == pytest.approx(((calibrated >= 0.45) == y_true).all(axis=1).mean())
+    for column, (name, threshold) in enumerate(zip(NAMES, [0.3, 0.5, 0.7], strict=True)):
+        row, chosen = figures["per_class"][name], calibrated[:, column] >= np.float32(threshold)
+        assert row["best_f1_threshold"] == pytest.approx(threshold)
+        assert row["f1_at_best_f1_threshold"] == pytest.approx(sk.f1_score(y_true[:, column], chosen))
+        assert row["f1"] == pytest.approx(sk.f1_score(y_true[:, column], calibrated[:, column] >= 0.45))
+        for key, (low, high) in figures["intervals"]["per_class"][name].items():
+            assert low <= row[key] <= high
+    threshold, accuracy = find_exact_match_threshold(y_true, calibrated, [0.2, 0.8])
+    note = "chosen on the test set itself: optimistic"
+    assert figures["optimistic"] == {"threshold": threshold, "exact_match_accuracy": accuracy, "note": note}
+    error, bins = get_calibration(calibrated.ravel(), y_true.ravel() == 1)
+    assert figures["calibration"]["expected_calibration_error"] == error
+    assert figures["calibration"]["bins"] == bins
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert evaluate_set(y_true, raw, decision).keys() == figures.keys() - {"intervals", "optimistic"}
+
+
+def test_a_temperature_changes_neither_accuracy_nor_auroc_nor_average_precision():
+    y_true, raw = random_multilabel(80)
+    raw = 0.9 + raw / 10.0001
+    sharp, plain = (evaluate_set(y_true, raw, Decision(NAMES, True, temperature)) for temperature in (0.05, 1.0))
+    for name in ("mean_auroc", "mean_average_precision"):
+        assert sharp[name] == plain[name]
+    y_true, raw = random_single_label(80, 12)
+    names = list("abcdefghijkl")
+    for temperature in (0.05, 20.0):
+        changed = evaluate_set(y_true, raw, Decision(names, False, temperature))
+        assert changed["calibration"] != evaluate_set(y_true, raw, Decision(names, False))["calibration"]
+        for name, value in get_evaluation_metrics(y_true, raw, names).items():
+            assert changed[name] == value
+
+
+def test_the_fitted_temperature_mends_an_overconfident_model():
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(5000, 4))
+    honest = special.softmax(logits, axis=1)
+    y_true = np.array([generator.choice(4, p=row) for row in honest])
+    raw = special.softmax(3 * logits, axis=1).astype(np.float32)
+    decision = fit_decision({"validation": y_true[:1000]}, {"validation": raw[:1000]}, "abcd", False, [0, 1], "m.keras")
+    assert decision.temperature == pytest.approx(3, rel=0.1)
+    calibration = evaluate_set(y_true[1000:], raw[1000:], decision)["calibration"]
+    assert calibration["expected_calibration_error"] < 0.05
+    assert calibration["expected_calibration_error_uncalibrated"] > 0.2
+
+
+def test_format_prints_intervals_calibration_and_the_optimistic_threshold():
+    figures = get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES)
+    figures |= {"images": 5, "intervals": {"accuracy": [0.2, 1], "macro_f1": None}}
+    figures["calibration"] = {"expected_calibration_error": 0.01, "expected_calibration_error_uncalibrated": 0.2}
+    figures["optimistic"] = {"threshold": 0.25, "exact_match_accuracy": 0.5, "note": "a note"}
+    lines = format_evaluation(figures).splitlines()
+    assert "accuracy: 0.6000 (95 % interval 0.2000 to 1.0000)" in lines
+    assert "macro f1: 0.4333" in lines
+    assert "expected calibration error: 0.0100 (0.2000 without the temperature)" in lines
+    assert "best exact match accuracy: 0.5000 at threshold 0.2500 (a note)" in lines
+
+
+def test_format_keeps_long_column_names_apart():
+    y_true, raw = random_multilabel()
+    head = format_evaluation(evaluate_set(y_true, raw, Decision(NAMES, True))).splitlines()[0]
+    assert "  best f1 threshold  f1 at best f1 threshold" in head

@@ -1,0 +1,174 @@
+"""Headers, decoding and resizing of one image."""
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+from picture_sets import (
+    SIZE,
+    unreadable,  # noqa: F401
+)
+from PIL import Image, ImageOps
+
+from finetune.images import choose_divisor, read_image, resize_image
+from finetune.options import UserError
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    quadrants = np.zeros((32, 48, 3), np.uint8)
+    quadrants[:16, :24], quadrants[:16, 24:], quadrants[16:, :24] = (200, 30, 30), (30, 200, 30), (30, 30, 200)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = str(tmp_path / "photo.jpg")
+    Image.fromarray(quadrants).save(path, exif=exif, quality=95, subsampling=0)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    image = read_image(path)
+    assert image.shape == ((48, 32, 3) if orientation > 4 else (32, 48, 3))
+    assert np.abs(image.astype(int) - upright).mean() < 2
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_png_of_any_mode_is_read_as_8_bit_rgb(tmp_path, mode):
+    colours = np.random.default_rng(3).integers(0, 256, (*SIZE, 3), np.uint8)
+    picture = Image.fromarray(colours).convert(mode)
+    if mode in ("LA", "RGBA"):
+        picture.putalpha(Image.fromarray(colours[..., 0]))
+    path = str(tmp_path / "picture.png")
+    picture.save(path)
+    image = read_image(path)
+    assert image.dtype == np.uint8
+    expected = picture.convert("RGBA").convert("RGB") if mode in ("LA", "RGBA") else picture.convert("RGB")
+    np.testing.assert_array_equal(image, np.asarray(expected))
+
+
+def test_palette_png_with_a_transparent_colour_keeps_its_colours(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    picture.putpalette([250, 10, 20, 30, 240, 40, 50, 60, 230])
+    path = str(tmp_path / "palette.png")
+    picture.save(path, transparency=1)
+    assert read_image(path).tolist() == [[[250, 10, 20], [30, 240, 40], [50, 60, 230]]]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_16_bit_png_is_reduced_to_8_bits(tmp_path, channels):
+    eight = np.random.default_rng(4).integers(0, 256, (*SIZE, channels), np.uint8)
+    path = str(tmp_path / "deep.png")
+    cv2.imwrite(path, eight.astype(np.uint16) * 257)
+    expected = np.repeat(eight, 3, axis=2) if channels == 1 else eight[..., 2::-1]
+    np.testing.assert_array_equal(read_image(path), expected)
+
+
+@pytest.mark.parametrize("name", ["žltý kvet/ďatelina č. 1.png", "花.png", "with space.png", "UPPER.PNG"])
+def test_any_path_is_read(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (5, 3), (1, 2, 3)).save(path)
+    assert read_image(str(path)).tolist() == [[[1, 2, 3]] * 5] * 3
+
+
+def test_an_unreadable_image_is_named(unreadable):
+    with pytest.raises(UserError) as caught:
+        read_image(unreadable)
+    assert unreadable in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
+def test_half_an_image_is_refused(tmp_path, suffix):
+    path = tmp_path / f"half.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"half.{suffix}"):
+        read_image(str(path))
+
+
+def test_a_folder_in_place_of_an_image_is_named(tmp_path):
+    with pytest.raises(UserError, match=str(tmp_path)):
+        read_image(str(tmp_path))
+
+
+@pytest.mark.parametrize("size", [(5, 7), (40, 9), (9, 40), (33, 50), (12, 16)])
+def test_resizing_gives_height_by_width_uint8(size):
+    resized = resize_image(np.zeros((*SIZE, 3), np.uint8), size)
+    assert resized.shape == (*size, 3)
+    assert resized.dtype == np.uint8
+
+
+def test_shrinking_averages_areas():
+    image = np.zeros((4, 8, 3), np.uint8)
+    image[:2, :4] = [[[0, 40, 80]] * 4, [[20, 60, 100]] * 4]
+    image[2, 6] = 200
+    expected = np.zeros((2, 2, 3))
+    expected[0, 0], expected[1, 1] = (10, 50, 90), 25
+    np.testing.assert_array_equal(resize_image(image, (2, 2)), expected)
+
+
+def test_shrinking_by_any_factor_keeps_the_mean():
+    image = np.random.default_rng(6).integers(0, 256, (45, 64, 3), np.uint8)
+    np.testing.assert_allclose(resize_image(image, (13, 22)).mean(axis=(0, 1)), image.mean(axis=(0, 1)), atol=0.5)
+
+
+def test_an_image_of_the_right_size_stays_as_it_is():
+    image = np.random.default_rng(6).integers(0, 256, (5, 7, 3), np.uint8)
+    np.testing.assert_array_equal(resize_image(image, (5, 7)), image)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (12, 30), (31, 8), (50, 50)])
+def test_resizing_keeps_a_plain_colour(size):
+    plain = np.full((*SIZE, 3), (10, 120, 250), np.uint8)
+    assert np.unique(resize_image(plain, size).reshape(-1, 3), axis=0).tolist() == [[10, 120, 250]]
+
+
+def photo_jpeg(path, height, width, **options):
+    """Writes a real photo, enlarged or shrunk, as a JPEG file."""
+    image = Image.fromarray(skimage.data.astronaut()).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(path, quality=90, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "image_size", "divisor"),
+    [
+        *((3000, 4000, (224, 224), 8), (1800, 1800, (224, 224), 8), (1791, 3000, (224, 224), 4)),
+        *((448, 640, (224, 224), 2), (447, 640, (224, 224), 1), (100, 100, (224, 224), 1)),
+        # Turned upright the picture may be 300 wide, which a half of would be below 200.
+        *((300, 900, (100, 200), 1), (400, 900, (100, 200), 2)),
+    ],
+)
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_suffices(tmp_path, height, width, image_size, divisor):
+    encoded = np.fromfile(photo_jpeg(tmp_path / "photo.jpg", height, width), np.uint8)
+    assert choose_divisor(encoded, (width, height), image_size) == divisor
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (1000, 1500), (3000, 4000)])
+def test_scaled_decoding_is_close_to_full_decoding(tmp_path, height, width):
+    path = photo_jpeg(tmp_path / "photo.jpg", height, width)
+    scaled = read_image(path, (224, 224))
+    assert min(scaled.shape[:2]) >= 224
+    assert scaled.shape[0] <= height // 2
+    full = cv2.resize(read_image(path), (224, 224), interpolation=cv2.INTER_AREA)
+    assert np.abs(resize_image(scaled, (224, 224)).astype(int) - full).mean() < 2
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_scaled_decoding_keeps_the_orientation_and_rgb(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = photo_jpeg(tmp_path / "photo.jpg", 400, 600, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(path)).resize((30, 30), Image.Resampling.BOX)
+    assert np.abs(resize_image(read_image(path, (30, 30)), (30, 30)).astype(int) - np.asarray(upright)).mean() < 3
+
+
+def test_other_formats_are_decoded_whole(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(skimage.data.astronaut()).save(path)
+    np.testing.assert_array_equal(read_image(str(path), (32, 32)), skimage.data.astronaut())
+
+
+@pytest.mark.parametrize("size", [None, (30, 40)])
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "gif"])
+def test_an_image_in_a_store_is_that_of_the_file(tmp_path, store, kind, size):
+    path = tmp_path / f"a.{kind}"
+    Image.fromarray(skimage.data.astronaut()[:300, :400]).save(path)
+    store.put(f"memory://bucket/a.{kind}", path.read_bytes())
+    np.testing.assert_array_equal(read_image(f"memory://bucket/a.{kind}", size), read_image(str(path), size))

@@ -1,0 +1,179 @@
+"""Models are found, loaded and checked against the configs."""
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from tiny_models import (
+    CLASSES,
+    assert_kernels_alone_have_changed,
+    images,  # noqa: F401
+    normalised_model,
+    predict,
+    step_without_gradients,
+    trained_model,  # noqa: F401
+)
+
+from finetune.compressed import custom_load_model, custom_save_model
+from finetune.model_files import load_fitting_model, load_model
+from finetune.optimizers import exclude_from_weight_decay, get_optimizer
+from finetune.options import UserError
+
+
+@pytest.fixture(scope="module")
+def model_files(trained_model, tmp_path_factory):
+    """The trained model as a file, by ending."""
+    folder = tmp_path_factory.mktemp("models")
+    # The .keras file first: saving HDF5 drops the optimizer from the compile configuration that it stores.
+    for suffix in (".keras", ".h5", ".hdf5"):
+        trained_model.save(folder / f"model{suffix}")
+    return {suffix: str(folder / f"model{suffix}") for suffix in (".keras", ".h5", ".hdf5")}
+
+
+def test_biases_are_excluded_again_after_loading(tmp_path):
+    model = normalised_model()
+    model.compile(get_optimizer("AdamW", 0.5, weight_decay=0.2))
+    exclude_from_weight_decay(model, model.optimizer)
+    step_without_gradients(model.optimizer, model)
+    path = str(tmp_path / "model.keras")
+    model.save(path)
+    loaded = load_model(path, with_optimizer=True)
+    assert loaded.optimizer.built
+    exclude_from_weight_decay(loaded, loaded.optimizer)
+    assert_kernels_alone_have_changed(step_without_gradients(loaded.optimizer, loaded), (1 - 0.5 * 0.2) ** 2)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5", ".hdf5"])
+def test_whole_model_file_is_loaded(model_files, trained_model, images, suffix):
+    loaded = load_model(model_files[suffix])
+    np.testing.assert_array_equal(predict(loaded, images), predict(trained_model, images))
+
+
+def test_optimizer_comes_back_only_where_it_is_asked_for(model_files, trained_model):
+    assert getattr(load_model(model_files[".keras"]), "optimizer", None) is None
+    restored = load_model(model_files[".keras"], with_optimizer=True).optimizer
+    for variable, expected in zip(restored.variables, trained_model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), expected.numpy())
+
+
+def test_compressed_model_predicts_the_same(tmp_path, trained_model, images):
+    weights_path, layers_path = custom_save_model(trained_model, str(tmp_path / "new"), "model")
+    assert (weights_path, layers_path) == (str(tmp_path / "new" / "model.h5"), str(tmp_path / "new" / "model.json"))
+    assert sorted(os.listdir(tmp_path / "new")) == ["model.h5", "model.json"]
+    for loaded in (custom_load_model(str(tmp_path / "new"), "model"), load_model(weights_path)):
+        np.testing.assert_array_equal(predict(loaded, images), predict(trained_model, images))
+
+
+def test_compressed_model_in_the_working_folder_is_loaded(tmp_path, trained_model, images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    custom_save_model(trained_model, "", "model")
+    np.testing.assert_array_equal(predict(load_model("model.h5"), images), predict(trained_model, images))
+
+
+@pytest.mark.parametrize("missing", ["model.h5", "model.json"])
+def test_half_of_a_compressed_model_is_refused(tmp_path, trained_model, missing):
+    custom_save_model(trained_model, str(tmp_path), "model")
+    os.remove(tmp_path / missing)
+    with pytest.raises(UserError, match=r"model\.h5"):
+        custom_load_model(str(tmp_path), "model")
+    with pytest.raises(UserError, match=r"model\.h5"):
+        load_model(str(tmp_path / "model.h5"))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", "3", '{"class_name": "Nonsense", "config": {}}', "{"])
+def test_compressed_model_with_a_foreign_json_is_refused(tmp_path, trained_model, content):
+    custom_save_model(trained_model, str(tmp_path), "model")
+    (tmp_path / "model.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"model\.json"):
+        load_model(str(tmp_path / "model.h5"))
+
+
+def test_weights_of_another_model_are_refused(tmp_path, trained_model):
+    custom_save_model(trained_model, str(tmp_path), "model")
+    other = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+    custom_save_model(other, str(tmp_path), "other")
+    shutil.copy(tmp_path / "other.json", tmp_path / "model.json")
+    with pytest.raises(UserError, match="does not belong to"):
+        load_model(str(tmp_path / "model.h5"))
+
+
+def test_weights_without_a_model_are_refused(tmp_path, trained_model):
+    trained_model.save_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(UserError, match=r"model\.weights\.h5 holds weights but no model"):
+        load_model(str(tmp_path / "model.weights.h5"))
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5", ".hdf5", ".txt", ""])
+@pytest.mark.parametrize("content", [None, b"", b"this is no model"])
+def test_file_that_is_no_model_is_refused(tmp_path, suffix, content):
+    path = tmp_path / f"model{suffix}"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="model") as raised:
+        load_model(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_foreign_archive_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.keras", "w") as archive:
+        archive.writestr("notes.txt", "x")
+    with pytest.raises(UserError, match="is not a model"):
+        load_model(str(tmp_path / "model.keras"))
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.95])
+def test_truncated_model_is_refused(tmp_path, model_files, suffix, kept):
+    content = Path(model_files[suffix]).read_bytes()
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(UserError, match="is not a model"):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5", "compressed"])
+def test_code_in_a_model_file_is_never_run(tmp_path, suffix):
+    model = keras.Sequential([keras.Input((8, 10, 3)), keras.layers.Lambda(lambda x: x * 2), keras.layers.Flatten()])
+    path = str(tmp_path / f"model{suffix}")
+    if suffix == "compressed":
+        path, _ = custom_save_model(model, str(tmp_path), "model")
+    else:
+        model.save(path)
+    with pytest.raises(UserError, match=r"[Ll]ambda"):
+        load_model(path)
+
+
+def test_fitting_model_is_loaded(model_files):
+    model = load_fitting_model(model_files[".keras"], CLASSES, (8, 10))
+    assert model.output_shape == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("class_names", "image_size", "message"),
+    [
+        (["cat", "dog"], (8, 10), "tells 3 classes apart, but the configs name 2: cat, dog"),
+        (CLASSES, (10, 8), r"takes inputs of shape \(8, 10, 3\)\. Expected images of image_target_size, \(10, 8, 3\)"),
+    ],
+)
+def test_model_that_does_not_fit_is_refused(model_files, class_names, image_size, message):
+    with pytest.raises(UserError, match=message):
+        load_fitting_model(model_files[".keras"], class_names, image_size)
+
+
+@pytest.mark.parametrize("input_shape", [(8, 10, 1), (8,), (8, 10)])
+def test_model_of_other_input_than_rgb_is_refused(tmp_path, input_shape):
+    layers = [keras.Input(input_shape), keras.layers.Flatten(), keras.layers.Dense(3)]
+    keras.Sequential(layers).save(tmp_path / "model.keras")
+    with pytest.raises(UserError, match=r"model\.keras takes"):
+        load_fitting_model(str(tmp_path / "model.keras"), CLASSES, (8, 10))
+
+
+def test_model_of_any_image_size_fits(tmp_path):
+    layers = [keras.Input((None, None, 3)), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3)]
+    keras.Sequential(layers).save(tmp_path / "model.keras")
+    model = load_fitting_model(str(tmp_path / "model.keras"), CLASSES, (8, 10))
+    assert model.output_shape == (None, 3)

@@ -1,0 +1,39 @@
+"""An artefact's answers against its model's."""
+
+import numpy as np
+
+from finetune.decision import Decision
+from finetune.parity import compare
+
+
+def test_comparison_of_single_labels():
+    before = np.array([[0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [1, 0]], np.float32)
+    after = np.array([[0.25, 0.75], [0.5, 0.5], [0.25, 0.75], [0.75, 0.25]], np.float32)
+    found = compare(np.array([0, 0, 1, 1]), before, after, Decision(["cat", "dog"], False))
+    assert found == {
+        "images": 4,
+        "largest_difference": 0.5,
+        "mean_difference": 0.1875,
+        "changed_predictions": 1,
+        "measure": "accuracy",
+        "accuracy": {"before": 0.75, "after": 0.5},
+        "accuracy_drop": 25.0,
+    }
+
+
+def test_comparison_of_several_labels_counts_exact_matches_by_the_runs_threshold():
+    decision = Decision(["cat", "dog"], True, exact_match_threshold=0.75)
+    before = np.array([[0.5, 0.875], [0.875, 0.125]], np.float32)
+    after = np.array([[0.875, 0.875], [0.875, 0.5]], np.float32)
+    found = compare(np.array([[1, 1], [1, 0]]), before, after, decision)
+    assert found["measure"] == "exact match"
+    assert found["accuracy"] == {"before": 0.5, "after": 1.0}
+    assert (found["changed_predictions"], found["accuracy_drop"]) == (1, -50.0)
+
+
+def test_one_image_of_a_hundred_is_exactly_one_point():
+    before = np.tile(np.array([1, 0], np.float32), (100, 1))
+    after = before.copy()
+    after[0] = [0, 1]
+    found = compare(np.zeros(100, int), before, after, Decision(["cat", "dog"], False))
+    assert found["accuracy_drop"] == 1

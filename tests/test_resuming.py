@@ -1,0 +1,165 @@
+"""A run that is stopped anywhere and continued ends with the bits of one that was not."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from small_runs import (
+    assert_same_run,
+    options_of,
+    start,
+    stop_at,  # noqa: F401
+    tables,  # noqa: F401
+    uninterrupted,  # noqa: F401
+)
+
+import train
+from configs import Configs
+from finetune.options import UserError
+from model import ModelFactory
+
+
+@pytest.mark.slow
+def test_two_runs_are_the_same_whatever_the_number_of_workers(tables, uninterrupted, tmp_path):
+    start(**options_of(tables, tmp_path / "again", generator_workers=1))
+    assert_same_run(uninterrupted, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    "model_name", ["", *(pytest.param(f"{name}_model.keras", marks=pytest.mark.slow) for name in ("latest", "best"))]
+)
+def test_a_run_of_fewer_epochs_continues_to_the_same_model(tables, uninterrupted, tmp_path, model_name):
+    options = options_of(tables, tmp_path / "run", num_epochs=2)
+    start(**options)
+    start(**options | {"num_epochs": 3, "load_model_path": str(tmp_path / "run" / model_name)})
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_plateau_goes_on_after_a_stop_within_an_epoch(tables, tmp_path, stop_at, monkeypatch):
+    # A frozen backbone and tiny steps: the loss changes by less than what counts as better.
+    still = {"conv_layers_to_train": 0, "optimizer_type": "SGD", "learning_rate": 1e-6, "minimum_learning_rate": 1e-9}
+    options = options_of(tables, tmp_path / "whole", num_epochs=5, reduce_lr_patience=2, **still)
+    start(**options)
+    rates = pd.read_csv(tmp_path / "whole" / "training_log.csv")["learning_rate"]
+    np.testing.assert_allclose(rates, [1e-6, 1e-6, 1e-6, 1e-7, 1e-7], rtol=1e-5)
+    options |= {"save_model_path": str(tmp_path / "run")}
+    stop_at(2, 3)
+    with pytest.raises(SystemExit):
+        start(**options)
+    monkeypatch.undo()
+    start(**options | {"load_model_path": str(tmp_path / "run")})
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_mixed_precision_goes_on_exactly(tables, tmp_path, stop_at, monkeypatch, kind):
+    def choose():
+        return f"mixed_{kind}"
+
+    monkeypatch.setattr("finetune.devices.choose_mixed_policy", choose)
+    options = options_of(tables, tmp_path / "whole", num_epochs=2, mixed_precision=True)
+    start(**options)
+    options |= {"save_model_path": str(tmp_path / "run")}
+    stop_at(1, 3)
+    with pytest.raises(SystemExit):
+        start(**options)
+    monkeypatch.undo()
+    monkeypatch.setattr("finetune.devices.choose_mixed_policy", choose)
+    start(**options | {"load_model_path": str(tmp_path / "run")})
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image_cache", ["memory", "disk"])
+def test_a_cache_changes_no_bit(tables, uninterrupted, tmp_path, image_cache):
+    start(**options_of(tables, tmp_path / "run", image_cache=image_cache, image_cache_path=str(tmp_path / "cache")))
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tables, uninterrupted, capsys):
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    start(**options_of(tables, uninterrupted, load_model_path=str(uninterrupted)))
+    assert "has completed its 3 epochs" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("batch_size", 8), ("random_seed", 5), ("visual_model_name", "VGG16"), ("optimizer_type", "SGD")),
+        *(("image_target_size", (64, 64, 3)), ("conv_layers_to_train", 0), ("classifier_layer_sizes", [])),
+    ],
+)
+def test_an_option_that_would_change_the_run_is_refused(tables, uninterrupted, option, value):
+    options = options_of(tables, uninterrupted, load_model_path=str(uninterrupted), num_epochs=9)
+    with pytest.raises(UserError, match=f"{option} was .*now "):
+        start(**options | {option: value})
+
+
+def test_other_images_are_refused(tables, uninterrupted, tmp_path):
+    table = pd.read_csv(tables[0])
+    table.iloc[::-1].to_csv(tmp_path / "training_set.csv", index=False)
+    options = options_of(tables, uninterrupted, load_model_path=str(uninterrupted), num_epochs=9)
+    with pytest.raises(UserError, match="images or labels of train_csv are not those that the run began with"):
+        start(**options | {"train_csv": str(tmp_path / "training_set.csv")})
+
+
+@pytest.mark.slow
+def test_what_is_safe_to_change_is_said(tables, tmp_path, capsys):
+    options = options_of(tables, tmp_path / "run", num_epochs=1)
+    start(**options)
+    start(**options | {"load_model_path": str(tmp_path / "run"), "num_epochs": 2, "learning_rate": 1e-4})
+    printed = capsys.readouterr().out
+    assert "num_epochs changes from 1 to 2." in printed
+    assert "learning_rate changes from 0.001 to 0.0001." in printed
+    log = pd.read_csv(tmp_path / "run" / "training_log.csv")
+    assert log["learning_rate"].tolist() == pytest.approx([1e-3, 1e-4])
+
+
+def test_options_of_the_first_command_line_hold_on(tables, tmp_path):
+    options = options_of(tables, tmp_path / "run", num_epochs=1)
+    start(**options)
+    kept = {name: options[name] for name in ("train_csv", "test_csv", "save_model_path", "use_imagenet_weights")}
+    with_defaults = Configs(**kept, load_model_path=str(tmp_path / "run"))
+    assert train.main(with_defaults)["epochs_completed"] == 1
+
+
+@pytest.mark.slow
+def test_another_runs_models_are_not_overwritten_unless_asked(tables, tmp_path):
+    options = options_of(tables, tmp_path / "run", num_epochs=1, save_best_model_only=False)
+    start(**options)
+    before = (tmp_path / "run" / "latest_model.keras").read_bytes()
+    with pytest.raises(UserError, match="holds the models of another run"):
+        start(**options)
+    assert (tmp_path / "run" / "latest_model.keras").read_bytes() == before
+    start(**options | {"overwrite": True, "save_best_model_only": True, "random_seed": 3})
+    assert not (tmp_path / "run" / "model_epoch_001.keras").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tables, tmp_path, monkeypatch):
+    original = ModelFactory.get_model
+
+    def get_model(self, configs):
+        model = original(self, configs)
+        model.get_layer("classifier").layers[-2].kernel.assign_add([[np.nan] * 3] * 128)
+        return model
+
+    monkeypatch.setattr(ModelFactory, "get_model", get_model)
+    with pytest.raises(UserError, match="The loss is nan in epoch 1, step 1"):
+        start(**options_of(tables, tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("*.keras"))
+
+
+def test_early_stopping_ends_the_run_and_resuming_it_changes_nothing(tables, tmp_path, capsys):
+    options = options_of(tables, tmp_path / "run", num_epochs=12, early_stopping_patience=2, learning_rate=1e-7)
+    results = start(**options)
+    log = pd.read_csv(tmp_path / "run" / "training_log.csv")
+    assert len(log) == results["best_epoch"] + 2 < 12
+    assert log["val_accuracy"].idxmax() + 1 == results["best_epoch"]
+    capsys.readouterr()
+    start(**options | {"load_model_path": str(tmp_path / "run")})
+    assert "has completed" in capsys.readouterr().out
+
+
+# Real processes, killed
