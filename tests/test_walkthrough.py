@@ -474,7 +474,7 @@ def test_the_readmes_python_examples_run(trained, split_photos, tmp_path, monkey
 
 @pytest.mark.slow
 def test_every_script_command_of_the_readme_runs_in_order(tmp_path):
-    for path in [*PROJECT.glob("*.py"), PROJECT / "data"]:
+    for path in [*PROJECT.glob("*.py"), PROJECT / "data", PROJECT / "finetune"]:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
     # Training is cut short, and nothing is downloaded; the rest is as the README has it.
     small = (
