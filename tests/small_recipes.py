@@ -1,4 +1,4 @@
-"""Phases and schedules of small runs."""
+"""A model of two dense layers, and one step of its training."""
 
 import keras
 import numpy as np

@@ -88,6 +88,8 @@ def test_sizes_against_the_checkpoint_with_adam(name, tmp_path):
         visual_model_name=name, image_target_size=(64, 64, 3), use_imagenet_weights=False, classes=list("abcde")
     )
     model = ModelFactory().get_model(configs)
+    # A graph would take ten times as long to build as this one step.
+    model.run_eagerly = True
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
     model.fit(images, np.array([0, 1, 2, 3]), verbose=0)
     model.save(tmp_path / "checkpoint.keras")

@@ -4,7 +4,6 @@ import keras
 import numpy as np
 import pytest
 from built_models import (
-    built,  # noqa: F401
     flatten_layers,
     random_images,
 )
@@ -71,23 +70,6 @@ def test_batch_norm_momentum_is_set_or_kept(momentum, expected):
     set_batch_norm_momentum(backbone, momentum)
     norms = [layer for layer in backbone.layers if isinstance(layer, layers.BatchNormalization)]
     assert {layer.momentum for layer in norms} == {expected}
-
-
-@pytest.mark.slow
-def test_backbone_takes_an_image(built):
-    assert built.probabilities.shape == (1, 3)
-    assert built.probabilities.sum() == pytest.approx(1, abs=1e-5)
-    assert np.ptp(built.probabilities) > 1e-3
-
-
-@pytest.mark.slow
-def test_backbone_survives_saving(built, tmp_path):
-    path = tmp_path / "model.keras"
-    built.model.save(path)
-    loaded = keras.models.load_model(path, compile=False)
-    path.unlink()
-    np.testing.assert_allclose(loaded(built.images, training=False), built.probabilities, rtol=1e-5, atol=1e-7)
-    assert len(loaded.trainable_weights) == len(built.model.trainable_weights)
 
 
 def test_freeze_batch_norm_leaves_its_weights_and_statistics(tables, tmp_path):

@@ -3,15 +3,14 @@ import re
 import subprocess
 import sys
 import urllib.error
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import pytest
 from built_models import (
-    SLOW_SIZES,
     build,
     build_alive,
-    built,  # noqa: F401
     flatten_layers,
     random_images,
 )
@@ -38,6 +37,7 @@ SMALLEST_OF_FAMILY = (
     *("NASNetMobile", "MobileNet", "MobileNetV2", "MobileNetV3Small", "EfficientNetB0", "EfficientNetV2B0"),
     "ConvNeXtTiny",
 )
+SLOW_SIZES = {"Xception": (71, 96), "InceptionV3": (107, 139), "InceptionResNetV2": (107, 139)}
 
 
 def is_convolution(layer: layers.Layer) -> bool:
@@ -362,6 +362,43 @@ def test_a_saved_model_loads_without_this_project(tmp_path, name, options):
     np.testing.assert_allclose(np.load(paths[-1]), model(images, training=False), rtol=1e-5, atol=1e-6)
 
 
+class Built(NamedTuple):
+    name: str
+    model: keras.Model
+    own_last_name: str
+    images: np.ndarray
+    probabilities: np.ndarray
+
+
+@pytest.fixture(scope="module", params=BACKBONE_NAMES)
+def built(request):
+    own_names = []
+
+    def remember(*args, **kwargs):
+        model = application(*args, **kwargs)
+        own_names.append(model.layers[-1].name)
+        return model
+
+    name = request.param
+    application = getattr(keras.applications, name)
+    keras.utils.set_random_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keras.applications, name, remember)
+        model = build_alive(visual_model_name=name, image_target_size=(*SLOW_SIZES.get(name, (64, 96)), 3))
+    freeze_layers(model.get_layer("backbone"), 3)
+    images = random_images(1, *model.input_shape[1:])
+    yield Built(name, model, own_names[0], images, np.asarray(model(images, training=False)))
+    del model
+    keras.backend.clear_session()
+
+
+@pytest.mark.slow
+def test_backbone_takes_an_image(built):
+    assert built.probabilities.shape == (1, 3)
+    assert built.probabilities.sum() == pytest.approx(1, abs=1e-5)
+    assert np.ptp(built.probabilities) > 1e-3
+
+
 @pytest.mark.slow
 def test_last_conv_layer_is_the_backbones_last(built):
     backbone = built.model.get_layer("backbone")
@@ -383,6 +420,16 @@ def test_backbone_gives_a_heatmap(built):
     # Of the compiled network, as these are: its fused operations round otherwise than the eager ones do, and a random
     # network of 152 layers makes 0.0006 of that.
     np.testing.assert_allclose(probabilities, built.model.predict(built.images, verbose=0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_backbone_survives_saving(built, tmp_path):
+    path = tmp_path / "model.keras"
+    built.model.save(path)
+    loaded = keras.models.load_model(path, compile=False)
+    path.unlink()
+    np.testing.assert_allclose(loaded(built.images, training=False), built.probabilities, rtol=1e-5, atol=1e-7)
+    assert len(loaded.trainable_weights) == len(built.model.trainable_weights)
 
 
 @pytest.mark.slow

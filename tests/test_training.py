@@ -19,7 +19,6 @@ import train
 from configs import Configs
 from finetune.callbacks import EpochOrder
 from finetune.devices import set_seed
-from finetune.interruption import Interruption
 from finetune.losses import get_class_weights
 from finetune.options import UserError
 from finetune.trainer import TrainingModel
@@ -427,13 +426,3 @@ def test_predictions_of_a_distributed_model_are_those_of_the_model(tables, tmp_p
     images = np.concatenate([sequence[index][0] for index in range(3)])
     np.testing.assert_allclose(probabilities, keras.Model(inputs, outputs).predict(images, verbose=0), rtol=1e-5)
     assert is_read.tolist() == [True] * 11
-
-
-def test_interruption_of_one_process_is_that_of_all():
-    with Interruption(is_shared=True) as interruption:
-        assert interruption.get_flags().tolist() == [0, 0]
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.get_flags().tolist() == [0, 1]
-        assert interruption.signal == 0
-        interruption.note_flags([0, 2])
-        assert interruption.signal == signal.SIGTERM

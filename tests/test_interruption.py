@@ -1,0 +1,51 @@
+"""Signals are noted, and in several processes agreed on."""
+
+import os
+import signal
+
+import pytest
+
+from finetune.interruption import Interruption
+
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
+
+
+def test_a_signal_of_one_process_holds_for_all_after_the_same_step():
+    workers = [Interruption(is_shared=True) for _ in range(3)]
+
+    def step():
+        flags = sum(worker.get_flags() for worker in workers)
+        for worker in workers:
+            worker.note_flags(flags)
+        return [worker.signal for worker in workers]
+
+    assert step() == [0, 0, 0]
+    workers[2]._note(signal.SIGTERM, None)
+    assert [worker.signal for worker in workers] == [0, 0, 0]
+    assert [worker.get_flags().tolist() for worker in workers] == [[0, 0], [0, 0], [0, 1]]
+    assert step() == [signal.SIGTERM] * 3
+    workers[1]._note(signal.SIGINT, None)
+    assert step() == [signal.SIGINT] * 3
+
+
+@posix
+def test_the_first_signal_is_noted_and_the_handlers_come_back():
+    before = [signal.getsignal(number) for number in Interruption.NUMBERS]
+    for is_shared in (False, True):
+        with Interruption(is_shared) as interruption:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interruption.signal == (0 if is_shared else signal.SIGTERM)
+            assert interruption.get_flags().tolist() == [0, 1]
+            # A second one is to end the process.
+            assert [signal.getsignal(number) for number in Interruption.NUMBERS] == before
+    assert [signal.getsignal(number) for number in Interruption.NUMBERS] == before
+
+
+def test_interruption_of_one_process_is_that_of_all():
+    with Interruption(is_shared=True) as interruption:
+        assert interruption.get_flags().tolist() == [0, 0]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.get_flags().tolist() == [0, 1]
+        assert interruption.signal == 0
+        interruption.note_flags([0, 2])
+        assert interruption.signal == signal.SIGTERM
