@@ -44,7 +44,7 @@ class FeatureSequence(AugmentedImageSequence):
 
         Args:
             sequence: whose order, labels, shares, epoch and step it takes.
-            features: as `model.compute_features` gives them.
+            features: as `probe.compute_features` gives them.
             is_read: likewise.
         """
         features_only = cls(

@@ -80,7 +80,7 @@ def draw_roc_curves(curves: dict[str, dict[str, Any]]) -> Figure:
     """Draws the true over the false positive rate of each class, with its area.
 
     Args:
-        curves: by class name, as `metrics.get_curves` gives them; a class without an area is left out.
+        curves: by class name, as `curves.get_curves` gives them; a class without an area is left out.
     """
     figure, axes = _square_figure("False positive rate", "True positive rate")
     axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
@@ -92,7 +92,7 @@ def draw_precision_recall_curves(curves: dict[str, dict[str, Any]]) -> Figure:
     """Draws precision over recall of each class, with its average precision.
 
     Args:
-        curves: by class name, as `metrics.get_curves` gives them; a class without positives is left out.
+        curves: by class name, as `curves.get_curves` gives them; a class without positives is left out.
     """
     figure, axes = _square_figure("Recall", "Precision")
     _draw_curves(axes, curves, ("recall", "precision"), "average_precision", "Average precision")
@@ -200,7 +200,7 @@ def save_figures(folder: str, results: dict[str, Any], curves: dict[str, dict[st
         folder: receives `confusion_matrix.png` (one label an image), `roc_curves.png`,
             `precision_recall_curves.png` and `reliability_diagram.png`.
         results: the content of metrics.json.
-        curves: of the test set, as `metrics.get_curves` gives them.
+        curves: of the test set, as `curves.get_curves` gives them.
 
     Returns:
         The files' paths.

@@ -46,7 +46,7 @@ def classify_image(
     """Classifies one image, with a run's decision as `predict.py` does.
 
     The image is resized as the generator does it. `predict.py` decodes large JPEGs at a fraction of their size: to
-    have the same answer, read them with `generator.read_image(path, image_size)`. `read_image(path)` gives a picture
+    have the same answer, read them with `read_image(path, image_size)`. `read_image(path)` gives a picture
     that differs a little, and so do the probabilities then.
 
     Args:
@@ -55,7 +55,7 @@ def classify_image(
         class_names: in the model's order, as `configs.json` has them.
         multi_label: whether several labels may hold.
         threshold: multi-label: lowest probability of a label that holds.
-        decision: from `metrics.read_decision`: calibrates the probabilities and chooses the labels, in the place of
+        decision: from `read_decision`: calibrates the probabilities and chooses the labels, in the place of
             `multi_label` and `threshold`.
         threshold_type: which of the decision's thresholds hold, `exact_match` or `best_f1`.
 

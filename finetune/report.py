@@ -66,7 +66,7 @@ def write_report(
     Args:
         path: the HTML file; it loads nothing else.
         results: the content of metrics.json.
-        curves: of the test set, as `metrics.get_curves` gives them.
+        curves: of the test set, as `curves.get_curves` gives them.
         gallery: `mistakes` and `least_confident`, lists of images: `path`; `true` and `predicted`, class names;
             `probability` of the predicted class (multi-label: of the answer to the least certain label); `loss` in
             nats; `photo`, uint8 RGB `(height, width, 3)`; `heatmap`, the same with Grad-CAM over it, or None.
