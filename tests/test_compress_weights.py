@@ -19,12 +19,6 @@ from finetune.options import UserError
 CLASSES = ["blue", "green", "red"]
 
 
-# Precisions
-
-
-# The comparison
-
-
 # The script
 
 

@@ -9,6 +9,8 @@ from sklearn import metrics as sk
 
 from finetune.curves import get_curves
 
+# Curves
+
 
 def test_curves_of_a_hand_worked_example():
     curves = get_curves(np.array([[1], [0], [1], [0]]), np.array([[0.9], [0.7], [0.6], [0.2]]), ["ant"])["ant"]

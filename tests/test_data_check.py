@@ -1,10 +1,7 @@
 """The data check: every bad image, table and copy is found with its row, and what is right raises no alarm."""
 
 import csv
-import io
-import itertools
 import os
-import subprocess
 import sys
 
 import cv2
@@ -19,19 +16,13 @@ from checked_tables import (
 )
 from corpus import BAD_TABLES, UNREADABLE, encode, photo
 from PIL import Image
-from tiny_models import images  # noqa: F401
 
-import generator
-import make_csv_from_folders
-import split_train_test
 from configs import Configs
 from finetune.callbacks import BadImages
 from finetune.data_check import check_images, check_sets
 from finetune.findings import IMAGE_FAULTS
 from finetune.images import read_image
-from finetune.inspection import inspect_image
 from finetune.options import UserError
-from finetune.splitting import SET_FILES
 from finetune.team import Team
 from generator import get_generator
 
@@ -52,68 +43,6 @@ def test_generator_refuses_exactly_what_the_check_calls_an_error(corpus):
             assert read_image(str(path)).ndim == 3
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("rotated_jpeg", "rotated_png", "rotated_tiff", "animated_gif", "animated_webp", "animated_png", "pages_tiff"),
-        *("cmyk_jpeg", "cmyk_tiff", "alpha_webp", "palette_alpha_png", "grey_alpha_png", "grey_jpeg"),
-    ],
-)
-def test_unusual_image_is_decoded_as_pillow_does(corpus, name):
-    from PIL import ImageOps
-
-    with Image.open(corpus[name]) as image:
-        upright = ImageOps.exif_transpose(image)
-        has_alpha = upright.mode in ("LA", "RGBA", "P")
-        expected = np.asarray((upright.convert("RGBA") if has_alpha else upright).convert("RGB"))
-    image = read_image(str(corpus[name]))
-    assert image.shape == expected.shape
-    assert np.abs(image.astype(int) - expected).mean() < 1.5
-
-
-def test_16_bits_keep_their_high_byte(corpus):
-    deep = cv2.imread(str(corpus["deep_png"]), cv2.IMREAD_UNCHANGED)[..., ::-1]
-    assert np.abs(read_image(str(corpus["deep_png"])).astype(int) - deep / 257).max() <= 1
-
-
-def test_damaged_animation_does_not_reach_opencv_which_crashes(corpus, tmp_path, monkeypatch):
-    data = bytearray(corpus["animated_png"].read_bytes())
-    data[len(data) // 3] ^= 0xFF
-    path = tmp_path / "animated.png"
-    path.write_bytes(data)
-    monkeypatch.setattr(generator.cv2, "imdecode", lambda *_: pytest.fail("decoded by OpenCV"))
-    with pytest.raises(UserError, match=r"animated\.png"):
-        read_image(str(path))
-    assert inspect_image(str(path), decode=True).fault[0] == "unreadable"
-
-
-def test_chunk_that_claims_gigabytes_takes_no_memory(corpus, tmp_path, monkeypatch):
-    data = bytearray(corpus["good_png"].read_bytes())
-    start = data.index(b"IDAT")
-    data[start - 4 : start] = (3 * 2**30).to_bytes(4, "big")
-    path = tmp_path / "chunk.png"
-    path.write_bytes(data)
-    monkeypatch.setattr(generator.cv2, "imdecode", lambda *_: pytest.fail("decoded by OpenCV"))
-    with pytest.raises(UserError, match="longer than the file"):
-        read_image(str(path))
-
-
-def test_small_file_that_claims_more_pixels_than_it_can_hold_is_refused(tmp_path):
-    path = tmp_path / "claim.bmp"
-    data = bytearray(encode("BMP", photo(0, (8, 8))))
-    data[18:26] = (12_000).to_bytes(4, "little") * 2
-    path.write_bytes(data)
-    with pytest.raises(UserError, match="cannot hold"):
-        read_image(str(path))
-
-
-def test_pixels_are_counted_before_decoding(corpus, monkeypatch):
-    monkeypatch.setattr(generator.cv2, "imdecode", lambda *_: pytest.fail("decoded"))
-    for name in ("bomb_png", "bomb_jpeg", "bomb_gif", "bomb_bmp", "good_png"):
-        with pytest.raises(UserError, match="more than max_image_pixels"):
-            read_image(str(corpus[name]), max_pixels=100)
-
-
 def test_sizes_below_the_target_and_far_from_the_rest_are_told(tmp_path):
     sides = {**{f"{number}.png": (100, 120) for number in range(10)}, "tiny.png": (20, 24), "long.png": (40, 400)}
     sides["thin.png"] = (90, 100)
@@ -123,6 +52,38 @@ def test_sizes_below_the_target_and_far_from_the_rest_are_told(tmp_path):
     found = {(finding.kind, finding.path) for finding in findings if finding.kind in ("small", "unusual_size")}
     expected = {("small", name) for name in ("tiny.png", "long.png", "thin.png")}
     assert found == expected | {("unusual_size", "tiny.png"), ("unusual_size", "long.png")}
+
+
+def test_images_of_any_format_pass(tmp_path):
+    names = ["a.png", "b.jpg", "c.bmp", "d.tif", "e.webp"]
+    for name in names:
+        cv2.imwrite(str(tmp_path / name), np.zeros((4, 4, 3), np.uint8))
+    check_images([str(tmp_path / name) for name in names], "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.jpg", "does not exist"),
+        ("empty.jpg", "is empty"),
+        ("text.jpg", "is no image that OpenCV reads"),
+        (".", "does not exist"),
+    ],
+)
+def test_file_that_is_no_image_names_its_row(tmp_path, name, message):
+    cv2.imwrite(str(tmp_path / "good.jpg"), np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("this is a text, not an image, whatever its name says", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"t\.csv: row 3: .*{message}\. Correct image_directory") as raised:
+        check_images([str(tmp_path / "good.jpg"), str(tmp_path / name)], "t.csv")
+    assert "row 2" not in str(raised.value)
+
+
+def test_only_the_first_bad_images_are_listed():
+    with pytest.raises(UserError, match="3 more rows") as raised:
+        check_images([f"missing_{number}.jpg" for number in range(8)], "t.csv")
+    assert "missing_4.jpg" in str(raised.value)
+    assert "missing_5.jpg" not in str(raised.value)
 
 
 # Images in stores
@@ -153,16 +114,6 @@ def test_copies_are_found_between_disk_and_store(store, tmp_path):
     test = table_of([("memory:///bucket/b.jpg", "x")], "test")
     expected = [("duplicate", "training", 3), ("duplicate_across_sets", "test", 2)]
     assert kinds_of(check(training, test)) == expected
-
-
-def test_files_alone_leave_fsspec_aside(tmp_path):
-    code = (
-        "import sys; from finetune import inspection, stores\n"
-        "found = inspection.inspect_images(sys.argv[1:], True, 10**6, 2)\n"
-        "assert not found[0].fault and stores.read_bytes(sys.argv[1]).size\n"
-        "assert 'fsspec' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code, write_photo(tmp_path / "a.jpg", 1)], check=True)
 
 
 # Copies
@@ -374,178 +325,3 @@ def test_nothing_readable_is_an_error_all_the_same(tmp_path, position):
         (tmp_path / f"{seed}.jpg").unlink()
     with pytest.raises(UserError, match="None of the .* images can be read"):
         all_batches(sequence)
-
-
-# Scripts
-
-
-@pytest.fixture
-def class_folders(tmp_path):
-    for seed, name in enumerate(["cat", "cat", "cat", "dog", "dog", "dog"]):
-        (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
-        write_photo(tmp_path / "images" / name / f"{seed}.jpg", seed)
-    (tmp_path / "images" / "dog" / "torn.jpg").write_bytes(encode("JPEG", photo(9))[:-300])
-    return tmp_path
-
-
-def list_folders(folder, **options):
-    values = {"folder_path": str(folder / "images"), "write_path": str(folder / "all.csv")} | options
-    return make_csv_from_folders.main(make_csv_from_folders.FolderConfigs(**values).validate())
-
-
-def test_folders_are_verified_before_the_table_is_written(class_folders):
-    assert list_folders(class_folders) == {"cat": 3, "dog": 4}
-    os.remove(class_folders / "all.csv")
-    with pytest.raises(UserError, match=r"(?s)truncated \(1\).*torn\.jpg"):
-        list_folders(class_folders, verify=True)
-    assert sorted(os.listdir(class_folders)) == ["data_report.csv", "images"]
-    assert list_folders(class_folders, verify=True, skip_bad_images=True) == {"cat": 3, "dog": 3}
-    assert "torn.jpg" not in (class_folders / "all.csv").read_text("utf-8")
-
-
-def test_one_image_in_two_class_folders_is_refused(class_folders):
-    (class_folders / "images" / "dog" / "torn.jpg").unlink()
-    (class_folders / "images" / "dog" / "same.jpg").write_bytes((class_folders / "images/cat/0.jpg").read_bytes())
-    with pytest.raises(UserError, match="duplicate with other label"):
-        list_folders(class_folders, verify=True)
-
-
-def split(folder, rows, header=("path", "class", "patient"), **options):
-    with open(folder / "all.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    counts = split_train_test.main(
-        split_train_test.SplitConfigs(csv_path=str(folder / "all.csv"), **options).validate()
-    )
-    sets = {}
-    for name, file_name in SET_FILES.items():
-        if (folder / file_name).exists():
-            sets[name] = list(csv.DictReader(io.StringIO((folder / file_name).read_text("utf-8"))))
-    return counts, sets
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("multi_label", [False, True])
-def test_groups_stay_whole_and_classes_keep_their_shares(tmp_path, multi_label, shuffle, seed):
-    rng = np.random.default_rng(seed)
-    rows = []
-    for patient in range(120):
-        label = "abc"[int(rng.choice(3, p=[0.6, 0.3, 0.1]))]
-        for _ in range(int(rng.integers(1, 6))):
-            other = "abc"[int(rng.integers(3))]
-            name = f"{label}${other}" if multi_label and other != label else label
-            rows.append((f"{len(rows)}.jpg", name, f"p{patient}"))
-    options = {"multi_label_classification": multi_label, "shuffle": shuffle, "random_seed": seed}
-    counts, sets = split(tmp_path, rows, group_column="patient", validation_split_fraction=0.2, **options)
-    patients = {name: {row["patient"] for row in found} for name, found in sets.items()}
-    assert all(not one & other for one, other in itertools.combinations(patients.values(), 2))
-    assert sorted(row["path"] for found in sets.values() for row in found) == sorted(row[0] for row in rows)
-    for name, share in (("training", 0.6), ("validation", 0.2), ("testing", 0.2)):
-        for label in "abc":
-            total = sum(by_class[label] for by_class in counts.values())
-            assert abs(counts[name][label] - share * total) <= max(0.05 * total, 3), (name, label)
-
-
-def test_same_seed_gives_the_same_groups(tmp_path):
-    rows = [(f"{number}.jpg", "ab"[number % 2], f"p{number // 3}") for number in range(90)]
-    splits = [split(tmp_path, rows, group_column="patient", random_seed=seed)[1] for seed in (1, 1, 2)]
-    assert splits[0] == splits[1]
-    assert splits[0] != splits[2]
-
-
-def test_rare_class_of_two_groups_reaches_both_sets(tmp_path):
-    rows = [(f"{number}.jpg", "a", f"p{number // 2}") for number in range(100)]
-    rows += [("x.jpg", "rare", "q1"), ("y.jpg", "rare", "q2")]
-    counts, _ = split(tmp_path, rows, group_column="patient")
-    assert (counts["training"]["rare"], counts["testing"]["rare"]) == (1, 1)
-
-
-def test_groups_that_prevent_the_fraction_are_told(tmp_path, capsys):
-    rows = [(f"{number}.jpg", "a", f"p{number // 5}") for number in range(10)]
-    counts, _ = split(tmp_path, rows, group_column="patient")
-    assert counts == {"training": {"a": 5}, "testing": {"a": 5}}
-    assert "the testing set has 50.0% of the images, not 20.0%" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("column", "rows", "message"),
-    [
-        ("video", [("a.jpg", "a", "1")], "has no column 'video'.*patient"),
-        ("patient", [("a.jpg", "a", "1"), ("b.jpg", "a", " ")], "row 3: the column 'patient' is empty"),
-    ],
-)
-def test_unusable_group_column_is_named(tmp_path, column, rows, message):
-    with pytest.raises(UserError, match=message):
-        split(tmp_path, rows, group_column=column)
-
-
-def test_copies_stay_in_one_set_with_their_original(tmp_path, capsys):
-    rows = []
-    for number in range(12):
-        path = write_photo(tmp_path / f"{number}.jpg", number, quality=90)
-        Image.open(path).resize((120, 90)).save(tmp_path / f"copy_{number}.jpg")
-        rows += [(path, "ab"[number % 2]), (str(tmp_path / f"copy_{number}.jpg"), "ab"[number % 2])]
-    _, sets = split(tmp_path, rows, ("path", "class"), verify=True)
-    for found in sets.values():
-        names = [os.path.basename(row["path"]) for row in found]
-        assert {name.removeprefix("copy_") for name in names} == {name for name in names if "copy_" not in name}
-    assert "stay in one set with their original: 12" in capsys.readouterr().out
-
-
-def test_splitting_verifies_what_is_in_a_store(tmp_path, store):
-    rows = [(f"./{number}.jpg", "ab"[number % 2]) for number in range(10)]
-    for number in range(10):
-        store.put(f"memory://bucket/photos/{number}.jpg", encode("JPEG", photo(number // 2 * 2)))
-    with pytest.raises(UserError, match=r"duplicate with other label \(5\)"):
-        split(tmp_path, rows, ("path", "class"), verify=True, image_directory="memory://bucket/photos")
-    for number in range(9):
-        store.put(f"memory://bucket/photos/{number}.jpg", encode("JPEG", photo(number // 4 * 4 + number % 2)))
-    store.remove("memory://bucket/photos/9.jpg")
-    options = {"verify": True, "image_directory": "memory://bucket/photos/", "skip_bad_images": True}
-    _, sets = split(tmp_path, rows, ("path", "class"), **options)
-    numbers = [{int(row["path"].strip("./jpg")) for row in found} for found in sets.values()]
-    assert set.union(*numbers) == set(range(9))
-    for copies in ({0, 2}, {1, 3}, {4, 6}, {5, 7}):
-        assert any(copies <= found for found in numbers)
-
-
-def test_splitting_leaves_out_bad_images_where_it_may(tmp_path):
-    rows = [(write_photo(tmp_path / f"{number}.jpg", number), "ab"[number % 2]) for number in range(10)]
-    rows.append((str(tmp_path / "missing.jpg"), "a"))
-    with pytest.raises(UserError, match=r"missing \(1\)"):
-        split(tmp_path, rows, ("path", "class"), verify=True)
-    assert not (tmp_path / "training_set.csv").exists()
-    _, sets = split(tmp_path, rows, ("path", "class"), verify=True, skip_bad_images=True)
-    assert sum(map(len, sets.values())) == 10
-
-
-def test_images_of_any_format_pass(tmp_path):
-    names = ["a.png", "b.jpg", "c.bmp", "d.tif", "e.webp"]
-    for name in names:
-        cv2.imwrite(str(tmp_path / name), np.zeros((4, 4, 3), np.uint8))
-    check_images([str(tmp_path / name) for name in names], "t.csv")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("missing.jpg", "does not exist"),
-        ("empty.jpg", "is empty"),
-        ("text.jpg", "is no image that OpenCV reads"),
-        (".", "does not exist"),
-    ],
-)
-def test_file_that_is_no_image_names_its_row(tmp_path, name, message):
-    cv2.imwrite(str(tmp_path / "good.jpg"), np.zeros((4, 4, 3), np.uint8))
-    (tmp_path / "empty.jpg").touch()
-    (tmp_path / "text.jpg").write_text("this is a text, not an image, whatever its name says", encoding="utf-8")
-    with pytest.raises(UserError, match=rf"t\.csv: row 3: .*{message}\. Correct image_directory") as raised:
-        check_images([str(tmp_path / "good.jpg"), str(tmp_path / name)], "t.csv")
-    assert "row 2" not in str(raised.value)
-
-
-def test_only_the_first_bad_images_are_listed():
-    with pytest.raises(UserError, match="3 more rows") as raised:
-        check_images([f"missing_{number}.jpg" for number in range(8)], "t.csv")
-    assert "missing_4.jpg" in str(raised.value)
-    assert "missing_5.jpg" not in str(raised.value)

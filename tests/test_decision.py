@@ -55,6 +55,9 @@ def test_the_evaluation_agrees_with_the_accuracy_found_for_its_threshold(score):
     assert figures["exact_match_accuracy"] == accuracy
 
 
+# Temperature
+
+
 def test_a_temperature_of_two_takes_the_root_of_the_odds():
     single, multi = Decision(["ant", "bee"], False, 2.0), Decision(["ant", "bee"], True, 2.0)
     np.testing.assert_allclose(single.calibrate(np.array([[0.9, 0.1]])), [[0.75, 0.25]], rtol=1e-6)
@@ -142,6 +145,9 @@ def test_a_block_of_any_size_gives_the_same_temperature_and_probabilities(monkey
     np.testing.assert_array_equal(decision.calibrate(raw), calibrated)
 
 
+# Thresholds
+
+
 @pytest.mark.parametrize("decimals", [1, 2, 7])
 def test_no_threshold_has_a_higher_f1_than_the_best_by_scikit_learn(decimals):
     generator = np.random.default_rng(decimals)
@@ -198,6 +204,9 @@ def test_thresholds_are_one_a_class_and_default_to_the_exact_match_threshold():
 def test_where_one_label_holds_the_first_of_the_highest_is_chosen():
     chosen = Decision(NAMES, False).choose(np.array([[0.2, 0.4, 0.4], [0.3, 0.3, 0.4]]))
     assert chosen.tolist() == [[False, True, False], [False, False, True]]
+
+
+# Decisions
 
 
 def test_the_decision_is_fitted_on_the_validation_set_alone():

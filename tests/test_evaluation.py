@@ -64,6 +64,9 @@ def test_probabilities_that_are_no_numbers_are_a_users_mistake():
             call()
 
 
+# Evaluation of one set
+
+
 def test_evaluating_a_set_of_one_label_an_image():
     y_true, raw = random_single_label(80, 3)
     decision = Decision(NAMES, False, 3.0, "validation")
@@ -137,6 +140,9 @@ def test_the_fitted_temperature_mends_an_overconfident_model():
     calibration = evaluate_set(y_true[1000:], raw[1000:], decision)["calibration"]
     assert calibration["expected_calibration_error"] < 0.05
     assert calibration["expected_calibration_error_uncalibrated"] > 0.2
+
+
+# Text
 
 
 def test_format_prints_intervals_calibration_and_the_optimistic_threshold():

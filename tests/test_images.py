@@ -4,6 +4,8 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
+from checked_tables import corpus  # noqa: F401
+from corpus import encode, photo
 from picture_sets import (
     SIZE,
     unreadable,  # noqa: F401
@@ -172,3 +174,54 @@ def test_an_image_in_a_store_is_that_of_the_file(tmp_path, store, kind, size):
     Image.fromarray(skimage.data.astronaut()[:300, :400]).save(path)
     store.put(f"memory://bucket/a.{kind}", path.read_bytes())
     np.testing.assert_array_equal(read_image(f"memory://bucket/a.{kind}", size), read_image(str(path), size))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("rotated_jpeg", "rotated_png", "rotated_tiff", "animated_gif", "animated_webp", "animated_png", "pages_tiff"),
+        *("cmyk_jpeg", "cmyk_tiff", "alpha_webp", "palette_alpha_png", "grey_alpha_png", "grey_jpeg"),
+    ],
+)
+def test_unusual_image_is_decoded_as_pillow_does(corpus, name):
+    from PIL import ImageOps
+
+    with Image.open(corpus[name]) as image:
+        upright = ImageOps.exif_transpose(image)
+        has_alpha = upright.mode in ("LA", "RGBA", "P")
+        expected = np.asarray((upright.convert("RGBA") if has_alpha else upright).convert("RGB"))
+    image = read_image(str(corpus[name]))
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).mean() < 1.5
+
+
+def test_16_bits_keep_their_high_byte(corpus):
+    deep = cv2.imread(str(corpus["deep_png"]), cv2.IMREAD_UNCHANGED)[..., ::-1]
+    assert np.abs(read_image(str(corpus["deep_png"])).astype(int) - deep / 257).max() <= 1
+
+
+def test_chunk_that_claims_gigabytes_takes_no_memory(corpus, tmp_path, monkeypatch):
+    data = bytearray(corpus["good_png"].read_bytes())
+    start = data.index(b"IDAT")
+    data[start - 4 : start] = (3 * 2**30).to_bytes(4, "big")
+    path = tmp_path / "chunk.png"
+    path.write_bytes(data)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded by OpenCV"))
+    with pytest.raises(UserError, match="longer than the file"):
+        read_image(str(path))
+
+
+def test_small_file_that_claims_more_pixels_than_it_can_hold_is_refused(tmp_path):
+    path = tmp_path / "claim.bmp"
+    data = bytearray(encode("BMP", photo(0, (8, 8))))
+    data[18:26] = (12_000).to_bytes(4, "little") * 2
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="cannot hold"):
+        read_image(str(path))
+
+
+def test_pixels_are_counted_before_decoding(corpus, monkeypatch):
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    for name in ("bomb_png", "bomb_jpeg", "bomb_gif", "bomb_bmp", "good_png"):
+        with pytest.raises(UserError, match="more than max_image_pixels"):
+            read_image(str(corpus[name]), max_pixels=100)

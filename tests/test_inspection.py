@@ -1,6 +1,8 @@
 """What is found in image files before they are decoded, and in their pixels."""
 
 import os
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -9,6 +11,7 @@ import skimage.data
 from checked_tables import (
     EXPECTED,
     corpus,  # noqa: F401
+    write_photo,
 )
 from corpus import BOMB_SIDES, encode, photo
 from fsspec.implementations.memory import MemoryFileSystem
@@ -133,3 +136,24 @@ def test_an_object_that_changes_while_it_is_read_is_no_damaged_image(store, monk
     monkeypatch.setattr(stores, "_ask_store", lambda *_: {"type": "file", "size": 10**7})
     expected = "unreachable", "is out of reach: it changed while it was read"
     assert inspect_image("memory://bucket/a.jpg").fault == expected
+
+
+def test_damaged_animation_does_not_reach_opencv_which_crashes(corpus, tmp_path, monkeypatch):
+    data = bytearray(corpus["animated_png"].read_bytes())
+    data[len(data) // 3] ^= 0xFF
+    path = tmp_path / "animated.png"
+    path.write_bytes(data)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded by OpenCV"))
+    with pytest.raises(UserError, match=r"animated\.png"):
+        read_image(str(path))
+    assert inspect_image(str(path), decode=True).fault[0] == "unreadable"
+
+
+def test_files_alone_leave_fsspec_aside(tmp_path):
+    code = (
+        "import sys; from finetune import inspection, stores\n"
+        "found = inspection.inspect_images(sys.argv[1:], True, 10**6, 2)\n"
+        "assert not found[0].fault and stores.read_bytes(sys.argv[1]).size\n"
+        "assert 'fsspec' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, write_photo(tmp_path / "a.jpg", 1)], check=True)

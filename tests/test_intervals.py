@@ -11,6 +11,8 @@ from finetune.decision import (
 )
 from finetune.intervals import get_intervals
 
+# Intervals
+
 
 @pytest.mark.parametrize("seed", range(4))
 def test_each_figure_of_a_resample_is_scikit_learns_for_its_images(seed):

@@ -139,6 +139,11 @@ def test_figures_are_json():
         assert json.loads(json.dumps(figures, allow_nan=False)) == figures
 
 
+def test_no_tensorflow_is_imported():
+    command = "import sys, finetune.metrics; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
+    subprocess.run([sys.executable, "-c", command], cwd=Path(metrics.__file__).parent.parent, check=True)
+
+
 # Further figures of one label an image
 
 
@@ -181,9 +186,6 @@ def test_multilabel_macro_f1_leaves_out_what_is_neither_true_nor_predicted():
     assert nothing["macro_f1"] is None
 
 
-# Temperature
-
-
 # Calibration
 
 
@@ -215,29 +217,3 @@ def test_an_edge_belongs_to_the_bin_below_it_in_float32_too():
     assert [place["count"] for place in bins] == [1, 1, 1, 1]
     _, bins = get_calibration(np.array([0.2, 0.19], np.float32), np.ones(2))
     assert [place["count"] for place in bins] == [2]
-
-
-# Thresholds
-
-
-# Decisions
-
-
-# Intervals
-
-
-# Evaluation of one set
-
-
-# Curves
-
-
-# Text
-
-
-def test_no_tensorflow_is_imported():
-    command = "import sys, finetune.metrics; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
-    subprocess.run([sys.executable, "-c", command], cwd=Path(metrics.__file__).parent.parent, check=True)
-
-
-# Learning-rate range test

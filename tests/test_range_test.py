@@ -10,6 +10,9 @@ from finetune.range_test import smooth_losses, suggest_learning_rate
 RATES = np.geomspace(1e-6, 1, 100)
 
 
+# Learning-rate range test
+
+
 def test_smoothed_losses_equal_weighted_means_worked_out_by_hand():
     from_left = [1, (0.8 * 1 + 2) / 1.8, (0.64 * 1 + 0.8 * 2 + 4) / 2.44]
     from_right = [(0.64 * 4 + 0.8 * 2 + 1) / 2.44, (0.8 * 4 + 2) / 1.8, 4]

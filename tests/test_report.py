@@ -84,12 +84,6 @@ def multi_page(multi_path):
     return Page(multi_path)
 
 
-# Gallery
-
-
-# Figures
-
-
 # Page
 
 

@@ -160,6 +160,3 @@ def test_early_stopping_ends_the_run_and_resuming_it_changes_nothing(tables, tmp
     capsys.readouterr()
     start(**options | {"load_model_path": str(tmp_path / "run")})
     assert "has completed" in capsys.readouterr().out
-
-
-# Real processes, killed

@@ -184,24 +184,6 @@ def test_separator_without_a_name_beside_it_makes_no_class(tmp_path, label):
         resolve_class_names(None, path, "class", True)
 
 
-# Images
-
-
-# Class weights
-
-
-# Files
-
-
-# Seeds and devices
-
-
-# Model paths and what a model's configs.json says
-
-
-# Model files
-
-
 # One image
 
 

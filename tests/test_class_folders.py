@@ -1,0 +1,41 @@
+"""Class folders are verified before their table is written."""
+
+import os
+
+import pytest
+from checked_tables import write_photo
+from corpus import encode, photo
+
+import make_csv_from_folders
+from finetune.options import UserError
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    for seed, name in enumerate(["cat", "cat", "cat", "dog", "dog", "dog"]):
+        (tmp_path / "images" / name).mkdir(parents=True, exist_ok=True)
+        write_photo(tmp_path / "images" / name / f"{seed}.jpg", seed)
+    (tmp_path / "images" / "dog" / "torn.jpg").write_bytes(encode("JPEG", photo(9))[:-300])
+    return tmp_path
+
+
+def list_folders(folder, **options):
+    values = {"folder_path": str(folder / "images"), "write_path": str(folder / "all.csv")} | options
+    return make_csv_from_folders.main(make_csv_from_folders.FolderConfigs(**values).validate())
+
+
+def test_folders_are_verified_before_the_table_is_written(class_folders):
+    assert list_folders(class_folders) == {"cat": 3, "dog": 4}
+    os.remove(class_folders / "all.csv")
+    with pytest.raises(UserError, match=r"(?s)truncated \(1\).*torn\.jpg"):
+        list_folders(class_folders, verify=True)
+    assert sorted(os.listdir(class_folders)) == ["data_report.csv", "images"]
+    assert list_folders(class_folders, verify=True, skip_bad_images=True) == {"cat": 3, "dog": 3}
+    assert "torn.jpg" not in (class_folders / "all.csv").read_text("utf-8")
+
+
+def test_one_image_in_two_class_folders_is_refused(class_folders):
+    (class_folders / "images" / "dog" / "torn.jpg").unlink()
+    (class_folders / "images" / "dog" / "same.jpg").write_bytes((class_folders / "images/cat/0.jpg").read_bytes())
+    with pytest.raises(UserError, match="duplicate with other label"):
+        list_folders(class_folders, verify=True)
