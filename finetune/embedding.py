@@ -26,6 +26,7 @@ JPEG_QUALITY = 85
 
 
 def embed_figures(results: dict[str, Any], curves: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns each figure of the test set by name, as `_embed_figure` gives it."""
     words = {
         "confusion_matrix": f"Confusion matrix of {len(results['classes'])} classes, rows true and columns predicted",
         "roc_curves": "ROC curves: true positive rate over false positive rate",

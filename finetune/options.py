@@ -20,7 +20,7 @@ from finetune.values import (
     describe_bounds,
     describe_choices,
     describe_type,
-    show_value,
+    quote_value,
     type_fault,
     unwrap_optional,
 )
@@ -240,7 +240,7 @@ def unknown_option(name: str, known: Sequence[str]) -> str:
     """Returns the message for an option that does not exist, naming the nearest one that does."""
     # Comparing takes time by the square of the length.
     nearest = difflib.get_close_matches(name[:LONGEST_SHOWN], known, n=1, cutoff=0.5)
-    shown = name if name.isprintable() and len(name) <= LONGEST_SHOWN else show_value(name)
+    shown = name if name.isprintable() and len(name) <= LONGEST_SHOWN else quote_value(name)
     return f"Unknown option {shown}. " + (f"Did you mean {nearest[0]}?" if nearest else "See --help for all options.")
 
 
@@ -253,7 +253,7 @@ def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = {}
     for name, value in pairs:
         if name in content:
-            raise ValueError(f"it has {show_value(name)} twice")
+            raise ValueError(f"it has {quote_value(name)} twice")
         content[name] = value
     return content
 

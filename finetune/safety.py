@@ -27,6 +27,7 @@ CODE_LAYERS |= {"TFSMLayer": "TFSMLayer", "TorchModuleWrapper": "TorchModuleWrap
 
 @contextlib.contextmanager
 def telling_damage(sentence: str) -> Iterator[None]:
+    """Raises UserError in the place of whatever reading a file raises: the sentence, and the reason on one line."""
     try:
         yield
     except UserError:

@@ -66,6 +66,7 @@ def _convert_items(value: Any, inner: Any, origin: type, is_text: bool) -> list 
 
 
 def unwrap_optional(kind: Any) -> tuple[Any, bool]:
+    """Returns a type without its `| None`, and whether it had that."""
     options = typing.get_args(kind)
     if type(None) not in options:
         return kind, False
@@ -91,10 +92,11 @@ def _from_text(text: str, kind: type) -> Any:
 
 
 def type_fault(name: str, kind: Any, value: Any) -> str:
+    """Returns the line for an option whose value is not of its type."""
     texts = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
     unwritable = any(isinstance(text, str) and not _is_writable(text) for text in texts)
     hint = " without NUL and lone surrogates" * unwritable
-    return f"{name}: expected {describe_type(kind)}{hint}. Received: {show_value(value)}"
+    return f"{name}: expected {describe_type(kind)}{hint}. Received: {quote_value(value)}"
 
 
 def describe_type(kind: Any) -> str:
@@ -113,21 +115,24 @@ def describe_type(kind: Any) -> str:
 
 
 def describe_choices(metadata: Mapping[str, Any], kind: Any) -> str:
+    """Returns an option's choices in words."""
     choices = ", ".join(metadata["choices"])
     return f"one of {choices} or none" if unwrap_optional(kind)[1] else f"one of {choices}"
 
 
 def describe_bounds(metadata: Mapping[str, Any]) -> str:
+    """Returns an option's bounds in words; empty where it has none."""
     return " and ".join(f"{word} {bound}" for word, bound in metadata["bounds"].items())
 
 
 def bound_fault(value: Any, metadata: Mapping[str, Any], kind: Any) -> str:
+    """Returns what is wrong with a value that is out of its option's bounds or none of its choices; else nothing."""
     if value is None:
         return ""
     if metadata["choices"] is not None and value not in metadata["choices"]:
         nearest = difflib.get_close_matches(value[:LONGEST_SHOWN], metadata["choices"], n=1, cutoff=0.4)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        return f"expected {describe_choices(metadata, kind)}. Received: {show_value(value)}{hint}"
+        return f"expected {describe_choices(metadata, kind)}. Received: {quote_value(value)}{hint}"
     tests: dict[str, Callable[[float, float], bool]] = {
         "above": lambda x, bound: x > bound,
         "at least": lambda x, bound: x >= bound,
@@ -138,36 +143,44 @@ def bound_fault(value: Any, metadata: Mapping[str, Any], kind: Any) -> str:
     if all(tests[word](item, bound) for word, bound in metadata["bounds"].items() for item in items):
         return ""
     words = "numbers" if isinstance(value, list | tuple) else "a number"
-    return f"expected {words} {describe_bounds(metadata)}. Received: {show_value(value)}"
+    return f"expected {words} {describe_bounds(metadata)}. Received: {quote_value(value)}"
 
 
 def image_size_fault(size: tuple[int, int, int]) -> str:
-    return f"expected 3 channels last (images are read as RGB). Received: {show_value(size)}" if size[2] != 3 else ""
+    """Returns what is wrong with `(height, width, channels)`; empty where nothing is."""
+    return f"expected 3 channels last (images are read as RGB). Received: {quote_value(size)}" if size[2] != 3 else ""
 
 
 def layer_sizes_fault(sizes: list[float]) -> str:
+    """Returns what is wrong with the sizes of layers; empty where nothing is."""
     wrong = [size for size in sizes if size > 1 and size != int(size)]
     return (
-        f"expected whole numbers from 1 on, or dropout rates under 1. Received: {show_value(wrong[0])}" if wrong else ""
+        f"expected whole numbers from 1 on, or dropout rates under 1. Received: {quote_value(wrong[0])}"
+        if wrong
+        else ""
     )
 
 
 def threshold_range_fault(thresholds: list[float]) -> str:
+    """Returns what is wrong with a range of thresholds; empty where nothing is."""
     if len(thresholds) == 2 and thresholds[0] <= thresholds[1]:
         return ""
-    return f"expected two numbers, the lower first. Received: {show_value(thresholds)}"
+    return f"expected two numbers, the lower first. Received: {quote_value(thresholds)}"
 
 
 def classes_fault(classes: list[str] | None) -> str:
+    """Returns what is wrong with class names; empty where nothing is."""
     repeated = classes is not None and len(set(classes)) != len(classes)
-    return f"expected each class name once. Received: {show_value(classes)}" if repeated else ""
+    return f"expected each class name once. Received: {quote_value(classes)}" if repeated else ""
 
 
 def folder_fault(path: str) -> str:
+    """Returns what is wrong with the name of a folder; empty where nothing is."""
     return "" if path else "expected the name of a folder. Received: an empty text"
 
 
-def show_value(value: Any) -> str:
+def quote_value(value: Any) -> str:
+    """Returns a value as an error shows it: as Python writes it, and cut where it is long."""
     try:
         text = repr(value)
     except RecursionError:
