@@ -25,7 +25,7 @@ def main(configs: Configs) -> dict:
     from generator import get_generator, naming_bad_images, tell_bad_images
 
     start_devices(configs.gpu_percentage)
-    model_path, configs = find_trained_model(configs)
+    model_path, configs = find_trained_model(configs, ("test_csv", "image_directory", "csv_label_column"))
     class_names, multi_label = configs.classes, configs.multi_label_classification
     decision = read_decision(os.path.dirname(os.path.abspath(model_path)), class_names, multi_label, model_path)
     sequence = get_generator(configs.test_csv, class_names, configs, training=False)

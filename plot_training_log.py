@@ -13,7 +13,9 @@ from finetune.options import define, run_script
 class PlotConfigs(Configs):
     """The options of this script, beside those of every script."""
 
-    train_log_path: str = define("", "The log to plot; empty takes training_log.csv in save_model_path")
+    train_log_path: str = define(
+        "", "The log to plot; empty takes that of the run of load_model_path, or of save_model_path"
+    )
 
 
 def main(configs: PlotConfigs) -> dict:
@@ -21,9 +23,9 @@ def main(configs: PlotConfigs) -> dict:
     # Imported here, so that --help does not wait for matplotlib.
     from finetune.files import atomic_path
     from finetune.log_figures import draw_log, read_log, select_backend
-    from finetune.run_folder import LOG_FILE
+    from finetune.run_folder import find_log
 
-    log_path = configs.train_log_path or os.path.join(configs.save_model_path, LOG_FILE)
+    log_path = configs.train_log_path or find_log(configs.load_model_path or configs.save_model_path)
     log = read_log(log_path)
     has_display = select_backend()
 

@@ -52,21 +52,24 @@ def main(configs: PredictConfigs) -> dict:
         describe_decision,
         list_inputs,
         make_table,
+        prefer_existing,
         summarize,
     )
+    from finetune.run_folder import find_trained_model
 
+    is_given = "image_directory" in configs.given
+    model_path, configs = find_trained_model(configs, ("image_directory",))
     names, paths = list_inputs(configs.input, configs.image_directory)
+    paths = paths if is_given else prefer_existing(paths, names)
     check_write_path(configs.write_path, configs.input)
 
     from finetune.decision_file import read_decision
     from finetune.devices import start_devices
     from finetune.metrics import check_finite
     from finetune.predicting import ForgivingReader, build_sequence, build_views, predict_images
-    from finetune.run_folder import find_trained_model
     from finetune.runtimes import load_predictor
 
     start_devices(configs.gpu_percentage)
-    model_path, configs = find_trained_model(configs)
     check_top_k(configs.top_k, configs.classes)
     model = load_predictor(model_path, configs.classes, configs.image_target_size[:2])
     folder = os.path.dirname(os.path.abspath(model_path))

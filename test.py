@@ -25,16 +25,15 @@ def main(configs: Configs) -> dict[str, Any]:
     from finetune.model_card import write_model_card
     from finetune.predicting import predict
     from finetune.report import write_evaluation
-    from finetune.run_folder import find_trained_model, fingerprint, name_evaluation, read_run_configs, take_validation
+    from finetune.run_folder import check_test_images, find_trained_model, fingerprint, list_options, name_evaluation
     from finetune.runtimes import load_predictor
     from generator import get_generator
 
     start_devices(configs.gpu_percentage)
     model_path, configs = find_trained_model(configs)
-    stored = read_run_configs(model_path)
-    configs = take_validation(configs, stored)
     csv_paths = {name: getattr(configs, option) for name, option in CSV_OPTIONS.items() if getattr(configs, option)}
     sequences = {name: get_generator(path, configs.classes, configs, False) for name, path in csv_paths.items()}
+    known = check_test_images(model_path, configs.test_csv, sequences["test"].paths, configs.allow_duplicates)
     model = load_predictor(model_path, configs.classes, configs.image_target_size[:2])
     print(f"Model: {model_path}")
     predictions = {name: predict(model, sequence) for name, sequence in sequences.items()}
@@ -45,14 +44,15 @@ def main(configs: Configs) -> dict[str, Any]:
     sets = evaluate_sets(truths, predictions, decision, threshold_range, configs.random_seed or 0)
     for name, sequence in sequences.items():
         sets[name] |= {"csv": csv_paths[name], "sha256": fingerprint(sequence)}
+    sets["test"] |= {"images_trained_on": known} if known else {}
     results = {"model": model_path, "classes": configs.classes, "multi_label": multi_label}
     results |= {"decision": decision.to_dict(), "sets": sets}
     print_results(results)
-    options = configs.to_dict() | stored | {name: getattr(configs, name) for name in configs.given}
     folder = os.path.join(configs.save_model_path, name_evaluation(model_path))
     read, truth, probabilities = sequences["test"].get_read_paths(), truths["test"], predictions["test"]
     explain = build_explainer(model, configs)
-    write_evaluation(folder, read, truth, decision.calibrate(probabilities), decision, results, explain, options)
+    options, probabilities = list_options(configs, model_path), decision.calibrate(probabilities)
+    write_evaluation(folder, read, truth, probabilities, decision, results, explain, options)
     write_model_card(configs.save_model_path)
     return results
 

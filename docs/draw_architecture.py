@@ -39,7 +39,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         *("finetune.evaluation", "finetune.gradcam", "finetune.explaining"),
     ),
     "run": (
-        *("finetune.run_folder", "finetune.phases", "finetune.callbacks", "finetune.training_state"),
+        *("finetune.run_data", "finetune.run_folder", "finetune.phases", "finetune.callbacks"),
+        "finetune.training_state",
         *("finetune.checkpoints", "finetune.resuming", "finetune.range_test", "finetune.training"),
     ),
     "output": (

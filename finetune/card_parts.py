@@ -8,7 +8,8 @@ import sys
 from typing import Any
 
 from finetune.artefacts import DECISION_FILE
-from finetune.run_folder import COMPRESSION_FILE, DATA_FILE, METRICS_FILE, STATISTICS_FILE
+from finetune.run_data import DATA_FILE
+from finetune.run_folder import COMPRESSION_FILE, METRICS_FILE, STATISTICS_FILE
 from finetune.summaries import HEADLINES
 
 
@@ -69,7 +70,7 @@ _COMPARISON = {"images": int, "largest_difference": float, "changed_predictions"
 _COMPARISON |= {"images_per_second": _PAIR}
 _ARTEFACT = {"kind": str, "precision": str, "path": str, "files": {str: int}, "rejected": bool}
 CARD_FORMS: dict[str, dict[str, Any]] = {
-    DATA_FILE: {str: _DATA, "training": _DATA, "validation": _DATA},
+    DATA_FILE: {"training": _DATA, "validation": _DATA},
     STATISTICS_FILE: {"epochs_completed": int, "monitor": str, "best": _NUMBER, "best_epoch": (int, None)},
     DECISION_FILE: _DECISION,
     METRICS_FILE: {

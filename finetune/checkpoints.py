@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -222,8 +224,7 @@ class Checkpoint(keras.callbacks.Callback):
         if self.interruption.signal:
             print(
                 f"\nStopped by {signal.Signals(self.interruption.signal).name}. Continue with\n"
-                f"python train.py --configs {os.path.join(self.folder, CONFIGS_FILE)} "
-                f"--load_model_path {self.folder}",
+                f"{write_resume_command(self.folder)}",
                 flush=True,
             )
             raise SystemExit(128 + self.interruption.signal)
@@ -249,6 +250,13 @@ class Checkpoint(keras.callbacks.Callback):
             ]
             write_text(os.path.join(self.folder, AUROC_FILE), "\n".join(lines) + "\n")
         write_json(os.path.join(self.folder, STATISTICS_FILE), stats)
+
+
+def write_resume_command(folder: str) -> str:
+    """Returns the command line that goes on with a run, for the shell and the folder that this process runs in."""
+    script = sys.argv[0] if os.path.basename(sys.argv[0]) == "train.py" else "train.py"
+    options = ["--configs", os.path.join(folder, CONFIGS_FILE), "--load_model_path", folder]
+    return shlex.join(["python", script, *options])
 
 
 def stops_early(epochs_completed: int, best_epoch: int | None, patience: int, head_epochs: int = 0) -> bool:

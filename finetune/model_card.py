@@ -160,7 +160,7 @@ def _list_measured(results: dict[str, Any] | None) -> list[dict[str, str]]:
 
 def _count_images(data: dict[str, Any] | None, results: dict[str, Any] | None) -> dict[str, dict[str, int]]:
     """Returns the images of each class, by set and class."""
-    counts = {name: part["classes"] for name, part in (data or {}).items()}
+    counts = {name: data[name]["classes"] for name in ("training", "validation")} if data else {}
     if results:
         counts["test"] = {name: row["support"] for name, row in results["sets"]["test"]["per_class"].items()}
     return counts

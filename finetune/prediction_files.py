@@ -53,6 +53,14 @@ def list_inputs(given: str, image_directory: str = "") -> tuple[list[str], list[
     return names, names
 
 
+def prefer_existing(paths: Sequence[str], names: Sequence[str]) -> Sequence[str]:
+    """Returns images' paths in the run's image directory, or, where the first is not there but here, here."""
+    if is_url(paths[0]) or os.path.isfile(paths[0]) or not os.path.isfile(names[0]):
+        return paths
+    print("The images are not in the run's image_directory: their paths are taken as relative to this folder.")
+    return names
+
+
 def list_folder(folder: str) -> list[str]:
     """Returns the files below a folder that end as images do, sorted; names the others that are not hidden.
 

@@ -8,6 +8,7 @@ from typing import Any
 from configs import Configs
 from finetune.checkpoints import stops_early
 from finetune.options import UserError
+from finetune.run_data import DATA_OPTIONS, locate_data
 from finetune.run_folder import (
     BEST_MODEL,
     CONFIGS_FILE,
@@ -61,11 +62,11 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
         UserError: names the options that cannot change.
     """
     stored, options = state["configs"], Configs.options()
-    kept, faults = {}, []
+    kept, faults = locate_from_here(configs, state, model_path), []
     for name, option in options.items():
         before = tuple(stored[name]) if isinstance(getattr(configs, name), tuple) else stored.get(name)
         now = getattr(configs, name)
-        if now == before or name not in stored or name in ("load_model_path", "overwrite"):
+        if now == before or name not in stored or name in kept or name in ("load_model_path", "overwrite"):
             continue
         is_free_choice = name in ("classes", "random_seed") and now is None
         if is_free_choice or (name in state["given"] and name not in configs.given):
@@ -84,6 +85,24 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
     configs = configs.replace(**kept)
     configs.given = given | set(state["given"])
     return configs
+
+
+def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -> dict[str, Any]:
+    """Returns the run's folder and the paths of its data, as they are from here, that go on as they were.
+
+    Empty where this process was started where the run was: its paths are right as they are.
+    """
+    stored, folder = state["configs"], os.path.dirname(os.path.abspath(model_path))
+    located = locate_data(stored, folder, stored["save_model_path"])
+    if located is stored:
+        return {}
+    located |= {"save_model_path": os.path.dirname(model_path)}
+    goes_on = [
+        name
+        for name in (*DATA_OPTIONS, "save_model_path")
+        if name not in configs.given and (name in state["given"] or getattr(configs, name) == stored[name])
+    ]
+    return {name: located[name] for name in goes_on}
 
 
 def check_same_data(

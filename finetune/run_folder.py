@@ -6,6 +6,7 @@ import contextlib
 import glob
 import hashlib
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -24,6 +25,14 @@ from finetune.artefacts import (
 )
 from finetune.files import remove_stale_files, write_json
 from finetune.options import UserError
+from finetune.run_data import (
+    DATA_FILE,
+    DATA_OPTIONS,
+    IMAGES_FILE,
+    locate_data,
+    refuse_trained_images,
+    write_trained_images,
+)
 from finetune.tables import resolve_class_names
 
 if TYPE_CHECKING:
@@ -38,7 +47,6 @@ except ImportError:
 BEST_MODEL = "best_model.keras"
 LATEST_MODEL = "latest_model.keras"
 CONFIGS_FILE = "configs.json"
-DATA_FILE = "data.json"
 LOG_FILE = "training_log.csv"
 STATISTICS_FILE = ".training_stats.json"
 AUROC_FILE = "best_auroc.log"
@@ -48,14 +56,12 @@ METRICS_FILE = f"{EVALUATION_FOLDER}/metrics.json"
 MAPS_FOLDER = "cam_output"
 COMPRESSION_FILE = "compression_report.json"
 CARD_FILE = "MODEL_CARD.md"
-# Where a run's images are: its own configs.json knows.
-DATA_OPTIONS = ("train_csv", "test_csv", "image_directory", "csv_label_column")
 LOCK_FILE = ".lock"
 MODEL_STEMS = (BEST_MODEL.removesuffix(".keras"), LATEST_MODEL.removesuffix(".keras"), "model_epoch_*")
 # What a run writes, as patterns: a new run into the same folder may not mix with it.
 MODEL_FILES = tuple(f"{stem}.keras" for stem in MODEL_STEMS)
 RUN_FILES = (*MODEL_FILES, "training_log.*", AUROC_FILE, STATISTICS_FILE, CONFIGS_FILE, DATA_FILE, CURVES_FOLDER)
-RUN_FILES += (DECISION_FILE, EVALUATION_FOLDER, MAPS_FOLDER, COMPRESSION_FILE, CARD_FILE)
+RUN_FILES += (IMAGES_FILE, DECISION_FILE, EVALUATION_FOLDER, MAPS_FOLDER, COMPRESSION_FILE, CARD_FILE)
 
 
 def resolve_model_path(path: str, preferred: Sequence[str] = (BEST_MODEL, LATEST_MODEL)) -> str:
@@ -88,22 +94,24 @@ def resolve_model_path(path: str, preferred: Sequence[str] = (BEST_MODEL, LATEST
     raise UserError(f"There is no model at {path}. Expected a .keras, .h5 or .hdf5 file, or the folder of a run.")
 
 
-def find_trained_model(configs: Configs) -> tuple[str, Configs]:
+def find_trained_model(configs: Configs, data_options: Sequence[str] = DATA_OPTIONS) -> tuple[str, Configs]:
     """Finds the trained model that configs name, and what its own `configs.json` says of it.
 
     Args:
         configs: `load_model_path`, or where that is empty `save_model_path`, leads to the model.
+        data_options: those that the script uses, of where the images are.
 
     Returns:
-        The model file, and `configs` with the options that describe a model taken from the file beside it, or where
-        there is none the classes from the training CSV. Where `load_model_path` alone is given, `save_model_path`
-        becomes the model's folder: what is found out about a run belongs there, not into another one.
+        The model file, and `configs` with the options that describe a model taken from the file beside it, and with
+        the run's tables, image directory and label column where none are given. Where there is no such file the
+        classes come from the training CSV. Where `load_model_path` alone is given, `save_model_path` becomes the
+        model's folder: what is found out about a run belongs there, not into another one.
 
     Raises:
         UserError: there is no model, or a given option contradicts it.
     """
     model_path = resolve_model_path(configs.load_model_path or configs.save_model_path)
-    configs = describe_model(configs, model_path)
+    configs = take_data_options(describe_model(configs, model_path), model_path, data_options)
     if "save_model_path" not in configs.given:
         configs = configs.replace(save_model_path=os.path.dirname(model_path) or ".")
     if configs.classes is None:
@@ -112,6 +120,47 @@ def find_trained_model(configs: Configs) -> tuple[str, Configs]:
         )
         configs = configs.replace(classes=class_names)
     return model_path, configs
+
+
+def take_data_options(configs: Configs, model_path: str, names: Sequence[str] = DATA_OPTIONS) -> Configs:
+    """Takes where the images are from the `configs.json` beside a model, unless given, and prints what that changes.
+
+    A validation table that is no longer there is left out: figures of the test set need none.
+    """
+    stored = locate_run_data(model_path)
+    taken = {name: stored[name] for name in names if name in stored and name not in configs.given}
+    if (path := taken.get("validation_csv", "")) and not os.path.isfile(path):
+        print(f"validation_csv of the run, {path}, does not exist: going without a validation set.")
+        del taken["validation_csv"]
+    for name, value in taken.items():
+        if value != getattr(configs, name):
+            print(f"{name} is that of the run: {value or 'empty'}")
+    return configs.replace(**taken)
+
+
+def locate_run_data(model_path: str) -> dict[str, Any]:
+    """Returns the options of a model's run as `read_run_configs` does, the paths of its data as they are from here."""
+    stored = read_run_configs(model_path)
+    return locate_data(stored, os.path.dirname(os.path.abspath(model_path)), stored.get("save_model_path", ""))
+
+
+def list_options(configs: Configs, model_path: str) -> dict[str, Any]:
+    """Returns every option as the model's run had it, or as it is given now."""
+    stored = read_run_configs(model_path)
+    return configs.to_dict() | {name: value for name, value in stored.items() if name not in configs.given}
+
+
+def check_test_images(model_path: str, test_csv: str, files: Sequence[str], allow_duplicates: bool) -> int:
+    """Refuses to test a model on images that its run was trained on or selected by, as `refuse_trained_images` does.
+
+    Where the test table itself has selected the model, its figures are known to be optimistic, and the report says so.
+    """
+    stored = locate_run_data(model_path)
+    selected_by = stored.get("validation_csv") or stored.get("test_csv") or ""
+    is_selector = os.path.realpath(selected_by) == os.path.realpath(test_csv)
+    names = ["training"] if is_selector else ["training", "validation"]
+    folder = os.path.dirname(os.path.abspath(model_path))
+    return refuse_trained_images(folder, test_csv, files, names, allow_duplicates)
 
 
 def describe_model(configs: Configs, model_path: str) -> Configs:
@@ -150,15 +199,6 @@ def read_run_configs(model_path: str) -> dict[str, Any]:
     return Configs.read_json(path) if os.path.isfile(path) else {}
 
 
-def take_validation(configs: Configs, stored: dict[str, Any]) -> Configs:
-    """Takes the validation set that the run was trained with, where none is given: thresholds are fitted on it."""
-    path = stored.get("validation_csv", "")
-    if configs.validation_csv or not os.path.isfile(path):
-        return configs
-    print(f"validation_csv is that of the run: {path}")
-    return configs.replace(validation_csv=path)
-
-
 def take_test_data(configs: Configs, model_path: str) -> Configs:
     """Takes the test set from the `configs.json` beside the model, where the user gives none.
 
@@ -167,9 +207,7 @@ def take_test_data(configs: Configs, model_path: str) -> Configs:
     """
     stored = read_run_configs(model_path)
     is_given = "test_csv" in configs.given
-    configs = configs.replace(
-        **{name: stored[name] for name in DATA_OPTIONS if name in stored and name not in configs.given}
-    )
+    configs = take_data_options(configs, model_path)
     reason = ""
     if not configs.test_csv:
         reason = "test_csv is empty"
@@ -188,6 +226,11 @@ def take_description(configs: Configs, model_path: str, needs_classes: bool) -> 
     return find_trained_model(configs)[1] if needs_classes else describe_model(configs, model_path)
 
 
+def find_log(path: str) -> str:
+    """Returns where the training log of a run is, named by its folder or by a model file in it."""
+    return os.path.join(os.path.dirname(path) if os.path.isfile(path) else path, LOG_FILE)
+
+
 def name_evaluation(model_path: str) -> str:
     """Returns the name of the folder for a model's evaluation: an exported one leaves that of the run as it is."""
     return f"{EVALUATION_FOLDER}_{os.path.basename(model_path)}" if is_exported(model_path) else EVALUATION_FOLDER
@@ -199,7 +242,8 @@ def refuse_other_run(folder: str, load_model_path: str) -> None:
     if held and not leads_into(load_model_path, folder):
         raise UserError(
             f"{folder} holds the models of another run ({os.path.basename(held[0])}). Continue it with "
-            f"--load_model_path {folder}, choose another save_model_path, or remove it with --overwrite True."
+            f"--load_model_path {shlex.quote(folder)}, choose another save_model_path, or remove it with "
+            "--overwrite True."
         )
 
 
@@ -225,7 +269,9 @@ def describe_run(
     """
     write_json(os.path.join(folder, CONFIGS_FILE), options)
     described = {name: describe_set(csv_path, images, class_names) for name, (csv_path, images) in sets.items()}
-    write_json(os.path.join(folder, DATA_FILE), described)
+    # The paths among the options are relative to it.
+    write_json(os.path.join(folder, DATA_FILE), described | {"working_directory": os.getcwd()})
+    write_trained_images(folder, {name: images.paths for name, (_, images) in sets.items()})
 
 
 def describe_set(csv_path: str, sequence: AugmentedImageSequence, class_names: Sequence[str]) -> dict[str, Any]:

@@ -99,6 +99,11 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
     found = []
     if not configs.get("validation_csv"):
         found.append(CHOSEN_ON_TEST_SET)
+    if trained_on := test.get("images_trained_on"):
+        found.append(
+            f"The model was trained on {trained_on} of the {test['images']} test images, or selected by them: the "
+            "figures are too good."
+        )
     if decision["temperature_fitted_on"] is None:
         found.append("No temperature was fitted for want of a validation set: probabilities are the model's own.")
     if results["multi_label"] and decision["thresholds_fitted_on"] == "training":

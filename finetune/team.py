@@ -8,6 +8,7 @@ import json
 import os
 import queue
 import select
+import shlex
 import socket
 import sys
 import threading
@@ -317,7 +318,7 @@ class Team:
         if index not in self._has_left:
             self._end(
                 f"{self._name(index)} was killed or cannot be reached any more. Every worker stops. Start them all "
-                f"again with --load_model_path {self.folder}: training goes on after the last checkpoint.",
+                f"again with --load_model_path {shlex.quote(self.folder)}: training goes on after the last checkpoint.",
                 1,
             )
 

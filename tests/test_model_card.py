@@ -616,7 +616,7 @@ def test_folder_of_a_run_that_goes_on_is_told_its_data_and_loses_what_is_of_the_
     configs = Configs(**folders, train_csv="a.csv", test_csv="b.csv", classes=["cat", "dog", "owl"], overwrite=True)
     with open_run(configs, (training, validation), Team()):
         os.remove(tmp_path / LOCK_FILE)
-    assert sorted(os.listdir(tmp_path)) == sorted([*names[:3], "configs.json", "data.json"])
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[:3], "configs.json", "data.json", "trained_images.csv"])
     assert capsys.readouterr().out.count("it belongs to the model before") == 2
     assert json.loads((tmp_path / "data.json").read_text()) == {
         "training": {
@@ -631,6 +631,7 @@ def test_folder_of_a_run_that_goes_on_is_told_its_data_and_loses_what_is_of_the_
             "classes": {"cat": 1, "dog": 0, "owl": 1},
             "sha256": digest(labels[:1], ["c.jpg"]),
         },
+        "working_directory": os.getcwd(),
     }
 
 
@@ -640,7 +641,14 @@ def test_new_run_leaves_nothing_of_the_model_before(tmp_path):
     endings += [".tflite", ".rejected.tflite", "_dynamic.tflite", "_int8.tflite", "_int8.rejected.tflite", ".onnx"]
     endings += [".rejected.onnx", "_labels.txt", "_metadata.json"]
     files = [f"{stem}{ending}" for stem in stems for ending in endings]
-    files += ["training_log.csv", "training_log.png", ".training_stats.json", "configs.json", "data.json"]
+    files += [
+        "training_log.csv",
+        "training_log.png",
+        ".training_stats.json",
+        "configs.json",
+        "data.json",
+        "trained_images.csv",
+    ]
     files += ["MODEL_CARD.md", "compression_report.json", "decision.json", "best_auroc.log"]
     folders = ["logs", "evaluation", "cam_output", "best_model_saved_model", "best_model_saved_model.rejected"]
     folders += ["evaluation_best_model_int8.tflite", "evaluation_best_model_saved_model", "evaluation_best_model.onnx"]

@@ -102,6 +102,7 @@ def test_train_writes_every_file(trained):
     assert names == {
         *("best_model.keras", "latest_model.keras", "model_epoch_001.keras", "model_epoch_002.keras"),
         *("configs.json", "data.json", "training_log.csv", "logs", ".training_stats.json", ".lock", "MODEL_CARD.md"),
+        "trained_images.csv",
     }
     assert {path.name for path in (folder / "logs").iterdir()} == {"train", "validation"}
     stored = json.loads((folder / "configs.json").read_text())

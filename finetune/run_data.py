@@ -1,0 +1,192 @@
+"""What a run keeps of its data: where they are from anywhere, and which images it was trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pandas as pd
+
+from finetune.files import write_csv
+from finetune.options import UserError
+from finetune.stores import hash_file, is_url
+from finetune.texts import join_names
+
+DATA_FILE = "data.json"
+IMAGES_FILE = "trained_images.csv"
+# Where a run's images are and what their labels are called: its own configs.json knows.
+TABLE_OPTIONS = ("train_csv", "validation_csv", "test_csv")
+DATA_OPTIONS = (*TABLE_OPTIONS, "image_directory", "csv_label_column")
+SAMPLE_BYTES = 4096
+READERS = 8
+
+
+def locate_data(options: dict[str, Any], folder: str, save_model_path: str) -> dict[str, Any]:
+    """Returns a run's options with the paths of its data as they are from here.
+
+    They were written relative to the folder that the run was started in. Where that is another one than this
+    process's, they become absolute; it is the one that the run has noted or, where the run was moved together with
+    its data, the one that its own folder lies in as it did.
+
+    Args:
+        options: of the run, any of them.
+        folder: the run's, absolute.
+        save_model_path: as the run was given it.
+    """
+    inside = os.path.normpath(save_model_path)
+    moved = folder.removesuffix(os.sep + inside) if folder.endswith(os.sep + inside) else ""
+    train_csv = options.get("train_csv", "")
+    homes = [home for home in (read_home(folder), moved) if home]
+    home = next((home for home in homes if os.path.isfile(os.path.join(home, train_csv))), "")
+    if not home or os.path.realpath(home) == os.path.realpath(os.curdir):
+        return options
+    located = {
+        name: os.path.normpath(os.path.join(home, options[name]))
+        for name in (*TABLE_OPTIONS, "image_directory")
+        # Without an image directory, the paths in the tables are relative to the same folder.
+        if name in options and not is_url(options[name]) and (options[name] or name == "image_directory")
+    }
+    return options | located
+
+
+def read_home(folder: str) -> str:
+    """Returns the folder that a run was started in, as it has noted it; empty where it has not."""
+    try:
+        with open(os.path.join(folder, DATA_FILE), encoding="utf-8") as file:
+            home = json.load(file)["working_directory"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return home if isinstance(home, str) else ""
+
+
+def sign_file(path: str) -> tuple[int, int] | None:
+    """Returns a file's length and a CRC of its first, middle and last 4 KiB; None for URLs, and where it is no file.
+
+    Files that agree in it are the same, but for a few that are not packed: `hash_file` tells those apart.
+    """
+    if is_url(path) or not os.path.isfile(path):
+        return None
+    try:
+        with open(path, "rb") as file:
+            size, checksum = os.fstat(file.fileno()).st_size, 0
+            for position in (0, size // 2, max(size - SAMPLE_BYTES, 0)):
+                file.seek(position)
+                checksum = zlib.crc32(file.read(SAMPLE_BYTES), checksum)
+    except OSError:
+        return None
+    return size, checksum
+
+
+def sign_files(paths: Sequence[str]) -> list[tuple[int, int] | None]:
+    """Returns `sign_file` of each path, from threads."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(sign_file, paths, chunksize=64))
+
+
+def write_trained_images(folder: str, sets: dict[str, Sequence[str]]) -> None:
+    """Writes which images a run is trained on and selected by, so that they can be told from test images later.
+
+    Args:
+        folder: of the run, which receives `trained_images.csv`: the columns `set`, `path`, absolute or a URL, and
+            `bytes` and `crc32` of `sign_file`, empty for URLs.
+        sets: image files by the set's name.
+    """
+    rows = [
+        (name, locate_image(path), *(signature or (None, None)))
+        for name, paths in sets.items()
+        for path, signature in zip(paths, sign_files(paths), strict=True)
+    ]
+    table = pd.DataFrame(rows, columns=["set", "path", "bytes", "crc32"]).astype({"bytes": "Int64", "crc32": "Int64"})
+    write_csv(os.path.join(folder, IMAGES_FILE), table)
+
+
+def find_trained_images(folder: str, files: Sequence[str], set_names: Sequence[str]) -> dict[str, str] | None:
+    """Finds which image files are among those that a run was trained on or selected by: by path or by content.
+
+    Args:
+        folder: of the run.
+        files: to look for.
+        set_names: the run's sets to look in.
+
+    Returns:
+        The run's own path of each file that is found; None where the run has kept no list.
+
+    Raises:
+        UserError: the list is damaged.
+    """
+    path = os.path.join(folder, IMAGES_FILE)
+    if not os.path.isfile(path):
+        return None
+    try:
+        table = pd.read_csv(path, dtype={"bytes": "Int64", "crc32": "Int64"}, keep_default_na=False, na_values=[""])
+        table = table[table["set"].isin(set_names)]
+        paths, signatures = table["path"].tolist(), list(zip(table["bytes"], table["crc32"], strict=True))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} is damaged: {error}. Continue the run with train.py, which writes it again, or allow test images "
+            "that were trained on with --allow_duplicates True."
+        ) from error
+    by_signature = {
+        signature: trained for trained, signature in zip(paths, signatures, strict=True) if signature[0] is not pd.NA
+    }
+    known, found = set(paths), {}
+    for file, signature in zip(files, sign_files(files), strict=True):
+        if locate_image(file) in known:
+            found[file] = locate_image(file)
+        elif (trained := by_signature.get(signature)) and _has_content_of(file, trained):
+            found[file] = trained
+    return found
+
+
+def _has_content_of(file: str, trained: str) -> bool:
+    """Compares two files of one signature; where the one trained on is no longer there, the signature decides."""
+    return not os.path.isfile(trained) or hash_file(file) == hash_file(trained)
+
+
+def locate_image(path: str) -> str:
+    """Returns an image's URL or absolute path."""
+    return path if is_url(path) else os.path.abspath(path)
+
+
+def refuse_trained_images(
+    folder: str, csv_path: str, files: Sequence[str], set_names: Sequence[str], allow_duplicates: bool
+) -> int:
+    """Refuses to test a model on images that it was trained on or selected by.
+
+    Args:
+        folder: of the run.
+        csv_path: of the test images.
+        files: the test images.
+        set_names: the run's sets that they may not be in.
+        allow_duplicates: print a warning instead.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        UserError: there are any, and they are not allowed.
+    """
+    found = find_trained_images(folder, files, set_names)
+    if found is None:
+        print(f"The run has no {IMAGES_FILE}: whether it was trained on test images is not known.")
+        return 0
+    if not found:
+        return 0
+    names = [
+        file if locate_image(file) == trained else f"{file} (the same as {trained})" for file, trained in found.items()
+    ]
+    what = (
+        f"{csv_path}: the model was trained on {len(found)} of these {len(files)} images, or selected by them: "
+        f"{join_names(names)}."
+    )
+    if not allow_duplicates:
+        raise UserError(
+            f"{what} Its figures on them would be too good. Name other images by --test_csv, drop the rows, or allow "
+            "it by --allow_duplicates True."
+        )
+    print(f"Warning: {what} The figures are optimistic.")
+    return len(found)
