@@ -23,7 +23,7 @@ PACKAGE = "finetune"
 FLOORS: dict[str, tuple[str, ...]] = {
     "ground": ("finetune.values", "finetune.options", "finetune.texts", "finetune.files"),
     "options": ("configs",),
-    "inputs": ("finetune.findings", "finetune.stores", "finetune.images", "finetune.tables"),
+    "inputs": ("finetune.findings", "finetune.stores", "finetune.headers", "finetune.images", "finetune.tables"),
     "data": (
         *("finetune.inspection", "finetune.copies", "finetune.data_check", "finetune.class_folders"),
         *("finetune.splitting", "finetune.caches", "finetune.warps", "augmenter", "finetune.mixing", "generator"),

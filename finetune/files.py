@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TEMPORARY_PREFIX = ".tmp-"
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png")
+IMAGE_SUFFIXES += (".tif", ".tiff", ".webp")
 
 
 @contextlib.contextmanager

@@ -52,6 +52,8 @@ KINDS = {
     "empty": Kind("error", "The file has no bytes. Copy it again, or drop the row."),
     "truncated": Kind("error", "The end of the file is missing. Copy it again, or drop the row."),
     "unreadable": Kind("error", "The image cannot be decoded. Replace it, or drop the row."),
+    "unsupported": Kind("error", "The image is of a kind that is not read. Save it as JPEG or PNG, or drop the row."),
+    "needs_package": Kind("error", "Reading it takes another package. Install it, or save the image as JPEG."),
     "not_an_image": Kind("error", "The file is no image, whatever its name says. Replace it, or drop the row."),
     "too_many_pixels": Kind("error", "Decoding it would fill the memory. Shrink it, or raise max_image_pixels."),
     "empty_path": Kind("error", "The row names no image. Fill it in, or drop the row."),
@@ -76,17 +78,18 @@ KINDS = {
     "near_duplicate": Kind("warning", "Nearly the same image is twice in a set."),
     "class_of_one_image": Kind("warning", "One image is hardly enough to learn a class from."),
     "wrong_extension": Kind("warning", "The file's content is not what its ending says; it is read by its content."),
-    "exif_ignored": Kind("warning", "The EXIF rotation of this format is not applied. Save the image upright."),
+    "nearly_uniform": Kind("warning", "The image is nearly one tone. Are its values of fewer bits than the file's?"),
     "small": Kind("warning", "The image is smaller than image_target_size and will be enlarged."),
     "unusual_size": Kind("warning", "The image's size or shape is far from that of the rest."),
-    "rotated": Kind("note", "turned upright by EXIF"),
+    "rotated": Kind("note", "turned upright by EXIF or XMP"),
     "animated": Kind("note", "animated or of several pages, of which the first is taken"),
     "deep": Kind("note", "of 16 bits, reduced to 8"),
     "cmyk": Kind("note", "CMYK, converted to RGB"),
     "palette": Kind("note", "with a palette, converted to RGB"),
-    "alpha": Kind("note", "with transparency, which is dropped"),
+    "alpha": Kind("note", "with transparency, laid over white"),
 }
-IMAGE_FAULTS = ("missing", "unreachable", "empty", "truncated", "unreadable", "not_an_image", "too_many_pixels")
+IMAGE_FAULTS = ("missing", "unreachable", "empty", "truncated", "unreadable", "unsupported", "needs_package")
+IMAGE_FAULTS += ("not_an_image", "too_many_pixels")
 REPORT_FILE = "data_report.csv"
 
 

@@ -20,27 +20,36 @@ from tqdm import tqdm
 from configs import MAX_IMAGE_PIXELS
 from finetune.files import IMAGE_SUFFIXES
 from finetune.findings import BadImage
-from finetune.images import (
+from finetune.headers import (
     PILLOW_ERRORS,
-    TAIL_BYTES,
-    check_end,
+    PILLOW_FORMATS,
     check_length,
-    decode_grey,
     find_orientation,
+    is_transparent,
+    lacks_end,
     read_header,
 )
+from finetune.images import decode_image
 from finetune.stores import STORE_THREADS, is_url, open_url
 
 FORMAT_SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg"),
-    "MPO": (".jpg", ".jpeg"),
+    **dict.fromkeys(("JPEG", "MPO"), (".jpg", ".jpeg", ".jpe", ".jfif")),
     "PNG": (".png",),
     "GIF": (".gif",),
     "BMP": (".bmp",),
     "WEBP": (".webp",),
     "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif"),
 }
+TAIL_BYTES = 4096
 HASHED_SIDE = 32
+# A JPEG is decoded at a fraction of its size for its hashes, not below this.
+SMALLEST_SIDES = (40, 40)
+# Grey values of 256 between the darkest and the lightest pixel: 12 bits in the place of 16 give at most 16.
+FEWEST_TONES = 16
+# Fewer may well be of one colour.
+FEWEST_PIXELS = 64
 
 
 class Inspection(NamedTuple):
@@ -101,15 +110,21 @@ def _inspect_open(path: str, file: BinaryIO, decode: bool, max_pixels: int) -> I
     file.seek(0)
     check_length(start, size)
     image = read_header(file, max_pixels)
-    if image is None and not is_known_to_opencv(path, file):
-        raise BadImage("not_an_image", "is no image that OpenCV reads")
+    if (image is None or image.format not in PILLOW_FORMATS) and not is_known_to_opencv(path, file):
+        if image is None:
+            raise BadImage("not_an_image", "is no image that OpenCV reads")
+        raise BadImage("unsupported", f"it is a file of the kind {image.format}")
     file.seek(max(size - TAIL_BYTES, 0))
     tail = file.read()
-    remarks, sides = [], (0, 0)
+    remarks, sides, near_hash = [], (0, 0), None
     if image is not None:
         remarks, sides = list(find_remarks(path, image, start)), image.size
-        check_end(image, tail, file)
-    near_hash = hash_picture(file.getvalue(), start, sides) if decode else None
+    # Some cameras leave the end mark out: the pixels tell.
+    if decode or (image is not None and lacks_end(image, tail, file)):
+        file.seek(0)
+        picture = decode_image(np.frombuffer(file.read(), np.uint8), max_pixels, SMALLEST_SIDES)
+        near_hash = hash_picture(picture) if decode else None
+        remarks += list(find_lack_of_tones(picture)) if decode else []
     return Inspection(None, remarks, sides, (size, zlib.crc32(tail)), near_hash)
 
 
@@ -132,7 +147,7 @@ def find_remarks(path: str, image: PIL.Image.Image, start: bytes) -> Iterator[tu
     if suffix in IMAGE_SUFFIXES and suffix not in FORMAT_SUFFIXES.get(image.format, (suffix,)):
         yield "wrong_extension", f"its content is {image.format}"
     if (orientation := find_orientation(image)) != 1:
-        yield ("exif_ignored" if image.format == "WEBP" else "rotated"), f"EXIF orientation {orientation}"
+        yield "rotated", f"EXIF orientation {orientation}"
     with contextlib.suppress(*PILLOW_ERRORS):
         # A file of one photo and its previews is no animation.
         if image.format != "MPO" and getattr(image, "is_animated", False):
@@ -143,25 +158,28 @@ def find_remarks(path: str, image: PIL.Image.Image, start: bytes) -> Iterator[tu
         yield "cmyk", "CMYK"
     if image.mode == "P" and image.format != "GIF":
         yield "palette", "palette"
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+    if is_transparent(image):
         yield "alpha", "alpha"
 
 
-def hash_picture(data: bytes, start: bytes, sides: tuple[int, int]) -> bytes | None:
-    """Decodes an image and takes two perceptual hashes of ImageHash, whose bits stand for coarse shapes.
+def find_lack_of_tones(image: np.ndarray) -> Iterator[tuple[str, str]]:
+    """Yields a remark where a picture, uint8 RGB `(height, width, 3)`, is nearly of one colour."""
+    least, most = image.min(axis=(0, 1)), image.max(axis=(0, 1))
+    if (most - least).max() <= FEWEST_TONES and image[..., 0].size >= FEWEST_PIXELS:
+        yield "nearly_uniform", f"its values are from {least.min()} to {most.max()} of 255"
+
+
+def hash_picture(image: np.ndarray) -> bytes | None:
+    """Takes two perceptual hashes of ImageHash, whose bits stand for coarse shapes.
 
     Args:
-        data: of the file.
-        start: its first bytes.
-        sides: its width and height.
+        image: uint8 RGB `(height, width, 3)`.
 
     Returns:
         40 bytes, the difference hash and the DCT's; None for a picture of one colour, which has no shapes.
-
-    Raises:
-        BadImage: it cannot be decoded.
     """
-    picture = cv2.resize(decode_grey(data, start, sides), (HASHED_SIDE, HASHED_SIDE), interpolation=cv2.INTER_AREA)
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    picture = cv2.resize(grey, (HASHED_SIDE, HASHED_SIDE), interpolation=cv2.INTER_AREA)
     if picture.std() < 2:
         return None
     small = PIL.Image.fromarray(picture)

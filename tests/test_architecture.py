@@ -21,7 +21,7 @@ MODULES = ("configs", "augmenter", "generator", "model", "utils")
 OTHERS = ("data", "docs", "benchmarks", "tests", "finetune", "requirements.txt", "README.md", "LICENSE")
 ROOT = {*(f"{name}.py" for name in SCRIPTS + MODULES), *OTHERS, ".gitignore", "pyproject.toml", ".ci"}
 # Installed by few, or of one system alone: imported where they are needed, or where they are missed.
-OPTIONAL_PACKAGES = {"tf2onnx", "onnxruntime", "ai_edge_litert"}
+OPTIONAL_PACKAGES = {"tf2onnx", "onnxruntime", "ai_edge_litert", "pillow_heif"}
 # Takes 0.1 s to import, and only images that URLs name need it.
 LATE_PACKAGES = {"fsspec"}
 PLATFORM_MODULES = {"fcntl", "msvcrt"}

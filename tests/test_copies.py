@@ -6,7 +6,8 @@ import skimage.data
 from corpus import encode
 
 from finetune.copies import Groups, join_near
-from finetune.inspection import hash_picture
+from finetune.images import decode_image
+from finetune.inspection import SMALLEST_SIDES, hash_picture
 
 
 def make_copies(picture):
@@ -25,8 +26,7 @@ def make_copies(picture):
 
 def near_hashes(pictures):
     files = [encode("JPEG", picture, quality=quality) for picture, quality in pictures]
-    sides = [picture.shape[1::-1] for picture, _ in pictures]
-    hashes = [hash_picture(data, data[:12], side) for data, side in zip(files, sides, strict=True)]
+    hashes = [hash_picture(decode_image(np.frombuffer(data, np.uint8), 10**8, SMALLEST_SIDES)) for data in files]
     return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 5)
 
 
