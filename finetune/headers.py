@@ -9,7 +9,8 @@ import re
 import struct
 import warnings
 import zlib
-from typing import BinaryIO, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import PIL.Image
 
@@ -30,6 +31,7 @@ warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
 
 # The formats of which Pillow's reader decodes files, where OpenCV does not; some others would start programs.
 PILLOW_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA")
+PILLOW_FORMATS += ("ICO", "PCX", "SGI", "DDS", "QOI", "PSD")
 # The last bytes of a whole file. A JPEG's compressed pixels never hold its two.
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 # Where the header has the file's length, what is to be added to it.
@@ -51,6 +53,7 @@ TRANSPARENT_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 ORIENTATION_TAG = 0x0112
 # A row of zeros in the compressed pixels of a JPEG that is longer than any that its codes give.
 ZEROED_PART = bytes(512)
+END_OF_BLOCK = 0
 
 
 def read_header(file: BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) -> PIL.Image.Image | None:
@@ -77,6 +80,8 @@ def read_header(file: BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) -> PIL.Image
     except PILLOW_ERRORS as error:
         if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS and pillow_heif is None:
             raise BadImage("needs_package", "it is HEIC, which needs a package: pip install pillow-heif") from error
+        if start.startswith(JPEG_START) and (bits := find_bits(_read_all(file))) > 8:
+            raise BadImage("unsupported", f"it is a JPEG of {bits} bits a channel") from error
         if start.startswith((JPEG_START, PNG_START[:4])):
             raise BadImage("unreadable", "its header is damaged or cut short") from error
         if start.startswith(OTHER_STARTS) and not (start.startswith(b"RIFF") and start[8:12] != b"WEBP"):
@@ -102,8 +107,7 @@ def lacks_end(image: PIL.Image.Image, tail: bytes, file: BinaryIO) -> bool:
     mark = END_MARKS.get(image.format)
     if mark is None or tail.endswith(mark):
         return False
-    file.seek(0)
-    data = file.read()
+    data = _read_all(file)
     return data.find(mark, find_scan(data)) < 0
 
 
@@ -116,15 +120,30 @@ def find_orientation(image: PIL.Image.Image) -> int:
     value: object = 1
     with contextlib.suppress(*PILLOW_ERRORS):
         # That of PNG would decode the whole image.
-        value = PIL.Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
+        value = PIL.Image.Image.getexif(image).get(ORIENTATION_TAG) or _find_in_raw_profiles(image.info)
     # Some writers take another type than that of the standard.
     value = value[0] if isinstance(value, bytes | tuple) and len(value) else value
     return int(value) if value in range(2, 9) else 1
 
 
+def _find_in_raw_profiles(info: dict[str, Any]) -> object:
+    """Returns the orientation in the texts of a PNG that ImageMagick keeps a JPEG's EXIF and XMP in; 1 without one."""
+    for name in ("APP1", "xmp"):
+        # A line each: the name, the number of bytes, and these as hexadecimal digits.
+        lines = str(info.get(f"Raw profile type {name}", "")).strip().split("\n")
+        content = bytes.fromhex("".join(lines[2:]))
+        if content.startswith(b"Exif\0\0"):
+            exif = PIL.Image.Exif()
+            exif.load(content)
+            return exif.get(ORIENTATION_TAG, 1)
+        if found := re.search(rb'tiff:Orientation(?:="|>)([1-8])', content):
+            return int(found[1])
+    return 1
+
+
 def is_transparent(image: PIL.Image.Image) -> bool:
-    """Tells whether an image's header says that parts may be seen through; viewers do not ask that of BMP."""
-    return image.format not in ("BMP", "DIB") and (image.mode in TRANSPARENT_MODES or "transparency" in image.info)
+    """Tells whether an image's header says that parts of it may be seen through."""
+    return image.mode in TRANSPARENT_MODES or "transparency" in image.info
 
 
 class Segment(NamedTuple):
@@ -153,11 +172,27 @@ def find_scan(data: bytes) -> int:
     return segments[-1].start if segments and segments[-1].marker == 0xDA else 0
 
 
+def find_frame(data: bytes) -> Segment | None:
+    """Returns the part of a JPEG file that tells how its pixels are coded; None where that is missing."""
+    frames = [segment for segment in list_segments(data) if segment.marker in range(0xC0, 0xD0)]
+    return next((segment for segment in frames if segment.marker not in (0xC4, 0xC8, 0xCC)), None)
+
+
+def find_bits(data: bytes) -> int:
+    """Returns the bits of a channel of a JPEG file; 0 where it does not tell."""
+    frame = find_frame(data)
+    return data[frame.start] if frame and frame.start < len(data) else 0
+
+
 def is_ordinary_jpeg(data: bytes) -> bool:
     """Tells whether a JPEG is of the kinds that all readers know: 8 bits, baseline or progressive, no lossless one."""
-    frames = [segment for segment in list_segments(data) if segment.marker in range(0xC0, 0xD0)]
-    frames = [segment for segment in frames if segment.marker not in (0xC4, 0xC8, 0xCC)]
-    return bool(frames) and frames[0].marker in (0xC0, 0xC1, 0xC2) and data[frames[0].start] == 8
+    frame = find_frame(data)
+    return frame is not None and frame.marker in (0xC0, 0xC1, 0xC2) and find_bits(data) == 8
+
+
+def _read_all(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
 
 
 def has_zeroed_part(data: bytes) -> bool:
@@ -169,15 +204,21 @@ def has_zeroed_part(data: bytes) -> bool:
     position = data.find(ZEROED_PART, find_scan(data))
     if position < 0 or position > data.rfind(b"\xff\xd9") > 0:
         return False
-    first_symbols, is_baseline = [], False
-    for marker, start, length in list_segments(data):
-        is_baseline |= marker in (0xC0, 0xC1)
+    segments = list_segments(data)
+    frames = [data[start + 5] for marker, start, _ in segments if marker in (0xC0, 0xC1)]
+    # A scan of some of the colours alone may well have no detail.
+    is_whole_baseline = bool(frames) and data[segments[-1].start] == frames[0]
+    return is_whole_baseline and any(symbol != END_OF_BLOCK for symbol in list_shortest_codes(data, segments))
+
+
+def list_shortest_codes(data: bytes, segments: Sequence[Segment]) -> Iterator[int]:
+    """Yields what a code of zeros alone means in each of a JPEG's Huffman tables of the AC coefficients."""
+    for marker, start, length in segments:
         table = start
-        while marker == 0xC4 and table + 17 <= start + length:
+        while marker == 0xC4 and table + 17 < start + length:
             if data[table] >> 4:
-                first_symbols.append(data[table + 17])
+                yield data[table + 17]
             table += 17 + sum(data[table + 1 : table + 17])
-    return is_baseline and 0 not in first_symbols
 
 
 def check_chunks(data: bytes) -> bool:

@@ -214,6 +214,9 @@ def _convert_to_rgb(image: PIL.Image.Image) -> np.ndarray:
         return cv2.cvtColor(_reduce_to_8_bits(np.asarray(image)), cv2.COLOR_GRAY2RGB)
     if is_transparent(image):
         layer = image.convert("RGBA")
+        if image.format in ("BMP", "DIB") and not layer.getchannel("A").getextrema()[1]:
+            # Many programs leave the fourth byte 0, and no viewer heeds it then.
+            return np.array(image.convert("RGB"))
         white = PIL.Image.new("RGBA", image.size, "white")
         return np.array(PIL.Image.alpha_composite(white, layer).convert("RGB"))
     return np.array(image.convert("RGB"))

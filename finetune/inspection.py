@@ -166,7 +166,8 @@ def find_lack_of_tones(image: np.ndarray) -> Iterator[tuple[str, str]]:
     """Yields a remark where a picture, uint8 RGB `(height, width, 3)`, is nearly of one colour."""
     least, most = image.min(axis=(0, 1)), image.max(axis=(0, 1))
     if (most - least).max() <= FEWEST_TONES and image[..., 0].size >= FEWEST_PIXELS:
-        yield "nearly_uniform", f"its values are from {least.min()} to {most.max()} of 255"
+        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        yield "nearly_uniform", f"its grey values are from {grey.min()} to {grey.max()} of 255"
 
 
 def hash_picture(image: np.ndarray) -> bytes | None:

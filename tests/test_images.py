@@ -1,11 +1,25 @@
 """Headers, decoding and resizing of one image."""
 
+import subprocess
+import sys
+
 import cv2
 import numpy as np
 import pytest
 import skimage.data
 from checked_tables import corpus  # noqa: F401
 from corpus import encode, photo
+from odd_images import (
+    EXIF_START,
+    encode_heic,
+    exif,
+    grey_tiff,
+    jpeg_with,
+    lossless_jpeg,
+    oriented_files,
+    png_with,
+    quadrants,
+)
 from picture_sets import (
     SIZE,
     unreadable,  # noqa: F401
@@ -13,6 +27,7 @@ from picture_sets import (
 from PIL import Image, ImageOps
 
 from finetune.images import choose_divisor, read_image, resize_image
+from finetune.inspection import inspect_image
 from finetune.options import UserError
 
 
@@ -237,3 +252,143 @@ def test_pixels_are_counted_before_decoding(corpus, monkeypatch):
     for name in ("bomb_png", "bomb_jpeg", "bomb_gif", "bomb_bmp", "good_png"):
         with pytest.raises(UserError, match="more than max_image_pixels"):
             read_image(str(corpus[name]), max_pixels=100)
+
+
+# What a person sees
+
+# Source: EXIF 2.32 (CIPA DC-008-2019), tag 0x0112: which row and column of the picture the first ones stored are.
+UPRIGHT = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.transpose(1, 0, 2),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda stored: np.rot90(stored),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_every_file_that_tells_its_orientation_is_turned_upright(tmp_path, orientation):
+    expected = UPRIGHT[orientation](quadrants())
+    for name, data in oriented_files(orientation).items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        image = read_image(str(path))
+        assert image.shape == expected.shape, name
+        assert np.abs(image.astype(int) - expected).mean() < 8, name
+        remarks = [kind for kind, _ in inspect_image(str(path), decode=True).remarks]
+        # What is behind the pixels is not looked for; libheif turns HEIC itself.
+        is_told = orientation != 1 and not name.endswith("behind") and name != "heic"
+        assert ("rotated" in remarks) == is_told, name
+
+
+def test_damaged_metadata_leave_a_picture_as_it_is(tmp_path):
+    for name, data in {
+        "exif.jpg": jpeg_with(EXIF_START + b"II*\0" + bytes(3)),
+        "orientation.jpg": jpeg_with(EXIF_START + exif(99)),
+        "raw.png": png_with(b"tEXt", b"Raw profile type APP1\0\nexif\n 9\nnot hexadecimal"),
+        "xmp.png": png_with(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + b'tiff:Orientation="x"'),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        assert np.abs(read_image(str(tmp_path / name)).astype(int) - quadrants()).mean() < 8, name
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF", "AVIF", "TGA", "JPEG2000", "ICO", "HEIF"])
+def test_a_black_shape_on_a_transparent_ground_is_black_on_white(tmp_path, kind):
+    picture = np.zeros((32, 32, 4), np.uint8)
+    picture[8:24, 8:24, 3] = 255
+    path = tmp_path / f"shape.{kind.lower()}"
+    Image.fromarray(picture).save(path, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    image = read_image(str(path)).astype(int)
+    assert image.shape == (32, 32, 3)
+    assert image[10:22, 10:22].max() <= 8
+    assert min(image[:6].min(), image[26:].min(), image[:, :6].min(), image[:, 26:].min()) >= 247
+    assert "alpha" in [remark for remark, _ in inspect_image(str(path)).remarks]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "LA"])
+def test_transparency_by_a_colour_or_a_palette_is_white_too(tmp_path, mode):
+    picture = Image.fromarray(np.full((20, 20), 40, np.uint8))
+    picture.paste(90, (5, 5, 15, 15))
+    transparent = {"L": 40, "RGB": (40, 40, 40), "P": 40}
+    if mode == "LA":
+        picture.putalpha(Image.eval(picture, lambda value: 255 if value == 90 else 0))
+    picture.convert(mode).save(tmp_path / "a.png", **({"transparency": transparent[mode]} if mode != "LA" else {}))
+    image = read_image(str(tmp_path / "a.png"))
+    expected = np.full((20, 20, 3), 255)
+    expected[5:15, 5:15] = 90
+    np.testing.assert_array_equal(image, expected)
+
+
+RAMP = np.linspace(0, 1, 40 * 64).reshape(40, 64)
+
+
+@pytest.mark.parametrize(
+    ("values", "most"),
+    [
+        *((RAMP.astype(np.float32), 1), ((RAMP * 255).astype(np.float32), 255)),
+        *(((RAMP * 255).astype(np.int32), 255), ((RAMP * 65535).astype(np.int32), 65535)),
+        *(((RAMP * 65535).astype(np.uint16), 65535), ((RAMP * 255).astype(np.uint8), 255)),
+    ],
+)
+def test_tiff_of_any_depth_is_reduced_to_8_bits(tmp_path, values, most):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    image = read_image(str(tmp_path / "a.tif")).astype(float)
+    assert np.abs(image - values[..., None] * (255.0 / most)).max() <= 1.01
+    assert inspect_image(str(tmp_path / "a.tif"), decode=True).fault is None
+
+
+def test_not_a_number_in_a_tiff_is_black(tmp_path):
+    values = RAMP.astype(np.float32)
+    values[0, :3] = np.nan, np.inf, -np.inf
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert read_image(str(tmp_path / "a.tif"))[0, :3, 0].tolist() == [0, 255, 0]
+
+
+def test_tiff_of_2_bits_is_read(tmp_path):
+    values = np.random.default_rng(0).integers(0, 4, (9, 16), np.uint8)
+    (tmp_path / "a.tif").write_bytes(grey_tiff(values, 2))
+    np.testing.assert_array_equal(read_image(str(tmp_path / "a.tif"))[..., 1], values * 85)
+    assert inspect_image(str(tmp_path / "a.tif"), decode=True).fault is None
+
+
+def test_what_the_check_passes_can_be_trained_on_a_lossless_jpeg(tmp_path):
+    grey = np.asarray(Image.fromarray(skimage.data.astronaut()).convert("L"))[:400, :480]
+    (tmp_path / "a.jpg").write_bytes(lossless_jpeg(grey))
+    assert inspect_image(str(tmp_path / "a.jpg"), decode=True).fault is None
+    for size in (None, (100, 100)):
+        image = read_image(str(tmp_path / "a.jpg"), size)
+        np.testing.assert_array_equal(image, np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_12_bits_in_the_place_of_16_are_a_warning_and_a_faint_photo_is_none(tmp_path):
+    deep = (RAMP * 3100).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray((100 + RAMP * 30).astype(np.uint8)).save(tmp_path / "faint.png")
+    found = inspect_image(str(tmp_path / "deep.png"), decode=True).remarks
+    assert ("nearly_uniform", "its grey values are from 0 to 12 of 255") in found
+    assert inspect_image(str(tmp_path / "faint.png"), decode=True).remarks == []
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".jpg", ".jpeg"])
+def test_every_ending_of_jpeg_is_right(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(encode("JPEG"))
+    assert inspect_image(str(path)).remarks == []
+
+
+def test_heic_without_its_package_says_so(tmp_path):
+    path = tmp_path / "IMG_0001.HEIC"
+    path.write_bytes(encode_heic(photo()))
+    code = (
+        "import sys; sys.modules['pillow_heif'] = None\n"
+        "from finetune.images import read_image\n"
+        "from finetune.inspection import inspect_image\n"
+        "print(inspect_image(sys.argv[1]).fault)\n"
+        "read_image(sys.argv[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert "('needs_package', 'it is HEIC, which needs a package: pip install pillow-heif')" in done.stdout
+    assert "UserError" in done.stderr
