@@ -27,6 +27,7 @@ from finetune.run_folder import CURVES_FOLDER, clear_folder, describe_run, finge
 from finetune.stores import hash_file
 from finetune.tables import resolve_class_names
 from finetune.team import Team
+from finetune.texts import MOST_TELLING, join_names
 from generator import AugmentedImageSequence, Shares, get_generator, naming_bad_images
 from model import ModelFactory
 
@@ -97,7 +98,8 @@ def get_images(configs: Configs, bad_rows: dict[str, set[int]], shares: Shares) 
     training = get_generator(configs.train_csv, configs.classes, configs, True, bad_rows[configs.train_csv], shares)
     validation = get_generator(validation_csv, configs.classes, configs, False, bad_rows[validation_csv], shares)
     print(f"{len(training.paths)} training images, {len(validation.paths)} validation images.")
-    print(f"Classes: {', '.join(configs.classes)}")
+    number = f" ({len(configs.classes)})" if len(configs.classes) > MOST_TELLING else ""
+    print(f"Classes{number}: {join_names(configs.classes, MOST_TELLING)}")
     return Images(training, validation)
 
 
