@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,23 +142,38 @@ def get_aurocs(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Returns the area under the ROC curve of each class, NaN where it is undefined; `(classes,)`.
 
     It is where all images or none have the class, and where a score is not finite.
+
+    Source: Hanley and McNeil, Radiology 143:29, 1982: the rank sum of the positives; equal scores share their ranks.
     """
-    return np.array(
-        [
-            sk.roc_auc_score(truth, scores) if 0 < truth.sum() < len(truth) and np.isfinite(scores).all() else np.nan
-            for truth, scores in zip(y_true.T, probabilities.T, strict=True)
-        ]
-    )
+    return _measure_columns(_auroc, y_true, probabilities)
 
 
 def get_average_precisions(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Returns the average precision of each class, NaN where no image has it; `(classes,)`."""
+    """Returns the average precision of each class, NaN where no image has it or a score is not finite; `(classes,)`."""
+    return _measure_columns(_average_precision, y_true, probabilities)
+
+
+def _measure_columns(
+    measure: Callable[[np.ndarray, np.ndarray], float], y_true: np.ndarray, probabilities: np.ndarray
+) -> np.ndarray:
+    """Measures each class by its positives' scores and all scores, both rising; NaN where it has no positive."""
+    columns = zip(y_true.T, probabilities.T, strict=True)
+    pairs = ((np.sort(scores[truth.astype(bool)]), np.sort(scores)) for truth, scores in columns)
     return np.array(
-        [
-            sk.average_precision_score(truth, scores) if truth.any() else np.nan
-            for truth, scores in zip(y_true.T, probabilities.T, strict=True)
-        ]
+        [measure(*pair) if len(pair[0]) and np.isfinite(pair[1]).all() else np.nan for pair in pairs], np.float64
     )
+
+
+def _auroc(positives: np.ndarray, scores: np.ndarray) -> float:
+    number, others = len(positives), len(scores) - len(positives)
+    below, up_to = (np.searchsorted(scores, positives, side) for side in ("left", "right"))
+    doubled = int((below + up_to).sum()) - number**2
+    return doubled / (2 * number * others) if others else np.nan
+
+
+def _average_precision(positives: np.ndarray, scores: np.ndarray) -> float:
+    right, chosen = (len(values) - np.searchsorted(values, positives) for values in (positives, scores))
+    return float((right / chosen).mean())
 
 
 def mean_of_defined(values: np.ndarray) -> float:
