@@ -99,7 +99,7 @@ def format_evaluation(metrics: dict[str, Any]) -> str:
     per_class, intervals = metrics["per_class"], metrics.get("intervals", {})
     columns, lines, number = list(next(iter(per_class.values()))), [], len(per_class)
     if number > MOST_LISTED:
-        per_class = _find_worst(per_class)
+        per_class = find_worst(per_class)
         lines = [f"The {len(per_class)} worst of {number} classes by F1; metrics.json beside the report has them all."]
     width = max(len("class"), *map(len, per_class))
     widths = {column: max(len(column), 9) + 2 for column in columns}
@@ -125,7 +125,7 @@ def format_evaluation(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _find_worst(per_class: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def find_worst(per_class: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns the classes of lowest F1, the worst first, of equal ones that of more images; without an image, none."""
     known = [name for name, row in per_class.items() if row["support"]]
     worst = sorted(known, key=lambda name: (per_class[name]["f1"], -per_class[name]["support"], name))

@@ -149,7 +149,11 @@ class _Ranking:
         return cls(order, order[truth[order]], *places)
 
     def measure(self, weights: np.ndarray) -> np.ndarray:
-        """Returns AUROC and average precision `(2, resamples)`, NaN where undefined, of weights `(images, resamples)`."""
+        """Returns AUROC and average precision `(2, resamples)`, NaN where undefined.
+
+        Args:
+            weights: float32 `(images, resamples)`.
+        """
         bounds = np.unique(np.concatenate([[0], self.starts, self.ends, [len(self.order)]])).astype(np.int32)
         drawn, right = _cumulate(weights, self.order, bounds), _cumulate(weights, self.positives, self.positive_ends)
         images, positives = drawn[-1], right[-1]
