@@ -131,7 +131,7 @@ def draw_heat_map(stored: ConfusionMatrix, class_names: Sequence[str], pairs_lis
 def _write_pairs(axes: Axes, pairs: Sequence[dict[str, Any]]) -> None:
     """Writes confusions into a place of their own, a row each."""
     axes.set_axis_off()
-    axes.set_title(f"The {len(pairs)} most frequent confusions", fontsize=10)
+    axes.set_title(f"The {len(pairs)} most frequent confusions", fontsize=10, pad=14)
     rows = [("Images", "Of the class", "True", "Predicted")]
     rows += [
         (str(pair["count"]), f"{pair['share']:.1%}", label_text(pair["true"]), label_text(pair["predicted"]))
@@ -202,7 +202,7 @@ def _draw_curves(
         lines = {f"{mean:.3f}  mean of {len(known)} classes": line} | lines
     if len(known) > MOST_LISTED:
         band = axes.fill_between(x, *np.percentile(heights, BAND, axis=0), color=MUTED, alpha=0.35, linewidth=0)
-        lines[f"{BAND[1] - BAND[0]} % of the classes"] = band
+        lines[f"the middle {BAND[1] - BAND[0]} % of classes"] = band
     title = f"{area_name}, worst {WORST_CURVES} classes" if many else area_name
     axes.legend(lines.values(), lines.keys(), loc="best", title=title, fontsize=8.5, title_fontsize=8.5)
 
