@@ -101,7 +101,7 @@ def format_evaluation(metrics: dict[str, Any]) -> str:
     if number > MOST_LISTED:
         per_class = find_worst(per_class)
         lines = [f"The {len(per_class)} worst of {number} classes by F1; metrics.json beside the report has them all."]
-    width = max(len("class"), *map(len, per_class))
+    width = max(map(len, ["class", *per_class]))
     widths = {column: max(len(column), 9) + 2 for column in columns}
     lines.append(f"{'class':<{width}}" + "".join(f"{column.replace('_', ' '):>{widths[column]}}" for column in columns))
     for name, row in per_class.items():
