@@ -60,7 +60,7 @@ def draw_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     axes = figure.add_subplot()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     # Opacity, not a colour scale that ends in white: the empty cells then suit a dark page as well.
-    colours = np.empty((number, number, 4))
+    colours = np.empty((number, number, 4), np.float32)
     colours[..., :3], colours[..., 3] = COUNT_COLOUR, shares
     axes.imshow(colours, aspect="equal")
     anchor = {"rotation_mode": "anchor", "ha": "right"} if rotation == 40 else {}

@@ -118,7 +118,8 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
             name for name, row in test["per_class"].items() if "auroc" in row and row["auroc"] is None
         ],
     }
-    return found + [f"{fault}: {join_names(names, MOST_TELLING)}." for fault, names in faults.items() if names]
+    longest = MOST_LISTED if len(supports) <= MOST_LISTED else MOST_TELLING
+    return found + [f"{fault}: {join_names(names, longest)}." for fault, names in faults.items() if names]
 
 
 def list_headlines(results: dict[str, Any]) -> list[dict[str, Any]]:
