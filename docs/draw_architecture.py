@@ -35,8 +35,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
         *("finetune.features", "finetune.probe"),
     ),
     "judgement": (
-        *("finetune.metrics", "finetune.curves", "finetune.decision", "finetune.decision_file", "finetune.intervals"),
-        *("finetune.evaluation", "finetune.gradcam", "finetune.explaining"),
+        *("finetune.confusions", "finetune.metrics", "finetune.curves", "finetune.decision"),
+        *("finetune.decision_file", "finetune.intervals", "finetune.evaluation", "finetune.gradcam"),
+        "finetune.explaining",
     ),
     "run": (
         *("finetune.run_data", "finetune.run_folder", "finetune.phases", "finetune.callbacks"),

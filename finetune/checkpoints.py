@@ -102,6 +102,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.best_epoch: int | None = state["best_epoch"] if state else None
         self.best_aurocs: dict[str, float | None] | None = state["best_aurocs"] if state else None
         self.epoch = 0
+        self.has_validated = False
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         """Restores what Keras has just reset, and on resuming the random states and the logs."""
@@ -137,8 +138,14 @@ class Checkpoint(keras.callbacks.Callback):
             self._save([LATEST_MODEL], self.epoch, steps_completed)
             self._stop_if_interrupted()
 
+    def save_before_validation(self, epoch: int) -> None:
+        """Keeps an epoch's training where its validation is the first: an image in that may turn out unreadable."""
+        if not self.has_validated:
+            self._save([LATEST_MODEL], epoch, self.training.steps)
+
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Writes the epoch's models and logs, the best one where it is that, and stops where that is due."""
+        self.has_validated = True
         self._check_finite("validation loss", logs["val_loss"], f"epoch {epoch + 1}")
         if self.plateau is not None:
             self.plateau_state = {
@@ -250,6 +257,26 @@ class Checkpoint(keras.callbacks.Callback):
             ]
             write_text(os.path.join(self.folder, AUROC_FILE), "\n".join(lines) + "\n")
         write_json(os.path.join(self.folder, STATISTICS_FILE), stats)
+
+
+class BeforeValidation(keras.callbacks.Callback):
+    """Lets a checkpoint keep an epoch's training: it has its turn before the weights are averaged and validated."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Runs before validation."""
+        self.checkpoint.save_before_validation(epoch)
+
+
+def advise_on_bad_images(folder: str) -> str:
+    """Returns what to do about an image that turned out unreadable in training, and how to go on."""
+    advice = "Find all such images beforehand with --verify_data full, or leave them out with --skip_bad_images True."
+    if not os.path.isfile(os.path.join(folder, LATEST_MODEL)):
+        return advice
+    return f"{advice} What was trained is kept; go on with\n{write_resume_command(folder)} --skip_bad_images True"
 
 
 def write_resume_command(folder: str) -> str:

@@ -33,7 +33,9 @@ def embed_figures(results: dict[str, Any], curves: dict[str, dict[str, Any]]) ->
         "precision_recall_curves": "Precision over recall",
         "reliability_diagram": "Reliability diagram: how often predictions hold over their probability",
     }
-    return {name: _embed_figure(draw, words[name]) for name, draw in figures_of(results, curves).items()}
+    # The page lists the pairs as a table.
+    drawn = figures_of(results, curves, pairs_listed=0)
+    return {name: _embed_figure(draw, words[name]) for name, draw in drawn.items()}
 
 
 def embed_log(log: pd.DataFrame | None) -> list[dict[str, Any]]:

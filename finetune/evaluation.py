@@ -11,13 +11,14 @@ import pandas as pd
 from finetune.decision import Decision, find_exact_match_threshold
 from finetune.intervals import get_intervals
 from finetune.metrics import (
-    binary_metrics,
     check_finite,
+    class_metrics,
     get_calibration,
     get_evaluation_metrics,
     get_multilabel_evaluation_metrics,
 )
 from finetune.tables import LABEL_SEPARATOR
+from finetune.texts import MOST_LISTED, MOST_TELLING
 
 
 def evaluate_set(
@@ -70,10 +71,9 @@ def evaluate_set(
 
 def _add_best_f1(per_class: dict[str, dict], y_true: np.ndarray, calibrated: np.ndarray, decision: Decision) -> None:
     truth, chosen = y_true.astype(bool), decision.choose(calibrated, "best_f1")
-    for position, threshold in enumerate(decision.thresholds("best_f1").tolist()):
-        row = per_class[decision.class_names[position]]
-        row["best_f1_threshold"] = threshold
-        row["f1_at_best_f1_threshold"] = binary_metrics(truth[:, position], chosen[:, position])["f1"]
+    rows = class_metrics((truth & chosen).sum(axis=0), chosen.sum(axis=0), truth.sum(axis=0))
+    for name, threshold, row in zip(decision.class_names, decision.thresholds("best_f1").tolist(), rows, strict=True):
+        per_class[name] |= {"best_f1_threshold": threshold, "f1_at_best_f1_threshold": row["f1"]}
 
 
 def _evaluate_calibration(
@@ -92,15 +92,21 @@ def _evaluate_calibration(
 
 
 def format_evaluation(metrics: dict[str, Any]) -> str:
-    """Lays out what `evaluate_set` or either evaluation function returned as a text table."""
+    """Lays out what `evaluate_set` or either evaluation function returned as a text table.
+
+    Of more than `MOST_LISTED` classes it has the worst ones, and no confusion matrix.
+    """
     per_class, intervals = metrics["per_class"], metrics.get("intervals", {})
-    columns = list(next(iter(per_class.values())))
-    width = max(len("class"), *map(len, per_class))
+    columns, lines, number = list(next(iter(per_class.values()))), [], len(per_class)
+    if number > MOST_LISTED:
+        per_class = find_worst(per_class)
+        lines = [f"The {len(per_class)} worst of {number} classes by F1; metrics.json beside the report has them all."]
+    width = max(map(len, ["class", *per_class]))
     widths = {column: max(len(column), 9) + 2 for column in columns}
-    lines = [f"{'class':<{width}}" + "".join(f"{column.replace('_', ' '):>{widths[column]}}" for column in columns)]
+    lines.append(f"{'class':<{width}}" + "".join(f"{column.replace('_', ' '):>{widths[column]}}" for column in columns))
     for name, row in per_class.items():
         lines.append(f"{name:<{width}}" + "".join(f"{_format(row[column]):>{widths[column]}}" for column in columns))
-    if "confusion_matrix" in metrics:
+    if "confusion_matrix" in metrics and number <= MOST_LISTED:
         lines += ["", *_format_confusion_matrix(metrics["confusion_matrix"], list(per_class))]
     lines.append("")
     for name, value in metrics.items():
@@ -117,6 +123,13 @@ def format_evaluation(metrics: dict[str, Any]) -> str:
         accuracy, threshold = _format(best["exact_match_accuracy"]), _format(best["threshold"])
         lines.append(f"best exact match accuracy: {accuracy} at threshold {threshold} ({best['note']})")
     return "\n".join(lines)
+
+
+def find_worst(per_class: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the classes of lowest F1, the worst first, of equal ones that of more images; without an image, none."""
+    known = [name for name, row in per_class.items() if row["support"]]
+    worst = sorted(known, key=lambda name: (per_class[name]["f1"], -per_class[name]["support"], name))
+    return {name: per_class[name] for name in worst[:MOST_TELLING]}
 
 
 def _format_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[str]:

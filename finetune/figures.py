@@ -12,10 +12,13 @@ import matplotlib
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
+from finetune.confusions import ConfusionMatrix, list_confusions, read_cells
 from finetune.files import atomic_path
-from finetune.texts import show
+from finetune.texts import MOST_LISTED, show
 
 # Wong, Nature Methods 8:441, 2011: distinct for the colour-blind, and legible on white and on near black.
 COLOURS = ("#0f7fc4", "#e0701c", "#129e78", "#c765a0", "#b58900", "#4aa8d8", "#8c6bd1", "#7a7f85", "#d1495b", "#5b9a32")
@@ -28,6 +31,14 @@ PRINTED_DPI = 150
 LONGEST_NAME = 24
 MOST_COLOURED_CURVES = 10
 WORST_CURVES = 5
+# Of more curves than MOST_LISTED, the shares of classes below and above the band that stands for them.
+BAND = (10, 90)
+PAIRS_LISTED = 30
+# Cells a side of the heat map: each still has two pixels on the page.
+MOST_BLOCKS = 200
+LEAST_SHARE = 0.001
+NAMES_AT_HEAT_MAP = 12
+SHORT_NAME = 18
 
 
 def draw_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
@@ -49,7 +60,7 @@ def draw_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     axes = figure.add_subplot()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     # Opacity, not a colour scale that ends in white: the empty cells then suit a dark page as well.
-    colours = np.empty((number, number, 4))
+    colours = np.empty((number, number, 4), np.float32)
     colours[..., :3], colours[..., 3] = COUNT_COLOUR, shares
     axes.imshow(colours, aspect="equal")
     anchor = {"rotation_mode": "anchor", "ha": "right"} if rotation == 40 else {}
@@ -74,6 +85,63 @@ def _write_counts(axes: Axes, counts: np.ndarray, shares: np.ndarray, cell: floa
         text = axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=size, color=colour)
         # Thousands of texts would make the layout take seconds.
         text.set_in_layout(False)
+
+
+def draw_heat_map(stored: ConfusionMatrix, class_names: Sequence[str], pairs_listed: int = PAIRS_LISTED) -> Figure:
+    """Draws a confusion matrix of many classes as a heat map, and lists the most frequent confusions beside it.
+
+    Args:
+        stored: as `confusions.count_confusions` returns it.
+        class_names: in the order of the positions.
+        pairs_listed: the most pairs listed; 0 draws the map alone.
+    """
+    cells, number = read_cells(stored, class_names), len(class_names)
+    # Where cells are smaller than what can be seen, a block of them shows its highest: no confusion is lost.
+    side = -(-number // MOST_BLOCKS)
+    blocks = np.zeros((-(-number // side),) * 2)
+    np.maximum.at(blocks, (cells.rows // side, cells.columns // side), cells.shares)
+    pairs = list_confusions(stored, class_names, pairs_listed)
+    figure = Figure(figsize=(12, 6.8) if pairs else (5.8, 6.4), layout="constrained")
+    axes, *beside = figure.subplots(1, 2 if pairs else 1, squeeze=False, width_ratios=(1, 1) if pairs else None)[0]
+    lowest = float(np.clip(blocks[blocks > 0].min(initial=1), LEAST_SHARE, 0.1))
+    fading = LinearSegmentedColormap.from_list("counts", [(*COUNT_COLOUR, 0.3), (*COUNT_COLOUR, 1)])
+    image = axes.imshow(
+        np.ma.masked_equal(blocks, 0),
+        cmap=fading,
+        norm=LogNorm(lowest, 1, clip=True),
+        interpolation="none",
+        extent=(-0.5, len(blocks) * side - 0.5, len(blocks) * side - 0.5, -0.5),
+    )
+    positions = np.unique(np.linspace(0, number - 1, NAMES_AT_HEAT_MAP).astype(int))
+    names = [label_text(class_names[position], SHORT_NAME) for position in positions]
+    axes.set_xticks(positions, names, rotation=90)
+    axes.set_yticks(positions, names)
+    axes.tick_params(labelsize=7)
+    axes.set(xlabel="Predicted", ylabel="True", xlim=(-0.5, number - 0.5), ylim=(number - 0.5, -0.5))
+    bar = figure.colorbar(image, ax=axes, location="top", shrink=0.8, aspect=40, format=PercentFormatter(1))
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(labelsize=8)
+    highest = f"; each dot is the highest of {side} x {side} cells" if side > 1 else ""
+    bar.set_label(f"Share of the true class's images{highest}", fontsize=8)
+    for list_axes in beside:
+        _write_pairs(list_axes, pairs)
+    return figure
+
+
+def _write_pairs(axes: Axes, pairs: Sequence[dict[str, Any]]) -> None:
+    """Writes confusions into a place of their own, a row each."""
+    axes.set_axis_off()
+    axes.set_title(f"The {len(pairs)} most frequent confusions", fontsize=10, pad=14)
+    rows = [("Images", "Of the class", "True", "Predicted")]
+    rows += [
+        (str(pair["count"]), f"{pair['share']:.1%}", label_text(pair["true"]), label_text(pair["predicted"]))
+        for pair in pairs
+    ]
+    columns = ((0.12, "right"), (0.32, "right"), (0.37, "left"), (0.7, "left"))
+    for place, row in enumerate(rows):
+        for (x, side), text in zip(columns, row, strict=True):
+            weight = "normal" if place else "bold"
+            axes.text(x, 1 - place / PAIRS_LISTED, text, ha=side, va="center", fontsize=8, weight=weight)
 
 
 def draw_roc_curves(curves: dict[str, dict[str, Any]]) -> Figure:
@@ -110,7 +178,10 @@ def _square_figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 def _draw_curves(
     axes: Axes, curves: dict[str, dict[str, Any]], keys: tuple[str, str], area_key: str, area_name: str
 ) -> None:
-    """Draws a few classes in colours; of many only the worst ones and the mean, and the others in thin grey."""
+    """Draws a few classes in colours; of many only the worst ones and the mean.
+
+    The others are in thin grey, or more than `MOST_LISTED` a grey band.
+    """
     known = {name: curve for name, curve in curves.items() if curve[area_key] is not None}
     if not known:
         axes.text(0.5, 0.5, f"{area_name} is undefined for every class", ha="center", color=MUTED)
@@ -118,26 +189,29 @@ def _draw_curves(
     many = len(known) > MOST_COLOURED_CURVES
     worst_first = sorted(known, key=lambda name: known[name][area_key])
     coloured = worst_first[:WORST_CURVES] if many else list(known)
-    for name in worst_first[WORST_CURVES:] if many else []:
+    for name in worst_first[WORST_CURVES:] if many and len(known) <= MOST_LISTED else []:
         axes.plot(*(known[name][key] for key in keys), color=MUTED, linewidth=0.6, alpha=0.5)
     lines = {}
     for name, colour in zip(coloured, COLOURS, strict=False):
         (line,) = axes.plot(*(known[name][key] for key in keys), color=colour, linewidth=1.6)
         lines[f"{known[name][area_key]:.3f}  {label_text(name)}"] = line
     if many:
-        x, y = _mean_curve([tuple(np.asarray(curve[key]) for key in keys) for curve in known.values()])
-        (line,) = axes.plot(x, y, color=matplotlib.rcParams["text.color"], linewidth=2.4)
+        x, heights = _resample([tuple(np.asarray(curve[key]) for key in keys) for curve in known.values()])
+        (line,) = axes.plot(x, heights.mean(axis=0), color=matplotlib.rcParams["text.color"], linewidth=2.4)
         mean = np.mean([curve[area_key] for curve in known.values()])
         lines = {f"{mean:.3f}  mean of {len(known)} classes": line} | lines
+    if len(known) > MOST_LISTED:
+        band = axes.fill_between(x, *np.percentile(heights, BAND, axis=0), color=MUTED, alpha=0.35, linewidth=0)
+        lines[f"the middle {BAND[1] - BAND[0]} % of classes"] = band
     title = f"{area_name}, worst {WORST_CURVES} classes" if many else area_name
     axes.legend(lines.values(), lines.keys(), loc="best", title=title, fontsize=8.5, title_fontsize=8.5)
 
 
-def _mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the mean of curves `(x, y)`, each interpolated at 201 positions from 0 to 1."""
+def _resample(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns 201 positions from 0 to 1, and the heights of curves `(x, y)` there, `(curves, 201)`."""
     grid = np.linspace(0, 1, 201)
     ordered = [(x, y) if x[0] <= x[-1] else (x[::-1], y[::-1]) for x, y in curves]
-    return grid, np.mean([np.interp(grid, x, y) for x, y in ordered], axis=0)
+    return grid, np.array([np.interp(grid, x, y) for x, y in ordered])
 
 
 def draw_reliability(calibration: dict[str, Any]) -> Figure:
@@ -213,14 +287,18 @@ def save_figures(folder: str, results: dict[str, Any], curves: dict[str, dict[st
     return paths
 
 
-def figures_of(results: dict[str, Any], curves: dict[str, dict[str, Any]]) -> dict[str, Callable[[], Figure]]:
-    """Returns what draws each figure of the test set, by name."""
-    test = results["sets"]["test"]
+def figures_of(
+    results: dict[str, Any], curves: dict[str, dict[str, Any]], pairs_listed: int = PAIRS_LISTED
+) -> dict[str, Callable[[], Figure]]:
+    """Returns what draws each figure of the test set, by name; beside a heat map that many pairs are listed."""
+    test, names = results["sets"]["test"], results["classes"]
     figures = {
         "roc_curves": lambda: draw_roc_curves(curves),
         "precision_recall_curves": lambda: draw_precision_recall_curves(curves),
         "reliability_diagram": lambda: draw_reliability(test["calibration"]),
     }
-    if "confusion_matrix" in test:
-        figures["confusion_matrix"] = lambda: draw_confusion_matrix(test["confusion_matrix"], results["classes"])
+    if "confusion_matrix" in test and len(names) > MOST_LISTED:
+        figures["confusion_matrix"] = lambda: draw_heat_map(test["confusion_matrix"], names, pairs_listed)
+    elif "confusion_matrix" in test:
+        figures["confusion_matrix"] = lambda: draw_confusion_matrix(test["confusion_matrix"], names)
     return figures

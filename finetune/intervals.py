@@ -112,7 +112,8 @@ def _prepare_ranking(truth: np.ndarray, scores: np.ndarray) -> Measure:
     rankings = [_Ranking.of(*column) for column in zip(truth.T, scores.T, strict=True)]
 
     def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
-        aurocs, precisions = np.stack([ranking.measure(weights) for ranking in rankings], axis=-1)
+        by_image = np.ascontiguousarray(weights.T)
+        aurocs, precisions = np.stack([ranking.measure(by_image) for ranking in rankings], axis=-1)
         return {"mean_auroc": _row_means(aurocs), "mean_average_precision": _row_means(precisions)}
 
     return measure
@@ -125,9 +126,9 @@ class _Ranking:
     Attributes:
         order: int32 `(images,)`, all images by descending score.
         positives: int32, the positive images in that order.
-        starts: of each group, the images that rank higher.
-        ends: of each group, the images that rank higher or within it.
-        positive_ends: of each group, the positive ones of these.
+        starts: int32, of each group, the images that rank higher.
+        ends: int32, of each group, the images that rank higher or within it.
+        positive_ends: int32, of each group, the positive ones of these.
     """
 
     order: np.ndarray
@@ -144,27 +145,44 @@ class _Ranking:
         at_positives = descending[truth[order]]
         groups, counts = np.unique(at_positives, return_counts=True)
         starts, ends = (np.searchsorted(descending, groups, side=side) for side in ("left", "right"))
-        return cls(order, order[truth[order]], starts, ends, np.cumsum(counts))
+        places = (part.astype(np.int32) for part in (starts, ends, np.cumsum(counts)))
+        return cls(order, order[truth[order]], *places)
 
     def measure(self, weights: np.ndarray) -> np.ndarray:
-        """Returns AUROC and average precision `(2, resamples)`, NaN where undefined, of weights."""
-        drawn, right = _cumulate(weights, self.order), _cumulate(weights, self.positives)
-        images, positives = drawn[:, -1].astype(np.float64), right[:, -1].astype(np.float64)
-        right, chosen = np.take(right, self.positive_ends, axis=1), np.take(drawn, self.ends, axis=1)
-        gains = np.diff(right, prepend=0)
+        """Returns AUROC and average precision `(2, resamples)`, NaN where undefined.
+
+        Args:
+            weights: float32 `(images, resamples)`.
+        """
+        bounds = np.unique(np.concatenate([[0], self.starts, self.ends, [len(self.order)]])).astype(np.int32)
+        drawn, right = _cumulate(weights, self.order, bounds), _cumulate(weights, self.positives, self.positive_ends)
+        images, positives = drawn[-1], right[-1]
+        before, chosen = (drawn[np.searchsorted(bounds, places)] for places in (self.starts, self.ends))
+        right, gains = right[1:], np.diff(right, axis=0)
         # Pairs of a positive and an image that ranks higher, those of one score by half: half of the positives' own.
-        above = (gains * (chosen + np.take(drawn, self.starts, axis=1))).sum(axis=1) / 2
+        above = (gains * (chosen + before)).sum(axis=0) / 2
         negatives_above = above - positives**2 / 2
-        precisions = (gains * right / np.maximum(chosen, 1)).sum(axis=1)
+        precisions = (gains * right / np.maximum(chosen, 1)).sum(axis=0)
         aurocs = 1 - _divide(negatives_above, positives * (images - positives))
         return np.stack([aurocs, _divide(precisions, positives)])
 
 
-def _cumulate(weights: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Returns the running sums of weights in an order, from 0 on; float32 `(resamples, len(order) + 1)`."""
-    sums = np.zeros((len(weights), len(order) + 1), np.float32)
-    np.cumsum(np.take(weights, order, axis=1), axis=1, out=sums[:, 1:])
-    return sums
+def _cumulate(weights: np.ndarray, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Returns 0, and the sums of the weights up to each place in an order.
+
+    Args:
+        weights: float32 `(images, resamples)`.
+        order: int32, rows of the weights.
+        bounds: int32, rising places in the order.
+
+    Returns:
+        float64 `(1 + places above 0, resamples)`.
+    """
+    bounds = np.concatenate([np.zeros(1, np.int32), bounds[bounds > 0]])
+    # A sum between two bounds is a row of a sparse product: each weight is read once, and nothing is copied.
+    shape = (len(bounds) - 1, len(weights))
+    parts = sparse.csr_array((np.ones(len(order), np.float32), order, bounds), shape=shape) @ weights
+    return np.concatenate([np.zeros((1, weights.shape[1])), np.cumsum(parts, axis=0, dtype=np.float64)])
 
 
 def _divide(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from sklearn import metrics as sk
 
+from finetune.confusions import count_confusions
 from finetune.options import UserError
 
 TOP_K = 5
@@ -36,13 +37,14 @@ def get_evaluation_metrics(y_true: np.ndarray, probabilities: np.ndarray, class_
     Returns:
         `accuracy`; `balanced_accuracy`, the mean recall of the classes that have images; `macro_f1`, the mean of
         the classes that are true or predicted somewhere; `top_5_accuracy` where there are more than 10 classes;
-        `per_class` precision, recall, f1 and support by class name, 0 where undefined; `confusion_matrix`, rows
-        true and columns predicted.
+        `per_class` precision, recall, f1 and support by class name, 0 where undefined; `confusion_matrix`, as
+        `count_confusions` returns it.
     """
     predicted, positions = probabilities.argmax(axis=1), np.arange(len(class_names))
-    per_class = {
-        name: binary_metrics(y_true == position, predicted == position) for position, name in enumerate(class_names)
-    }
+    right, chosen, support = (
+        np.bincount(labels, minlength=len(class_names)) for labels in (y_true[y_true == predicted], predicted, y_true)
+    )
+    per_class = dict(zip(class_names, class_metrics(right, chosen, support), strict=True))
     figures = {
         "accuracy": float(sk.accuracy_score(y_true, predicted)),
         "balanced_accuracy": float(np.mean([row["recall"] for row in per_class.values() if row["support"]])),
@@ -50,7 +52,7 @@ def get_evaluation_metrics(y_true: np.ndarray, probabilities: np.ndarray, class_
     }
     if len(class_names) >= MANY_CLASSES:
         figures[f"top_{TOP_K}_accuracy"] = float(is_in_top_k(y_true, probabilities).mean())
-    matrix = sk.confusion_matrix(y_true, predicted, labels=positions).tolist()
+    matrix = count_confusions(y_true, predicted, class_names)
     return {**figures, "per_class": per_class, "confusion_matrix": matrix}
 
 
@@ -97,9 +99,9 @@ def get_multilabel_evaluation_metrics(
     scores = probabilities if ranking is None else ranking
     aurocs = get_aurocs(y_true, scores)
     precisions = get_average_precisions(y_true, scores)
-    per_class = {}
+    counts = ((truth & predicted).sum(axis=0), predicted.sum(axis=0), truth.sum(axis=0))
+    per_class = dict(zip(class_names, class_metrics(*counts), strict=True))
     for position, name in enumerate(class_names):
-        per_class[name] = binary_metrics(truth[:, position], predicted[:, position])
         per_class[name]["auroc"] = none_if_undefined(aurocs[position])
         per_class[name]["average_precision"] = none_if_undefined(precisions[position])
     return {
@@ -121,35 +123,57 @@ def _macro_f1(truth: np.ndarray, predicted: np.ndarray, positions: np.ndarray) -
     return none_if_undefined(mean)
 
 
-def binary_metrics(truth: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
-    """Returns precision, recall, f1 and support of one class from boolean `(images,)`; 0 where undefined."""
-    precision, recall, f1, _ = sk.precision_recall_fscore_support(
-        truth, predicted, average="binary", pos_label=True, zero_division=0
-    )
-    return {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(truth.sum())}
+def class_metrics(right: np.ndarray, chosen: np.ndarray, support: np.ndarray) -> list[dict[str, Any]]:
+    """Returns precision, recall, f1 and support of each class, 0 where undefined.
+
+    Args:
+        right: int `(classes,)`, images that are of the class and predicted to be.
+        chosen: images predicted to be of the class.
+        support: images of the class.
+    """
+    # Numerators are 0 wherever a denominator is.
+    quotients = [right / np.maximum(chosen, 1), right / np.maximum(support, 1)]
+    columns = [*quotients, 2 * right / np.maximum(support + chosen, 1), support]
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [dict(zip(("precision", "recall", "f1", "support"), row, strict=True)) for row in rows]
 
 
 def get_aurocs(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Returns the area under the ROC curve of each class, NaN where it is undefined; `(classes,)`.
 
     It is where all images or none have the class, and where a score is not finite.
+
+    Source: Hanley and McNeil, Radiology 143:29, 1982: the rank sum of the positives; equal scores share their ranks.
     """
-    return np.array(
-        [
-            sk.roc_auc_score(truth, scores) if 0 < truth.sum() < len(truth) and np.isfinite(scores).all() else np.nan
-            for truth, scores in zip(y_true.T, probabilities.T, strict=True)
-        ]
-    )
+    return _measure_columns(_auroc, y_true, probabilities)
 
 
 def get_average_precisions(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Returns the average precision of each class, NaN where no image has it; `(classes,)`."""
+    """Returns the average precision of each class, NaN where no image has it or a score is not finite; `(classes,)`."""
+    return _measure_columns(_average_precision, y_true, probabilities)
+
+
+def _measure_columns(
+    measure: Callable[[np.ndarray, np.ndarray], float], y_true: np.ndarray, probabilities: np.ndarray
+) -> np.ndarray:
+    """Measures each class by its positives' scores and all scores, both rising; NaN where it has no positive."""
+    columns = zip(y_true.T, probabilities.T, strict=True)
+    pairs = ((np.sort(scores[truth.astype(bool)]), np.sort(scores)) for truth, scores in columns)
     return np.array(
-        [
-            sk.average_precision_score(truth, scores) if truth.any() else np.nan
-            for truth, scores in zip(y_true.T, probabilities.T, strict=True)
-        ]
+        [measure(*pair) if len(pair[0]) and np.isfinite(pair[1]).all() else np.nan for pair in pairs], np.float64
     )
+
+
+def _auroc(positives: np.ndarray, scores: np.ndarray) -> float:
+    number, others = len(positives), len(scores) - len(positives)
+    below, up_to = (np.searchsorted(scores, positives, side) for side in ("left", "right"))
+    doubled = int((below + up_to).sum()) - number**2
+    return doubled / (2 * number * others) if others else np.nan
+
+
+def _average_precision(positives: np.ndarray, scores: np.ndarray) -> float:
+    right, chosen = (len(values) - np.searchsorted(values, positives) for values in (positives, scores))
+    return float((right / chosen).mean())
 
 
 def mean_of_defined(values: np.ndarray) -> float:

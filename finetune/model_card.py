@@ -13,6 +13,7 @@ from markupsafe import Markup
 from configs import Configs
 from finetune.artefacts import MODEL_SUFFIXES
 from finetune.card_parts import CARD_FORMS, read_part
+from finetune.evaluation import find_worst
 from finetune.files import write_text
 from finetune.log_figures import LOG_METRICS, read_log
 from finetune.options import UserError
@@ -30,7 +31,7 @@ from finetune.summaries import (
     list_warnings,
     show_value,
 )
-from finetune.texts import show
+from finetune.texts import MOST_LISTED, MOST_TELLING, show
 
 # Figures that Hugging Face's metadata knows: name in metrics.json, and there.
 METRIC_TYPES = {"accuracy": "accuracy", "exact_match_accuracy": "accuracy", "macro_f1": "f1", "mean_auroc": "roc_auc"}
@@ -110,10 +111,11 @@ def write_model_card(folder: str) -> str:
     card = template.render(
         configs=configs,
         class_names=configs["classes"] or [],
+        most_listed=MOST_LISTED,
         **_describe_results(results),
         decision=decision,
         data=data,
-        counts=_count_images(data, results),
+        **_describe_counts(configs["classes"] or [], data, results),
         recipe=_list_recipe(configs) | _list_progress(folder, configs, stats),
         goes_on=_goes_on(configs),
         options=[option for option in list_options(stored)["changed"] if option["name"] != "classes"],
@@ -144,7 +146,13 @@ def _describe_results(results: dict[str, Any] | None) -> dict[str, Any]:
         "headlines": list_headlines(results) if results else [],
         "columns": list_class_columns(results) if results else {},
         "class_intervals": list_class_intervals(results) if results else {},
+        "per_class": _choose_rows(results["sets"]["test"]["per_class"]) if results else {},
     }
+
+
+def _choose_rows(per_class: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the figures of the classes that the card lists: all, or of many the worst."""
+    return per_class if len(per_class) <= MOST_LISTED else find_worst(per_class)
 
 
 def _list_measured(results: dict[str, Any] | None) -> list[dict[str, str]]:
@@ -164,6 +172,17 @@ def _count_images(data: dict[str, Any] | None, results: dict[str, Any] | None) -
     if results:
         counts["test"] = {name: row["support"] for name, row in results["sets"]["test"]["per_class"].items()}
     return counts
+
+
+def _describe_counts(
+    class_names: Sequence[str], data: dict[str, Any] | None, results: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Returns the images of each class by set, and the classes that the card lists: all, or of many the smallest."""
+    counts = _count_images(data, results)
+    if len(class_names) > MOST_LISTED:
+        totals = {name: sum(images.get(name, 0) for images in counts.values()) for name in class_names}
+        class_names = sorted(class_names, key=totals.__getitem__)[:MOST_TELLING]
+    return {"counts": counts, "counted": class_names}
 
 
 def _list_recipe(configs: dict[str, Any]) -> dict[str, str]:

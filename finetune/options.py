@@ -8,9 +8,11 @@ import dataclasses
 import difflib
 import json
 import os
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, Self
 
 from finetune.values import (
@@ -297,6 +299,8 @@ def run_script(main: Callable[[Any], dict]) -> None:
     # TensorFlow's and OpenCV's notices would bury the lines that matter; a user's own setting wins.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         configs = typing.get_type_hints(main)["configs"].from_command_line(sys.modules[main.__module__].__doc__)
         # OpenCV reads it when it is imported.
@@ -309,3 +313,14 @@ def run_script(main: Callable[[Any], dict]) -> None:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt on Ctrl-C; within an import, where libraries make other errors of it, ends at once."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            sys.stdout.flush()
+            print("Interrupted.", file=sys.stderr, flush=True)
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt

@@ -14,11 +14,12 @@ import pandas as pd
 from markupsafe import Markup
 
 from configs import Configs
+from finetune.confusions import list_confusions
 from finetune.curves import get_curves
 from finetune.decision import Decision
 from finetune.embedding import embed_figures, embed_gallery, embed_log
 from finetune.evaluation import list_predictions
-from finetune.figures import save_figures
+from finetune.figures import PAIRS_LISTED, save_figures
 from finetune.files import write_csv, write_json, write_text
 from finetune.gallery import build_gallery
 from finetune.log_figures import read_log
@@ -35,6 +36,7 @@ from finetune.summaries import (
     show_all_text,
     show_value,
 )
+from finetune.texts import MOST_LISTED
 
 CONFUSIONS_LISTED = 8
 FILES = {
@@ -97,21 +99,11 @@ def write_report(
 
 
 def _list_confusions(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lists the most frequent confusions: `true`, `predicted`, `count` and `share` of the true class."""
-    matrix = np.array(results["sets"]["test"].get("confusion_matrix", np.zeros((0, 0))))
-    totals = matrix.sum(axis=1)
-    pairs = [(int(row), int(column)) for row, column in np.argwhere(matrix) if row != column]
-    pairs.sort(key=lambda pair: -matrix[pair])
-    names = results["classes"]
-    return [
-        {
-            "true": names[row],
-            "predicted": names[column],
-            "count": int(matrix[row, column]),
-            "share": matrix[row, column] / totals[row],
-        }
-        for row, column in pairs[:CONFUSIONS_LISTED]
-    ]
+    """Lists the most frequent confusions of the test set, as `list_confusions` does; multi-label none."""
+    stored, names = results["sets"]["test"].get("confusion_matrix"), results["classes"]
+    if stored is None:
+        return []
+    return list_confusions(stored, names, CONFUSIONS_LISTED if len(names) <= MOST_LISTED else PAIRS_LISTED)
 
 
 def _test_command(model_path: str, configs: dict[str, Any]) -> str:

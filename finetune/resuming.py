@@ -18,6 +18,7 @@ from finetune.run_folder import (
     resolve_model_path,
 )
 from finetune.training_state import read_state
+from finetune.values import quote_difference
 from generator import AugmentedImageSequence
 
 
@@ -72,7 +73,7 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
         if is_free_choice or (name in state["given"] and name not in configs.given):
             kept[name] = before
         elif option.metadata["describes_model"] or option.metadata["fixed_in_run"]:
-            faults.append(f"{name} was {before!r}, now {now!r}")
+            faults.append("{} was {}, now {}".format(name, *quote_difference(before, now)))
         else:
             print(f"{name} changes from {before!r} to {now!r}.")
     if faults:

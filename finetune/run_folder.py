@@ -34,6 +34,7 @@ from finetune.run_data import (
     write_trained_images,
 )
 from finetune.tables import resolve_class_names
+from finetune.values import quote_difference
 
 if TYPE_CHECKING:
     from generator import AugmentedImageSequence
@@ -186,9 +187,10 @@ def describe_model(configs: Configs, model_path: str) -> Configs:
         # For the classes alone, none means that they are to be found.
         if given != described[name] and not (name == "classes" and given is None):
             source = os.path.basename(stored_path)
+            stored_words, given_words = quote_difference(described[name], given)
             raise UserError(
-                f"{name} is {described[name]!r} for the model {model_path} (its {source} says so). "
-                f"Received: {given!r}. Leave {name} out, or name another model."
+                f"{name} is {stored_words} for the model {model_path} (its {source} says so). "
+                f"Received: {given_words}. Leave {name} out, or name another model."
             )
     return configs.replace(**described)
 

@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from configs import Configs
-from finetune.texts import show
+from finetune.texts import MOST_LISTED, MOST_TELLING, join_names, show
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Name in metrics.json: title, whether it is a share shown in per cent, meaning.
@@ -61,6 +61,7 @@ def compile_template(name: str, **options: Any) -> jinja2.Template:
         "percent": format_percent,
         "yaml": quote_yaml,
         "base_name": base_name,
+        "first_names": join_names,
     }
     return environment.from_string(read_template(name))
 
@@ -122,7 +123,8 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
             name for name, row in test["per_class"].items() if "auroc" in row and row["auroc"] is None
         ],
     }
-    return found + [f"{fault}: {', '.join(names)}." for fault, names in faults.items() if names]
+    longest = MOST_LISTED if len(supports) <= MOST_LISTED else MOST_TELLING
+    return found + [f"{fault}: {join_names(names, longest)}." for fault, names in faults.items() if names]
 
 
 def list_headlines(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -173,7 +175,7 @@ def list_options(configs: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
         groups["default" if is_default else "changed"].append(
             {
                 "name": name,
-                "value": show_value(value),
+                "value": show_value(value, MOST_LISTED),
                 "default": show_value(defaults[name]) if known else "",
                 "description": options[name].metadata["description"] if known else "",
             }
@@ -181,7 +183,10 @@ def list_options(configs: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
     return groups
 
 
-def show_value(value: Any) -> str:
+def show_value(value: Any, most: int | None = None) -> str:
+    """Returns a value in words; of a list of more than `most` items, the first ones and where all are."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(show_value, value))
+        items = [show_value(item) for item in value]
+        is_long = most is not None and len(items) > most
+        return f"{join_names(items)}: all are in configs.json" if is_long else ", ".join(items)
     return {None: "none", "": "empty"}.get(value) or str(value)

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 LONGEST_LIST = 5
+# Where there are more classes, people are shown the most telling ones, and told where all are.
+MOST_LISTED = 100
+MOST_TELLING = 20
 
 
-def join_names(names: Sequence[Any]) -> str:
+def join_names(names: Sequence[Any], longest: int = LONGEST_LIST) -> str:
     """Returns the first few names joined by commas, and how many more there are."""
-    shown = ", ".join(str(name) for name in names[:LONGEST_LIST])
-    return shown + (f" and {len(names) - LONGEST_LIST} more" if len(names) > LONGEST_LIST else "")
+    shown = ", ".join(str(name) for name in names[:longest])
+    return shown + (f" and {len(names) - longest} more" if len(names) > longest else "")
 
 
 def show_text(text: str) -> str:

@@ -101,6 +101,8 @@ class TrainingModel(keras.Model):
             self.reset_metrics()
             self.loss_sums, self.seconds_waited = np.zeros(2), 0.0
             called.on_epoch_begin(epoch)
+            # An epoch that was stopped behind its last step has its sums already.
+            logs = {"loss": self.loss_sums[0] / max(self.loss_sums[1], 1)}
             iterator = iter(batches)
             for step in range(steps):
                 called.on_train_batch_begin(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import tensorflow as tf
 
 from configs import Configs
 from finetune.callbacks import AveragedWeights, BadImages, EpochOrder, InputWait, RangeTest, Schedule, Validation
-from finetune.checkpoints import Checkpoint
+from finetune.checkpoints import BeforeValidation, Checkpoint, advise_on_bad_images
 from finetune.devices import set_seed
 from finetune.interruption import Interruption
 from finetune.losses import Losses
@@ -27,6 +28,7 @@ from finetune.run_folder import CURVES_FOLDER, clear_folder, describe_run, finge
 from finetune.stores import hash_file
 from finetune.tables import resolve_class_names
 from finetune.team import Team
+from finetune.texts import MOST_TELLING, join_names
 from generator import AugmentedImageSequence, Shares, get_generator, naming_bad_images
 from model import ModelFactory
 
@@ -97,7 +99,8 @@ def get_images(configs: Configs, bad_rows: dict[str, set[int]], shares: Shares) 
     training = get_generator(configs.train_csv, configs.classes, configs, True, bad_rows[configs.train_csv], shares)
     validation = get_generator(validation_csv, configs.classes, configs, False, bad_rows[validation_csv], shares)
     print(f"{len(training.paths)} training images, {len(validation.paths)} validation images.")
-    print(f"Classes: {', '.join(configs.classes)}")
+    number = f" ({len(configs.classes)})" if len(configs.classes) > MOST_TELLING else ""
+    print(f"Classes{number}: {join_names(configs.classes, MOST_TELLING)}")
     return Images(training, validation)
 
 
@@ -269,7 +272,19 @@ def build_callbacks(
     checkpoint = Checkpoint(
         configs, phase, classifier, training, measure, plateau, averages, input_wait, interruption, team.is_chief, state
     )
-    order = [EpochOrder(training), input_wait, averages, measure, schedule, plateau, curves, bad_images, checkpoint]
+    keep = BeforeValidation(checkpoint)
+    order = [
+        EpochOrder(training),
+        input_wait,
+        keep,
+        averages,
+        measure,
+        schedule,
+        plateau,
+        curves,
+        bad_images,
+        checkpoint,
+    ]
     return [callback for callback in order if callback is not None]
 
 
@@ -308,7 +323,8 @@ def train_phases(
             model = prepare_phase(classifier, phase, configs, losses.training, optimizer, state)
             sets = get_sets(classifier, changes_images(configs), *images, features)
         callbacks = build_callbacks(configs, phase, classifier, *sets, losses.validation, interruption, team, state)
-        run_phase(model, *sets, phase, state, callbacks, interruption)
+        advise = functools.partial(advise_on_bad_images, configs.save_model_path)
+        run_phase(model, *sets, phase, state, callbacks, interruption, advise)
         # The next phase goes on from here as a run does that continues: all from the chief's random states.
         state = team.exchange(callbacks[-1].state(phase.end, 0))[0]
         if model.stop_training:

@@ -186,3 +186,13 @@ def quote_value(value: Any) -> str:
     except RecursionError:
         return "a deeply nested value"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def quote_difference(first: Any, second: Any) -> tuple[str, str]:
+    """Returns two values as an error shows them: as Python writes them; of long lists, from where they differ on."""
+    shown = (repr(first), repr(second))
+    if max(map(len, shown)) <= LONGEST_SHOWN or not (isinstance(first, list) and isinstance(second, list)):
+        return quote_value(first), quote_value(second)
+    pairs = enumerate(zip(first, second, strict=False))
+    start = next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return tuple(f"{quote_value(value[start:])} from item {start + 1} of {len(value)} on" for value in (first, second))

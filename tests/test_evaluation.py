@@ -157,6 +157,45 @@ def test_format_prints_intervals_calibration_and_the_optimistic_threshold():
     assert "best exact match accuracy: 0.5000 at threshold 0.2500 (a note)" in lines
 
 
+def many_labels(classes):
+    """Two images a class but the last: of classes 90 to 99 both, and of 40 to 49 one, are taken for class 0."""
+    y_true = np.repeat(np.arange(min(classes, 100)), 2)
+    predicted = y_true.copy()
+    predicted[180:200] = predicted[80:100:2] = 0
+    return y_true, one_hot(predicted, classes), [f"class {position:03d}" for position in range(classes)]
+
+
+def test_format_prints_the_worst_of_many_classes():
+    text = format_evaluation(get_evaluation_metrics(*many_labels(101)))
+    head, columns, *lines = text.split("\n\n")[0].splitlines()
+    assert head == "The 20 worst of 101 classes by F1; metrics.json beside the report has them all."
+    assert cells(columns) == ["class", "precision", "recall", "f1", "support"]
+    # Class 0 is right twice of 32 times; the last class has no image.
+    worst = [(f"{position:03d}", "0.0000") for position in range(90, 100)] + [("000", "0.1176")]
+    worst += [(f"{position:03d}", "0.6667") for position in range(40, 49)]
+    assert [(cells(line)[1], cells(line)[4]) for line in lines] == worst
+    assert "confusion matrix" not in text
+    assert "accuracy: 0.8500" in text.splitlines()
+
+
+def test_of_classes_that_are_equally_bad_those_with_more_images_come_first():
+    y_true = np.concatenate([np.arange(101), [50]])
+    lines = format_evaluation(get_evaluation_metrics(y_true, one_hot(1 - (y_true == 1), 101), many_labels(101)[2]))
+    assert [cells(line)[1] for line in lines.splitlines()[2:5]] == ["050", "000", "001"]
+
+
+def test_format_prints_all_of_a_hundred_classes_and_their_confusion_matrix():
+    lines = format_evaluation(get_evaluation_metrics(*many_labels(100))).splitlines()
+    assert [cells(line)[1] for line in lines[1:101]] == [f"{position:03d}" for position in range(100)]
+    assert lines[101:103] == ["", "confusion matrix"]
+    assert len(cells(lines[104])) == 103
+
+
+def test_format_of_many_labels_without_an_image_of_any():
+    figures = evaluate_set(np.zeros((3, 101)), np.full((3, 101), 0.5), Decision(many_labels(101)[2], True))
+    assert format_evaluation(figures).startswith("The 0 worst of 101 classes by F1")
+
+
 def test_format_keeps_long_column_names_apart():
     y_true, raw = random_multilabel()
     head = format_evaluation(evaluate_set(y_true, raw, Decision(NAMES, True))).splitlines()[0]

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from finetune.figures import (
     draw_confusion_matrix,
+    draw_heat_map,
     draw_precision_recall_curves,
     draw_reliability,
     draw_roc_curves,
@@ -54,6 +55,36 @@ def test_counts_that_do_not_fit_are_left_out():
     assert not axes.texts
 
 
+def test_heat_map_of_many_classes_shows_every_confusion_and_lists_the_most_frequent():
+    # 401 classes make blocks of 3 x 3 cells. Class 400 has a single image among 1,000 confused.
+    names = [f"class {number}" for number in range(401)]
+    stored = {name: {name: 2} for name in names} | {"class 400": {"class 400": 999, "class 7": 1}}
+    stored["class 9"] = {"class 9": 1, "class 10": 3}
+    axes, beside, bar = draw_heat_map(stored, names).axes
+    blocks = axes.images[0].get_array()
+    expected = {(place, place): 1 for place in range(134)} | {(133, 2): 0.001}
+    assert {tuple(place): blocks[tuple(place)] for place in np.argwhere(~blocks.mask).tolist()} == pytest.approx(
+        expected
+    )
+    colours = axes.images[0].to_rgba(blocks)
+    assert colours[133, 2, 3] >= 0.3
+    assert colours[0, 1, 3] == 0
+    assert len(axes.get_yticklabels()) <= 12
+    assert [text.get_text() for text in beside.texts] == [
+        *("Images", "Of the class", "True", "Predicted"),
+        *("3", "75.0%", "class 9", "class 10"),
+        *("1", "0.1%", "class 400", "class 7"),
+    ]
+    assert "3 x 3" in bar.get_xlabel()
+    assert len(draw_heat_map(stored, names, pairs_listed=0).axes) == 2
+
+
+def test_heat_map_of_101_classes_has_a_cell_each():
+    names = [f"class {number}" for number in range(101)]
+    axes, _ = draw_heat_map({name: {name: 1} for name in names}, names).axes
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(0), np.eye(101))
+
+
 def test_roc_curves_name_each_class_with_its_area():
     (axes,) = draw_roc_curves({"cat": CURVE, "none": UNDEFINED, "_dog": CURVE | {"auroc": 0.5}}).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["0.750  cat", "0.500  _dog"]
@@ -71,6 +102,23 @@ def test_curves_of_many_classes_name_the_mean_and_the_worst():
     mean = axes.lines[-1].get_xydata()
     # All twelve are the same curve, which falls from (0.5, 1) to (1, 0.5).
     np.testing.assert_allclose(mean[:, 1], np.minimum(1, 1.5 - mean[:, 0]), atol=1e-9)
+
+
+def test_curves_of_more_than_a_hundred_classes_are_a_band():
+    low = CURVE | {"true_positive_rate": [0.0, 0.0, 1.0], "auroc": 0.5}
+    curves = {f"class {number:03d}": low if number < 20 else CURVE for number in range(101)}
+    (axes,) = draw_roc_curves(curves).axes
+    assert len(axes.lines) == 7
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == [
+        "0.700  mean of 101 classes",
+        *(f"0.500  class {number:03d}" for number in range(5)),
+        "the middle 80 % of classes",
+    ]
+    (band,) = axes.collections
+    points = {tuple(point) for point in band.get_paths()[0].vertices.round(6)}
+    # Of the lower curve and of the higher one, in the middle: every tenth class is below the one, none above the other.
+    assert {(0.5, 0.5), (0.5, 0.75)} <= points
 
 
 def test_curves_that_are_all_undefined_say_so():

@@ -670,3 +670,24 @@ def test_a_link_in_the_runs_folder_is_removed_and_not_what_it_leads_to(tmp_path)
     clear_folder(str(tmp_path / "run"), overwrites=True)
     assert os.listdir(tmp_path / "run") == []
     assert (tmp_path / "elsewhere" / "events").read_text() == "kept"
+
+
+def test_card_of_many_classes_lists_the_worst_and_the_smallest(tmp_path):
+    names = [f"class {number:03d}" for number in range(101)]
+    results = single_label() | {"classes": names}
+    row = {"precision": 0.5, "recall": 0.5, "f1": 0.9, "support": 30}
+    per_class = {name: row | {"f1": 0.5 if number % 5 == 0 else 0.9} for number, name in enumerate(names)}
+    results["sets"] = {"test": results["sets"]["test"] | {"per_class": per_class}}
+    counts = {name: 100 - number for number, name in enumerate(names)}
+    data = make_data([1, 1, 1])
+    data = {name: part | {"classes": counts} for name, part in data.items()}
+    write_run(tmp_path, results, {"data.json": data}, classes=names)
+    write_model_card(str(tmp_path))
+    tables = Tables((tmp_path / "MODEL_CARD.md").read_text(encoding="utf-8")).tables
+    worst, smallest = (
+        [line[0] for line in table[1:]] for table in tables if table[0][0] in ("Class on the test set", "Class")
+    )
+    assert worst == [f"class {number:03d}" for number in range(0, 100, 5)]
+    assert smallest == [f"class {number:03d}" for number in range(100, 80, -1)]
+    text = (tmp_path / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "class 000, class 001, class 002, class 003, class 004 and 96 more; all are in `configs.json`." in text

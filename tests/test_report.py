@@ -187,6 +187,20 @@ def test_most_frequent_confusions_come_first(single_page):
     assert re.search(r"cat ?owl ?2 ?16.7 % ?cat ?dog ?1 ?8.3 %", text)
 
 
+def test_page_of_many_classes_lists_confusions_but_not_every_name_over_again(tmp_path):
+    names = [f"class {number:03d}" for number in range(101)]
+    results = single_label() | {"classes": names}
+    row = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    cells = {name: {name: 1, names[0]: 1} for name in names[1:]} | {names[0]: {names[0]: 2}}
+    test = results["sets"]["test"] | {"per_class": dict.fromkeys(names, row), "confusion_matrix": cells}
+    results["sets"] = {"test": test}
+    page = Page(write_page(tmp_path, results, names))
+    assert len(re.findall(r"class \d+ ?class 000 ?1 ?50.0", page.texts["confusion"].replace("\u00a0", " "))) == 30
+    assert "class 000, class 001, class 002, class 003, class 004 and 96 more: all are in" in page.texts["options"]
+    assert "class 019 and 81 more." in page.texts["figures"]
+    assert len(re.findall(r"class \d", page.texts["classes"])) == 101
+
+
 def test_tables_are_described(single_page, multi_page):
     for page in (single_page, multi_page):
         assert len(page.all("caption")) == len(page.all("table"))

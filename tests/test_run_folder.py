@@ -96,6 +96,19 @@ def test_given_option_that_contradicts_the_model_is_refused(tmp_path, flags, nam
         describe_model(configs, str(tmp_path / "best_model.keras"))
 
 
+def test_long_lists_of_classes_are_shown_from_where_they_differ(tmp_path):
+    names = [f"class {number:04d}" for number in range(1100)]
+    write_configs(tmp_path, classes=names)
+    given = [*names[:1050], "stray", *names[1051:]]
+    configs = Configs.from_command_line(arguments=["--classes", *given])
+    with pytest.raises(UserError) as error:
+        describe_model(configs, str(tmp_path / "best_model.keras"))
+    assert len(str(error.value)) < 800
+    assert "classes is ['class 1050', 'class 1051'" in str(error.value)
+    assert "Received: ['stray', 'class 1051'" in str(error.value)
+    assert str(error.value).count("from item 1051 of 1100 on") == 2
+
+
 def test_given_none_that_contradicts_the_model_is_refused(tmp_path):
     write_configs(tmp_path, final_layer_pooling="avg")
     configs = Configs.from_command_line(arguments=["--final_layer_pooling", "none"])
