@@ -34,6 +34,18 @@ def test_interrupt_ends_in_130_without_a_traceback(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_interrupt_within_an_import_ends_in_one_line_whatever_the_library_makes_of_it(tmp_path):
+    (tmp_path / "slow_library.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException as error:\n    raise ImportError('the library failed') from error\n"
+    )
+    # A shell starts its background jobs with the signal ignored, and the tests may run in one.
+    heeding = "from finetune.options import interrupt; signal.signal(signal.SIGINT, interrupt)"
+    result = run_tiny_script(tmp_path, f"{heeding}; import slow_library")
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
+
+
 def test_script_that_succeeds_ends_in_0(tmp_path):
     result = run_tiny_script(tmp_path, "print(configs.batch_size)")
     assert (result.returncode, result.stdout, result.stderr) == (0, "16\n", "")

@@ -1,5 +1,12 @@
 """A run that is stopped anywhere and continued ends with the bits of one that was not."""
 
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +22,10 @@ from small_runs import (
 import train
 from configs import Configs
 from finetune.options import UserError
+from finetune.training_state import read_state
 from model import ModelFactory
+
+PROJECT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
@@ -160,3 +170,40 @@ def test_early_stopping_ends_the_run_and_resuming_it_changes_nothing(tables, tmp
     capsys.readouterr()
     start(**options | {"load_model_path": str(tmp_path / "run")})
     assert "has completed" in capsys.readouterr().out
+
+
+def spoil(path):
+    """Damages the middle of a JPEG; its header and its end stay whole."""
+    data = path.read_bytes()
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + data[middle + len(data) // 4 :])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}, {"learning_rate_schedule": "cosine"}], ids=str)
+def test_an_unreadable_validation_image_costs_nothing_of_the_epoch(tables, tmp_path, options):
+    validation = pd.read_csv(tables[1])
+    lost = tmp_path / "lost.jpg"
+    shutil.copy(validation["path"][4], lost)
+    spoil(lost)
+    validation.loc[4, "path"] = str(lost)
+    validation.to_csv(tmp_path / "validation.csv", index=False)
+    sets = tables[0], tmp_path / "validation.csv"
+    start(**options_of(sets, tmp_path / "whole", num_epochs=2, skip_bad_images=True, **options))
+    folder = tmp_path / "a run"
+    with pytest.raises(UserError) as caught:
+        start(**options_of(sets, folder, num_epochs=2, **options))
+    assert re.search(r"lost\.jpg: it is damaged.*--verify_data full.*--skip_bad_images True", str(caught.value))
+    command = shlex.split(str(caught.value).splitlines()[-1])
+    assert command == [
+        *("python", "train.py", "--configs", f"{folder}/configs.json", "--load_model_path", str(folder)),
+        *("--skip_bad_images", "True"),
+    ]
+    state = read_state(str(folder / "latest_model.keras"))
+    assert (state["epochs_completed"], state["steps_completed"]) == (0, 7)
+    done = subprocess.run([sys.executable, *command[1:]], cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    # A best model with averaged weights carries no state.
+    assert_same_run(
+        tmp_path / "whole", folder, ["latest_model.keras", *["best_model.keras"] * ("ema_decay" not in options)]
+    )
