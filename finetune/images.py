@@ -180,6 +180,8 @@ def _decode_by_opencv(encoded: np.ndarray, header: PIL.Image.Image | None) -> np
         image, reason = None, f": {error.err}"
     if image is None and header is not None:
         return _decode_by_pillow(encoded.tobytes(), turns=False)
+    if image is None and not reason:
+        raise BadImage("not_an_image", "it is no image that OpenCV reads")
     if image is None:
         raise BadImage("unreadable", f"it cannot be decoded{reason}")
     return image

@@ -225,6 +225,19 @@ def report_best(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
     return {"best": checkpoint.best, "best_epoch": checkpoint.best_epoch} | checkpoint.log[-1]
 
 
+def build_plateau(configs: Configs) -> keras.callbacks.ReduceLROnPlateau | None:
+    """Builds what lowers the learning rate on a plateau of the validation loss; None where the step decides it."""
+    if configs.learning_rate_schedule != "plateau":
+        return None
+    return keras.callbacks.ReduceLROnPlateau(
+        monitor="val_loss",
+        factor=configs.learning_rate_decay_factor,
+        patience=configs.reduce_lr_patience,
+        min_lr=configs.minimum_learning_rate,
+        verbose=1,
+    )
+
+
 def build_callbacks(
     configs: Configs,
     phase: Phase,
@@ -253,15 +266,7 @@ def build_callbacks(
     schedule = Schedule(
         phase, training, configs.learning_rate_schedule, configs.warmup_epochs, configs.minimum_learning_rate
     )
-    plateau = None
-    if configs.learning_rate_schedule == "plateau":
-        plateau = keras.callbacks.ReduceLROnPlateau(
-            monitor="val_loss",
-            factor=configs.learning_rate_decay_factor,
-            patience=configs.reduce_lr_patience,
-            min_lr=configs.minimum_learning_rate,
-            verbose=1,
-        )
+    plateau = build_plateau(configs)
     averages = AveragedWeights() if configs.ema_decay else None
     input_wait = InputWait()
     sequences = {configs.train_csv: training, configs.validation_csv or configs.test_csv: validation}
@@ -272,19 +277,8 @@ def build_callbacks(
     checkpoint = Checkpoint(
         configs, phase, classifier, training, measure, plateau, averages, input_wait, interruption, team.is_chief, state
     )
-    keep = BeforeValidation(checkpoint)
-    order = [
-        EpochOrder(training),
-        input_wait,
-        keep,
-        averages,
-        measure,
-        schedule,
-        plateau,
-        curves,
-        bad_images,
-        checkpoint,
-    ]
+    before = [EpochOrder(training), input_wait, BeforeValidation(checkpoint), averages]
+    order = [*before, measure, schedule, plateau, curves, bad_images, checkpoint]
     return [callback for callback in order if callback is not None]
 
 

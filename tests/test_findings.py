@@ -37,7 +37,7 @@ def test_notes_alone_take_one_line(corpus):
     findings = check(table_of([(str(corpus[name]), "a") for name in names]))
     text = format_findings([one for one in findings if KINDS[one.kind].severity == "note"])
     assert len(text.splitlines()) == 1
-    assert "3 turned upright by EXIF" in text
+    assert "4 turned upright by EXIF or XMP" in text
 
 
 def test_control_characters_do_not_reach_the_terminal():

@@ -24,9 +24,7 @@ def damage(data, rng):
     yield "a third, with an end mark", data[: len(data) // 3] + b"\xff\xd9"
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"progressive": True}, {"optimize": True}, {"restart_marker_rows": 1}], ids=str
-)
+@pytest.mark.parametrize("option", ["quality", "progressive", "optimize", "restart_marker_rows"])
 def test_damaged_jpegs_are_refused_by_check_and_training_alike(tmp_path, option):
     rng, path = np.random.default_rng(0), tmp_path / "a.jpg"
     missed, number = [], 0
