@@ -1,7 +1,7 @@
-"""The data check against decoding alone, on one core.
+"""The data check and strict decoding against OpenCV's decoding alone, on one core.
 
-python benchmarks/data_check.py FOLDER    prints checked in full / decoded images, and files/s of the quick check;
-                                          FOLDER holds one folder per class
+python benchmarks/data_check.py FOLDER    prints checked in full / decoded images, files/s of the quick check, and
+                                          strictly decoded / decoded images; FOLDER holds one folder per class
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main() -> None:
     import cv2
 
     from configs import MAX_IMAGE_PIXELS
+    from finetune.images import read_image
     from finetune.inspection import inspect_images
 
     cv2.setNumThreads(1)
@@ -40,8 +41,13 @@ def main() -> None:
         for file in files:
             cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR_RGB)
 
+    def decode_strictly() -> None:
+        for file in files:
+            read_image(file)
+
     tasks = {
         "decode": decode,
+        "strict": decode_strictly,
         "full": lambda: inspect_images(files, True, MAX_IMAGE_PIXELS, 1),
         "quick": lambda: inspect_images(files, False, MAX_IMAGE_PIXELS, 1),
     }
@@ -50,7 +56,7 @@ def main() -> None:
         work()
     rounds = [{name: measure(work, len(files)) for name, work in tasks.items()} for _ in range(REPEATS)]
     medians = {name: float(np.median([rates[name] for rates in rounds])) for name in tasks}
-    print(medians["full"] / medians["decode"], medians["quick"])
+    print(medians["full"] / medians["decode"], medians["quick"], medians["strict"] / medians["decode"])
 
 
 if __name__ == "__main__":

@@ -79,21 +79,27 @@ def read_image(path: str, image_size: Sequence[int] | None = None, max_pixels: i
 
 
 def decode_image(encoded: np.ndarray, max_pixels: int, image_size: Sequence[int] | None = None) -> np.ndarray:
-    """Decodes the bytes of an image file: the data check, training and prediction all do it here.
+    """Decodes the bytes of an image file, uint8 `(bytes,)`, as `read_image` does; raises BadImage in its place."""
+    check_length(encoded[:12].tobytes(), encoded.size)
+    return decode_pixels(encoded, read_header(io.BytesIO(encoded), max_pixels), image_size)
+
+
+def decode_pixels(
+    encoded: np.ndarray, header: PIL.Image.Image | None, image_size: Sequence[int] | None = None
+) -> np.ndarray:
+    """Decodes an image file whose header is known: the data check, training and prediction all do it here.
 
     Args:
         encoded: uint8 `(bytes,)`.
-        max_pixels: what the picture may have.
+        header: from `read_header`.
         image_size: as `read_image` takes it.
 
     Returns:
         uint8 RGB `(height, width, 3)`.
 
     Raises:
-        BadImage: it is damaged, too large, or no image.
+        BadImage: it is damaged, or no image.
     """
-    check_length(encoded[:12].tobytes(), encoded.size)
-    header = read_header(io.BytesIO(encoded), max_pixels)
     if header is None:
         return _decode_by_opencv(encoded, header)
     if encoded[:3].tobytes() == JPEG_START:
