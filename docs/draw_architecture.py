@@ -25,8 +25,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "options": ("configs",),
     "inputs": ("finetune.findings", "finetune.stores", "finetune.images", "finetune.tables"),
     "data": (
-        *("finetune.inspection", "finetune.copies", "finetune.data_check", "finetune.class_folders"),
-        *("finetune.splitting", "finetune.caches", "finetune.warps", "augmenter", "finetune.mixing", "generator"),
+        *("finetune.inspection", "finetune.copies", "finetune.data_check", "finetune.splitting"),
+        *("finetune.class_folders", "finetune.set_folders"),
+        *("finetune.caches", "finetune.warps", "augmenter", "finetune.mixing", "generator"),
     ),
     "machine": ("finetune.devices", "finetune.interruption", "finetune.slurm", "finetune.cluster", "finetune.team"),
     "model": (

@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 
 from configs import MAX_IMAGE_PIXELS, Configs
 from finetune.copies import find_copies
@@ -70,30 +69,31 @@ def check_sets(csv_paths: dict[str, str], configs: Configs, writes_report: bool 
     return {path: bad.get(path, set()) for path in csv_paths.values()}
 
 
-def check_table(
-    table: pd.DataFrame, csv_path: str, configs: Configs, multi_label: bool = False, image_directory: str = ""
+def check_tables(
+    tables: Sequence[ImageTable], configs: Configs, multi_label: bool, skip_contradictions: bool = False
 ) -> list[Finding]:
-    """Checks a table and every image in it, prints what it finds and writes data_report.csv beside it.
+    """Checks tables and every image in them, prints what it finds and writes data_report.csv beside the first.
 
     Args:
-        table: as `parse_table` gives it.
-        csv_path: where it is, or will be.
-        configs: for the label's column, the images' size and limits.
+        tables: of the sets, the training set first, or one of no set's name.
+        configs: for the images' size and limits, and what is no error.
         multi_label: whether a label may hold several class names.
-        image_directory: in front of the paths.
+        skip_contradictions: whether an image that has two labels is left out, and no error.
 
     Raises:
         UserError: there are errors; of images that cannot be read only where `skip_bad_images` is not set.
     """
     findings = check_data(
-        [make_image_table("", csv_path, table, configs.csv_label_column, image_directory)],
+        tables,
         multi_label,
         mode="full",
         image_size=configs.image_target_size[:2],
         max_pixels=configs.max_image_pixels,
         workers=configs.generator_workers,
+        allow_duplicates=configs.allow_duplicates,
     )
-    report_findings(findings, os.path.dirname(csv_path), configs.skip_bad_images)
+    folder = os.path.dirname(tables[0].csv_path)
+    report_findings(findings, folder, configs.skip_bad_images, skip_contradictions=skip_contradictions)
     return findings
 
 

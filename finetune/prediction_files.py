@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from finetune.decision import Decision
-from finetune.files import IMAGE_SUFFIXES, check_file_name, walk_visible
+from finetune.files import IMAGE_SUFFIXES, check_file_name, list_visible, report_closed
 from finetune.options import UserError
 from finetune.stores import is_url, join_path
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table
@@ -59,12 +59,14 @@ def list_folder(folder: str) -> list[str]:
     Raises:
         UserError: there is none.
     """
-    paths = sorted(walk_visible(os.path.normpath(folder)))
-    images = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+    files, closed = list_visible(os.path.normpath(folder))
+    # A broken link that is named as an image gets its row, which says so.
+    images = sorted(path for path in files + closed if path.lower().endswith(IMAGE_SUFFIXES))
     if not images:
         raise UserError(f"input: the folder {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
-    if others := [path for path in paths if not path.lower().endswith(IMAGE_SUFFIXES)]:
+    if others := [path for path in files if not path.lower().endswith(IMAGE_SUFFIXES)]:
         print(f"Left out {len(others)} files that do not end as images do: {join_names(others)}")
+    report_closed([path for path in closed if not path.lower().endswith(IMAGE_SUFFIXES)])
     return images
 
 
