@@ -23,7 +23,10 @@ PACKAGE = "finetune"
 FLOORS: dict[str, tuple[str, ...]] = {
     "ground": ("finetune.values", "finetune.options", "finetune.texts", "finetune.files"),
     "options": ("configs",),
-    "inputs": ("finetune.findings", "finetune.stores", "finetune.images", "finetune.tables"),
+    "inputs": (
+        *("finetune.findings", "finetune.stores", "finetune.images", "finetune.table_faults", "finetune.missing_files"),
+        "finetune.tables",
+    ),
     "data": (
         *("finetune.inspection", "finetune.copies", "finetune.data_check", "finetune.splitting"),
         *("finetune.class_folders", "finetune.set_folders"),

@@ -13,6 +13,7 @@ from configs import MAX_IMAGE_PIXELS, Configs
 from finetune.copies import find_copies
 from finetune.findings import KINDS, Finding, get_bad_rows, report_findings
 from finetune.inspection import Inspection, inspect_images
+from finetune.missing_files import explain_missing
 from finetune.options import UserError
 from finetune.tables import ImageTable, find_class_names, make_image_table, parse_table, split_label
 from finetune.texts import LONGEST_LIST, join_names
@@ -124,7 +125,7 @@ def check_data(
     findings = [finding for table in tables for finding in check_labels(table, multi_label)]
     findings += find_unknown_classes(tables, multi_label)
     files = list(dict.fromkeys(file for table in tables for file in table.files if file))
-    known = dict(zip(files, inspect_images(files, mode == "full", max_pixels, workers), strict=True))
+    known = dict(zip(files, inspect_named(files, mode == "full", max_pixels, workers), strict=True))
     unusual = find_unusual_sizes(known, image_size)
     for table in tables:
         for row, (path, file) in enumerate(zip(table.paths, table.files, strict=True), start=2):
@@ -247,6 +248,17 @@ def find_unusual_sizes(known: dict[str, Inspection], image_size: Sequence[int]) 
     return found
 
 
+def inspect_named(files: Sequence[str], decode: bool, max_pixels: int, workers: int) -> list[Inspection]:
+    """Inspects images as `inspect_images` does; of a file that is missing it tells which one may be meant."""
+    inspections = inspect_images(files, decode, max_pixels, workers)
+    missing = [row for row, one in enumerate(inspections) if one.fault and one.fault[0] == "missing"]
+    reasons = explain_missing(files[row] for row in missing)
+    for row in missing:
+        if files[row] in reasons:
+            inspections[row] = inspections[row]._replace(fault=("missing", reasons[files[row]]))
+    return inspections
+
+
 def check_images(
     paths: Sequence[str],
     csv_path: str,
@@ -262,7 +274,7 @@ def check_images(
     Raises:
         UserError: names the first few files that are missing, empty or no images, with their rows.
     """
-    inspections = inspect_images(paths, False, max_pixels, workers)
+    inspections = inspect_named(paths, False, max_pixels, workers)
     faults = {row: inspection.fault[1] for row, inspection in enumerate(inspections, start=2) if inspection.fault}
     if not faults:
         return []
