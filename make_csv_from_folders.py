@@ -15,9 +15,19 @@ from finetune.options import define, run_script
 class FolderConfigs(Configs):
     """The options of this script, beside those of every script."""
 
-    folder_path: str = define("./data/images", "The folder that holds one folder per class")
+    folder_path: str = define(
+        "./data/images", "The folder that holds one folder per class, or the images of table_path"
+    )
     write_path: str = define("./data/all_data.csv", "The CSV file to write")
     verify: bool = define(False, "Decode every image, find what is wrong with it, and list that in data_report.csv")
+    table_path: str = define(
+        "",
+        "A table that labels the images in folder_path, named with or without endings, by one column of labels or by a "
+        "column of 0 and 1 for each class; empty: the folders are the classes",
+    )
+    image_column: str = define(
+        "", "The column of table_path that names the images; empty finds it", needs=("table_path", "table_path")
+    )
 
 
 def main(configs: FolderConfigs) -> dict:
@@ -29,20 +39,37 @@ def main(configs: FolderConfigs) -> dict:
     # Imported here, so that --help does not wait for pandas.
     from finetune.class_folders import leave_out_bad_images, list_photos, report_left_out, tabulate_images
     from finetune.files import write_csv
+    from finetune.label_tables import convert_label_table, count_classes_of
     from finetune.set_folders import find_set_folders, write_sets
+    from finetune.splitting import refuse_own_input
 
-    photos = list_photos(configs.folder_path)
-    if folders := find_set_folders(photos, configs.folder_path):
-        return write_sets(folders, photos, configs, configs.write_path, configs.verify)
-    report_left_out(photos)
-    table = tabulate_images(photos.images, configs.csv_label_column, configs.folder_path)
+    label_column, write_path = configs.csv_label_column, configs.write_path
+    class_names, multi_label = [], bool(configs.table_path) and configs.multi_label_classification
+    if configs.table_path:
+        refuse_own_input(configs.table_path, {"": write_path})
+        table = convert_label_table(
+            configs.table_path,
+            configs.folder_path,
+            label_column,
+            "csv_label_column" in configs.given,
+            configs.image_column,
+            multi_label,
+            configs.skip_bad_images,
+        )
+    else:
+        photos = list_photos(configs.folder_path)
+        if folders := find_set_folders(photos, configs.folder_path):
+            return write_sets(folders, photos, configs, write_path, configs.verify)
+        report_left_out(photos)
+        class_names = list(photos.images)
+        table = tabulate_images(photos.images, label_column, configs.folder_path)
     if configs.verify:
-        table = leave_out_bad_images({configs.write_path: table}, [""], configs)[configs.write_path]
-    write_csv(configs.write_path, table)
-    counts = table[configs.csv_label_column].value_counts().reindex(list(photos.images), fill_value=0).to_dict()
+        table = leave_out_bad_images({write_path: table}, [""], configs, multi_label)[write_path]
+    write_csv(write_path, table)
+    counts = count_classes_of(table[label_column], class_names, multi_label)
     for name, count in counts.items():
         print(f"{name}: {count} images" if count else f"{name}: no images, so it is not in the table")
-    print(f"Wrote {len(table)} rows to {configs.write_path}")
+    print(f"Wrote {len(table)} rows to {write_path}")
     return counts
 
 

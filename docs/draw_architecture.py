@@ -29,7 +29,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "data": (
         *("finetune.inspection", "finetune.copies", "finetune.data_check", "finetune.splitting"),
-        *("finetune.class_folders", "finetune.set_folders"),
+        *("finetune.class_folders", "finetune.set_folders", "finetune.label_tables"),
         *("finetune.caches", "finetune.warps", "augmenter", "finetune.mixing", "generator"),
     ),
     "machine": ("finetune.devices", "finetune.interruption", "finetune.slurm", "finetune.cluster", "finetune.team"),

@@ -91,7 +91,13 @@ KINDS = {
     "alpha": Kind("note", "with transparency, which is dropped"),
 }
 IMAGE_FAULTS = ("missing", "unreachable", "empty", "truncated", "unreadable", "not_an_image", "too_many_pixels")
-EXACT_COPIES = ("duplicate_with_other_label", "duplicate_across_sets", "allowed_duplicate", "duplicate_path", "duplicate")
+EXACT_COPIES = (
+    "duplicate_with_other_label",
+    "duplicate_across_sets",
+    "allowed_duplicate",
+    "duplicate_path",
+    "duplicate",
+)
 REPORT_FILE = "data_report.csv"
 
 

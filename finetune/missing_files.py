@@ -36,7 +36,9 @@ def _explain(file: str, folders: dict[str, dict[str, list[str]]]) -> str:
     if "\\" in meant and os.sep != "\\":
         meant = meant.replace("\\", "/")
         steps.append("write / for \\")
-    plain = "/".join(part.strip(MARKS_AROUND) for part in meant.split("/")) if os.sep == "/" else meant.strip(MARKS_AROUND)
+    plain = (
+        "/".join(part.strip(MARKS_AROUND) for part in meant.split("/")) if os.sep == "/" else meant.strip(MARKS_AROUND)
+    )
     if plain != meant:
         is_blank = plain == "/".join(part.strip() for part in meant.split("/"))
         meant = plain
@@ -58,7 +60,7 @@ def _tell_difference(name: str, names: list[str]) -> str:
     """Returns what to do about a name that stands for the first of some files, or for any of them."""
     if len(names) > 1:
         return f"write which of {len(names)} files it is"
-    if os.path.splitext(names[0])[0] == name:
+    if os.path.splitext(names[0])[0].casefold() == name.casefold():
         return ENDING_REMEDY
     return "its capitals differ" if names[0].casefold() == name.casefold() else "its ending differs"
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from finetune.decision import Decision
 from finetune.files import IMAGE_SUFFIXES, check_file_name, list_visible, report_closed
+from finetune.missing_files import explain_missing
 from finetune.options import UserError
 from finetune.stores import is_url, join_path
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table
@@ -68,6 +69,14 @@ def list_folder(folder: str) -> list[str]:
         print(f"Left out {len(others)} files that do not end as images do: {join_names(others)}")
     report_closed([path for path in closed if not path.lower().endswith(IMAGE_SUFFIXES)])
     return images
+
+
+def explain_errors(errors: dict[int, str], paths: Sequence[str]) -> dict[int, str]:
+    """Adds to what was wrong with images, by their rows, which file a path that leads to none may mean."""
+    reasons = explain_missing(paths[row] for row in errors if not os.path.exists(paths[row]))
+    return {
+        row: f"{error} It {reasons[paths[row]]}." if paths[row] in reasons else error for row, error in errors.items()
+    }
 
 
 def check_write_path(write_path: str, given: str) -> None:

@@ -56,11 +56,15 @@ def find_set_folders(photos: Photos, folder_path: str) -> dict[str, str]:
         fault, remedy = f"{join_names(named)}: two of them mean the same set", "Join or rename them"
     elif flat := [name for name in named if name not in nested]:
         fault = f"{join_names(flat)} hold images without class folders, so that these have no labels"
-        remedy = "Move them elsewhere (predict.py --input reads such a folder), or name a table of labels by --table_path"
+        remedy = (
+            "Move them elsewhere (predict.py --input reads such a folder), or name a table of labels by --table_path"
+        )
         remedy += "; rename them where they are classes"
     elif "training" not in found or len(found) == 1:
         fault = f"of the sets there is {join_names(named)} alone"
-        remedy = f"Give one set as --folder_path {shlex.quote(os.path.join(folder_path, named[0]))}, and split its table"
+        remedy = (
+            f"Give one set as --folder_path {shlex.quote(os.path.join(folder_path, named[0]))}, and split its table"
+        )
     else:
         return {name: _find_inmost(os.path.join(folder_path, found[name])) for name in SET_FILES if name in found}
     raise UserError(f"{folder_path}: {fault}. {EXPECTED}. {remedy}.")

@@ -19,9 +19,9 @@ SET_FILES = {"training": "training_set.csv", "validation": "validation_set.csv",
 
 
 def refuse_own_input(csv_path: str, written: dict[str, str]) -> None:
-    """Raises UserError where a file to be written is the one that is split."""
+    """Raises UserError where a file to be written is the one that is read."""
     if os.path.realpath(csv_path) in map(os.path.realpath, written.values()):
-        raise UserError(f"{csv_path} would be replaced by a part of itself. Rename it first.")
+        raise UserError(f"{csv_path} would be replaced by what is made of it. Rename it first.")
 
 
 def read_rows(

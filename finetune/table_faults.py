@@ -26,7 +26,11 @@ STARTS = {
 IMAGE_WORDS = {"file", "files", "filename", "filepath", "image", "images", "imageid", "imagename", "imagepath", "id"}
 IMAGE_WORDS |= {"paths", "img", "imgid", "imgname", "imgpath", "imagefile", "photo", "photoid", "picture", "imageids"}
 LABEL_WORDS = {"label", "labels", "target", "targets", "category", "categories", "classname", "classes", "tag", "tags"}
+TRUE_WORDS = {"1", "1.0", "True", "true", "TRUE"}
+FALSE_WORDS = {"0", "0.0", "False", "false", "FALSE"}
 MARKS_AROUND = " \t\r\n\xa0\ufeff'\"`\u2018\u2019\u201c\u201d"
+# How pandas calls a column without a name.
+UNNAMED = r"Unnamed: \d+"
 SAMPLED_BYTES = 2**16
 SAMPLED_ROWS = 100
 
@@ -45,7 +49,12 @@ def read_start(csv_path: str) -> bytes:
 
 def find_encoding(start: bytes) -> str:
     """Returns the Unicode encoding, wider than UTF-8, that a file's beginning shows: by its mark or its zeros."""
-    marks = {b"\xff\xfe\0\0": "utf-32-le", b"\0\0\xfe\xff": "utf-32-be", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
+    marks = {
+        b"\xff\xfe\0\0": "utf-32-le",
+        b"\0\0\xfe\xff": "utf-32-be",
+        b"\xff\xfe": "utf-16-le",
+        b"\xfe\xff": "utf-16-be",
+    }
     for mark, encoding in marks.items():
         if start.startswith(mark):
             return encoding
@@ -58,7 +67,7 @@ def find_encoding(start: bytes) -> str:
 
 
 def find_kind_fault(start: bytes) -> str:
-    """Returns what a file is that is no UTF-8 text, by its beginning, and what to do; empty where that does not tell."""
+    """Returns what a file is that begins as no UTF-8 table does, and what to do; empty where that does not tell."""
     if encoding := find_encoding(start):
         has_mark = start[:2] in (b"\xff\xfe", b"\xfe\xff") or start[2:4] == b"\xfe\xff"
         return f"it is {encoding[:6].upper()}{'' if has_mark else ' without a mark'}. Save it as UTF-8"
@@ -156,14 +165,14 @@ def find_class_columns(table: pd.DataFrame) -> list[str]:
 
     A column without a name, which pandas names itself, is not counted.
     """
-    columns = [name for name in table.columns if name and not re.fullmatch(r"Unnamed: \d+", name)]
+    columns = [name for name in table.columns if name and not re.fullmatch(UNNAMED, name)]
     found = [name for name in columns if is_binary(table[name])]
     return found if len(found) >= 2 and len(columns) - len(found) == 1 else []
 
 
 def is_binary(column: pd.Series) -> bool:
-    """Tells whether a column of texts holds 0 and 1 alone."""
-    return {*column.str.strip().unique()} <= {"0", "1", "0.0", "1.0"}
+    """Tells whether a column of texts holds 0 and 1 alone, in any spelling of `TRUE_WORDS` and `FALSE_WORDS`."""
+    return {*column.str.strip().unique()} <= TRUE_WORDS | FALSE_WORDS
 
 
 def find_image_remedy(table: pd.DataFrame, command: str, wanted: str, label_column: str) -> tuple[str, bool]:
