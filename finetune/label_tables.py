@@ -187,7 +187,7 @@ def find_image_column(table: pd.DataFrame, images: ImageNames, image_column: str
     if not counts[column]:
         row = ", ".join(f"{name} {table[name].iloc[0]!r}" for name in columns[:3])
         raise UserError(
-            f"{table_path}: no column names images in {images.folder_path}. Its first row has {show_text(row)}, and the "
+            f"{table_path}: no column names images in {images.folder_path}. Its first row has {show_text(row)}, the "
             f"folder {os.path.relpath(images.paths[0], images.folder_path)}. Correct folder_path or image_column."
         )
     if images.find(column):
@@ -242,10 +242,14 @@ def find_labels(
         column = label_column if label_column in columns else columns[0]
         if column == label_column or not is_given:
             return others[column].tolist()
-    if is_given or not columns:
+    if not columns:
+        raise UserError(
+            f"{table_path} has one column, that of the images. Expected a second one, with the labels. Add it."
+        )
+    if is_given:
         raise UserError(
             f"{table_path} has no column {label_column!r} beside that of the images. Its others: "
-            f"{join_names(columns) or 'none'}. Set --csv_label_column to the one with the labels."
+            f"{join_names(columns)}. Set --csv_label_column to the one with the labels."
         )
     if wrong := [name for name in columns if not is_binary(others[name])]:
         raise UserError(
@@ -263,14 +267,13 @@ def join_classes(others: pd.DataFrame, multi_label: bool, table_path: str) -> li
         UserError: a class name holds the separator of labels, or a row has several labels where it may not.
     """
     if wrong := [name for name in others.columns if LABEL_SEPARATOR in name]:
-        raise UserError(f"{table_path}: the column {wrong[0]} contains '{LABEL_SEPARATOR}', which separates labels.")
+        raise UserError(f"{table_path}: the column {wrong[0]} contains '{LABEL_SEPARATOR}', which separates labels. Rename it.")
     present, names = others.isin(TRUE_WORDS).to_numpy(), np.array(others.columns, dtype=object)
     several = np.flatnonzero(present.sum(axis=1) > 1)
     if several.size and not multi_label:
         raise UserError(
             f"{table_path}, row {others.index[several[0]]}: {join_names(names[present[several[0]]])} are 1 at once; "
-            f"{several.size} rows are so. Expected one class an image. Correct them, or set --multi_label_classification "
-            "True."
+            f"{several.size} rows are so. Expected one class an image. Correct them, or set multi_label_classification."
         )
     return [LABEL_SEPARATOR.join(names[row]) for row in present]
 

@@ -53,7 +53,7 @@ def _explain(file: str, folders: dict[str, dict[str, list[str]]]) -> str:
             return ""
         steps.append(_tell_difference(name, names or other))
         meant = os.path.join(folder, (names or other)[0])
-    return f"{show_text(meant)} does: {', '.join(steps)}"
+    return f"{show_text(os.path.normpath(meant))} does: {', '.join(steps)}"
 
 
 def _tell_difference(name: str, names: list[str]) -> str:

@@ -61,7 +61,7 @@ def find_set_folders(photos: Photos, folder_path: str) -> dict[str, str]:
         )
         remedy += "; rename them where they are classes"
     elif "training" not in found or len(found) == 1:
-        fault = f"of the sets there is {join_names(named)} alone"
+        fault = f"there is no {'training set' if 'training' not in found else 'other set'} beside {join_names(named)}"
         remedy = (
             f"Give one set as --folder_path {shlex.quote(os.path.join(folder_path, named[0]))}, and split its table"
         )

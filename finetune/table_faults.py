@@ -70,7 +70,7 @@ def find_kind_fault(start: bytes) -> str:
     """Returns what a file is that begins as no UTF-8 table does, and what to do; empty where that does not tell."""
     if encoding := find_encoding(start):
         has_mark = start[:2] in (b"\xff\xfe", b"\xfe\xff") or start[2:4] == b"\xfe\xff"
-        return f"it is {encoding[:6].upper()}{'' if has_mark else ' without a mark'}. Save it as UTF-8"
+        return f"it is {encoding[:6].upper()}{'' if has_mark else ' without a byte order mark'}. Save it as UTF-8"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     return next((fault for mark, fault in STARTS.items() if text.startswith(mark.lower())), "")
 
