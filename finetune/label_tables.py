@@ -267,7 +267,9 @@ def join_classes(others: pd.DataFrame, multi_label: bool, table_path: str) -> li
         UserError: a class name holds the separator of labels, or a row has several labels where it may not.
     """
     if wrong := [name for name in others.columns if LABEL_SEPARATOR in name]:
-        raise UserError(f"{table_path}: the column {wrong[0]} contains '{LABEL_SEPARATOR}', which separates labels. Rename it.")
+        raise UserError(
+            f"{table_path}: the column {wrong[0]} contains '{LABEL_SEPARATOR}', which separates labels. Rename it."
+        )
     present, names = others.isin(TRUE_WORDS).to_numpy(), np.array(others.columns, dtype=object)
     several = np.flatnonzero(present.sum(axis=1) > 1)
     if several.size and not multi_label:
