@@ -41,12 +41,13 @@ def list_photos(folder_path: str) -> Photos:
     """
     folder_path = os.path.normpath(folder_path)
     try:
-        paths = [os.path.join(folder_path, name) for name in sorted(os.listdir(folder_path)) if name[0] != "."]
+        names = sorted(name for name in os.listdir(folder_path) if not name.startswith("."))
     except OSError as error:
         raise UserError(f"Cannot read the folder {folder_path}: {error.strerror}. Check --folder_path.") from error
+    paths = [os.path.normpath(os.path.join(folder_path, name)) for name in names]
     folders = [path for path in paths if os.path.isdir(path) and not lies_around(path, folder_path)]
     loose = [path for path in paths if os.path.isfile(path)]
-    photos = Photos({}, [], loose, [path for path in paths if path not in {*folders, *loose}])
+    photos = Photos({}, [], loose, sorted({*paths} - {*folders, *loose}))
     for folder in folders:
         files, closed = list_visible(folder)
         photos.images[os.path.basename(folder)] = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]

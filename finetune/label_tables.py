@@ -145,8 +145,9 @@ class ImageNames:
         folder_path = os.path.normpath(folder_path)
         self.folder_path = folder_path
         # Of a path below it, the separators more are the parts below it.
-        self._depth = 0 if folder_path == "." else folder_path.rstrip(os.sep).count(os.sep)
-        self.paths = [path for path in list_visible(folder_path)[0] if path.lower().endswith(IMAGE_SUFFIXES)]
+        self._depth = -1 if folder_path == "." else folder_path.rstrip(os.sep).count(os.sep)
+        paths = map(os.path.normpath, list_visible(folder_path)[0])
+        self.paths = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
         if not self.paths:
             raise UserError(f"{folder_path} holds no image ({', '.join(IMAGE_SUFFIXES)}). Check --folder_path.")
         self._by_name = defaultdict(list)
