@@ -49,7 +49,7 @@ def list_photos(folder_path: str) -> Photos:
     loose = [path for path in paths if os.path.isfile(path)]
     photos = Photos({}, [], loose, sorted({*paths} - {*folders, *loose}))
     for folder in folders:
-        files, closed = list_visible(folder)
+        files, closed, _ = list_visible(folder)
         photos.images[os.path.basename(folder)] = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
         photos.others.extend(path for path in files if not path.lower().endswith(IMAGE_SUFFIXES))
         photos.closed.extend(closed)

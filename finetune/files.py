@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.options import UserError
 from finetune.texts import join_names
@@ -86,20 +86,30 @@ def write_csv(path: str, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False, encoding="utf-8")
 
 
-def list_visible(folder_path: str) -> tuple[list[str], list[str]]:
+class Visible(NamedTuple):
+    """What lies below a folder, each list sorted.
+
+    Attributes:
+        files: their paths.
+        closed: what leads to no file: broken links, links to a folder around them, folders that cannot be opened.
+        folders: the folder itself and those below it.
+    """
+
+    files: list[str]
+    closed: list[str]
+    folders: list[str]
+
+
+def list_visible(folder_path: str) -> Visible:
     """Lists the files below a folder, those of linked folders too; hidden files and folders are left out.
 
     Each folder is entered once: under its own name where it has one below `folder_path`, else through the first link.
     A link to a folder around itself is not followed, since that would have no end.
 
-    Returns:
-        The files, and what leads to none: broken links, links to a folder around them, folders that cannot be opened.
-        Both sorted.
-
     Raises:
         UserError: a name is no text, so that a CSV file cannot hold it.
     """
-    files, closed, entered = [], [], set()
+    files, closed, entered = [], [], {}
     # Folders before links to folders: a name of its own comes first. With each, the folders that lie around it.
     folders, links = [(folder_path, ())], []
     while folders or links:
@@ -107,7 +117,7 @@ def list_visible(folder_path: str) -> tuple[list[str], list[str]]:
         place = os.path.realpath(folder)
         if place in entered:
             continue
-        entered.add(place)
+        entered[place] = folder
         try:
             with os.scandir(folder) as found:
                 entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda one: one.name)
@@ -127,7 +137,7 @@ def list_visible(folder_path: str) -> tuple[list[str], list[str]]:
                     folders.append((entry.path, around))
             else:
                 (closed if entry.is_symlink() and not os.path.isfile(entry.path) else files).append(entry.path)
-    return sorted(files), sorted(closed)
+    return Visible(sorted(files), sorted(closed), sorted(entered.values()))
 
 
 def report_closed(paths: Sequence[str]) -> None:

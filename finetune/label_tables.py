@@ -146,7 +146,7 @@ class ImageNames:
         self.folder_path = folder_path
         # Of a path below it, the separators more are the parts below it.
         self._depth = -1 if folder_path == "." else folder_path.rstrip(os.sep).count(os.sep)
-        paths = map(os.path.normpath, list_visible(folder_path)[0])
+        paths = map(os.path.normpath, list_visible(folder_path).files)
         self.paths = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
         if not self.paths:
             raise UserError(f"{folder_path} holds no image ({', '.join(IMAGE_SUFFIXES)}). Check --folder_path.")
@@ -183,9 +183,9 @@ def find_image_column(table: pd.DataFrame, images: ImageNames, image_column: str
         columns = join_names(table.columns)
         raise UserError(f"{table_path} has no column {image_column!r}. Its columns: {columns}. Correct --image_column.")
     columns = [image_column] if image_column else list(table.columns)
-    counts = {name: sum(bool(images.find(value)) for value in table[name].unique()) for name in columns}
-    column = max(counts, key=counts.get)
-    if not counts[column]:
+    numbers = {name: [len(images.find(value)) for value in table[name].unique()] for name in columns}
+    column = max(columns, key=lambda name: (numbers[name].count(1), sum(map(bool, numbers[name]))))
+    if not any(numbers[column]):
         row = ", ".join(f"{name} {table[name].iloc[0]!r}" for name in columns[:3])
         raise UserError(
             f"{table_path}: no column names images in {images.folder_path}. Its first row has {show_text(row)}, the "

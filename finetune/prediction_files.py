@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,7 +42,7 @@ def list_inputs(given: str, image_directory: str = "") -> tuple[list[str], list[
     elif os.path.isfile(given) or is_url(given):
         names = [given]
     elif glob.has_magic(given):
-        names = sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))
+        names = sorted(path for path in match_pattern(given) if os.path.isfile(path))
     else:
         raise UserError(
             f"input: expected an image, a folder, a pattern in quotes, or a CSV file with a column '{IMAGE_COLUMN}'. "
@@ -54,13 +55,31 @@ def list_inputs(given: str, image_directory: str = "") -> tuple[list[str], list[
     return names, names
 
 
+def match_pattern(pattern: str) -> set[str]:
+    """Returns the paths that a pattern matches, named as `glob` names them; `**` enters linked folders, each once."""
+    separators = re.escape(os.sep + (os.altsep or ""))
+    parts = re.split(rf"(?<![^{separators}])\*\*(?:[{separators}]+|$)", pattern, maxsplit=1)
+    if len(parts) == 1:
+        return {*glob.glob(pattern)}
+    found = set()
+    for start in glob.glob(parts[0]) if parts[0] else [""]:
+        below = list_visible(start or os.curdir)
+        beginning = 0 if start else len(os.path.join(os.curdir, ""))
+        if not parts[1]:
+            found |= {path[beginning:] for path in below.files}
+            continue
+        for folder in below.folders:
+            found |= match_pattern(glob.escape(os.path.join(folder, "")[beginning:]) + parts[1])
+    return found
+
+
 def list_folder(folder: str) -> list[str]:
     """Returns the files below a folder that end as images do, sorted; names the others that are not hidden.
 
     Raises:
         UserError: there is none.
     """
-    files, closed = list_visible(os.path.normpath(folder))
+    files, closed, _ = list_visible(os.path.normpath(folder))
     # A broken link that is named as an image gets its row, which says so.
     images = sorted(path for path in files + closed if path.lower().endswith(IMAGE_SUFFIXES))
     if not images:

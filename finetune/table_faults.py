@@ -6,6 +6,7 @@ import csv
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Sequence
 
 import pandas as pd
@@ -138,7 +139,7 @@ def find_column_remedies(table: pd.DataFrame, missing: Sequence[str], label_colu
         missing = [name for name in missing if not any(f" {name}" in words for words in spelt.values())]
     if remedies or not missing:
         return remedies
-    command = f"python make_csv_from_folders.py --table_path {csv_path} --folder_path FOLDER"
+    command = f"python make_csv_from_folders.py --table_path {shlex.quote(csv_path)} --folder_path FOLDER"
     if label_column in missing and find_class_columns(table):
         return [f"It has a column of 0 and 1 for each class: {command} makes a table of images of it"]
     if IMAGE_COLUMN not in missing:

@@ -121,6 +121,11 @@ def test_the_column_of_the_images_is_the_one_that_names_most(tmp_path):
     assert rows == [("1.jpg", "1"), ("1.jpg", "2"), ("2.jpg", "1")]
 
 
+def test_of_two_columns_the_one_without_doubt_names_the_images(tmp_path):
+    content = "id,file,class\n1,a/1.jpg,x\n1,b/1.jpg,y\n"
+    assert convert(tmp_path, content, "a/1.jpg", "b/1.jpg") == [("a/1.jpg", "x"), ("b/1.jpg", "y")]
+
+
 def test_a_single_column_of_0_and_1_is_the_label(tmp_path):
     assert convert(tmp_path, "id,has_cactus\n1,1\n2,0\n", "1.jpg", "2.jpg") == [("1.jpg", "1"), ("2.jpg", "0")]
 
