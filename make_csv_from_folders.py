@@ -11,6 +11,11 @@ from configs import Configs
 from finetune.options import define, run_script
 
 
+def separator_fault(separator: str) -> str:
+    """Returns what is wrong with a value of `label_separator`; empty where nothing is."""
+    return "" if separator else "expected a mark between labels, such as '|'. Received: ''"
+
+
 @dataclasses.dataclass
 class FolderConfigs(Configs):
     """The options of this script, beside those of every script."""
@@ -27,6 +32,12 @@ class FolderConfigs(Configs):
     )
     image_column: str = define(
         "", "The column of table_path that names the images; empty finds it", needs=("table_path", "table_path")
+    )
+    label_separator: str = define(
+        "$",
+        "What joins the labels of an image in table_path",
+        check=separator_fault,
+        needs=("multi_label_classification", "multi_label_classification True"),
     )
 
 
@@ -54,6 +65,7 @@ def main(configs: FolderConfigs) -> dict:
             "csv_label_column" in configs.given,
             configs.image_column,
             multi_label,
+            configs.label_separator,
             configs.skip_bad_images,
         )
     else:

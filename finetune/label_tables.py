@@ -39,6 +39,7 @@ def convert_label_table(
     is_label_column_given: bool,
     image_column: str,
     multi_label: bool,
+    separator: str,
     leave_out_missing: bool,
 ) -> pd.DataFrame:
     """Makes a table of images from a table of labels and the folder of its images.
@@ -50,6 +51,7 @@ def convert_label_table(
         is_label_column_given: whether the table has to have that column.
         image_column: the column that names the images; empty finds it by its values.
         multi_label: whether an image may have several labels.
+        separator: what joins them in the table.
         leave_out_missing: whether rows whose image is not there are left out, and no error.
 
     Returns:
@@ -62,6 +64,8 @@ def convert_label_table(
     images = ImageNames(folder_path)
     image_column = find_image_column(table, images, image_column, table_path)
     labels = find_labels(table.drop(columns=image_column), label_column, is_label_column_given, multi_label, table_path)
+    if multi_label and separator != LABEL_SEPARATOR:
+        labels = [replace_separator(label, separator, table_path) for label in labels]
     files = pick_files(table[image_column], images, table_path, leave_out_missing)
     used = {file for file in files if file}
     if unused := [path for path in images.paths if path not in used]:
@@ -279,6 +283,20 @@ def join_classes(others: pd.DataFrame, multi_label: bool, table_path: str) -> li
             f"{several.size} rows are so. Expected one class an image. Correct them, or set multi_label_classification."
         )
     return [LABEL_SEPARATOR.join(names[row]) for row in present]
+
+
+def replace_separator(label: str, separator: str, table_path: str) -> str:
+    """Returns a label whose class names another mark joins as this project writes it; a blank stands for any number.
+
+    Raises:
+        UserError: the label holds the separator of this project.
+    """
+    if LABEL_SEPARATOR in label:
+        raise UserError(
+            f"{table_path}: the label {show_text(label)} contains '{LABEL_SEPARATOR}'. Leave out label_separator."
+        )
+    names = [name.strip() for name in label.split(separator)]
+    return LABEL_SEPARATOR.join(name for name in names if name)
 
 
 def join_rows(table: pd.DataFrame, label_column: str) -> pd.DataFrame:

@@ -202,14 +202,15 @@ def label_tables(draw):
     content=label_tables() | tables() | damaged(LABEL_TABLES),
     given=st.booleans(),
     multi_label=st.booleans(),
+    mark=st.sampled_from("$|1 "),
     skip=st.booleans(),
 )
-def test_label_tables(folder, content, given, multi_label, skip):
+def test_label_tables(folder, content, given, multi_label, mark, skip):
     for path in PHOTOS:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).touch()
     Path("labels.csv").write_bytes(content)
-    table = attempt(convert_label_table, "labels.csv", "photos", "class", given, "", multi_label, skip)
+    table = attempt(convert_label_table, "labels.csv", "photos", "class", given, "", multi_label, mark, skip)
     if table is not None:
         assert list(table.columns) == ["path", "class"]
         assert len(table) > 0

@@ -138,6 +138,15 @@ def test_several_classes_in_a_row_are_joined_where_they_may_be(tmp_path):
     assert rows == [("1.jpg", "rust"), ("2.jpg", "rust$scab"), ("3.jpg", "scab$dry")]
 
 
+@pytest.mark.parametrize(
+    ("first", "mark"), [("rust|scab", "|"), ("rust  scab", " "), ("rust, scab", ", "), ("rust$scab", "$")]
+)
+def test_labels_may_be_joined_by_another_mark(tmp_path, first, mark):
+    content = f'id,labels\n1,"{first}"\n2,dry\n'
+    rows = convert(tmp_path, content, "1.jpg", "2.jpg", multi_label_classification=True, label_separator=mark)
+    assert rows == [("1.jpg", "rust$scab"), ("2.jpg", "dry")]
+
+
 def test_a_row_for_each_label_is_joined_where_an_image_may_have_several(tmp_path, capsys):
     content = "id,class\n1,cat\n2,dog\n1,dog\n1,cat\n"
     rows = convert(tmp_path, content, "1.jpg", "2.jpg", multi_label_classification=True)
