@@ -88,6 +88,10 @@ def read_label_table(table_path: str) -> pd.DataFrame:
     text = read_text(table_path)
     first, _, rest = text.partition("\n")
     separator = find_separator_line(first)
+    if separator and separator not in SEPARATORS:
+        raise UserError(
+            f"{table_path} begins with '{show_text(first)}'. Expected commas, semicolons, tabs or bars. Save it so."
+        )
     start = 2 if separator else 1
     text = rest if separator else text
     header = text.partition("\n")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import os
 import re
@@ -79,7 +78,7 @@ def find_kind_fault(start: bytes) -> str:
 def find_start_fault(start: bytes) -> str:
     """Returns what is wrong with the first line of a table, and what to do; empty where it may be a header."""
     lines = start.decode("utf-8-sig", "replace").splitlines()
-    if not any(line.strip() for line in lines):
+    if not any(lines):
         return ""
     if not lines[0].strip():
         return "begins with a blank line. Remove it"
@@ -101,7 +100,7 @@ def find_long_rows_fault(table: pd.DataFrame) -> str:
     Args:
         table: as pandas reads it: the first fields are its index.
     """
-    if (table.iloc[:, -1].fillna("") == "").all():
+    if table.shape[1] and (table.iloc[:, -1].fillna("") == "").all():
         return "has rows that end in a comma, which its first line does not. Remove it, or put one there"
     first = [str(value) for value in table.index.get_level_values(0)]
     if first in ([str(row) for row in range(start, len(first) + start)] for start in (0, 1)):
@@ -121,7 +120,7 @@ def find_column_remedies(table: pd.DataFrame, missing: Sequence[str], label_colu
     header = [str(name) for name in table.columns]
     wanted = ",".join(dict.fromkeys((IMAGE_COLUMN, label_column)))
     delimiter = next((mark for mark in DELIMITERS if mark in header[0]), "") if len(header) == 1 else ""
-    cells = next(csv.reader(header, delimiter=delimiter)) if delimiter else header
+    cells = header[0].split(delimiter) if delimiter else header
     if len(header) == 1 and "," in header[0]:
         return ["Its lines are in quotes as a whole: remove these"]
     has_header = not any(is_image_path(cell) for cell in cells) and not cells[0].strip().isdigit()

@@ -163,6 +163,8 @@ def test_near_copies_across_sets_are_an_error_that_full_checking_alone_finds(tmp
     assert check(training, test) == []
     found = kinds_of(check(training, test, mode="full"))
     assert found == [("near_duplicate", "training", 3), ("near_duplicate_across_sets", "test", 2)]
+    allowed = kinds_of(check(training, test, mode="full", allow_duplicates=True))
+    assert allowed == [("near_allowed_duplicate", "test", 2), ("near_duplicate", "training", 3)]
 
 
 def test_pictures_of_one_colour_are_no_copies_of_each_other(tmp_path):

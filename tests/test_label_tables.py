@@ -175,6 +175,11 @@ def test_a_first_line_that_names_an_image_is_not_lost(tmp_path):
         convert(tmp_path, "1,cat\n2,dog\n", "1.jpg", "2.jpg")
 
 
+def test_a_separator_that_no_table_has_is_refused(tmp_path):
+    with pytest.raises(UserError, match="begins with 'sep=x'. Expected commas, semicolons, tabs or bars"):
+        convert(tmp_path, "sep=x\nidxclass\n1xcat\n", "1.jpg")
+
+
 def test_a_given_column_of_labels_has_to_be_there_and_names_the_result(tmp_path):
     rows = convert(tmp_path, "id,breed,age\n1,cat,7\n2,dog,8\n", "1.jpg", "2.png", csv_label_column="breed")
     assert rows == PAIR
