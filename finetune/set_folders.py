@@ -103,7 +103,7 @@ def write_sets(folders: dict[str, str], beside: Photos, configs: Configs, write_
     found = {name: list_photos(folder) for name, folder in folders.items()}
     lists = zip(*[photos[1:] for photos in found.values()], strict=True)
     others, loose, closed = (sorted(path for paths in part for path in paths) for part in lists)
-    report_left_out(Photos({}, others, sorted(beside.loose + loose), closed))
+    report_left_out(Photos({}, others, sorted(beside.loose + loose), sorted({*beside.closed, *closed})))
     if empty := [name for name, images in beside.images.items() if not images]:
         print(f"Left out {len(empty)} folders without images: {join_names(empty)}")
     label_column = configs.csv_label_column

@@ -115,12 +115,15 @@ def test_without_a_test_set_it_says_so_and_a_table_of_before_is_warned_of(tmp_pa
 
 def test_packed_folders_empty_ones_and_loose_files_do_no_harm(tmp_path, capsys):
     touch(tmp_path, "train/train/a/1.jpg", "train/train/b/2.jpg", "test/test/a/3.jpg", "__MACOSX/._1.jpg", "read.txt")
+    (tmp_path / "photos" / "val").symlink_to("nowhere")
+    (tmp_path / "photos" / "test" / "test" / "b").symlink_to("../../train/train/b")
     make_tables(tmp_path)
     assert {file: len(rows) for file, rows in read_tables(tmp_path).items()} == {
-        "testing_set.csv": 1,
+        "testing_set.csv": 2,
         "training_set.csv": 2,
     }
     printed = capsys.readouterr().out
+    assert "Left out 1 links or folders" in printed
     assert "read.txt" in printed
     assert "__MACOSX" in printed
 
