@@ -1,4 +1,7 @@
-"""Writes a CSV file (path,class) from a folder of photos sorted into one folder per class."""
+"""Writes a CSV file (path,class) from a folder of photos sorted into one folder per class, or from a table of labels.
+
+Where the folder holds train/, val/ and test/ with class folders inside, it keeps that split and writes a CSV file each.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +11,77 @@ from configs import Configs
 from finetune.options import define, run_script
 
 
+def separator_fault(separator: str) -> str:
+    """Returns what is wrong with a value of `label_separator`; empty where nothing is."""
+    return "" if separator else "expected a mark between labels, such as '|'. Received: ''"
+
+
 @dataclasses.dataclass
 class FolderConfigs(Configs):
     """The options of this script, beside those of every script."""
 
-    folder_path: str = define("./data/images", "The folder that holds one folder per class")
+    folder_path: str = define(
+        "./data/images", "The folder that holds one folder per class, or the images of table_path"
+    )
     write_path: str = define("./data/all_data.csv", "The CSV file to write")
     verify: bool = define(False, "Decode every image, find what is wrong with it, and list that in data_report.csv")
+    table_path: str = define(
+        "",
+        "A table that labels the images in folder_path, named with or without endings, by one column of labels or by a "
+        "column of 0 and 1 for each class; empty: the folders are the classes",
+    )
+    image_column: str = define(
+        "", "The column of table_path that names the images; empty finds it", needs=("table_path", "table_path")
+    )
+    label_separator: str = define(
+        "$",
+        "What joins the labels of an image in table_path",
+        check=separator_fault,
+        needs=("multi_label_classification", "multi_label_classification True"),
+    )
 
 
 def main(configs: FolderConfigs) -> dict:
-    """Lists the images, writes the table and prints the counts; returns the image count of each class."""
-    # Imported here, so that --help does not wait for pandas.
-    from finetune.class_folders import (
-        leave_out_bad_images,
-        list_class_folders,
-        list_images,
-        report_others,
-        tabulate_images,
-    )
-    from finetune.files import write_csv
+    """Lists the images, writes the table and prints the counts.
 
-    class_names = list_class_folders(configs.folder_path)
-    images, others = list_images(configs.folder_path, class_names)
-    counts = {name: len(images[name]) for name in class_names}
-    report_others(others)
-    table = tabulate_images(images, configs.csv_label_column, configs.folder_path)
+    Returns:
+        The image count of each class; of a split that is kept, of each class in each set.
+    """
+    # Imported here, so that --help does not wait for pandas.
+    from finetune.class_folders import leave_out_bad_images, list_photos, report_left_out, tabulate_images
+    from finetune.files import write_csv
+    from finetune.label_tables import convert_label_table, count_classes_of
+    from finetune.set_folders import find_set_folders, write_sets
+    from finetune.splitting import refuse_own_input
+
+    label_column, write_path = configs.csv_label_column, configs.write_path
+    class_names, multi_label = [], bool(configs.table_path) and configs.multi_label_classification
+    if configs.table_path:
+        refuse_own_input(configs.table_path, {"": write_path})
+        table = convert_label_table(
+            configs.table_path,
+            configs.folder_path,
+            label_column,
+            "csv_label_column" in configs.given,
+            configs.image_column,
+            multi_label,
+            configs.label_separator,
+            configs.skip_bad_images,
+        )
+    else:
+        photos = list_photos(configs.folder_path)
+        if folders := find_set_folders(photos, configs.folder_path):
+            return write_sets(folders, photos, configs, write_path, configs.verify)
+        report_left_out(photos)
+        class_names = list(photos.images)
+        table = tabulate_images(photos.images, label_column, configs.folder_path)
     if configs.verify:
-        table = leave_out_bad_images(table, configs.folder_path, configs.write_path, configs)
-        counts |= table[configs.csv_label_column].value_counts().reindex(class_names, fill_value=0).to_dict()
-    write_csv(configs.write_path, table)
+        table = leave_out_bad_images({write_path: table}, [""], configs, multi_label)[write_path]
+    write_csv(write_path, table)
+    counts = count_classes_of(table[label_column], class_names, multi_label)
     for name, count in counts.items():
         print(f"{name}: {count} images" if count else f"{name}: no images, so it is not in the table")
-    print(f"Wrote {len(table)} rows to {configs.write_path}")
+    print(f"Wrote {len(table)} rows to {write_path}")
     return counts
 
 

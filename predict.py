@@ -50,6 +50,7 @@ def main(configs: PredictConfigs) -> dict:
         check_top_k,
         check_write_path,
         describe_decision,
+        explain_errors,
         list_inputs,
         make_table,
         prefer_existing,
@@ -82,10 +83,11 @@ def main(configs: PredictConfigs) -> dict:
     )
     probabilities = predict_images(model, sequence)
     check_finite(probabilities)
-    table = make_table(names, probabilities, reader.errors, decision, configs.threshold_type, configs.top_k)
+    errors = explain_errors(reader.errors, paths)
+    table = make_table(names, probabilities, errors, decision, configs.threshold_type, configs.top_k)
     write_csv(configs.write_path, table)
-    summarize(configs.write_path, len(paths), reader.errors)
-    return {"predictions": table, "failed": len(reader.errors)}
+    summarize(configs.write_path, len(paths), errors)
+    return {"predictions": table, "failed": len(errors)}
 
 
 if __name__ == "__main__":

@@ -78,9 +78,7 @@ def main(configs: SplitConfigs) -> dict:
     for name, path in written.items():
         write_csv(path, table.iloc[sets[name]])
         print(f"Wrote {len(sets[name])} rows to {path}")
-    stale = os.path.join(folder, splitting.SET_FILES["validation"])
-    if "validation" not in written and os.path.exists(stale):
-        print(f"Warning: {stale} is of an earlier split and shares images with the new sets. Delete it.")
+    splitting.warn_of_stale_sets(written.values())
     return counts.to_dict()
 
 

@@ -23,10 +23,14 @@ PACKAGE = "finetune"
 FLOORS: dict[str, tuple[str, ...]] = {
     "ground": ("finetune.values", "finetune.options", "finetune.texts", "finetune.files"),
     "options": ("configs",),
-    "inputs": ("finetune.findings", "finetune.stores", "finetune.headers", "finetune.images", "finetune.tables"),
+    "inputs": (
+        *("finetune.findings", "finetune.stores", "finetune.headers", "finetune.images", "finetune.table_faults"),
+        *("finetune.missing_files", "finetune.tables"),
+    ),
     "data": (
-        *("finetune.inspection", "finetune.copies", "finetune.data_check", "finetune.class_folders"),
-        *("finetune.splitting", "finetune.caches", "finetune.warps", "augmenter", "finetune.mixing", "generator"),
+        *("finetune.inspection", "finetune.copies", "finetune.data_check", "finetune.splitting"),
+        *("finetune.class_folders", "finetune.set_folders", "finetune.label_tables"),
+        *("finetune.caches", "finetune.warps", "augmenter", "finetune.mixing", "generator"),
     ),
     "machine": ("finetune.devices", "finetune.interruption", "finetune.slurm", "finetune.cluster", "finetune.team"),
     "model": (

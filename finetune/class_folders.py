@@ -4,80 +4,111 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pandas as pd
 
 from configs import Configs
-from finetune.data_check import check_table
-from finetune.files import IMAGE_SUFFIXES, walk_visible
+from finetune.data_check import check_tables
+from finetune.files import IMAGE_SUFFIXES, lies_around, list_visible, report_closed
 from finetune.findings import get_bad_rows
 from finetune.options import UserError
-from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR
+from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, make_image_table
 from finetune.texts import join_names
 
 
-def list_class_folders(folder_path: str) -> list[str]:
-    """Returns the names of the folders in a folder, sorted; hidden ones are left out.
+class Photos(NamedTuple):
+    """What a folder of class folders holds, each list sorted.
+
+    Attributes:
+        images: the paths of each class folder's images, subfolders included, by its name, sorted.
+        others: files in class folders that by their ending are no images.
+        loose: files beside the class folders.
+        closed: links and folders that lead to no file.
+    """
+
+    images: dict[str, list[str]]
+    others: list[str]
+    loose: list[str]
+    closed: list[str]
+
+
+def list_photos(folder_path: str) -> Photos:
+    """Lists the images under each visible folder in a folder; linked folders are followed.
 
     Raises:
-        UserError: there are none, or a name cannot be a class name.
+        UserError: the folder cannot be read, holds no folder, or a name in it is no text.
     """
+    folder_path = os.path.normpath(folder_path)
     try:
-        with os.scandir(folder_path) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(name for name in os.listdir(folder_path) if not name.startswith("."))
     except OSError as error:
         raise UserError(f"Cannot read the folder {folder_path}: {error.strerror}. Check --folder_path.") from error
-    if not names:
+    paths = [os.path.normpath(os.path.join(folder_path, name)) for name in names]
+    folders = [path for path in paths if os.path.isdir(path) and not lies_around(path, folder_path)]
+    loose = [path for path in paths if os.path.isfile(path)]
+    photos = Photos({}, [], loose, sorted({*paths} - {*folders, *loose}))
+    for folder in folders:
+        files, closed, _ = list_visible(folder)
+        photos.images[os.path.basename(folder)] = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
+        photos.others.extend(path for path in files if not path.lower().endswith(IMAGE_SUFFIXES))
+        photos.closed.extend(closed)
+    if not folders:
+        report_left_out(photos)
         raise UserError(f"{folder_path} holds no folders. Expected one folder per class, each with its images.")
-    for name in names:
-        if LABEL_SEPARATOR in name:
-            raise UserError(
-                f"The folder name {name} contains '{LABEL_SEPARATOR}', which separates labels. Rename the folder."
-            )
-    return names
+    return photos
 
 
-def list_images(folder_path: str, class_names: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Lists the files under each class folder, subfolders included, sorted.
-
-    Returns:
-        The image paths of each class, and the files that by their ending are no images.
-    """
-    images, others = {}, []
-    for name in class_names:
-        paths = sorted(walk_visible(os.path.normpath(os.path.join(folder_path, name))))
-        images[name] = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
-        others += [path for path in paths if not path.lower().endswith(IMAGE_SUFFIXES)]
-    return images, others
-
-
-def report_others(others: list[str]) -> None:
-    """Prints which files were left out."""
-    if others:
-        print(f"Left out {len(others)} files that are no images: {join_names(others)}")
+def report_left_out(photos: Photos) -> None:
+    """Prints which files were left out, and which links."""
+    if photos.others:
+        print(f"Left out {len(photos.others)} files that are no images: {join_names(photos.others)}")
+    if photos.loose:
+        print(f"Left out {len(photos.loose)} files that are in no class folder: {join_names(photos.loose)}")
+    report_closed(photos.closed)
 
 
 def tabulate_images(images: dict[str, list[str]], label_column: str, folder_path: str) -> pd.DataFrame:
     """Returns a table of images, a row each: its path and, in `label_column`, its class.
 
     Raises:
-        UserError: there is no image.
+        UserError: there is no image, or the name of a folder cannot be a class name.
     """
+    for name in images:
+        if LABEL_SEPARATOR in name:
+            raise UserError(
+                f"The folder name {name} contains '{LABEL_SEPARATOR}', which separates labels. Rename the folder."
+            )
     rows = [(path, name) for name, paths in images.items() for path in paths]
     if not rows:
         raise UserError(f"The class folders of {folder_path} hold no image ({', '.join(IMAGE_SUFFIXES)}).")
     return pd.DataFrame(rows, columns=[IMAGE_COLUMN, label_column])
 
 
-def leave_out_bad_images(table: pd.DataFrame, folder_path: str, csv_path: str, configs: Configs) -> pd.DataFrame:
-    """Checks every image, writes data_report.csv beside the table, and returns the rows that can be used.
+def leave_out_bad_images(
+    tables: dict[str, pd.DataFrame], set_names: Sequence[str], configs: Configs, multi_label: bool = False
+) -> dict[str, pd.DataFrame]:
+    """Checks every image, writes data_report.csv beside the tables, and returns the rows that can be used.
 
-    The report's row numbers count all images, those that are left out as well.
+    The report's row numbers count all images, those that are left out as well: images that have two labels and, where
+    `skip_bad_images` is set, those that cannot be read.
+
+    Args:
+        tables: by the CSV file that each is to be written to.
+        set_names: of each; of a single table empty.
+        configs: the options of every script.
+        multi_label: whether a label may hold several class names.
 
     Raises:
-        UserError: there are errors; of images that cannot be read only where `skip_bad_images` is not set.
+        UserError: there are errors, or no row of a table is left.
     """
-    bad_rows = get_bad_rows(check_table(table, csv_path, configs))[csv_path]
-    if len(bad_rows) == len(table):
-        raise UserError(f"None of the {len(table)} images of {folder_path} can be read.")
-    return table.drop(index=[row - 2 for row in bad_rows])
+    listed = [
+        make_image_table(name, csv_path, table, configs.csv_label_column)
+        for name, (csv_path, table) in zip(set_names, tables.items(), strict=True)
+    ]
+    bad_rows = get_bad_rows(check_tables(listed, configs, multi_label, skip_contradictions=True))
+    kept = {path: table.drop(index=[row - 2 for row in bad_rows[path]]) for path, table in tables.items()}
+    for path, table in kept.items():
+        if table.empty:
+            raise UserError(f"None of the {len(tables[path])} images for {path} can be used. Correct them.")
+    return kept

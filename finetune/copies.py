@@ -75,7 +75,7 @@ def compare_places(
     same_file = first.table.files[first.row - 2] == second.table.files[second.row - 2]
     kinds = []
     if across:
-        kinds.append("allowed_duplicate" if allow_duplicates else f"{near}duplicate_across_sets")
+        kinds.append(f"{near}allowed_duplicate" if allow_duplicates else f"{near}duplicate_across_sets")
     if first.label(multi_label) != second.label(multi_label):
         kinds.append(f"{near}duplicate_with_other_label")
     if not kinds:
@@ -85,9 +85,8 @@ def compare_places(
     if kinds[-1].endswith("other_label"):
         labels = [place.table.labels[place.row - 2] for place in (second, first)]
         text += f", {labels[0]!r} here and {labels[1]!r} there"
-    copy_of = None if across else first.row
-    table = second.table
-    return [Finding(kind, table.set_name, table.csv_path, second.row, second.path, text, copy_of) for kind in kinds]
+    place = second.table.set_name, second.table.csv_path, second.row, second.path
+    return [Finding(kind, *place, text, first.row, first.table.csv_path) for kind in kinds]
 
 
 def group_by_content(known: dict[str, Inspection]) -> dict[str, str]:

@@ -8,12 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 
 from configs import MAX_IMAGE_PIXELS, Configs
 from finetune.copies import find_copies
 from finetune.findings import KINDS, Finding, get_bad_rows, report_findings
 from finetune.inspection import Inspection, inspect_images
+from finetune.missing_files import explain_missing
 from finetune.options import UserError
 from finetune.tables import ImageTable, find_class_names, make_image_table, parse_table, split_label
 from finetune.texts import LONGEST_LIST, join_names
@@ -70,30 +70,31 @@ def check_sets(csv_paths: dict[str, str], configs: Configs, writes_report: bool 
     return {path: bad.get(path, set()) for path in csv_paths.values()}
 
 
-def check_table(
-    table: pd.DataFrame, csv_path: str, configs: Configs, multi_label: bool = False, image_directory: str = ""
+def check_tables(
+    tables: Sequence[ImageTable], configs: Configs, multi_label: bool, skip_contradictions: bool = False
 ) -> list[Finding]:
-    """Checks a table and every image in it, prints what it finds and writes data_report.csv beside it.
+    """Checks tables and every image in them, prints what it finds and writes data_report.csv beside the first.
 
     Args:
-        table: as `parse_table` gives it.
-        csv_path: where it is, or will be.
-        configs: for the label's column, the images' size and limits.
+        tables: of the sets, the training set first, or one of no set's name.
+        configs: for the images' size and limits, and what is no error.
         multi_label: whether a label may hold several class names.
-        image_directory: in front of the paths.
+        skip_contradictions: whether an image that has two labels is left out, and no error.
 
     Raises:
         UserError: there are errors; of images that cannot be read only where `skip_bad_images` is not set.
     """
     findings = check_data(
-        [make_image_table("", csv_path, table, configs.csv_label_column, image_directory)],
+        tables,
         multi_label,
         mode="full",
         image_size=configs.image_target_size[:2],
         max_pixels=configs.max_image_pixels,
         workers=configs.generator_workers,
+        allow_duplicates=configs.allow_duplicates,
     )
-    report_findings(findings, os.path.dirname(csv_path), configs.skip_bad_images)
+    folder = os.path.dirname(tables[0].csv_path)
+    report_findings(findings, folder, configs.skip_bad_images, skip_contradictions=skip_contradictions)
     return findings
 
 
@@ -124,7 +125,7 @@ def check_data(
     findings = [finding for table in tables for finding in check_labels(table, multi_label)]
     findings += find_unknown_classes(tables, multi_label)
     files = list(dict.fromkeys(file for table in tables for file in table.files if file))
-    known = dict(zip(files, inspect_images(files, mode == "full", max_pixels, workers), strict=True))
+    known = dict(zip(files, inspect_named(files, mode == "full", max_pixels, workers), strict=True))
     unusual = find_unusual_sizes(known, image_size)
     for table in tables:
         for row, (path, file) in enumerate(zip(table.paths, table.files, strict=True), start=2):
@@ -247,6 +248,17 @@ def find_unusual_sizes(known: dict[str, Inspection], image_size: Sequence[int]) 
     return found
 
 
+def inspect_named(files: Sequence[str], decode: bool, max_pixels: int, workers: int) -> list[Inspection]:
+    """Inspects images as `inspect_images` does; of a file that is missing it tells which one may be meant."""
+    inspections = inspect_images(files, decode, max_pixels, workers)
+    missing = [row for row, one in enumerate(inspections) if one.fault and one.fault[0] == "missing"]
+    reasons = explain_missing(files[row] for row in missing)
+    for row in missing:
+        if files[row] in reasons:
+            inspections[row] = inspections[row]._replace(fault=("missing", reasons[files[row]]))
+    return inspections
+
+
 def check_images(
     paths: Sequence[str],
     csv_path: str,
@@ -262,7 +274,7 @@ def check_images(
     Raises:
         UserError: names the first few files that are missing, empty or no images, with their rows.
     """
-    inspections = inspect_images(paths, False, max_pixels, workers)
+    inspections = inspect_named(paths, False, max_pixels, workers)
     faults = {row: inspection.fault[1] for row, inspection in enumerate(inspections, start=2) if inspection.fault}
     if not faults:
         return []

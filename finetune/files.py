@@ -7,10 +7,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.options import UserError
+from finetune.texts import join_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,19 +87,70 @@ def write_csv(path: str, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False, encoding="utf-8")
 
 
-def walk_visible(folder_path: str) -> Iterator[str]:
-    """Yields the files below a folder; hidden files and folders are left out.
+class Visible(NamedTuple):
+    """What lies below a folder, each list sorted.
+
+    Attributes:
+        files: their paths.
+        closed: what leads to no file: broken links, links to a folder around them, folders that cannot be opened.
+        folders: the folder itself and those below it.
+    """
+
+    files: list[str]
+    closed: list[str]
+    folders: list[str]
+
+
+def list_visible(folder_path: str) -> Visible:
+    """Lists the files below a folder, those of linked folders too; hidden files and folders are left out.
+
+    Each folder is entered once: under its own name where it has one below `folder_path`, else through the first link.
+    A link to a folder around itself is not followed, since that would have no end.
 
     Raises:
         UserError: a name is no text, so that a CSV file cannot hold it.
     """
-    for folder, subfolders, files in os.walk(folder_path):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for file in files:
-            path = os.path.join(folder, file)
-            check_file_name(path)
-            if not file.startswith("."):
-                yield path
+    files, closed, entered = [], [], {}
+    # Folders before links to folders: a name of its own comes first. With each, the folders that lie around it.
+    folders, links = [(folder_path, ())], []
+    while folders or links:
+        folder, around = folders.pop() if folders else links.pop(0)
+        place = os.path.realpath(folder)
+        if place in entered:
+            continue
+        entered[place] = folder
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda one: one.name)
+        except OSError:
+            closed.append(folder)
+            continue
+        for entry in entries:
+            check_file_name(entry.path)
+            # Only links cost another look.
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                is_link = os.path.realpath(entry.path) != os.path.join(place, entry.name)
+                if is_link and any(lies_around(entry.path, inner) for inner in (*around, place)):
+                    closed += [entry.path] * (os.path.realpath(entry.path) not in entered)
+                elif is_link:
+                    links.append((entry.path, (*around, place)))
+                else:
+                    folders.append((entry.path, around))
+            else:
+                (closed if entry.is_symlink() and not os.path.isfile(entry.path) else files).append(entry.path)
+    return Visible(sorted(files), sorted(closed), sorted(entered.values()))
+
+
+def report_closed(paths: Sequence[str]) -> None:
+    """Prints which links and folders lead to no file."""
+    if paths:
+        print(f"Left out {len(paths)} links or folders that lead nowhere, lead back or are closed: {join_names(paths)}")
+
+
+def lies_around(folder: str, other: str) -> bool:
+    """Tells whether a folder is another one or holds it at any depth, links followed."""
+    folder, other = os.path.realpath(folder), os.path.realpath(other)
+    return os.path.join(other, "").startswith(os.path.join(folder, ""))
 
 
 def check_file_name(path: str) -> None:

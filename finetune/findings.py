@@ -27,7 +27,7 @@ class Finding(NamedTuple):
     """One thing that the data check has found; the fields are the columns of data_report.csv.
 
     `row` is a line number in the CSV file, of which the header is line 1, None where a whole file is meant; `copy_of`
-    the line of the same file that holds the image of which this one is a copy.
+    the line that holds the image of which this one is a copy, and `copy_in` the CSV file of that line.
     """
 
     kind: str
@@ -37,6 +37,7 @@ class Finding(NamedTuple):
     path: str
     detail: str
     copy_of: int | None = None
+    copy_in: str = ""
 
 
 class Kind(NamedTuple):
@@ -61,14 +62,17 @@ KINDS = {
     "empty_label_part": Kind("error", "A '$' stands without a class name beside it. Correct the label."),
     "unknown_class": Kind("error", "The training set has no image of the class. Correct the label, or drop the row."),
     "white_space_variant": Kind("error", "Two class names differ by white space alone. Remove it from the label."),
-    "duplicate_with_other_label": Kind("error", "The same image has two labels. Keep the right row."),
+    "duplicate_with_other_label": Kind(
+        "error", "The same image has two labels. Keep the right row, or leave out all by --skip_bad_images True."
+    ),
     "duplicate_across_sets": Kind(
         "error", "The same image is in two sets: drop one, or allow it by --allow_duplicates True."
     ),
     "near_duplicate_across_sets": Kind(
         "error", "Nearly the same image is in two sets: drop one, or allow it by --allow_duplicates True."
     ),
-    "allowed_duplicate": Kind("warning", "The same image, or nearly, is in two sets: figures will be optimistic."),
+    "allowed_duplicate": Kind("warning", "The same image is in two sets: figures will be optimistic."),
+    "near_allowed_duplicate": Kind("warning", "Nearly the same image is in two sets: figures will be optimistic."),
     "near_duplicate_with_other_label": Kind("warning", "Nearly the same image has two labels. Look at both."),
     "white_space": Kind("warning", "White space at the ends of a class name is a part of the name."),
     "case_variant": Kind("warning", "Class names that differ by case or accents' encoding alone are two classes."),
@@ -90,16 +94,42 @@ KINDS = {
 }
 IMAGE_FAULTS = ("missing", "unreachable", "empty", "truncated", "unreadable", "unsupported", "needs_package")
 IMAGE_FAULTS += ("not_an_image", "too_many_pixels")
+EXACT_COPIES = (
+    "duplicate_with_other_label",
+    "duplicate_across_sets",
+    "allowed_duplicate",
+    "duplicate_path",
+    "duplicate",
+)
 REPORT_FILE = "data_report.csv"
 
 
 def get_bad_rows(findings: Sequence[Finding]) -> dict[str, set[int]]:
-    """Returns the line numbers of the images that cannot be used, by CSV file."""
+    """Returns the line numbers of the images that cannot be used, or that have two labels, by CSV file."""
     rows = defaultdict(set)
     for finding in findings:
         if finding.kind in IMAGE_FAULTS:
             rows[finding.csv_path].add(finding.row)
+    for csv_path, row in find_contradictions(findings):
+        rows[csv_path].add(row)
     return rows
+
+
+def find_contradictions(findings: Sequence[Finding]) -> list[tuple[str, int]]:
+    """Returns the CSV file and the line of each image that has another label in another line: of all those lines."""
+    wrong = [one for one in findings if one.kind == "duplicate_with_other_label"]
+    parents = {}
+
+    def find(place: tuple[str, int]) -> tuple[str, int]:
+        while (parent := parents.setdefault(place, place)) != place:
+            place = parents[place] = parents[parent]
+        return place
+
+    for finding in findings if wrong else []:
+        if finding.kind in EXACT_COPIES:
+            parents[find((finding.csv_path, finding.row))] = find((finding.copy_in, finding.copy_of))
+    groups = {find((finding.csv_path, finding.row)) for finding in wrong}
+    return sorted(place for place in [*parents] if find(place) in groups)
 
 
 def format_findings(findings: Sequence[Finding], severities: Collection[str] = ("error", "warning", "note")) -> str:
@@ -139,28 +169,41 @@ def write_data_report(folder: str, findings: Sequence[Finding], is_more: bool = 
 
 
 def report_findings(
-    findings: Sequence[Finding], folder: str, skip_bad_images: bool, writes_report: bool = True
+    findings: Sequence[Finding],
+    folder: str,
+    skip_bad_images: bool,
+    writes_report: bool = True,
+    skip_contradictions: bool = False,
 ) -> None:
     """Prints what the data check has found, and writes data_report.csv where that is anything.
 
     Args:
         findings: from `check_data`.
         folder: receives the report.
-        skip_bad_images: images that cannot be used are left out, not errors.
+        skip_bad_images: images that cannot be used, or that have two labels, are left out, not errors.
         writes_report: False leaves the report to another process that finds the same.
+        skip_contradictions: images that have two labels are left out in any case.
 
     Raises:
         UserError: there are errors; the text lists them.
     """
-    skipped = [finding for finding in findings if finding.kind in IMAGE_FAULTS and skip_bad_images]
-    errors = [finding for finding in findings if KINDS[finding.kind].severity == "error" and finding not in skipped]
+    unreadable = [finding for finding in findings if finding.kind in IMAGE_FAULTS and skip_bad_images]
+    contradictions = {*find_contradictions(findings)} if skip_bad_images or skip_contradictions else set()
+    # What is left out of every set is no longer in two.
+    kinds = "duplicate_with_other_label", "duplicate_across_sets"
+    settled = [one for one in findings if one.kind in kinds and (one.csv_path, one.row) in contradictions]
+    left_out = {*unreadable, *settled}
+    skipped = [finding for finding in findings if finding in left_out]
+    errors = [one for one in findings if KINDS[one.kind].severity == "error" and one not in left_out]
     if not findings and not os.path.exists(os.path.join(folder, REPORT_FILE)):
         return
     path = write_data_report(folder, findings) if writes_report else os.path.join(folder, REPORT_FILE)
     if text := format_findings([*skipped, *(one for one in findings if KINDS[one.kind].severity != "error")]):
         print(text)
-    if skipped:
-        print(f"Left out {len(skipped)} images that cannot be read; {path} lists them.")
+    if unreadable:
+        print(f"Left out {len(unreadable)} images that cannot be read; {path} lists them.")
+    if contradictions:
+        print(f"Left out {len(contradictions)} rows whose images have two labels; {path} lists them.")
     if errors:
         counts = Counter(KINDS[finding.kind].severity for finding in findings)
         raise UserError(

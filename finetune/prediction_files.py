@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from finetune.decision import Decision
-from finetune.files import IMAGE_SUFFIXES, check_file_name, walk_visible
+from finetune.files import IMAGE_SUFFIXES, check_file_name, list_visible, report_closed
+from finetune.missing_files import explain_missing
 from finetune.options import UserError
 from finetune.stores import is_url, join_path
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table
@@ -40,7 +42,7 @@ def list_inputs(given: str, image_directory: str = "") -> tuple[list[str], list[
     elif os.path.isfile(given) or is_url(given):
         names = [given]
     elif glob.has_magic(given):
-        names = sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))
+        names = sorted(path for path in match_pattern(given) if os.path.isfile(path))
     else:
         raise UserError(
             f"input: expected an image, a folder, a pattern in quotes, or a CSV file with a column '{IMAGE_COLUMN}'. "
@@ -61,19 +63,47 @@ def prefer_existing(paths: Sequence[str], names: Sequence[str]) -> Sequence[str]
     return names
 
 
+def match_pattern(pattern: str) -> set[str]:
+    """Returns the paths that a pattern matches, named as `glob` names them; `**` enters linked folders, each once."""
+    separators = re.escape(os.sep + (os.altsep or ""))
+    parts = re.split(rf"(?<![^{separators}])\*\*(?:[{separators}]+|$)", pattern, maxsplit=1)
+    if len(parts) == 1:
+        return {*glob.glob(pattern)}
+    found = set()
+    for start in glob.glob(parts[0]) if parts[0] else [""]:
+        below = list_visible(start or os.curdir)
+        beginning = 0 if start else len(os.path.join(os.curdir, ""))
+        if not parts[1]:
+            found |= {path[beginning:] for path in below.files}
+            continue
+        for folder in below.folders:
+            found |= match_pattern(glob.escape(os.path.join(folder, "")[beginning:]) + parts[1])
+    return found
+
+
 def list_folder(folder: str) -> list[str]:
     """Returns the files below a folder that end as images do, sorted; names the others that are not hidden.
 
     Raises:
         UserError: there is none.
     """
-    paths = sorted(walk_visible(os.path.normpath(folder)))
-    images = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+    files, closed, _ = list_visible(os.path.normpath(folder))
+    # A broken link that is named as an image gets its row, which says so.
+    images = sorted(path for path in files + closed if path.lower().endswith(IMAGE_SUFFIXES))
     if not images:
         raise UserError(f"input: the folder {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
-    if others := [path for path in paths if not path.lower().endswith(IMAGE_SUFFIXES)]:
+    if others := [path for path in files if not path.lower().endswith(IMAGE_SUFFIXES)]:
         print(f"Left out {len(others)} files that do not end as images do: {join_names(others)}")
+    report_closed([path for path in closed if not path.lower().endswith(IMAGE_SUFFIXES)])
     return images
+
+
+def explain_errors(errors: dict[int, str], paths: Sequence[str]) -> dict[int, str]:
+    """Adds to what was wrong with images, by their rows, which file a path that leads to none may mean."""
+    reasons = explain_missing(paths[row] for row in errors if not os.path.exists(paths[row]))
+    return {
+        row: f"{error} It {reasons[paths[row]]}." if paths[row] in reasons else error for row, error in errors.items()
+    }
 
 
 def check_write_path(write_path: str, given: str) -> None:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 
 import numpy as np
 import pandas as pd
 
 from configs import Configs
 from finetune.copies import Groups
-from finetune.data_check import check_table
+from finetune.data_check import check_tables
 from finetune.findings import get_bad_rows
 from finetune.options import UserError
-from finetune.tables import find_class_names, parse_table, read_table, split_label
+from finetune.tables import find_class_names, make_image_table, parse_table, read_table, split_label
 
 SET_FILES = {"training": "training_set.csv", "validation": "validation_set.csv", "testing": "testing_set.csv"}
 
 
 def refuse_own_input(csv_path: str, written: dict[str, str]) -> None:
-    """Raises UserError where a file to be written is the one that is split."""
+    """Raises UserError where a file to be written is the one that is read."""
     if os.path.realpath(csv_path) in map(os.path.realpath, written.values()):
-        raise UserError(f"{csv_path} would be replaced by a part of itself. Rename it first.")
+        raise UserError(f"{csv_path} would be replaced by what is made of it. Rename it first.")
 
 
 def read_rows(
@@ -44,7 +45,8 @@ def read_rows(
     label_column, multi_label, findings = configs.csv_label_column, configs.multi_label_classification, []
     if verify:
         table = parse_table(csv_path, label_column)
-        findings = check_table(table, csv_path, configs, multi_label, configs.image_directory)
+        listed = make_image_table("", csv_path, table, label_column, configs.image_directory)
+        findings = check_tables([listed], configs, multi_label)
     table = read_table(csv_path, label_column, multi_label)
     groups = Groups(len(table))
     if group_column:
@@ -56,7 +58,7 @@ def read_rows(
         print(f"Copies, exact or near, that stay in one set with their original: {len(copies)}.")
     kept = np.setdiff1d(np.arange(len(table)), [row - 2 for row in get_bad_rows(findings)[csv_path]])
     if not kept.size:
-        raise UserError(f"{csv_path}: none of the {len(table)} images can be read. Check image_directory.")
+        raise UserError(f"{csv_path}: none of the {len(table)} images can be used. Check image_directory.")
     numbers = np.array([groups.find(int(row)) for row in kept])
     return table.iloc[kept], numbers if copies or group_column else None
 
@@ -194,6 +196,15 @@ def warn_of_other_fractions(sets: dict[str, np.ndarray], fractions: dict[str, fl
                 f"Warning: the {name} set has {len(rows) / number:.1%} of the images, not {fractions[name]:.1%}: "
                 "groups stay whole."
             )
+
+
+def warn_of_stale_sets(written: Collection[str]) -> None:
+    """Prints which tables of sets stand beside those that were written, but were not."""
+    folder = os.path.dirname(next(iter(written)))
+    for file in SET_FILES.values():
+        path = os.path.join(folder, file)
+        if path not in written and os.path.exists(path):
+            print(f"Warning: {path} is of an earlier split and may share images with the new sets. Delete it.")
 
 
 def warn_of_missing_classes(counts: pd.DataFrame) -> None:

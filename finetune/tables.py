@@ -13,11 +13,17 @@ import pandas as pd
 from finetune.findings import Finding
 from finetune.options import UserError
 from finetune.stores import is_url, join_path
+from finetune.table_faults import (
+    IMAGE_COLUMN,
+    find_column_remedies,
+    find_kind_fault,
+    find_long_rows_fault,
+    find_start_fault,
+    read_start,
+)
 from finetune.texts import join_names
 
-IMAGE_COLUMN = "path"
 LABEL_SEPARATOR = "$"
-DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 def read_table(csv_path: str, label_column: str, multi_label: bool = False) -> pd.DataFrame:
@@ -55,6 +61,11 @@ def parse_table(csv_path: str, label_column: str) -> pd.DataFrame:
         UserError: the file is missing, empty or no CSV, or lacks a column or rows.
     """
     try:
+        start = read_start(csv_path)
+        if fault := find_kind_fault(start):
+            raise UserError(f"{csv_path} is not a UTF-8 CSV file: {fault}.")
+        if start and (fault := find_start_fault(start)):
+            raise UserError(f"{csv_path} {fault}.")
         table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"Cannot read the CSV file {csv_path}: {error.strerror}. Check the path.") from error
@@ -67,17 +78,14 @@ def parse_table(csv_path: str, label_column: str) -> pd.DataFrame:
     except ValueError as error:
         raise UserError(f"{csv_path} is not a UTF-8 CSV file: {str(error).strip()}. Save it as one.") from error
     if not isinstance(table.index, pd.RangeIndex):
-        raise UserError(f"{csv_path} has rows with more fields than its header. Quote the fields that hold a comma.")
+        raise UserError(f"{csv_path} {find_long_rows_fault(table)}.")
     blank = (table == "").all(axis=1).to_numpy()
     table = table.iloc[: len(table) - int(np.argmin(blank[::-1])) if not blank.all() else 0]
-    for column, remedy in ((IMAGE_COLUMN, "Rename the column with the images"), (label_column, "Set csv_label_column")):
-        if column not in table.columns:
-            columns = ", ".join(table.columns)
-            other = next((name for mark, name in DELIMITERS.items() if mark in columns and len(table.columns) == 1), "")
-            remedy = (
-                f"Its fields are separated by {other}: separate them by commas" if other else f"{remedy} accordingly"
-            )
-            raise UserError(f"{csv_path} has no column '{column}'. Its columns: {columns}. {remedy}.")
+    if missing := [name for name in dict.fromkeys((IMAGE_COLUMN, label_column)) if name not in table.columns]:
+        remedies = ". ".join(find_column_remedies(table, missing, label_column, csv_path))
+        raise UserError(
+            f"{csv_path} has no column '{missing[0]}'. Its columns: {join_names(table.columns)}. {remedies}."
+        )
     if table.empty:
         raise UserError(f"{csv_path} has no rows. Expected one row an image, with {IMAGE_COLUMN} and {label_column}.")
     return table
@@ -87,8 +95,6 @@ def describe_encoding(csv_path: str) -> str:
     """Returns what a text file that is not UTF-8 may be, with the line of its first foreign byte."""
     with open(csv_path, "rb") as file:
         content = file.read()
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "it is UTF-16"
     try:
         content.decode()
     except UnicodeDecodeError as error:

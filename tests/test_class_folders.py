@@ -34,8 +34,22 @@ def test_folders_are_verified_before_the_table_is_written(class_folders):
     assert "torn.jpg" not in (class_folders / "all.csv").read_text("utf-8")
 
 
-def test_one_image_in_two_class_folders_is_refused(class_folders):
+def test_one_image_in_two_class_folders_is_left_out_of_both(class_folders, capsys):
     (class_folders / "images" / "dog" / "torn.jpg").unlink()
     (class_folders / "images" / "dog" / "same.jpg").write_bytes((class_folders / "images/cat/0.jpg").read_bytes())
-    with pytest.raises(UserError, match="duplicate with other label"):
-        list_folders(class_folders, verify=True)
+    assert list_folders(class_folders, verify=True) == {"cat": 2, "dog": 3}
+    table = (class_folders / "all.csv").read_text("utf-8")
+    assert [name for name in ("cat/0.jpg", "cat/1.jpg", "dog/same.jpg") if name in table] == ["cat/1.jpg"]
+    printed = capsys.readouterr().out
+    assert "Left out 2 rows whose images have two labels" in printed
+    assert "same.jpg the same as" in printed
+
+
+def test_linked_class_folders_count_and_loops_do_not(class_folders, capsys):
+    images = class_folders / "images"
+    (class_folders / "far").mkdir()
+    write_photo(class_folders / "far" / "9.jpg", 9)
+    for name, target in (("owl", "../far"), ("loop", "."), ("up", ".."), ("gone", "nowhere"), ("dog/far", "../../far")):
+        (images / name).symlink_to(target)
+    assert list_folders(class_folders) == {"cat": 3, "dog": 5, "owl": 1}
+    assert "Left out 3 links or folders that lead nowhere" in capsys.readouterr().out

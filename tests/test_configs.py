@@ -126,7 +126,17 @@ def test_list_default_is_not_shared_between_configs():
 @pytest.mark.parametrize(
     ("configs_class", "own"),
     [
-        (FolderConfigs, {"folder_path": "./data/images", "write_path": "./data/all_data.csv", "verify": False}),
+        (
+            FolderConfigs,
+            {
+                "folder_path": "./data/images",
+                "write_path": "./data/all_data.csv",
+                "verify": False,
+                "table_path": "",
+                "image_column": "",
+                "label_separator": "$",
+            },
+        ),
         (
             SplitConfigs,
             {

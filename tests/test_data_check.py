@@ -163,6 +163,8 @@ def test_near_copies_across_sets_are_an_error_that_full_checking_alone_finds(tmp
     assert check(training, test) == []
     found = kinds_of(check(training, test, mode="full"))
     assert found == [("near_duplicate", "training", 3), ("near_duplicate_across_sets", "test", 2)]
+    allowed = kinds_of(check(training, test, mode="full", allow_duplicates=True))
+    assert allowed == [("near_allowed_duplicate", "test", 2), ("near_duplicate", "training", 3)]
 
 
 def test_pictures_of_one_colour_are_no_copies_of_each_other(tmp_path):
@@ -254,6 +256,17 @@ def test_labels_stay_errors_where_images_are_skipped(tmp_path):
         check_run(configs)
     configs.allow_duplicates = True
     check_run(configs)
+
+
+def test_images_of_two_labels_are_left_out_of_every_set_where_images_are_skipped(tmp_path, capsys):
+    configs = write_sets(tmp_path)
+    with open(configs.test_csv, "a", encoding="utf-8") as file:
+        file.write(f"{tmp_path / '0.jpg'},b\n")
+    with pytest.raises(UserError, match="two labels.*--skip_bad_images True"):
+        check_run(configs)
+    configs.skip_bad_images = True
+    assert check_run(configs) == {configs.train_csv: {2}, configs.test_csv: {6}}
+    assert "Left out 2 rows whose images have two labels" in capsys.readouterr().out
 
 
 def test_off_checks_nothing(tmp_path):

@@ -77,10 +77,22 @@ def test_every_place_for_something_new_exists():
         assert {first, second} - {""} <= list_definitions(PROJECT / file), file
 
 
+def write_label_table(folder):
+    """Writes labels.csv for the photos of a data folder: their names without endings, and a column a class."""
+    photos, names = sorted(folder.glob("images/*/*.jpg")), ["brick", "grass", "gravel"]
+    rows = [
+        [f"{photo.parent.name}/{photo.stem}", *(str(int(photo.parent.name == name)) for name in names)]
+        for photo in photos
+    ]
+    text = "\n".join(",".join(row) for row in [["id", *names], *rows])
+    (folder / "labels.csv").write_text(f"{text}\n", encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_every_command_of_the_pages_runs(tmp_path):
     for path in [*PROJECT.glob("*.py"), PROJECT / "data", PROJECT / "finetune"]:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    write_label_table(tmp_path / "data")
     # Training is cut short, and nothing is downloaded; the rest is as the pages have it.
     small = (
         "--visual_model_name MobileNet --use_imagenet_weights False --pop_conv_layers 66 --image_target_size 32 32 3"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.files import atomic_path, remove_stale_files, write_csv, write_json, write_text
+from finetune.files import atomic_path, list_visible, remove_stale_files, write_csv, write_json, write_text
 from finetune.options import UserError
 
 
@@ -82,3 +82,63 @@ def test_temporary_files_of_dead_processes_are_removed(tmp_path):
     remove_stale_files(str(tmp_path))
     assert not stale.exists()
     assert alive.exists()
+
+
+# Listing folders
+
+
+def make_tree(folder, files=(), links=()):
+    """Writes empty files, and links to what their second name says, as seen from the link."""
+    for path in files:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+    for path, target in links:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).symlink_to(target)
+
+
+def list_below(folder, name):
+    return [[os.path.relpath(path, folder) for path in paths] for paths in list_visible(str(folder / name))[:2]]
+
+
+def test_linked_files_and_folders_are_listed_and_hidden_ones_are_not(tmp_path):
+    make_tree(
+        tmp_path,
+        ["cat/1.jpg", "cat/.hidden/2.jpg", "cat/.3.jpg", "far/4.jpg", "far/deep/5.jpg", "far/.6.jpg", "one.jpg"],
+        [("cat/far", "../far"), ("cat/one.jpg", "../one.jpg"), ("cat/.secret", "../far")],
+    )
+    expected = ["cat/1.jpg", "cat/far/4.jpg", "cat/far/deep/5.jpg", "cat/one.jpg"]
+    assert list_below(tmp_path, "cat") == [expected, []]
+
+
+@pytest.mark.parametrize("target", ["..", "../..", "."])
+def test_link_to_a_folder_around_it_is_not_followed(tmp_path, target):
+    make_tree(tmp_path, ["all/cat/1.jpg", "all/cat/sub/2.jpg", "all/dog/3.jpg"], [("all/cat/sub/up", f"../{target}")])
+    files, closed = list_below(tmp_path, "all/cat")
+    assert files == ["all/cat/1.jpg", "all/cat/sub/2.jpg"]
+    # What is in the list already is not told of.
+    assert closed == ([] if target == "." else ["all/cat/sub/up"])
+
+
+def test_folders_that_link_to_each_other_are_entered_once(tmp_path):
+    make_tree(tmp_path, ["cat/1.jpg", "dog/2.jpg"], [("cat/dog", "../dog"), ("dog/cat", "../cat")])
+    assert list_below(tmp_path, "cat") == [["cat/1.jpg", "cat/dog/2.jpg"], []]
+
+
+def test_folder_is_listed_under_its_own_name_before_that_of_a_link(tmp_path):
+    make_tree(tmp_path, ["cat/b/1.jpg"], [("cat/a", "b"), ("cat/c", "b")])
+    assert list_below(tmp_path, "cat") == [["cat/b/1.jpg"], []]
+
+
+def test_links_that_lead_nowhere_are_told(tmp_path):
+    make_tree(tmp_path, ["cat/1.jpg"], [("cat/gone.jpg", "none.jpg"), ("cat/a", "b"), ("cat/b", "a")])
+    assert list_below(tmp_path, "cat") == [["cat/1.jpg"], ["cat/a", "cat/b", "cat/gone.jpg"]]
+
+
+def test_many_links_between_folders_end_soon(tmp_path):
+    names = [f"{number:02d}" for number in range(12)]
+    links = [(f"all/{one}/to_{other}", f"../{other}") for one in names for other in names if one != other]
+    make_tree(tmp_path, [f"all/{name}/{name}.jpg" for name in names], links)
+    files, closed, _ = list_visible(str(tmp_path / "all" / "00"))
+    assert sorted(os.path.basename(path) for path in files) == [f"{name}.jpg" for name in names]
+    assert closed == []

@@ -18,6 +18,7 @@ from fsspec import AbstractFileSystem, register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 
 import draw_activations
+import make_csv_from_folders
 import predict
 import test as evaluation
 import train
@@ -26,7 +27,7 @@ from configs import Configs
 from finetune import cam_pictures
 from finetune.cam_pictures import name_outputs
 from finetune.compressed import custom_save_model
-from finetune.data_check import check_data
+from finetune.data_check import check_data, inspect_named
 from finetune.decision import Decision
 from finetune.decision_file import read_decision, write_decision
 from finetune.files import TEMPORARY_PREFIX
@@ -342,6 +343,43 @@ def table_of(name):
     return run
 
 
+def path_of(text, *names):
+    """Returns a case: the data check looks for the file that a table names; the folder holds others."""
+
+    def run(folder):
+        for number, name in enumerate(names):
+            write_image(folder / name, number)
+        fault = inspect_named([f"{folder}/{text}"], False, 10**6, 1)[0].fault
+        return tell_findings([(fault[0], fault[1].replace(f"{folder}{os.sep}", ""))])
+
+    return run
+
+
+def folders_of(*names, **options):
+    """Returns a case: make_csv_from_folders.py lists a folder of these images, or of folders where a name ends so."""
+
+    def run(folder):
+        for number, name in enumerate(names):
+            if name.endswith("/"):
+                (folder / "photos" / name).mkdir(parents=True)
+            else:
+                write_image(folder / "photos" / name, number)
+        values = {"folder_path": str(folder / "photos"), "write_path": str(folder / "all.csv")} | options
+        make_csv_from_folders.main(make_csv_from_folders.FolderConfigs(**values).validate())
+
+    return run
+
+
+def labels_of(content, *names, **options):
+    """Returns a case: make_csv_from_folders.py makes a table of images from a table of labels."""
+
+    def run(folder):
+        (folder / "labels.csv").write_bytes(content)
+        folders_of(*(names or ("1.jpg", "2.jpg")), table_path=str(folder / "labels.csv"), **options)(folder)
+
+    return run
+
+
 def write_image(path, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -486,6 +524,43 @@ CASES = {
     "url_no_answer": url_of("ftp://localhost:1/photo.jpg"),
     "url_joined": url_of("reference://photo.jpg::memory://bucket/references.json"),
     **{f"table_{name}": table_of(name) for name in BAD_TABLES if name != "path_outside"},
+    "path_without_ending": path_of("photos/1", "photos/1.jpg"),
+    "path_without_ending_of_two_files": path_of("photos/1", "photos/1.jpg", "photos/1.png"),
+    "path_of_backslashes": path_of("photos\\cat\\1.jpg", "photos/cat/1.jpg"),
+    "path_of_backslashes_without_ending": path_of("photos\\cat\\1", "photos/cat/1.jpg"),
+    "path_with_blanks": path_of("photos/1.jpg ", "photos/1.jpg"),
+    "path_in_quotes": path_of("'1.jpg'", "1.jpg"),
+    "path_of_other_capitals": path_of("photos/img_1.jpg", "photos/IMG_1.JPG"),
+    "path_of_another_ending": path_of("photos/1.jpg", "photos/1.png"),
+    "path_of_no_file": path_of("photos/3.jpg", "photos/1.jpg"),
+    "folders_none": folders_of("1.jpg"),
+    "folders_without_images": folders_of("cat/"),
+    "folders_with_separator": folders_of("cat$dog/1.jpg"),
+    "folders_of_sets_and_others": folders_of("train/cat/1.jpg", "val/cat/2.jpg", "more/cat/3.jpg"),
+    "folders_of_one_set_twice": folders_of("train/cat/1.jpg", "val/cat/2.jpg", "valid/cat/3.jpg"),
+    "folders_of_a_set_without_labels": folders_of("train/cat/1.jpg", "test/2.jpg"),
+    "folders_of_sets_without_training": folders_of("val/cat/1.jpg", "test/cat/2.jpg"),
+    "folders_of_one_set": folders_of("train/cat/1.jpg", "train/dog/2.jpg"),
+    "labels_empty": labels_of(b""),
+    "labels_missing": folders_of("1.jpg", table_path="nowhere.csv"),
+    "labels_header_alone": labels_of(b"id,class\n"),
+    "labels_no_header": labels_of(b"1,cat\n2,dog\n"),
+    "labels_no_header_of_paths": labels_of(b"1.jpg,cat\n2.jpg,dog\n"),
+    "labels_latin_1": labels_of("id,class\n1,Ärmel\n".encode("latin-1")),
+    "labels_workbook": labels_of(b"PK\x03\x04\x14\x00"),
+    "labels_more_fields": labels_of(b"id,class\n1,cat,dog\n"),
+    "labels_column_twice": labels_of(b"id,cat,cat\n1,0,1\n"),
+    "labels_of_other_images": labels_of(b"id,class\n7,cat\n8,dog\n"),
+    "labels_without_image": labels_of(b"id,class\n1,cat\n8,dog\n"),
+    "labels_of_two_endings": labels_of(b"id,class\n1,cat\n", "a/1.jpg", "a/1.png"),
+    "labels_of_two_folders": labels_of(b"id,class\n1,cat\n", "a/1.jpg", "b/1.jpg"),
+    "labels_without_labels": labels_of(b"id\n1\n2\n"),
+    "labels_of_no_class": labels_of(b"id,class\n1,\n"),
+    "labels_of_many_columns": labels_of(b"id,breed,age\n1,pug,4\n"),
+    "labels_of_a_column_that_lacks": labels_of(b"id,breed\n1,pug\n", csv_label_column="kind"),
+    "labels_of_probabilities": labels_of(b"id,cat,dog\n1,0.3,0.7\n"),
+    "labels_of_several_classes": labels_of(b"id,cat,dog\n1,1,0\n2,1,1\n"),
+    "labels_with_separator": labels_of(b"id,a$b,c\n1,1,0\n"),
 }
 
 

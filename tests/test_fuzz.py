@@ -28,6 +28,7 @@ from finetune.compressed import custom_save_model
 from finetune.decision import Decision
 from finetune.decision_file import read_decision
 from finetune.images import read_image
+from finetune.label_tables import convert_label_table
 from finetune.log_figures import read_log
 from finetune.model_files import load_model
 from finetune.options import UserError
@@ -178,6 +179,44 @@ def test_tables(folder, content, multi_label):
         assert class_names == sorted(set(class_names))
         assert len(labels) > 0
         assert labels.max() < (2 if multi_label else len(class_names))
+
+
+IDS = st.sampled_from(["0001", "0002", "a/0003", "a\\0003.jpg", "0009", "", " 0001 "])
+LABEL_CELLS = IDS | st.sampled_from(["0", "1", "1.0", "True", "cat", "cat$dog", "$", "id", "class"]) | CELLS
+PHOTOS = ["photos/0001.jpg", "photos/0002.png", "photos/a/0003.jpg"]
+LABEL_TABLES = [b"id,class\n0001,cat\n0002,dog\n", b"sep=;\nid;cat;dog\n0001;1;0\na/0003;0;1\n"]
+LABEL_TABLES.append("id\tclass\n0001\tcat\n".encode("utf-16"))
+
+
+@st.composite
+def label_tables(draw):
+    separator, start = draw(SEPARATORS), draw(st.sampled_from(["", "", "sep=;\n", "\n"]))
+    header = draw(st.sampled_from([["id", "class"], ["id", "cat", "dog"], ["", "id", "a", "b"]]) | st.lists(CELLS))
+    rows = draw(st.lists(st.lists(LABEL_CELLS, min_size=len(header), max_size=len(header)), max_size=5))
+    text = start + "\n".join(separator.join(row) for row in [header, *rows])
+    return text.encode(draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "latin-1"])), "replace")
+
+
+@fuzz(
+    900,
+    content=label_tables() | tables() | damaged(LABEL_TABLES),
+    given=st.booleans(),
+    multi_label=st.booleans(),
+    mark=st.sampled_from("$|1 "),
+    skip=st.booleans(),
+)
+def test_label_tables(folder, content, given, multi_label, mark, skip):
+    for path in PHOTOS:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).touch()
+    Path("labels.csv").write_bytes(content)
+    table = attempt(convert_label_table, "labels.csv", "photos", "class", given, "", multi_label, mark, skip)
+    if table is not None:
+        assert list(table.columns) == ["path", "class"]
+        assert len(table) > 0
+        assert {*table["path"]} <= {*PHOTOS}
+        assert all(table["class"])
+        assert not multi_label or table["path"].is_unique
 
 
 @fuzz(400, content=damaged([b"epoch,loss,val_loss\n1,0.5,0.6\n2,0.4,nan\n"]) | tables() | st.binary(max_size=60))

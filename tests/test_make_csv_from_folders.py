@@ -53,6 +53,12 @@ def test_paths_lead_to_the_files(folder):
         assert all(os.path.isfile(row["path"]) for row in csv.DictReader(file))
 
 
+def test_paths_begin_in_the_current_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    main(make_configs(folder, folder_path="."))
+    assert "\ncat/z.jpg,cat\n" in (folder.parent / "all.csv").read_text("utf-8")
+
+
 def test_two_runs_write_the_same_bytes(folder):
     main(make_configs(folder))
     first = (folder.parent / "all.csv").read_bytes()

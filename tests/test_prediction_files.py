@@ -1,5 +1,6 @@
 """What predict.py reads and writes."""
 
+import glob
 import itertools
 import os
 import sys
@@ -12,7 +13,7 @@ import pytest
 from finetune.decision import Decision
 from finetune.files import write_csv
 from finetune.options import UserError
-from finetune.prediction_files import find_top_classes, list_inputs, make_table
+from finetune.prediction_files import explain_errors, find_top_classes, list_inputs, make_table, match_pattern
 
 
 def test_hidden_and_other_files_of_a_folder_are_left_out(photo_folder, tmp_path, capsys):
@@ -31,6 +32,39 @@ def test_pattern_gives_sorted_files(photo_folder, pattern, number):
     names, paths = list_inputs(str(photo_folder / pattern))
     assert names == paths == sorted(names)
     assert len(names) == number
+
+
+@pytest.mark.parametrize("pattern", ["**/*.jpg", "p*/**/?.jpg", "photos/**", "**/b/**/*.jpg", "./**/b/*", "**/.h.jpg"])
+def test_pattern_names_what_glob_does(tmp_path, monkeypatch, pattern):
+    monkeypatch.chdir(tmp_path)
+    for name in ("1.jpg", "photos/2.jpg", "photos/b/3.jpg", "photos/b/c/4.jpg", "photos/.h.jpg", "photos/.d/5.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    expected = {path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
+    assert expected
+    assert {path for path in match_pattern(pattern) if os.path.isfile(path)} == expected
+
+
+@pytest.mark.parametrize("given", ["photos", "photos/**/*.jpg", "photos/**"])
+def test_linked_folders_are_read_without_end_and_broken_links_get_a_row(tmp_path, monkeypatch, capsys, given):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos/a/1.jpg", "far/2.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    links = {"far": "../far", "self": ".", "a/up": "..", "../far/back": "../photos", "gone.jpg": "none", "old": "none"}
+    for name, target in links.items():
+        Path("photos", name).symlink_to(target)
+    found = list_inputs(given)[0]
+    assert found == ["photos/a/1.jpg", "photos/far/2.jpg"] + ["photos/gone.jpg"] * (given == "photos")
+    assert ("Left out 1 links or folders" in capsys.readouterr().out) == (given == "photos")
+
+
+def test_errors_name_the_file_that_is_meant(tmp_path):
+    (tmp_path / "1.jpg").write_text("no image")
+    paths = [str(tmp_path / name) for name in ("1", "1.jpg", "2.jpg")]
+    explained = explain_errors(dict.fromkeys((0, 1, 2), "Not read."), paths)
+    assert explained[0].startswith(f"Not read. It does not exist, but {paths[1]} does: add the ending")
+    assert (explained[1], explained[2]) == ("Not read.", "Not read.")
 
 
 @pytest.mark.parametrize(

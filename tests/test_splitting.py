@@ -115,6 +115,17 @@ def test_splitting_verifies_what_is_in_a_store(tmp_path, store):
         assert any(copies <= found for found in numbers)
 
 
+def test_splitting_leaves_out_images_of_two_labels_where_it_may(tmp_path, capsys):
+    rows = [(write_photo(tmp_path / f"{number}.jpg", number), "ab"[number % 2]) for number in range(10)]
+    rows.append((write_photo(tmp_path / "copy.jpg", 4), "b"))
+    with pytest.raises(UserError, match=r"duplicate with other label \(1\).*--skip_bad_images True"):
+        split(tmp_path, rows, ("path", "class"), verify=True)
+    _, sets = split(tmp_path, rows, ("path", "class"), verify=True, skip_bad_images=True)
+    names = {os.path.basename(row["path"]) for found in sets.values() for row in found}
+    assert names == {f"{number}.jpg" for number in range(10) if number != 4}
+    assert "Left out 2 rows whose images have two labels" in capsys.readouterr().out
+
+
 def test_splitting_leaves_out_bad_images_where_it_may(tmp_path):
     rows = [(write_photo(tmp_path / f"{number}.jpg", number), "ab"[number % 2]) for number in range(10)]
     rows.append((str(tmp_path / "missing.jpg"), "a"))

@@ -51,10 +51,12 @@ def test_windows_line_ends_and_quotes_are_read(tmp_path):
     [
         ("", "is empty. Expected the columns path and label"),
         ("\n\n", "is empty"),
+        ("\n ", "begins with a blank line"),
         ("path,label\n", "has no rows"),
         ("path,class\na.jpg,cat\n", r"has no column 'label'\. Its columns: path, class\. Set csv_label_column"),
         ("file,label\na.jpg,cat\n", r"has no column 'path'\. Its columns: file, label\."),
         ("path;label\na.jpg;cat\n", r"has no column 'path'\. Its columns: path;label\."),
+        ('"pa\nth;class"\na.jpg;cat\n', "has no column 'path'.*separated by semicolons"),
         ("path,label\na.jpg,cat\nb.jpg,\n", "row 3: the column 'label' is empty"),
         ("path,label\na.jpg,cat\nb.jpg,  \n", "row 3: the column 'label' is empty"),
         ("path,label\na.jpg,cat\nb.jpg\n", "row 3: the column 'label' is empty"),
@@ -67,7 +69,7 @@ def test_windows_line_ends_and_quotes_are_read(tmp_path):
     ],
 )
 def test_unusable_table_is_refused(tmp_path, content, message):
-    with pytest.raises(UserError, match=rf"table\.csv,? ?{message}"):
+    with pytest.raises(UserError, match=rf"(?s)table\.csv,? ?{message}"):
         read_table(write_table(tmp_path, content), "label")
 
 

@@ -1,0 +1,197 @@
+"""What a CSV file is where it is no table of images, and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shlex
+from collections.abc import Sequence
+
+import pandas as pd
+
+from finetune.files import IMAGE_SUFFIXES
+
+IMAGE_COLUMN = "path"
+DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "blanks"}
+# How a file of another kind begins: what it is, and what to do.
+STARTS = {
+    b"PK\x03\x04": "it is an Excel or OpenDocument workbook. Save it as CSV UTF-8",
+    b"\xd0\xcf\x11\xe0": "it is an Excel workbook. Save it as CSV UTF-8",
+    b"%PDF": "it is a PDF. Name the table",
+    b"<!doctype": "it is a web page. Download the file itself",
+    b"<html": "it is a web page. Download the file itself",
+}
+# What columns are called that this project calls otherwise, in small letters alone.
+IMAGE_WORDS = {"file", "files", "filename", "filepath", "image", "images", "imageid", "imagename", "imagepath", "id"}
+IMAGE_WORDS |= {"paths", "img", "imgid", "imgname", "imgpath", "imagefile", "photo", "photoid", "picture", "imageids"}
+LABEL_WORDS = {"label", "labels", "target", "targets", "category", "categories", "classname", "classes", "tag", "tags"}
+TRUE_WORDS = {"1", "1.0", "True", "true", "TRUE"}
+FALSE_WORDS = {"0", "0.0", "False", "false", "FALSE"}
+MARKS_AROUND = " \t\r\n\xa0\ufeff'\"`\u2018\u2019\u201c\u201d"
+# How pandas calls a column without a name.
+UNNAMED = r"Unnamed: \d+"
+SAMPLED_BYTES = 2**16
+SAMPLED_ROWS = 100
+
+
+def read_start(csv_path: str) -> bytes:
+    """Returns how a file begins; nothing of what is no file on the disk.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not os.path.isfile(csv_path):
+        return b""
+    with open(csv_path, "rb") as file:
+        return file.read(SAMPLED_BYTES)
+
+
+def find_encoding(start: bytes) -> str:
+    """Returns the Unicode encoding, wider than UTF-8, that a file's beginning shows: by its mark or its zeros."""
+    marks = {
+        b"\xff\xfe\0\0": "utf-32-le",
+        b"\0\0\xfe\xff": "utf-32-be",
+        b"\xff\xfe": "utf-16-le",
+        b"\xfe\xff": "utf-16-be",
+    }
+    for mark, encoding in marks.items():
+        if start.startswith(mark):
+            return encoding
+    # A header is of letters and commas: of the two bytes of each, one is zero.
+    sample = start[:64]
+    zeros = [sample[offset::2].count(0) / max(len(sample[offset::2]), 1) for offset in (0, 1)]
+    if len(sample) >= 4 and max(zeros) > 0.7 and min(zeros) < 0.1:
+        return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
+    return ""
+
+
+def find_kind_fault(start: bytes) -> str:
+    """Returns what a file is that begins as no UTF-8 table does, and what to do; empty where that does not tell."""
+    if encoding := find_encoding(start):
+        has_mark = start[:2] in (b"\xff\xfe", b"\xfe\xff") or start[2:4] == b"\xfe\xff"
+        return f"it is {encoding[:6].upper()}{'' if has_mark else ' without a byte order mark'}. Save it as UTF-8"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((fault for mark, fault in STARTS.items() if text.startswith(mark.lower())), "")
+
+
+def find_start_fault(start: bytes) -> str:
+    """Returns what is wrong with the first line of a table, and what to do; empty where it may be a header."""
+    lines = start.decode("utf-8-sig", "replace").splitlines()
+    if not any(lines):
+        return ""
+    if not lines[0].strip():
+        return "begins with a blank line. Remove it"
+    if found := find_separator_line(lines[0]):
+        remedy = "" if found == "," else f", and separate the fields by commas, not {DELIMITERS.get(found, found)}"
+        return f"begins with 'sep={found.replace(chr(9), ' ')}', a line for Excel alone. Remove it{remedy}"
+    return ""
+
+
+def find_separator_line(line: str) -> str:
+    """Returns the character that a line `sep=;` names, which Excel takes for a setting; empty for another line."""
+    found = re.fullmatch(r'"?sep=(.)"?[,;]*\s*', line, re.IGNORECASE)
+    return found[1] if found else ""
+
+
+def find_long_rows_fault(table: pd.DataFrame) -> str:
+    """Returns what is wrong with a table whose rows have more fields than its header, and what to do.
+
+    Args:
+        table: as pandas reads it: the first fields are its index.
+    """
+    if table.shape[1] and (table.iloc[:, -1].fillna("") == "").all():
+        return "has rows that end in a comma, which its first line does not. Remove it, or put one there"
+    first = [str(value) for value in table.index.get_level_values(0)]
+    if first in ([str(row) for row in range(start, len(first) + start)] for start in (0, 1)):
+        return "has a number in front of each row that its first line has no name for. Put 'row,' in front of that line"
+    return "has rows with more fields than its header. Quote the fields that hold a comma"
+
+
+def find_column_remedies(table: pd.DataFrame, missing: Sequence[str], label_column: str, csv_path: str) -> list[str]:
+    """Returns what to do about a table that lacks columns.
+
+    Args:
+        table: of texts.
+        missing: `path` or the column with the labels, or both.
+        label_column: the column with the labels.
+        csv_path: where it is.
+    """
+    header = [str(name) for name in table.columns]
+    wanted = ",".join(dict.fromkeys((IMAGE_COLUMN, label_column)))
+    delimiter = next((mark for mark in DELIMITERS if mark in header[0]), "") if len(header) == 1 else ""
+    cells = header[0].split(delimiter) if delimiter else header
+    if len(header) == 1 and "," in header[0]:
+        return ["Its lines are in quotes as a whole: remove these"]
+    has_header = not any(is_image_path(cell) for cell in cells) and not cells[0].strip().isdigit()
+    if delimiter == " " and has_header and not {*cells} & {*missing}:
+        delimiter = ""
+    remedies = []
+    if delimiter:
+        remedies.append(f"Its fields are separated by {DELIMITERS[delimiter]}: separate them by commas")
+    if not has_header:
+        line = f"the line {wanted}" if len(cells) <= 2 else f"a line of names, {wanted} among them,"
+        remedies.append(f"Its first line is no header: put {line} in front of it")
+    if not remedies:
+        spelt = {name: find_spelling(name, missing) for name in header}
+        remedies = [f"{name!r} {spelt[name]}" for name in header if spelt[name]]
+        missing = [name for name in missing if not any(f" {name}" in words for words in spelt.values())]
+    if remedies or not missing:
+        return remedies
+    command = f"python make_csv_from_folders.py --table_path {shlex.quote(csv_path)} --folder_path FOLDER"
+    if label_column in missing and find_class_columns(table):
+        return [f"It has a column of 0 and 1 for each class: {command} makes a table of images of it"]
+    if IMAGE_COLUMN not in missing:
+        return [find_label_remedy(header)]
+    remedy, is_whole = find_image_remedy(table, command, wanted, label_column)
+    return [remedy] if is_whole or label_column not in missing else [remedy, find_label_remedy(header)]
+
+
+def is_image_path(text: str) -> bool:
+    """Tells whether a text ends as images do."""
+    return text.strip(MARKS_AROUND).lower().endswith(IMAGE_SUFFIXES)
+
+
+def find_spelling(name: str, missing: Sequence[str]) -> str:
+    """Returns what to do about a column that is called nearly as a missing one; empty where it is not."""
+    plain = name.strip(MARKS_AROUND)
+    if plain in missing:
+        return f"has {'blanks' if name.strip() == plain else 'quotation marks'} around it: write {plain}"
+    return next((f"has other capitals: write {one}" for one in missing if plain.casefold() == one.casefold()), "")
+
+
+def find_class_columns(table: pd.DataFrame) -> list[str]:
+    """Returns the columns of 0 and 1 where a table has one for each class: at least two, and one more column at most.
+
+    A column without a name, which pandas names itself, is not counted.
+    """
+    columns = [name for name in table.columns if name and not re.fullmatch(UNNAMED, name)]
+    found = [name for name in columns if is_binary(table[name])]
+    return found if len(found) >= 2 and len(columns) - len(found) == 1 else []
+
+
+def is_binary(column: pd.Series) -> bool:
+    """Tells whether a column of texts holds 0 and 1 alone, in any spelling of `TRUE_WORDS` and `FALSE_WORDS`."""
+    return {*column.str.strip().unique()} <= TRUE_WORDS | FALSE_WORDS
+
+
+def find_image_remedy(table: pd.DataFrame, command: str, wanted: str, label_column: str) -> tuple[str, bool]:
+    """Returns what to do about a table without a column `path`, and whether that is all that there is to do."""
+    start, columns = table.head(SAMPLED_ROWS), [name for name in table.columns if name != label_column]
+    named = [name for name in columns if 2 * sum(map(is_image_path, start[name])) > len(start)]
+    alike = [name for name in columns if re.sub(r"[\W\d_]", "", name.casefold()) in IMAGE_WORDS]
+    if named:
+        return f"Rename the column {named[0]!r} to {IMAGE_COLUMN}", False
+    if alike and len(start):
+        return f"The column {alike[0]!r} holds names without endings: {command} makes a table of images of it", True
+    near = [repr(name) for name in difflib.get_close_matches(IMAGE_COLUMN, columns, 1)]
+    column = f"the column {near[0]}" if near else "the column with the images"
+    return f"Rename {column} to {IMAGE_COLUMN}, or put the line {wanted} in front where there is no header", False
+
+
+def find_label_remedy(header: Sequence[str]) -> str:
+    """Returns what to do about a table without the column of labels."""
+    columns = [name for name in header if name != IMAGE_COLUMN]
+    alike = [name for name in columns if re.sub(r"[\W\d_]", "", name.casefold()) in LABEL_WORDS]
+    alike += columns if len(columns) == 1 else []
+    return f"Set csv_label_column to {alike[0]!r}" if alike else "Set csv_label_column accordingly"
