@@ -52,7 +52,7 @@ def main(configs: FolderConfigs) -> dict:
     from finetune.files import write_csv
     from finetune.label_tables import convert_label_table, count_classes_of
     from finetune.set_folders import find_set_folders, write_sets
-    from finetune.splitting import refuse_own_input
+    from finetune.splitting import format_class_counts, refuse_own_input
 
     label_column, write_path = configs.csv_label_column, configs.write_path
     class_names, multi_label = [], bool(configs.table_path) and configs.multi_label_classification
@@ -79,8 +79,7 @@ def main(configs: FolderConfigs) -> dict:
         table = leave_out_bad_images({write_path: table}, [""], configs, multi_label)[write_path]
     write_csv(write_path, table)
     counts = count_classes_of(table[label_column], class_names, multi_label)
-    for name, count in counts.items():
-        print(f"{name}: {count} images" if count else f"{name}: no images, so it is not in the table")
+    print(format_class_counts(counts))
     print(f"Wrote {len(table)} rows to {write_path}")
     return counts
 

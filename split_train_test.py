@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING
 
 from configs import Configs
 from finetune.options import UserError, define, run_script
-from finetune.texts import MOST_LISTED, MOST_TELLING
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclasses.dataclass
@@ -30,19 +25,6 @@ class SplitConfigs(Configs):
         False, "Decode every image, list what is wrong in data_report.csv, and keep copies of an image in one set"
     )
     shuffle: bool = define(True, "Draw the images at random; False takes the last ones of each class")
-
-
-def format_counts(counts: pd.DataFrame) -> str:
-    """Lays out the image counts of each class in each set; of many classes the smallest ones, and how many there are.
-
-    Args:
-        counts: a row a class and a column a set.
-    """
-    if len(counts) <= MOST_LISTED:
-        return counts.to_string()
-    order = counts.sum(axis=1).sort_values(kind="stable").index
-    smallest = counts.loc[order[:MOST_TELLING]].to_string()
-    return f"The {MOST_TELLING} smallest of {len(counts)} classes; the tables below have the others too.\n{smallest}"
 
 
 def main(configs: SplitConfigs) -> dict:
@@ -71,7 +53,7 @@ def main(configs: SplitConfigs) -> dict:
         sets = splitting.split_groups(labels.to_numpy(object), groups, fractions, multi_label, rng)
         splitting.warn_of_other_fractions(sets, fractions)
     counts = splitting.count_classes(labels, sets, find_class_names(labels, multi_label), multi_label)
-    print(format_counts(counts))
+    print(splitting.format_counts(counts))
     splitting.warn_of_missing_classes(counts)
     if empty := [name for name, rows in sets.items() if not len(rows)]:
         raise UserError(f"{csv_path} has too few images: the {empty[0]} set would be empty. Add images.")

@@ -71,7 +71,7 @@ class DiskCache:
 
     ENTRY = np.dtype([("digest", "V16"), ("checksum", "<u4")])
     # To be raised when images are decoded or resized in another way.
-    VERSION = 1
+    VERSION = 2
 
     def __init__(self, paths: Sequence[str], image_size: Sequence[int], folder: str) -> None:
         self._paths = [path if is_url(path) else os.path.abspath(path) for path in paths]

@@ -12,6 +12,7 @@ from configs import Configs
 from finetune.data_check import check_tables
 from finetune.files import IMAGE_SUFFIXES, lies_around, list_visible, report_closed
 from finetune.findings import get_bad_rows
+from finetune.headers import reads_heic
 from finetune.options import UserError
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, make_image_table
 from finetune.texts import join_names
@@ -68,6 +69,16 @@ def report_left_out(photos: Photos) -> None:
     report_closed(photos.closed)
 
 
+def report_unread_heic(paths: Sequence[str]) -> None:
+    """Prints how many images are HEIC where the package that reads them is not installed."""
+    found = [path for path in paths if path.lower().endswith((".heic", ".heif"))]
+    if found and not reads_heic():
+        print(
+            f"{len(found)} images are HEIC, which takes a package: pip install pillow-heif. Without it they count as "
+            "unreadable."
+        )
+
+
 def tabulate_images(images: dict[str, list[str]], label_column: str, folder_path: str) -> pd.DataFrame:
     """Returns a table of images, a row each: its path and, in `label_column`, its class.
 
@@ -82,6 +93,7 @@ def tabulate_images(images: dict[str, list[str]], label_column: str, folder_path
     rows = [(path, name) for name, paths in images.items() for path in paths]
     if not rows:
         raise UserError(f"The class folders of {folder_path} hold no image ({', '.join(IMAGE_SUFFIXES)}).")
+    report_unread_heic([path for path, _ in rows])
     return pd.DataFrame(rows, columns=[IMAGE_COLUMN, label_column])
 
 

@@ -56,6 +56,11 @@ ZEROED_PART = bytes(512)
 END_OF_BLOCK = 0
 
 
+def reads_heic() -> bool:
+    """Tells whether the package is installed that reads HEIC."""
+    return pillow_heif is not None
+
+
 def read_header(file: BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) -> PIL.Image.Image | None:
     """Reads the header of an image file with Pillow, which decodes no pixel.
 

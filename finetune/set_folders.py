@@ -13,7 +13,7 @@ from configs import Configs
 from finetune.class_folders import Photos, leave_out_bad_images, list_photos, report_left_out, tabulate_images
 from finetune.files import write_csv
 from finetune.options import UserError
-from finetune.splitting import SET_FILES, count_classes, warn_of_stale_sets
+from finetune.splitting import SET_FILES, count_classes, format_counts, warn_of_stale_sets
 from finetune.texts import join_names
 
 SET_WORDS = {"train": "training", "training": "training", "test": "testing", "testing": "testing"}
@@ -115,22 +115,34 @@ def write_sets(folders: dict[str, str], beside: Photos, configs: Configs, write_
         tables = leave_out_bad_images(tables, list(folders), configs)
     print(f"Kept the split into {', '.join(map(_quote_folder, folders.values()))}: nothing is left to split.")
     counts = _count(tables, list(folders), sorted({name for photos in found.values() for name in photos.images}))
-    print(counts.to_string())
-    for name, row in counts.iterrows():
-        if not row.sum():
-            print(f"{name}: no images, so it is in no table")
-        elif not row["training"]:
-            sets = join_names([set_name for set_name in row.index if row[set_name]])
-            print(f"Warning: training has no image of {name}, {sets} has: train.py cannot use it. Move or drop those.")
-        else:
-            for set_name in row.index[row == 0]:
-                print(f"Warning: the {set_name} set has no image of {name}.")
+    print(format_counts(counts))
+    warn_of_gaps(counts)
     for path, table in tables.items():
         write_csv(path, table)
         print(f"Wrote {len(table)} rows to {path}")
     warn_of_stale_sets(tables)
     print(describe_next_step(paths, label_column))
     return counts.to_dict()
+
+
+def warn_of_gaps(counts: pd.DataFrame) -> None:
+    """Prints which classes have no image in a set, or in none, a line each kind.
+
+    Args:
+        counts: a row a class and a column a set.
+    """
+    empty = counts.sum(axis=1) == 0
+    if empty.any():
+        print(f"No images, so in no table: {join_names([*counts.index[empty]])}")
+    unknown = ~empty & (counts["training"] == 0)
+    if unknown.any():
+        print(
+            f"Warning: training has no image of {join_names([*counts.index[unknown]])}, other sets have: train.py "
+            "cannot use those. Move or drop them."
+        )
+    for set_name in counts.columns.drop("training"):
+        if names := [*counts.index[~empty & ~unknown & (counts[set_name] == 0)]]:
+            print(f"Warning: the {set_name} set has no image of {join_names(names)}.")
 
 
 def _quote_folder(folder: str) -> str:

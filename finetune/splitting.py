@@ -14,6 +14,7 @@ from finetune.data_check import check_tables
 from finetune.findings import get_bad_rows
 from finetune.options import UserError
 from finetune.tables import find_class_names, make_image_table, parse_table, read_table, split_label
+from finetune.texts import MOST_LISTED, MOST_TELLING, join_names
 
 SET_FILES = {"training": "training_set.csv", "validation": "validation_set.csv", "testing": "testing_set.csv"}
 
@@ -207,9 +208,39 @@ def warn_of_stale_sets(written: Collection[str]) -> None:
             print(f"Warning: {path} is of an earlier split and may share images with the new sets. Delete it.")
 
 
+def format_counts(counts: pd.DataFrame) -> str:
+    """Lays out the image counts of each class in each set; of many classes the smallest ones, and how many there are.
+
+    Args:
+        counts: a row a class and a column a set.
+    """
+    if len(counts) <= MOST_LISTED:
+        return counts.to_string()
+    order = counts.sum(axis=1).sort_values(kind="stable").index
+    smallest = counts.loc[order[:MOST_TELLING]].to_string()
+    return f"The {MOST_TELLING} smallest of {len(counts)} classes; the tables below have the others too.\n{smallest}"
+
+
+def format_class_counts(counts: dict[str, int]) -> str:
+    """Lays out how many images each class has, a line a class; of many the smallest ones, and how many there are."""
+    names, lines = [*counts], []
+    if len(names) > MOST_LISTED:
+        names = sorted(names, key=counts.__getitem__)[:MOST_TELLING]
+        lines = [f"The {MOST_TELLING} smallest of {len(counts)} classes; the table has the others too."]
+    for name in names:
+        count = counts[name]
+        lines.append(f"{name}: {count} images" if count else f"{name}: no images, so it is not in the table")
+    return "\n".join(lines)
+
+
 def warn_of_missing_classes(counts: pd.DataFrame) -> None:
-    """Prints which classes are too small to be in every set."""
-    for name, row in counts.iterrows():
+    """Prints which classes are too small to be in every set; where they are many, how many each set lacks."""
+    missing = counts.index[(counts == 0).any(axis=1)]
+    for set_name in counts.columns if len(missing) > MOST_TELLING else ():
+        if names := [*counts.index[counts[set_name] == 0]]:
+            print(f"Warning: the {set_name} set has none of {len(names)} small classes: {join_names(names)}.")
+    for name in missing if len(missing) <= MOST_TELLING else ():
+        row = counts.loc[name]
         for set_name in row.index[row == 0]:
             print(f"Warning: {name} has {row.sum()} images, so the {set_name} set has none of it.")
 

@@ -165,7 +165,7 @@ def test_sets_that_are_not_as_they_have_to_be_are_refused(tmp_path, paths, messa
 def test_classes_that_training_lacks_are_told(tmp_path, capsys):
     touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "test/a/3.jpg", "test/b/4.jpg", "test/owl/5.jpg")
     make_tables(tmp_path)
-    assert "Warning: training has no image of owl, testing has" in capsys.readouterr().out
+    assert "Warning: training has no image of owl, other sets have" in capsys.readouterr().out
 
 
 def test_copies_across_sets_are_found_in_one_check(tmp_path, capsys):

@@ -6,6 +6,7 @@ import itertools
 import os
 
 import numpy as np
+import pandas as pd
 import pytest
 from checked_tables import write_photo
 from corpus import encode, photo
@@ -13,7 +14,7 @@ from PIL import Image
 
 import split_train_test
 from finetune.options import UserError
-from finetune.splitting import SET_FILES
+from finetune.splitting import SET_FILES, format_class_counts, warn_of_missing_classes
 
 
 def split(folder, rows, header=("path", "class", "patient"), **options):
@@ -134,3 +135,28 @@ def test_splitting_leaves_out_bad_images_where_it_may(tmp_path):
     assert not (tmp_path / "training_set.csv").exists()
     _, sets = split(tmp_path, rows, ("path", "class"), verify=True, skip_bad_images=True)
     assert sum(map(len, sets.values())) == 10
+
+
+def test_of_many_classes_the_smallest_are_shown(capsys):
+    counts = {f"c{number:03d}": 1000 - number for number in range(101)} | {"none": 0}
+    lines = format_class_counts(counts).splitlines()
+    assert lines[0] == "The 20 smallest of 102 classes; the table has the others too."
+    assert lines[1] == "none: no images, so it is not in the table"
+    assert lines[2:] == [f"c{number:03d}: {1000 - number} images" for number in range(100, 81, -1)]
+    few = {"owl": 3, "cat": 0}
+    assert format_class_counts(few) == "owl: 3 images\ncat: no images, so it is not in the table"
+
+
+def test_many_classes_that_a_set_lacks_take_one_line(capsys):
+    names = [f"c{number:02d}" for number in range(30)]
+    counts = pd.DataFrame({"training": 1, "validation": 0, "testing": [0] * 3 + [1] * 27}, index=names)
+    warn_of_missing_classes(counts)
+    assert capsys.readouterr().out.splitlines() == [
+        "Warning: the validation set has none of 30 small classes: c00, c01, c02, c03, c04 and 25 more.",
+        "Warning: the testing set has none of 3 small classes: c00, c01, c02.",
+    ]
+    warn_of_missing_classes(counts[:1])
+    assert capsys.readouterr().out.splitlines() == [
+        "Warning: c00 has 1 images, so the validation set has none of it.",
+        "Warning: c00 has 1 images, so the testing set has none of it.",
+    ]
