@@ -27,6 +27,11 @@ EXPECTED = {
     "deep_alpha_png": ["deep", "alpha"],
     **{name: ["cmyk"] for name in ("cmyk_jpeg", "cmyk_tiff")},
     **{name: ["alpha"] for name in ("alpha_png", "alpha_webp", "grey_alpha_png")},
+    **{name: ["unreadable"] for name in ("cut_with_mark_jpeg", "zeroed_jpeg", "random_jpeg", "missing_part_jpeg")},
+    **{name: ["unsupported"] for name in ("deep_jpeg", "vector")},
+    "wave": ["not_an_image"],
+    "alpha_gif": ["alpha"],
+    "twelve_bits_png": ["deep", "nearly_uniform"],
     "palette_png": ["palette"],
     "palette_alpha_png": ["palette", "alpha"],
 }

@@ -1,14 +1,13 @@
 """One file of every kind of bad or unusual image, and one table of every kind of bad CSV file, for all tests."""
 
-import io
 import struct
 import zlib
 
 import cv2
 import numpy as np
+from encoding import SIZE, encode, photo, png_chunk
+from odd_images import encode_heic, grey_tiff, lossless_jpeg
 from PIL import Image
-
-SIZE = (60, 80)
 
 # Names of `build_corpus` that no reader may accept.
 UNREADABLE = (
@@ -16,30 +15,9 @@ UNREADABLE = (
     *("truncated_jpeg", "truncated_progressive", "truncated_png", "truncated_webp", "truncated_bmp", "truncated_gif"),
     *("truncated_tiff", "zero_filled_jpeg", "jpeg_start_only", "damaged_png"),
     *("bomb_png", "bomb_jpeg", "bomb_gif", "bomb_bmp"),
+    *("cut_with_mark_jpeg", "zeroed_jpeg", "random_jpeg", "missing_part_jpeg", "deep_jpeg", "vector", "wave"),
 )
 BOMB_SIDES = (14_000, 14_000)
-
-
-def photo(seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """Returns a smooth random picture with some noise, uint8 RGB `(height, width, 3)`."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (6, 8, 3), np.uint8)
-    smooth = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
-    return np.clip(smooth + rng.normal(0, 4, smooth.shape), 0, 255).astype(np.uint8)
-
-
-def encode(kind: str, picture: np.ndarray | Image.Image | None = None, **options) -> bytes:
-    """Returns a picture as a file of Pillow's format `kind`."""
-    picture = photo() if picture is None else picture
-    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
-
-
-def png_chunk(name: bytes, content: bytes) -> bytes:
-    """Returns a PNG chunk with its length and checksum."""
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
 def png_bomb(height: int, width: int) -> bytes:
@@ -69,6 +47,26 @@ def deep_png(channels: int) -> bytes:
     """Returns a 16-bit PNG of 1, 3 or 4 channels, all bits in use."""
     pixels = np.random.default_rng(1).integers(0, 2**16, (*SIZE, channels), np.uint16)
     return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def deep_jpeg() -> bytes:
+    """Returns a JPEG whose header says that it has 12 bits a channel."""
+    data = bytearray(encode("JPEG"))
+    data[data.index(b"\xff\xc0") + 4] = 12
+    return bytes(data)
+
+
+def damaged_jpegs() -> dict[str, tuple[str, bytes]]:
+    """Returns by name JPEGs that have their end mark, and not all of their pixels."""
+    data = encode("JPEG", photo(6, (240, 320)), quality=95)
+    start, end = len(data) // 2, len(data) // 2 + 4096
+    noise = np.random.default_rng(1).bytes(4096)
+    return {
+        "cut_with_mark_jpeg": ("cut_with_mark.jpg", data[: len(data) // 3] + b"\xff\xd9"),
+        "zeroed_jpeg": ("zeroed.jpg", data[:start] + bytes(4096) + data[end:]),
+        "random_jpeg": ("random.jpg", data[:start] + noise + data[end:]),
+        "missing_part_jpeg": ("missing_part.jpg", data[:start] + data[end:]),
+    }
 
 
 def images() -> dict[str, tuple[str, bytes | None]]:
@@ -130,6 +128,21 @@ def images() -> dict[str, tuple[str, bytes | None]]:
         "alpha_webp": ("alpha.webp", encode("WEBP", translucent, lossless=True)),
         "palette_png": ("palette.png", encode("PNG", palette)),
         "palette_alpha_png": ("palette_alpha.png", encode("PNG", palette, transparency=3)),
+        **damaged_jpegs(),
+        "deep_jpeg": ("deep.jpg", deep_jpeg()),
+        "vector": ("vector.jpg", encode("EPS")),
+        "wave": ("wave.jpg", b"RIFF" + (100).to_bytes(4, "little") + b"WAVEfmt " + bytes(92)),
+        "lossless_jpeg": ("lossless.jpg", lossless_jpeg(photo()[..., 0])),
+        "jfif": ("photo.jfif", encode("JPEG", photo(7))),
+        "heic": ("photo.heic", encode_heic(photo(8))),
+        "avif": ("photo.avif", encode("AVIF", photo(9))),
+        "float_tiff": ("float.tif", encode("TIFF", Image.fromarray(photo(10)[..., 0] / np.float32(255)))),
+        "two_bits_tiff": ("two_bits.tif", grey_tiff(photo(11)[..., 0] >> 6, 2)),
+        "alpha_gif": ("alpha.gif", encode("GIF", translucent)),
+        "twelve_bits_png": (
+            "twelve_bits.png",
+            encode("PNG", Image.fromarray(photo(12)[..., 0].astype(np.uint16) * 12)),
+        ),
         "one_pixel": ("one_pixel.png", encode("PNG", photo()[:1, :1])),
         "long_strip": ("strip.png", encode("PNG", photo(5, (4, 900)))),
     }

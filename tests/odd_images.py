@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import numpy as np
-from corpus import encode, png_chunk
+from encoding import encode, png_chunk
 from PIL import Image
 
 EXIF_START, XMP_START = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"

@@ -20,6 +20,7 @@ import pytest
 from corpus import BAD_TABLES, images
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from odd_images import oriented_files
 
 from compress_weights import CompressConfigs
 from configs import Configs
@@ -28,6 +29,7 @@ from finetune.compressed import custom_save_model
 from finetune.decision import Decision
 from finetune.decision_file import read_decision
 from finetune.images import read_image
+from finetune.inspection import inspect_image
 from finetune.label_tables import convert_label_table
 from finetune.log_figures import read_log
 from finetune.model_files import load_model
@@ -281,6 +283,7 @@ def test_decisions(folder, content):
 
 
 PICTURES = [content for content in dict.fromkeys(content for _, content in images().values()) if content]
+PICTURES += oriented_files(6).values()
 SMALL_PICTURES = [content for content in PICTURES if len(content) < 50_000]
 
 
@@ -288,6 +291,8 @@ SMALL_PICTURES = [content for content in PICTURES if len(content) < 50_000]
 def test_images(folder, content, image_size):
     Path("image.jpg").write_bytes(content)
     image = attempt(read_image, "image.jpg", image_size)
+    # What the full check passes can be trained on, and what it refuses cannot.
+    assert (inspect_image("image.jpg", decode=True).fault is None) == (image is not None)
     if image is not None:
         assert image.dtype == np.uint8
         assert image.ndim == 3
