@@ -132,8 +132,16 @@ def find_contradictions(findings: Sequence[Finding]) -> list[tuple[str, int]]:
     return sorted(place for place in [*parents] if find(place) in groups)
 
 
-def format_findings(findings: Sequence[Finding], severities: Collection[str] = ("error", "warning", "note")) -> str:
-    """Returns findings as text: a paragraph for each kind with its number and the first few, all notes in one line."""
+def format_findings(
+    findings: Sequence[Finding], severities: Collection[str] = ("error", "warning", "note"), heading: str = ""
+) -> str:
+    """Returns findings as text: a paragraph for each kind with its number and the first few, all notes in one line.
+
+    Args:
+        findings: in any order.
+        severities: of those that are shown.
+        heading: what a paragraph begins with in the place of its severity.
+    """
     groups = defaultdict(list)
     for finding in findings:
         groups[finding.kind].append(finding)
@@ -144,7 +152,7 @@ def format_findings(findings: Sequence[Finding], severities: Collection[str] = (
         if kind.severity == "note":
             notes.append(f"{len(groups[name])} {kind.meaning}")
             continue
-        lines.append(f"{kind.severity}, {name.replace('_', ' ')} ({len(groups[name])}): {kind.meaning}")
+        lines.append(f"{heading or kind.severity}, {name.replace('_', ' ')} ({len(groups[name])}): {kind.meaning}")
         for finding in groups[name][:LONGEST_LIST]:
             row = f", row {finding.row}" if finding.row else ""
             lines.append(f"  {finding.csv_path}{row}: {show_text(finding.path)} {show_text(finding.detail)}")
@@ -198,8 +206,9 @@ def report_findings(
     if not findings and not os.path.exists(os.path.join(folder, REPORT_FILE)):
         return
     path = write_data_report(folder, findings) if writes_report else os.path.join(folder, REPORT_FILE)
-    if text := format_findings([*skipped, *(one for one in findings if KINDS[one.kind].severity != "error")]):
-        print(text)
+    others = [one for one in findings if KINDS[one.kind].severity != "error"]
+    for text in (format_findings(skipped, heading="left out"), format_findings(others)):
+        print(text) if text else None
     if unreadable:
         print(f"Left out {len(unreadable)} images that cannot be read; {path} lists them.")
     if contradictions:

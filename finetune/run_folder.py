@@ -155,8 +155,10 @@ def check_test_images(model_path: str, test_csv: str, files: Sequence[str], allo
     """Refuses to test a model on images that its run was trained on or selected by, as `refuse_trained_images` does.
 
     Where the test table itself has selected the model, its figures are known to be optimistic, and the report says so.
+    What was allowed when the run began is allowed still.
     """
     stored = locate_run_data(model_path)
+    allow_duplicates = allow_duplicates or stored.get("allow_duplicates", False)
     selected_by = stored.get("validation_csv") or stored.get("test_csv") or ""
     is_selector = os.path.realpath(selected_by) == os.path.realpath(test_csv)
     names = ["training"] if is_selector else ["training", "validation"]

@@ -185,6 +185,8 @@ def test_the_table_that_selected_the_model_may_be_tested_but_no_other_one_of_its
     assert check_test_images(model, "selected.csv", [photos[3]], False) == 0
     with pytest.raises(UserError, match="selected by them"):
         check_test_images(model, "other.csv", [photos[3]], False)
+    (Path(run) / "configs.json").write_text(json.dumps({"test_csv": "selected.csv", "allow_duplicates": True}))
+    assert check_test_images(model, "other.csv", [photos[3]], False) == 1
 
 
 @pytest.mark.slow
