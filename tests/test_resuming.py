@@ -180,7 +180,7 @@ def spoil(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}, {"learning_rate_schedule": "cosine"}], ids=str)
+@pytest.mark.parametrize("options", [{"learning_rate_schedule": "cosine"}, {"ema_decay": 0.9}], ids=str)
 def test_an_unreadable_validation_image_costs_nothing_of_the_epoch(tables, tmp_path, options):
     validation = pd.read_csv(tables[1])
     lost = tmp_path / "lost.jpg"
