@@ -174,7 +174,7 @@ def _decode_unusual_jpeg(data: bytes) -> np.ndarray:
     try:
         return cv2.cvtColor(simplejpeg.decode_jpeg(data, "GRAY"), cv2.COLOR_GRAY2RGB)
     except ValueError:
-        return _decode_by_pillow(data)
+        return _decode_by_pillow(data, turns=False)
 
 
 def _decode_by_opencv(encoded: np.ndarray, header: PIL.Image.Image | None) -> np.ndarray:

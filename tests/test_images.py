@@ -363,6 +363,15 @@ def test_what_the_check_passes_can_be_trained_on_a_lossless_jpeg(tmp_path):
         np.testing.assert_array_equal(image, np.repeat(grey[..., None], 3, axis=2))
 
 
+def test_a_jpeg_that_simplejpeg_does_not_know_is_read_by_pillow_and_turned_once(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("tjDecompressHeader3(): Could not determine subsampling level of JPEG image")
+
+    (tmp_path / "a.jpg").write_bytes(jpeg_with(EXIF_START + exif(6)))
+    monkeypatch.setattr("simplejpeg.decode_jpeg", refuse)
+    assert np.abs(read_image(str(tmp_path / "a.jpg")).astype(int) - UPRIGHT[6](quadrants())).mean() < 8
+
+
 def test_12_bits_in_the_place_of_16_are_a_warning_and_a_faint_photo_is_none(tmp_path):
     deep = (RAMP * 3100).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
