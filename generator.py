@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -372,13 +372,13 @@ def _list_images(
 
 
 @contextlib.contextmanager
-def naming_bad_images(*sequences: AugmentedImageSequence, advise: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Raises a sequence's own error, with the path of the image and advice, in place of what Keras makes of it."""
+def naming_bad_images(*sequences: AugmentedImageSequence) -> Iterator[None]:
+    """Raises a sequence's own error, with the path of the image, in place of what Keras makes of it."""
     try:
         yield
     except Exception as error:
         if reason := next((sequence.error for sequence in sequences if sequence.error), None):
-            raise UserError(f"{reason} {advise()}".rstrip()) from error
+            raise reason from error
         raise
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -271,17 +272,29 @@ class BeforeValidation(keras.callbacks.Callback):
         self.checkpoint.save_before_validation(epoch)
 
 
-def advise_on_bad_images(folder: str) -> str:
-    """Returns what to do about an image that turned out unreadable in training, and how to go on."""
-    advice = "Find all such images beforehand with --verify_data full, or leave them out with --skip_bad_images True."
-    if not os.path.isfile(os.path.join(folder, LATEST_MODEL)):
-        return advice
-    return f"{advice} What was trained is kept; go on with\n{write_resume_command(folder)} --skip_bad_images True"
+@contextlib.contextmanager
+def advising_on_bad_images(folder: str, *sequences: AugmentedImageSequence) -> Iterator[None]:
+    """Adds to the error of an image that turned out unreadable in training what to do, and how to go on."""
+    try:
+        yield
+    except UserError as error:
+        if all(error is not sequence.error for sequence in sequences):
+            raise
+        advice = (
+            "Find all such images beforehand with --verify_data full, or leave them out with --skip_bad_images True."
+        )
+        if os.path.isfile(os.path.join(folder, LATEST_MODEL)):
+            command = f"{write_resume_command(folder)} --skip_bad_images True"
+            advice = f"{advice} What was trained is kept; go on with\n{command}"
+        raise UserError(f"{error} {advice}") from error
 
 
 def write_resume_command(folder: str) -> str:
     """Returns the command line that goes on with a run, for the shell and the folder that this process runs in."""
-    script = sys.argv[0] if os.path.basename(sys.argv[0]) == "train.py" else "train.py"
+    script = "train.py"
+    is_here = os.path.exists(script) and os.path.exists(sys.argv[0]) and os.path.samefile(script, sys.argv[0])
+    if os.path.basename(sys.argv[0]) == script and not is_here:
+        script = sys.argv[0]
     options = ["--configs", os.path.join(folder, CONFIGS_FILE), "--load_model_path", folder]
     return shlex.join(["python", script, *options])
 

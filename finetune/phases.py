@@ -134,7 +134,6 @@ def run_phase(
     state: dict[str, Any] | None,
     callbacks: list[keras.callbacks.Callback],
     interruption: Interruption,
-    advise: Callable[[], str],
 ) -> None:
     """Runs the epochs of a phase with a progress bar, from the state's step on.
 
@@ -149,7 +148,7 @@ def run_phase(
     first_epoch, first_step = phase.first_epoch, 0
     if is_within(state, phase):
         first_epoch, first_step = state["epochs_completed"], state["steps_completed"]
-    with naming_bad_images(training, validation, advise=advise):
+    with naming_bad_images(training, validation):
         if first_step:
             # The rest of an epoch has fewer steps than those after it.
             training.first_step = first_step

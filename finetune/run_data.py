@@ -58,7 +58,7 @@ def read_home(folder: str) -> str:
     try:
         with open(os.path.join(folder, DATA_FILE), encoding="utf-8") as file:
             home = json.load(file)["working_directory"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
     return home if isinstance(home, str) else ""
 

@@ -154,14 +154,13 @@ def list_options(configs: Configs, model_path: str) -> dict[str, Any]:
 def check_test_images(model_path: str, test_csv: str, files: Sequence[str], allow_duplicates: bool) -> int:
     """Refuses to test a model on images that its run was trained on or selected by, as `refuse_trained_images` does.
 
-    Where the test table itself has selected the model, its figures are known to be optimistic, and the report says so.
-    What was allowed when the run began is allowed still.
+    Without a validation table, test images have selected the model: its figures are known to be optimistic, and the
+    report says so. What was allowed when the run began is allowed still.
     """
     stored = locate_run_data(model_path)
     allow_duplicates = allow_duplicates or stored.get("allow_duplicates", False)
-    selected_by = stored.get("validation_csv") or stored.get("test_csv") or ""
-    is_selector = os.path.realpath(selected_by) == os.path.realpath(test_csv)
-    names = ["training"] if is_selector else ["training", "validation"]
+    is_selector = os.path.realpath(stored.get("validation_csv") or "") == os.path.realpath(test_csv)
+    names = ["training", *["validation"] * (not is_selector)]
     folder = os.path.dirname(os.path.abspath(model_path))
     return refuse_trained_images(folder, test_csv, files, names, allow_duplicates)
 
@@ -275,7 +274,9 @@ def describe_run(
     described = {name: describe_set(csv_path, images, class_names) for name, (csv_path, images) in sets.items()}
     # The paths among the options are relative to it.
     write_json(os.path.join(folder, DATA_FILE), described | {"working_directory": os.getcwd()})
-    write_trained_images(folder, {name: images.paths for name, (_, images) in sets.items()})
+    # Without a validation table of its own, the run is selected by test images.
+    names = {"validation": "validation" if options["validation_csv"] else "test"}
+    write_trained_images(folder, {names.get(name, name): images.paths for name, (_, images) in sets.items()})
 
 
 def describe_set(csv_path: str, sequence: AugmentedImageSequence, class_names: Sequence[str]) -> dict[str, Any]:

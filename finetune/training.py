@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ import tensorflow as tf
 
 from configs import Configs
 from finetune.callbacks import AveragedWeights, BadImages, EpochOrder, InputWait, RangeTest, Schedule, Validation
-from finetune.checkpoints import BeforeValidation, Checkpoint, advise_on_bad_images
+from finetune.checkpoints import BeforeValidation, Checkpoint, advising_on_bad_images
 from finetune.devices import set_seed
 from finetune.interruption import Interruption
 from finetune.losses import Losses
@@ -317,8 +316,8 @@ def train_phases(
             model = prepare_phase(classifier, phase, configs, losses.training, optimizer, state)
             sets = get_sets(classifier, changes_images(configs), *images, features)
         callbacks = build_callbacks(configs, phase, classifier, *sets, losses.validation, interruption, team, state)
-        advise = functools.partial(advise_on_bad_images, configs.save_model_path)
-        run_phase(model, *sets, phase, state, callbacks, interruption, advise)
+        with advising_on_bad_images(configs.save_model_path, *sets):
+            run_phase(model, *sets, phase, state, callbacks, interruption)
         # The next phase goes on from here as a run does that continues: all from the chief's random states.
         state = team.exchange(callbacks[-1].state(phase.end, 0))[0]
         if model.stop_training:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from configs import Configs
 from finetune.options import UserError
 from finetune.resuming import configs_to_continue
 from finetune.run_data import find_trained_images, locate_data, refuse_trained_images, sign_file, write_trained_images
-from finetune.run_folder import check_test_images, find_trained_model
+from finetune.run_folder import check_test_images, describe_run, find_trained_model
 
 PROJECT = Path(__file__).parent.parent
 
@@ -181,12 +182,20 @@ def test_a_damaged_list_is_told(tmp_path, content):
 def test_the_table_that_selected_the_model_may_be_tested_but_no_other_one_of_its_images(trained_on):
     run, photos = trained_on
     model = str(Path(run) / "best_model.keras")
-    (Path(run) / "configs.json").write_text(json.dumps({"test_csv": "selected.csv", "validation_csv": ""}))
+    (Path(run) / "configs.json").write_text(json.dumps({"test_csv": "test.csv", "validation_csv": "selected.csv"}))
     assert check_test_images(model, "selected.csv", [photos[3]], False) == 0
     with pytest.raises(UserError, match="selected by them"):
         check_test_images(model, "other.csv", [photos[3]], False)
-    (Path(run) / "configs.json").write_text(json.dumps({"test_csv": "selected.csv", "allow_duplicates": True}))
+    (Path(run) / "configs.json").write_text(json.dumps({"validation_csv": "selected.csv", "allow_duplicates": True}))
     assert check_test_images(model, "other.csv", [photos[3]], False) == 1
+
+
+def test_without_a_validation_table_test_images_have_selected_and_may_be_tested(trained_on, tmp_path):
+    run, photos = trained_on
+    images = SimpleNamespace(labels=np.zeros(1, int), paths=photos[3:4])
+    sets = {"training": ("a.csv", images), "validation": ("b.csv", images)}
+    describe_run(run, {"validation_csv": "", "test_csv": "b.csv"}, sets, ["cat"])
+    assert pd.read_csv(Path(run) / "trained_images.csv")["set"].tolist() == ["training", "test"]
 
 
 @pytest.mark.slow
