@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from imgaug import augmenters as iaa
 
+from finetune.colours import Saturation
 from finetune.warps import FusedAugmenter
 
 
@@ -76,9 +77,20 @@ def _strong() -> list[iaa.Augmenter]:
     ]
 
 
+def _photo() -> list[iaa.Augmenter]:
+    # Beside random_crop_area, which moves and scales: brightness, contrast and colour, each by up to a fifth.
+    return [
+        iaa.Fliplr(0.5),
+        iaa.Multiply((0.8, 1.2)),
+        iaa.LinearContrast((0.8, 1.2)),
+        Saturation((0.8, 1.2)),
+    ]
+
+
 STRENGTHS: dict[str, Callable[[], list[iaa.Augmenter]]] = {
     "none": list,
     "light": _light,
     "default": _default,
     "strong": _strong,
+    "photo": _photo,
 }

@@ -9,7 +9,15 @@ from __future__ import annotations
 import dataclasses
 
 from finetune.options import Options, define
-from finetune.values import classes_fault, folder_fault, image_size_fault, layer_sizes_fault, threshold_range_fault
+from finetune.values import (
+    classes_fault,
+    crop_area_fault,
+    duration_fault,
+    folder_fault,
+    image_size_fault,
+    layer_sizes_fault,
+    threshold_range_fault,
+)
 
 BACKBONE_NAMES = (
     *("VGG16", "VGG19", "DenseNet121", "DenseNet169", "DenseNet201", "Xception"),
@@ -196,8 +204,8 @@ class Configs(Options):
     learning_rate_schedule: str = define(
         "plateau",
         "Reduce the learning rate on a plateau of the validation loss, along a cosine down to minimum_learning_rate in "
-        "the last step, or not at all (constant)",
-        choices=("plateau", "cosine", "constant"),
+        "the last step, likewise after a rise in the first quarter of the steps (one_cycle), or not at all (constant)",
+        choices=("plateau", "cosine", "one_cycle", "constant"),
     )
     warmup_epochs: float = define(0.0, "Epochs in which the learning rate rises from 0, at the start", at_least=0)
     backbone_learning_rate_multiplier: float = define(
@@ -238,7 +246,29 @@ class Configs(Options):
         fixed_in_run=True,
     )
     augmentation_strength: str = define(
-        "default", "How far training changes its images at random", choices=("none", "light", "default", "strong")
+        "default",
+        "How far training changes its images at random; photo mirrors them and changes their colours alone",
+        choices=("none", "light", "default", "strong", "photo"),
+    )
+    random_crop_area: list[float] = define(
+        [1.0, 1.0],
+        "Training shows a random part of each image, of an area between these shares of it and up to a third wider or "
+        "higher; 1 1 shows all",
+        above=0,
+        at_most=1,
+        check=crop_area_fault,
+    )
+    model_selection: str = define(
+        "best_epoch",
+        "Keep the model of the epoch with the best validation figure, or that of the last epoch (last_epoch): after a "
+        "linear_probe only where it is better than that by more than a standard error of the validation images",
+        choices=("best_epoch", "last_epoch"),
+        fixed_in_run=True,
+    )
+    time_budget: str = define(
+        "",
+        "Fit num_epochs to this time, such as 90s, 10m or 2h, so that the schedule ends in it; empty takes num_epochs",
+        check=duration_fault,
     )
     find_learning_rate: bool = define(
         False, "Do not train: try rising learning rates, plot the loss over them and suggest one"

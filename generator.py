@@ -18,6 +18,7 @@ from imgaug import augmenters as iaa
 from augmenter import build_augmenter
 from configs import MAX_IMAGE_PIXELS, Configs
 from finetune.caches import DiskCache, MemoryCache, build_cache
+from finetune.crops import draw_crop, enlarge_for_crops
 from finetune.data_check import check_images
 from finetune.images import read_image, resize_image
 from finetune.mixing import mix_batch
@@ -30,8 +31,8 @@ from finetune.warps import FusedAugmenter
 # OpenCV's own threads would compete with the generator's workers for the same cores.
 cv2.setNumThreads(1)
 
-# Ends the key of mixing's random numbers, which are others than those of augmentation. Any number but 0 does.
-MIXING = 1
+# Ends the key of mixing's random numbers, and of the crops': others than those of augmentation. Any number but 0 does.
+MIXING, CROPPING = 1, 2
 
 
 class Shares(NamedTuple):
@@ -74,6 +75,8 @@ class AugmentedImageSequence(keras.utils.Sequence):
             `mix_batch` after augmentation: the labels in batches are float32 `(batch, classes)` then.
         cutmix_alpha: likewise.
         number_of_classes: of class positions, where batches are mixed.
+        crop_area: where it is not `(1, 1)` and `shuffle` is set, a part of each picture is shown, a share of it between
+            these: see `draw_crop`. There must be no cache.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class AugmentedImageSequence(keras.utils.Sequence):
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
         number_of_classes: int | None = None,
+        crop_area: Sequence[float] = (1.0, 1.0),
     ) -> None:
         super().__init__(workers=max(workers, 1), max_queue_size=max_queue_size)
         self.paths = np.asarray(paths, dtype=object)
@@ -112,6 +116,8 @@ class AugmentedImageSequence(keras.utils.Sequence):
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
         self.number_of_classes = number_of_classes
+        self.crop_area = tuple(crop_area)
+        self.crops = shuffle and self.crop_area != (1, 1)
         self.mixes = shuffle and max(mixup_alpha, cutmix_alpha) > 0
         self.epoch = 0
         self.first_step = 0
@@ -217,7 +223,7 @@ class AugmentedImageSequence(keras.utils.Sequence):
         for offset in range(len(order) if self.skip_bad_images and self.shuffle else 1):
             row = int(order[(start + position + offset) % len(order)])
             try:
-                self._load(row, target)
+                self._load(row, target, start + position)
             except UserError as error:
                 if not self.skip_bad_images:
                     raise
@@ -229,7 +235,14 @@ class AugmentedImageSequence(keras.utils.Sequence):
             raise UserError(f"None of the {len(self.paths)} images can be read. {next(iter(self.bad_images.values()))}")
         return False
 
-    def _load(self, row: int, target: np.ndarray) -> None:
+    def _load(self, row: int, target: np.ndarray, place: int) -> None:
+        if self.crops:
+            image = read_image(self.paths[row], enlarge_for_crops(self.image_size, self.crop_area), self.max_pixels)
+            part = draw_crop(
+                image.shape[:2], self.crop_area, np.random.default_rng((self.seed, self.epoch, place, CROPPING))
+            )
+            resize_image(image[part], self.image_size, target)
+            return
         image = self.cache.get(row) if self.cache else None
         if image is not None:
             target[:] = image
@@ -332,6 +345,11 @@ def get_generator(
     Raises:
         UserError: the CSV, a label or an image in it is not usable.
     """
+    if training and configs.image_cache != "none" and configs.random_crop_area != [1.0, 1.0]:
+        raise UserError(
+            "random_crop_area: crops are taken from the pictures themselves, which image_cache does not keep. "
+            f"Received: image_cache {configs.image_cache}. Set it to none, or random_crop_area to 1 1."
+        )
     paths, labels = _list_images(csv_path, class_names, configs, bad_rows)
     image_size = configs.image_target_size[:2]
     return AugmentedImageSequence(
@@ -351,6 +369,7 @@ def get_generator(
         mixup_alpha=configs.mixup_alpha,
         cutmix_alpha=configs.cutmix_alpha,
         number_of_classes=len(class_names),
+        crop_area=configs.random_crop_area if training else (1.0, 1.0),
     )
 
 

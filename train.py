@@ -5,6 +5,8 @@ With load_model_path it continues a run, and ends with the model that the run wo
 
 from __future__ import annotations
 
+import time
+
 from configs import Configs
 from finetune.options import run_script
 
@@ -23,6 +25,7 @@ def main(configs: Configs) -> dict:
     from finetune.slurm import take_slurm_step
     from finetune.team import join_team, select_common
 
+    started = time.monotonic()
     if configs.distribution_strategy == "multi_worker":
         take_slurm_step()
     continued_from = configs.load_model_path or configs.save_model_path
@@ -39,17 +42,18 @@ def main(configs: Configs) -> dict:
         images = training.get_images(configs, bad_rows, shares)
         training.agree_on_start(team, images, model_path, state)
         losses = get_losses(configs, images.training.labels)
-        phases = get_phases(configs, strategy.num_replicas_in_sync)
         with strategy.scope():
             start = training.get_model(configs, images.training, model_path, state, team)
+        configs = training.settle_epochs(
+            configs, started, strategy, start.classifier, images, losses.training, team, state
+        )
+        phases = get_phases(configs, strategy.num_replicas_in_sync)
         if configs.find_learning_rate:
             found = training.try_learning_rates(
                 phases[0], configs, strategy, start.classifier, images.training, losses.training
             )
             return report_learning_rate(configs.save_model_path, found, team.is_chief)
         with training.open_run(configs, images, team) as interruption:
-            if configs.show_model_summary:
-                start.classifier.summary()
             checkpoint = training.train_phases(
                 phases, configs, strategy, start, images, losses, interruption, team, state
             )

@@ -8,6 +8,7 @@ The backbone's weights are those that Keras finds or downloads (KERAS_HOME).
 
 recommended  the options of data/recommended.json
 probe        a logistic regression on the frozen backbone's features of the photos at 224x224
+probe320     the same on them and their mirror images at 320x320, which was recommended before
 default      train.py without options: eight epochs of train.py as configs.py has it
 keras        plain_keras.py: the head alone, then everything, as Keras's guides teach
 
@@ -16,6 +17,8 @@ each label: a fifth always trains, two fifths may choose, two fifths may report.
 half trains as well (of 100 photos a class, 20 + 20 + 20), the other halves are the validation set, which chooses the
 best epoch, and the test set. So no photo of any seed's test set is in a validation set of any seed, and what was
 chosen by validation sets, data/recommended.json among it, has not seen it do so.
+
+What has been run stands in recipes_runs.json until all is: started again with the same arguments, it goes on there.
 """
 
 from __future__ import annotations
@@ -31,9 +34,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
@@ -42,13 +46,17 @@ sys.path.insert(0, str(PROJECT))
 from configs import BACKBONE_NAMES, Configs  # noqa: E402
 from finetune.files import IMAGE_SUFFIXES, write_csv, write_json  # noqa: E402
 from finetune.options import UserError  # noqa: E402
+from finetune.selection import compare_scores, score_images  # noqa: E402
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR  # noqa: E402
 
-RECIPES = ("recommended", "probe", "default", "keras")
+RECIPES = ("recommended", "probe", "probe320", "default", "keras")
 PROBE = ("--head_initialization", "linear_probe", "--conv_layers_to_train", "0", "--augmentation_strength", "none")
 # train.py trains for an epoch at least: at this rate that leaves the regression as it is.
 PROBE += ("--num_epochs", "1", "--learning_rate", "1e-7")
+PROBE_320 = ("--head_initialization", "linear_probe", "--conv_layers_to_train", "0", "--augmentation_strength", "light")
+PROBE_320 += ("--image_target_size", "320", "320", "3", "--num_epochs", "1", "--learning_rate", "1e-7")
 DEFAULT = ("--num_epochs", "8")
+RUNS_FILE = HERE / "recipes_runs.json"
 # By whether an image may have several labels.
 FIGURES = {False: "accuracy", True: "mean_average_precision"}
 LABEL_COLUMN = "class"
@@ -75,7 +83,21 @@ class Photos(NamedTuple):
     multi_label: bool
 
 
-Figures = dict[str, dict[str, dict[str, list[float]]]]
+class Run(NamedTuple):
+    """What a recipe gave on one split.
+
+    Attributes:
+        score: of the test photos together.
+        seconds: of training.
+        photos: the score of each test photo, as `score_images` gives it, for differences photo by photo.
+    """
+
+    score: float
+    seconds: float
+    photos: list[float]
+
+
+Figures = dict[str, dict[str, dict[str, list]]]
 
 
 def main() -> None:
@@ -96,9 +118,12 @@ def main() -> None:
     print(f"\n{format_scores(figures, {photos.name: FIGURES[photos.multi_label] for photos in data})}")
     if "probe" in arguments.recipes:
         print(f"\n{format_differences(figures, 'probe')}")
+    if "recommended" in arguments.recipes:
+        print(f"\n{format_paired(figures, 'recommended')}")
     if {"recommended", "probe", "default"} <= set(arguments.recipes):
         print(f"\n{format_targets(list_targets(figures))}")
     write_json(str(HERE / "recipes.json"), results)
+    RUNS_FILE.unlink(missing_ok=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -214,26 +239,50 @@ def run_all(data: Sequence[Photos], arguments: argparse.Namespace) -> Figures:
     """Runs each recipe in a process of its own; they take turns, so that all share the machine's moods.
 
     Returns:
-        By data set and recipe `scores` on the test photos and `seconds` of training, in the order of the seeds.
+        By data set and recipe the `scores`, `seconds` and `photos` of each run, in the order of the seeds.
     """
-    figures = {photos.name: {recipe: {"scores": [], "seconds": []} for recipe in arguments.recipes} for photos in data}
+    figures = {
+        photos.name: {recipe: {"scores": [], "seconds": [], "photos": []} for recipe in arguments.recipes}
+        for photos in data
+    }
+    setting = describe_setting(arguments)
+    runs = read_runs(setting)
     for seed in arguments.seeds:
         for photos in data:
             for recipe in arguments.recipes:
-                with tempfile.TemporaryDirectory() as folder:
-                    run = run_peer if recipe == "keras" else run_train
-                    score, seconds = run(recipe, photos, seed, folder, arguments)
-                figures[photos.name][recipe]["scores"].append(score)
-                figures[photos.name][recipe]["seconds"].append(seconds)
-                print(f"{photos.name}, seed {seed}, {recipe}: {score:.4f} in {seconds:.0f} s", flush=True)
+                name = f"{photos.name}, seed {seed}, {recipe}"
+                if name not in runs:
+                    with tempfile.TemporaryDirectory() as folder:
+                        run = run_peer if recipe == "keras" else run_train
+                        runs[name] = run(recipe, photos, seed, folder, arguments)
+                    write_json(str(RUNS_FILE), {"setting": setting, "runs": runs})
+                for key, value in zip(("scores", "seconds", "photos"), runs[name], strict=True):
+                    figures[photos.name][recipe][key].append(value)
+                print(f"{name}: {runs[name][0]:.4f} in {runs[name][1]:.0f} s", flush=True)
     return figures
 
 
-def run_train(
-    recipe: str, photos: Photos, seed: int, folder: str, arguments: argparse.Namespace
-) -> tuple[float, float]:
-    """Trains by train.py and tests by test.py; returns the score and the seconds of training."""
-    flags = {"recommended": ("--configs", arguments.recipe), "probe": PROBE, "default": DEFAULT}[recipe]
+def describe_setting(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns what has to be the same for runs to belong together."""
+    recipe = Configs.read_json(arguments.recipe) if "recommended" in arguments.recipes else None
+    places = {name: os.path.abspath(place) for name, place in arguments.data}
+    return {"data": places, "budget": arguments.budget, "backbone": arguments.backbone, "recommended": recipe}
+
+
+def read_runs(setting: dict[str, Any]) -> dict[str, Run]:
+    """Returns the runs of an earlier, unfinished call in the same setting, by what they are called."""
+    if not RUNS_FILE.is_file():
+        return {}
+    stored = json.loads(RUNS_FILE.read_text(encoding="utf-8"))
+    if stored["setting"] != json.loads(json.dumps(setting)):
+        return {}
+    return {name: Run(*run) for name, run in stored["runs"].items()}
+
+
+def run_train(recipe: str, photos: Photos, seed: int, folder: str, arguments: argparse.Namespace) -> Run:
+    """Trains by train.py and tests by test.py."""
+    flags = {"recommended": ("--configs", arguments.recipe), "probe": PROBE, "probe320": PROBE_320, "default": DEFAULT}
+    flags = flags[recipe]
     tables = ["--random_seed", str(seed)]
     options = {"training": "--train_csv", "validation": "--validation_csv", "test": "--test_csv"}
     for name, path in write_tables(photos, seed, folder).items():
@@ -246,13 +295,20 @@ def run_train(
     )
     run_script([PROJECT / "test.py", *tables, "--load_model_path", run])
     results = json.loads(Path(run, "evaluation", "metrics.json").read_text(encoding="utf-8"))
-    return results["sets"]["test"][FIGURES[photos.multi_label]], seconds
+    table = pd.read_csv(Path(run, "evaluation", "predictions.csv"))
+    probabilities = table[[f"probability_{name}" for name in photos.class_names]].to_numpy()
+    scores = score_images(select_truth(photos, seed), probabilities).tolist()
+    return Run(results["sets"]["test"][FIGURES[photos.multi_label]], seconds, scores)
+
+
+def select_truth(photos: Photos, seed: int) -> np.ndarray:
+    """Returns the labels of the test photos: `(photos,)` class positions, or `(photos, classes)` of zeros and ones."""
+    truth = photos.truth[split_photos(photos.truth, seed)["test"]]
+    return truth if photos.multi_label else truth.argmax(axis=1)
 
 
 def write_tables(photos: Photos, seed: int, folder: str) -> dict[str, str]:
     """Writes the tables of the three sets into a folder; returns their paths by the sets' names."""
-    import pandas as pd
-
     labels = np.array([LABEL_SEPARATOR.join(np.array(photos.class_names)[row > 0]) for row in photos.truth])
     tables = {}
     for name, rows in split_photos(photos.truth, seed).items():
@@ -261,8 +317,8 @@ def write_tables(photos: Photos, seed: int, folder: str) -> dict[str, str]:
     return tables
 
 
-def run_peer(recipe: str, photos: Photos, seed: int, folder: str, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Trains and predicts by plain_keras.py; returns the score, by the same functions, and the seconds of training."""
+def run_peer(recipe: str, photos: Photos, seed: int, folder: str, arguments: argparse.Namespace) -> Run:
+    """Trains and predicts by plain_keras.py; the score comes from the same functions."""
     from finetune.decision import Decision
     from finetune.evaluation import evaluate_set
 
@@ -275,8 +331,10 @@ def run_peer(recipe: str, photos: Photos, seed: int, folder: str, arguments: arg
     seconds = run_script([HERE / "plain_keras.py", "train", folder])
     run_script([HERE / "plain_keras.py", "predict", folder])
     decision = Decision(photos.class_names, photos.multi_label)
-    figures = evaluate_set(truth[rows["test"]], np.load(f"{folder}/probabilities.npy"), decision)
-    return figures[FIGURES[photos.multi_label]], seconds
+    probabilities = np.load(f"{folder}/probabilities.npy")
+    figures = evaluate_set(truth[rows["test"]], probabilities, decision)
+    scores = score_images(select_truth(photos, seed), probabilities).tolist()
+    return Run(figures[FIGURES[photos.multi_label]], seconds, scores)
 
 
 def run_script(command: Sequence[str | Path], budget: float | None = None) -> float:
@@ -346,6 +404,22 @@ def format_differences(figures: Figures, base: str) -> str:
         for recipe in rows:
             rows[recipe].append(summarize(get_differences(figures, name, recipe, base), "+.1f"))
     return format_table([f"points above {base}", *figures], list(rows.values()))
+
+
+def format_paired(figures: Figures, recipe: str) -> str:
+    """Lays out by how many points a recipe is above each other one, photo by photo, all splits together.
+
+    A photo counts by its score: whether its class is right, of several labels their ranking average precision. The
+    interval is the mean and 1.96 standard errors to each side.
+    """
+    others = {other: [other] for by_recipe in figures.values() for other in by_recipe if other != recipe}
+    for by_recipe in figures.values():
+        own = np.concatenate(by_recipe[recipe]["photos"])
+        for other, row in others.items():
+            difference, error = compare_scores(np.concatenate(by_recipe[other]["photos"]), own)
+            low, high = (100 * (difference + side * 1.96 * error) for side in (-1, 1))
+            row.append(f"{100 * difference:+.1f} ({low:+.1f} to {high:+.1f})")
+    return format_table([f"{recipe} above, photo by photo", *figures], list(others.values()))
 
 
 Target = tuple[str, float, str, float]

@@ -30,7 +30,15 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "data": (
         *("finetune.inspection", "finetune.copies", "finetune.data_check", "finetune.splitting"),
         *("finetune.class_folders", "finetune.set_folders", "finetune.label_tables"),
-        *("finetune.caches", "finetune.warps", "augmenter", "finetune.mixing", "generator"),
+        *(
+            "finetune.caches",
+            "finetune.warps",
+            "finetune.colours",
+            "finetune.crops",
+            "augmenter",
+            "finetune.mixing",
+            "generator",
+        ),
     ),
     "machine": ("finetune.devices", "finetune.interruption", "finetune.slurm", "finetune.cluster", "finetune.team"),
     "model": (
@@ -44,9 +52,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "finetune.explaining",
     ),
     "run": (
-        *("finetune.run_data", "finetune.run_folder", "finetune.phases", "finetune.callbacks"),
-        "finetune.training_state",
-        *("finetune.checkpoints", "finetune.resuming", "finetune.range_test", "finetune.training"),
+        *("finetune.run_data", "finetune.run_folder", "finetune.phases", "finetune.selection", "finetune.callbacks"),
+        *("finetune.training_state", "finetune.checkpoints", "finetune.resuming", "finetune.range_test"),
+        *("finetune.time_budget", "finetune.training"),
     ),
     "output": (
         *("finetune.figures", "finetune.log_figures", "finetune.summaries", "finetune.embedding", "finetune.runtimes"),

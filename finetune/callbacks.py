@@ -18,6 +18,9 @@ from finetune.team import Team
 from finetune.texts import join_names
 from generator import AugmentedImageSequence
 
+# Of one cycle's steps.
+RISING_SHARE = 0.25
+
 
 class Validation(keras.callbacks.Callback):
     """Measures the model on the validation images after each epoch, in one pass, and adds what it finds to the logs.
@@ -29,6 +32,11 @@ class Validation(keras.callbacks.Callback):
         sequence: the validation images, in order.
         loss: of probabilities, as the training's.
         multi_label: which of the two metrics.
+
+    Attributes:
+        aurocs: multi-label: of each class in the last epoch.
+        y_true: the labels of the images that could be read.
+        probabilities: of these in the last epoch.
     """
 
     def __init__(self, sequence: AugmentedImageSequence, loss: Callable, multi_label: bool) -> None:
@@ -37,11 +45,13 @@ class Validation(keras.callbacks.Callback):
         self.loss = loss
         self.multi_label = multi_label
         self.aurocs: np.ndarray | None = None
+        self.y_true = self.probabilities = np.zeros(0)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Predicts the validation images and adds their figures to `logs`, which the callbacks after this one see."""
         probabilities, is_read = self.model.predict_sequence(self.sequence)
         y_true = self.sequence.get_labels(np.flatnonzero(is_read))
+        self.y_true, self.probabilities = y_true, probabilities
         logs["val_loss"] = float(np.mean(self.loss(y_true, probabilities)))
         if self.multi_label:
             self.aurocs = get_aurocs(y_true, probabilities)
@@ -93,8 +103,9 @@ class Schedule(keras.callbacks.Callback):
         phase: its epochs and its highest rate.
         sequence: the training images, for the steps of an epoch.
         kind: `plateau` (after the warm-up it leaves the rate alone), `cosine` (Loshchilov and Hutter, 2017, without
-            restarts) or `constant`.
-        warmup_epochs: in which the rate rises linearly from 0.
+            restarts), `one_cycle` (a cosine up in the first quarter and another one down: Smith and Topin, 2018,
+            arXiv:1708.07120, in fastai's form) or `constant`.
+        warmup_epochs: in which the rate rises linearly from 0; `one_cycle` has a rise of its own.
         minimum: the rate of the cosine's end.
     """
 
@@ -113,8 +124,11 @@ class Schedule(keras.callbacks.Callback):
         """Returns the learning rate of a step, counted from the phase's first; None where a plateau decides it."""
         first_epoch, end, highest, _ = self.phase
         warmup = self.warmup_epochs * self.sequence.steps
+        if self.kind == "one_cycle":
+            warmup = RISING_SHARE * (end - first_epoch) * self.sequence.steps
         if step < warmup:
-            return highest * min((step + 1) / warmup, 1)
+            progress = min((step + 1) / warmup, 1)
+            return highest * ((1 - math.cos(math.pi * progress)) / 2 if self.kind == "one_cycle" else progress)
         if self.kind == "plateau":
             return None
         if self.kind == "constant":

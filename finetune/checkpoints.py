@@ -30,6 +30,7 @@ from finetune.run_folder import (
     STATISTICS_FILE,
     fingerprint,
 )
+from finetune.selection import compare_scores, describe_choice, is_clearly_better, score_images
 from finetune.training_state import read_metrics, restore_metrics, save_checkpoint, seed_states
 from generator import AugmentedImageSequence
 
@@ -77,6 +78,9 @@ class Checkpoint(keras.callbacks.Callback):
         self.patience = configs.early_stopping_patience
         self.head_epochs = configs.head_epochs
         self.starts_good = configs.head_initialization == "linear_probe" and not configs.load_model_path
+        # The number of epochs after which the last model is compared with the start; 0: the best epoch is kept.
+        self.last_epoch = configs.num_epochs if configs.model_selection == "last_epoch" else 0
+        self.start_scores: list[float] = list(state.get("start_scores", [])) if state else []
         self.class_names = configs.classes
         self.run_state = {
             "configs": configs.to_dict(),
@@ -185,6 +189,7 @@ class Checkpoint(keras.callbacks.Callback):
             "best": self.best,
             "best_epoch": self.best_epoch,
             "best_aurocs": self.best_aurocs,
+            "start_scores": self.start_scores,
             "plateau": self.plateau_state,
             "seed_states": [np.asarray(variable).tolist() for variable in seed_states(self.model)],
             "metrics": read_metrics(self.model) if steps_completed else [],
@@ -197,18 +202,35 @@ class Checkpoint(keras.callbacks.Callback):
         logs: dict[str, float] = {}
         self.validation.on_epoch_end(-1, logs)
         print(f"The head's start: {self.monitor} {logs[self.monitor]:.4f}.")
+        if self.last_epoch:
+            self.start_scores = self._score_validation()
         is_best = self._note_best(0, logs[self.monitor])
         self._save([*[BEST_MODEL] * is_best, LATEST_MODEL], 0, 0)
 
     def _note_best(self, epochs_completed: int, score: float) -> bool:
-        """Notes a score where it is the best so far; tells whether it is."""
+        """Notes a score where it is the best so far, or otherwise that of the model to keep; tells whether it is."""
         is_best = not np.isnan(score) and (self.best is None or score > self.best)
+        if self.last_epoch:
+            is_best = epochs_completed == 0 or (epochs_completed == self.last_epoch and self._is_last_better())
         if is_best:
             self.best, self.best_epoch = float(score), epochs_completed
             if self.validation.aurocs is not None:
                 aurocs = map(none_if_undefined, self.validation.aurocs)
                 self.best_aurocs = dict(zip(self.class_names, aurocs, strict=True))
         return is_best
+
+    def _score_validation(self) -> list[float]:
+        return score_images(self.validation.y_true, self.validation.probabilities).tolist()
+
+    def _is_last_better(self) -> bool:
+        """Tells whether the last epoch's model is to be kept: where there is a probe, if it is better than that."""
+        scores = self._score_validation()
+        if len(self.start_scores) != len(scores):
+            # None, or of other images: the start cannot be the one to beat.
+            return True
+        found = compare_scores(self.start_scores, scores)
+        print(f"\n{describe_choice(*found, len(scores))}")
+        return is_clearly_better(*found)
 
     def _check_finite(self, name: str, value: float, moment: str) -> None:
         if not np.isfinite(value):

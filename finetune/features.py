@@ -15,7 +15,7 @@ from generator import AugmentedImageSequence
 def read_plainly(sequence: AugmentedImageSequence) -> AugmentedImageSequence:
     """Returns a sequence of the same images in the order of `paths`, without augmentation."""
     plain = copy.copy(sequence)
-    plain.shuffle, plain.augmenter, plain.mixes = False, None, False
+    plain.shuffle, plain.augmenter, plain.mixes, plain.crops = False, None, False, False
     plain.gives_shares = False
     plain.epoch, plain.first_step, plain.error, plain.bad_images = 0, 0, None, {}
     return plain
@@ -80,7 +80,7 @@ class FeatureSequence(AugmentedImageSequence):
         """Returns the batches of an epoch, as the images' own sequence does it."""
         return self._make_dataset(tf.TensorSpec((None, self.features.shape[1]), tf.float32))
 
-    def _load(self, row: int, target: np.ndarray) -> None:
+    def _load(self, row: int, target: np.ndarray, place: int) -> None:
         if row in self.bad_images:
             raise UserError(self.bad_images[row])
         target[:] = self.features[row]

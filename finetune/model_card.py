@@ -43,9 +43,12 @@ IMBALANCE = 3
 RECIPE: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "Optimizer": (("optimizer_type", "learning_rate"), ("fine_tune_learning_rate", "weight_decay", "ema_decay")),
     "Batches": (("batch_size",), ("gradient_accumulation_steps", "distribution_strategy", "scale_learning_rate")),
-    "Schedule": (("learning_rate_schedule",), ("warmup_epochs", "early_stopping_patience")),
+    "Schedule": (
+        ("learning_rate_schedule",),
+        ("warmup_epochs", "early_stopping_patience", "model_selection", "time_budget"),
+    ),
     "Loss": (("loss", "use_class_balancing"), ("positive_weights_multiply", "label_smoothing")),
-    "Augmentation": (("augmentation_strength",), ("mixup_alpha", "cutmix_alpha")),
+    "Augmentation": (("augmentation_strength",), ("random_crop_area", "mixup_alpha", "cutmix_alpha")),
     "Seed": (("random_seed", "deterministic"), ()),
 }
 # By kind of file: which runtime loads it, and how.

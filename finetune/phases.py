@@ -94,7 +94,8 @@ def is_within(state: dict[str, Any] | None, phase: Phase) -> bool:
 
 def changes_images(configs: Configs) -> bool:
     """Tells whether training shows an image otherwise in every epoch."""
-    return bool(configs.augmentation_strength != "none" or configs.mixup_alpha or configs.cutmix_alpha)
+    crops = configs.random_crop_area != [1.0, 1.0]
+    return bool(configs.augmentation_strength != "none" or crops or configs.mixup_alpha or configs.cutmix_alpha)
 
 
 def trains_on_features(classifier: keras.Model, images_change: bool) -> bool:

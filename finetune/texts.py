@@ -39,3 +39,12 @@ def show(text: str) -> str:
         else character
         for character in text
     )
+
+
+def show_duration(seconds: float) -> str:
+    """Returns a duration in the two largest units that it has: `45 s`, `3 min 20 s`, `2 h 5 min`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, rest = divmod(seconds, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -19,6 +19,7 @@ from finetune.devices import set_seed
 from finetune.interruption import Interruption
 from finetune.losses import Losses
 from finetune.model_files import load_fitting_model
+from finetune.options import UserError
 from finetune.phases import Phase, changes_images, get_sets, prepare_phase, run_phase
 from finetune.probe import compute_features, initialize_head
 from finetune.range_test import suggest_learning_rate
@@ -28,6 +29,7 @@ from finetune.stores import hash_file
 from finetune.tables import resolve_class_names
 from finetune.team import Team
 from finetune.texts import MOST_TELLING, join_names
+from finetune.time_budget import TimeEstimate, fit_epochs
 from generator import AugmentedImageSequence, Shares, get_generator, naming_bad_images
 from model import ModelFactory
 
@@ -195,6 +197,32 @@ def try_learning_rates(
     return {"suggestion": suggestion, "rates": test.rates, "losses": test.losses}
 
 
+def settle_epochs(
+    configs: Configs,
+    started: float,
+    strategy: tf.distribute.Strategy,
+    classifier: keras.Model,
+    images: Images,
+    loss: Callable,
+    team: Team,
+    state: dict[str, Any] | None,
+) -> Configs:
+    """Fits the number of epochs to `time_budget`, where there is one; a run that goes on keeps its own.
+
+    Raises:
+        UserError: `early_stopping_patience` would end a run whose last epoch's model is to be kept.
+    """
+    if configs.model_selection == "last_epoch" and configs.early_stopping_patience:
+        raise UserError(
+            "early_stopping_patience: expected 0 with model_selection last_epoch, whose schedule has to end. Received: "
+            f"{configs.early_stopping_patience}."
+        )
+    if not configs.time_budget or state:
+        return configs
+    epochs = fit_epochs(configs, started, strategy, classifier, *images, loss)
+    return configs.replace(num_epochs=team.exchange(epochs)[0])
+
+
 @contextlib.contextmanager
 def open_run(configs: Configs, images: Images, team: Team) -> Iterator[Interruption]:
     """Holds the run's folder while it is entered, made ready: cleared, and with the run's configs and data described.
@@ -276,7 +304,8 @@ def build_callbacks(
     checkpoint = Checkpoint(
         configs, phase, classifier, training, measure, plateau, averages, input_wait, interruption, team.is_chief, state
     )
-    before = [EpochOrder(training), input_wait, BeforeValidation(checkpoint), averages]
+    estimate = TimeEstimate(configs.num_epochs, training, validation)
+    before = [EpochOrder(training), input_wait, estimate, BeforeValidation(checkpoint), averages]
     order = [*before, measure, schedule, plateau, curves, bad_images, checkpoint]
     return [callback for callback in order if callback is not None]
 
@@ -309,6 +338,8 @@ def train_phases(
         The last phase's checkpoint, which knows the run's figures.
     """
     classifier, optimizer, features = start
+    if configs.show_model_summary:
+        classifier.summary()
     for phase in phases:
         if state and state["epochs_completed"] >= phase.end:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -166,6 +167,28 @@ def threshold_range_fault(thresholds: list[float]) -> str:
     if len(thresholds) == 2 and thresholds[0] <= thresholds[1]:
         return ""
     return f"expected two numbers, the lower first. Received: {quote_value(thresholds)}"
+
+
+def crop_area_fault(area: list[float]) -> str:
+    """Returns what is wrong with a range of shares of an image; empty where nothing is."""
+    if len(area) == 2 and area[0] <= area[1]:
+        return ""
+    return f"expected two numbers, the lower first. Received: {quote_value(area)}"
+
+
+def duration_fault(text: str) -> str:
+    """Returns what is wrong with a duration; empty where nothing is."""
+    if not text or parse_duration(text):
+        return ""
+    return (
+        f"expected a time above 0 in seconds, or with s, m or h behind it, such as 10m. Received: {quote_value(text)}"
+    )
+
+
+def parse_duration(text: str) -> float:
+    """Returns the seconds of a duration such as `90`, `90s`, `1.5m` or `2h`; 0 where it is none."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([smh]?)", text.strip())
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
 
 
 def classes_fault(classes: list[str] | None) -> str:

@@ -23,6 +23,14 @@ def test_cosine_falls_from_the_rate_to_the_minimum():
     assert rates == sorted(rates, reverse=True)
 
 
+def test_one_cycle_rises_in_the_first_quarter_and_falls_to_the_minimum():
+    rates = [schedule("one_cycle").get_rate(step) for step in range(20)]
+    rising = [0.1 * (1 - math.cos(math.pi * (step + 1) / 5)) / 2 for step in range(5)]
+    assert rates[:5] == pytest.approx(rising)
+    falling = [0.01 + 0.09 * (1 + math.cos(math.pi * step / 14)) / 2 for step in range(15)]
+    assert rates[5:] == pytest.approx(falling)
+
+
 @pytest.mark.parametrize(("kind", "after"), [("constant", 0.1), ("plateau", None), ("cosine", 0.1)])
 def test_warm_up_rises_linearly(kind, after):
     rates = [schedule(kind, warmup=2.0).get_rate(step) for step in range(11)]

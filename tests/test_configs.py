@@ -84,6 +84,9 @@ DEFAULTS = [
     ("loss", "cross_entropy"),
     ("gradient_accumulation_steps", 1),
     ("augmentation_strength", "default"),
+    ("random_crop_area", [1.0, 1.0]),
+    ("model_selection", "best_epoch"),
+    ("time_budget", ""),
     ("find_learning_rate", False),
     ("overwrite", False),
 ]

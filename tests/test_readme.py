@@ -218,7 +218,8 @@ def test_demo_configs_only_name_options():
 
 
 def test_recommended_configs_only_name_options():
-    assert Configs.from_json(str(PROJECT / "data" / "recommended.json")).validate().conv_layers_to_train == 0
+    configs = Configs.from_json(str(PROJECT / "data" / "recommended.json")).validate()
+    assert (configs.head_initialization, configs.model_selection) == ("linear_probe", "last_epoch")
 
 
 def test_scripts_options_are_named_in_the_options_page():

@@ -136,6 +136,44 @@ def test_differences_are_paired():
     ]
 
 
+def test_recipes_are_compared_photo_by_photo():
+    photos = {"recommended": [[1, 1, 1, 0], [1, 1]], "probe": [[1, 0, 1, 0], [1, 0]]}
+    figures = {"flowers": {name: {"photos": scores} for name, scores in photos.items()}}
+    # Two of six photos are gained: a third, with a standard error of the root of (6 * 2/9 / 5 / 6).
+    error = 196 * (2 / 9 / 5) ** 0.5
+    expected = f"| probe | +33.3 ({100 / 3 - error:+.1f} to {100 / 3 + error:+.1f}) |"
+    assert recipes.format_paired(figures, "recommended").splitlines()[2:] == [expected]
+
+
+def test_runs_go_on_where_they_were_stopped(multilabel_csv, tmp_path, monkeypatch, capsys):
+    place = f"{multilabel_csv}:{multilabel_csv.parent}"
+    monkeypatch.setattr(
+        "sys.argv", ["recipes.py", "--data", f"photos={place}", "--recipes", "probe", "--seeds", "0", "1"]
+    )
+    monkeypatch.setattr(recipes, "RUNS_FILE", tmp_path / "runs.json")
+    arguments, calls = recipes.parse_arguments(), []
+
+    def run(recipe, photos, seed, folder, arguments):
+        calls.append(seed)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return recipes.Run(0.5 + seed, 10.0, [1.0, 0.0])
+
+    monkeypatch.setattr(recipes, "run_train", run)
+    data = [recipes.read_photos("photos", place)]
+    with pytest.raises(KeyboardInterrupt):
+        recipes.run_all(data, arguments)
+    assert recipes.run_all(data, arguments)["photos"]["probe"] == {
+        "scores": [0.5, 1.5],
+        "seconds": [10.0, 10.0],
+        "photos": [[1.0, 0.0], [1.0, 0.0]],
+    }
+    assert calls == [0, 1, 1]
+    arguments.budget = 7
+    recipes.run_all(data, arguments)
+    assert calls == [0, 1, 1, 0, 1]
+
+
 def test_targets_come_from_means():
     measured = {what: value for what, value, _, _ in recipes.list_targets(FIGURES)}
     assert measured == pytest.approx(

@@ -1,0 +1,64 @@
+"""Which of two models to keep, by the images of a validation set: the simpler one where these cannot tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import rankdata
+
+
+def score_images(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Scores the answer to each image, in `[0, 1]`, so that two models can be compared image by image.
+
+    Args:
+        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
+        probabilities: `(images, classes)`.
+
+    Returns:
+        float64 `(images,)`: whether the most probable class is right; multi-label the label ranking average precision
+        (Tsoumakas et al., Data Mining and Knowledge Discovery Handbook, 2010, 34.7.2), 1 for an image without labels.
+    """
+    if y_true.ndim == 1:
+        return (probabilities.argmax(axis=1) == y_true).astype(float)
+    truth = y_true.astype(bool)
+    ranks = rankdata(-probabilities, method="max", axis=1)
+    among_true = [rankdata(row[known], method="max") / row[known] for row, known in zip(ranks, truth, strict=True)]
+    return np.array([precisions.mean() if len(precisions) else 1.0 for precisions in among_true])
+
+
+def compare_scores(simple: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Compares two models on the same images.
+
+    Args:
+        simple: the scores of each image by the simpler model.
+        other: those by the other one.
+
+    Returns:
+        The mean difference, other less simple, and its standard error, of the images' own differences; 0 for one image.
+    """
+    differences = np.asarray(other) - np.asarray(simple)
+    number = len(differences)
+    return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(number)) if number > 1 else 0.0
+
+
+def is_clearly_better(difference: float, error: float) -> bool:
+    """Tells whether a model is better than a simpler one by more than a standard error.
+
+    Source: the one-standard-error rule of Breiman, Friedman, Olshen and Stone, Classification and Regression Trees,
+    1984, section 3.4.3: of models that the data do not tell apart, the simplest.
+    """
+    return difference > error
+
+
+def describe_choice(difference: float, error: float, number: int) -> str:
+    """Says which of the probe and the fine-tuned model is kept, and why."""
+    figures = f"{100 * difference:+.1f} points, standard error {100 * error:.1f}, on {number} validation images"
+    if is_clearly_better(difference, error):
+        return f"Kept the fine-tuned model: it is better than the probe ({figures})."
+    if -difference > error:
+        return f"Kept the probe: the fine-tuned model is worse ({figures})."
+    return (
+        "Kept the probe, the simpler model: the validation images do not tell that the fine-tuned one is better "
+        f"({figures}). latest_model.keras is the fine-tuned one."
+    )

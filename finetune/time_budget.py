@@ -1,0 +1,120 @@
+"""How many epochs end in a given time, measured on the run's own model and images."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+
+from configs import Configs
+from finetune.callbacks import EpochOrder
+from finetune.interruption import Interruption
+from finetune.phases import changes_images, get_phases, get_sets, prepare_phase
+from finetune.texts import show_duration
+from finetune.training_state import seed_states
+from finetune.values import parse_duration
+from generator import AugmentedImageSequence, naming_bad_images
+
+# Steps that an estimate of the time is made from, and a validation batch's time of that of a training step: it goes
+# through the network once, and not back.
+TIMED_STEPS = 3
+VALIDATION_SHARE = 0.4
+# What is left free of a budget for building, the first step's graph, checkpoints and the probe's comparison.
+RESERVE = 0.1
+
+
+class StepTimes(keras.callbacks.Callback):
+    """Times the first steps, but for the very first, which builds the graph, and stops training after them."""
+
+    seconds = 0.0
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        """Starts anew."""
+        self._ends: list[float] = []
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Notes the end of a step."""
+        self._ends.append(time.monotonic())
+        self.seconds = (self._ends[-1] - self._ends[0]) / max(len(self._ends) - 1, 1)
+        self.model.stop_training = len(self._ends) > TIMED_STEPS
+
+
+class TimeEstimate(keras.callbacks.Callback):
+    """Prints after the first steps how long the run will take.
+
+    Args:
+        epochs: of the whole run.
+        training: the training images.
+        validation: the validation images.
+    """
+
+    def __init__(self, epochs: int, training: AugmentedImageSequence, validation: AugmentedImageSequence) -> None:
+        super().__init__()
+        self.epochs = epochs
+        self.training = training
+        self.validation = validation
+        self._epoch = 0
+        self._ends: list[float] = []
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Notes the epoch."""
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Prints it once; the very first step is left out, for it builds the graph."""
+        if len(self._ends) > TIMED_STEPS:
+            return
+        self._ends.append(time.monotonic())
+        if len(self._ends) > TIMED_STEPS:
+            step = (self._ends[-1] - self._ends[0]) / TIMED_STEPS
+            epochs = self.epochs - self._epoch
+            steps = epochs * self.training.steps - self.training.first_step - batch - 1
+            left = step * (steps + VALIDATION_SHARE * epochs * self.validation.steps)
+            print(f"\nAbout {show_duration(left)} to go, for {self.epochs} epochs.")
+
+
+def fit_epochs(
+    configs: Configs,
+    started: float,
+    strategy: tf.distribute.Strategy,
+    classifier: keras.Model,
+    training: AugmentedImageSequence,
+    validation: AugmentedImageSequence,
+    loss: Callable,
+) -> int:
+    """Returns how many epochs fit into `time_budget`, at least one; prints it.
+
+    A few steps are trained of the phase that trains the most layers; the model gets its weights back.
+
+    Args:
+        configs: with `time_budget`.
+        started: when the run began, of `time.monotonic`.
+        strategy: of the devices.
+        classifier: in the scope of the strategy; is as it was in the end.
+        training: the training images.
+        validation: the validation images.
+        loss: of the training images.
+    """
+    phase = get_phases(configs, 1)[-1]
+    with strategy.scope():
+        model = prepare_phase(classifier, phase, configs, loss, None, None)
+        images = get_sets(classifier, changes_images(configs), training, training)[0]
+        weights, seeds = classifier.get_weights(), [variable.numpy() for variable in seed_states(model)]
+    timed = StepTimes()
+    epochs = 1 + math.ceil(TIMED_STEPS / images.steps)
+    with naming_bad_images(images):
+        model.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), timed], Interruption())
+    with strategy.scope():
+        classifier.set_weights(weights)
+        for variable, seed in zip(seed_states(model), seeds, strict=True):
+            variable.assign(seed)
+    epoch = timed.seconds * (images.steps + VALIDATION_SHARE * validation.steps)
+    budget = parse_duration(configs.time_budget)
+    left = budget * (1 - RESERVE) - (time.monotonic() - started)
+    epochs = max(1, int(left / epoch))
+    note = "" if left >= epoch else ", which is more than the budget holds"
+    print(f"time_budget {configs.time_budget}: {epochs} epochs of about {show_duration(epoch)}{note}.")
+    return epochs

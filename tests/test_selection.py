@@ -1,0 +1,43 @@
+"""Which of two models is kept, by the images of a validation set."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import label_ranking_average_precision_score
+
+from finetune.selection import compare_scores, describe_choice, is_clearly_better, score_images
+
+
+def test_an_image_scores_by_its_most_probable_class():
+    probabilities = np.array([[0.7, 0.3], [0.4, 0.6], [0.2, 0.8]])
+    assert score_images(np.array([0, 0, 1]), probabilities).tolist() == [1, 0, 1]
+
+
+def test_an_image_of_several_labels_scores_by_their_ranks():
+    rng = np.random.default_rng(0)
+    truth, scores = rng.random((40, 7)) < 0.3, rng.random((40, 7)).round(1)
+    expected = [label_ranking_average_precision_score([row], [score]) for row, score in zip(truth, scores, strict=True)]
+    assert score_images(truth.astype(np.uint8), scores) == pytest.approx(expected)
+
+
+def test_two_models_are_compared_image_by_image():
+    simple = np.zeros(200)
+    other = np.where(np.arange(200) < 20, 1.0, 0.0)
+    # The standard error of a share of a tenth in 200.
+    assert compare_scores(simple, other) == pytest.approx((0.1, (0.09 / 199) ** 0.5))
+    assert compare_scores(other, other) == (0, 0)
+    assert compare_scores([0.5], [0.7]) == pytest.approx((0.2, 0))
+
+
+def test_a_model_is_kept_that_is_better_by_more_than_a_standard_error():
+    assert is_clearly_better(0.03, 0.02)
+    assert not is_clearly_better(0.02, 0.03)
+    assert not is_clearly_better(0.0, 0.0)
+
+
+def test_the_choice_is_told_with_its_figures():
+    assert describe_choice(0.05, 0.012, 200) == (
+        "Kept the fine-tuned model: it is better than the probe (+5.0 points, standard error 1.2, on 200 validation "
+        "images)."
+    )
+    assert "the simpler model: the validation images do not tell" in describe_choice(0.01, 0.02, 9)
+    assert "Kept the probe: the fine-tuned model is worse" in describe_choice(-0.3, 0.1, 9)

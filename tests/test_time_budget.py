@@ -1,0 +1,90 @@
+"""As many epochs as a time holds, and which model is kept in the end."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+from small_runs import (
+    assert_same_run,
+    options_of,
+    start,
+    stop_at,  # noqa: F401
+    tables,  # noqa: F401
+)
+
+from finetune.options import UserError
+from finetune.texts import show_duration
+from finetune.training_state import read_state
+from finetune.values import duration_fault, parse_duration
+
+
+def test_durations_are_read_and_shown():
+    texts = ["90", "90s", "1.5m", "2h", " 10 m", "0", "-3", "ten", "1d", "1e9"]
+    assert [parse_duration(text) for text in texts] == [90, 90, 90, 7200, 600, 0, 0, 0, 0, 0]
+    assert [bool(duration_fault(text)) for text in ("", "10m", "0", "soon")] == [False, False, True, True]
+    assert [show_duration(seconds) for seconds in (44.6, 200, 7500)] == ["45 s", "3 min 20 s", "2 h 5 min"]
+
+
+@pytest.mark.slow
+def test_a_run_of_a_time_budget_is_that_of_as_many_epochs(tables, tmp_path, capsys):
+    options = {"learning_rate_schedule": "one_cycle", "random_crop_area": [0.6, 1.0], "augmentation_strength": "photo"}
+    found = start(**options_of(tables, tmp_path / "budget", time_budget="20s", **options))
+    printed = capsys.readouterr().out
+    epochs = int(re.search(r"time_budget 20s: (\d+) epochs of about", printed)[1])
+    assert re.search(rf"About .* to go, for {epochs} epochs", printed)
+    assert found["epoch"] == epochs > 1
+    start(**options_of(tables, tmp_path / "epochs", **(options | {"num_epochs": epochs})))
+    assert_same_run(tmp_path / "budget", tmp_path / "epochs")
+
+
+@pytest.mark.slow
+def test_a_budget_that_holds_no_epoch_is_told(tables, tmp_path, capsys):
+    assert start(**options_of(tables, tmp_path / "run", time_budget="0.1s"))["epoch"] == 1
+    assert "1 epochs of about" in (printed := capsys.readouterr().out)
+    assert "which is more than the budget holds" in printed
+
+
+@pytest.mark.slow
+def test_the_last_epoch_is_kept_only_where_validation_tells_that_it_is_better(
+    tables, tmp_path, capsys, stop_at, monkeypatch
+):
+    options = {"head_initialization": "linear_probe", "model_selection": "last_epoch", "num_epochs": 2}
+    start(**options_of(tables, tmp_path / "run", **options))
+    printed = capsys.readouterr().out
+    state = read_state(str(tmp_path / "run" / "latest_model.keras"))
+    assert ("Kept the fine-tuned model" in printed) == (state["best_epoch"] == 2)
+    assert ("Kept the probe" in printed) == (state["best_epoch"] == 0)
+    assert len(state["start_scores"]) == 9
+    best, latest = (
+        keras.models.load_model(tmp_path / "run" / f"{name}_model.keras").get_weights() for name in ("best", "latest")
+    )
+    differs = any((one != other).any() for one, other in zip(best, latest, strict=True))
+    assert differs == (state["best_epoch"] == 0)
+    stop_at(1, 3)
+    with pytest.raises(SystemExit):
+        start(**options_of(tables, tmp_path / "stopped", **options))
+    monkeypatch.undo()
+    start(**options_of(tables, tmp_path / "stopped", load_model_path=str(tmp_path / "stopped"), **options))
+    assert_same_run(tmp_path / "run", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_the_last_epoch_of_a_random_head_is_kept_whatever_validation_says(tables, tmp_path):
+    found = start(**options_of(tables, tmp_path / "run", model_selection="last_epoch", num_epochs=2))
+    assert found["best_epoch"] == 2
+    best, latest = (
+        keras.models.load_model(tmp_path / "run" / f"{name}_model.keras").get_weights() for name in ("best", "latest")
+    )
+    for one, other in zip(best, latest, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_early_stopping_and_the_last_epoch_exclude_each_other(tables, tmp_path):
+    with pytest.raises(UserError, match="early_stopping_patience: expected 0 with model_selection last_epoch"):
+        start(**options_of(tables, tmp_path / "run", model_selection="last_epoch", early_stopping_patience=3))
+
+
+def test_crops_and_a_cache_exclude_each_other(tables, tmp_path):
+    with pytest.raises(UserError, match="random_crop_area: crops are taken from the pictures themselves"):
+        start(**options_of(tables, tmp_path / "run", random_crop_area=[0.5, 1.0], image_cache="memory"))
