@@ -174,6 +174,7 @@ def test_mixed_precision_becomes_float32(policy, run_folder):
         np.testing.assert_allclose(run(run_folder / name, images), answer(images), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_second_export_takes_the_place_of_the_first(run_folder):
     export(run_folder, *EXPORTS)
     model = build_colour_model()
@@ -186,6 +187,7 @@ def test_a_second_export_takes_the_place_of_the_first(run_folder):
     assert not [name for name in os.listdir(run_folder) if name.startswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_a_folder_may_be_called_rejected(run_folder):
     folder = run_folder.rename(run_folder.with_name("first.rejected.run"))
     for _ in range(2):
@@ -221,6 +223,7 @@ def test_only_what_answers_otherwise_is_rejected(run_folder, monkeypatch, capsys
     assert capsys.readouterr().out.count("Rejected: ") == 3
 
 
+@pytest.mark.slow
 def test_the_report_keeps_what_an_earlier_call_made_of_the_same_model(run_folder):
     def list_names():
         found = json.loads((run_folder / "compression_report.json").read_text())["artefacts"]

@@ -72,6 +72,7 @@ def test_batch_norm_momentum_is_set_or_kept(momentum, expected):
     assert {layer.momentum for layer in norms} == {expected}
 
 
+@pytest.mark.slow
 def test_freeze_batch_norm_leaves_its_weights_and_statistics(tables, tmp_path):
     options = options_of(tables, tmp_path / "run", num_epochs=1, freeze_batch_norm=True)
     start(**options)

@@ -24,7 +24,10 @@ def damage(data, rng):
     yield "a third, with an end mark", data[: len(data) // 3] + b"\xff\xd9"
 
 
-@pytest.mark.parametrize("option", ["quality", "progressive", "optimize", "restart_marker_rows"])
+@pytest.mark.parametrize(
+    "option",
+    ["quality", *(pytest.param(o, marks=pytest.mark.slow) for o in ("progressive", "optimize", "restart_marker_rows"))],
+)
 def test_damaged_jpegs_are_refused_by_check_and_training_alike(tmp_path, option):
     rng, path = np.random.default_rng(0), tmp_path / "a.jpg"
     missed, number = [], 0

@@ -108,6 +108,7 @@ def test_features_computed_once_train_the_head_as_images_do(tables, tmp_path, mo
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_linear_probe_then_train_starts_above_a_random_head(tables, tmp_path, capsys):
     options = {"conv_layers_to_train": 0, "augmentation_strength": "none", "num_epochs": 1, "learning_rate": 1e-6}
     start(**options_of(tables, tmp_path / "probe", head_initialization="linear_probe", **options))

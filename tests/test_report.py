@@ -187,6 +187,7 @@ def test_most_frequent_confusions_come_first(single_page):
     assert re.search(r"cat ?owl ?2 ?16.7 % ?cat ?dog ?1 ?8.3 %", text)
 
 
+@pytest.mark.slow
 def test_page_of_many_classes_lists_confusions_but_not_every_name_over_again(tmp_path):
     names = [f"class {number:03d}" for number in range(101)]
     results = single_label() | {"classes": names}

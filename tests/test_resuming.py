@@ -127,6 +127,7 @@ def test_what_is_safe_to_change_is_said(tables, tmp_path, capsys):
     assert log["learning_rate"].tolist() == pytest.approx([1e-3, 1e-4])
 
 
+@pytest.mark.slow
 def test_options_of_the_first_command_line_hold_on(tables, tmp_path):
     options = options_of(tables, tmp_path / "run", num_epochs=1)
     start(**options)
@@ -161,6 +162,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tables, tmp_
     assert not list((tmp_path / "run").glob("*.keras"))
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_the_run_and_resuming_it_changes_nothing(tables, tmp_path, capsys):
     options = options_of(tables, tmp_path / "run", num_epochs=12, early_stopping_patience=2, learning_rate=1e-7)
     results = start(**options)

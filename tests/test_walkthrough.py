@@ -331,6 +331,7 @@ def test_saved_model_loads_without_this_project(trained, tmp_path):
     assert found.stdout.split() == ["8"], found.stderr
 
 
+@pytest.mark.slow
 def test_a_model_without_state_starts_a_new_run(trained, tmp_path, capsys):
     configs, _ = trained
     load_model(os.path.join(configs.save_model_path, "best_model.keras")).save(tmp_path / "bare.keras")
