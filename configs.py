@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from finetune.options import Options, define
+from finetune.options import Exclusion, Options, define
 from finetune.values import (
     classes_fault,
     crop_area_fault,
@@ -142,7 +142,12 @@ class Configs(Options):
         0, "Also write latest_model.keras every that many steps; 0 only after each epoch", at_least=0
     )
     early_stopping_patience: int = define(
-        0, "Stop after that many epochs without a better validation figure; 0 never does", at_least=0
+        0,
+        "Stop after that many epochs without a better validation figure; 0 never does",
+        at_least=0,
+        excludes=Exclusion(
+            0, "model_selection", "best_epoch", "expected 0 with model_selection last_epoch, whose schedule has to end"
+        ),
     )
     mixed_precision: bool = define(
         False,
@@ -257,6 +262,9 @@ class Configs(Options):
         above=0,
         at_most=1,
         check=crop_area_fault,
+        excludes=Exclusion(
+            [1.0, 1.0], "image_cache", "none", "crops are taken from the pictures themselves, which image_cache has not"
+        ),
     )
     model_selection: str = define(
         "best_epoch",

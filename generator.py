@@ -345,11 +345,6 @@ def get_generator(
     Raises:
         UserError: the CSV, a label or an image in it is not usable.
     """
-    if training and configs.image_cache != "none" and configs.random_crop_area != [1.0, 1.0]:
-        raise UserError(
-            "random_crop_area: crops are taken from the pictures themselves, which image_cache does not keep. "
-            f"Received: image_cache {configs.image_cache}. Set it to none, or random_crop_area to 1 1."
-        )
     paths, labels = _list_images(csv_path, class_names, configs, bad_rows)
     image_size = configs.image_target_size[:2]
     return AugmentedImageSequence(

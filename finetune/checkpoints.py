@@ -213,7 +213,7 @@ class Checkpoint(keras.callbacks.Callback):
         if self.last_epoch:
             is_best = epochs_completed == 0 or (epochs_completed == self.last_epoch and self._is_last_better())
         if is_best:
-            self.best, self.best_epoch = float(score), epochs_completed
+            self.best, self.best_epoch = none_if_undefined(score), epochs_completed
             if self.validation.aurocs is not None:
                 aurocs = map(none_if_undefined, self.validation.aurocs)
                 self.best_aurocs = dict(zip(self.class_names, aurocs, strict=True))

@@ -13,7 +13,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from finetune.values import (
     LONGEST_SHOWN,
@@ -35,6 +35,22 @@ class UserError(Exception):
     """A mistake that its user can mend: shown as its message alone, with exit status 2."""
 
 
+class Exclusion(NamedTuple):
+    """Another option that one does not go with.
+
+    Attributes:
+        off: the value of the option itself that goes with all.
+        other: the name of the other option.
+        harmless: the value of that one that goes with all.
+        reason: why, and what was expected, in words.
+    """
+
+    off: Any
+    other: str
+    harmless: Any
+    reason: str
+
+
 def define(
     default: Any,
     description: str,
@@ -46,6 +62,7 @@ def define(
     choices: Sequence[str] | None = None,
     check: Callable[[Any], str] | None = None,
     needs: tuple[str, str] | None = None,
+    excludes: Exclusion | None = None,
     describes_model: bool = False,
     fixed_in_run: bool = False,
 ) -> Any:
@@ -61,6 +78,7 @@ def define(
         choices: the only texts allowed.
         check: returns what is wrong with a value of the right type and within its bounds; empty where nothing is.
         needs: the name of another option without which this one has no effect, and what that has to be, in words.
+        excludes: another option that this one does not go with.
         describes_model: the option says what a trained model is; a model's own `configs.json` then decides it.
         fixed_in_run: a run cannot go on with another value, for it would not be the same run.
     """
@@ -71,6 +89,7 @@ def define(
         "choices": choices,
         "check": check,
         "needs": needs,
+        "excludes": excludes,
         "describes_model": describes_model,
         "fixed_in_run": fixed_in_run,
     }
@@ -228,9 +247,14 @@ class Options:
         return self
 
     def _find_contradictions(self) -> list[str]:
-        """Returns a line for each option that has no effect beside another one's value."""
+        """Returns a line for each option that has no effect beside another one's value, or does not go with it."""
         defaults = self.defaults()
+        excluding = {name: field.metadata["excludes"] for name, field in self.options().items()}
         return [
+            f"{name}: {rule.reason}. Received: {getattr(self, name)} with {rule.other} {getattr(self, rule.other)}."
+            for name, rule in excluding.items()
+            if rule and getattr(self, name) != rule.off and getattr(self, rule.other) != rule.harmless
+        ] + [
             f"{name}: {getattr(self, name)} has no effect without {words}. Set that too, or leave {name} out."
             for name, field in self.options().items()
             for needed, words in [field.metadata["needs"]] * bool(field.metadata["needs"])

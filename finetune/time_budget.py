@@ -27,22 +27,32 @@ RESERVE = 0.1
 
 
 class StepTimes(keras.callbacks.Callback):
-    """Times the first steps, but for the very first, which builds the graph, and stops training after them."""
+    """Times the first steps, but for the very first, which builds the graph.
 
-    seconds = 0.0
+    Attributes:
+        seconds: of a step; 0 until enough of them are timed.
+    """
 
-    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        """Starts anew."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
         self._ends: list[float] = []
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Notes the end of a step."""
+        """Notes the end of a step, and tells `on_timed` once."""
+        if self.seconds:
+            return
         self._ends.append(time.monotonic())
-        self.seconds = (self._ends[-1] - self._ends[0]) / max(len(self._ends) - 1, 1)
-        self.model.stop_training = len(self._ends) > TIMED_STEPS
+        if len(self._ends) > TIMED_STEPS:
+            self.seconds = (self._ends[-1] - self._ends[0]) / TIMED_STEPS
+            self.on_timed(batch)
+
+    def on_timed(self, batch: int) -> None:
+        """Stops training: the time is all that is asked for."""
+        self.model.stop_training = True
 
 
-class TimeEstimate(keras.callbacks.Callback):
+class TimeEstimate(StepTimes):
     """Prints after the first steps how long the run will take.
 
     Args:
@@ -57,23 +67,17 @@ class TimeEstimate(keras.callbacks.Callback):
         self.training = training
         self.validation = validation
         self._epoch = 0
-        self._ends: list[float] = []
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Notes the epoch."""
         self._epoch = epoch
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Prints it once; the very first step is left out, for it builds the graph."""
-        if len(self._ends) > TIMED_STEPS:
-            return
-        self._ends.append(time.monotonic())
-        if len(self._ends) > TIMED_STEPS:
-            step = (self._ends[-1] - self._ends[0]) / TIMED_STEPS
-            epochs = self.epochs - self._epoch
-            steps = epochs * self.training.steps - self.training.first_step - batch - 1
-            left = step * (steps + VALIDATION_SHARE * epochs * self.validation.steps)
-            print(f"\nAbout {show_duration(left)} to go, for {self.epochs} epochs.")
+    def on_timed(self, batch: int) -> None:
+        """Prints what is left."""
+        epochs = self.epochs - self._epoch
+        steps = epochs * self.training.steps - self.training.first_step - batch - 1
+        left = self.seconds * (steps + VALIDATION_SHARE * epochs * self.validation.steps)
+        print(f"\nAbout {show_duration(left)} to go, for {self.epochs} epochs.")
 
 
 def fit_epochs(

@@ -19,7 +19,6 @@ from finetune.devices import set_seed
 from finetune.interruption import Interruption
 from finetune.losses import Losses
 from finetune.model_files import load_fitting_model
-from finetune.options import UserError
 from finetune.phases import Phase, changes_images, get_sets, prepare_phase, run_phase
 from finetune.probe import compute_features, initialize_head
 from finetune.range_test import suggest_learning_rate
@@ -207,17 +206,8 @@ def settle_epochs(
     team: Team,
     state: dict[str, Any] | None,
 ) -> Configs:
-    """Fits the number of epochs to `time_budget`, where there is one; a run that goes on keeps its own.
-
-    Raises:
-        UserError: `early_stopping_patience` would end a run whose last epoch's model is to be kept.
-    """
-    if configs.model_selection == "last_epoch" and configs.early_stopping_patience:
-        raise UserError(
-            "early_stopping_patience: expected 0 with model_selection last_epoch, whose schedule has to end. Received: "
-            f"{configs.early_stopping_patience}."
-        )
-    if not configs.time_budget or state:
+    """Fits the number of epochs to `time_budget`, where there is one; a run that goes on keeps its own."""
+    if not configs.time_budget or state or configs.find_learning_rate:
         return configs
     epochs = fit_epochs(configs, started, strategy, classifier, *images, loss)
     return configs.replace(num_epochs=team.exchange(epochs)[0])
