@@ -80,7 +80,6 @@ class Checkpoint(keras.callbacks.Callback):
         self.starts_good = configs.head_initialization == "linear_probe" and not configs.load_model_path
         # The number of epochs after which the last model is compared with the start; 0: the best epoch is kept.
         self.last_epoch = configs.num_epochs if configs.model_selection == "last_epoch" else 0
-        self.start_scores: list[float] = list(state.get("start_scores", [])) if state else []
         self.class_names = configs.classes
         self.run_state = {
             "configs": configs.to_dict(),
@@ -96,18 +95,23 @@ class Checkpoint(keras.callbacks.Callback):
         self.plateau = plateau
         self.averages = averages
         self.input_wait = input_wait
-        self.input_waits: list[float] = list(state.get("input_waits", [])) if state else []
         self.interruption = interruption
         self.to_restore = state
         # A plateau of one phase does not bind the next.
         goes_on = state is not None and (state["epochs_completed"], state["steps_completed"]) > (phase.first_epoch, 0)
         self.plateau_state: dict[str, Any] = state["plateau"] if goes_on else {}
-        self.log: list[dict[str, float]] = list(state["log"]) if state else []
-        self.best: float | None = state["best"] if state else None
-        self.best_epoch: int | None = state["best_epoch"] if state else None
-        self.best_aurocs: dict[str, float | None] | None = state["best_aurocs"] if state else None
+        self._take_figures(state or {})
         self.epoch = 0
         self.has_validated = False
+
+    def _take_figures(self, state: dict[str, Any]) -> None:
+        """Takes the run's figures from a checkpoint, or begins without any."""
+        self.log: list[dict[str, float]] = list(state.get("log", []))
+        self.best: float | None = state.get("best")
+        self.best_epoch: int | None = state.get("best_epoch")
+        self.best_aurocs: dict[str, float | None] | None = state.get("best_aurocs")
+        self.start_scores: list[float] = list(state.get("start_scores", []))
+        self.input_waits: list[float] = list(state.get("input_waits", []))
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         """Restores what Keras has just reset, and on resuming the random states and the logs."""

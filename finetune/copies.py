@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from finetune.findings import Finding
+from finetune.groups import Groups
 from finetune.inspection import Inspection
 from finetune.stores import hash_file
 from finetune.tables import ImageTable, split_label
@@ -125,23 +126,3 @@ def join_near(hashes: np.ndarray, set_names: Sequence[str]) -> list[tuple[int, i
                 pairs.append((first, second, int(distances[position])))
                 flagged.update([second] * across)
     return pairs
-
-
-class Groups:
-    """Sets of things that belong together, by their positions."""
-
-    def __init__(self, number: int) -> None:
-        self._parents = list(range(number))
-
-    def find(self, position: int) -> int:
-        """Returns the position that stands for the group of this one."""
-        while self._parents[position] != position:
-            self._parents[position] = self._parents[self._parents[position]]
-            position = self._parents[position]
-        return position
-
-    def join(self, first: int, second: int) -> bool:
-        """Makes one group of two; returns whether they were two."""
-        first, second = sorted((self.find(first), self.find(second)))
-        self._parents[second] = first
-        return first != second

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from finetune.files import write_csv
+from finetune.groups import Groups
 from finetune.options import UserError
 from finetune.texts import LONGEST_LIST, show_text
 
@@ -118,18 +119,16 @@ def get_bad_rows(findings: Sequence[Finding]) -> dict[str, set[int]]:
 def find_contradictions(findings: Sequence[Finding]) -> list[tuple[str, int]]:
     """Returns the CSV file and the line of each image that has another label in another line: of all those lines."""
     wrong = [one for one in findings if one.kind == "duplicate_with_other_label"]
-    parents = {}
-
-    def find(place: tuple[str, int]) -> tuple[str, int]:
-        while (parent := parents.setdefault(place, place)) != place:
-            place = parents[place] = parents[parent]
-        return place
-
-    for finding in findings if wrong else []:
-        if finding.kind in EXACT_COPIES:
-            parents[find((finding.csv_path, finding.row))] = find((finding.copy_in, finding.copy_of))
-    groups = {find((finding.csv_path, finding.row)) for finding in wrong}
-    return sorted(place for place in [*parents] if find(place) in groups)
+    if not wrong:
+        return []
+    pairs = [((one.csv_path, one.row), (one.copy_in, one.copy_of)) for one in findings if one.kind in EXACT_COPIES]
+    places = sorted({place for pair in pairs for place in pair})
+    positions = {place: position for position, place in enumerate(places)}
+    groups = Groups(len(places))
+    for first, second in pairs:
+        groups.join(positions[first], positions[second])
+    found = {groups.find(positions[one.csv_path, one.row]) for one in wrong}
+    return [place for place in places if groups.find(positions[place]) in found]
 
 
 def format_findings(

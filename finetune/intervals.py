@@ -85,6 +85,7 @@ def _prepare_counts(y_true: np.ndarray, raw: np.ndarray, decision: Decision) -> 
     indicators = [sparse.csc_array(chosen.astype(np.float32)).T for chosen in (truth, predicted, truth & predicted)]
 
     def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the figures of each resample, from how often it draws each image."""
         images = weights.sum(axis=1)
         figures = {name: _divide(weights @ values.astype(np.float32), images) for name, values in per_image.items()}
         support, chosen, right = ((indicator @ weights.T).T for indicator in indicators)
@@ -112,6 +113,7 @@ def _prepare_ranking(truth: np.ndarray, scores: np.ndarray) -> Measure:
     rankings = [_Ranking.of(*column) for column in zip(truth.T, scores.T, strict=True)]
 
     def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns both means of each resample, from how often it draws each image."""
         by_image = np.ascontiguousarray(weights.T)
         aurocs, precisions = np.stack([ranking.measure(by_image) for ranking in rankings], axis=-1)
         return {"mean_auroc": _row_means(aurocs), "mean_average_precision": _row_means(precisions)}

@@ -76,6 +76,7 @@ def weighted_crossentropy(class_weights: np.ndarray, label_smoothing: float = 0.
     """
 
     def loss(y_true: keras.KerasTensor, y_pred: keras.KerasTensor) -> keras.KerasTensor:
+        """Returns the loss of each image, `(batch,)`."""
         # Keras's own functions find the logits behind the probabilities, which keep their gradients at certainty.
         if len(y_true.shape) == 1:
             positions = keras.ops.cast(y_true, "int32")
@@ -114,6 +115,7 @@ def weighted_binary_crossentropy(
     """
 
     def loss(y_true: keras.KerasTensor, y_pred: keras.KerasTensor) -> keras.KerasTensor:
+        """Returns the loss of each image, `(batch,)`."""
         y_pred = keras.ops.clip(y_pred, keras.config.epsilon(), 1 - keras.config.epsilon())
         y_true = keras.ops.cast(y_true, y_pred.dtype)
         if label_smoothing:

@@ -124,6 +124,7 @@ def _load_tflite(path: str) -> ExportedModel:
     interpreter.allocate_tensors()
 
     def run(images: np.ndarray) -> np.ndarray:
+        """Runs the images one after the other: the file holds one shape."""
         probabilities = np.empty((len(images), outputs["shape"][-1]), np.float32)
         for row, image in enumerate(images):
             interpreter.set_tensor(inputs["index"], image[None])

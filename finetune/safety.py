@@ -88,6 +88,7 @@ def check_arrays(file: h5py.File, limit: int) -> None:
     claimed = 0
 
     def find_outside(name: str, link: Any) -> str | None:
+        """Returns the name of a link to another file, and counts what an array claims."""
         # What is returned ends the visit; an error in here would reach nobody.
         nonlocal claimed
         item = file[name] if isinstance(link, h5py.HardLink) else None
@@ -160,6 +161,7 @@ def limiting_weights(limit: int, initialize: bool = True) -> Iterator[None]:
     def add_counted(
         layer: keras.Layer, shape: Sequence[int] | None = None, initializer: Any = None, *values: Any, **options: Any
     ) -> Any:
+        """Adds a weight, after the bytes that it claims are found to be few enough."""
         nonlocal claimed
         claimed += 4 * math.prod(shape or ())
         _check_claim(claimed, limit)

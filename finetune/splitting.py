@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from configs import Configs
-from finetune.copies import Groups
 from finetune.data_check import check_tables
 from finetune.findings import get_bad_rows
+from finetune.groups import Groups
 from finetune.options import UserError
 from finetune.tables import find_class_names, make_image_table, parse_table, read_table, split_label
 from finetune.texts import MOST_LISTED, MOST_TELLING, join_names

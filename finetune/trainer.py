@@ -151,6 +151,7 @@ class TrainingModel(keras.Model):
         strategy = self.distribute_strategy
 
         def train_on_share(*batch: tf.Tensor) -> tf.Tensor:
+            """Trains on one device's images; returns the sums of all devices."""
             *parts, bounds, total, signals = batch
             images, labels, is_real = self._get_own_images(parts, bounds)
             gradients, probabilities, loss_sum = self._get_gradients(images, labels, is_real / total)
@@ -174,6 +175,7 @@ class TrainingModel(keras.Model):
         variables = self.trainable_variables
 
         def get(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tuple:
+            """Returns the same of images that fit into memory at once."""
             with tf.GradientTape() as tape:
                 probabilities = self(images, training=True)
                 loss = tf.reduce_sum(self.loss_of_images(labels, probabilities) * weights)

@@ -5,7 +5,8 @@ import numpy as np
 import skimage.data
 from corpus import encode
 
-from finetune.copies import Groups, join_near
+from finetune.copies import join_near
+from finetune.groups import Groups
 from finetune.images import decode_image
 from finetune.inspection import SMALLEST_SIDES, hash_picture
 
