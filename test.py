@@ -31,7 +31,9 @@ def main(configs: Configs) -> dict[str, Any]:
 
     start_devices(configs.gpu_percentage)
     model_path, configs = find_trained_model(configs)
-    csv_paths = {name: getattr(configs, option) for name, option in CSV_OPTIONS.items() if getattr(configs, option)}
+    csv_paths = {name: getattr(configs, option) for name, option in CSV_OPTIONS.items()}
+    # A run may have no validation set; there is nothing to test without a test set.
+    csv_paths = {name: path for name, path in csv_paths.items() if path or name == "test"}
     sequences = {name: get_generator(path, configs.classes, configs, False) for name, path in csv_paths.items()}
     known = check_test_images(model_path, configs.test_csv, sequences["test"].paths, configs.allow_duplicates)
     model = load_predictor(model_path, configs.classes, configs.image_target_size[:2])

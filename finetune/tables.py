@@ -60,6 +60,8 @@ def parse_table(csv_path: str, label_column: str) -> pd.DataFrame:
     Raises:
         UserError: the file is missing, empty or no CSV, or lacks a column or rows.
     """
+    if not csv_path:
+        raise UserError("Expected a CSV file of images. Received an empty path. Set train_csv or test_csv to one.")
     try:
         start = read_start(csv_path)
         if fault := find_kind_fault(start):

@@ -143,3 +143,13 @@ def grey_tiff(values: np.ndarray, bits: int) -> bytes:
         + b"".join(entries)
         + bytes(4)
     )
+
+
+def alpha_bmp(alpha: np.ndarray) -> bytes:
+    """Encodes a black picture with an alpha channel, uint8 `(height, width)`, as a BMP with a version 5 header."""
+    height, width = alpha.shape
+    pixels = np.dstack([np.zeros((height, width, 3), np.uint8), alpha])[::-1].tobytes()
+    header = struct.pack("<IiiHHIIiiII", 124, width, height, 1, 32, 3, len(pixels), 0, 0, 0, 0)
+    header += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs"
+    header = header.ljust(124, b"\0")
+    return b"BM" + struct.pack("<IHHI", 138 + len(pixels), 0, 0, 138) + header + pixels

@@ -11,6 +11,7 @@ from checked_tables import corpus  # noqa: F401
 from corpus import encode, photo
 from odd_images import (
     EXIF_START,
+    alpha_bmp,
     encode_heic,
     exif,
     grey_tiff,
@@ -306,6 +307,15 @@ def test_a_black_shape_on_a_transparent_ground_is_black_on_white(tmp_path, kind)
     assert image[10:22, 10:22].max() <= 8
     assert min(image[:6].min(), image[26:].min(), image[:, :6].min(), image[:, 26:].min()) >= 247
     assert "alpha" in [remark for remark, _ in inspect_image(str(path)).remarks]
+
+
+def test_a_bmp_is_transparent_where_its_fourth_byte_is_used_at_all(tmp_path):
+    alpha = np.zeros((8, 8), np.uint8)
+    (tmp_path / "unused.bmp").write_bytes(alpha_bmp(alpha))
+    assert read_image(str(tmp_path / "unused.bmp")).max() == 0
+    alpha[2:6, 2:6] = 255
+    (tmp_path / "used.bmp").write_bytes(alpha_bmp(alpha))
+    np.testing.assert_array_equal(read_image(str(tmp_path / "used.bmp")), np.repeat(255 - alpha[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "LA"])

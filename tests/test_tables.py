@@ -239,3 +239,8 @@ def test_delimiter_and_encoding_are_named(tmp_path, name, message):
     path.write_bytes(BAD_TABLES[name])
     with pytest.raises(UserError, match=message):
         read_table(str(path), "class")
+
+
+def test_an_empty_path_of_a_table_is_told():
+    with pytest.raises(UserError, match="Expected a CSV file of images. Received an empty path"):
+        read_table("", "class")
