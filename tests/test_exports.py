@@ -1,5 +1,6 @@
 """Models for other runtimes: their own answers, what ships beside them, and the scripts that take them."""
 
+import gc
 import json
 import os
 import shutil
@@ -89,6 +90,17 @@ def test_a_saved_model_holds_each_weight_once(run_folder):
     export(run_folder, "saved_model")
     (variables,) = (run_folder / "best_model_saved_model" / "variables").glob("variables.data*")
     assert 1 <= variables.stat().st_size / (4 * wide.count_params()) < 1.2
+
+
+def test_onnx_leaves_no_copies_of_the_model_in_memory(run_folder):
+    import tf2onnx
+
+    gc.disable()
+    try:
+        export(run_folder, "onnx")
+        assert not [one for one in gc.get_objects() if isinstance(one, tf2onnx.graph.Graph)]
+    finally:
+        gc.enable()
 
 
 def test_labels_and_metadata_stand_beside(run_folder):

@@ -1,3 +1,4 @@
+import gc
 import os
 import re
 import subprocess
@@ -390,6 +391,8 @@ def built(request):
     yield Built(name, model, own_names[0], images, np.asarray(model(images, training=False)))
     del model
     keras.backend.clear_session()
+    # Models hold themselves in circles: without it those of several GB pile up.
+    gc.collect()
 
 
 @pytest.mark.slow
