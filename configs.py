@@ -273,6 +273,13 @@ class Configs(Options):
         choices=("best_epoch", "last_epoch"),
         fixed_in_run=True,
     )
+    test_time_augmentation: str = define(
+        "none",
+        "Answer with the mean over an image and its mirror image (flip), in validation, tests and every file of the "
+        "model; it takes twice the time",
+        choices=("none", "flip"),
+        fixed_in_run=True,
+    )
     time_budget: str = define(
         "",
         "Fit num_epochs to this time, such as 90s, 10m or 2h, so that the schedule ends in it; empty takes num_epochs",

@@ -28,7 +28,8 @@ class PredictConfigs(Configs):
     top_k: int = define(0, "Also write that many most probable classes of each image, the first one first", at_least=0)
     tta: str = define(
         "none",
-        "Average each image's probabilities with its mirror image's (flip), or with those of n augmented copies",
+        "Average each image's probabilities with its mirror image's (flip), or with those of n augmented copies; none "
+        "answers as the run does, see test_time_augmentation",
         check=views_fault,
     )
     threshold_type: str = define(

@@ -43,8 +43,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "machine": ("finetune.devices", "finetune.interruption", "finetune.slurm", "finetune.cluster", "finetune.team"),
     "model": (
         *("finetune.freezing", "finetune.losses", "finetune.optimizers", "model", "finetune.artefacts"),
-        *("finetune.safety", "finetune.compressed", "finetune.model_files", "finetune.trainer"),
-        *("finetune.features", "finetune.probe"),
+        *("finetune.safety", "finetune.compressed", "finetune.inference_model", "finetune.model_files"),
+        *("finetune.trainer", "finetune.features", "finetune.probe"),
     ),
     "judgement": (
         *("finetune.confusions", "finetune.metrics", "finetune.curves", "finetune.decision"),

@@ -17,6 +17,7 @@ import pandas as pd
 from configs import Configs
 from finetune.callbacks import AveragedWeights, InputWait, Validation
 from finetune.files import duplicate_file, write_csv, write_json, write_text
+from finetune.inference_model import build_inference_model
 from finetune.interruption import Interruption
 from finetune.metrics import none_if_undefined
 from finetune.options import UserError
@@ -77,6 +78,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.every_steps = configs.checkpoint_every_steps
         self.patience = configs.early_stopping_patience
         self.head_epochs = configs.head_epochs
+        self.test_time_augmentation = configs.test_time_augmentation
         self.starts_good = configs.head_initialization == "linear_probe" and not configs.load_model_path
         # The number of epochs after which the last model is compared with the start; 0: the best epoch is kept.
         self.last_epoch = configs.num_epochs if configs.model_selection == "last_epoch" else 0
@@ -116,7 +118,7 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         """Restores what Keras has just reset, and on resuming the random states and the logs."""
         # A plain view of the model with the mode's stock loss: the file loads without this project.
-        self.saved_view = keras.Model(self.classifier.inputs, self.classifier.outputs, name=self.classifier.name)
+        self.saved_view = build_inference_model(self.classifier, self.test_time_augmentation)
         stock = "binary_crossentropy" if self.validation.multi_label else "sparse_categorical_crossentropy"
         self.saved_view.compile(self.model.optimizer, loss=stock)
         # The scheduler resets itself whenever `fit` begins, before this callback's turn.

@@ -27,7 +27,8 @@ class FeatureSequence(AugmentedImageSequence):
     It trains the classifier on a frozen backbone without running the backbone. Images are not augmented.
 
     Args:
-        features: float32 `(images, channels)`, in the order of `paths`. Rows of `bad_images` are not used: the next
+        features: float32 `(images, channels)`, in the order of `paths`, or those of several views of each image,
+            `(images, views, channels)`. Rows of `bad_images` are not used: the next
             one in the epoch's order takes their place, or they are left out, as the images' own sequence does it.
         bad_images: why an image could not be read, by its position in `paths`.
         facts: what `AugmentedImageSequence` takes.
@@ -65,10 +66,10 @@ class FeatureSequence(AugmentedImageSequence):
         return features_only
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns batch `first_step + index` of this epoch: float32 `(batch, channels)` and its labels."""
+        """Returns batch `first_step + index` of this epoch: float32 features, as they were given, and its labels."""
         bounds = self._get_bounds(index + self.first_step)
         rows = self._order()[bounds[0] : bounds[-1]].copy()
-        features = np.empty((len(rows), self.features.shape[1]), np.float32)
+        features = np.empty((len(rows), *self.features.shape[1:]), np.float32)
         kept = [
             position
             for position, target in enumerate(features)
@@ -78,7 +79,7 @@ class FeatureSequence(AugmentedImageSequence):
 
     def to_dataset(self) -> tf.data.Dataset:
         """Returns the batches of an epoch, as the images' own sequence does it."""
-        return self._make_dataset(tf.TensorSpec((None, self.features.shape[1]), tf.float32))
+        return self._make_dataset(tf.TensorSpec((None, *self.features.shape[1:]), tf.float32))
 
     def _load(self, row: int, target: np.ndarray, place: int) -> None:
         if row in self.bad_images:

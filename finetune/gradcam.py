@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from finetune.inference_model import get_classifier, has_views
 from finetune.options import UserError
 
 # The share of an image that is blurred to see whether a map shows what the answer rests on.
@@ -72,10 +73,11 @@ class GradCam:
     """Locates the image regions that raise a class's score: the positive part of the weighted sum of the features.
 
     The network up to the backbone's last spatial layer runs once an image, whatever the number of classes; the
-    gradient crosses the classifier only. Scores are logits, which do not saturate as probabilities do.
+    gradient crosses the classifier only. Scores are logits, which do not saturate as probabilities do. Of a model that
+    answers with the mean over an image and its mirror image, the map is that of the image as it is.
 
     Args:
-        model: a model of this collection, with the parts `backbone` and `classifier`.
+        model: a model of this collection, whose classifier has the parts `backbone` and `classifier`.
         method: a key of `METHODS`.
 
     Raises:
@@ -83,6 +85,8 @@ class GradCam:
     """
 
     def __init__(self, model: keras.Model, method: str = "gradcam") -> None:
+        self._mirrors = has_views(model)
+        model = get_classifier(model)
         names = [layer.name for layer in model.layers]
         if not {"backbone", "classifier"} <= set(names):
             raise UserError(
@@ -151,8 +155,14 @@ class GradCam:
 
     def _read_batch(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         features = self._features(images, training=False)
-        logits = self._logits(tf.cast(features, tf.float32), training=False)
-        return features, self._to_probabilities(logits)
+        probabilities = self._answer(features)
+        if self._mirrors:
+            mirrored = self._features(tf.reverse(images, axis=[2]), training=False)
+            probabilities = (probabilities + self._answer(mirrored)) / 2
+        return features, probabilities
+
+    def _answer(self, features: tf.Tensor) -> tf.Tensor:
+        return self._to_probabilities(self._logits(tf.cast(features, tf.float32), training=False))
 
     def _explain_pairs(self, features: tf.Tensor, rows: tf.Tensor, class_indices: tf.Tensor) -> tf.Tensor:
         features = tf.cast(tf.gather(features, rows), tf.float32)

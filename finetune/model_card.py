@@ -49,6 +49,7 @@ RECIPE: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     ),
     "Loss": (("loss", "use_class_balancing"), ("positive_weights_multiply", "label_smoothing")),
     "Augmentation": (("augmentation_strength",), ("random_crop_area", "mixup_alpha", "cutmix_alpha")),
+    "Test-time augmentation": (("test_time_augmentation",), ()),
     "Seed": (("random_seed", "deterministic"), ()),
 }
 # By kind of file: which runtime loads it, and how.

@@ -109,6 +109,7 @@ def get_sets(
     training: AugmentedImageSequence,
     validation: AugmentedImageSequence,
     features: tuple[np.ndarray, np.ndarray] | None = None,
+    mirrors: bool = False,
 ) -> tuple[AugmentedImageSequence, AugmentedImageSequence]:
     """Returns the images of a phase, or their features where those stay the same: they are computed once.
 
@@ -118,13 +119,16 @@ def get_sets(
         training: the training images.
         validation: the validation images.
         features: those of the training images, and which of these could be read, where they are known.
+        mirrors: a validation image's mirror image is validated with it.
     """
     if not trains_on_features(classifier, images_change):
         return training, validation
     print("The backbone is frozen and the images do not change: their features are computed once.")
     features = features or compute_features(classifier, training)
-    others = compute_features(classifier, validation)
-    return FeatureSequence.of(training, *features), FeatureSequence.of(validation, *others)
+    others, is_read = compute_features(classifier, validation)
+    if mirrors:
+        others = np.stack([others, compute_features(classifier, validation, mirrored=True)[0]], axis=1)
+    return FeatureSequence.of(training, *features), FeatureSequence.of(validation, others, is_read)
 
 
 def run_phase(

@@ -37,6 +37,7 @@ def get_training_model(
     if configs.gradient_accumulation_steps > 1:
         training_model.batch_size = configs.batch_size
     training_model.multiplier = configs.backbone_learning_rate_multiplier
+    training_model.mirrors = configs.test_time_augmentation == "flip"
     training_model.slow_layers = tuple(layer for layer in model.layers if layer.name == "backbone")
     optimizer = optimizer or get_optimizer(
         configs.optimizer_type, configs.learning_rate, configs.weight_decay, configs.ema_decay
@@ -54,6 +55,7 @@ class TrainingModel(keras.Model):
 
     Attributes:
         batch_size: images at a time in a device's memory; the gradients of a larger batch are added up.
+        mirrors: an image is predicted with its mirror image.
         slow_layers: what learns at the learning rate times `multiplier`.
         loss_sums: of the epoch's images, the sum of their losses and their number, in every process the same.
         seconds_waited: of the epoch, for batches.
@@ -61,6 +63,7 @@ class TrainingModel(keras.Model):
 
     batch_size = 0
     multiplier = 1.0
+    mirrors = False
     slow_layers: tuple[keras.Layer, ...] = ()
     seconds_waited = 0.0
     _forward = None
@@ -266,7 +269,11 @@ class TrainingModel(keras.Model):
 
         def predict_share(images: tf.Tensor, bounds: tf.Tensor) -> tf.Tensor:
             (images,) = self._get_own_images([images], bounds)
-            return self(images, training=False)
+            views = [images]
+            if self.mirrors:
+                is_features = len(images.shape) == 3
+                views = tf.unstack(images, axis=1) if is_features else [images, tf.reverse(images, axis=[2])]
+            return tf.add_n([self(view, training=False) for view in views]) / len(views)
 
         @functools.partial(tf.function, autograph=False, reduce_retracing=True)
         def forward(images: tf.Tensor, bounds: tf.Tensor) -> tuple[tf.Tensor, ...]:

@@ -16,6 +16,7 @@ from configs import Configs
 from finetune.callbacks import AveragedWeights, BadImages, EpochOrder, InputWait, RangeTest, Schedule, Validation
 from finetune.checkpoints import BeforeValidation, Checkpoint, advising_on_bad_images
 from finetune.devices import set_seed
+from finetune.inference_model import get_classifier
 from finetune.interruption import Interruption
 from finetune.losses import Losses
 from finetune.model_files import load_fitting_model
@@ -130,8 +131,8 @@ def get_model(
     """Builds the classifier, or loads the one to start from, in the scope of the run's strategy."""
     if model_path:
         size = configs.image_target_size[:2]
-        classifier = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
-        return Start(classifier, classifier.optimizer if state else None)
+        model = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
+        return Start(get_classifier(model), model.optimizer if state else None)
     classifier = ModelFactory().get_model(configs)
     if configs.head_initialization != "linear_probe":
         return Start(classifier)
@@ -335,7 +336,8 @@ def train_phases(
             continue
         with strategy.scope():
             model = prepare_phase(classifier, phase, configs, losses.training, optimizer, state)
-            sets = get_sets(classifier, changes_images(configs), *images, features)
+            mirrors = configs.test_time_augmentation == "flip"
+            sets = get_sets(classifier, changes_images(configs), *images, features, mirrors)
         callbacks = build_callbacks(configs, phase, classifier, *sets, losses.validation, interruption, team, state)
         with advising_on_bad_images(configs.save_model_path, *sets):
             run_phase(model, *sets, phase, state, callbacks, interruption)

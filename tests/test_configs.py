@@ -86,6 +86,7 @@ DEFAULTS = [
     ("augmentation_strength", "default"),
     ("random_crop_area", [1.0, 1.0]),
     ("model_selection", "best_epoch"),
+    ("test_time_augmentation", "none"),
     ("time_budget", ""),
     ("find_learning_rate", False),
     ("overwrite", False),
