@@ -62,10 +62,10 @@ def test_without_views_it_is_the_classifier():
     np.testing.assert_array_equal(model(images), classifier(images))
 
 
-@pytest.mark.parametrize("options", [{"num_epochs": 1}, FROZEN | {"num_epochs": 1}], ids=["images", "features"])
+@pytest.mark.parametrize("options", [{}, pytest.param(FROZEN, marks=pytest.mark.slow)], ids=["images", "features"])
 def test_validation_and_every_script_answer_as_the_file_does(options, tables, tmp_path):
     folder = tmp_path / "run"
-    start(**options_of(tables, folder, test_time_augmentation="flip", random_seed=3, **options))
+    start(**options_of(tables, folder, test_time_augmentation="flip", num_epochs=1, random_seed=3, **options))
     images, truth = read_validation(tables[1])
     expected = mean_over_views(folder / "latest_model.keras", images)
     log = pd.read_csv(folder / "training_log.csv")
@@ -86,6 +86,7 @@ def test_validation_and_every_script_answer_as_the_file_does(options, tables, tm
     assert "| Test-time augmentation | flip |" in (folder / "MODEL_CARD.md").read_text()
 
 
+@pytest.mark.slow
 def test_exports_answer_as_the_file_does(tables, tmp_path):
     folder = tmp_path / "run"
     start(**options_of(tables, folder, test_time_augmentation="flip", num_epochs=1))
@@ -97,6 +98,7 @@ def test_exports_answer_as_the_file_does(tables, tmp_path):
         np.testing.assert_allclose(run(folder / name, images.astype(np.float32)), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit(tables, tmp_path):
     options = {"test_time_augmentation": "flip", "num_epochs": 2}
     start(**options_of(tables, tmp_path / "whole", **options))
@@ -114,6 +116,7 @@ def test_a_run_does_not_change_its_views(tables, tmp_path):
         start(**options_of(tables, tmp_path / "run", **options))
 
 
+@pytest.mark.slow
 def test_another_run_may_start_from_its_weights(tables, tmp_path):
     start(**options_of(tables, tmp_path / "first", test_time_augmentation="flip", num_epochs=1))
     # Saved by Keras itself it is no checkpoint.
