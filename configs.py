@@ -146,7 +146,10 @@ class Configs(Options):
         "Stop after that many epochs without a better validation figure; 0 never does",
         at_least=0,
         excludes=Exclusion(
-            0, "model_selection", "best_epoch", "expected 0 with model_selection last_epoch, whose schedule has to end"
+            0,
+            "model_selection",
+            "best_epoch",
+            "expected 0 where model_selection is not best_epoch: the schedule has to end",
         ),
     )
     mixed_precision: bool = define(
@@ -268,9 +271,10 @@ class Configs(Options):
     )
     model_selection: str = define(
         "best_epoch",
-        "Keep the model of the epoch with the best validation figure, or that of the last epoch (last_epoch): after a "
-        "linear_probe only where it is better than that by more than a standard error of the validation images",
-        choices=("best_epoch", "last_epoch"),
+        "Keep the model of the epoch with the best validation figure, that of the last epoch (last_epoch), or the best "
+        "average of the start's and the last epoch's weights, if it is better than the start by more than a standard "
+        "error of the validation images (interpolate)",
+        choices=("best_epoch", "last_epoch", "interpolate"),
         fixed_in_run=True,
     )
     test_time_augmentation: str = define(

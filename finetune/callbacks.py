@@ -14,6 +14,7 @@ from finetune.findings import Finding, write_data_report
 from finetune.metrics import get_aurocs, mean_of_defined
 from finetune.optimizers import find_averages
 from finetune.phases import Phase
+from finetune.selection import get_log_losses
 from finetune.team import Team
 from finetune.texts import join_names
 from generator import AugmentedImageSequence
@@ -46,6 +47,10 @@ class Validation(keras.callbacks.Callback):
         self.multi_label = multi_label
         self.aurocs: np.ndarray | None = None
         self.y_true = self.probabilities = np.zeros(0)
+
+    def get_losses(self) -> np.ndarray:
+        """Returns the log loss of each image in the last epoch, float64 `(images,)`, whatever the training's loss."""
+        return get_log_losses(self.y_true, self.probabilities)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Predicts the validation images and adds their figures to `logs`, which the callbacks after this one see."""

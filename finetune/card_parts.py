@@ -71,7 +71,13 @@ _COMPARISON |= {"images_per_second": _PAIR}
 _ARTEFACT = {"kind": str, "precision": str, "path": str, "files": {str: int}, "rejected": bool}
 CARD_FORMS: dict[str, dict[str, Any]] = {
     DATA_FILE: {"training": _DATA, "validation": _DATA},
-    STATISTICS_FILE: {"epochs_completed": int, "monitor": str, "best": _NUMBER, "best_epoch": (int, None)},
+    STATISTICS_FILE: {
+        "epochs_completed": int,
+        "monitor": str,
+        "best": _NUMBER,
+        "best_epoch": (int, None),
+        "kept_share": _NUMBER,
+    },
     DECISION_FILE: _DECISION,
     METRICS_FILE: {
         "model": str,

@@ -17,9 +17,11 @@ import pandas as pd
 from configs import Configs
 from finetune.callbacks import AveragedWeights, InputWait, Validation
 from finetune.files import duplicate_file, write_csv, write_json, write_text
-from finetune.inference_model import build_inference_model
+from finetune.inference_model import build_inference_model, get_classifier
+from finetune.interpolation import choose_weights
 from finetune.interruption import Interruption
 from finetune.metrics import none_if_undefined
+from finetune.model_files import load_model
 from finetune.options import UserError
 from finetune.phases import Phase
 from finetune.run_folder import (
@@ -30,9 +32,9 @@ from finetune.run_folder import (
     LOG_FILE,
     STATISTICS_FILE,
     fingerprint,
+    resolve_model_path,
 )
-from finetune.selection import compare_scores, describe_choice, is_clearly_better, score_images
-from finetune.training_state import read_metrics, restore_metrics, save_checkpoint, seed_states
+from finetune.training_state import read_metrics, read_state, restore_metrics, save_checkpoint, seed_states
 from generator import AugmentedImageSequence
 
 
@@ -72,17 +74,8 @@ class Checkpoint(keras.callbacks.Callback):
         state: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.folder = configs.save_model_path
-        self.monitor = "val_auroc" if configs.multi_label_classification else "val_accuracy"
-        self.save_best_only = configs.save_best_model_only
-        self.every_steps = configs.checkpoint_every_steps
-        self.patience = configs.early_stopping_patience
-        self.head_epochs = configs.head_epochs
-        self.test_time_augmentation = configs.test_time_augmentation
-        self.starts_good = configs.head_initialization == "linear_probe" and not configs.load_model_path
-        # The number of epochs after which the last model is compared with the start; 0: the best epoch is kept.
-        self.last_epoch = configs.num_epochs if configs.model_selection == "last_epoch" else 0
-        self.class_names = configs.classes
+        self._take_options(configs)
+        self.start_weights: list[np.ndarray] = []
         self.run_state = {
             "configs": configs.to_dict(),
             "given": sorted(configs.given),
@@ -106,13 +99,32 @@ class Checkpoint(keras.callbacks.Callback):
         self.epoch = 0
         self.has_validated = False
 
+    def _take_options(self, configs: Configs) -> None:
+        """Takes from the options what a checkpoint depends on."""
+        self.folder = configs.save_model_path
+        self.monitor = "val_auroc" if configs.multi_label_classification else "val_accuracy"
+        self.save_best_only = configs.save_best_model_only
+        self.every_steps = configs.checkpoint_every_steps
+        self.patience = configs.early_stopping_patience
+        self.head_epochs = configs.head_epochs
+        self.test_time_augmentation = configs.test_time_augmentation
+        # The number of epochs after which the model to keep is known; 0: it is that of the best epoch so far.
+        self.last_epoch = 0 if configs.model_selection == "best_epoch" else configs.num_epochs
+        self.interpolates = configs.model_selection == "interpolate"
+        is_probed = configs.head_initialization == "linear_probe" and not configs.load_model_path
+        self.starts_good = is_probed or self.interpolates
+        self.source = configs.load_model_path or self.folder
+        self.class_names = configs.classes
+
     def _take_figures(self, state: dict[str, Any]) -> None:
         """Takes the run's figures from a checkpoint, or begins without any."""
         self.log: list[dict[str, float]] = list(state.get("log", []))
         self.best: float | None = state.get("best")
         self.best_epoch: int | None = state.get("best_epoch")
         self.best_aurocs: dict[str, float | None] | None = state.get("best_aurocs")
-        self.start_scores: list[float] = list(state.get("start_scores", []))
+        # Of the way from the start to the last epoch; between them it is no epoch's model.
+        self.kept_share: float | None = state.get("kept_share")
+        self.start_losses: list[float] = list(state.get("start_losses", []))
         self.input_waits: list[float] = list(state.get("input_waits", []))
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
@@ -129,6 +141,7 @@ class Checkpoint(keras.callbacks.Callback):
             for variable, value in zip(seed_states(self.model), self.to_restore["seed_states"], strict=True):
                 variable.assign(np.array(value, dtype="uint32"))
             self._write_logs()
+            self.start_weights = self._read_start() if self.start_losses else []
         elif self.starts_good:
             self._keep_start()
 
@@ -166,7 +179,7 @@ class Checkpoint(keras.callbacks.Callback):
             }
         self.input_waits.append(round(self.input_wait.share, 4))
         self.log.append({"epoch": epoch + 1} | {name: float(value) for name, value in logs.items()})
-        is_best = self._note_best(epoch + 1, logs[self.monitor])
+        is_best = self._choose(epoch + 1, logs)
         names = [BEST_MODEL] * is_best
         names += [f"model_epoch_{epoch + 1:03d}.keras"] * (not self.save_best_only)
         if self.averages is None:
@@ -195,7 +208,8 @@ class Checkpoint(keras.callbacks.Callback):
             "best": self.best,
             "best_epoch": self.best_epoch,
             "best_aurocs": self.best_aurocs,
-            "start_scores": self.start_scores,
+            "kept_share": self.kept_share,
+            "start_losses": self.start_losses,
             "plateau": self.plateau_state,
             "seed_states": [np.asarray(variable).tolist() for variable in seed_states(self.model)],
             "metrics": read_metrics(self.model) if steps_completed else [],
@@ -208,35 +222,62 @@ class Checkpoint(keras.callbacks.Callback):
         logs: dict[str, float] = {}
         self.validation.on_epoch_end(-1, logs)
         print(f"The head's start: {self.monitor} {logs[self.monitor]:.4f}.")
-        if self.last_epoch:
-            self.start_scores = self._score_validation()
-        is_best = self._note_best(0, logs[self.monitor])
+        if self.interpolates:
+            self.start_losses = self.validation.get_losses().tolist()
+            self.start_weights = self.classifier.get_weights()
+        if is_best := not self.last_epoch or self.interpolates:
+            self._note(0, logs[self.monitor], self.validation.aurocs)
         self._save([*[BEST_MODEL] * is_best, LATEST_MODEL], 0, 0)
 
-    def _note_best(self, epochs_completed: int, score: float) -> bool:
-        """Notes a score where it is the best so far, or otherwise that of the model to keep; tells whether it is."""
-        is_best = not np.isnan(score) and (self.best is None or score > self.best)
-        if self.last_epoch:
-            is_best = epochs_completed == 0 or (epochs_completed == self.last_epoch and self._is_last_better())
+    def _read_start(self) -> list[np.ndarray]:
+        """Reads the weights that the run has started from: until its last epoch they are the best model."""
+        folder = self.source if os.path.isdir(self.source) else os.path.dirname(self.source)
+        path = resolve_model_path(folder)
+        state = read_state(path)
+        if not state or state["epochs_completed"]:
+            raise UserError(
+                f"model_selection interpolate: expected {path} to hold the weights that the run has started from, "
+                f"epoch 0. Received those of another epoch. Put the run's own {BEST_MODEL} there, or start anew."
+            )
+        return get_classifier(load_model(path)).get_weights()
+
+    def _choose(self, epochs_completed: int, logs: dict[str, float]) -> bool:
+        """Notes the model to keep, as far as it is known after an epoch; tells whether that is the epoch's own.
+
+        One between the start and the last epoch is written here.
+        """
+        score = logs[self.monitor]
+        if not self.last_epoch:
+            is_best = not np.isnan(score) and (self.best is None or score > self.best)
+        else:
+            is_best = epochs_completed == self.last_epoch
+        if is_best and self.start_losses:
+            kept = choose_weights(
+                self.model,
+                self.classifier,
+                self.start_weights,
+                self.start_losses,
+                self.training,
+                self.validation,
+                logs,
+            )
+            self.kept_share = kept.share if kept else 0.0
+            is_best = self.kept_share == 1
+            if 0 < self.kept_share < 1:
+                self._note(epochs_completed, kept.logs[self.monitor], kept.aurocs)
+                end = self.classifier.get_weights()
+                self.classifier.set_weights(kept.weights)
+                self._save([BEST_MODEL], epochs_completed, 0, resumes=False)
+                self.classifier.set_weights(end)
         if is_best:
-            self.best, self.best_epoch = none_if_undefined(score), epochs_completed
-            if self.validation.aurocs is not None:
-                aurocs = map(none_if_undefined, self.validation.aurocs)
-                self.best_aurocs = dict(zip(self.class_names, aurocs, strict=True))
+            self._note(epochs_completed, score, self.validation.aurocs)
         return is_best
 
-    def _score_validation(self) -> list[float]:
-        return score_images(self.validation.y_true, self.validation.probabilities).tolist()
-
-    def _is_last_better(self) -> bool:
-        """Tells whether the last epoch's model is to be kept: where there is a probe, if it is better than that."""
-        scores = self._score_validation()
-        if len(self.start_scores) != len(scores):
-            # None, or of other images: the start cannot be the one to beat.
-            return True
-        found = compare_scores(self.start_scores, scores)
-        print(f"\n{describe_choice(*found, len(scores))}")
-        return is_clearly_better(*found)
+    def _note(self, epochs_completed: int, score: float, aurocs: np.ndarray | None) -> None:
+        """Notes the figures of the model to keep."""
+        self.best, self.best_epoch = none_if_undefined(score), epochs_completed
+        if aurocs is not None:
+            self.best_aurocs = dict(zip(self.class_names, map(none_if_undefined, aurocs), strict=True))
 
     def _check_finite(self, name: str, value: float, moment: str) -> None:
         if not np.isfinite(value):
@@ -278,6 +319,7 @@ class Checkpoint(keras.callbacks.Callback):
             # Not in training_log.csv: two runs of one seed have the same log, but not the same times.
             "input_wait_by_epoch": self.input_waits,
         }
+        stats |= {"kept_share": self.kept_share} if self.kept_share is not None else {}
         if self.best_aurocs is not None:
             stats["best_auroc_by_class"] = self.best_aurocs
             lines = [f"epoch {self.best_epoch}", f"mean {self.best:.4f}"]

@@ -18,6 +18,7 @@ from finetune.files import write_text
 from finetune.log_figures import LOG_METRICS, read_log
 from finetune.options import UserError
 from finetune.run_folder import BEST_MODEL, CARD_FILE, CONFIGS_FILE, LATEST_MODEL, LOG_FILE
+from finetune.selection import describe_epoch
 from finetune.stores import hash_file
 from finetune.summaries import (
     CHOSEN_ON_TEST_SET,
@@ -225,7 +226,11 @@ def _list_progress(folder: str, configs: dict[str, Any], stats: dict[str, Any] |
     rows, epoch = {"Epochs": f"{stats['epochs_completed']} of {configs['num_epochs']}"}, stats["best_epoch"]
     if stats["best"] is None or epoch is None:
         return rows
-    rows["Best epoch"] = f"{epoch}{'' if epoch else ', the start'}: {stats['monitor']} {stats['best']:.4f}"
+    place = describe_epoch(epoch, stats.get("kept_share")) + ", the start" * (epoch == 0)
+    rows["Best epoch"] = f"{place}: {stats['monitor']} {stats['best']:.4f}"
+    if place != str(epoch):
+        # The log has the figures of no start and of no average.
+        return rows
     path = os.path.join(folder, LOG_FILE)
     try:
         log = read_log(path) if os.path.isfile(path) else None

@@ -20,11 +20,13 @@ from finetune.inference_model import get_classifier
 from finetune.interruption import Interruption
 from finetune.losses import Losses
 from finetune.model_files import load_fitting_model
+from finetune.options import UserError
 from finetune.phases import Phase, changes_images, get_sets, prepare_phase, run_phase
 from finetune.probe import compute_features, initialize_head
 from finetune.range_test import suggest_learning_rate
 from finetune.resuming import check_same_data
 from finetune.run_folder import CURVES_FOLDER, clear_folder, describe_run, fingerprint, leads_into, locked
+from finetune.selection import describe_epoch
 from finetune.stores import hash_file
 from finetune.tables import resolve_class_names
 from finetune.team import Team
@@ -64,8 +66,15 @@ def settle(configs: Configs, team: Team) -> Configs:
     """Seeds everything, and finds what configs may leave open: the seed and the classes.
 
     Raises:
-        UserError: the classes are not those of the training CSV.
+        UserError: the classes are not those of the training CSV, or there is nothing to interpolate from.
     """
+    if (configs.model_selection, configs.head_initialization) == ("interpolate", "random") and not (
+        configs.load_model_path
+    ):
+        raise UserError(
+            "model_selection interpolate: expected a start that is worth keeping, of head_initialization linear_probe "
+            "or a load_model_path. Received: head_initialization 'random'."
+        )
     # Drawn or given, it is the chief's: order and shares follow from it.
     configs.random_seed = team.exchange(set_seed(configs.random_seed, configs.deterministic))[0]
     configs.classes = resolve_class_names(
@@ -238,7 +247,8 @@ def report_best(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
     if checkpoint.best is None:
         print(f"{checkpoint.monitor} is undefined in every epoch, so no model is the best one.")
     else:
-        print(f"Best {checkpoint.monitor}: {checkpoint.best:.4f} in epoch {checkpoint.best_epoch}.")
+        place = describe_epoch(checkpoint.best_epoch, checkpoint.kept_share)
+        print(f"Best {checkpoint.monitor}: {checkpoint.best:.4f} in epoch {place}.")
     print(f"Models and logs are in {folder}")
     return {"best": checkpoint.best, "best_epoch": checkpoint.best_epoch} | checkpoint.log[-1]
 

@@ -77,7 +77,8 @@ def test_validation_and_every_script_answer_as_the_file_does(options, tables, tm
     names = [f"probability_{name}" for name in ("blue", "green", "red")]
     evaluation.main(Configs(load_model_path=str(folder)))
     tested = pd.read_csv(folder / "evaluation" / "predictions.csv")[names].to_numpy()
-    predicted = predict.main(PredictConfigs(load_model_path=str(folder), input=str(tables[1])))["predictions"]
+    options = {"load_model_path": str(folder), "write_path": str(tmp_path / "predictions.csv")}
+    predicted = predict.main(PredictConfigs(input=str(tables[1]), **options))["predictions"]
     np.testing.assert_allclose(predicted[names].to_numpy(), tested, atol=1e-5)
     model = keras.models.load_model(folder / "best_model.keras")
     np.testing.assert_allclose(GradCam(model).read(images)[1], expected, atol=1e-6)

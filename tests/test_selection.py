@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import label_ranking_average_precision_score
 
-from finetune.selection import compare_scores, describe_choice, is_clearly_better, score_images
+from finetune.selection import compare_scores, describe_choice, get_log_losses, is_clearly_better, score_images
 
 
 def test_an_image_scores_by_its_most_probable_class():
@@ -34,10 +34,22 @@ def test_a_model_is_kept_that_is_better_by_more_than_a_standard_error():
     assert not is_clearly_better(0.0, 0.0)
 
 
+def test_the_log_loss_of_an_image_is_that_of_its_class():
+    probabilities = np.array([[0.7, 0.3], [0.4, 0.6], [1.0, 0.0]], np.float32)
+    expected = [-np.log(0.7), -np.log(0.6), -np.log(1e-7)]
+    assert get_log_losses(np.array([0, 1, 1]), probabilities) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_log_loss_of_an_image_of_several_labels_is_their_mean():
+    probabilities = np.array([[0.9, 0.2, 0.5]])
+    expected = -(np.log(0.9) + np.log(0.8) + np.log(0.5)) / 3
+    assert get_log_losses(np.array([[1, 0, 1]], np.uint8), probabilities) == pytest.approx([expected])
+
+
 def test_the_choice_is_told_with_its_figures():
-    assert describe_choice(0.05, 0.012, 200) == (
-        "Kept the fine-tuned model: it is better than the probe (+5.0 points, standard error 1.2, on 200 validation "
-        "images)."
+    assert describe_choice(1, 0.05, 0.012, 200) == (
+        "Kept the fine-tuned model: better than the start by 0.0500, standard error 0.0120, on 200 validation images."
     )
-    assert "the simpler model: the validation images do not tell" in describe_choice(0.01, 0.02, 9)
-    assert "Kept the probe: the fine-tuned model is worse" in describe_choice(-0.3, 0.1, 9)
+    assert "Kept the weights 25% of the way to the fine-tuned model's" in describe_choice(0.25, 0.05, 0.012, 200)
+    assert "the simpler model: the validation images do not tell" in describe_choice(0.5, 0.01, 0.02, 9)
+    assert "Kept the start: the fine-tuned model would be worse" in describe_choice(1, -0.3, 0.1, 9)

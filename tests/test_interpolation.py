@@ -1,0 +1,167 @@
+"""The model that is kept between a run's start and its last epoch."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from small_runs import assert_same_run, options_of, start, stop_at, tables  # noqa: F401
+
+from configs import Configs
+from finetune.inference_model import get_classifier
+from finetune.interpolation import SHARES, choose_weights, mix_weights
+from finetune.options import UserError
+from finetune.selection import get_log_losses
+from finetune.trainer import get_training_model
+from finetune.training_state import read_state
+
+OPTIONS = {"head_initialization": "linear_probe", "model_selection": "interpolate", "num_epochs": 2}
+# One feature, two classes; the second one is the truth where the feature is positive, but for one of ten.
+FEATURES = np.tile([[-1.0], [1.0]], (10, 1)).astype(np.float32)
+TRUTH = np.tile([0, 1], 10)
+TRUTH[:2] = 1, 0
+
+
+class Validated:
+    """Measures a model on the features, as the callback does on images."""
+
+    aurocs = None
+
+    def __init__(self, model):
+        self.model = model
+        self.on_epoch_end(0, {})
+
+    def on_epoch_end(self, epoch, logs):
+        self.probabilities = self.model(FEATURES).numpy()
+        logs["val_accuracy"] = float((self.probabilities.argmax(axis=1) == TRUTH).mean())
+
+    def get_losses(self):
+        return get_log_losses(TRUTH, self.probabilities)
+
+
+def build_line(slope):
+    """Builds a model whose logits are the feature times plus and minus a half of `slope`."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(2, "softmax", use_bias=False)])
+    model.set_weights([np.array([[-slope / 2, slope / 2]])])
+    return model
+
+
+def choose_between(first, last):
+    model = build_line(last)
+    training_model = get_training_model(model, Configs(), keras.losses.sparse_categorical_crossentropy)
+    losses = Validated(build_line(first)).get_losses()
+    weights = build_line(first).get_weights()
+    kept = choose_weights(training_model, model, weights, losses, None, Validated(model), {"val_accuracy": 0.9})
+    np.testing.assert_allclose(model.get_weights()[0], build_line(last).get_weights()[0])
+    return kept
+
+
+def test_weights_are_mixed_by_their_share():
+    first, last = [np.array([0.0, 4.0]), np.array(1.0)], [np.array([2.0, 0.0]), np.array(2.0)]
+    mixed = mix_weights(first, last, 0.25)
+    np.testing.assert_allclose(mixed[0], [0.5, 3.0])
+    np.testing.assert_allclose(mixed[1], 1.25)
+
+
+def test_the_average_of_the_lowest_loss_is_kept(capsys):
+    # With nine of ten right the best slope is log(9), 2.2: of -4.4, -1.1, 2.2, 5.5 and 8.8 the middle one.
+    kept = choose_between(-4.4, 8.8)
+    assert kept.share == 0.5
+    np.testing.assert_allclose(kept.weights[0], [[-1.1, 1.1]], rtol=1e-6)
+    assert kept.logs == {"val_accuracy": pytest.approx(0.9)}
+    loss = -0.9 * np.log(1 / (1 + np.exp(-2.2))) - 0.1 * np.log(1 / (1 + np.exp(2.2)))
+    assert f"50% {loss:.4f};" in capsys.readouterr().out
+
+
+def test_the_last_epoch_is_kept_where_no_average_is_better():
+    assert choose_between(-4.4, 2.2).share == 1
+
+
+def test_the_start_is_kept_where_nothing_is_clearly_better(capsys):
+    assert choose_between(2.2, -4.4) is None
+    assert "Kept the start:" in capsys.readouterr().out
+    # Slopes about the best one differ by less than twenty images tell.
+    assert choose_between(2.0, 2.4) is None
+    assert "Kept the start, the simpler model" in capsys.readouterr().out
+
+
+def test_statistics_are_those_of_the_training_images():
+    layers = [keras.layers.BatchNormalization(momentum=0.0), keras.layers.Dense(2, "softmax")]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    weights = model.get_weights()
+    rng = np.random.default_rng(0)
+    batches = rng.normal(5, 3, (2, 8, 3)).astype(np.float32)
+
+    class Sequence:
+        first_step = 1
+
+        def to_dataset(self):
+            assert self.first_step == 0
+            facts = (tf.constant([[0, 1]] * 2), tf.ones((2, 8)), tf.constant([[0, 8]] * 2), tf.constant([8.0, 8.0]))
+            labels = tf.zeros((2, 8), tf.int32)
+            return tf.data.Dataset.from_tensor_slices((batches, labels, facts[1], facts[2], facts[3]))
+
+    sequence = Sequence()
+    get_training_model(model, Configs(), keras.losses.sparse_categorical_crossentropy).renew_statistics(sequence)
+    assert sequence.first_step == 1
+    norm = model.layers[0]
+    # Without momentum they are the last batch's.
+    np.testing.assert_allclose(norm.moving_mean, batches[1].mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(norm.moving_variance, batches[1].var(axis=0), rtol=1e-4)
+    for now, before in zip(model.trainable_weights, [weights[0], weights[1], *weights[4:]], strict=True):
+        np.testing.assert_array_equal(now, before)
+
+
+def test_there_must_be_a_start_worth_keeping(tables, tmp_path):
+    with pytest.raises(UserError, match="model_selection interpolate: expected a start that is worth keeping"):
+        start(**options_of(tables, tmp_path / "run", model_selection="interpolate"))
+    assert not (tmp_path / "run").exists()
+
+
+def load(folder, name):
+    return get_classifier(keras.models.load_model(folder / f"{name}_model.keras"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_run_keeps_what_was_chosen(share, tables, tmp_path, monkeypatch, capsys):
+    first, choose = [], choose_weights
+
+    def choose_that(model, classifier, weights, losses, training, validation, logs):
+        first.extend(weights)
+        # What is not to be kept has other losses than it has.
+        losses = np.full(len(losses), 0.0 if share == 0 else 99.0)
+        measure, added = validation.get_losses, iter([50.0 if share == 0.5 else 0.0])
+        monkeypatch.setattr(validation, "get_losses", lambda: measure() + next(added, 0.0))
+        return choose(model, classifier, weights, losses, training, validation, logs)
+
+    monkeypatch.setattr("finetune.checkpoints.choose_weights", choose_that)
+    monkeypatch.setattr("finetune.interpolation.SHARES", [0.5] if share == 0.5 else [])
+    found = start(**options_of(tables, tmp_path / "run", **OPTIONS))
+    best, latest = load(tmp_path / "run", "best").get_weights(), load(tmp_path / "run", "latest").get_weights()
+    for one, start_weight, end in zip(best, first, latest, strict=True):
+        # A kernel; the statistics, vectors that are never negative or are means, are an average's own.
+        if share != 0.5 or one.ndim > 1:
+            np.testing.assert_allclose(one, (1 - share) * start_weight + share * end, rtol=1e-6, atol=1e-7)
+    statistics = json.loads((tmp_path / "run" / ".training_stats.json").read_text())
+    assert (statistics["kept_share"], found["best_epoch"]) == (share, 2 if share else 0)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_chooses_the_same(tables, tmp_path, stop_at, monkeypatch):
+    start(**options_of(tables, tmp_path / "run", **OPTIONS))
+    state = read_state(str(tmp_path / "run" / "latest_model.keras"))
+    assert len(state["start_losses"]) == 9
+    assert state["kept_share"] in (0, *SHARES, 1)
+    # Within the last epoch, whose first steps another process then has done.
+    stop_at(1, 3)
+    with pytest.raises(SystemExit):
+        start(**options_of(tables, tmp_path / "stopped", **OPTIONS))
+    monkeypatch.undo()
+    start(**options_of(tables, tmp_path / "stopped", load_model_path=str(tmp_path / "stopped"), **OPTIONS))
+    assert read_state(str(tmp_path / "stopped" / "latest_model.keras"))["kept_share"] == state["kept_share"]
+    names = ["latest_model.keras"] + ["best_model.keras"] * (state["kept_share"] in (0, 1))
+    assert_same_run(tmp_path / "run", tmp_path / "stopped", names)
+    for one, other in zip(*(load(tmp_path / name, "best").get_weights() for name in ("run", "stopped")), strict=True):
+        np.testing.assert_array_equal(one, other)
