@@ -252,15 +252,7 @@ class Checkpoint(keras.callbacks.Callback):
         else:
             is_best = epochs_completed == self.last_epoch
         if is_best and self.start_losses:
-            kept = choose_weights(
-                self.model,
-                self.classifier,
-                self.start_weights,
-                self.start_losses,
-                self.training,
-                self.validation,
-                logs,
-            )
+            kept = choose_weights(self.classifier, self.start_weights, self.start_losses, self.validation, logs)
             self.kept_share = kept.share if kept else 0.0
             is_best = self.kept_share == 1
             if 0 < self.kept_share < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -122,17 +121,6 @@ class TrainingModel(keras.Model):
                 break
         called.on_train_end()
 
-    def renew_statistics(self, sequence: AugmentedImageSequence) -> None:
-        """Takes the batch normalisations' statistics from a pass over the training images; all else stays as it is."""
-        norms = (layer for layer in leaf_layers(self) if isinstance(layer, layers.BatchNormalization))
-        if any(norm.trainable for norm in norms):
-            # The whole epoch, whatever step of it this process began with.
-            whole = copy.copy(sequence)
-            whole.first_step = 0
-            passes = self._build_pass()
-            for batch in whole.to_dataset():
-                passes(*batch)
-
     def predict_sequence(self, sequence: AugmentedImageSequence) -> tuple[np.ndarray, np.ndarray]:
         """Predicts the images of a sequence that is not shuffled, each on one device of one process.
 
@@ -182,23 +170,6 @@ class TrainingModel(keras.Model):
             return strategy.run(train_on_share, args=batch)
 
         return train
-
-    def _build_pass(self) -> Callable:
-        strategy = self.distribute_strategy
-
-        def pass_share(*batch: tf.Tensor) -> None:
-            """Passes one device's images through the network as in training, of a large batch what fits into memory."""
-            *parts, bounds, total = batch
-            images, _, is_real = self._get_own_images(parts, bounds)
-            self(images[: self.batch_size or None], training=True)
-            if strategy.num_replicas_in_sync > 1:
-                self._share_statistics(tf.reduce_sum(is_real) / total)
-
-        @functools.partial(tf.function, autograph=False, reduce_retracing=True)
-        def pass_batch(*batch: tf.Tensor) -> None:
-            strategy.run(pass_share, args=batch)
-
-        return pass_batch
 
     def _get_gradients(
         self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor

@@ -5,15 +5,12 @@ import json
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from small_runs import assert_same_run, options_of, start, stop_at, tables  # noqa: F401
 
-from configs import Configs
 from finetune.inference_model import get_classifier
 from finetune.interpolation import SHARES, choose_weights, mix_weights
 from finetune.options import UserError
 from finetune.selection import get_log_losses
-from finetune.trainer import get_training_model
 from finetune.training_state import read_state
 
 OPTIONS = {"head_initialization": "linear_probe", "model_selection": "interpolate", "num_epochs": 2}
@@ -49,10 +46,9 @@ def build_line(slope):
 
 def choose_between(first, last):
     model = build_line(last)
-    training_model = get_training_model(model, Configs(), keras.losses.sparse_categorical_crossentropy)
     losses = Validated(build_line(first)).get_losses()
     weights = build_line(first).get_weights()
-    kept = choose_weights(training_model, model, weights, losses, None, Validated(model), {"val_accuracy": 0.9})
+    kept = choose_weights(model, weights, losses, Validated(model), {"val_accuracy": 0.9})
     np.testing.assert_allclose(model.get_weights()[0], build_line(last).get_weights()[0])
     return kept
 
@@ -86,33 +82,6 @@ def test_the_start_is_kept_where_nothing_is_clearly_better(capsys):
     assert "Kept the start, the simpler model" in capsys.readouterr().out
 
 
-def test_statistics_are_those_of_the_training_images():
-    layers = [keras.layers.BatchNormalization(momentum=0.0), keras.layers.Dense(2, "softmax")]
-    model = keras.Sequential([keras.Input((3,)), *layers])
-    weights = model.get_weights()
-    rng = np.random.default_rng(0)
-    batches = rng.normal(5, 3, (2, 8, 3)).astype(np.float32)
-
-    class Sequence:
-        first_step = 1
-
-        def to_dataset(self):
-            assert self.first_step == 0
-            facts = (tf.constant([[0, 1]] * 2), tf.ones((2, 8)), tf.constant([[0, 8]] * 2), tf.constant([8.0, 8.0]))
-            labels = tf.zeros((2, 8), tf.int32)
-            return tf.data.Dataset.from_tensor_slices((batches, labels, facts[1], facts[2], facts[3]))
-
-    sequence = Sequence()
-    get_training_model(model, Configs(), keras.losses.sparse_categorical_crossentropy).renew_statistics(sequence)
-    assert sequence.first_step == 1
-    norm = model.layers[0]
-    # Without momentum they are the last batch's.
-    np.testing.assert_allclose(norm.moving_mean, batches[1].mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(norm.moving_variance, batches[1].var(axis=0), rtol=1e-4)
-    for now, before in zip(model.trainable_weights, [weights[0], weights[1], *weights[4:]], strict=True):
-        np.testing.assert_array_equal(now, before)
-
-
 def test_there_must_be_a_start_worth_keeping(tables, tmp_path):
     with pytest.raises(UserError, match="model_selection interpolate: expected a start that is worth keeping"):
         start(**options_of(tables, tmp_path / "run", model_selection="interpolate"))
@@ -128,22 +97,20 @@ def load(folder, name):
 def test_the_run_keeps_what_was_chosen(share, tables, tmp_path, monkeypatch, capsys):
     first, choose = [], choose_weights
 
-    def choose_that(model, classifier, weights, losses, training, validation, logs):
+    def choose_that(classifier, weights, losses, validation, logs):
         first.extend(weights)
         # What is not to be kept has other losses than it has.
         losses = np.full(len(losses), 0.0 if share == 0 else 99.0)
         measure, added = validation.get_losses, iter([50.0 if share == 0.5 else 0.0])
         monkeypatch.setattr(validation, "get_losses", lambda: measure() + next(added, 0.0))
-        return choose(model, classifier, weights, losses, training, validation, logs)
+        return choose(classifier, weights, losses, validation, logs)
 
     monkeypatch.setattr("finetune.checkpoints.choose_weights", choose_that)
     monkeypatch.setattr("finetune.interpolation.SHARES", [0.5] if share == 0.5 else [])
     found = start(**options_of(tables, tmp_path / "run", **OPTIONS))
     best, latest = load(tmp_path / "run", "best").get_weights(), load(tmp_path / "run", "latest").get_weights()
     for one, start_weight, end in zip(best, first, latest, strict=True):
-        # A kernel; the statistics, vectors that are never negative or are means, are an average's own.
-        if share != 0.5 or one.ndim > 1:
-            np.testing.assert_allclose(one, (1 - share) * start_weight + share * end, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(one, (1 - share) * start_weight + share * end, rtol=1e-6, atol=1e-7)
     statistics = json.loads((tmp_path / "run" / ".training_stats.json").read_text())
     assert (statistics["kept_share"], found["best_epoch"]) == (share, 2 if share else 0)
 
