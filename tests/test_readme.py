@@ -219,7 +219,7 @@ def test_demo_configs_only_name_options():
 
 def test_recommended_configs_only_name_options():
     configs = Configs.from_json(str(PROJECT / "data" / "recommended.json")).validate()
-    assert (configs.head_initialization, configs.model_selection) == ("linear_probe", "last_epoch")
+    assert (configs.head_initialization, configs.model_selection) == ("linear_probe", "interpolate")
 
 
 def test_scripts_options_are_named_in_the_options_page():
