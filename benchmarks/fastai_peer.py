@@ -156,7 +156,8 @@ def build_learner(vision: ModuleType, task: dict[str, Any], backbone: torch.nn.M
             vision.Normalize.from_stats([0.5] * 3, [0.5] * 3),
         ],
     )
-    loaders = block.dataloaders(items, bs=BATCH_SIZE)
+    # fastai trains on no batch that is not full.
+    loaders = block.dataloaders(items, bs=min(BATCH_SIZE, len(sets[0]["paths"])))
 
     def get_backbone(pretrained: bool) -> torch.nn.Module:
         return backbone

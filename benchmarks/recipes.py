@@ -4,7 +4,8 @@ pip install -r benchmarks/requirements.txt
 python benchmarks/recipes.py --data flowers=FOLDER --data voc=CSV:IMAGE_FOLDER
 
 FOLDER holds one folder per class; the CSV has the columns path and class, the labels of an image joined by $.
-PLACE@N makes N pixels a side of that data set's images, in the place of 224 or what the recommended options say.
+PLACE@N makes N pixels a side of that data set's images, in the place of 224 or what the recommended options say;
+Keras has weights of their own for MobileNet at 128, 160 and 192.
 The backbone's weights are those that Keras finds or downloads (KERAS_HOME).
 
 recommended  the options of data/recommended.json
