@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 STARTED = time.monotonic()
-IMAGE_SIZE = (224, 224)
 BATCH_SIZE = 16
 # Epochs, Adam's learning rate, and whether the backbone learns.
 PHASES = ((3, 1e-3, False), (5, 1e-5, True))
@@ -77,7 +76,7 @@ def load(task: dict[str, Any], name: str) -> tf.data.Dataset:
 
     def read(path: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         image = tf.io.decode_image(tf.io.read_file(path), channels=3, expand_animations=False)
-        return tf.image.resize(image, IMAGE_SIZE), label
+        return tf.image.resize(image, (task["image_size"], task["image_size"])), label
 
     photos = task["sets"][name]
     dataset = tf.data.Dataset.from_tensor_slices((photos["paths"], photos["labels"]))
@@ -94,7 +93,7 @@ def build(task: dict[str, Any]) -> tuple[keras.Model, keras.Model]:
 
     constructor = getattr(keras.applications, task["backbone"])
     preprocess = sys.modules[constructor.__module__].preprocess_input
-    shape = (*IMAGE_SIZE, 3)
+    shape = (task["image_size"], task["image_size"], 3)
     backbone = constructor(weights="imagenet", include_top=False, input_shape=shape)
     inputs = keras.Input(shape)
     outputs = layers.RandomFlip("horizontal")(inputs)

@@ -1,0 +1,206 @@
+"""The photos of recipes.py: which train, choose and report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from finetune.files import IMAGE_SUFFIXES, write_csv
+from finetune.options import UserError
+from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table
+
+LABEL_COLUMN = "class"
+POOL_SEED = 77
+FIRST_SPLIT_SEED = 1000
+FEWEST_VALIDATION = 4
+# Of recipes that say nothing else.
+IMAGE_SIZE = 224
+
+
+class Photos(NamedTuple):
+    """A data set.
+
+    Attributes:
+        name: in the tables.
+        paths: of the photos.
+        truth: float64 `(photos, classes)` of zeros and ones.
+        class_names: sorted.
+        multi_label: whether a photo may have several labels.
+        image_size: pixels a side; None leaves it to the recipes.
+        per_class: how many photos of each class train; None takes all that may.
+    """
+
+    name: str
+    paths: np.ndarray
+    truth: np.ndarray
+    class_names: list[str]
+    multi_label: bool
+    image_size: int | None = None
+    per_class: int | None = None
+
+
+def read_photos(name: str, place: str, image_size: int | None = None) -> Photos:
+    """Lists the photos of a folder of class folders, or those of a CSV file of several labels an image.
+
+    Args:
+        name: in the tables.
+        place: a folder, or CSV:IMAGE_FOLDER.
+        image_size: pixels a side; None leaves it to the recipes.
+
+    Raises:
+        UserError: there are no photos, or the CSV file cannot be read.
+    """
+    csv_stem, is_csv, folder = place.partition(".csv:")
+    if is_csv:
+        table = read_table(f"{csv_stem}.csv", LABEL_COLUMN, multi_label=True)
+        paths = [os.path.join(folder, path) for path in table[IMAGE_COLUMN]]
+        labels = [label.split(LABEL_SEPARATOR) for label in table[LABEL_COLUMN]]
+    else:
+        found = sorted(path for path in Path(place).glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        paths, labels = [str(path) for path in found], [[path.parent.name] for path in found]
+    if not paths:
+        raise UserError(f"--data {name}: expected a folder with one folder per class. {place} holds no such photos.")
+    class_names = sorted({label for row in labels for label in row})
+    truth = np.array([[class_name in row for class_name in class_names] for row in labels], float)
+    paths = np.array([os.path.abspath(path) for path in paths])
+    return Photos(name, paths, truth, class_names, bool(is_csv), image_size)
+
+
+def vary_size(photos: Photos, numbers: Sequence[int], seeds: Sequence[int]) -> list[Photos]:
+    """Returns a data set once for each number of training photos a class, or as it is: without numbers, or multi-label.
+
+    Raises:
+        UserError: a split has fewer photos of a class than a number asks for.
+    """
+    if photos.multi_label or not numbers:
+        return [photos]
+    for seed in seeds:
+        counts = {name: photos.truth[rows].sum(axis=0) for name, rows in split_photos(photos.truth, seed).items()}
+        for number in numbers:
+            for name, wanted in {"training": number, "validation": count_validation(number)}.items():
+                rarest = counts[name].argmin()
+                if counts[name][rarest] < wanted:
+                    raise UserError(
+                        f"--train_per_class {number}: expected {wanted} {name} photos of each class of {photos.name}. "
+                        f"With seed {seed} there are {counts[name][rarest]:.0f} of {photos.class_names[rarest]}."
+                    )
+    return [
+        photos._replace(name=f"{photos.name} at {number} a class", per_class=number)
+        for number in dict.fromkeys(numbers)
+    ]
+
+
+def count_validation(per_class: int) -> int:
+    """Returns how many validation photos a class go with so many training photos."""
+    return max(per_class // 3, FEWEST_VALIDATION)
+
+
+def split_photos(truth: np.ndarray, seed: int, per_class: int | None = None) -> dict[str, np.ndarray]:
+    """Divides photos into three sets, so that no seed's test photo is any seed's validation photo.
+
+    Args:
+        truth: `(photos, classes)` of zeros and ones.
+        seed: of the halves; the pools are the same for all.
+        per_class: how many training photos of each class to keep; None keeps all. A smaller number's photos are among
+            a larger one's.
+
+    Returns:
+        The rows of `training`, `validation` and `test`, ascending: about three fifths, one and one, without
+        `per_class`.
+    """
+    number = len(truth)
+    pool = number * 2 // 5
+    sizes = [number - 2 * pool, pool, pool]
+    always, choosing, reporting = deal(truth, np.arange(number), sizes, np.random.default_rng(POOL_SEED))
+    rng = np.random.default_rng(FIRST_SPLIT_SEED + seed)
+    halves = [pool // 2, pool - pool // 2]
+    first, validation = deal(truth, choosing, halves, rng)
+    second, test = deal(truth, reporting, halves, rng)
+    training = np.sort(np.concatenate([always, first, second]))
+    if per_class is not None:
+        training, validation = (
+            draw(truth, rows, number, rng)
+            for rows, number in ((training, per_class), (validation, count_validation(per_class)))
+        )
+    return {"training": training, "validation": validation, "test": test}
+
+
+def draw(truth: np.ndarray, rows: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    """Draws photos of each class, of one label each.
+
+    Args:
+        truth: `(photos, classes)` of zeros and ones, of all photos.
+        rows: which photos to draw from.
+        number: of each class.
+        rng: draws the order of all rows; the first of each class are taken.
+
+    Returns:
+        The rows, ascending.
+    """
+    order = rng.permutation(rows)
+    return np.sort(np.concatenate([order[column[order] > 0][:number] for column in truth.T]))
+
+
+def deal(truth: np.ndarray, rows: np.ndarray, sizes: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
+    """Deals photos out to parts of given sizes, the rarest label first, each to the part that lacks it the most.
+
+    Source: Sechidis et al., ECML PKDD 2011, algorithm 1, with sizes that hold exactly.
+
+    Args:
+        truth: `(photos, classes)` of zeros and ones, of all photos; each has a label.
+        rows: which photos to deal out.
+        sizes: of the parts; their sum is the number of rows.
+        rng: draws the order, and which of equal parts.
+
+    Returns:
+        The rows of each part, ascending.
+    """
+    room = np.array(sizes, float)
+    lacking = (room / room.sum())[:, None] * truth[rows].sum(axis=0)
+    parts: list[list[int]] = [[] for _ in sizes]
+    left = np.sort(rows)
+    while len(left):
+        counts = truth[left].sum(axis=0)
+        rarest = np.argmin(np.where(counts > 0, counts, np.inf))
+        has_rarest = truth[left, rarest] > 0
+        for row in rng.permutation(left[has_rarest]):
+            # Less than any true difference, it decides between equal parts.
+            wishes = lacking[:, rarest] + 1e-3 * rng.uniform(size=len(sizes))
+            part = np.argmax(np.where(room > 0, wishes, -np.inf))
+            parts[part].append(row)
+            lacking[part] -= truth[row]
+            room[part] -= 1
+        left = left[~has_rarest]
+    return [np.array(sorted(part), int) for part in parts]
+
+
+def describe_split(photos: Photos) -> dict[str, int]:
+    """Returns how many classes, and photos in each set, a data set has and of what size; all seeds have the same."""
+    sizes = {name: len(rows) for name, rows in select(photos, 0).items()}
+    return {"classes": len(photos.class_names), "image_size": photos.image_size or IMAGE_SIZE, **sizes}
+
+
+def select(photos: Photos, seed: int) -> dict[str, np.ndarray]:
+    """Returns the rows of a data set's `training`, `validation` and `test` photos, as `split_photos` does."""
+    return split_photos(photos.truth, seed, photos.per_class)
+
+
+def select_truth(photos: Photos, seed: int) -> np.ndarray:
+    """Returns the labels of the test photos: `(photos,)` class positions, or `(photos, classes)` of zeros and ones."""
+    truth = photos.truth[select(photos, seed)["test"]]
+    return truth if photos.multi_label else truth.argmax(axis=1)
+
+
+def write_tables(photos: Photos, seed: int, folder: str) -> dict[str, str]:
+    """Writes the tables of the three sets into a folder; returns their paths by the sets' names."""
+    labels = np.array([LABEL_SEPARATOR.join(np.array(photos.class_names)[row > 0]) for row in photos.truth])
+    tables = {}
+    for name, rows in select(photos, seed).items():
+        tables[name] = f"{folder}/{name}.csv"
+        write_csv(tables[name], pd.DataFrame({IMAGE_COLUMN: photos.paths[rows], LABEL_COLUMN: labels[rows]}))
+    return tables
