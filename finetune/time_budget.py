@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from configs import Configs
 from finetune.callbacks import EpochOrder
+from finetune.interpolation import SHARES
 from finetune.interruption import Interruption
 from finetune.phases import changes_images, get_phases, get_sets, prepare_phase
 from finetune.texts import show_duration
@@ -52,20 +53,27 @@ class StepTimes(keras.callbacks.Callback):
         self.model.stop_training = True
 
 
+def count_validation(configs: Configs, validation: AugmentedImageSequence) -> tuple[float, int]:
+    """Returns what validating once costs, in training steps, and how often it is done beside once after each epoch."""
+    views = 2 if configs.test_time_augmentation == "flip" else 1
+    more = len(SHARES) if configs.model_selection == "interpolate" else 0
+    return VALIDATION_SHARE * views * validation.steps, more
+
+
 class TimeEstimate(StepTimes):
     """Prints after the first steps how long the run will take.
 
     Args:
         epochs: of the whole run.
         training: the training images.
-        validation: the validation images.
+        validation: what `count_validation` returns.
     """
 
-    def __init__(self, epochs: int, training: AugmentedImageSequence, validation: AugmentedImageSequence) -> None:
+    def __init__(self, epochs: int, training: AugmentedImageSequence, validation: tuple[float, int]) -> None:
         super().__init__()
         self.epochs = epochs
         self.training = training
-        self.validation = validation
+        self.validation_steps, self.more_validations = validation
         self._epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
@@ -76,7 +84,7 @@ class TimeEstimate(StepTimes):
         """Prints what is left."""
         epochs = self.epochs - self._epoch
         steps = epochs * self.training.steps - self.training.first_step - batch - 1
-        left = self.seconds * (steps + VALIDATION_SHARE * epochs * self.validation.steps)
+        left = self.seconds * (steps + (epochs + self.more_validations) * self.validation_steps)
         print(f"\nAbout {show_duration(left)} to go, for {self.epochs} epochs.")
 
 
@@ -115,9 +123,10 @@ def fit_epochs(
         classifier.set_weights(weights)
         for variable, seed in zip(seed_states(model), seeds, strict=True):
             variable.assign(seed)
-    epoch = timed.seconds * (images.steps + VALIDATION_SHARE * validation.steps)
+    validating, more = count_validation(configs, validation)
+    epoch = timed.seconds * (images.steps + validating)
     budget = parse_duration(configs.time_budget)
-    left = budget * (1 - RESERVE) - (time.monotonic() - started)
+    left = budget * (1 - RESERVE) - (time.monotonic() - started) - timed.seconds * more * validating
     epochs = max(1, int(left / epoch))
     note = "" if left >= epoch else ", which is more than the budget holds"
     print(f"time_budget {configs.time_budget}: {epochs} epochs of about {show_duration(epoch)}{note}.")

@@ -31,7 +31,7 @@ from finetune.stores import hash_file
 from finetune.tables import resolve_class_names
 from finetune.team import Team
 from finetune.texts import MOST_TELLING, join_names
-from finetune.time_budget import TimeEstimate, fit_epochs
+from finetune.time_budget import TimeEstimate, count_validation, fit_epochs
 from generator import AugmentedImageSequence, Shares, get_generator, naming_bad_images
 from model import ModelFactory
 
@@ -305,7 +305,7 @@ def build_callbacks(
     checkpoint = Checkpoint(
         configs, phase, classifier, training, measure, plateau, averages, input_wait, interruption, team.is_chief, state
     )
-    estimate = TimeEstimate(configs.num_epochs, training, validation)
+    estimate = TimeEstimate(configs.num_epochs, training, count_validation(configs, validation))
     before = [EpochOrder(training), input_wait, estimate, BeforeValidation(checkpoint), averages]
     order = [*before, measure, schedule, plateau, curves, bad_images, checkpoint]
     return [callback for callback in order if callback is not None]

@@ -13,8 +13,10 @@ from small_runs import (
     tables,  # noqa: F401
 )
 
+from configs import Configs
 from finetune.options import UserError
 from finetune.texts import show_duration
+from finetune.time_budget import TimeEstimate, count_validation
 from finetune.values import duration_fault, parse_duration
 
 
@@ -63,3 +65,27 @@ def test_early_stopping_and_the_last_epoch_exclude_each_other(tables, tmp_path):
 def test_crops_and_a_cache_exclude_each_other(tables, tmp_path):
     with pytest.raises(UserError, match="random_crop_area: crops are taken from the pictures themselves"):
         start(**options_of(tables, tmp_path / "run", random_crop_area=[0.5, 1.0], image_cache="memory"))
+
+
+def test_a_validation_counts_with_its_views_and_those_at_the_end():
+    class Sequence:
+        steps = 10
+
+    # A validation batch takes 0.4 of a training step's time.
+    assert count_validation(Configs(), Sequence()) == (pytest.approx(4), 0)
+    configs = Configs(test_time_augmentation="flip", model_selection="interpolate", head_initialization="linear_probe")
+    assert count_validation(configs, Sequence()) == (pytest.approx(8), 3)
+
+
+def test_the_estimate_counts_all_that_is_left(capsys, monkeypatch):
+    class Sequence:
+        steps, first_step = 20, 0
+
+    moments = iter([100.0, 102.0, 104.0, 106.0])
+    monkeypatch.setattr("finetune.time_budget.time.monotonic", lambda: next(moments))
+    estimate = TimeEstimate(5, Sequence(), (8.0, 3))
+    estimate.on_epoch_begin(0)
+    for batch in range(4):
+        estimate.on_train_batch_end(batch)
+    # Steps of 2 s: 96 of training are left, and 5 + 3 validations of 8 each.
+    assert "About 5 min 20 s to go, for 5 epochs." in capsys.readouterr().out
