@@ -14,10 +14,10 @@ from finetune.selection import get_log_losses
 from finetune.training_state import read_state
 
 OPTIONS = {"head_initialization": "linear_probe", "model_selection": "interpolate", "num_epochs": 2}
-# One feature, two classes; the second one is the truth where the feature is positive, but for one of ten.
-FEATURES = np.tile([[-1.0], [1.0]], (10, 1)).astype(np.float32)
-TRUTH = np.tile([0, 1], 10)
-TRUTH[:2] = 1, 0
+# Two features, two classes; the second one is the truth where their sum is positive, but for one image of ten.
+FEATURES = np.random.default_rng(0).normal(size=(200, 2)).astype(np.float32)
+TRUTH = (FEATURES.sum(axis=1) > 0).astype(int)
+TRUTH[::10] = 1 - TRUTH[::10]
 
 
 class Validated:
@@ -37,19 +37,18 @@ class Validated:
         return get_log_losses(TRUTH, self.probabilities)
 
 
-def build_line(slope):
-    """Builds a model whose logits are the feature times plus and minus a half of `slope`."""
-    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(2, "softmax", use_bias=False)])
-    model.set_weights([np.array([[-slope / 2, slope / 2]])])
+def build_line(direction):
+    """Builds a model that finds the second class the more probable, the further features lie in a direction."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, "softmax", use_bias=False)])
+    model.set_weights([np.array([-np.array(direction), direction]).T])
     return model
 
 
 def choose_between(first, last):
-    model = build_line(last)
-    losses = Validated(build_line(first)).get_losses()
-    weights = build_line(first).get_weights()
+    model, start = build_line(last), build_line(first)
+    weights, losses = start.get_weights(), Validated(start).get_losses()
     kept = choose_weights(model, weights, losses, Validated(model), {"val_accuracy": 0.9})
-    np.testing.assert_allclose(model.get_weights()[0], build_line(last).get_weights()[0])
+    np.testing.assert_array_equal(model.get_weights()[0], build_line(last).get_weights()[0])
     return kept
 
 
@@ -61,24 +60,23 @@ def test_weights_are_mixed_by_their_share():
 
 
 def test_the_average_of_the_lowest_loss_is_kept(capsys):
-    # With nine of ten right the best slope is log(9), 2.2: of -4.4, -1.1, 2.2, 5.5 and 8.8 the middle one.
-    kept = choose_between(-4.4, 8.8)
+    kept = choose_between([2.0, 0.0], [0.0, 2.0])
     assert kept.share == 0.5
-    np.testing.assert_allclose(kept.weights[0], [[-1.1, 1.1]], rtol=1e-6)
+    np.testing.assert_allclose(kept.weights[0], [[-1, 1], [-1, 1]])
     assert kept.logs == {"val_accuracy": pytest.approx(0.9)}
-    loss = -0.9 * np.log(1 / (1 + np.exp(-2.2))) - 0.1 * np.log(1 / (1 + np.exp(2.2)))
-    assert f"50% {loss:.4f};" in capsys.readouterr().out
+    assert "Kept the weights 50% of the way to the fine-tuned model's" in capsys.readouterr().out
 
 
 def test_the_last_epoch_is_kept_where_no_average_is_better():
-    assert choose_between(-4.4, 2.2).share == 1
+    kept = choose_between([1.0, -0.5], [1.0, 1.0])
+    assert (kept.share, kept.logs) == (1, {"val_accuracy": 0.9})
 
 
 def test_the_start_is_kept_where_nothing_is_clearly_better(capsys):
-    assert choose_between(2.2, -4.4) is None
+    assert choose_between([1.0, 1.0], [-1.0, -3.0]) is None
     assert "Kept the start:" in capsys.readouterr().out
-    # Slopes about the best one differ by less than twenty images tell.
-    assert choose_between(2.0, 2.4) is None
+    # The same answers, twice as sure of themselves.
+    assert choose_between([1.0, 1.0], [2.0, 2.0]) is None
     assert "Kept the start, the simpler model" in capsys.readouterr().out
 
 

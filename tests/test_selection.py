@@ -34,22 +34,35 @@ def test_a_model_is_kept_that_is_better_by_more_than_a_standard_error():
     assert not is_clearly_better(0.0, 0.0)
 
 
-def test_the_log_loss_of_an_image_is_that_of_its_class():
-    probabilities = np.array([[0.7, 0.3], [0.4, 0.6], [1.0, 0.0]], np.float32)
-    expected = [-np.log(0.7), -np.log(0.6), -np.log(1e-7)]
-    assert get_log_losses(np.array([0, 1, 1]), probabilities) == pytest.approx(expected, rel=1e-6)
+def test_the_log_loss_of_an_image_is_that_of_its_class_at_the_best_temperature():
+    # With three of four right the best answer is 0.75, whatever the model claims.
+    for claimed in (0.6, 0.75, 0.9):
+        probabilities, truth = np.tile([[claimed, 1 - claimed]], (4, 1)), np.array([0, 0, 0, 1])
+        assert get_log_losses(truth, probabilities) == pytest.approx(-np.log([0.75, 0.75, 0.75, 0.25]), rel=0.05)
+    probabilities = np.random.default_rng(0).dirichlet([1, 1, 1], 50)
+    sharper = probabilities**2 / (probabilities**2).sum(axis=1, keepdims=True)
+    truth = probabilities.argmax(axis=1)
+    truth[:15] = 0
+    assert get_log_losses(truth, sharper).mean() == pytest.approx(get_log_losses(truth, probabilities).mean(), rel=1e-3)
 
 
 def test_the_log_loss_of_an_image_of_several_labels_is_their_mean():
-    probabilities = np.array([[0.9, 0.2, 0.5]])
-    expected = -(np.log(0.9) + np.log(0.8) + np.log(0.5)) / 3
-    assert get_log_losses(np.array([[1, 0, 1]], np.uint8), probabilities) == pytest.approx([expected])
+    # Of eight labels six are as they were claimed to be.
+    probabilities = np.array([[0.9, 0.1, 0.9, 0.1], [0.9, 0.1, 0.9, 0.1]])
+    truth = np.array([[1, 0, 1, 0], [1, 0, 0, 1]], np.uint8)
+    expected = [-np.log(0.75), -(np.log(0.75) + np.log(0.25)) / 2]
+    assert get_log_losses(truth, probabilities) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_model_without_an_answer_loses():
+    assert np.isinf(get_log_losses(np.array([0, 1]), np.array([[0.5, 0.5], [np.nan, 0.5]]))).all()
 
 
 def test_the_choice_is_told_with_its_figures():
     assert describe_choice(1, 0.05, 0.012, 200) == (
-        "Kept the fine-tuned model: better than the start by 0.0500, standard error 0.0120, on 200 validation images."
+        "Kept the fine-tuned model: the log loss is lower than the start's by 0.0500, standard error 0.0120, on 200 "
+        "validation images."
     )
     assert "Kept the weights 25% of the way to the fine-tuned model's" in describe_choice(0.25, 0.05, 0.012, 200)
     assert "the simpler model: the validation images do not tell" in describe_choice(0.5, 0.01, 0.02, 9)
-    assert "Kept the start: the fine-tuned model would be worse" in describe_choice(1, -0.3, 0.1, 9)
+    assert "Kept the start: the log loss of the fine-tuned model would be no lower" in describe_choice(1, -0.3, 0.1, 9)
