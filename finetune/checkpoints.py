@@ -30,11 +30,12 @@ from finetune.run_folder import (
     CONFIGS_FILE,
     LATEST_MODEL,
     LOG_FILE,
+    START_MODEL,
     STATISTICS_FILE,
+    find_start_model,
     fingerprint,
-    resolve_model_path,
 )
-from finetune.training_state import read_metrics, read_state, restore_metrics, save_checkpoint, seed_states
+from finetune.training_state import read_metrics, restore_metrics, save_checkpoint, seed_states
 from generator import AugmentedImageSequence
 
 
@@ -124,7 +125,6 @@ class Checkpoint(keras.callbacks.Callback):
         self.best_aurocs: dict[str, float | None] | None = state.get("best_aurocs")
         # Of the way from the start to the last epoch; between them it is no epoch's model.
         self.kept_share: float | None = state.get("kept_share")
-        self.start_losses: list[float] = list(state.get("start_losses", []))
         self.input_waits: list[float] = list(state.get("input_waits", []))
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
@@ -141,7 +141,7 @@ class Checkpoint(keras.callbacks.Callback):
             for variable, value in zip(seed_states(self.model), self.to_restore["seed_states"], strict=True):
                 variable.assign(np.array(value, dtype="uint32"))
             self._write_logs()
-            self.start_weights = self._read_start() if self.start_losses else []
+            self.start_weights = self._read_start() if self.interpolates else []
         elif self.starts_good:
             self._keep_start()
 
@@ -189,6 +189,10 @@ class Checkpoint(keras.callbacks.Callback):
         if self.averages is not None:
             self.averages.put_back()
             self._save([LATEST_MODEL], epoch + 1, 0)
+        if epoch + 1 == self.last_epoch and self.writes:
+            # From here on the run does not need it: it has ended.
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self.folder, START_MODEL))
         self._write_logs()
         self.model.stop_training = stops_early(epoch + 1, self.best_epoch, self.patience, self.head_epochs)
         self._stop_if_interrupted()
@@ -209,7 +213,6 @@ class Checkpoint(keras.callbacks.Callback):
             "best_epoch": self.best_epoch,
             "best_aurocs": self.best_aurocs,
             "kept_share": self.kept_share,
-            "start_losses": self.start_losses,
             "plateau": self.plateau_state,
             "seed_states": [np.asarray(variable).tolist() for variable in seed_states(self.model)],
             "metrics": read_metrics(self.model) if steps_completed else [],
@@ -222,41 +225,34 @@ class Checkpoint(keras.callbacks.Callback):
         logs: dict[str, float] = {}
         self.validation.on_epoch_end(-1, logs)
         print(f"The head's start: {self.monitor} {logs[self.monitor]:.4f}.")
-        if self.interpolates:
-            self.start_losses = self.validation.get_losses().tolist()
-            self.start_weights = self.classifier.get_weights()
+        self.start_weights = self.classifier.get_weights() if self.interpolates else []
         if is_best := not self.last_epoch or self.interpolates:
             self._note(0, logs[self.monitor], self.validation.aurocs)
-        self._save([*[BEST_MODEL] * is_best, LATEST_MODEL], 0, 0)
+        self._save([*[BEST_MODEL] * is_best, *[START_MODEL] * self.interpolates, LATEST_MODEL], 0, 0)
 
     def _read_start(self) -> list[np.ndarray]:
-        """Reads the weights that the run has started from: until its last epoch they are the best model."""
-        folder = self.source if os.path.isdir(self.source) else os.path.dirname(self.source)
-        path = resolve_model_path(folder)
-        state = read_state(path)
-        if not state or state["epochs_completed"]:
-            raise UserError(
-                f"model_selection interpolate: expected {path} to hold the weights that the run has started from, "
-                f"epoch 0. Received those of another epoch. Put the run's own {BEST_MODEL} there, or start anew."
-            )
+        """Reads the weights that the run has started from, and keeps them in its own folder too."""
+        path, own = find_start_model(self.source), os.path.join(self.folder, START_MODEL)
+        if self.writes and not os.path.exists(own):
+            duplicate_file(path, own)
         return get_classifier(load_model(path)).get_weights()
 
     def _choose(self, epochs_completed: int, logs: dict[str, float]) -> bool:
         """Notes the model to keep, as far as it is known after an epoch; tells whether that is the epoch's own.
 
-        One between the start and the last epoch is written here.
+        The start, or an average of it and the last epoch, is written here.
         """
         score = logs[self.monitor]
         if not self.last_epoch:
             is_best = not np.isnan(score) and (self.best is None or score > self.best)
         else:
             is_best = epochs_completed == self.last_epoch
-        if is_best and self.start_losses:
-            kept = choose_weights(self.classifier, self.start_weights, self.start_losses, self.validation, logs)
-            self.kept_share = kept.share if kept else 0.0
-            is_best = self.kept_share == 1
-            if 0 < self.kept_share < 1:
-                self._note(epochs_completed, kept.logs[self.monitor], kept.aurocs)
+        if is_best and self.interpolates:
+            kept = choose_weights(self.classifier, self.start_weights, self.validation, logs)
+            self.kept_share = kept.share
+            is_best = kept.share == 1
+            if not is_best:
+                self._note(epochs_completed if kept.share else 0, kept.logs[self.monitor], kept.aurocs)
                 end = self.classifier.get_weights()
                 self.classifier.set_weights(kept.weights)
                 self._save([BEST_MODEL], epochs_completed, 0, resumes=False)

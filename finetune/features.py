@@ -27,9 +27,9 @@ class FeatureSequence(AugmentedImageSequence):
     It trains the classifier on a frozen backbone without running the backbone. Images are not augmented.
 
     Args:
-        features: float32 `(images, channels)`, in the order of `paths`, or those of several views of each image,
-            `(images, views, channels)`. Rows of `bad_images` are not used: the next
-            one in the epoch's order takes their place, or they are left out, as the images' own sequence does it.
+        features: float32 `(images, channels)`, in the order of `paths`, or of several views of each image
+            `(images, views, channels)`. Rows of `bad_images` are not used: the next one in the epoch's order takes
+            their place, or they are left out, as the images' own sequence does it.
         bad_images: why an image could not be read, by its position in `paths`.
         facts: what `AugmentedImageSequence` takes.
     """

@@ -11,8 +11,8 @@ import numpy as np
 from finetune.callbacks import Validation
 from finetune.selection import compare_scores, describe_choice, is_clearly_better
 
-# Of the way from the start to the end.
-SHARES = (0.25, 0.5, 0.75)
+# Of the way from the start to the end, which is validated anyway.
+SHARES = (0.0, 0.25, 0.5, 0.75)
 
 
 class Kept(NamedTuple):
@@ -37,12 +37,8 @@ def mix_weights(start: Sequence[np.ndarray], end: Sequence[np.ndarray], share: f
 
 
 def choose_weights(
-    classifier: keras.Model,
-    start: Sequence[np.ndarray],
-    start_losses: Sequence[float],
-    validation: Validation,
-    logs: dict[str, float],
-) -> Kept | None:
+    classifier: keras.Model, start: Sequence[np.ndarray], validation: Validation, logs: dict[str, float]
+) -> Kept:
     """Validates averages of the weights before and after fine-tuning, and chooses by the images' log loss.
 
     Where both lie in one basin an average is often better than either, above all on few photos like those that the
@@ -54,28 +50,26 @@ def choose_weights(
     Args:
         classifier: has the last epoch's weights, and has them again in the end.
         start: the weights that training started from.
-        start_losses: those of the validation images with these, as `get_log_losses` gives them.
         validation: has just measured the last epoch's model.
         logs: the figures that it found.
 
     Returns:
-        The best one, where it is better than the start by more than a standard error of the paired difference; None
-        where the start is to be kept. Why is printed.
+        The best one, where it is better than the start by more than a standard error of the paired difference, else
+        the start. Why is printed.
     """
     end = classifier.get_weights()
-    best, best_losses = Kept(1.0, end, logs, validation.aurocs), validation.get_losses()
-    means = {0.0: np.mean(start_losses), 1.0: best_losses.mean()}
+    tried = {1.0: (Kept(1.0, end, logs, validation.aurocs), validation.get_losses())}
     for share in SHARES:
-        classifier.set_weights(mix_weights(start, end, share))
+        weights = mix_weights(start, end, share)
+        classifier.set_weights(weights)
         logs = {}
         validation.on_epoch_end(-1, logs)
-        losses = validation.get_losses()
-        means[share] = losses.mean()
-        if means[share] < best_losses.mean():
-            best, best_losses = Kept(share, classifier.get_weights(), logs, validation.aurocs), losses
+        tried[share] = Kept(share, weights, logs, validation.aurocs), validation.get_losses()
     classifier.set_weights(end)
-    shown = "; ".join(f"{share:.0%} {means[share]:.4f}" for share in sorted(means))
+    shown = "; ".join(f"{share:.0%} {tried[share][1].mean():.4f}" for share in sorted(tried))
     print(f"\nLog loss of the validation images, from the start's weights (0%) to the last epoch's (100%): {shown}.")
-    gain, error = compare_scores(-np.asarray(start_losses), -best_losses)
-    print(describe_choice(best.share, gain, error, len(best_losses)))
-    return best if is_clearly_better(gain, error) else None
+    kept_start, start_losses = tried.pop(0.0)
+    best, losses = min(tried.values(), key=lambda one: one[1].mean())
+    gain, error = compare_scores(-start_losses, -losses)
+    print(describe_choice(best.share, gain, error, len(losses)))
+    return best if is_clearly_better(gain, error) else kept_start

@@ -13,6 +13,7 @@ from finetune.run_folder import (
     BEST_MODEL,
     CONFIGS_FILE,
     LATEST_MODEL,
+    find_start_model,
     fingerprint,
     refuse_other_run,
     resolve_model_path,
@@ -35,7 +36,15 @@ def find_start(configs: Configs) -> tuple[str, dict[str, Any] | None, Configs]:
         return path, None, configs
     steps = f" and {state['steps_completed']} steps" * bool(state["steps_completed"])
     print(f"Continuing {path} after {state['epochs_completed']} epochs{steps}.")
-    return path, state, configs_to_continue(configs, state, path)
+    configs = configs_to_continue(configs, state, path)
+    start_path = find_start_model(path)
+    if configs.model_selection == "interpolate" and not has_ended(state, configs) and not os.path.isfile(start_path):
+        raise UserError(
+            f"model_selection interpolate: expected {start_path}, the weights that this run has started from. There is "
+            "no such file: it is kept beside the checkpoints until a run has chosen its model, and one that has does "
+            "not go on. Start a new run, with load_model_path at its best_model.keras if you like."
+        )
+    return path, state, configs
 
 
 def has_ended(state: dict[str, Any], configs: Configs) -> bool:

@@ -47,6 +47,8 @@ except ImportError:
 
 BEST_MODEL = "best_model.keras"
 LATEST_MODEL = "latest_model.keras"
+# What an interpolating run has started from, until it has chosen its model.
+START_MODEL = "start_model.keras"
 CONFIGS_FILE = "configs.json"
 LOG_FILE = "training_log.csv"
 STATISTICS_FILE = ".training_stats.json"
@@ -58,7 +60,7 @@ MAPS_FOLDER = "cam_output"
 COMPRESSION_FILE = "compression_report.json"
 CARD_FILE = "MODEL_CARD.md"
 LOCK_FILE = ".lock"
-MODEL_STEMS = (BEST_MODEL.removesuffix(".keras"), LATEST_MODEL.removesuffix(".keras"), "model_epoch_*")
+MODEL_STEMS = (*(name.removesuffix(".keras") for name in (BEST_MODEL, LATEST_MODEL, START_MODEL)), "model_epoch_*")
 # What a run writes, as patterns: a new run into the same folder may not mix with it.
 MODEL_FILES = tuple(f"{stem}.keras" for stem in MODEL_STEMS)
 RUN_FILES = (*MODEL_FILES, "training_log.*", AUROC_FILE, STATISTICS_FILE, CONFIGS_FILE, DATA_FILE, CURVES_FOLDER)
@@ -248,6 +250,12 @@ def refuse_other_run(folder: str, load_model_path: str) -> None:
             f"--load_model_path {shlex.quote(folder)}, choose another save_model_path, or remove it with "
             "--overwrite True."
         )
+
+
+def find_start_model(model_path: str) -> str:
+    """Returns the path of START_MODEL beside a checkpoint, which is a file or a run's folder."""
+    folder = model_path if os.path.isdir(model_path) else os.path.dirname(model_path)
+    return os.path.join(folder, START_MODEL)
 
 
 def leads_into(model_path: str, folder: str) -> bool:

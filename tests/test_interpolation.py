@@ -1,6 +1,7 @@
 """The model that is kept between a run's start and its last epoch."""
 
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -45,9 +46,8 @@ def build_line(direction):
 
 
 def choose_between(first, last):
-    model, start = build_line(last), build_line(first)
-    weights, losses = start.get_weights(), Validated(start).get_losses()
-    kept = choose_weights(model, weights, losses, Validated(model), {"val_accuracy": 0.9})
+    model = build_line(last)
+    kept = choose_weights(model, build_line(first).get_weights(), Validated(model), {"val_accuracy": 0.9})
     np.testing.assert_array_equal(model.get_weights()[0], build_line(last).get_weights()[0])
     return kept
 
@@ -73,10 +73,12 @@ def test_the_last_epoch_is_kept_where_no_average_is_better():
 
 
 def test_the_start_is_kept_where_nothing_is_clearly_better(capsys):
-    assert choose_between([1.0, 1.0], [-1.0, -3.0]) is None
+    kept = choose_between([1.0, 1.0], [-1.0, -3.0])
+    assert (kept.share, kept.logs) == (0, {"val_accuracy": pytest.approx(0.9)})
+    np.testing.assert_array_equal(kept.weights[0], [[-1, 1], [-1, 1]])
     assert "Kept the start:" in capsys.readouterr().out
     # The same answers, twice as sure of themselves.
-    assert choose_between([1.0, 1.0], [2.0, 2.0]) is None
+    assert choose_between([1.0, 1.0], [2.0, 2.0]).share == 0
     assert "Kept the start, the simpler model" in capsys.readouterr().out
 
 
@@ -95,20 +97,20 @@ def load(folder, name):
 def test_the_run_keeps_what_was_chosen(share, tables, tmp_path, monkeypatch, capsys):
     first, choose = [], choose_weights
 
-    def choose_that(classifier, weights, losses, validation, logs):
+    def choose_that(classifier, weights, validation, logs):
         first.extend(weights)
-        # What is not to be kept has other losses than it has.
-        losses = np.full(len(losses), 0.0 if share == 0 else 99.0)
-        measure, added = validation.get_losses, iter([50.0 if share == 0.5 else 0.0])
-        monkeypatch.setattr(validation, "get_losses", lambda: measure() + next(added, 0.0))
-        return choose(classifier, weights, losses, validation, logs)
+        # What is to be kept has lower losses than it has: the last epoch is measured first, then 0, 25, 50 and 75 %.
+        added = iter([50.0 * (one != share) for one in (1.0, *SHARES)])
+        measure = validation.get_losses
+        monkeypatch.setattr(validation, "get_losses", lambda: measure() + next(added))
+        return choose(classifier, weights, validation, logs)
 
     monkeypatch.setattr("finetune.checkpoints.choose_weights", choose_that)
-    monkeypatch.setattr("finetune.interpolation.SHARES", [0.5] if share == 0.5 else [])
     found = start(**options_of(tables, tmp_path / "run", **OPTIONS))
     best, latest = load(tmp_path / "run", "best").get_weights(), load(tmp_path / "run", "latest").get_weights()
     for one, start_weight, end in zip(best, first, latest, strict=True):
         np.testing.assert_allclose(one, (1 - share) * start_weight + share * end, rtol=1e-6, atol=1e-7)
+    assert not (tmp_path / "run" / "start_model.keras").exists()
     statistics = json.loads((tmp_path / "run" / ".training_stats.json").read_text())
     assert (statistics["kept_share"], found["best_epoch"]) == (share, 2 if share else 0)
 
@@ -117,16 +119,28 @@ def test_the_run_keeps_what_was_chosen(share, tables, tmp_path, monkeypatch, cap
 def test_a_stopped_run_chooses_the_same(tables, tmp_path, stop_at, monkeypatch):
     start(**options_of(tables, tmp_path / "run", **OPTIONS))
     state = read_state(str(tmp_path / "run" / "latest_model.keras"))
-    assert len(state["start_losses"]) == 9
-    assert state["kept_share"] in (0, *SHARES, 1)
+    assert state["kept_share"] in (*SHARES, 1)
     # Within the last epoch, whose first steps another process then has done.
     stop_at(1, 3)
     with pytest.raises(SystemExit):
         start(**options_of(tables, tmp_path / "stopped", **OPTIONS))
     monkeypatch.undo()
+    # Killed between the model that is kept and the last epoch's, a run has another one under that name.
+    shutil.copy(tmp_path / "run" / "best_model.keras", tmp_path / "stopped")
     start(**options_of(tables, tmp_path / "stopped", load_model_path=str(tmp_path / "stopped"), **OPTIONS))
     assert read_state(str(tmp_path / "stopped" / "latest_model.keras"))["kept_share"] == state["kept_share"]
-    names = ["latest_model.keras"] + ["best_model.keras"] * (state["kept_share"] in (0, 1))
+    # Whatever is kept but the last epoch carries no state.
+    names = ["latest_model.keras"] + ["best_model.keras"] * (state["kept_share"] == 1)
     assert_same_run(tmp_path / "run", tmp_path / "stopped", names)
     for one, other in zip(*(load(tmp_path / name, "best").get_weights() for name in ("run", "stopped")), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_a_run_that_has_chosen_does_not_go_on(tables, tmp_path):
+    options = OPTIONS | {"num_epochs": 1}
+    start(**options_of(tables, tmp_path / "run", **options))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="start_model.keras, the weights that this run has started from"):
+        start(**options_of(tables, tmp_path / "run", load_model_path=str(tmp_path / "run"), **OPTIONS))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
