@@ -189,10 +189,6 @@ class Checkpoint(keras.callbacks.Callback):
         if self.averages is not None:
             self.averages.put_back()
             self._save([LATEST_MODEL], epoch + 1, 0)
-        if epoch + 1 == self.last_epoch and self.writes:
-            # From here on the run does not need it: it has ended.
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(self.folder, START_MODEL))
         self._write_logs()
         self.model.stop_training = stops_early(epoch + 1, self.best_epoch, self.patience, self.head_epochs)
         self._stop_if_interrupted()

@@ -41,8 +41,7 @@ def find_start(configs: Configs) -> tuple[str, dict[str, Any] | None, Configs]:
     if configs.model_selection == "interpolate" and not has_ended(state, configs) and not os.path.isfile(start_path):
         raise UserError(
             f"model_selection interpolate: expected {start_path}, the weights that this run has started from. There is "
-            "no such file: it is kept beside the checkpoints until a run has chosen its model, and one that has does "
-            "not go on. Start a new run, with load_model_path at its best_model.keras if you like."
+            "no such file. Put it back beside the checkpoint, or start a new run."
         )
     return path, state, configs
 

@@ -47,7 +47,7 @@ except ImportError:
 
 BEST_MODEL = "best_model.keras"
 LATEST_MODEL = "latest_model.keras"
-# What an interpolating run has started from, until it has chosen its model.
+# What an interpolating run has started from.
 START_MODEL = "start_model.keras"
 CONFIGS_FILE = "configs.json"
 LOG_FILE = "training_log.csv"

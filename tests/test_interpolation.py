@@ -110,7 +110,6 @@ def test_the_run_keeps_what_was_chosen(share, tables, tmp_path, monkeypatch, cap
     best, latest = load(tmp_path / "run", "best").get_weights(), load(tmp_path / "run", "latest").get_weights()
     for one, start_weight, end in zip(best, first, latest, strict=True):
         np.testing.assert_allclose(one, (1 - share) * start_weight + share * end, rtol=1e-6, atol=1e-7)
-    assert not (tmp_path / "run" / "start_model.keras").exists()
     statistics = json.loads((tmp_path / "run" / ".training_stats.json").read_text())
     assert (statistics["kept_share"], found["best_epoch"]) == (share, 2 if share else 0)
 
@@ -137,10 +136,15 @@ def test_a_stopped_run_chooses_the_same(tables, tmp_path, stop_at, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_that_has_chosen_does_not_go_on(tables, tmp_path):
-    options = OPTIONS | {"num_epochs": 1}
-    start(**options_of(tables, tmp_path / "run", **options))
+def test_a_run_that_has_chosen_goes_on_and_chooses_again(tables, tmp_path):
+    start(**options_of(tables, tmp_path / "run", **OPTIONS | {"num_epochs": 1}))
+    found = start(**options_of(tables, tmp_path / "run", load_model_path=str(tmp_path / "run"), **OPTIONS))
+    assert found["epoch"] == 2
+    assert found["best_epoch"] in (0, 2)
+    # Without what it has started from it cannot choose, and says so before it changes anything.
+    (tmp_path / "run" / "start_model.keras").unlink()
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    options = OPTIONS | {"load_model_path": str(tmp_path / "run"), "num_epochs": 3}
     with pytest.raises(UserError, match="start_model.keras, the weights that this run has started from"):
-        start(**options_of(tables, tmp_path / "run", load_model_path=str(tmp_path / "run"), **OPTIONS))
+        start(**options_of(tables, tmp_path / "run", **options))
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
