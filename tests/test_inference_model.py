@@ -62,7 +62,8 @@ def test_without_views_it_is_the_classifier():
     np.testing.assert_array_equal(model(images), classifier(images))
 
 
-@pytest.mark.parametrize("options", [{}, pytest.param(FROZEN, marks=pytest.mark.slow)], ids=["images", "features"])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, FROZEN], ids=["images", "features"])
 def test_validation_and_every_script_answer_as_the_file_does(options, tables, tmp_path):
     folder = tmp_path / "run"
     start(**options_of(tables, folder, test_time_augmentation="flip", num_epochs=1, random_seed=3, **options))
@@ -110,6 +111,7 @@ def test_a_run_goes_on_bit_for_bit(tables, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
 
 
+@pytest.mark.slow
 def test_a_run_does_not_change_its_views(tables, tmp_path):
     start(**options_of(tables, tmp_path / "run", num_epochs=1))
     options = {"load_model_path": str(tmp_path / "run"), "num_epochs": 2, "test_time_augmentation": "flip"}
