@@ -268,6 +268,7 @@ class TrainingModel(keras.Model):
         strategy = self.distribute_strategy
 
         def predict_share(images: tf.Tensor, bounds: tf.Tensor) -> tf.Tensor:
+            """Predicts one device's images; where there are several views of each, the mean over these."""
             (images,) = self._get_own_images([images], bounds)
             views = [images]
             if self.mirrors:
