@@ -38,6 +38,7 @@ class Validation(keras.callbacks.Callback):
         aurocs: multi-label: of each class in the last epoch.
         y_true: the labels of the images that could be read.
         probabilities: of these in the last epoch.
+        is_read: which of all images these are.
     """
 
     def __init__(self, sequence: AugmentedImageSequence, loss: Callable, multi_label: bool) -> None:
@@ -47,16 +48,19 @@ class Validation(keras.callbacks.Callback):
         self.multi_label = multi_label
         self.aurocs: np.ndarray | None = None
         self.y_true = self.probabilities = np.zeros(0)
+        self.is_read = np.zeros(0, bool)
 
     def get_losses(self) -> np.ndarray:
-        """Returns the log loss of each image in the last epoch, float64 `(images,)`, whatever the training's loss."""
-        return get_log_losses(self.y_true, self.probabilities)
+        """Returns each image's log loss in the last epoch, float64 `(images,)`; NaN of what could not be read."""
+        losses = np.full(len(self.is_read), np.nan)
+        losses[self.is_read] = get_log_losses(self.y_true, self.probabilities)
+        return losses
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Predicts the validation images and adds their figures to `logs`, which the callbacks after this one see."""
         probabilities, is_read = self.model.predict_sequence(self.sequence)
         y_true = self.sequence.get_labels(np.flatnonzero(is_read))
-        self.y_true, self.probabilities = y_true, probabilities
+        self.y_true, self.probabilities, self.is_read = y_true, probabilities, is_read
         logs["val_loss"] = float(np.mean(self.loss(y_true, probabilities)))
         if self.multi_label:
             self.aurocs = get_aurocs(y_true, probabilities)

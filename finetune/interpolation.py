@@ -66,10 +66,12 @@ def choose_weights(
         validation.on_epoch_end(-1, logs)
         tried[share] = Kept(share, weights, logs, validation.aurocs), validation.get_losses()
     classifier.set_weights(end)
-    shown = "; ".join(f"{share:.0%} {tried[share][1].mean():.4f}" for share in sorted(tried))
+    shown = "; ".join(f"{share:.0%} {np.nanmean(tried[share][1]):.4f}" for share in sorted(tried))
     print(f"\nLog loss of the validation images, from the start's weights (0%) to the last epoch's (100%): {shown}.")
     kept_start, start_losses = tried.pop(0.0)
-    best, losses = min(tried.values(), key=lambda one: one[1].mean())
-    gain, error = compare_scores(-start_losses, -losses)
-    print(describe_choice(best.share, gain, error, len(losses)))
+    best, losses = min(tried.values(), key=lambda one: np.nanmean(one[1]))
+    # An image may have become unreadable meanwhile.
+    both = ~np.isnan(start_losses + losses)
+    gain, error = compare_scores(-start_losses[both], -losses[both])
+    print(describe_choice(best.share, gain, error, int(both.sum())))
     return best if is_clearly_better(gain, error) else kept_start

@@ -82,6 +82,22 @@ def test_the_start_is_kept_where_nothing_is_clearly_better(capsys):
     assert "Kept the start, the simpler model" in capsys.readouterr().out
 
 
+def test_an_image_that_has_become_unreadable_is_left_out(capsys):
+    model = build_line([0.0, 2.0])
+    validation = Validated(model)
+    measure, passes = validation.get_losses, iter(range(5))
+
+    def lose_one_after_the_first_pass():
+        losses = measure()
+        losses[: next(passes) > 0] = np.nan
+        return losses
+
+    validation.get_losses = lose_one_after_the_first_pass
+    kept = choose_weights(model, build_line([2.0, 0.0]).get_weights(), validation, {"val_accuracy": 0.9})
+    assert kept.share == 0.5
+    assert "on 199 validation images" in capsys.readouterr().out
+
+
 def test_there_must_be_a_start_worth_keeping(tables, tmp_path):
     with pytest.raises(UserError, match="model_selection interpolate: expected a start that is worth keeping"):
         start(**options_of(tables, tmp_path / "run", model_selection="interpolate"))
