@@ -16,7 +16,7 @@ def read_plainly(sequence: AugmentedImageSequence) -> AugmentedImageSequence:
     """Returns a sequence of the same images in the order of `paths`, without augmentation."""
     plain = copy.copy(sequence)
     plain.shuffle, plain.augmenter, plain.mixes, plain.crops = False, None, False, False
-    plain.gives_shares = False
+    plain.gives_shares, plain.processes = False, None
     plain.epoch, plain.first_step, plain.error, plain.bad_images = 0, 0, None, {}
     return plain
 
@@ -65,7 +65,7 @@ class FeatureSequence(AugmentedImageSequence):
         features_only.epoch, features_only.first_step = sequence.epoch, sequence.first_step
         return features_only
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def make_batch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns batch `first_step + index` of this epoch: float32 features, as they were given, and its labels."""
         bounds = self._get_bounds(index + self.first_step)
         rows = self._order()[bounds[0] : bounds[-1]].copy()
@@ -81,7 +81,7 @@ class FeatureSequence(AugmentedImageSequence):
         """Returns the batches of an epoch, as the images' own sequence does it."""
         return self._make_dataset(tf.TensorSpec((None, *self.features.shape[1:]), tf.float32))
 
-    def _load(self, row: int, target: np.ndarray, place: int) -> None:
+    def _load(self, row: int, target: np.ndarray, place: int, matrix: np.ndarray | None) -> None:
         if row in self.bad_images:
             raise UserError(self.bad_images[row])
         target[:] = self.features[row]

@@ -32,6 +32,8 @@ from finetune.options import UserError
 from finetune.stores import read_bytes
 
 END_OF_JPEG = b"\xff\xd9"
+# What the header of a JPEG file of so many bytes says, which has to be read once only.
+JPEG_HEADER = np.dtype([("bytes", "<i8"), ("width", "<i4"), ("height", "<i4"), ("orientation", "u1")])
 # What turns a picture upright, by its orientation. Source: EXIF 2.32 (CIPA DC-008-2019), tag 0x0112.
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda image: cv2.flip(image, 1),
@@ -52,7 +54,12 @@ REMEDIES = {
 }
 
 
-def read_image(path: str, image_size: Sequence[int] | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
+def read_image(
+    path: str,
+    image_size: Sequence[int] | None = None,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    header: np.ndarray | None = None,
+) -> np.ndarray:
     """Decodes an image as a person sees it: upright by its EXIF or XMP, and what is transparent over white.
 
     Args:
@@ -60,6 +67,8 @@ def read_image(path: str, image_size: Sequence[int] | None = None, max_pixels: i
         image_size: `(height, width)` that the picture will be resized to: a JPEG at least twice as large is decoded
             at 1/2, 1/4 or 1/8 of its size, never below this one, which is faster.
         max_pixels: what the picture may have; the header tells before anything is decoded.
+        header: `(1,)` of the type `JPEG_HEADER`: what this file's said when it was read before, which holds as long as
+            the file has that length; or zeros, which are filled in.
 
     Returns:
         uint8 RGB `(height, width, 3)`; grey is repeated, 16 bits reduced to 8.
@@ -68,7 +77,7 @@ def read_image(path: str, image_size: Sequence[int] | None = None, max_pixels: i
         UserError: the file is missing, damaged, too large or cannot be decoded.
     """
     try:
-        return decode_image(read_bytes(path), max_pixels, image_size)
+        return decode_image(read_bytes(path), max_pixels, image_size, header)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"Cannot read the image {path}: {reason}. Replace it, or drop its row.") from error
@@ -78,10 +87,19 @@ def read_image(path: str, image_size: Sequence[int] | None = None, max_pixels: i
         raise UserError(f"Cannot {what} {error.detail}. {remedy}, or drop its row.") from error
 
 
-def decode_image(encoded: np.ndarray, max_pixels: int, image_size: Sequence[int] | None = None) -> np.ndarray:
+def decode_image(
+    encoded: np.ndarray, max_pixels: int, image_size: Sequence[int] | None = None, known: np.ndarray | None = None
+) -> np.ndarray:
     """Decodes the bytes of an image file, uint8 `(bytes,)`, as `read_image` does; raises BadImage in its place."""
+    size, width, height, orientation = known.item() if known is not None else (0, 0, 0, 0)
+    if size == encoded.size > 0:
+        return _decode_jpeg(encoded, (width, height), orientation, image_size)
     check_length(encoded[:12].tobytes(), encoded.size)
-    return decode_pixels(encoded, read_header(io.BytesIO(encoded), max_pixels), image_size)
+    header = read_header(io.BytesIO(encoded), max_pixels)
+    image = decode_pixels(encoded, header, image_size)
+    if known is not None and header is not None and encoded[:3].tobytes() == JPEG_START:
+        known[0] = encoded.size, *header.size, find_orientation(header)
+    return image
 
 
 def decode_pixels(
@@ -103,8 +121,7 @@ def decode_pixels(
     if header is None:
         return _decode_by_opencv(encoded, header)
     if encoded[:3].tobytes() == JPEG_START:
-        divisor = choose_divisor(encoded, header.size, image_size) if image_size else 1
-        return turn_upright(_decode_jpeg(encoded, header.size, divisor), find_orientation(header))
+        return _decode_jpeg(encoded, header.size, find_orientation(header), image_size)
     if encoded[:8].tobytes() == PNG_START:
         data = encoded.tobytes()
         # OpenCV 4.12 crashes on damaged animations.
@@ -151,8 +168,14 @@ def resize_image(image: np.ndarray, image_size: Sequence[int], target: np.ndarra
     return cv2.resize(image, (width, height), target, interpolation=cv2.INTER_AREA if averages else cv2.INTER_LINEAR)
 
 
-def _decode_jpeg(encoded: np.ndarray, sides: Sequence[int], divisor: int) -> np.ndarray:
-    """Decodes a JPEG strictly: libjpeg-turbo's warnings are errors; a lost end mark is none if all pixels are there."""
+def _decode_jpeg(
+    encoded: np.ndarray, sides: Sequence[int], orientation: int, image_size: Sequence[int] | None
+) -> np.ndarray:
+    """Decodes a JPEG upright, at a part of its size where that suffices.
+
+    It does so strictly: libjpeg-turbo's warnings are errors; a lost end mark is none if all pixels are there.
+    """
+    divisor = choose_divisor(encoded, sides, image_size) if image_size else 1
     data = encoded.tobytes()
     has_end = data.endswith(END_OF_JPEG)
     smallest = {"min_width": -(-sides[0] // divisor), "min_height": -(-sides[1] // divisor)} if divisor > 1 else {}
@@ -160,13 +183,13 @@ def _decode_jpeg(encoded: np.ndarray, sides: Sequence[int], divisor: int) -> np.
         image = simplejpeg.decode_jpeg(data if has_end else data + END_OF_JPEG, "RGB", **smallest)
     except ValueError as error:
         if not is_ordinary_jpeg(data) or "subsampling" in str(error):
-            return _decode_unusual_jpeg(data)
+            return turn_upright(_decode_unusual_jpeg(data), orientation)
         if not has_end and data.find(END_OF_JPEG, find_scan(data)) < 0:
             raise BadImage("truncated", "its end is missing") from error
         raise BadImage("unreadable", f"it is damaged: {str(error).removeprefix('Corrupt JPEG data: ')}") from error
     if has_zeroed_part(data):
         raise BadImage("unreadable", "it is damaged: a part of it was overwritten by zeros")
-    return image
+    return turn_upright(image, orientation)
 
 
 def _decode_unusual_jpeg(data: bytes) -> np.ndarray:

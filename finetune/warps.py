@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import cv2
 import numpy as np
-from imgaug import Keypoint, KeypointsOnImage
 from imgaug import augmenters as iaa
 
-AFFINE = (iaa.Affine, iaa.Fliplr, iaa.Flipud)
+from finetune.draws import AFFINE, draw_maps, draw_values
+from finetune.resampling import resample
+
 # These give each value of a channel a new one, wherever in the image it stands.
 BY_VALUE = (iaa.Add, iaa.Multiply, iaa.LinearContrast, iaa.GammaContrast, iaa.LogContrast, iaa.SigmoidContrast)
 BY_VALUE += (iaa.Invert,)
@@ -31,7 +32,7 @@ class FusedAugmenter:
         self._all = iaa.Sequential(list(augmenters))
         groups = itertools.groupby(self._all, key=_way_of_running)
         # Groups hold the same augmenters as `_all`: seeding that seeds them.
-        self._groups = [(run, iaa.Sequential(list(members))) for run, members in groups]
+        self._groups = [(run, list(members)) for run, members in groups]
 
     def seed_(self, seed: int) -> None:
         """Starts the random numbers anew: the same seed gives the same images."""
@@ -43,19 +44,38 @@ class FusedAugmenter:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Returns changed copies of images, uint8 `(batch, height, width, 3)`."""
-        images = np.asarray(images)
-        if self._groups and self._groups[0][0] is _look_up:
-            images = images.copy()
-        for run, augmenters in self._groups:
+        return self._run(self._groups, np.array(images))
+
+    def draw_maps(self, number: int, image_size: Sequence[int]) -> np.ndarray | None:
+        """Draws the warp that comes first, for whoever reads the images to do it from pictures of any size.
+
+        Args:
+            number: of images.
+            image_size: `(height, width)` of the batch.
+
+        Returns:
+            As `draws.draw_maps` has it; None where no warp comes first. `finish` does the rest.
+        """
+        if not self._groups or self._groups[0][0] is not _warp:
+            return None
+        return draw_maps(self._groups[0][1], number, *image_size)
+
+    def finish(self, images: np.ndarray) -> np.ndarray:
+        """Changes images, in place or not, as all do that come after the warp of `draw_maps`."""
+        return self._run(self._groups[self._groups[0][0] is _warp :] if self._groups else [], images)
+
+    @staticmethod
+    def _run(groups: Sequence[tuple[Callable, list[iaa.Augmenter]]], images: np.ndarray) -> np.ndarray:
+        for run, augmenters in groups:
             images = run(augmenters, images)
         return images
 
 
-def _way_of_running(augmenter: iaa.Augmenter) -> object:
+def _way_of_running(augmenter: iaa.Augmenter) -> Callable[[list[iaa.Augmenter], np.ndarray], np.ndarray]:
     if isinstance(augmenter, BY_VALUE):
         return _look_up
     is_other_warp = isinstance(augmenter, iaa.Affine) and not (
-        # `_warp` knows one interpolation and one border; imgaug draws the rest itself.
+        # `resample` knows one interpolation and one border; imgaug does the rest itself.
         getattr(augmenter.mode, "value", None) == "reflect"
         and getattr(augmenter.order, "value", None) == 1
         and not augmenter.fit_output
@@ -63,55 +83,21 @@ def _way_of_running(augmenter: iaa.Augmenter) -> object:
     return _warp if isinstance(augmenter, AFFINE) and not is_other_warp else _leave_to_imgaug
 
 
-def _leave_to_imgaug(augmenters: iaa.Sequential, images: np.ndarray) -> np.ndarray:
-    return augmenters(images=images)
+def _leave_to_imgaug(augmenters: list[iaa.Augmenter], images: np.ndarray) -> np.ndarray:
+    for augmenter in augmenters:
+        images = augmenter(images=images)
+    return images
 
 
-def _warp(augmenters: iaa.Sequential, images: np.ndarray) -> np.ndarray:
-    """Asks where three corners go, which tells the affine map, and warps each image once."""
+def _warp(augmenters: list[iaa.Augmenter], images: np.ndarray) -> np.ndarray:
     number, height, width, _ = images.shape
-    corners = KeypointsOnImage([Keypoint(0, 0), Keypoint(width, 0), Keypoint(0, height)], shape=images.shape[1:])
-    moved = np.stack([points.to_xy_array() for points in augmenters.augment_keypoints([corners] * number)])
-    origins, rights, belows = moved.astype(np.float64).swapaxes(0, 1)
-    matrices = np.stack([(rights - origins) / width, (belows - origins) / height, origins], axis=-1)
-    # From imgaug's corners of pixels to OpenCV's centres.
-    matrices[:, :, 2] += matrices[:, :, :2].sum(axis=2) / 2 - 0.5
-    sources = np.stack([cv2.invertAffineTransform(matrix) for matrix in matrices])
     warped = np.empty_like(images)
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    for image, target, source, margins in zip(
-        images, warped, sources, _find_margins(sources, height, width), strict=True
-    ):
-        # A margin first: OpenCV is slow for pixels from beyond the border, 0.5 ms against 0.35 ms for both steps.
-        if max(margins) < max(height, width):
-            left, top, right, bottom = margins
-            image = cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_REFLECT_101)
-            source[:, 2] += left, top
-        cv2.warpAffine(image, source, (width, height), target, flags, cv2.BORDER_REFLECT_101)
+    for image, matrix, target in zip(images, draw_maps(augmenters, number, height, width), warped, strict=True):
+        resample(image, matrix, target)
     return warped
 
 
-def _find_margins(sources: np.ndarray, height: int, width: int) -> list[list[int]]:
-    """Tells how far a warp reaches beyond an image: left, top, right and bottom, in pixels.
-
-    Args:
-        sources: `(batch, 2, 3)`, from pixels of the result to pixels of the image.
-        height: of both.
-        width: of both.
-    """
-    corners = np.array([[x, y, 1.0] for x in (0, width - 1) for y in (0, height - 1)])
-    reached = sources @ corners.T
-    # A pixel more, for interpolation takes the neighbours.
-    before = 1 - np.floor(reached.min(axis=2))
-    after = np.ceil(reached.max(axis=2)) + 2 - (width, height)
-    return np.maximum(np.concatenate([before, after], axis=1), 0).astype(int).tolist()
-
-
-def _look_up(augmenters: iaa.Sequential, images: np.ndarray) -> np.ndarray:
-    """Changes a picture of all 256 values, which gives a look-up table for each image and channel; in place."""
-    every_value = np.empty((len(images), 1, 256, images.shape[-1]), np.uint8)
-    every_value[:] = np.arange(256, dtype=np.uint8)[:, None]
-    tables = augmenters(images=every_value)
-    for image, table in zip(images, tables, strict=True):
-        cv2.LUT(image, table, image)
+def _look_up(augmenters: list[iaa.Augmenter], images: np.ndarray) -> np.ndarray:
+    for image, table in zip(images, draw_values(augmenters, len(images)), strict=True):
+        cv2.LUT(image, table[None], image)
     return images

@@ -335,7 +335,7 @@ def test_a_cache_gives_the_same_batches_without_reading_again(pictures, tmp_path
     expected = augmented_sequence(paths)
     cached = augmented_sequence(paths, cache=cache_of(kind, paths, tmp_path / "cache"), workers=2)
     list(cached.to_dataset().as_numpy_iterator())
-    monkeypatch.setattr("generator.read_image", lambda *_: pytest.fail("an image was read again"))
+    monkeypatch.setattr("finetune.batches.read_image", lambda *_: pytest.fail("an image was read again"))
     cached.epoch = 1
     batches = [images for images, _ in cached.to_dataset().as_numpy_iterator()]
     monkeypatch.undo()
@@ -550,7 +550,9 @@ def sequences_of(paths, devices, processes, **options):
 )
 def test_every_image_is_read_by_one_process_once_an_epoch(monkeypatch, devices, processes, batch_size, images, shuffle):
     read = []
-    monkeypatch.setattr("generator.read_image", lambda path, *_: read.append(path) or np.zeros((*SIZE, 3), np.uint8))
+    monkeypatch.setattr(
+        "finetune.batches.read_image", lambda path, *_: read.append(path) or np.zeros((*SIZE, 3), np.uint8)
+    )
     paths = [f"{number}.png" for number in range(images)]
     whole = sequence_of(paths, batch_size=batch_size * devices, shuffle=shuffle, seed=3)
     parts = sequences_of(paths, devices, processes, batch_size=batch_size, shuffle=shuffle, seed=3)

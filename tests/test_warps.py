@@ -15,7 +15,7 @@ def default_warp(**options) -> iaa.Augmenter:
 PIPELINES = {
     "mirror and warp": lambda: [iaa.Fliplr(0.5), default_warp(shear=(-8, 8), translate_percent=(-0.1, 0.1))],
     "upside down": lambda: [iaa.Flipud(0.5), iaa.Fliplr(0.5)],
-    "far beyond the border": lambda: [default_warp(scale=(0.1, 0.4), translate_percent=(-0.5, 0.5))],
+    "far beyond the border": lambda: [default_warp(scale=(0.55, 0.8), translate_percent=(-0.7, 0.7))],
     "values": lambda: [iaa.Multiply((0.7, 1.4), per_channel=0.5), iaa.LinearContrast((0.6, 1.5)), iaa.Add((-30, 30))],
     "gamma": lambda: [iaa.GammaContrast((0.5, 2.0), per_channel=True), iaa.Invert(0.3)],
     "between others": lambda: [iaa.Fliplr(0.5), iaa.GaussianBlur((0, 2)), default_warp(), iaa.Multiply((0.5, 1.5))],
