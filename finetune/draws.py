@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 from imgaug import augmenters as iaa
+from imgaug.parameters import AutoPrefetcher
 from imgaug.random import RNG
 
 AFFINE = (iaa.Affine, iaa.Fliplr, iaa.Flipud)
@@ -30,41 +31,42 @@ def draw_maps(augmenters: Iterable[iaa.Augmenter], number: int, height: int, wid
     Returns:
         float64 `(number, 2, 3)`, from the result to the image. Coordinates are x, y; the first pixel is from 0 to 1.
     """
-    forward = np.tile(np.eye(3), (number, 1, 1))
+    linear, shifts = np.tile(np.eye(2), (number, 1, 1)), np.zeros((number, 2))
     for augmenter in augmenters:
         if augmenter.activated:
             draw = _draw_affine if isinstance(augmenter, iaa.Affine) else _draw_flips
-            forward = draw(augmenter, number, height, width) @ forward
-    return np.linalg.inv(forward)[:, :2]
+            # Both turn about the middle of the image.
+            own_linear, own_shifts = draw(augmenter, number, height, width)
+            linear, shifts = own_linear @ linear, (own_linear @ shifts[..., None])[..., 0] + own_shifts
+    middle = np.array([width / 2, height / 2])
+    inverse = np.linalg.inv(linear)
+    return np.concatenate([inverse, middle[:, None] - inverse @ (shifts + middle)[..., None]], axis=2)
 
 
-def _draw_flips(augmenter: iaa.Fliplr | iaa.Flipud, number: int, height: int, width: int) -> np.ndarray:
-    axis, side = (0, width) if isinstance(augmenter, iaa.Fliplr) else (1, height)
+def _draw_flips(
+    augmenter: iaa.Fliplr | iaa.Flipud, number: int, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
     flips = augmenter.p.draw_samples((number,), random_state=_get_random_state(augmenter)) >= YES
-    maps = np.tile(np.eye(3), (number, 1, 1))
-    maps[flips, axis, axis], maps[flips, axis, 2] = -1, side
-    return maps
+    axis = 0 if isinstance(augmenter, iaa.Fliplr) else 1
+    linear = np.tile(np.eye(2), (number, 1, 1))
+    linear[flips, axis, axis] = -1
+    return linear, np.zeros((number, 2))
 
 
-def _draw_affine(augmenter: iaa.Affine, number: int, height: int, width: int) -> np.ndarray:
-    """Draws maps from the image to the result: around its middle it is turned, scaled, sheared, and then shifted."""
+def _draw_affine(augmenter: iaa.Affine, number: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws maps from the image to the result: it is turned, scaled along x and y, sheared, and then shifted."""
     drawn = augmenter._draw_samples(number, _get_random_state(augmenter))
-    turn, scale, shear, shift = (np.tile(np.eye(3), (number, 1, 1)) for _ in range(4))
-    angles = np.deg2rad(drawn.rotate.astype(float))
-    turn[:, 0, 0] = turn[:, 1, 1] = np.cos(angles)
-    turn[:, 1, 0] = np.sin(angles)
-    turn[:, 0, 1] = -turn[:, 1, 0]
-    for axis, side in enumerate((width, height)):
-        scale[:, axis, axis] = drawn.scale[axis]
-        shift[:, axis, 2] = drawn.translate[axis] * (side if drawn.translate_mode == "percent" else 1)
+    cosine, sine = np.cos(turn := np.deg2rad(drawn.rotate.astype(float))), np.sin(turn)
+    scale_x, scale_y = drawn.scale
     # imgaug's own: the hyperbolic tangent.
-    shear[:, 0, 1], shear[:, 1, 0] = (
-        sign * np.tanh(np.deg2rad(angles)) for sign, angles in zip((-1, 1), drawn.shear, strict=True)
-    )
-    to_middle, back = np.eye(3), np.eye(3)
-    back[:2, 2] = width / 2, height / 2
-    to_middle[:2, 2] = -back[:2, 2]
-    return back @ shift @ shear @ scale @ turn @ to_middle
+    shear_x, shear_y = (np.tanh(np.deg2rad(angles.astype(float))) for angles in drawn.shear)
+    top, bottom = (scale_x * cosine, -scale_x * sine), (scale_y * sine, scale_y * cosine)
+    linear = np.empty((number, 2, 2))
+    for column in (0, 1):
+        linear[:, 0, column] = top[column] - shear_x * bottom[column]
+        linear[:, 1, column] = bottom[column] + shear_y * top[column]
+    sides = (width, height) if drawn.translate_mode == "percent" else (1, 1)
+    return linear, np.stack(drawn.translate, axis=1) * sides
 
 
 def draw_values(augmenters: Iterable[iaa.Augmenter], number: int) -> np.ndarray:
@@ -98,9 +100,16 @@ def _multiply(augmenter: iaa.Multiply, values: np.ndarray) -> np.ndarray:
 def _change_contrast(augmenter: iaa.LinearContrast, values: np.ndarray) -> np.ndarray:
     number, state = len(values), _get_random_state(augmenter)
     of_channels = augmenter.per_channel.draw_samples((number,), random_state=state) > YES
-    # One number an image, or one for each of its channels.
-    drawn = [augmenter.params1d[0].draw_samples((3 if each else 1,), random_state=state) for each in of_channels]
-    factors = np.stack([np.broadcast_to(numbers, 3) for numbers in drawn]).astype(np.float32)
+    # One number an image, or one for each of its channels. imgaug draws those of the first image on their own, and then
+    # thousands ahead, of which these are the first.
+    ends = np.cumsum(np.where(of_channels, 3, 1))
+    parameter = augmenter.params1d[0]
+    drawn = [parameter.draw_samples((int(ends[0]),), random_state=state)]
+    if number > 1:
+        parameter = parameter.other_param if isinstance(parameter, AutoPrefetcher) else parameter
+        drawn.append(parameter.draw_samples((int(ends[-1] - ends[0]),), random_state=state))
+    places = np.where(of_channels, ends - 3, ends - 1)[:, None] + of_channels[:, None] * np.arange(3)
+    factors = np.concatenate(drawn)[places].astype(np.float32)
     # imgaug cuts off what is behind the point.
     return np.floor(np.clip(MIDDLE_VALUE + factors[:, None] * (values - MIDDLE_VALUE), 0, 255))
 
