@@ -5,6 +5,7 @@ python benchmarks/loaders.py NAME FOLDER CORES    prints images/s; FOLDER holds 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import os
@@ -89,8 +90,46 @@ def tf_data(folder: str, cores: int) -> Iterator[int]:
         yield len(batch)
 
 
-def pytorch(folder: str, cores: int) -> Iterator[int]:
-    """A DataLoader with Pillow and albumentations, one worker process a core."""
+def tf_data_once(folder: str, cores: int) -> Iterator[int]:
+    """The same with one warp in the place of resizing and three layers: TensorFlow's ImageProjectiveTransformV3."""
+    import tensorflow as tf
+
+    def draw(path: tf.Tensor) -> tf.Tensor:
+        picture = tf.image.decode_jpeg(tf.io.read_file(path), channels=3)
+        sides = tf.cast(tf.shape(picture)[:2], tf.float32)
+        angle, zoom = tf.random.uniform([], -15, 15) * np.pi / 180, tf.random.uniform([], 0.87, 1.1)
+        mirror = tf.where(tf.random.uniform([]) < 0.5, -1.0, 1.0)
+        x, y = sides[1] / SIZE * zoom, sides[0] / SIZE * zoom
+        a, b = x * tf.cos(angle) * mirror, x * tf.sin(angle)
+        c, d = -y * tf.sin(angle) * mirror, y * tf.cos(angle)
+        shift_x, shift_y = (tf.random.uniform([], -0.08, 0.08) * side for side in (sides[1], sides[0]))
+        left, top = sides[1] / 2 + shift_x - (a + b) * SIZE / 2, sides[0] / 2 + shift_y - (c + d) * SIZE / 2
+        zero = tf.zeros([])
+        image = tf.raw_ops.ImageProjectiveTransformV3(
+            images=picture[None],
+            transforms=tf.stack([a, b, left, c, d, top, zero, zero])[None],
+            output_shape=[SIZE, SIZE],
+            interpolation="BILINEAR",
+            fill_mode="REFLECT",
+            fill_value=0.0,
+        )[0]
+        image = tf.image.random_contrast(tf.cast(image, tf.float32), 0.8, 1.25)
+        return tf.clip_by_value(image * tf.random.uniform([], 0.9, 1.1), 0, 255)
+
+    paths = tf.data.Dataset.from_tensor_slices(list_images(folder)).repeat()
+    batches = paths.map(draw, num_parallel_calls=tf.data.AUTOTUNE).batch(BATCH)
+    for batch in batches.prefetch(tf.data.AUTOTUNE):
+        yield len(batch)
+
+
+def pytorch(folder: str, cores: int, once: bool = False) -> Iterator[int]:
+    """A DataLoader with Pillow and albumentations, one worker process a core.
+
+    Args:
+        folder: one folder per class.
+        cores: worker processes, where more than one.
+        once: OpenCV warps each picture once, in the place of albumentations' Resize, HorizontalFlip and Affine.
+    """
     import albumentations
     import cv2
     import torch
@@ -98,16 +137,28 @@ def pytorch(folder: str, cores: int) -> Iterator[int]:
 
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    augment = albumentations.Compose(
-        [
-            albumentations.Resize(SIZE, SIZE, interpolation=cv2.INTER_AREA),
-            albumentations.HorizontalFlip(p=0.5),
-            albumentations.Affine(
-                rotate=(-15, 15), scale=(0.9, 1.15), shear=(-6, 6), translate_percent=(-0.08, 0.08), p=1.0
-            ),
-            albumentations.RandomBrightnessContrast(0.1, 0.2, p=1.0),
-        ]
-    )
+    colours = albumentations.RandomBrightnessContrast(0.1, 0.2, p=1.0)
+    places = [
+        albumentations.Resize(SIZE, SIZE, interpolation=cv2.INTER_AREA),
+        albumentations.HorizontalFlip(p=0.5),
+        albumentations.Affine(
+            rotate=(-15, 15), scale=(0.9, 1.15), shear=(-6, 6), translate_percent=(-0.08, 0.08), p=1.0
+        ),
+    ]
+    augment = albumentations.Compose([*([] if once else places), colours])
+    generator = np.random.default_rng(0)
+
+    def warp(picture: np.ndarray) -> np.ndarray:
+        scales = np.array(picture.shape[1::-1]) / SIZE
+        angle, zoom, mirror = generator.uniform(-15, 15), generator.uniform(0.87, 1.1), generator.choice([-1, 1])
+        matrix = cv2.getRotationMatrix2D((SIZE / 2, SIZE / 2), angle, zoom)
+        matrix[:, 2] += generator.uniform(-0.08, 0.08, 2) * SIZE
+        matrix[:, 0] *= mirror
+        matrix[:, 2] += SIZE * matrix[:, 0] * (mirror < 0) * -1
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        return cv2.warpAffine(
+            picture, matrix * scales[:, None], (SIZE, SIZE), flags=flags, borderMode=cv2.BORDER_REFLECT_101
+        )
 
     class Photos(torch.utils.data.Dataset):
         def __init__(self) -> None:
@@ -118,7 +169,7 @@ def pytorch(folder: str, cores: int) -> Iterator[int]:
 
         def __getitem__(self, row: int) -> torch.Tensor:
             image = np.asarray(Image.open(self.paths[row]).convert("RGB"))
-            return torch.from_numpy(augment(image=image)["image"])
+            return torch.from_numpy(augment(image=warp(image) if once else image)["image"])
 
     workers = {"num_workers": cores, "persistent_workers": True} if cores > 1 else {}
     loader = torch.utils.data.DataLoader(Photos(), batch_size=BATCH, shuffle=True, **workers)
@@ -191,28 +242,11 @@ def _count_decoded(folder: str, count: object) -> None:
 
 
 def processes(folder: str, cores: int) -> Iterator[int]:
-    """The project's generator in processes instead of threads: spawned, since TensorFlow's threads forbid a fork."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+    """The project's generator in processes, as it is above `generator.MOST_THREADS` workers."""
+    import generator
 
-    steps = range(len(list_images(folder)) // BATCH)
-    with ProcessPoolExecutor(cores, get_context("spawn"), _start_process, (folder,)) as pool:
-        while True:
-            for images, _ in pool.map(_load_batch, steps):
-                yield len(images)
-
-
-def _start_process(folder: str) -> None:
-    global _sequence
-    from augmenter import build_augmenter
-    from generator import AugmentedImageSequence
-
-    paths = list_images(folder)
-    _sequence = AugmentedImageSequence(paths, np.zeros(len(paths)), (SIZE, SIZE), BATCH, build_augmenter(), True)
-
-
-def _load_batch(index: int) -> tuple[np.ndarray, np.ndarray]:
-    return _sequence[index]
+    generator.MOST_THREADS = 0
+    return ours(folder, cores)
 
 
 CONTENDERS: dict[str, Callable[[str, int], Iterator[int]]] = {
@@ -220,7 +254,9 @@ CONTENDERS: dict[str, Callable[[str, int], Iterator[int]]] = {
     "decode_scaled": decode_scaled,
     "classical": classical,
     "tf_data": tf_data,
+    "tf_data_once": tf_data_once,
     "pytorch": pytorch,
+    "pytorch_once": functools.partial(pytorch, once=True),
     "ours": ours,
     "ours_plain": lambda folder, cores: ours(folder, cores, augmented=False),
     "ours_memory": lambda folder, cores: ours(folder, cores, augmented=False, cache="memory", known=True),
