@@ -162,7 +162,9 @@ class Configs(Options):
         "Keep decoded, resized images after their first use: in memory, or in a file that later runs use too",
         choices=("none", "memory", "disk"),
     )
-    image_cache_path: str = define("./data/image_cache", "The folder of the disk cache; may be deleted at any time")
+    image_cache_path: str = define(
+        "./data/image_cache", "The folder of the disk cache, and of features; may be deleted at any time"
+    )
     verify_data: str = define(
         "quick",
         "What train.py checks before it starts: tables and the images' headers (quick), every pixel and near copies "

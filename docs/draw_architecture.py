@@ -49,6 +49,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         *("finetune.freezing", "finetune.losses", "finetune.optimizers", "model", "finetune.artefacts"),
         *("finetune.safety", "finetune.compressed", "finetune.inference_model", "finetune.model_files"),
         *("finetune.trainer", "finetune.features", "finetune.probe"),
+        "finetune.feature_store",
     ),
     "judgement": (
         *("finetune.confusions", "finetune.metrics", "finetune.curves", "finetune.decision"),

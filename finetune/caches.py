@@ -140,17 +140,24 @@ class DiskCache:
         self._checked[row] = is_url(self._paths[row])
 
     def _digest(self, row: int) -> bytes:
-        path = self._paths[row]
-        try:
-            if is_url(path):
-                version = read_version(path)
-            else:
-                status = os.stat(path)
-                version = f"{status.st_size}\0{status.st_mtime_ns}"
-        except (OSError, BadImage):
-            return b""  # reading the image tells what is wrong with it; no entry's digest is that short
-        key = f"{path}\0{version}"
-        return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+        return digest_image(self._paths[row])
+
+
+def digest_image(path: str) -> bytes:
+    """Returns 16 bytes that change with an image file's path, size and time, or with what the store tells of a URL.
+
+    Where it cannot be read they are none: reading the image tells what is wrong with it.
+    """
+    path = path if is_url(path) else os.path.abspath(path)
+    try:
+        if is_url(path):
+            version = read_version(path)
+        else:
+            status = os.stat(path)
+            version = f"{status.st_size}\0{status.st_mtime_ns}"
+    except (OSError, BadImage):
+        return b""
+    return hashlib.blake2b(f"{path}\0{version}".encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
 
 def build_cache(

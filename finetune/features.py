@@ -21,6 +21,14 @@ def read_plainly(sequence: AugmentedImageSequence) -> AugmentedImageSequence:
     return plain
 
 
+def select_rows(sequence: AugmentedImageSequence, rows: np.ndarray) -> AugmentedImageSequence:
+    """Returns a sequence of some of the images, by their positions in `paths`, without augmentation, for one device."""
+    plain = read_plainly(sequence)
+    facts = {"paths": sequence.paths[rows], "labels": sequence.labels[rows], "workers": sequence.workers}
+    facts |= {name: getattr(plain, name) for name in ("image_size", "batch_size", "max_pixels", "skip_bad_images")}
+    return AugmentedImageSequence(**facts, max_queue_size=sequence.max_queue_size)
+
+
 class FeatureSequence(AugmentedImageSequence):
     """Batches of features in the place of the images of another sequence, with its order, labels and shares.
 

@@ -47,17 +47,27 @@ def compute_features(
     Raises:
         UserError: an image cannot be read, or the model has no `classifier`.
     """
-    pooling, plain = _get_classifier(model).layers[0], read_plainly(sequence)
-    inputs = keras.Input(model.input_shape[1:])
-    outputs = keras.ops.flip(inputs, axis=2) if mirrored else inputs
-    for layer in (*model.layers[1:-1], pooling):
-        outputs = layer(outputs)
+    plain = read_plainly(sequence)
     with naming_bad_images(plain):
-        known, is_read = TrainingModel(inputs, outputs).predict_sequence(plain)
+        known, is_read = build_extractor(model, mirrored).predict_sequence(plain)
     features = np.full((len(is_read), known.shape[1]), np.nan, np.float32)
     features[is_read] = known
     sequence.bad_images.update(plain.bad_images)
     return features, is_read
+
+
+def build_extractor(model: keras.Model, mirrored: bool = False) -> TrainingModel:
+    """Returns the part of a model that gives what its classifier sees, `(batch, channels)`, of images or mirror images.
+
+    Raises:
+        UserError: the model has no `classifier`.
+    """
+    pooling = _get_classifier(model).layers[0]
+    inputs = keras.Input(model.input_shape[1:])
+    outputs = keras.ops.flip(inputs, axis=2) if mirrored else inputs
+    for layer in (*model.layers[1:-1], pooling):
+        outputs = layer(outputs)
+    return TrainingModel(inputs, outputs)
 
 
 def split_head(model: keras.Model) -> keras.Model:
@@ -114,6 +124,55 @@ def initialize_head(
     kernel, bias, strength = _fit_regression(views, labels, multi_label, logits.units, seed)
     logits.set_weights([kernel, bias])
     return strength
+
+
+def cross_validate(
+    views: Sequence[np.ndarray], labels: np.ndarray, multi_label: bool, number: int, seed: int
+) -> np.ndarray:
+    """Returns what the regression says of each image that was fitted without that image: probabilities out of fold.
+
+    The strength is that which all images prefer; of folds there are five, each with its share of every class.
+
+    Args:
+        views: the features of the images, and of their mirror images or not, each float32 `(images, channels)`. An
+            image's answer is the mean over its views.
+        labels: as `initialize_head` takes them.
+        multi_label: whether an image may have several labels.
+        number: of classes.
+        seed: of the folds.
+
+    Returns:
+        float64 `(images, number)`.
+    """
+    mean = views[0].mean(axis=0)
+    scaled = np.concatenate(views) - mean
+    scaled /= np.sqrt(np.mean(np.square(scaled), dtype=np.float64)) or 1.0
+    images = len(labels)
+    fit, link = (
+        (_fit_labels, special.expit) if multi_label else (_fit_classes, functools.partial(special.softmax, axis=1))
+    )
+    probabilities = np.zeros((images, number))
+    with threadpool_limits(1):
+        scaled, _ = _reduce_columns(scaled)
+        targets = list(labels.T.astype(int)) if multi_label else [labels]
+        strength = _choose_strength(scaled[:images], targets, seed)
+        for held_out in _deal_folds(labels, seed):
+            learnt = np.setdiff1d(np.arange(images), held_out)
+            rows = np.concatenate([learnt + images * view for view in range(len(views))])
+            repeated = np.concatenate([labels[learnt]] * len(views))
+            kernel, bias = fit(scaled[rows], repeated, number, strength / len(views))
+            for view in range(len(views)):
+                probabilities[held_out] += link(scaled[held_out + images * view] @ kernel + bias) / len(views)
+    return probabilities
+
+
+def _deal_folds(labels: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Deals images out to folds so that each has its share of every class, of several labels of every set of labels."""
+    keys = labels if labels.ndim == 1 else np.unique(labels, axis=0, return_inverse=True)[1].ravel()
+    order = np.random.default_rng(seed).permutation(len(keys))
+    # In the order of their classes, and at random within each, they go to the folds in turns.
+    order = order[np.argsort(keys[order], kind="stable")]
+    return [np.sort(order[fold::FOLDS]) for fold in range(min(FOLDS, len(order)))]
 
 
 def _fit_regression(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from configs import Configs
 from finetune.callbacks import AveragedWeights, BadImages, EpochOrder, InputWait, RangeTest, Schedule, Validation
 from finetune.checkpoints import BeforeValidation, Checkpoint, advising_on_bad_images
 from finetune.devices import set_seed
+from finetune.feature_store import find_features
 from finetune.inference_model import get_classifier
 from finetune.interruption import Interruption
 from finetune.losses import Losses
@@ -146,12 +148,20 @@ def get_model(
     if configs.head_initialization != "linear_probe":
         return Start(classifier)
     multi_label, mirrors = configs.multi_label_classification, configs.augmentation_strength != "none"
-    probed = start_from_probe(classifier, training, multi_label, configs.random_seed, mirrors, team)
+    probed = start_from_probe(
+        classifier, training, multi_label, configs.random_seed, mirrors, team, configs.image_cache_path
+    )
     return Start(classifier, features=probed)
 
 
 def start_from_probe(
-    classifier: keras.Model, training: AugmentedImageSequence, multi_label: bool, seed: int, mirrors: bool, team: Team
+    classifier: keras.Model,
+    training: AugmentedImageSequence,
+    multi_label: bool,
+    seed: int,
+    mirrors: bool,
+    team: Team,
+    store: str = "",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Starts the classifier's head from a logistic regression on the features of the training images.
 
@@ -162,12 +172,14 @@ def start_from_probe(
         seed: of the cross-validation's folds.
         mirrors: the mirror images count too.
         team: has the chief's weights in the end.
+        store: the folder where other scripts have left features; a team of several processes computes its own.
 
     Returns:
         The features, and which images could be read, as `compute_features` does.
     """
-    features, is_read = compute_features(classifier, training)
-    mirrored = compute_features(classifier, training, mirrored=True)[0][is_read] if mirrors else None
+    find = functools.partial(find_features, folder=store) if team.size == 1 and store else compute_features
+    features, is_read = find(classifier, training)
+    mirrored = find(classifier, training, mirrored=True)[0][is_read] if mirrors else None
     strength = initialize_head(classifier, features[is_read], training.labels[is_read], multi_label, seed, mirrored)
     # Libraries of other hosts may round otherwise: the chief's weights are those of all.
     head = classifier.get_layer("classifier").get_layer("logits")
