@@ -122,6 +122,19 @@ def tf_data_once(folder: str, cores: int) -> Iterator[int]:
         yield len(batch)
 
 
+def warp_once(picture: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Resizes, mirrors, turns, scales and shifts a picture at random by one warp of OpenCV's."""
+    import cv2
+
+    mirror = generator.choice([-1, 1])
+    matrix = cv2.getRotationMatrix2D((SIZE / 2, SIZE / 2), generator.uniform(-15, 15), generator.uniform(0.87, 1.1))
+    matrix[:, 2] += generator.uniform(-0.08, 0.08, 2) * SIZE + SIZE * matrix[:, 0] * (mirror < 0)
+    matrix[:, 0] *= mirror
+    matrix *= np.array(picture.shape[1::-1])[:, None] / SIZE
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(picture, matrix, (SIZE, SIZE), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
+
+
 def pytorch(folder: str, cores: int, once: bool = False) -> Iterator[int]:
     """A DataLoader with Pillow and albumentations, one worker process a core.
 
@@ -148,18 +161,6 @@ def pytorch(folder: str, cores: int, once: bool = False) -> Iterator[int]:
     augment = albumentations.Compose([*([] if once else places), colours])
     generator = np.random.default_rng(0)
 
-    def warp(picture: np.ndarray) -> np.ndarray:
-        scales = np.array(picture.shape[1::-1]) / SIZE
-        angle, zoom, mirror = generator.uniform(-15, 15), generator.uniform(0.87, 1.1), generator.choice([-1, 1])
-        matrix = cv2.getRotationMatrix2D((SIZE / 2, SIZE / 2), angle, zoom)
-        matrix[:, 2] += generator.uniform(-0.08, 0.08, 2) * SIZE
-        matrix[:, 0] *= mirror
-        matrix[:, 2] += SIZE * matrix[:, 0] * (mirror < 0) * -1
-        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        return cv2.warpAffine(
-            picture, matrix * scales[:, None], (SIZE, SIZE), flags=flags, borderMode=cv2.BORDER_REFLECT_101
-        )
-
     class Photos(torch.utils.data.Dataset):
         def __init__(self) -> None:
             self.paths = list_images(folder)
@@ -169,7 +170,7 @@ def pytorch(folder: str, cores: int, once: bool = False) -> Iterator[int]:
 
         def __getitem__(self, row: int) -> torch.Tensor:
             image = np.asarray(Image.open(self.paths[row]).convert("RGB"))
-            return torch.from_numpy(augment(image=warp(image) if once else image)["image"])
+            return torch.from_numpy(augment(image=warp_once(image, generator) if once else image)["image"])
 
     workers = {"num_workers": cores, "persistent_workers": True} if cores > 1 else {}
     loader = torch.utils.data.DataLoader(Photos(), batch_size=BATCH, shuffle=True, **workers)

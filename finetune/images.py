@@ -91,13 +91,14 @@ def decode_image(
     encoded: np.ndarray, max_pixels: int, image_size: Sequence[int] | None = None, known: np.ndarray | None = None
 ) -> np.ndarray:
     """Decodes the bytes of an image file, uint8 `(bytes,)`, as `read_image` does; raises BadImage in its place."""
+    is_jpeg = encoded[:3].tobytes() == JPEG_START
     size, width, height, orientation = known.item() if known is not None else (0, 0, 0, 0)
-    if size == encoded.size > 0:
+    if is_jpeg and size == encoded.size:
         return _decode_jpeg(encoded, (width, height), orientation, image_size)
     check_length(encoded[:12].tobytes(), encoded.size)
     header = read_header(io.BytesIO(encoded), max_pixels)
     image = decode_pixels(encoded, header, image_size)
-    if known is not None and header is not None and encoded[:3].tobytes() == JPEG_START:
+    if known is not None and header is not None and is_jpeg:
         known[0] = encoded.size, *header.size, find_orientation(header)
     return image
 

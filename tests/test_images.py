@@ -1,5 +1,6 @@
 """Headers, decoding and resizing of one image."""
 
+import os
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ from picture_sets import (
 )
 from PIL import Image, ImageOps
 
-from finetune.images import choose_divisor, read_image, resize_image
+from finetune.images import JPEG_HEADER, choose_divisor, read_image, resize_image
 from finetune.inspection import inspect_image
 from finetune.options import UserError
 
@@ -411,3 +412,22 @@ def test_heic_without_its_package_says_so(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert "('needs_package', 'it is HEIC, which needs a package: pip install pillow-heif')" in done.stdout
     assert "UserError" in done.stderr
+
+
+def test_a_header_is_read_once_for_as_long_as_the_file_has_its_length(tmp_path, monkeypatch):
+    path, header = str(tmp_path / "photo.jpg"), np.zeros(1, JPEG_HEADER)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(skimage.data.astronaut()[:300])
+    picture.save(path, exif=exif)
+    expected = read_image(path, (100, 60))
+    np.testing.assert_array_equal(read_image(path, (100, 60), header=header), expected)
+    assert header.item() == (os.path.getsize(path), 512, 300, 6)
+    with monkeypatch.context() as patched:
+        patched.setattr("finetune.images.read_header", lambda *_: pytest.fail("the header was read again"))
+        np.testing.assert_array_equal(read_image(path, (100, 60), header=header), expected)
+    picture.crop((0, 0, 200, 300)).save(path)
+    assert read_image(path, header=header).shape == (300, 200, 3)
+    assert header.item() == (os.path.getsize(path), 200, 300, 1)
+    picture.save(path, "PNG")
+    assert read_image(path, header=header).shape == (300, 512, 3)
