@@ -274,8 +274,8 @@ class Configs(Options):
     model_selection: str = define(
         "best_epoch",
         "Keep the model of the epoch with the best validation figure, that of the last epoch (last_epoch), or the best "
-        "average of the start's and the last epoch's weights, if it is better than the start by more than a standard "
-        "error of the validation images (interpolate)",
+        "average of the start's and the last epoch's weights, if the validation images tell it from the start "
+        "(interpolate)",
         choices=("best_epoch", "last_epoch", "interpolate"),
         fixed_in_run=True,
     )

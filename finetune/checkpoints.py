@@ -220,7 +220,7 @@ class Checkpoint(keras.callbacks.Callback):
         """Makes the model that training starts from the one to beat, as epoch 0."""
         logs: dict[str, float] = {}
         self.validation.on_epoch_end(-1, logs)
-        print(f"The head's start: {self.monitor} {logs[self.monitor]:.4f}.")
+        print(f"The start, epoch 0: {self.monitor} {logs[self.monitor]:.4f}.")
         self.start_weights = self.classifier.get_weights() if self.interpolates else []
         if is_best := not self.last_epoch or self.interpolates:
             self._note(0, logs[self.monitor], self.validation.aurocs)

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from finetune.callbacks import Validation
-from finetune.selection import compare_scores, describe_choice, is_clearly_better
+from finetune.selection import compare_scores, describe_choice, is_better
 
 # Of the way from the start to the end, which is validated anyway.
 SHARES = (0.0, 0.25, 0.5, 0.75)
@@ -54,8 +54,8 @@ def choose_weights(
         logs: the figures that it found.
 
     Returns:
-        The best one, where it is better than the start by more than a standard error of the paired difference, else
-        the start. Why is printed.
+        The best one, where it is better than the start by more than a quarter of the standard error of the paired
+        difference, else the start. Why is printed.
     """
     end = classifier.get_weights()
     tried = {1.0: (Kept(1.0, end, logs, validation.aurocs), validation.get_losses())}
@@ -74,4 +74,4 @@ def choose_weights(
     both = ~np.isnan(start_losses + losses)
     gain, error = compare_scores(-start_losses[both], -losses[both])
     print(describe_choice(best.share, gain, error, int(both.sum())))
-    return best if is_clearly_better(gain, error) else kept_start
+    return best if is_better(gain, error) else kept_start

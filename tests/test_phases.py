@@ -124,7 +124,7 @@ def test_training_that_makes_the_probe_worse_leaves_it_the_best_model(tables, tm
     found = start(**options | {"optimizer_type": "SGD"})
     printed = capsys.readouterr().out
     assert found["best_epoch"] == 0
-    assert f"The head's start: val_accuracy {found['best']:.4f}." in printed
+    assert f"The start, epoch 0: val_accuracy {found['best']:.4f}." in printed
     assert f"Best val_accuracy: {found['best']:.4f} in epoch 0." in printed
     best = keras.models.load_model(tmp_path / "run" / "best_model.keras")
     table = pd.read_csv(tables[1])
