@@ -103,7 +103,7 @@ def describe_choice(share: float, gain: float, error: float, number: int) -> str
     figures = f"by {gain:.4f}, standard error {error:.4f}, on {number} validation images"
     if is_better(gain, error):
         return f"Kept {what}: the log loss is lower than the start's {figures}."
-    if is_better(-gain, error):
+    if -gain > error:
         return f"Kept the start: the log loss of {what} would be no lower ({figures})."
     return (
         f"Kept the start, the simpler model: the validation images do not tell that {what} would be better (log loss "
