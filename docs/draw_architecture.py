@@ -44,7 +44,10 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "generator",
         ),
     ),
-    "machine": ("finetune.devices", "finetune.interruption", "finetune.slurm", "finetune.cluster", "finetune.team"),
+    "machine": (
+        *("finetune.hardware", "finetune.devices", "finetune.interruption"),
+        *("finetune.slurm", "finetune.cluster", "finetune.team"),
+    ),
     "model": (
         *("finetune.freezing", "finetune.losses", "finetune.optimizers", "model", "finetune.artefacts"),
         *("finetune.safety", "finetune.compressed", "finetune.inference_model", "finetune.model_files"),
