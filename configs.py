@@ -291,6 +291,7 @@ class Configs(Options):
         "Fit num_epochs to this time, such as 90s, 10m or 2h, so that the schedule ends in it; empty takes num_epochs",
         check=duration_fault,
     )
+    verbose: bool = define(False, "Show the libraries' own notices too")
     find_learning_rate: bool = define(
         False, "Do not train: try rising learning rates, plot the loss over them and suggest one"
     )

@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from finetune.hardware import Gpu, count_cores, describe_hardware, explain_unused_gpu, hides_gpus
+from finetune.notices import hiding_notices
 from finetune.options import UserError
 
 
@@ -78,7 +79,10 @@ def choose_devices(gpu_percentage: float, distribution_strategy: str = "none") -
         gpu_percentage: in `[0, 1]`; 0 hides all GPUs.
         distribution_strategy: `none` computes on the first of several GPUs.
     """
-    gpus = list_gpus() if gpu_percentage else []
+    # The first look at the GPUs brings notices.
+    with hiding_notices():
+        found = tf.config.list_physical_devices("GPU")
+    gpus = describe_gpus(found) if gpu_percentage else []
     print(describe_hardware(gpus, gpu_percentage, distribution_strategy != "none", count_cores()))
     if gpu_percentage and not gpus and not hides_gpus(os.environ) and (warning := explain_unused_gpu()):
         print(warning)
@@ -87,9 +91,8 @@ def choose_devices(gpu_percentage: float, distribution_strategy: str = "none") -
     set_gpu_usage(gpu_percentage)
 
 
-def list_gpus() -> list[Gpu]:
-    """Returns the GPUs that TensorFlow sees, in its order."""
-    found = tf.config.list_physical_devices("GPU")
+def describe_gpus(found: list[tf.config.PhysicalDevice]) -> list[Gpu]:
+    """Returns what TensorFlow's GPUs are called, and their memory, which a build for AMD or Apple does not tell."""
     sizes = gpu_memory_sizes(len(found)) if tf.test.is_built_with_cuda() else [0] * len(found)
     names = [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in found]
     return [Gpu(name, size) for name, size in zip(names, sizes, strict=True)]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
+from finetune.notices import silence_libraries
 from finetune.values import (
     LONGEST_SHOWN,
     bound_fault,
@@ -320,13 +321,11 @@ def run_script(main: Callable[[Any], dict]) -> None:
         main: takes `configs`, whose annotation says which options there are; the docstring of its module is the head
             of `--help`.
     """
-    # TensorFlow's and OpenCV's notices would bury the lines that matter; a user's own setting wins.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     try:
         configs = typing.get_type_hints(main)["configs"].from_command_line(sys.modules[main.__module__].__doc__)
+        silence_libraries(configs.verbose)
         # OpenCV reads it when it is imported.
         os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(configs.max_image_pixels))
         main(configs)
