@@ -43,10 +43,14 @@ CAM_COLORMAPS = ("jet", "turbo", "viridis", "inferno", "magma", "plasma")
 class Configs(Options):
     """The options that every script takes. Building one reads no file; `validate` checks them all at once."""
 
-    train_csv: str = define("./data/training_set.csv", "The training images and their labels")
-    test_csv: str = define("./data/testing_set.csv", "The images that training never learns from, for test.py")
-    image_directory: str = define("", "Put in front of the paths in the CSV files")
-    visual_model_name: str = define("DenseNet121", "The backbone", choices=BACKBONE_NAMES, describes_model=True)
+    train_csv: str = define("./data/training_set.csv", "The training images and their labels", group="common")
+    test_csv: str = define(
+        "./data/testing_set.csv", "The images that training never learns from, for test.py", group="common"
+    )
+    image_directory: str = define("", "Put in front of the paths in the CSV files", group="data")
+    visual_model_name: str = define(
+        "DenseNet121", "The backbone", choices=BACKBONE_NAMES, describes_model=True, group="common"
+    )
     image_target_size: tuple[int, int, int] = define(
         (224, 224, 3),
         "Height, width and channels that images are resized to",
@@ -54,14 +58,22 @@ class Configs(Options):
         at_most=16384,
         describes_model=True,
         check=image_size_fault,
+        group="common",
     )
-    num_epochs: int = define(100, "Epochs in total, those before a resume included", at_least=1)
-    csv_label_column: str = define("class", "The CSV column with the labels")
+    num_epochs: int = define(100, "Epochs in total, those before a resume included", at_least=1, group="common")
+    csv_label_column: str = define("class", "The CSV column with the labels", group="data")
     classes: list[str] | None = define(
-        None, "The class names; none finds them in train_csv, sorted", describes_model=True, check=classes_fault
+        None,
+        "The class names; none finds them in train_csv, sorted",
+        describes_model=True,
+        check=classes_fault,
+        group="data",
     )
     multi_label_classification: bool = define(
-        False, "Several labels an image, written class1$class2", describes_model=True
+        False,
+        "Several labels an image, written class1$class2",
+        describes_model=True,
+        group="common",
     )
     classifier_layer_sizes: list[float] = define(
         [0.4],
@@ -70,65 +82,107 @@ class Configs(Options):
         at_most=2**20,
         describes_model=True,
         check=layer_sizes_fault,
+        group="model",
     )
     conv_layers_to_train: int = define(
         -1,
         "Convolutions of the backbone to train: -1 all, 0 none, n the last n and what follows them",
         at_least=-1,
         fixed_in_run=True,
+        group="model",
     )
-    use_imagenet_weights: bool = define(True, "Start the backbone from its ImageNet weights, not from random ones")
+    use_imagenet_weights: bool = define(
+        True, "Start the backbone from its ImageNet weights, not from random ones", group="model"
+    )
     pop_conv_layers: int = define(
-        0, "Layers dropped from the end of the backbone, before the pooling", at_least=0, describes_model=True
+        0,
+        "Layers dropped from the end of the backbone, before the pooling",
+        at_least=0,
+        describes_model=True,
+        group="model",
     )
     final_layer_pooling: str | None = define(
-        "avg", "Pooling of the backbone's output; none flattens it", choices=("avg", "max"), describes_model=True
+        "avg",
+        "Pooling of the backbone's output; none flattens it",
+        choices=("avg", "max"),
+        describes_model=True,
+        group="model",
     )
-    load_model_path: str = define("", "A model file, or the folder of a run, to continue from or to test")
-    save_model_path: str = define("saved_model", "The folder that receives everything a run writes", check=folder_fault)
-    save_best_model_only: bool = define(True, "False also keeps the model of every epoch")
-    learning_rate: float = define(1e-3, "The optimizer's learning rate", above=0)
+    load_model_path: str = define(
+        "", "A model file, or the folder of a run, to continue from or to test", group="common"
+    )
+    save_model_path: str = define(
+        "saved_model", "The folder that receives everything a run writes", check=folder_fault, group="common"
+    )
+    save_best_model_only: bool = define(True, "False also keeps the model of every epoch", group="training")
+    learning_rate: float = define(1e-3, "The optimizer's learning rate", above=0, group="common")
     learning_rate_decay_factor: float = define(
-        0.1, "The learning rate is multiplied by this on a plateau of the validation loss", above=0, below=1
+        0.1,
+        "The learning rate is multiplied by this on a plateau of the validation loss",
+        above=0,
+        below=1,
+        group="training",
     )
-    reduce_lr_patience: int = define(3, "Epochs without a lower validation loss that make a plateau", at_least=0)
-    minimum_learning_rate: float = define(1e-7, "The learning rate is never reduced below this", at_least=0)
-    optimizer_type: str = define("Adam", "The optimizer", choices=OPTIMIZER_NAMES, fixed_in_run=True)
+    reduce_lr_patience: int = define(
+        3, "Epochs without a lower validation loss that make a plateau", at_least=0, group="training"
+    )
+    minimum_learning_rate: float = define(
+        1e-7, "The learning rate is never reduced below this", at_least=0, group="training"
+    )
+    optimizer_type: str = define("Adam", "The optimizer", choices=OPTIMIZER_NAMES, fixed_in_run=True, group="training")
     gpu_percentage: float = define(
-        0.95, "Share of each visible GPU's memory to use; 0 runs on the CPU", at_least=0, at_most=1
+        0.95,
+        "Share of each visible GPU's memory to use; 0 runs on the CPU",
+        at_least=0,
+        at_most=1,
+        group="machine",
     )
-    batch_size: int = define(16, "Images a training step", at_least=1, fixed_in_run=True)
+    batch_size: int = define(16, "Images a training step", at_least=1, fixed_in_run=True, group="common")
     multilabel_threshold_range: list[float] = define(
         [0.01, 0.99],
         "Lowest and highest threshold tried, in steps of 0.01",
         above=0,
         below=1,
         check=threshold_range_fault,
+        group="explaining",
     )
-    generator_workers: int = define(4, "Threads that read and augment images; 0 counts as 1", at_least=0)
-    generator_queue_length: int = define(12, "Batches kept ready for the model", at_least=1)
-    show_model_summary: bool = define(True, "Print the model's layers before training")
+    generator_workers: int = define(4, "Threads that read and augment images; 0 counts as 1", at_least=0, group="speed")
+    generator_queue_length: int = define(12, "Batches kept ready for the model", at_least=1, group="speed")
+    show_model_summary: bool = define(True, "Print the model's layers before training", group="model")
     positive_weights_multiply: float = define(
-        1.0, "Multi-label: multiplies the loss of the labels that are present", above=0, fixed_in_run=True
+        1.0,
+        "Multi-label: multiplies the loss of the labels that are present",
+        above=0,
+        fixed_in_run=True,
+        group="training",
     )
-    use_class_balancing: bool = define(True, "Weigh rare classes more in the loss", fixed_in_run=True)
+    use_class_balancing: bool = define(True, "Weigh rare classes more in the loss", fixed_in_run=True, group="training")
     cnn_downscaling_factor: int = define(
         0,
         "Trained convolutions that halve the image this many times before the backbone",
         at_least=0,
         at_most=14,
         describes_model=True,
+        group="model",
     )
     cnn_downscaling_filters: int = define(
-        64, "Filters of each downscaling convolution", at_least=1, at_most=2**16, describes_model=True
+        64,
+        "Filters of each downscaling convolution",
+        at_least=1,
+        at_most=2**16,
+        describes_model=True,
+        group="model",
     )
-    validation_csv: str = define("", "The images that select the best model; empty uses test_csv, and says so")
+    validation_csv: str = define(
+        "", "The images that select the best model; empty uses test_csv, and says so", group="common"
+    )
     random_seed: int | None = define(
         0,
         "Seed of weights, order, augmentation and splits; none draws one",
         at_least=0,
         at_most=2**32 - 1,
         fixed_in_run=True,
+        group="training",
     )
     batch_norm_momentum: float | None = define(
         0.9,
@@ -136,10 +190,16 @@ class Configs(Options):
         at_least=0,
         below=1,
         fixed_in_run=True,
+        group="model",
     )
-    deterministic: bool = define(False, "Two runs give the same weights to the last bit; slower on a GPU")
+    deterministic: bool = define(
+        False, "Two runs give the same weights to the last bit; slower on a GPU", group="machine"
+    )
     checkpoint_every_steps: int = define(
-        0, "Also write latest_model.keras every that many steps; 0 only after each epoch", at_least=0
+        0,
+        "Also write latest_model.keras every that many steps; 0 only after each epoch",
+        at_least=0,
+        group="training",
     )
     early_stopping_patience: int = define(
         0,
@@ -151,78 +211,108 @@ class Configs(Options):
             "best_epoch",
             "expected 0 where model_selection is not best_epoch: the schedule has to end",
         ),
+        group="training",
     )
     mixed_precision: bool = define(
         False,
         "Compute in 16 bits where the GPU is faster so: bfloat16 where it has it, else float16 with loss scaling",
         describes_model=True,
+        group="speed",
     )
     image_cache: str = define(
         "none",
         "Keep decoded, resized images after their first use: in memory, or in a file that later runs use too",
         choices=("none", "memory", "disk"),
+        group="speed",
     )
     image_cache_path: str = define(
-        "./data/image_cache", "The folder of the disk cache, and of features; may be deleted at any time"
+        "./data/image_cache",
+        "The folder of the disk cache, and of features; may be deleted at any time",
+        group="speed",
     )
     verify_data: str = define(
         "quick",
         "What train.py checks before it starts: tables and the images' headers (quick), every pixel and near copies "
         "too (full), or nothing (off)",
         choices=VERIFY_MODES,
+        group="data",
     )
     max_image_pixels: int = define(
-        MAX_IMAGE_PIXELS, "Pixels that an image may have; its header tells before it is decoded", at_least=1
+        MAX_IMAGE_PIXELS,
+        "Pixels that an image may have; its header tells before it is decoded",
+        at_least=1,
+        group="data",
     )
-    skip_bad_images: bool = define(False, "Leave out images that cannot be read, and say which, instead of stopping")
-    allow_duplicates: bool = define(False, "The same image in two sets is a warning, not an error")
-    cam_method: str = define("gradcam", "How draw_activations.py weighs the backbone's features", choices=CAM_METHODS)
+    skip_bad_images: bool = define(
+        False, "Leave out images that cannot be read, and say which, instead of stopping", group="data"
+    )
+    allow_duplicates: bool = define(False, "The same image in two sets is a warning, not an error", group="data")
+    cam_method: str = define(
+        "gradcam", "How draw_activations.py weighs the backbone's features", choices=CAM_METHODS, group="explaining"
+    )
     cam_classes: str = define(
         "predicted",
         "Classes that draw_activations.py explains: the predicted one, those in the CSV (true), the cam_top_k most "
         "probable ones, or every label above its threshold",
         choices=CAM_CLASSES,
+        group="explaining",
     )
-    cam_top_k: int = define(3, "How many classes cam_classes top_k explains", at_least=1)
-    cam_alpha: float = define(0.4, "Opacity of the heatmap over the image", at_least=0, at_most=1)
-    cam_colormap: str = define("jet", "Colours of the heatmap", choices=CAM_COLORMAPS)
+    cam_top_k: int = define(3, "How many classes cam_classes top_k explains", at_least=1, group="explaining")
+    cam_alpha: float = define(0.4, "Opacity of the heatmap over the image", at_least=0, at_most=1, group="explaining")
+    cam_colormap: str = define("jet", "Colours of the heatmap", choices=CAM_COLORMAPS, group="explaining")
     distribution_strategy: str = define(
         "none",
         "Train on one device, on every visible GPU of this machine (mirrored), or on those of all hosts in TF_CONFIG "
         "or a Slurm step (multi_worker); batch_size is that of each GPU",
         choices=DISTRIBUTION_STRATEGIES,
+        group="machine",
     )
-    scale_learning_rate: bool = define(False, "Multiply the learning rate by the number of devices that train together")
+    scale_learning_rate: bool = define(
+        False, "Multiply the learning rate by the number of devices that train together", group="machine"
+    )
     head_epochs: int = define(
         0,
         "Epochs that train the classifier alone, the backbone frozen, before all is trained",
         at_least=0,
         fixed_in_run=True,
+        group="recipe",
     )
     fine_tune_learning_rate: float | None = define(
         None,
         "The learning rate after head_epochs; none keeps learning_rate",
         above=0,
         needs=("head_epochs", "head_epochs of 1 or more"),
+        group="recipe",
     )
     head_initialization: str = define(
         "random",
         "Start the classifier from random weights, or from a logistic regression on the backbone's features of the "
         "training images (linear_probe)",
         choices=("random", "linear_probe"),
+        group="recipe",
     )
     learning_rate_schedule: str = define(
         "plateau",
         "Reduce the learning rate on a plateau of the validation loss, along a cosine down to minimum_learning_rate in "
         "the last step, likewise after a rise in the first quarter of the steps (one_cycle), or not at all (constant)",
         choices=("plateau", "cosine", "one_cycle", "constant"),
+        group="recipe",
     )
-    warmup_epochs: float = define(0.0, "Epochs in which the learning rate rises from 0, at the start", at_least=0)
+    warmup_epochs: float = define(
+        0.0, "Epochs in which the learning rate rises from 0, at the start", at_least=0, group="recipe"
+    )
     backbone_learning_rate_multiplier: float = define(
-        1.0, "The backbone learns at the learning rate times this", above=0, at_most=100
+        1.0,
+        "The backbone learns at the learning rate times this",
+        above=0,
+        at_most=100,
+        group="recipe",
     )
     freeze_batch_norm: bool = define(
-        False, "Leave the backbone's batch normalisation as its weights have it", fixed_in_run=True
+        False,
+        "Leave the backbone's batch normalisation as its weights have it",
+        fixed_in_run=True,
+        group="recipe",
     )
     weight_decay: float = define(
         0.0,
@@ -230,11 +320,19 @@ class Configs(Options):
         at_least=0,
         below=1,
         fixed_in_run=True,
+        group="recipe",
     )
-    label_smoothing: float = define(0.0, "Share of each label that is spread over all classes", at_least=0, below=1)
-    mixup_alpha: float = define(0.0, "Mix pairs of images, with shares from Beta(alpha, alpha); 0 does not", at_least=0)
+    label_smoothing: float = define(
+        0.0, "Share of each label that is spread over all classes", at_least=0, below=1, group="recipe"
+    )
+    mixup_alpha: float = define(
+        0.0, "Mix pairs of images, with shares from Beta(alpha, alpha); 0 does not", at_least=0, group="recipe"
+    )
     cutmix_alpha: float = define(
-        0.0, "Paste a piece of one image into another, with shares from Beta(alpha, alpha); 0 does not", at_least=0
+        0.0,
+        "Paste a piece of one image into another, with shares from Beta(alpha, alpha); 0 does not",
+        at_least=0,
+        group="recipe",
     )
     ema_decay: float = define(
         0.0,
@@ -242,23 +340,27 @@ class Configs(Options):
         at_least=0,
         below=1,
         fixed_in_run=True,
+        group="recipe",
     )
     loss: str = define(
         "cross_entropy",
         "The training loss; multi-label also focal or asymmetric, which look less at what is easy",
         choices=("cross_entropy", "focal", "asymmetric"),
         needs=("multi_label_classification", "multi_label_classification True"),
+        group="recipe",
     )
     gradient_accumulation_steps: int = define(
         1,
         "Batches whose gradients make one training step: batch_size images at a time in memory",
         at_least=1,
         fixed_in_run=True,
+        group="recipe",
     )
     augmentation_strength: str = define(
         "default",
         "How far training changes its images at random; photo mirrors them and changes their colours alone",
         choices=("none", "light", "default", "strong", "photo"),
+        group="recipe",
     )
     random_crop_area: list[float] = define(
         [1.0, 1.0],
@@ -270,6 +372,7 @@ class Configs(Options):
         excludes=Exclusion(
             [1.0, 1.0], "image_cache", "none", "crops are taken from the pictures themselves, which image_cache has not"
         ),
+        group="recipe",
     )
     model_selection: str = define(
         "best_epoch",
@@ -278,6 +381,7 @@ class Configs(Options):
         "(interpolate)",
         choices=("best_epoch", "last_epoch", "interpolate"),
         fixed_in_run=True,
+        group="recipe",
     )
     test_time_augmentation: str = define(
         "none",
@@ -285,13 +389,20 @@ class Configs(Options):
         "model; it takes twice the time",
         choices=("none", "flip"),
         fixed_in_run=True,
+        group="recipe",
     )
     time_budget: str = define(
         "",
         "Fit num_epochs to this time, such as 90s, 10m or 2h, so that the schedule ends in it; empty takes num_epochs",
         check=duration_fault,
+        group="training",
     )
+    verbose: bool = define(False, "Show the libraries' own notices too", group="machine")
     find_learning_rate: bool = define(
-        False, "Do not train: try rising learning rates, plot the loss over them and suggest one"
+        False,
+        "Do not train: try rising learning rates, plot the loss over them and suggest one",
+        group="training",
     )
-    overwrite: bool = define(False, "Start a new run where save_model_path holds another one, and remove that")
+    overwrite: bool = define(
+        False, "Start a new run where save_model_path holds another one, and remove that", group="common"
+    )

@@ -13,7 +13,6 @@ def main(configs: Configs) -> dict:
     """Loads the model, explains the test images batch by batch, writes the pictures; returns paths and faithfulness."""
     # Imported here, so that --help does not wait for TensorFlow.
     import numpy as np
-    from tqdm import tqdm
 
     from finetune.cam_pictures import draw_all, name_outputs, overlay_heatmap
     from finetune.decision_file import read_decision
@@ -21,6 +20,7 @@ def main(configs: Configs) -> dict:
     from finetune.explaining import CHOOSERS, explain_all, measure_some
     from finetune.gradcam import GradCam, describe_faithfulness, summarise_faithfulness
     from finetune.model_files import load_fitting_model
+    from finetune.progress import show_progress
     from finetune.run_folder import MAPS_FOLDER, find_trained_model
     from generator import get_generator, naming_bad_images, tell_bad_images
 
@@ -37,7 +37,7 @@ def main(configs: Configs) -> dict:
     choose = functools.partial(CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap)
     drops = []
-    with tqdm(total=len(paths), unit="image", desc=configs.cam_method) as progress, naming_bad_images(sequence):
+    with show_progress(len(paths), configs.cam_method) as progress, naming_bad_images(sequence):
         batches = explain_all(grad_cam, sequence, decision, choose)
         batches = measure_some(batches, len(paths), grad_cam, decision, configs.random_seed or 0, drops)
         draw_all(batches, paths, class_names, overlay, progress.update)

@@ -12,6 +12,7 @@ import http.client
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from finetune.devices import precision_policy
 from finetune.freezing import prepare_backbone
 from finetune.optimizers import compile_model, get_optimizer
 from finetune.options import UserError
+from finetune.progress import draws_bars
 
 
 class Backbone(NamedTuple):
@@ -196,7 +198,7 @@ def build_backbone(name: str, image_size: Sequence[int], use_imagenet_weights: b
     Raises:
         UserError: the weights cannot be had, or too many layers are dropped.
     """
-    with _explaining_missing_weights(name):
+    with _explaining_missing_weights(name), _drawing_bars_in_terminals():
         application = getattr(keras.applications, name)(
             include_top=False,
             weights="imagenet" if use_imagenet_weights else None,
@@ -220,6 +222,20 @@ def build_backbone(name: str, image_size: Sequence[int], use_imagenet_weights: b
 def _is_feature_map(output: keras.KerasTensor, last: keras.KerasTensor) -> bool:
     """Tells feature maps from the pooled vectors inside attention blocks, which have less height and width."""
     return len(output.shape) == 4 and output.shape[1] >= last.shape[1] and output.shape[2] >= last.shape[2]
+
+
+@contextlib.contextmanager
+def _drawing_bars_in_terminals() -> Iterator[None]:
+    """Keeps the bar of Keras's downloads out of files and pipes, where it would be thousands of lines in one."""
+    is_drawn = draws_bars(sys.stdout) or not keras.config.is_interactive_logging_enabled()
+    if is_drawn:
+        yield
+        return
+    keras.config.disable_interactive_logging()
+    try:
+        yield
+    finally:
+        keras.config.enable_interactive_logging()
 
 
 @contextlib.contextmanager

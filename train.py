@@ -16,7 +16,7 @@ def main(configs: Configs) -> dict:
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune import training
     from finetune.data_check import check_sets, list_sets
-    from finetune.devices import start_devices
+    from finetune.devices import choose_devices, start_strategy
     from finetune.log_figures import report_learning_rate
     from finetune.losses import get_losses
     from finetune.model_card import write_model_card
@@ -30,13 +30,14 @@ def main(configs: Configs) -> dict:
         take_slurm_step()
     continued_from = configs.load_model_path or configs.save_model_path
     with join_team(configs.distribution_strategy, configs.to_dict(), continued_from) as team:
+        choose_devices(configs.gpu_percentage, configs.distribution_strategy)
         model_path, state, configs = find_start(configs)
         team.agree(select_common(configs.to_dict()))
         if state and has_ended(state, configs):
             print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
             return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
         bad_rows = check_sets(list_sets(configs), configs, team.is_chief)
-        strategy = start_devices(configs.gpu_percentage, configs.distribution_strategy)
+        strategy = start_strategy(configs.distribution_strategy)
         configs = training.settle(configs, team)
         shares = training.get_shares(configs, strategy.num_replicas_in_sync, team)
         images = training.get_images(configs, bad_rows, shares)

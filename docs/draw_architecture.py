@@ -21,7 +21,10 @@ PROJECT = Path(__file__).resolve().parent.parent
 PICTURE = PROJECT / "docs" / "architecture.png"
 PACKAGE = "finetune"
 FLOORS: dict[str, tuple[str, ...]] = {
-    "ground": ("finetune.values", "finetune.options", "finetune.texts", "finetune.files", "finetune.groups"),
+    "ground": (
+        *("finetune.values", "finetune.notices", "finetune.options", "finetune.texts", "finetune.progress"),
+        *("finetune.files", "finetune.groups"),
+    ),
     "options": ("configs",),
     "inputs": (
         *("finetune.findings", "finetune.stores", "finetune.headers", "finetune.images", "finetune.table_faults"),
@@ -44,7 +47,10 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "generator",
         ),
     ),
-    "machine": ("finetune.devices", "finetune.interruption", "finetune.slurm", "finetune.cluster", "finetune.team"),
+    "machine": (
+        *("finetune.hardware", "finetune.devices", "finetune.interruption"),
+        *("finetune.slurm", "finetune.cluster", "finetune.team"),
+    ),
     "model": (
         *("finetune.freezing", "finetune.losses", "finetune.optimizers", "model", "finetune.artefacts"),
         *("finetune.safety", "finetune.compressed", "finetune.inference_model", "finetune.model_files"),

@@ -38,12 +38,13 @@ is an error that says what was expected."""
 
 def make_page() -> str:
     """Returns the page: the options of every script, the backbones, and the scripts' own options."""
-    parts = [INTRODUCTION, "## Options of every script", make_table(Configs, list(Configs.options()))]
+    parts = [INTRODUCTION, "## Options of every script"]
+    for title, names in Configs.grouped_options().items():
+        parts += [f"### {title}", make_table(Configs, names)]
     parts += ["## Backbones", f"Backbones: {', '.join(BACKBONE_NAMES)}."]
     without_own = []
     for script, configs_class in SCRIPTS.items():
-        own = [name for name in configs_class.options() if name not in Configs.options()]
-        if own:
+        if own := configs_class.own_options():
             parts += [f"## Options of {script} alone", make_table(configs_class, own)]
         else:
             without_own.append(f"`{script}`")

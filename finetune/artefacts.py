@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from finetune.files import atomic_path
+from finetune.values import find_nearest, quote_value
 
 MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
 # Of compressed models. Numbers in a weight: fewer take less than the file's note of it, so they stay exact; and as many
@@ -68,7 +69,11 @@ def accept(paths: Sequence[str]) -> tuple[str, ...]:
 def exports_fault(kinds: Sequence[str]) -> str:
     """Returns what is wrong with a list of kinds to export; empty where nothing is."""
     unknown = [kind for kind in kinds if kind not in EXPORTS]
-    return f"expected any of {', '.join(EXPORTS)}. Received: {unknown[0]!r}" if unknown else ""
+    if not unknown:
+        return ""
+    nearest = find_nearest(unknown[0], EXPORTS, alikeness=0.4)
+    hint = f"; did you mean {nearest}?" if nearest else ""
+    return f"expected any of {', '.join(EXPORTS)}. Received: {quote_value(unknown[0])}{hint}"
 
 
 def list_kinds(weights_dtype: str, exports: Sequence[str], quantization: str) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from finetune.findings import Finding, write_data_report
 from finetune.metrics import get_aurocs, mean_of_defined
 from finetune.optimizers import find_averages
 from finetune.phases import Phase
+from finetune.progress import begin_line
 from finetune.selection import get_log_losses
 from finetune.team import Team
 from finetune.texts import join_names
@@ -95,7 +96,7 @@ class InputWait(keras.callbacks.Callback):
         """Prints the share and what to do about it."""
         waited = self.model.seconds_waited
         self.share = waited / max(self._end - self._start, waited, 1e-9)
-        print(f"\ninput_wait: {self.share:.1%} of the epoch")
+        print(f"{begin_line()}input_wait: {self.share:.1%} of the epoch")
         if self.share > self.advise_above:
             print(
                 "The model waited for images. Raise generator_workers up to the number of cores, or set image_cache "
@@ -253,5 +254,6 @@ class BadImages(keras.callbacks.Callback):
                 self._told.add((name, row))
                 found.append(Finding("unreadable", "", name, None, self.sequences[name].paths[row], reason))
         if found and self.team.is_chief:
-            print(f"\n{len(found)} images could not be read and were left out: {join_names([x.path for x in found])}")
+            left_out = join_names([finding.path for finding in found])
+            print(f"{begin_line()}{len(found)} images could not be read and were left out: {left_out}")
             write_data_report(self.folder, found, is_more=True)

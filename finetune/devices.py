@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
 
+from finetune.hardware import Gpu, count_cores, describe_hardware, explain_unused_gpu, hides_gpus
+from finetune.notices import hiding_notices
 from finetune.options import UserError
 
 
@@ -40,6 +43,11 @@ def set_gpu_usage(gpu_percentage: float) -> None:
     if gpu_percentage == 0:
         tf.config.set_visible_devices([], "GPU")
         return
+    if not tf.test.is_built_with_cuda():
+        # AMD's and Apple's drivers are not asked for their memory: TensorFlow takes of it what it needs.
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        return
     for gpu, memory in zip(gpus, gpu_memory_sizes(len(gpus)), strict=True):
         limit = tf.config.LogicalDeviceConfiguration(memory_limit=int(memory * gpu_percentage) // 2**20)
         tf.config.set_logical_device_configuration(gpu, [limit])
@@ -64,10 +72,41 @@ def build_strategy(name: str) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy([device.name for device in devices])
 
 
-def start_devices(gpu_percentage: float, distribution_strategy: str = "none") -> tf.distribute.Strategy:
-    """Makes the devices ready, in the order that TensorFlow wants, and returns the strategy that they train by."""
+def choose_devices(gpu_percentage: float, distribution_strategy: str = "none") -> None:
+    """Prints what is computed on, and why not on a GPU that is there; then limits TensorFlow as `set_gpu_usage` does.
+
+    Args:
+        gpu_percentage: in `[0, 1]`; 0 hides all GPUs.
+        distribution_strategy: `none` computes on the first of several GPUs.
+    """
+    # The first look at the GPUs brings notices.
+    with hiding_notices():
+        found = tf.config.list_physical_devices("GPU")
+    gpus = describe_gpus(found) if gpu_percentage else []
+    print(describe_hardware(gpus, gpu_percentage, distribution_strategy != "none", count_cores()))
+    if gpu_percentage and not gpus and not hides_gpus(os.environ) and (warning := explain_unused_gpu()):
+        print(warning)
+    # Before what may take long: a GPU that goes unused is to be known at once.
+    sys.stdout.flush()
     set_gpu_usage(gpu_percentage)
-    strategy = build_strategy(distribution_strategy)
+
+
+def describe_gpus(found: list[tf.config.PhysicalDevice]) -> list[Gpu]:
+    """Returns what TensorFlow's GPUs are called, and their memory, which a build for AMD or Apple does not tell."""
+    sizes = gpu_memory_sizes(len(found)) if tf.test.is_built_with_cuda() else [0] * len(found)
+    names = [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in found]
+    return [Gpu(name, size) for name, size in zip(names, sizes, strict=True)]
+
+
+def start_devices(gpu_percentage: float, distribution_strategy: str = "none") -> tf.distribute.Strategy:
+    """Makes the devices ready, and says which; returns the strategy that they train by."""
+    choose_devices(gpu_percentage, distribution_strategy)
+    return start_strategy(distribution_strategy)
+
+
+def start_strategy(name: str) -> tf.distribute.Strategy:
+    """Builds a strategy, in the order that TensorFlow wants: after `choose_devices`, and before anything else."""
+    strategy = build_strategy(name)
     keep_freed_memory()
     return strategy
 

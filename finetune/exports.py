@@ -19,6 +19,7 @@ from configs import Configs
 from finetune.compressed import custom_save_model
 from finetune.files import atomic_path
 from finetune.images import read_image, resize_image
+from finetune.notices import hiding_notices
 from finetune.options import UserError
 from finetune.runtimes import importing
 from generator import get_generator
@@ -57,7 +58,7 @@ def write_tflite(model: keras.Model, path: str, precision: str, calibrate: Calib
         images = calibrate()
         options["representative_dataset"] = lambda: ([image[None].astype(np.float32)] for image in images)
     model = to_float32(model)
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, hiding_notices():
         model.export(temporary, format="litert", verbose=False, input_signature=[describe_input(model, 1)], **options)
     return (path,)
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import keras
 import numpy as np
-from tqdm import tqdm
 
 from finetune.caches import digest_image
 from finetune.features import select_rows
 from finetune.options import UserError
 from finetune.probe import build_extractor, compute_features
+from finetune.progress import show_progress
 from generator import AugmentedImageSequence, naming_bad_images
 
 # To be raised when images are decoded or resized in another way.
@@ -127,7 +127,7 @@ def get_features(
     digests = [digest_image(path) for path in sequence.paths]
     features, is_known = store.read(digests)
     missing = np.flatnonzero(~is_known)
-    with tqdm(total=len(digests), initial=len(digests) - len(missing), unit="image", desc=title, delay=1) as progress:
+    with show_progress(len(digests), title, len(digests) - len(missing), delay=1) as progress:
         extractor = build_extractor(model, mirrored) if len(missing) else None
         for start in range(0, len(missing), CHUNK):
             rows = missing[start : start + CHUNK]

@@ -15,7 +15,6 @@ import cv2
 import imagehash
 import numpy as np
 import PIL.Image
-from tqdm import tqdm
 
 from configs import MAX_IMAGE_PIXELS
 from finetune.files import IMAGE_SUFFIXES
@@ -30,6 +29,7 @@ from finetune.headers import (
     read_header,
 )
 from finetune.images import decode_pixels
+from finetune.progress import show_progress
 from finetune.stores import STORE_THREADS, is_url, open_url
 
 FORMAT_SUFFIXES = {
@@ -74,7 +74,7 @@ def inspect_images(files: Sequence[str], decode: bool, max_pixels: int, workers:
 
     found = []
     with (
-        tqdm(total=len(files), unit="image", desc="Checking images", delay=1) as progress,
+        show_progress(len(files), "Checking images", delay=1) as progress,
         ThreadPoolExecutor(max(workers, 1)) as pool,
     ):
         for part in pool.map(inspect, parts):

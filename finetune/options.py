@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import difflib
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
+from finetune.notices import silence_libraries
 from finetune.values import (
     LONGEST_SHOWN,
     bound_fault,
@@ -22,11 +22,24 @@ from finetune.values import (
     describe_bounds,
     describe_choices,
     describe_type,
+    find_nearest,
     quote_value,
     type_fault,
     unwrap_optional,
 )
 
+# The parts of --help and of docs/options.md, in their order.
+GROUPS = {
+    "common": "Most used",
+    "data": "Data",
+    "model": "Model",
+    "training": "Training",
+    "recipe": "Recipe of the training",
+    "speed": "Input and speed",
+    "explaining": "Testing and explaining",
+    "machine": "Machine",
+    "": "Others",
+}
 LARGEST_JSON_FILE = 2**24
 MOST_FAULTS = 20
 
@@ -65,6 +78,7 @@ def define(
     excludes: Exclusion | None = None,
     describes_model: bool = False,
     fixed_in_run: bool = False,
+    group: str = "",
 ) -> Any:
     """Declares one option.
 
@@ -81,7 +95,10 @@ def define(
         excludes: another option that this one does not go with.
         describes_model: the option says what a trained model is; a model's own `configs.json` then decides it.
         fixed_in_run: a run cannot go on with another value, for it would not be the same run.
+        group: a key of `GROUPS`: where `--help` has the option; a script's own options are a group of themselves.
     """
+    if group not in GROUPS:
+        raise ValueError(f"group: expected one of {', '.join(filter(None, GROUPS))}. Received: {quote_value(group)}")
     bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
     metadata = {
         "description": description,
@@ -92,6 +109,7 @@ def define(
         "excludes": excludes,
         "describes_model": describes_model,
         "fixed_in_run": fixed_in_run,
+        "group": group,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -117,6 +135,22 @@ class Options:
     def options(cls) -> dict[str, dataclasses.Field]:
         """Returns the declared options by name, in the order of their declaration."""
         return {field.name: field for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def grouped_options(cls) -> dict[str, list[str]]:
+        """Returns the names of the options of every script by the title of their group, in the order of `GROUPS`."""
+        common = cls.__mro__[cls.__mro__.index(Options) - 1]
+        members: dict[str, list[str]] = {title: [] for title in GROUPS.values()}
+        for name, field in common.options().items():
+            members[GROUPS[field.metadata["group"]]].append(name)
+        return {title: names for title, names in members.items() if names}
+
+    @classmethod
+    def own_options(cls) -> list[str]:
+        """Returns the names of the options that a script has beside those of every script."""
+        # The class that adds the first options is that of every script.
+        common = cls.__mro__[cls.__mro__.index(Options) - 1]
+        return [name for name in cls.options() if name not in common.options()]
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -188,7 +222,10 @@ class Options:
         parser = _argument_parser(cls, description)
         namespace, unknown = parser.parse_known_args(arguments)
         if unknown:
-            raise UserError(unknown_flag(unknown[0].split("=")[0], list(cls.options())))
+            # What else is there may be the value of an unknown flag.
+            flags = [word for word in unknown if word.startswith("--")] or unknown[:1]
+            faults = [unknown_flag(flag.split("=")[0], list(cls.options())) for flag in flags[:MOST_FAULTS]]
+            raise UserError("\n".join(faults))
         flags = {name: value for name, value in vars(namespace).items() if name != "configs"}
         from_file = cls.read_json(namespace.configs) if "configs" in namespace else {}
         return cls._build(from_file | cls._convert_all(flags, is_text=True, source="command line")).validate()
@@ -264,10 +301,9 @@ class Options:
 
 def unknown_option(name: str, known: Sequence[str]) -> str:
     """Returns the message for an option that does not exist, naming the nearest one that does."""
-    # Comparing takes time by the square of the length.
-    nearest = difflib.get_close_matches(name[:LONGEST_SHOWN], known, n=1, cutoff=0.5)
+    nearest = find_nearest(name, known, alikeness=0.5)
     shown = name if name.isprintable() and len(name) <= LONGEST_SHOWN else quote_value(name)
-    return f"Unknown option {shown}. " + (f"Did you mean {nearest[0]}?" if nearest else "See --help for all options.")
+    return f"Unknown option {shown}. " + (f"Did you mean {nearest}?" if nearest else "See --help for all options.")
 
 
 def unknown_flag(flag: str, known: Sequence[str]) -> str:
@@ -290,25 +326,30 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _argument_parser(cls: type[Options], description: str | None) -> argparse.ArgumentParser:
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    # The class that adds the first options is that of every script.
-    common = cls.__mro__[cls.__mro__.index(Options) - 1]
-    own = parser.add_argument_group("options of this script") if cls is not common else None
-    shared = parser.add_argument_group("options of every script, from configs.py")
-    shared.add_argument("--configs", metavar="FILE.json", help="a JSON file of options, read before the flags")
-    types, defaults = typing.get_type_hints(cls), cls.defaults()
-    for name, field in cls.options().items():
-        group = shared if name in common.options() else own
-        is_list = typing.get_origin(unwrap_optional(types[name])[0]) in (list, tuple)
-        words = [describe_type(types[name]), describe_bounds(field.metadata)]
-        if field.metadata["choices"]:
-            words = [describe_choices(field.metadata, types[name])]
-        default = "empty" if defaults[name] == "" else defaults[name]
-        help_text = f"{field.metadata['description']} ({' '.join(filter(None, words))}; default {default})"
-        group.add_argument(
-            f"--{name}", metavar="VALUE", nargs="*" if is_list else None, help=help_text.replace("%", "%%")
-        )
+    # A list of all flags would fill a screen before the first word about one.
+    usage = "%(prog)s [--configs FILE.json] [--OPTION VALUE ...]"
+    parser = _Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    groups = {"Options of this script": cls.own_options()} if cls.own_options() else {}
+    groups |= cls.grouped_options()
+    for position, (title, names) in enumerate(groups.items()):
+        group = parser.add_argument_group(title)
+        if position == len(groups) - len(cls.grouped_options()):
+            group.add_argument("--configs", metavar="FILE.json", help="A JSON file of options, read before the flags")
+        for name in names:
+            _add_flag(group, name, cls)
     return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, name: str, cls: type[Options]) -> None:
+    metadata, kind = cls.options()[name].metadata, typing.get_type_hints(cls)[name]
+    is_list = typing.get_origin(unwrap_optional(kind)[0]) in (list, tuple)
+    words = [describe_type(kind), describe_bounds(metadata)]
+    if metadata["choices"]:
+        words = [describe_choices(metadata, kind)]
+    default = cls.defaults()[name]
+    default = "empty" if default == "" else " ".join(map(str, default)) if is_list and default else default
+    text = f"{metadata['description']} ({' '.join(filter(None, words))}; default {default})"
+    group.add_argument(f"--{name}", metavar="VALUE", nargs="*" if is_list else None, help=text.replace("%", "%%"))
 
 
 def run_script(main: Callable[[Any], dict]) -> None:
@@ -320,13 +361,11 @@ def run_script(main: Callable[[Any], dict]) -> None:
         main: takes `configs`, whose annotation says which options there are; the docstring of its module is the head
             of `--help`.
     """
-    # TensorFlow's and OpenCV's notices would bury the lines that matter; a user's own setting wins.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     try:
         configs = typing.get_type_hints(main)["configs"].from_command_line(sys.modules[main.__module__].__doc__)
+        silence_libraries(configs.verbose)
         # OpenCV reads it when it is imported.
         os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(configs.max_image_pixels))
         main(configs)

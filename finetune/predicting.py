@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 from augmenter import build_augmenter
 from configs import MAX_IMAGE_PIXELS
 from finetune.decision import Decision
 from finetune.images import read_image, resize_image
 from finetune.options import UserError
+from finetune.progress import choose_keras_verbosity, show_progress
 from finetune.runtimes import ExportedModel, compile_predictor
 from finetune.warps import FusedAugmenter
 from generator import AugmentedImageSequence, naming_bad_images, tell_bad_images
@@ -29,7 +29,7 @@ def predict(model: keras.Model | ExportedModel, sequence: AugmentedImageSequence
         UserError: an image cannot be read.
     """
     with naming_bad_images(sequence):
-        probabilities = model.predict(sequence.to_dataset(), verbose=1)
+        probabilities = model.predict(sequence.to_dataset(), verbose=choose_keras_verbosity(elsewhere=0))
     tell_bad_images(sequence)
     return probabilities
 
@@ -177,7 +177,7 @@ def predict_images(model: keras.Model | ExportedModel, sequence: AugmentedImageS
     network = compile_predictor(model)
     views = sequence.augmenter.number if sequence.augmenter else 1
     probabilities = np.empty((len(sequence.paths), model.output_shape[-1]), np.float32)
-    with tqdm(total=len(sequence.paths), unit="image", desc="Predicting") as progress:
+    with show_progress(len(sequence.paths), "Predicting") as progress:
         for images, rows in sequence.to_dataset():
             of_views = [network(view) for view in tf.split(images, views)]
             probabilities[rows.numpy()] = np.mean(of_views, axis=0)

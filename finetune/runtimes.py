@@ -13,11 +13,12 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.framework import op_def_registry
-from tqdm import tqdm
 
 from finetune.artefacts import GRAPH_FILE, is_exported
 from finetune.model_files import check_fit, load_fitting_model
+from finetune.notices import hiding_notices
 from finetune.options import UserError
+from finetune.progress import show_progress
 from finetune.safety import telling_damage
 from finetune.texts import shorten
 
@@ -53,7 +54,16 @@ class ExportedModel:
 
     def predict(self, batches: tf.data.Dataset, verbose: int = 1) -> np.ndarray:
         """Returns the probabilities of batches of images and labels, with a progress bar where `verbose` is not 0."""
-        return np.concatenate([self(images) for images, _ in tqdm(batches, disable=not verbose, desc="Predicting")])
+        found = []
+        with contextlib.ExitStack() as stack:
+            progress = show_progress(int(batches.cardinality()), "Predicting", unit="batch") if verbose else None
+            if progress is not None:
+                stack.enter_context(progress)
+            for images, _ in batches:
+                found.append(self(images))
+                if progress is not None:
+                    progress.update()
+        return np.concatenate(found)
 
 
 @contextlib.contextmanager
@@ -121,7 +131,8 @@ def _load_tflite(path: str) -> ExportedModel:
     if any(part["dtype"] is not np.float32 for part in (inputs, outputs)):
         raise ValueError("Its numbers are not float32.")
     interpreter.resize_tensor_input(inputs["index"], [1, *inputs["shape"][1:]])
-    interpreter.allocate_tensors()
+    with hiding_notices():
+        interpreter.allocate_tensors()
 
     def run(images: np.ndarray) -> np.ndarray:
         """Runs the images one after the other: the file holds one shape."""

@@ -30,6 +30,7 @@ LONGEST_MESSAGE = 2**26
 # What may differ from host to host; what the paths lead to is compared.
 OWN_OPTIONS = {"train_csv", "test_csv", "validation_csv", "image_directory", "load_model_path", "save_model_path"}
 OWN_OPTIONS |= {"generator_workers", "generator_queue_length", "image_cache", "image_cache_path", "gpu_percentage"}
+OWN_OPTIONS |= {"verbose"}
 # In the place of what a worker says, once it has nothing left to do.
 LEFT = object()
 

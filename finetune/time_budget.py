@@ -14,6 +14,7 @@ from finetune.callbacks import EpochOrder
 from finetune.interpolation import SHARES
 from finetune.interruption import Interruption
 from finetune.phases import changes_images, get_phases, get_sets, prepare_phase
+from finetune.progress import begin_line
 from finetune.texts import show_duration
 from finetune.training_state import seed_states
 from finetune.values import parse_duration
@@ -85,7 +86,7 @@ class TimeEstimate(StepTimes):
         epochs = self.epochs - self._epoch
         steps = epochs * self.training.steps - self.training.first_step - batch - 1
         left = self.seconds * (steps + (epochs + self.more_validations) * self.validation_steps)
-        print(f"\nAbout {show_duration(left)} to go, for {self.epochs} epochs.")
+        print(f"{begin_line()}About {show_duration(left)} to go, for {self.epochs} epochs.")
 
 
 def fit_epochs(

@@ -16,6 +16,7 @@ from configs import Configs
 from finetune.freezing import leaf_layers
 from finetune.interruption import Interruption
 from finetune.optimizers import compile_model, find_averages, get_optimizer
+from finetune.progress import choose_keras_verbosity
 from generator import AugmentedImageSequence
 
 
@@ -96,7 +97,8 @@ class TrainingModel(keras.Model):
         """Trains as Keras's `fit` does; what `interruption` notes in one process holds for all after the same step."""
         steps = int(batches.cardinality())
         self.stop_training = False
-        called = keras.callbacks.CallbackList(callbacks, add_progbar=True, verbose=1, epochs=epochs, steps=steps)
+        verbose = choose_keras_verbosity(elsewhere=2)
+        called = keras.callbacks.CallbackList(callbacks, add_progbar=True, verbose=verbose, epochs=epochs, steps=steps)
         called.set_model(self)
         called.on_train_begin()
         self._spread_seeds()

@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # What 64-bit floats hold exactly: the libraries below fail on more, each in its own way.
@@ -126,13 +126,27 @@ def describe_bounds(metadata: Mapping[str, Any]) -> str:
     return " and ".join(f"{word} {bound}" for word, bound in metadata["bounds"].items())
 
 
+def find_nearest(text: str, known: Sequence[str], alikeness: float) -> str:
+    """Returns which of some names is most like a text, whatever their case; empty where none is like it enough.
+
+    Args:
+        text: as someone wrote it.
+        known: the names.
+        alikeness: the least that counts, in `[0, 1]`, as `difflib` measures it.
+    """
+    by_folded = {name.casefold(): name for name in known}
+    # Comparing takes time by the square of the length.
+    nearest = difflib.get_close_matches(text[:LONGEST_SHOWN].casefold(), by_folded, n=1, cutoff=alikeness)
+    return by_folded[nearest[0]] if nearest else ""
+
+
 def bound_fault(value: Any, metadata: Mapping[str, Any], kind: Any) -> str:
     """Returns what is wrong with a value that is out of its option's bounds or none of its choices; else nothing."""
     if value is None:
         return ""
     if metadata["choices"] is not None and value not in metadata["choices"]:
-        nearest = difflib.get_close_matches(value[:LONGEST_SHOWN], metadata["choices"], n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        nearest = find_nearest(value, metadata["choices"], alikeness=0.4)
+        hint = f"; did you mean {nearest}?" if nearest else ""
         return f"expected {describe_choices(metadata, kind)}. Received: {quote_value(value)}{hint}"
     tests: dict[str, Callable[[float, float], bool]] = {
         "above": lambda x, bound: x > bound,

@@ -18,7 +18,17 @@ SCRIPTS = (
     *("draw_activations", "plot_training_log", "compress_weights", "predict"),
 )
 MODULES = ("configs", "augmenter", "generator", "model", "utils")
-OTHERS = ("data", "docs", "benchmarks", "tests", "finetune", "requirements.txt", "README.md", "LICENSE")
+OTHERS = (
+    "data",
+    "docs",
+    "benchmarks",
+    "tests",
+    "finetune",
+    "requirements.txt",
+    "requirements-gpu.txt",
+    "README.md",
+    "LICENSE",
+)
 ROOT = {*(f"{name}.py" for name in SCRIPTS + MODULES), *OTHERS, ".gitignore", "pyproject.toml", ".ci"}
 # Installed by few, or of one system alone: imported where they are needed, or where they are missed.
 OPTIONAL_PACKAGES = {"tf2onnx", "onnxruntime", "ai_edge_litert", "pillow_heif"}

@@ -88,6 +88,7 @@ DEFAULTS = [
     ("model_selection", "best_epoch"),
     ("test_time_augmentation", "none"),
     ("time_budget", ""),
+    ("verbose", False),
     ("find_learning_rate", False),
     ("overwrite", False),
 ]

@@ -111,11 +111,17 @@ def test_readme_is_one_page():
 
 
 def test_options_table_holds_every_option_with_its_default_and_description():
-    expected = [
+    expected = {
         (name, str(Configs.defaults()[name]) or "''", option.metadata["description"])
         for name, option in Configs.options().items()
-    ]
-    assert read_tables(OPTIONS)["Options of every script"] == expected
+    }
+    found = read_tables(OPTIONS)["Options of every script"]
+    assert len(found) == len(expected)
+    assert set(found) == expected
+    # In the groups that --help has.
+    grouped = Configs.grouped_options()
+    assert re.findall(r"^### (.*)$", read(OPTIONS), flags=re.M) == list(grouped)
+    assert [name for name, _, _ in found] == [name for names in grouped.values() for name in names]
 
 
 def test_options_tables_hold_the_scripts_own_options():

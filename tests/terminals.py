@@ -1,0 +1,25 @@
+"""Running a program in a terminal."""
+
+import os
+import pty
+import subprocess
+import termios
+
+
+def run_in_terminal(command, stdout=None, **environment):
+    """Returns the exit status of a program and what it shows in a terminal; stdout may be a file."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    environment = {"TERM": "xterm"} | environment
+    streams = {"stdin": theirs, "stdout": stdout or theirs, "stderr": theirs}
+    process = subprocess.Popen(command, **streams, env=os.environ | environment)
+    os.close(theirs)
+    shown = b""
+    # Linux ends a terminal that nobody writes to any more with an error.
+    try:
+        while part := os.read(ours, 65536):
+            shown += part
+    except OSError:
+        pass
+    os.close(ours)
+    return process.wait(), shown.decode()
