@@ -26,6 +26,10 @@ from finetune.optimizers import compile_model, get_optimizer
 from finetune.options import UserError
 
 
+class MissingWeights(UserError):
+    """A backbone's ImageNet weights are not on this machine, and cannot be downloaded."""
+
+
 class Backbone(NamedTuple):
     """Facts about one of Keras's applications.
 
@@ -194,7 +198,8 @@ def build_backbone(name: str, image_size: Sequence[int], use_imagenet_weights: b
         pop_layers: layers dropped from its end.
 
     Raises:
-        UserError: the weights cannot be had, or too many layers are dropped.
+        MissingWeights: the weights cannot be had.
+        UserError: too many layers are dropped.
     """
     with _explaining_missing_weights(name):
         application = getattr(keras.applications, name)(
@@ -238,7 +243,7 @@ def _explaining_missing_weights(name: str) -> Iterator[None]:
         if file_name.startswith("NASNet-"):
             file_name = file_name.replace("NASNet-", "nasnet_").replace("-", "_")
         source = f" from {unreachable.group(1)}" if unreachable else f" whole ({error})"
-        raise UserError(
+        raise MissingWeights(
             f"The ImageNet weights {file_name} are not in {folder} and could not be downloaded{source}. "
             "Put the file there, or train without it: --use_imagenet_weights False."
         ) from error
