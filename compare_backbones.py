@@ -21,7 +21,7 @@ USUAL_BACKBONES = [
 
 def backbones_fault(names: list[str]) -> str:
     """Returns what is wrong with names of backbones; empty where nothing is."""
-    faults = (bound_fault(name, {"choices": (ALL, *BACKBONE_NAMES)}, str) for name in names)
+    faults = (bound_fault(name, {"choices": (ALL, *BACKBONE_NAMES), "bounds": {}}, str) for name in names)
     return next(filter(None, faults), "" if names else "expected at least one backbone, or all. Received: none")
 
 

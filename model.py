@@ -26,10 +26,6 @@ from finetune.optimizers import compile_model, get_optimizer
 from finetune.options import UserError
 
 
-class MissingWeights(UserError):
-    """A backbone's ImageNet weights are not on this machine, and cannot be downloaded."""
-
-
 class Backbone(NamedTuple):
     """Facts about one of Keras's applications.
 
@@ -198,8 +194,7 @@ def build_backbone(name: str, image_size: Sequence[int], use_imagenet_weights: b
         pop_layers: layers dropped from its end.
 
     Raises:
-        MissingWeights: the weights cannot be had.
-        UserError: too many layers are dropped.
+        UserError: the weights cannot be had, or too many layers are dropped.
     """
     with _explaining_missing_weights(name):
         application = getattr(keras.applications, name)(
@@ -243,7 +238,7 @@ def _explaining_missing_weights(name: str) -> Iterator[None]:
         if file_name.startswith("NASNet-"):
             file_name = file_name.replace("NASNet-", "nasnet_").replace("-", "_")
         source = f" from {unreachable.group(1)}" if unreachable else f" whole ({error})"
-        raise MissingWeights(
+        raise UserError(
             f"The ImageNet weights {file_name} are not in {folder} and could not be downloaded{source}. "
             "Put the file there, or train without it: --use_imagenet_weights False."
         ) from error

@@ -29,7 +29,7 @@ from finetune.splitting import split_rows
 from finetune.stores import join_path
 from finetune.tables import IMAGE_COLUMN, read_table
 from generator import AugmentedImageSequence, get_generator, tell_bad_images
-from model import MissingWeights, ModelFactory
+from model import ModelFactory
 
 FEWEST_IMAGES = 10
 # Batches that tell a speed, where the store knew nearly all features.
@@ -123,7 +123,7 @@ def probe_backbones(
         training_images: that `train_csv` has.
 
     Returns:
-        What could be probed, and why the others could not, by name, or by name and size.
+        What could be probed, and why the others could not, by name and size.
 
     Raises:
         UserError: none could, an image cannot be read and `skip_bad_images` is not set, or features cannot be written.
@@ -134,14 +134,13 @@ def probe_backbones(
         place = f"{name} at {show_size(*size)}"
         # The pictures themselves are needed once for each size: their features are kept.
         chosen = configs.replace(visual_model_name=name, image_target_size=(*size, 3), image_cache="none")
-        if name in left_out:
-            continue
         # Random weights, where they are asked for, are those that train.py starts from.
         set_seed(configs.random_seed)
         try:
             model = ModelFactory().get_model(chosen)
         except UserError as error:
-            left_out[name if isinstance(error, MissingWeights) else place] = str(error)
+            # Weights may be of one size: those of MobileNet are.
+            left_out[place] = str(error)
             continue
         sequence = get_generator(configs.train_csv, configs.classes, chosen, False, left_out_rows)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import textwrap
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -49,8 +51,9 @@ def print_ranking(ranking: pd.DataFrame, left_out: dict[str, str], epochs: int) 
     """
     print(f"\n{format_ranking(ranking)}\n")
     print(f"Training: {epochs} epochs on all images of train_csv on this machine, estimated from the speed.")
-    for name, reason in left_out.items():
-        print(f"Left out: {name}: {textwrap.shorten(reason, LONGEST_REASON, placeholder=' ...')}")
+    for reason in dict.fromkeys(left_out.values()):
+        names = join_names([name for name, other in left_out.items() if other == reason], MOST_NAMED)
+        print(f"Left out: {names}: {textwrap.shorten(reason, LONGEST_REASON, placeholder=' ...')}")
     print(describe_suggestion(ranking))
     print("This ranks frozen backbones by a probe, a regression on their features: fine-tuning may change the order.")
 
@@ -77,11 +80,13 @@ def describe_suggestion(ranking: pd.DataFrame) -> str:
     names = name_candidates(ranking)
     chosen = int(np.flatnonzero(ranking["suggested"])[0])
     others = [names[place] for place in np.flatnonzero(ranking["not_told_apart"])]
-    reason = "the best" if chosen == 0 else f"the fastest of those that are not told apart from the best, {names[0]}"
+    reason = "the best" if chosen == 0 else f"the fastest of those not told apart from the best, {names[0]}"
+    if len(names) == 1:
+        return f"Suggestion: {names[0]}, the only one that could be compared."
     told = f"The {ranking['images'].iloc[0]} images do not tell it from {join_names(others, MOST_NAMED)}."
     if not others:
-        told = "All others are behind it by more than 1.96 standard errors." if len(names) > 1 else ""
-    return f"Suggestion: {names[chosen]}, {reason}. {told}".strip()
+        told = "All others are behind it by more than 1.96 standard errors."
+    return f"Suggestion: {names[chosen]}, {reason}. {told}"
 
 
 def draw_ranking(ranking: pd.DataFrame, write_path: str) -> str:
@@ -127,7 +132,7 @@ def draw_front(ranking: pd.DataFrame) -> Figure:
     # Beneath the picture it covers no point.
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     axes.set_title("Frozen backbones by a probe; grey lines are 95 % intervals", fontsize=10)
-    place_labels(axes, list(zip(speeds, values, strict=True)), name_points(ranking))
+    place_labels(axes, np.stack([speeds, values], axis=1), name_points(ranking), front)
     return figure
 
 
@@ -146,38 +151,55 @@ def set_speed_ticks(axes: Axes, speeds: np.ndarray) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def place_labels(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> list[Text]:
-    """Writes names beside points where they cover least of other names, points and the margin, with a line to each.
+def place_labels(axes: Axes, points: np.ndarray, names: Sequence[str], front: np.ndarray) -> list[Text]:
+    """Writes names where they cover least of other names, points, the front and the margin; far ones have a line.
 
     Args:
         axes: with all points drawn.
-        points: in the data's own units.
+        points: `(points, 2)`, in the data's own units.
         names: of the points.
+        front: positions of the points that a line joins.
     """
     # The layout decides where points are; labels have no part in it.
     axes.figure.draw_without_rendering()
     scale = axes.figure.dpi / 72
     centres = axes.transData.transform(points)
     dots = np.concatenate([centres - DOT * scale, centres + DOT * scale], axis=1)
+    line = find_line_boxes(centres[front], scale)
     frame, taken, texts = axes.get_window_extent().extents, [], []
     # From the top down, so that a crowd's labels stand in the order of its points.
     for number in np.argsort(-centres[:, 1], kind="stable"):
-        style = {"fontsize": 8.5, "zorder": 4, "in_layout": False, "ha": "center", "va": "center"}
-        text = axes.annotate(names[number], points[number], **style)
+        look = {"fontsize": 8.5, "zorder": 4, "in_layout": False, "ha": "center", "va": "center"}
+        text = axes.annotate(names[number], points[number], **look)
         box = text.get_window_extent()
         text.remove()
         half = np.array([box.width, box.height]) / 2
-        others = np.concatenate([np.delete(dots, number, axis=0), np.reshape(taken, (-1, 4))])
+        others = np.concatenate([np.delete(dots, number, axis=0), np.reshape(taken, (-1, 4)), line])
         shifts = list_shifts(half, scale)
         boxes = [np.concatenate([centres[number] + shift - half, centres[number] + shift + half]) for shift in shifts]
         costs = [measure_overlap(corners, others, frame) for corners in boxes] + np.arange(len(boxes)) * scale**2
         best = int(np.argmin(costs))
         taken.append(boxes[best])
         is_far = np.hypot(*np.maximum(np.abs(shifts[best]) - half, 0)) > DISTANCES[0] * scale
-        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4} if is_far else None
-        place = {"xytext": shifts[best] / scale, "textcoords": "offset points", "arrowprops": line}
-        texts.append(axes.annotate(names[number], points[number], **style, **place))
+        leader = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4} if is_far else None
+        place = {"xytext": shifts[best] / scale, "textcoords": "offset points", "arrowprops": leader}
+        texts.append(axes.annotate(names[number], points[number], **look, **place))
+        # What crosses a name, as an interval may, leaves it legible.
+        texts[-1].set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     return texts
+
+
+def find_line_boxes(corners: np.ndarray, scale: float) -> np.ndarray:
+    """Returns small boxes along a line through points, `(boxes, 4)`: left, bottom, right and top, in pixels.
+
+    Args:
+        corners: `(points, 2)`, in pixels.
+        scale: pixels a point.
+    """
+    steps = np.linspace(0, 1, 60)[:, None]
+    middles = [start + (end - start) * steps for start, end in itertools.pairwise(corners)]
+    middles = np.concatenate([np.zeros((0, 2)), *middles])
+    return np.concatenate([middles - 2 * scale, middles + 2 * scale], axis=1)
 
 
 def list_shifts(half: np.ndarray, scale: float) -> list[np.ndarray]:
