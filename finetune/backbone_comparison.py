@@ -176,24 +176,19 @@ def probe_backbone(
             be written.
         FloatingPointError: a feature is not finite.
     """
-    stopwatch, views = Stopwatch(), []
-    for mirrored in (False, True) if configs.augmentation_strength != "none" else (False,):
-        heading = f"{title}, mirrored" if mirrored else title
-        features, is_read = get_features(model, sequence, configs.image_cache_path, mirrored, heading, stopwatch)
-        if is_read.sum() < FEWEST_IMAGES:
-            raise UserError(
-                f"{configs.train_csv}: expected at least {FEWEST_IMAGES} images that can be read, to compare on. "
-                f"Received: {is_read.sum()}."
-            )
-        views.append(features)
-    # The mirror image of one that could be read may have become unreadable since.
-    is_read = ~np.isnan(views).any(axis=(0, 2))
-    if not np.isfinite([view[is_read] for view in views]).all():
+    mirrors, folder, stopwatch = configs.augmentation_strength != "none", configs.image_cache_path, Stopwatch()
+    views, is_read = get_views(model, sequence, mirrors, folder, title, stopwatch)
+    if is_read.sum() < FEWEST_IMAGES:
+        raise UserError(
+            f"{configs.train_csv}: expected at least {FEWEST_IMAGES} images that can be read, to compare on. "
+            f"Received: {is_read.sum()}."
+        )
+    if not all(np.isfinite(view).all() for view in views):
         raise FloatingPointError("its features are not finite")
     speed = stopwatch if stopwatch.images >= TIMED_BATCHES * sequence.batch_size else time_features(model, sequence)
     probabilities = np.full((len(is_read), len(configs.classes)), np.nan)
     probabilities[is_read] = cross_validate(
-        [view[is_read] for view in views],
+        views,
         sequence.labels[is_read],
         configs.multi_label_classification,
         len(configs.classes),
@@ -204,6 +199,33 @@ def probe_backbone(
     size = tuple(sequence.image_size)
     expected = passes * training_images * seconds
     return Candidate(configs.visual_model_name, size, probabilities, 1 / seconds, expected, model.count_params())
+
+
+def get_views(
+    model: keras.Model,
+    sequence: AugmentedImageSequence,
+    mirrors: bool,
+    folder: str,
+    title: str,
+    stopwatch: Stopwatch,
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Returns the features of the images that can be read, and of their mirror images or not; and which these are.
+
+    Args:
+        model: of this collection.
+        sequence: of the images.
+        mirrors: the mirror images too.
+        folder: of the store.
+        title: of the progress bar.
+        stopwatch: is told what the images took that were computed now.
+    """
+    views, is_read = [], np.ones(len(sequence.paths), bool)
+    for mirrored in (False, True) if mirrors else (False,):
+        heading = f"{title}, mirrored" if mirrored else title
+        features, is_known = get_features(model, sequence, folder, mirrored, heading, stopwatch)
+        views.append(features)
+        is_read &= is_known
+    return [view[is_read] for view in views], is_read
 
 
 def time_features(model: keras.Model, sequence: AugmentedImageSequence) -> Stopwatch:
