@@ -66,17 +66,17 @@ FLOORS: dict[str, tuple[str, ...]] = {
         *("finetune.run_data", "finetune.run_folder", "finetune.phases", "finetune.selection", "finetune.callbacks"),
         "finetune.interpolation",
         *("finetune.training_state", "finetune.checkpoints", "finetune.resuming", "finetune.range_test"),
-        *("finetune.time_budget", "finetune.training"),
+        *("finetune.time_budget", "finetune.training", "finetune.backbone_comparison"),
     ),
     "output": (
         *("finetune.figures", "finetune.log_figures", "finetune.summaries", "finetune.embedding", "finetune.runtimes"),
         *("finetune.predicting", "finetune.prediction_files", "finetune.cam_pictures", "finetune.gallery"),
         *("finetune.report", "finetune.card_parts", "finetune.model_card", "finetune.exports", "finetune.parity"),
-        "finetune.compression_report",
+        *("finetune.compression_report", "finetune.backbone_report"),
     ),
     "your own code": ("utils",),
     "scripts": (
-        *("make_csv_from_folders", "split_train_test", "train", "test"),
+        *("make_csv_from_folders", "split_train_test", "compare_backbones", "train", "test"),
         *("draw_activations", "plot_training_log", "compress_weights", "predict"),
     ),
 }

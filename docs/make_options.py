@@ -8,6 +8,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from compare_backbones import CompareConfigs  # noqa: E402
 from compress_weights import CompressConfigs  # noqa: E402
 from configs import BACKBONE_NAMES, Configs  # noqa: E402
 from make_csv_from_folders import FolderConfigs  # noqa: E402
@@ -19,6 +20,7 @@ PAGE = PROJECT / "docs" / "options.md"
 SCRIPTS: dict[str, type[Configs]] = {
     "make_csv_from_folders.py": FolderConfigs,
     "split_train_test.py": SplitConfigs,
+    "compare_backbones.py": CompareConfigs,
     "train.py": Configs,
     "test.py": Configs,
     "draw_activations.py": Configs,

@@ -265,8 +265,17 @@ def check_images(
     max_pixels: int = MAX_IMAGE_PIXELS,
     workers: int = 4,
     skip_bad_images: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> list[int]:
     """Checks that every path is a file that starts and ends as an image does; decoding waits until it is read.
+
+    Args:
+        paths: image files or URLs.
+        csv_path: the table that they are from.
+        max_pixels: what an image may have.
+        workers: threads.
+        skip_bad_images: print what is wrong in the place of raising it.
+        rows: the line number of each path in the table; None where the paths are those of all its lines.
 
     Returns:
         The line numbers of those that are not, where `skip_bad_images` is set; they are printed.
@@ -275,10 +284,11 @@ def check_images(
         UserError: names the first few files that are missing, empty or no images, with their rows.
     """
     inspections = inspect_named(paths, False, max_pixels, workers)
-    faults = {row: inspection.fault[1] for row, inspection in enumerate(inspections, start=2) if inspection.fault}
+    listed = zip(range(2, len(paths) + 2) if rows is None else rows, paths, inspections, strict=True)
+    faults = {row: f"{path} {one.fault[1]}" for row, path, one in listed if one.fault}
     if not faults:
         return []
-    shown = [f"row {row}: {paths[row - 2]} {detail}" for row, detail in list(faults.items())[:LONGEST_LIST]]
+    shown = [f"row {row}: {detail}" for row, detail in list(faults.items())[:LONGEST_LIST]]
     more = f" (and {len(faults) - LONGEST_LIST} more rows)" if len(faults) > LONGEST_LIST else ""
     if skip_bad_images:
         print(f"{csv_path}: left out {len(faults)} images: {'; '.join(shown)}{more}.")

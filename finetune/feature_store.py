@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+import time
 import zlib
 from collections.abc import Sequence
 
@@ -22,6 +24,19 @@ from generator import AugmentedImageSequence, naming_bad_images
 VERSION = 1
 # Images after which what is known is written, and the bar moves.
 CHUNK = 256
+
+
+@dataclasses.dataclass
+class Stopwatch:
+    """How long features take to compute, from the reading of the images on.
+
+    Attributes:
+        images: that were timed: not those of the first batches, for which TensorFlow builds its graphs.
+        seconds: that they took.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
 
 
 class FeatureStore:
@@ -70,6 +85,9 @@ class FeatureStore:
         Raises:
             UserError: the file cannot be written.
         """
+        # An image that gives no digest, of a store that tells nothing but its bytes, is computed each time.
+        kept = [row for row, digest in enumerate(digests) if digest]
+        digests, features = [digests[row] for row in kept], features[kept]
         records = np.zeros(len(digests), self._record)
         records["features"] = features
         for row, digest in enumerate(digests):
@@ -93,8 +111,13 @@ def _digest_backbone(model: keras.Model) -> str:
     digest = hashlib.blake2b(digest_size=8)
     *before, backbone, classifier = model.layers[1:]
     pooling = classifier.layers[0]
-    described = [[type(layer).__name__, layer.get_config().get("mode", "")] for layer in (*before, pooling)]
-    digest.update(json.dumps([VERSION, model.input_shape, backbone.output_shape, described], default=str).encode())
+    settings = ("scale", "offset", "mode")
+    described = [
+        [type(layer).__name__, [layer.get_config().get(name) for name in settings]] for layer in (*before, pooling)
+    ]
+    precision = backbone.layers[-1].compute_dtype
+    facts = [VERSION, model.input_shape, backbone.output_shape, precision, described]
+    digest.update(json.dumps(facts, default=str).encode())
     for layer in (*before, backbone):
         for weight in layer.weights:
             values = np.ascontiguousarray(keras.ops.convert_to_numpy(weight))
@@ -104,7 +127,12 @@ def _digest_backbone(model: keras.Model) -> str:
 
 
 def get_features(
-    model: keras.Model, sequence: AugmentedImageSequence, folder: str, mirrored: bool = False, title: str = "Features"
+    model: keras.Model,
+    sequence: AugmentedImageSequence,
+    folder: str,
+    mirrored: bool = False,
+    title: str = "Features",
+    stopwatch: Stopwatch | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns features as `compute_features` does, those that the store knows without computing them.
 
@@ -116,6 +144,7 @@ def get_features(
         folder: of the store.
         mirrored: take the mirror images.
         title: of the progress bar.
+        stopwatch: is told what the images took that were computed now.
 
     Returns:
         float32 `(images, channels)` in the order of `paths`, NaN where an image could not be read, and which could.
@@ -129,16 +158,25 @@ def get_features(
     missing = np.flatnonzero(~is_known)
     with show_progress(len(digests), title, len(digests) - len(missing), delay=1) as progress:
         extractor = build_extractor(model, mirrored) if len(missing) else None
-        for start in range(0, len(missing), CHUNK):
-            rows = missing[start : start + CHUNK]
-            chunk = select_rows(sequence, rows)
+        for number, rows in enumerate(_split_rows(missing, sequence.batch_size)):
+            chunk, started = select_rows(sequence, rows), time.perf_counter()
             with naming_bad_images(chunk):
                 found, is_read = extractor.predict_sequence(chunk)
+            if stopwatch and number:
+                stopwatch.images += len(found)
+                stopwatch.seconds += time.perf_counter() - started
             sequence.bad_images.update({int(rows[place]): reason for place, reason in chunk.bad_images.items()})
             store.add([digests[row] for row in rows[is_read]], found)
             features[rows[is_read]], is_known[rows[is_read]] = found, True
             progress.update(len(rows))
     return features, is_known
+
+
+def _split_rows(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Splits rows into chunks; the first has a whole batch and the one that is not: each has its own graph."""
+    step = max(1, CHUNK // batch_size) * batch_size
+    starts = range(batch_size + len(rows) % batch_size, len(rows), step)
+    return np.split(rows, starts) if len(rows) else []
 
 
 def find_features(

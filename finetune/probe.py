@@ -144,9 +144,9 @@ def cross_validate(
     Returns:
         float64 `(images, number)`.
     """
-    mean = views[0].mean(axis=0)
-    scaled = np.concatenate(views) - mean
-    scaled /= np.sqrt(np.mean(np.square(scaled), dtype=np.float64)) or 1.0
+    # In float32 the search for the best weights would not end within its tolerance.
+    scaled = np.concatenate(views) - views[0].mean(axis=0, dtype=np.float64)
+    scaled /= np.sqrt(np.mean(np.square(scaled))) or 1.0
     images = len(labels)
     fit, link = (
         (_fit_labels, special.expit) if multi_label else (_fit_classes, functools.partial(special.softmax, axis=1))

@@ -1,9 +1,11 @@
 """Photos and models whose features a regression is fitted to."""
 
+import keras
 import numpy as np
 import pytest
 
 from generator import AugmentedImageSequence
+from model import build_classifier, build_preprocessing
 
 CLASSES = ["blue", "green", "red"]
 
@@ -28,3 +30,13 @@ class Inverting:
 
     def __call__(self, images):
         return 255 - images
+
+
+def build(size: int = 32, channels: int = 6, number: int = 3, multi_label: bool = False, **options) -> keras.Model:
+    """Builds a model of the parts that `ModelFactory` gives one, with a backbone of one convolution."""
+    fixed = {"layer_sizes": [0.4], "pooling": "avg"}
+    inputs, backbone_inputs = keras.Input((size, size, 3)), keras.Input((size, size, 3))
+    maps = keras.layers.Conv2D(channels, 3, strides=2, activation="relu")(backbone_inputs)
+    backbone = keras.Model(backbone_inputs, maps, name="backbone")
+    classifier = build_classifier(number, multi_label, **fixed | options)
+    return keras.Model(inputs, classifier(backbone(build_preprocessing("tf")(inputs))))

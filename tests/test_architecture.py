@@ -14,7 +14,7 @@ HOUSE = runpy.run_path(str(PROJECT / "docs" / "draw_architecture.py"))
 FLOORS: dict[str, tuple[str, ...]] = HOUSE["FLOORS"]
 ROOMS: dict[str, Path] = HOUSE["list_rooms"]()
 SCRIPTS = (
-    *("make_csv_from_folders", "split_train_test", "train", "test"),
+    *("make_csv_from_folders", "split_train_test", "compare_backbones", "train", "test"),
     *("draw_activations", "plot_training_log", "compress_weights", "predict"),
 )
 MODULES = ("configs", "augmenter", "generator", "model", "utils")

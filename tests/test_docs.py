@@ -15,7 +15,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 DOCS = PROJECT / "docs"
 ARCHITECTURE = (DOCS / "architecture.md").read_text(encoding="utf-8")
 # Pages whose commands run one after another; those of the README run in the tests of the walkthrough.
-PAGES_WITH_COMMANDS = ("data.md", "better_models.md", "run_folder.md", "export.md")
+PAGES_WITH_COMMANDS = ("data.md", "backbones.md", "better_models.md", "run_folder.md", "export.md")
 
 
 def list_script_commands(page: Path) -> list[str]:
@@ -105,6 +105,9 @@ def test_every_command_of_the_pages_runs(tmp_path):
             if words[0] == "train.py":
                 epochs = 2 if "--load_model_path" in words else 1
                 words += [*small.split(), "--num_epochs", str(epochs), "--overwrite", "True"]
+            if words[0] == "compare_backbones.py":
+                small_comparison = "--use_imagenet_weights False --pop_conv_layers 66 --backbones MobileNet"
+                words += [*small_comparison.split(), "--image_sizes", "32", "--max_images", "20"]
             if words[0] == "compress_weights.py":
                 # So little training leaves answers that rounding changes.
                 words += ["--tolerance", "100"]

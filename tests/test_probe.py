@@ -9,6 +9,7 @@ import pytest
 from probed_photos import (
     CLASSES,
     Inverting,
+    build,
     make_sequence,
     photos,  # noqa: F401
 )
@@ -16,22 +17,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 
 from configs import Configs
+from finetune import probe
 from finetune.devices import precision_policy
 from finetune.features import FeatureSequence
 from finetune.images import read_image, resize_image
 from finetune.options import UserError
-from finetune.probe import compute_features, initialize_head, split_head
-from model import ModelFactory, build_classifier, build_preprocessing
-
-
-def build(size: int = 32, channels: int = 6, number: int = 3, multi_label: bool = False, **options) -> keras.Model:
-    """Builds a model of the parts that `ModelFactory` gives one, with a backbone of one convolution."""
-    fixed = {"layer_sizes": [0.4], "pooling": "avg"}
-    inputs, backbone_inputs = keras.Input((size, size, 3)), keras.Input((size, size, 3))
-    maps = keras.layers.Conv2D(channels, 3, strides=2, activation="relu")(backbone_inputs)
-    backbone = keras.Model(backbone_inputs, maps, name="backbone")
-    classifier = build_classifier(number, multi_label, **fixed | options)
-    return keras.Model(inputs, classifier(backbone(build_preprocessing("tf")(inputs))))
+from finetune.probe import compute_features, cross_validate, initialize_head, split_head
+from model import ModelFactory
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +289,91 @@ def test_features_that_are_not_finite_are_refused():
     features[2, 3] = np.inf
     with pytest.raises(UserError, match="features are not finite"):
         initialize_head(head_of(8)[0], features, np.arange(4) % 2, False, 0)
+
+
+# Answers out of fold
+
+
+def in_thirds(number: int) -> list[np.ndarray]:
+    return [np.arange(number)[fold::3] for fold in range(3)]
+
+
+@pytest.mark.parametrize(("multi_label", "channels"), [(False, 20), (False, 150), (True, 20)])
+def test_an_image_is_judged_by_a_regression_that_was_fitted_without_it(monkeypatch, multi_label, channels):
+    rng = np.random.default_rng(1)
+    labels = (rng.random((90, 3)) < [0.5, 0.2, 0.7]).astype(np.uint8) if multi_label else rng.integers(0, 3, 90)
+    features = make_features(labels, channels)
+    strength = initialize_head(head_of(channels, multi_label=multi_label)[0], features, labels, multi_label, 0)
+    monkeypatch.setattr(probe, "_deal_folds", lambda labels, seed: in_thirds(90))
+    found = cross_validate([features], labels, multi_label, 3, 0)
+    scaled, expected = standardise(features.astype(float)), np.empty((90, 3))
+    for held_out in in_thirds(90):
+        learnt = np.setdiff1d(np.arange(90), held_out)
+        regression = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000)
+        regression = OneVsRestClassifier(regression) if multi_label else regression
+        expected[held_out] = regression.fit(scaled[learnt], labels[learnt]).predict_proba(scaled[held_out])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_out_of_fold_an_answer_is_the_mean_over_an_image_and_its_mirror_image(monkeypatch):
+    labels = np.random.default_rng(1).integers(0, 3, 90)
+    views = [make_features(labels, 40, seed) for seed in (0, 1)]
+    strength = initialize_head(head_of(40)[0], views[0], labels, False, 0, views[1])
+    monkeypatch.setattr(probe, "_deal_folds", lambda labels, seed: in_thirds(90))
+    found = cross_validate(views, labels, False, 3, 0)
+    both = np.concatenate(views).astype(float) - views[0].mean(axis=0, dtype=float)
+    scaled = (both / np.sqrt((both**2).mean())).reshape(2, 90, 40)
+    expected = np.empty((90, 3))
+    for held_out in in_thirds(90):
+        learnt = np.setdiff1d(np.arange(90), held_out)
+        regression = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000)
+        regression.fit(np.concatenate(scaled[:, learnt]), np.tile(labels[learnt], 2), sample_weight=np.full(120, 0.5))
+        expected[held_out] = np.mean([regression.predict_proba(view[held_out]) for view in scaled], axis=0)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_out_of_fold_noise_stays_at_chance():
+    labels = np.repeat([0, 1], 100)
+    noise = np.random.default_rng(0).normal(size=(200, 400)).astype(np.float32)
+    found = cross_validate([noise], labels, False, 2, 0)
+    # In fold, 400 numbers tell 200 images apart without a mistake; by chance are 0.5, standard error 0.035.
+    assert np.mean(found.argmax(axis=1) == labels) == pytest.approx(0.5, abs=0.11)
+
+
+def test_each_fold_has_its_share_of_every_class_and_of_every_set_of_labels():
+    labels = np.repeat([0, 1, 2], [52, 31, 17])
+    sets = np.array([[0, 0], [1, 0], [1, 1]])[labels]
+    for given in (labels, sets):
+        folds = probe._deal_folds(given, 3)
+        assert sorted(np.concatenate(folds).tolist()) == list(range(100))
+        counts = np.array([np.bincount(labels[fold], minlength=3) for fold in folds])
+        assert counts.shape == (5, 3)
+        assert np.ptp(counts, axis=0).max() <= 1
+        assert np.ptp(counts.sum(axis=1)) <= 1
+
+
+def test_folds_follow_from_the_seed():
+    labels = np.repeat([0, 1, 2], 20)
+    features = make_features(labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, again, other = (cross_validate([features], labels, False, 3, seed) for seed in (7, 7, 8))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 0), (2, 1, 0), (4, 0, 0), (1, 20, 20), (9, 2, 0)])
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_out_of_fold_few_images_of_a_class_are_judged_without_a_word(counts, multi_label):
+    labels = np.repeat([0, 1, 2], counts)
+    labels = np.eye(3, dtype=np.uint8)[labels] if multi_label else labels
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = cross_validate([make_features(labels, 8)], labels, multi_label, 3, 0)
+    assert found.shape == (sum(counts), 3)
+    assert ((found > 0) & (found < 1)).all()
+    if not multi_label:
+        np.testing.assert_allclose(found.sum(axis=1), 1)
 
 
 # Features as batches

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from compare_backbones import CompareConfigs
 from compress_weights import CompressConfigs
 from configs import BACKBONE_NAMES, Configs
 from make_csv_from_folders import FolderConfigs
@@ -25,6 +26,7 @@ MOST_LINES_OF_README = 250
 SCRIPT_CONFIGS = {
     "make_csv_from_folders.py": FolderConfigs,
     "split_train_test.py": SplitConfigs,
+    "compare_backbones.py": CompareConfigs,
     "train.py": Configs,
     "test.py": Configs,
     "draw_activations.py": Configs,
@@ -156,7 +158,7 @@ def test_the_walkthrough_runs_the_scripts_in_their_order():
     scripts = [script for script, _ in list_script_calls(README)]
     walkthrough = scripts[1:]
     assert walkthrough[: len(SCRIPT_CONFIGS)] == [
-        *("make_csv_from_folders.py", "split_train_test.py", "train.py", "test.py"),
+        *("make_csv_from_folders.py", "split_train_test.py", "compare_backbones.py", "train.py", "test.py"),
         *("draw_activations.py", "plot_training_log.py", "predict.py", "compress_weights.py"),
     ]
 

@@ -1,0 +1,75 @@
+"""Compares backbones on the images of train_csv before any is trained: how good, how fast, how large.
+
+Each one's features of the images are computed once, kept on the disk, and judged by a logistic regression out of fold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from configs import BACKBONE_NAMES, Configs
+from finetune.options import define, run_script
+from finetune.values import bound_fault
+
+ALL = "all"
+# Of each family one or two that a machine without a GPU bears.
+USUAL_BACKBONES = [
+    *("MobileNetV3Small", "MobileNetV3Large", "MobileNetV2", "MobileNet", "EfficientNetB0", "EfficientNetV2B0"),
+    *("NASNetMobile", "DenseNet121", "ResNet50V2", "InceptionV3", "Xception", "ConvNeXtTiny"),
+]
+
+
+def backbones_fault(names: list[str]) -> str:
+    """Returns what is wrong with names of backbones; empty where nothing is."""
+    faults = (bound_fault(name, {"choices": (ALL, *BACKBONE_NAMES), "bounds": {}}, str) for name in names)
+    return next(filter(None, faults), "" if names else "expected at least one backbone, or all. Received: none")
+
+
+@dataclasses.dataclass
+class CompareConfigs(Configs):
+    """The options of this script, beside those of every script."""
+
+    backbones: list[str] = define(USUAL_BACKBONES, "The backbones to compare, or all", check=backbones_fault)
+    image_sizes: list[int] = define(
+        [], "Heights, which are widths too, to compare; none given takes image_target_size", at_least=1, at_most=16384
+    )
+    max_images: int = define(2000, "At most that many images, drawn with their share of every class", at_least=10)
+    write_path: str = define(
+        "./backbone_comparison.csv", "The CSV file to write; the picture is written beside it, of the same name"
+    )
+
+
+def main(configs: CompareConfigs) -> dict:
+    """Draws the images, probes each backbone at each size, and ranks them.
+
+    Returns:
+        `ranking`, the table as written, and `left_out`, why backbones are not in it, by their names and sizes.
+    """
+    # Imported here, so that --help does not wait for TensorFlow.
+    from finetune.backbone_comparison import draw_images, probe_backbones, rank
+    from finetune.backbone_report import draw_ranking, print_ranking
+    from finetune.devices import set_seed, start_devices
+    from finetune.files import write_csv
+    from finetune.prediction_files import check_write_path
+    from finetune.tables import resolve_class_names
+
+    check_write_path(configs.write_path, configs.train_csv)
+    configs.classes = resolve_class_names(
+        configs.classes, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
+    )
+    start_devices(configs.gpu_percentage)
+    configs.random_seed = set_seed(configs.random_seed, configs.deterministic)
+    left_out_rows, number = draw_images(configs, configs.max_images)
+    names = BACKBONE_NAMES if ALL in configs.backbones else dict.fromkeys(configs.backbones)
+    sizes = [(side, side) for side in dict.fromkeys(configs.image_sizes)] or [configs.image_target_size[:2]]
+    probed, left_out = probe_backbones(configs, names, sizes, left_out_rows, number)
+    ranking = rank(probed, configs.classes, configs.multi_label_classification, configs.random_seed)
+    write_csv(configs.write_path, ranking)
+    picture = draw_ranking(ranking, configs.write_path)
+    print_ranking(ranking, left_out, configs.num_epochs)
+    print(f"Wrote {configs.write_path} and {picture}")
+    return {"ranking": ranking, "left_out": left_out}
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,227 @@
+"""What a comparison of backbones shows: a table, lines that say what to make of it, and a picture."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from finetune.backbone_comparison import show_size
+from finetune.figures import COLOURS, MUTED, PRINTED_DPI, style
+from finetune.files import atomic_path
+from finetune.texts import join_names, show_duration
+
+FIGURES = {"accuracy": "Accuracy", "mean_average_precision": "Mean average precision"}
+LONGEST_REASON = 160
+MOST_NAMED = 20
+# Where a label may stand, in points from its candidate's point, the preferred place first.
+ANGLES = np.radians([0, 180, 90, 270, 45, 135, 315, 225, 22, 158, 338, 202, 67, 113, 247, 293])
+DISTANCES = (9, 18, 30, 44, 60, 80)
+# Points from a candidate's middle that its mark covers.
+DOT = 6
+
+
+def get_figure_name(ranking: pd.DataFrame) -> str:
+    """Returns the column that a ranking is ordered by."""
+    return next(name for name in FIGURES if name in ranking)
+
+
+def name_candidates(ranking: pd.DataFrame) -> list[str]:
+    """Returns the candidates' names with their sizes, in the ranking's order."""
+    columns = zip(ranking["backbone"], ranking["height"], ranking["width"], strict=True)
+    return [f"{backbone} at {show_size(height, width)}" for backbone, height, width in columns]
+
+
+def print_ranking(ranking: pd.DataFrame, left_out: dict[str, str], epochs: int) -> None:
+    """Prints the table, which one is suggested, and what could not be compared.
+
+    Args:
+        ranking: as `backbone_comparison.rank` gives it.
+        left_out: why others are not in it, by their names.
+        epochs: that the seconds of training are for.
+    """
+    print(f"\n{format_ranking(ranking)}\n")
+    print(f"Training: {epochs} epochs on all images of train_csv on this machine, estimated from the speed.")
+    for reason in dict.fromkeys(left_out.values()):
+        names = join_names([name for name, other in left_out.items() if other == reason], MOST_NAMED)
+        print(f"Left out: {names}: {textwrap.shorten(reason, LONGEST_REASON, placeholder=' ...')}")
+    print(describe_suggestion(ranking))
+    print("This ranks frozen backbones by a probe, a regression on their features: fine-tuning may change the order.")
+
+
+def format_ranking(ranking: pd.DataFrame) -> str:
+    """Lays a ranking out, a line a candidate."""
+    figure = get_figure_name(ranking)
+    rows = [("", "size", figure.replace("_", " "), "95 % interval", "images/s", "training", "parameters", "MB", "")]
+    for row in ranking.to_dict("records"):
+        note = "suggested" if row["suggested"] else "not told apart from it" if row["not_told_apart"] else ""
+        costs = (f"{row['images_per_second']:.1f}", show_duration(row["training_seconds"]))
+        costs += (f"{row['parameters'] / 1e6:.1f} M", f"{row['megabytes']:.1f}")
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        size = show_size(row["height"], row["width"])
+        rows.append((row["backbone"], size, f"{row[figure]:.3f}", interval, *costs, note))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]).rstrip() for row in rows
+    )
+
+
+def describe_suggestion(ranking: pd.DataFrame) -> str:
+    """Returns the line that suggests a candidate, and names those that the images do not tell from it."""
+    names = name_candidates(ranking)
+    chosen = int(np.flatnonzero(ranking["suggested"])[0])
+    others = [names[place] for place in np.flatnonzero(ranking["not_told_apart"])]
+    reason = "the best" if chosen == 0 else f"the fastest of those not told apart from the best, {names[0]}"
+    if len(names) == 1:
+        return f"Suggestion: {names[0]}, the only one that could be compared."
+    told = f"The {ranking['images'].iloc[0]} images do not tell it from {join_names(others, MOST_NAMED)}."
+    if not others:
+        told = "All others are behind it by more than 1.96 standard errors."
+    return f"Suggestion: {names[chosen]}, {reason}. {told}"
+
+
+def draw_ranking(ranking: pd.DataFrame, write_path: str) -> str:
+    """Draws the figure over the speed beside a table's file, as a PNG file.
+
+    Args:
+        ranking: as `backbone_comparison.rank` gives it.
+        write_path: of the table.
+
+    Returns:
+        The picture's path.
+    """
+    path = f"{os.path.splitext(write_path)[0]}.png"
+    with style({}), atomic_path(path) as temporary:
+        draw_front(ranking).savefig(temporary, dpi=PRINTED_DPI, facecolor="white")
+    return path
+
+
+def draw_front(ranking: pd.DataFrame) -> Figure:
+    """Draws each figure, with its interval, over the speed, and the front of those that none beats in both."""
+    column = get_figure_name(ranking)
+    figure = Figure(figsize=(8.6, 5.6), layout="constrained")
+    axes = figure.add_subplot()
+    speeds, values = ranking["images_per_second"].to_numpy(), ranking[column].to_numpy()
+    is_on_front = ranking["on_front"].to_numpy()
+    spread = np.abs(ranking[["low", "high"]].to_numpy().T - values)
+    axes.errorbar(speeds, values, spread, fmt="none", ecolor=MUTED, elinewidth=1, alpha=0.45, zorder=1)
+    front = np.flatnonzero(is_on_front)[np.argsort(speeds[is_on_front], kind="stable")]
+    axes.plot(speeds[front], values[front], color=COLOURS[1], linewidth=1.6, zorder=2, label="_")
+    kinds = (
+        (~is_on_front, "o", COLOURS[0], 46, "another is better and faster"),
+        (is_on_front, "D", COLOURS[1], 52, "none is better and faster"),
+        (ranking["suggested"].to_numpy(), "*", "#1b2128", 170, "suggested"),
+    )
+    for chosen, marker, colour, size, label in kinds:
+        if chosen.any():
+            points = (speeds[chosen], values[chosen])
+            axes.scatter(*points, s=size, marker=marker, color=colour, edgecolor="white", label=label, zorder=3)
+    axes.set(xscale="log", xlabel="Images a second, features alone", ylabel=FIGURES[column])
+    axes.margins(x=0.16, y=0.08)
+    set_speed_ticks(axes, speeds)
+    axes.grid(alpha=0.3)
+    # Beneath the picture it covers no point.
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    axes.set_title("Frozen backbones by a probe; grey lines are 95 % intervals", fontsize=10)
+    place_labels(axes, np.stack([speeds, values], axis=1), name_points(ranking), front)
+    return figure
+
+
+def name_points(ranking: pd.DataFrame) -> list[str]:
+    """Returns the candidates' names, with their sizes where these differ."""
+    names = name_candidates(ranking)
+    several = len(ranking[["height", "width"]].drop_duplicates()) > 1
+    return [name.replace(" at ", " ") for name in names] if several else ranking["backbone"].tolist()
+
+
+def set_speed_ticks(axes: Axes, speeds: np.ndarray) -> None:
+    """Writes speeds below a logarithmic axis as numbers, enough of them within a narrow range too."""
+    steps = (1, 2, 5) if speeds.max() > 4 * speeds.min() else range(1, 10)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def place_labels(axes: Axes, points: np.ndarray, names: Sequence[str], front: np.ndarray) -> list[Text]:
+    """Writes names where they cover least of other names, points, the front and the margin; far ones have a line.
+
+    Args:
+        axes: with all points drawn.
+        points: `(points, 2)`, in the data's own units.
+        names: of the points.
+        front: positions of the points that a line joins.
+    """
+    # The layout decides where points are; labels have no part in it.
+    axes.figure.draw_without_rendering()
+    scale = axes.figure.dpi / 72
+    centres = axes.transData.transform(points)
+    dots = np.concatenate([centres - DOT * scale, centres + DOT * scale], axis=1)
+    line = find_line_boxes(centres[front], scale)
+    frame, taken, texts = axes.get_window_extent().extents, [], []
+    # From the top down, so that a crowd's labels stand in the order of its points.
+    for number in np.argsort(-centres[:, 1], kind="stable"):
+        look = {"fontsize": 8.5, "zorder": 4, "in_layout": False, "ha": "center", "va": "center"}
+        text = axes.annotate(names[number], points[number], **look)
+        box = text.get_window_extent()
+        text.remove()
+        half = np.array([box.width, box.height]) / 2
+        others = np.concatenate([np.delete(dots, number, axis=0), np.reshape(taken, (-1, 4)), line])
+        shifts = list_shifts(half, scale)
+        boxes = [np.concatenate([centres[number] + shift - half, centres[number] + shift + half]) for shift in shifts]
+        costs = [measure_overlap(corners, others, frame) for corners in boxes] + np.arange(len(boxes)) * scale**2
+        best = int(np.argmin(costs))
+        taken.append(boxes[best])
+        is_far = np.hypot(*np.maximum(np.abs(shifts[best]) - half, 0)) > DISTANCES[0] * scale
+        leader = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4} if is_far else None
+        place = {"xytext": shifts[best] / scale, "textcoords": "offset points", "arrowprops": leader}
+        texts.append(axes.annotate(names[number], points[number], **look, **place))
+        # What crosses a name, as an interval may, leaves it legible.
+        texts[-1].set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+    return texts
+
+
+def find_line_boxes(corners: np.ndarray, scale: float) -> np.ndarray:
+    """Returns small boxes along a line through points, `(boxes, 4)`: left, bottom, right and top, in pixels.
+
+    Args:
+        corners: `(points, 2)`, in pixels.
+        scale: pixels a point.
+    """
+    steps = np.linspace(0, 1, 60)[:, None]
+    middles = [start + (end - start) * steps for start, end in itertools.pairwise(corners)]
+    middles = np.concatenate([np.zeros((0, 2)), *middles])
+    return np.concatenate([middles - 2 * scale, middles + 2 * scale], axis=1)
+
+
+def list_shifts(half: np.ndarray, scale: float) -> list[np.ndarray]:
+    """Returns how far from its point a label's middle may stand, in pixels, the preferred place first.
+
+    Args:
+        half: of the label's width and height, in pixels.
+        scale: pixels a point.
+    """
+    directions = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)
+    return [turn * distance * scale + np.round(turn, 1) * half for distance in DISTANCES for turn in directions]
+
+
+def measure_overlap(corners: np.ndarray, others: np.ndarray, frame: np.ndarray) -> float:
+    """Returns the area that a box shares with others, or has outside of a frame, in pixels.
+
+    Args:
+        corners: left, bottom, right and top.
+        others: likewise, `(boxes, 4)`.
+        frame: likewise.
+    """
+    sides = np.minimum(corners[2:], others[:, 2:]) - np.maximum(corners[:2], others[:, :2])
+    shared = np.prod(np.maximum(sides, 0), axis=1).sum()
+    inside = np.prod(np.maximum(np.minimum(corners[2:], frame[2:]) - np.maximum(corners[:2], frame[:2]), 0))
+    return float(shared + 2 * (np.prod(corners[2:] - corners[:2]) - inside))
