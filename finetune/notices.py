@@ -49,7 +49,8 @@ def silence_libraries(verbose: bool) -> None:
     os.environ.setdefault(LEVEL_VARIABLE, "2")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     if not sys.warnoptions:
-        warnings.simplefilter("ignore")
+        # Behind the filters that are there: what is made an error stays one.
+        warnings.simplefilter("ignore", append=True)
     if "tensorflow" not in sys.modules:
         sys.meta_path.insert(0, QuietLoading())
 

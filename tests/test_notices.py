@@ -87,6 +87,20 @@ def test_own_settings_of_the_user_win(tmp_path):
     assert "UserWarning: old" in run_code(tmp_path, "import tensorflow", PYTHONWARNINGS="default").stderr
 
 
+def test_warning_that_is_made_an_error_stays_one(tmp_path):
+    code = "warnings.simplefilter('error', ResourceWarning); warnings.warn('a'); warnings.warn('b', ResourceWarning)"
+    add_library(tmp_path, "")
+    before = f"import warnings\n{code.split(';')[0]}"
+    (tmp_path / "early.py").write_text(before)
+    result = run_code(tmp_path, code.split("; ", 1)[1])
+    assert result.stderr == ""
+    script = (tmp_path / "tiny.py").read_text().replace("import os, sys", "import early, os, sys")
+    (tmp_path / "tiny.py").write_text(script)
+    failed = subprocess.run([sys.executable, str(tmp_path / "tiny.py")], capture_output=True, text=True)
+    assert failed.stderr.endswith("ResourceWarning: b\n")
+    assert failed.returncode == 1
+
+
 @pytest.mark.parametrize("code", ["import tensorflow", "\n    with hiding_notices():\n        import tensorflow"])
 def test_crash_while_loading_tells_its_last_words(tmp_path, code):
     add_library(tmp_path, "os.write(2, b'F0000 00:00:1 The CPU has no AVX.\\n'); os.abort()")
