@@ -1,10 +1,10 @@
 """How many changed labels find_label_errors.py's judge finds, and what it takes for many images.
 
-python benchmarks/label_errors.py shares SIZE FOLDER...    changes 5 % of the labels of 800 photos at random, five times,
-                                                           and prints for each draw the share of the changed ones among
-                                                           the first twice as many suspects, beside that by the
-                                                           probability of the given label alone, and cleanlab's estimate
-                                                           of their number; the folders hold a folder of photos a class
+python benchmarks/label_errors.py shares SIZE FOLDER...    changes 5 % of the labels of 800 photos at random, five
+                                                           times, and prints for each draw the share of the changed
+                                                           ones among the first twice as many suspects, and that by a
+                                                           single cross-validation's probability of the given label;
+                                                           the folders hold a folder of photos a class
 python benchmarks/label_errors.py memory IMAGES CHANNELS   judges made-up features of 20 classes, and prints the seconds
                                                            and the most memory that the process has had, in MiB
 
@@ -61,6 +61,7 @@ def change_labels(labels: np.ndarray, number: int, rng: np.random.Generator) -> 
 def measure_shares(size: int, folders: list[str]) -> None:
     """Prints the share that is found, draw by draw, and the means."""
     from finetune.label_errors import answer_out_of_fold, estimate_errors, rank_suspects
+    from finetune.probe import cross_validate
 
     features, truth, names = read_photos(folders, size)
     shares, bars = [], []
@@ -73,14 +74,15 @@ def measure_shares(size: int, folders: list[str]) -> None:
         suspects, _ = rank_suspects(labels, probabilities, multi_label=False)
         estimate = estimate_errors(labels, probabilities, False, seed=0)
         seconds, changed = time.perf_counter() - start, is_changed.sum()
-        shares.append(is_changed[suspects[: 2 * changed]].mean() * len(suspects[: 2 * changed]) / changed)
-        alone = np.argsort(probabilities[np.arange(len(labels)), labels], kind="stable")
+        shares.append(is_changed[suspects[: 2 * changed]].sum() / changed)
+        once = cross_validate([features[rows]], labels, False, len(names), seed=0)
+        alone = np.argsort(once[np.arange(len(labels)), labels], kind="stable")
         bars.append(is_changed[alone[: 2 * changed]].sum() / changed)
         print(
-            f"draw {draw}: {shares[-1]:.3f} of {changed}, by the given label's probability {bars[-1]:.3f}; estimated "
+            f"draw {draw}: {shares[-1]:.3f} of {changed}, by one cross-validation {bars[-1]:.3f}; estimated "
             f"{estimate.number} ({estimate.low} to {estimate.high}); {len(suspects)} suspects, {seconds:.0f} s"
         )
-    for name, values in (("found", shares), ("by the given label's probability", bars)):
+    for name, values in (("found", shares), ("by one cross-validation", bars)):
         print(f"{name}: mean {np.mean(values):.3f}, {min(values):.3f} to {max(values):.3f}")
 
 

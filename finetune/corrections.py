@@ -72,8 +72,8 @@ def read_corrections(path: str) -> pd.DataFrame:
     table = parse_table(path, IMAGE_COLUMN)
     if missing := [name for name in COLUMNS if name not in table.columns]:
         raise UserError(
-            f"{path} has no column '{missing[0]}'. Its columns: {join_names(table.columns)}. Expected the corrections.csv "
-            "that the page of find_label_errors.py saves."
+            f"{path} has no column '{missing[0]}'. Its columns: {join_names(table.columns)}. Expected the "
+            "corrections.csv that the page of find_label_errors.py saves."
         )
     return table
 

@@ -187,9 +187,17 @@ def answer_out_of_fold(
 ) -> np.ndarray:
     """Returns what a regression on the other images says of each one, `(images, classes)`.
 
-    The only image of a class has no other one to be known by: its label is taken as right, which is printed.
+    It is fitted twice, the second time without the images whose labels the first answers say are wrong, since these
+    spoil the answers for others; the result is the mean. The only image of a class has no other one to be known by: its
+    label is taken as right, which is printed.
     """
-    probabilities = cross_validate([features], labels, multi_label, len(class_names), seed)
+    first = cross_validate([features], labels, multi_label, len(class_names), seed)
+    wrong = rank_suspects(labels, first, multi_label)[0][: count_errors(labels, first, multi_label)]
+    probabilities = first
+    # Where most labels seem wrong, nothing is known of which.
+    if 0 < len(wrong) < len(labels) // 2:
+        second = cross_validate([features], labels, multi_label, len(class_names), seed + 1, unlearnt=wrong)
+        probabilities = (first + second) / 2
     one_hot = labels if multi_label else np.eye(len(class_names), dtype=np.uint8)[labels]
     single = np.flatnonzero(one_hot.sum(axis=0) == 1)
     if single.size:
@@ -216,14 +224,15 @@ def find_likely(probabilities: np.ndarray, multi_label: bool) -> np.ndarray:
 def score_labels(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> np.ndarray:
     """Returns cleanlab's quality of each image's label, in `[0, 1]`, the lowest the most doubtful.
 
-    Single-label it is the normalized margin: below 0.5 another class is more probable than the given one.
+    Single-label it is the probability of the given label; multi-label a mean over all labels, in which the worst one
+    counts most.
 
-    Source: Kuan and Mueller, ICML 2022 workshop DataPerf; multi-label Thyagarajan et al., 2023 (arXiv:2211.13895).
+    Source: Kuan and Mueller, ICML 2022 workshop DataPerf; multi-label Thyagarajan et al., 2022 (arXiv:2211.13895).
     """
     if multi_label:
         given = [np.flatnonzero(row).tolist() for row in labels]
         return cleanlab.multilabel_classification.get_label_quality_scores(given, probabilities)
-    return cleanlab.rank.get_label_quality_scores(labels, probabilities, method="normalized_margin")
+    return cleanlab.rank.get_label_quality_scores(labels, probabilities, method="self_confidence")
 
 
 def rank_suspects(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> tuple[np.ndarray, np.ndarray]:
