@@ -67,7 +67,7 @@ def main(configs: LabelErrorConfigs) -> dict:
     summary = summarize(estimate, len(evidence.rows), len(suspects))
     write_csv(configs.write_path, suspects)
     page_path = f"{os.path.splitext(configs.write_path)[0]}.html"
-    write_page(page_path, suspects, positions, evidence, summary, configs)
+    write_page(page_path, suspects, positions, evidence, summary, csv_path, configs)
     print(f"{summary}\nWrote {configs.write_path} and the page to look at them, {page_path}")
     return {"suspects": suspects, "estimate": estimate}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,8 @@ from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR
 
 PHOTO_SIDE = 160
 NEIGHBOUR_SIDE = 80
+# Of the JPEGs: a page of 2,000 suspects has 30 MiB.
+QUALITY = 75
 
 
 def write_page(
@@ -32,6 +34,7 @@ def write_page(
     positions: np.ndarray,
     evidence: Evidence,
     summary: str,
+    csv_path: str,
     configs: Configs,
 ) -> None:
     """Writes the page of suspects, atomically; it loads nothing else.
@@ -42,24 +45,12 @@ def write_page(
         positions: of them among the images.
         evidence: the images.
         summary: how many labels are expected to be wrong, in sentences.
-        configs: with `classes`; the options that the command line which applies the corrections repeats.
+        csv_path: the table.
+        configs: with `classes`, what photos may have, and what the command line that corrects the table repeats.
 
     Raises:
         UserError: a photo can no longer be read, or the page not be written.
     """
-    neighbours = find_neighbours(evidence.features, positions)
-    photos = _embed_photos(positions, evidence.files, PHOTO_SIDE, configs)
-    small = _embed_photos(np.unique(neighbours), evidence.files, NEIGHBOUR_SIDE, configs)
-    cards = [
-        suspect
-        | {
-            "photo": photos[position],
-            "neighbours": [(small[other], evidence.texts[other], evidence.names[other]) for other in others],
-        }
-        for suspect, position, others in zip(
-            suspects.to_dict("records"), positions.tolist(), neighbours.tolist(), strict=True
-        )
-    ]
     style = "".join(read_template(f"{name}.css") for name in ("report", "label_errors"))
     script = read_template("label_errors.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -67,8 +58,8 @@ def write_page(
         style=Markup(style),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
-        table=getattr(configs, "csv_path", ""),
-        cards=cards,
+        table=csv_path,
+        cards=_make_cards(suspects, positions, evidence, configs),
         summary=summary,
         multi_label=configs.multi_label_classification,
         # As they are in the table, for the page's own script: what people read may have escapes in it.
@@ -78,9 +69,28 @@ def write_page(
             "separator": LABEL_SEPARATOR if configs.multi_label_classification else "",
             "suspects": suspects[["row", IMAGE_COLUMN, "given_label", "likely_label"]].to_numpy().tolist(),
         },
-        command=_apply_command(configs),
+        command=_apply_command(csv_path, configs),
     )
     write_text(path, page)
+
+
+def _make_cards(
+    suspects: pd.DataFrame, positions: np.ndarray, evidence: Evidence, configs: Configs
+) -> list[dict[str, Any]]:
+    """Returns what the page shows of each suspect: its columns, `photo`, and of `neighbours` photo, label and path."""
+    neighbours = find_neighbours(evidence.features, positions)
+    photos = _embed_photos(positions, evidence.files, PHOTO_SIDE, configs)
+    small = _embed_photos(np.unique(neighbours), evidence.files, NEIGHBOUR_SIDE, configs)
+    return [
+        suspect
+        | {
+            "photo": photos[position],
+            "neighbours": [(small[other], evidence.texts[other], evidence.names[other]) for other in others],
+        }
+        for suspect, position, others in zip(
+            suspects.to_dict("records"), positions.tolist(), neighbours.tolist(), strict=True
+        )
+    ]
 
 
 def _embed_photos(positions: np.ndarray, files: Sequence[str], longest_side: int, configs: Configs) -> dict[int, str]:
@@ -88,15 +98,15 @@ def _embed_photos(positions: np.ndarray, files: Sequence[str], longest_side: int
 
     def embed(position: int) -> str:
         photo = read_image(files[position], (longest_side, longest_side), configs.max_image_pixels)
-        return encode_photo(photo, longest_side)
+        return encode_photo(photo, longest_side, QUALITY)
 
     with ThreadPoolExecutor(max(configs.generator_workers, 1)) as pool:
         return dict(zip(positions.tolist(), pool.map(embed, positions.tolist()), strict=True))
 
 
-def _apply_command(configs: Configs) -> str:
+def _apply_command(csv_path: str, configs: Configs) -> str:
     """Returns the command line that applies the corrections which the page saves."""
-    words = ["python", "find_label_errors.py", "--csv_path", os.fspath(getattr(configs, "csv_path", ""))]
+    words = ["python", "find_label_errors.py", "--csv_path", csv_path]
     if configs.csv_label_column != Configs.defaults()["csv_label_column"]:
         words += ["--csv_label_column", configs.csv_label_column]
     if configs.multi_label_classification:

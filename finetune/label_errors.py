@@ -211,13 +211,39 @@ def answer_out_of_fold(
     return probabilities
 
 
-def find_likely(probabilities: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Returns the likely labels as `encode_labels` gives them; of several labels at least one is likely."""
+def find_wrong_labels(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Returns which of several labels are wrong as cleanlab counts them, each judged by itself, bool.
+
+    Args:
+        labels: `(images, classes)` of zeros and ones.
+        probabilities: `(images, classes)`.
+    """
+    is_wrong = np.zeros(labels.shape, bool)
+    for position, (given, probability) in enumerate(zip(labels.T.astype(int), probabilities.T, strict=True)):
+        pair = np.stack([1 - probability, probability], axis=1)
+        _, rows = cleanlab.count.compute_confident_joint(
+            given, pair, calibrate=False, return_indices_of_off_diagonals=True
+        )
+        rows = np.array(rows, int)
+        is_wrong[rows, position] = pair.argmax(axis=1)[rows] != given[rows]
+    return is_wrong
+
+
+def find_likely(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> np.ndarray:
+    """Returns the likely labels as `encode_labels` gives them.
+
+    Of several labels, those that cleanlab counts as wrong are changed or, where it counts none, the most doubtful one
+    if it is more probably wrong than right; all others are left. At least one label is likely.
+    """
     best = probabilities.argmax(axis=1)
     if not multi_label:
         return best
-    likely = (probabilities >= 0.5).astype(np.uint8)
-    likely[np.arange(len(best)), best] = 1
+    changes, doubts = find_wrong_labels(labels, probabilities), np.where(labels == 1, 1 - probabilities, probabilities)
+    rows = np.flatnonzero(~changes.any(axis=1) & (doubts.max(axis=1) > 0.5))
+    changes[rows, doubts[rows].argmax(axis=1)] = True
+    likely = np.where(changes, 1 - labels, labels).astype(np.uint8)
+    rows = np.flatnonzero(~likely.any(axis=1))
+    likely[rows, best[rows]] = 1
     return likely
 
 
@@ -235,7 +261,9 @@ def score_labels(labels: np.ndarray, probabilities: np.ndarray, multi_label: boo
     return cleanlab.rank.get_label_quality_scores(labels, probabilities, method="self_confidence")
 
 
-def rank_suspects(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> tuple[np.ndarray, np.ndarray]:
+def rank_suspects(
+    labels: np.ndarray, probabilities: np.ndarray, multi_label: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ranks the images whose likely label is another one than the given.
 
     Args:
@@ -244,12 +272,16 @@ def rank_suspects(labels: np.ndarray, probabilities: np.ndarray, multi_label: bo
         multi_label: which kind of labels.
 
     Returns:
-        Positions of the suspects, the most doubtful first, and the quality of every image's label.
+        Positions of the suspects, the most doubtful first; of every image, the quality of its label, and the likely
+        one as `find_likely` gives it.
     """
-    qualities = score_labels(labels, probabilities, multi_label)
-    differs = find_likely(probabilities, multi_label) != labels
+    qualities, likely = (
+        score_labels(labels, probabilities, multi_label),
+        find_likely(labels, probabilities, multi_label),
+    )
+    differs = likely != labels
     suspects = np.flatnonzero(differs.any(axis=1) if multi_label else differs)
-    return suspects[np.argsort(qualities[suspects], kind="stable")], qualities
+    return suspects[np.argsort(qualities[suspects], kind="stable")], qualities, likely
 
 
 def count_errors(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> int:
@@ -260,14 +292,7 @@ def count_errors(labels: np.ndarray, probabilities: np.ndarray, multi_label: boo
     """
     if not multi_label:
         return int(cleanlab.count.num_label_issues(labels, probabilities))
-    is_wrong = np.zeros(len(labels), bool)
-    for given, probability in zip(labels.T.astype(int), probabilities.T, strict=True):
-        pair = np.stack([1 - probability, probability], axis=1)
-        _, wrong = cleanlab.count.compute_confident_joint(
-            given, pair, calibrate=False, return_indices_of_off_diagonals=True
-        )
-        is_wrong[np.array(wrong, int)] |= (pair.argmax(axis=1) != given)[np.array(wrong, int)]
-    return int(is_wrong.sum())
+    return int(find_wrong_labels(labels, probabilities).any(axis=1).sum())
 
 
 def estimate_errors(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool, seed: int) -> Estimate:
@@ -314,14 +339,13 @@ def list_suspects(evidence: Evidence, class_names: Sequence[str], most: int) -> 
         positions among the images.
     """
     multi_label = evidence.labels.ndim == 2
-    suspects, qualities = rank_suspects(evidence.labels, evidence.probabilities, multi_label)
+    suspects, qualities, likely = rank_suspects(evidence.labels, evidence.probabilities, multi_label)
     suspects = suspects[:most]
-    likely = find_likely(evidence.probabilities[suspects], multi_label)
     columns = {
         "row": evidence.rows[suspects],
         IMAGE_COLUMN: [evidence.names[position] for position in suspects],
         "given_label": [evidence.texts[position] for position in suspects],
-        "likely_label": name_labels(likely, class_names),
+        "likely_label": name_labels(likely[suspects], class_names),
         "confidence": np.round(1 - qualities[suspects], 4),
         "rank": np.arange(1, len(suspects) + 1),
     }

@@ -48,7 +48,15 @@ def make_page(folder, multi_label=False):
     )
     suspects, positions = list_suspects(evidence, CLASSES, 500)
     pd.DataFrame({"path": evidence.names, "class": evidence.texts}).to_csv(configs.csv_path, index=False)
-    write_page(str(folder / "label_errors.html"), suspects, positions, evidence, "About 4 are wrong.", configs)
+    write_page(
+        str(folder / "label_errors.html"),
+        suspects,
+        positions,
+        evidence,
+        "About 4 are wrong.",
+        configs.csv_path,
+        configs,
+    )
     return folder / "label_errors.html"
 
 

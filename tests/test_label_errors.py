@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 import find_label_errors
+from configs import Configs
 from find_label_errors import LabelErrorConfigs
 from finetune.files import write_json
 from finetune.label_errors import (
@@ -69,20 +70,30 @@ def run(table, **options):
 
 def test_suspects_are_ranked_by_hand():
     probabilities = np.array([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.05, 0.9, 0.05], [0.3, 0.3, 0.4]])
-    suspects, qualities = rank_suspects(np.array([0, 0, 0, 2]), probabilities, multi_label=False)
+    suspects, qualities, likely = rank_suspects(np.array([0, 0, 0, 2]), probabilities, multi_label=False)
     np.testing.assert_allclose(qualities, [0.7, 0.1, 0.05, 0.4])
     assert suspects.tolist() == [2, 1]
+    assert likely.tolist() == [0, 1, 1, 2]
 
 
 def test_suspects_of_several_labels():
-    probabilities = np.array([[0.9, 0.2], [0.9, 0.9], [0.1, 0.4], [0.4, 0.1]])
-    labels = np.array([[1, 0], [1, 0], [1, 0], [1, 0]], np.uint8)
-    # At least one label holds: of the last image the more probable one, the given.
-    assert find_likely(probabilities, True).tolist() == [[1, 0], [1, 1], [0, 1], [1, 0]]
-    suspects, qualities = rank_suspects(labels, probabilities, multi_label=True)
+    probabilities = np.array([[0.9, 0.2], [0.9, 0.9], [0.1, 0.4], [0.4, 0.1], [0.8, 0.7]])
+    labels = np.array([[1, 0], [1, 0], [1, 0], [1, 0], [1, 1]], np.uint8)
+    suspects, qualities, likely = rank_suspects(labels, probabilities, multi_label=True)
+    # The second lacks a label. The third has a doubtful one, but not none: the more probable one comes in its place.
+    # The fourth would have none, and keeps the more probable one, its own.
+    assert likely.tolist() == [[1, 0], [1, 1], [0, 1], [1, 0], [1, 1]]
     assert sorted(suspects.tolist()) == [1, 2]
     # The worst label of the second image counts four times the other one.
     np.testing.assert_allclose(qualities[1], 0.8 * 0.1 + 0.2 * 0.9)
+
+
+def test_of_several_labels_only_the_doubtful_ones_change():
+    # The class of the middle is present or not with certainty, but for the first image, which lacks it.
+    probabilities = np.array([[0.45, 0.95, 0.9]] + [[0.6, 0.95, 0.9]] * 5 + [[0.6, 0.05, 0.9]] * 5)
+    labels = (probabilities > 0.5).astype(np.uint8)
+    labels[0] = [1, 0, 1]
+    assert find_likely(labels, probabilities, True)[0].tolist() == [1, 1, 1]
 
 
 def test_errors_are_counted_by_hand():
@@ -150,6 +161,7 @@ def test_changed_labels_come_first(table, capsys):
     assert len(run(table, max_suspects=1)["written"]) == 1
 
 
+@pytest.mark.slow
 def test_changed_sets_of_labels_come_first(multilabel_csv, tmp_path):
     frame = pd.read_csv(multilabel_csv)
     assert frame.loc[0, "class"] == "blue"
@@ -162,6 +174,7 @@ def test_changed_sets_of_labels_come_first(multilabel_csv, tmp_path):
     assert "blue" in first["likely_label"]
 
 
+@pytest.mark.slow
 def test_unreadable_photos_are_left_out_and_told(table, tmp_path, capsys):
     frame = pd.read_csv(table)
     (tmp_path / "cut.jpg").write_bytes(Path(frame.loc[0, "path"]).read_bytes()[:-200] + b"\xff\xd9")
@@ -176,6 +189,7 @@ def test_unreadable_photos_are_left_out_and_told(table, tmp_path, capsys):
     assert f"1 images could not be read and were left out: {tmp_path / 'cut.jpg'}" in printed
 
 
+@pytest.mark.slow
 def test_photos_are_read_by_urls(table, store):
     frame = pd.read_csv(table)
     for number, path in enumerate(frame["path"]):
@@ -190,7 +204,7 @@ def run_folder(table, photo_folder):
     """A run whose model tells the colours apart, and which was trained on the first eight photos of each."""
     folder = table.parent / "run"
     options = SMALL | {"classes": CLASSES, "final_layer_pooling": "avg", "classifier_layer_sizes": []}
-    configs = LabelErrorConfigs(**options)
+    configs = Configs(**options)
     model = ModelFactory().get_model(configs)
     folder.mkdir()
     files = sorted(photo_folder.glob("*/*.jpg"))
@@ -222,6 +236,7 @@ def test_a_run_that_has_learnt_all_images_judges_none(table, run_folder, photo_f
         run(table, load_model_path=str(run_folder))
 
 
+@pytest.mark.slow
 def test_a_run_without_its_list_is_told(table, run_folder, capsys):
     (run_folder / "trained_images.csv").unlink()
     run(table, load_model_path=str(run_folder))
