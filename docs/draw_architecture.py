@@ -33,6 +33,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "data": (
         *("finetune.inspection", "finetune.copies", "finetune.data_check", "finetune.splitting"),
         *("finetune.class_folders", "finetune.set_folders", "finetune.label_tables"),
+        "finetune.corrections",
         *(
             "finetune.caches",
             "finetune.resampling",
@@ -72,11 +73,12 @@ FLOORS: dict[str, tuple[str, ...]] = {
         *("finetune.figures", "finetune.log_figures", "finetune.summaries", "finetune.embedding", "finetune.runtimes"),
         *("finetune.predicting", "finetune.prediction_files", "finetune.cam_pictures", "finetune.gallery"),
         *("finetune.report", "finetune.card_parts", "finetune.model_card", "finetune.exports", "finetune.parity"),
-        *("finetune.compression_report", "finetune.backbone_report"),
+        *("finetune.compression_report", "finetune.backbone_report", "finetune.label_errors"),
+        "finetune.label_error_page",
     ),
     "your own code": ("utils",),
     "scripts": (
-        *("make_csv_from_folders", "split_train_test", "compare_backbones", "train", "test"),
+        *("make_csv_from_folders", "split_train_test", "compare_backbones", "find_label_errors", "train", "test"),
         *("draw_activations", "plot_training_log", "compress_weights", "predict"),
     ),
 }

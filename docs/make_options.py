@@ -11,6 +11,7 @@ sys.path.insert(0, str(PROJECT))
 from compare_backbones import CompareConfigs  # noqa: E402
 from compress_weights import CompressConfigs  # noqa: E402
 from configs import BACKBONE_NAMES, Configs  # noqa: E402
+from find_label_errors import LabelErrorConfigs  # noqa: E402
 from make_csv_from_folders import FolderConfigs  # noqa: E402
 from plot_training_log import PlotConfigs  # noqa: E402
 from predict import PredictConfigs  # noqa: E402
@@ -27,6 +28,7 @@ SCRIPTS: dict[str, type[Configs]] = {
     "plot_training_log.py": PlotConfigs,
     "compress_weights.py": CompressConfigs,
     "predict.py": PredictConfigs,
+    "find_label_errors.py": LabelErrorConfigs,
 }
 INTRODUCTION = """\
 # Options

@@ -92,8 +92,8 @@ def embed_gallery(gallery: dict[str, list[dict[str, Any]]]) -> dict[str, list[di
         name: [
             item
             | {
-                "photo": _encode_photo(item["photo"]),
-                "heatmap": None if item["heatmap"] is None else _encode_photo(item["heatmap"]),
+                "photo": encode_photo(item["photo"]),
+                "heatmap": None if item["heatmap"] is None else encode_photo(item["heatmap"]),
                 "missed": [label for label in item["true"] if label not in item["predicted"]],
                 "is_right": set(item["true"]) == set(item["predicted"]),
             }
@@ -103,14 +103,14 @@ def embed_gallery(gallery: dict[str, list[dict[str, Any]]]) -> dict[str, list[di
     }
 
 
-def _encode_photo(photo: np.ndarray) -> str:
-    """Returns a uint8 RGB image, shrunk to at most 320 pixels a side, as the data URI of a JPEG."""
-    scale = PHOTO_SIZE / max(photo.shape[:2])
+def encode_photo(photo: np.ndarray, longest_side: int = PHOTO_SIZE, quality: int = JPEG_QUALITY) -> str:
+    """Returns a uint8 RGB image, shrunk to at most so many pixels a side, as the data URI of a JPEG."""
+    scale = longest_side / max(photo.shape[:2])
     if scale < 1:
         size = tuple(max(1, round(side * scale)) for side in photo.shape[1::-1])
         photo = cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
     bgr = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)
-    return _data_uri("jpeg", cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes())
+    return _data_uri("jpeg", cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes())
 
 
 def _data_uri(kind: str, content: bytes) -> str:

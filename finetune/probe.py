@@ -27,6 +27,10 @@ STRENGTHS = 10.0 ** np.arange(-2.5, 1.25, 0.5)
 USUAL_STRENGTH = 10.0**-1.5
 FOLDS = 5
 MOST_COMPARED_IMAGES = 2000
+# Numbers that are computed with in double precision out of fold: 256 MiB.
+MOST_DOUBLED = 2**25
+# How near to its end a regression is fitted that stays, and one whose answers are compared alone.
+TOLERANCE, COMPARING_TOLERANCE = 1e-6, 1e-4
 
 
 def compute_features(
@@ -127,7 +131,12 @@ def initialize_head(
 
 
 def cross_validate(
-    views: Sequence[np.ndarray], labels: np.ndarray, multi_label: bool, number: int, seed: int
+    views: Sequence[np.ndarray],
+    labels: np.ndarray,
+    multi_label: bool,
+    number: int,
+    seed: int,
+    unlearnt: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns what the regression says of each image that was fitted without that image: probabilities out of fold.
 
@@ -140,29 +149,36 @@ def cross_validate(
         multi_label: whether an image may have several labels.
         number: of classes.
         seed: of the folds.
+        unlearnt: positions of images that are answered for as the others, and never learnt from; at least one other
+            is left in each fold.
 
     Returns:
         float64 `(images, number)`.
     """
-    # In float32 the search for the best weights would not end within its tolerance.
-    scaled = np.concatenate(views) - views[0].mean(axis=0, dtype=np.float64)
-    scaled /= np.sqrt(np.mean(np.square(scaled))) or 1.0
+    # In float32 the search for the best weights may end short of its tolerance; of many images float64 takes gigabytes.
+    kind = np.float64 if sum(view.size for view in views) <= MOST_DOUBLED else np.float32
+    scaled = np.concatenate(views).astype(kind, copy=False)
+    scaled -= views[0].mean(axis=0, dtype=np.float64).astype(kind)
+    scaled /= np.sqrt(np.vdot(scaled, scaled) / scaled.size) or 1.0
     images = len(labels)
+    usable = np.setdiff1d(np.arange(images), [] if unlearnt is None else unlearnt)
     fit, link = (
         (_fit_labels, special.expit) if multi_label else (_fit_classes, functools.partial(special.softmax, axis=1))
     )
+    fit = functools.partial(fit, tolerance=COMPARING_TOLERANCE)
     probabilities = np.zeros((images, number))
     with threadpool_limits(1):
         scaled, _ = _reduce_columns(scaled)
         targets = list(labels.T.astype(int)) if multi_label else [labels]
-        strength = _choose_strength(scaled[:images], targets, seed)
+        compared = np.random.default_rng(seed).permutation(usable)[:MOST_COMPARED_IMAGES]
+        strength = _choose_strength(scaled[compared], [target[compared] for target in targets], seed)
         for held_out in _deal_folds(labels, seed):
-            learnt = np.setdiff1d(np.arange(images), held_out)
+            learnt = np.setdiff1d(usable, held_out)
             rows = np.concatenate([learnt + images * view for view in range(len(views))])
             repeated = np.concatenate([labels[learnt]] * len(views))
             kernel, bias = fit(scaled[rows], repeated, number, strength / len(views))
             for view in range(len(views)):
-                probabilities[held_out] += link(scaled[held_out + images * view] @ kernel + bias) / len(views)
+                probabilities[held_out] += link(_score(scaled[held_out + images * view], kernel, bias)) / len(views)
     return probabilities
 
 
@@ -285,7 +301,7 @@ def _build_regression(**options: Any) -> LogisticRegression:
 
 
 def _fit_classes(
-    features: np.ndarray, labels: np.ndarray, number: int, strength: float
+    features: np.ndarray, labels: np.ndarray, number: int, strength: float, tolerance: float = TOLERANCE
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fits one regression to labels `(images,)`; returns kernel `(columns, number)` and bias `(number,)`."""
     counts = np.bincount(labels, minlength=number)
@@ -293,23 +309,28 @@ def _fit_classes(
     known = np.flatnonzero(counts)
     if len(known) == 1:
         return kernel, bias
-    regression = _build_regression(C=strength, tol=1e-6).fit(features, labels)
+    regression = _build_regression(C=strength, tol=tolerance).fit(features, labels)
     # Of two classes it gives one score: half of it for the one, and half against the other.
     signs = np.array([[-0.5], [0.5]]) if len(known) == 2 else 1.0
     kernel[:, known] = (regression.coef_ * signs).T
-    scores = features @ kernel[:, known] + (regression.intercept_ * np.ravel(signs))
+    scores = _score(features, kernel[:, known], regression.intercept_ * np.ravel(signs))
     bias += special.logsumexp(scores, axis=1).mean()
     bias[known] = regression.intercept_ * np.ravel(signs)
     return kernel, bias
 
 
+def _score(features: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Returns logits; the kernel takes the features' type, not these the kernel's, which would copy them."""
+    return features @ kernel.astype(features.dtype) + bias
+
+
 def _fit_labels(
-    features: np.ndarray, labels: np.ndarray, number: int, strength: float
+    features: np.ndarray, labels: np.ndarray, number: int, strength: float, tolerance: float = TOLERANCE
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fits a regression to each column of labels; returns kernel `(columns, number)` and bias `(number,)`."""
     present = labels.sum(axis=0)
     kernel, bias = np.zeros((features.shape[1], number)), np.log((present + 1) / (len(labels) - present + 1))
     for position in np.flatnonzero((present > 0) & (present < len(labels))):
-        regression = _build_regression(C=strength, tol=1e-6).fit(features, labels[:, position].astype(int))
+        regression = _build_regression(C=strength, tol=tolerance).fit(features, labels[:, position].astype(int))
         kernel[:, position], bias[position] = regression.coef_[0], regression.intercept_[0]
     return kernel, bias

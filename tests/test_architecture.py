@@ -16,6 +16,7 @@ ROOMS: dict[str, Path] = HOUSE["list_rooms"]()
 SCRIPTS = (
     *("make_csv_from_folders", "split_train_test", "compare_backbones", "train", "test"),
     *("draw_activations", "plot_training_log", "compress_weights", "predict"),
+    "find_label_errors",
 )
 MODULES = ("configs", "augmenter", "generator", "model", "utils")
 OTHERS = (

@@ -14,7 +14,7 @@ from split_train_test import SplitConfigs
 SCRIPTS = sorted(path.name for path in PROJECT.glob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8"))
 NAMED_SCRIPTS = {
     *("make_csv_from_folders.py", "split_train_test.py", "train.py", "test.py", "draw_activations.py"),
-    *("plot_training_log.py", "compress_weights.py", "compare_backbones.py"),
+    *("plot_training_log.py", "compress_weights.py", "compare_backbones.py", "find_label_errors.py"),
 }
 DEFAULTS = [
     ("train_csv", "./data/training_set.csv"),
@@ -531,6 +531,7 @@ def test_help_names_every_option_and_loads_nothing_heavy(script):
         "plot_training_log.py": ["train_log_path"],
         "compress_weights.py": ["model_path"],
         "compare_backbones.py": ["backbones", "image_sizes", "max_images", "write_path"],
+        "find_label_errors.py": ["csv_path", "write_path", "max_suspects", "apply"],
     }
     words = result.stdout.split()
     assert [name for name in ["configs", *options, *own.get(script, [])] if f"--{name}" not in words] == []

@@ -11,6 +11,7 @@ import pytest
 from compare_backbones import CompareConfigs
 from compress_weights import CompressConfigs
 from configs import BACKBONE_NAMES, Configs
+from find_label_errors import LabelErrorConfigs
 from make_csv_from_folders import FolderConfigs
 from plot_training_log import PlotConfigs
 from predict import PredictConfigs
@@ -33,6 +34,7 @@ SCRIPT_CONFIGS = {
     "plot_training_log.py": PlotConfigs,
     "compress_weights.py": CompressConfigs,
     "predict.py": PredictConfigs,
+    "find_label_errors.py": LabelErrorConfigs,
 }
 # What of the inline code is a command line of another program.
 OTHER_PROGRAMS = ("pip ", "tensorboard ", "python -m ")

@@ -1,0 +1,76 @@
+"""Finds labels that are probably wrong, by a regression on a frozen backbone's features or by a run's trained model.
+
+It writes label_errors.csv and, beside it, label_errors.html: the photos to look at, and a button that saves what you
+find as corrections.csv. With apply it writes a copy of the table in which these labels are corrected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from configs import Configs
+from finetune.options import define, run_script
+
+MOST_SUSPECTS = 2000
+
+
+@dataclasses.dataclass
+class LabelErrorConfigs(Configs):
+    """The options of this script, beside those of every script."""
+
+    csv_path: str = define("./data/all_data.csv", "The CSV file whose labels are judged")
+    write_path: str = define(
+        "./label_errors.csv",
+        "The CSV file of suspects to write, and beside it the page; with apply the corrected table, by default "
+        "csv_path with _corrected in its name",
+    )
+    max_suspects: int = define(
+        500, "List that many suspects at most, the most doubtful ones", at_least=1, at_most=MOST_SUSPECTS
+    )
+    apply: str = define("", "The corrections.csv that the page has saved: write a copy of csv_path corrected by it")
+
+
+def main(configs: LabelErrorConfigs) -> dict:
+    """Judges every label of the table, writes the suspects and their page; or writes the corrected table.
+
+    Returns:
+        `suspects`, the table as written, and `estimate`, how many labels are expected to be wrong; with `apply`, how
+        many rows are marked in each way.
+    """
+    # Imported here, so that --help does not wait for pandas, nor a mistake for TensorFlow.
+    from finetune.corrections import apply_corrections, name_corrected
+
+    csv_path, multi_label = configs.csv_path, configs.multi_label_classification
+    if configs.apply:
+        write_path = configs.write_path if "write_path" in configs.given else name_corrected(csv_path)
+        return apply_corrections(csv_path, configs.apply, write_path, configs.csv_label_column, multi_label)
+
+    from finetune.files import write_csv
+    from finetune.prediction_files import check_write_path
+    from finetune.tables import read_table
+
+    check_write_path(configs.write_path, csv_path)
+    read_table(csv_path, configs.csv_label_column, multi_label)
+
+    from finetune.devices import start_devices
+    from finetune.label_error_page import write_page
+    from finetune.label_errors import estimate_errors, gather_evidence, get_judge, list_suspects, summarize
+
+    start_devices(configs.gpu_percentage)
+    judge, configs = get_judge(configs, csv_path)
+    evidence = gather_evidence(judge, configs, csv_path)
+    suspects, positions = list_suspects(evidence, configs.classes, configs.max_suspects)
+    estimate = estimate_errors(
+        evidence.labels, evidence.probabilities, configs.multi_label_classification, configs.random_seed or 0
+    )
+    summary = summarize(estimate, len(evidence.rows), len(suspects))
+    write_csv(configs.write_path, suspects)
+    page_path = f"{os.path.splitext(configs.write_path)[0]}.html"
+    write_page(page_path, suspects, positions, evidence, summary, csv_path, configs)
+    print(f"{summary}\nWrote {configs.write_path} and the page to look at them, {page_path}")
+    return {"suspects": suspects, "estimate": estimate}
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,389 @@
+"""Which labels are probably wrong: probabilities by those who have not learnt from an image, judged by cleanlab."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cleanlab.count
+import cleanlab.multilabel_classification
+import cleanlab.rank
+import keras
+import numpy as np
+import pandas as pd
+
+from configs import Configs
+from finetune.data_check import check_images
+from finetune.decision_file import read_decision
+from finetune.devices import set_seed
+from finetune.feature_store import get_features
+from finetune.inference_model import get_classifier, has_views
+from finetune.model_files import load_fitting_model
+from finetune.options import UserError
+from finetune.probe import cross_validate, split_head
+from finetune.run_data import IMAGES_FILE, find_trained_images
+from finetune.run_folder import find_trained_model
+from finetune.stores import join_path
+from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table, resolve_class_names
+from finetune.texts import join_names
+from generator import get_generator, tell_bad_images
+from model import ModelFactory
+
+NEIGHBOURS = 3
+RESAMPLINGS = 200
+# Rows whose similarities to all images are in memory at a time.
+CHUNK = 64
+
+
+class Judge(NamedTuple):
+    """What answers for the images: a backbone whose features a regression is fitted to, or a run's trained model.
+
+    Attributes:
+        model: as it was built or loaded.
+        path: of the run's model; empty for a regression.
+    """
+
+    model: keras.Model
+    path: str
+
+
+class Evidence(NamedTuple):
+    """Images that can be judged, in the order of the table.
+
+    Attributes:
+        rows: int `(images,)`, line numbers in the table.
+        names: paths as the table has them.
+        files: the files that these mean.
+        texts: the labels as the table has them.
+        labels: as `encode_labels` gives them.
+        features: float32 `(images, channels)`.
+        probabilities: `(images, classes)`, of images that the judge has not learnt from.
+    """
+
+    rows: np.ndarray
+    names: list[str]
+    files: list[str]
+    texts: list[str]
+    labels: np.ndarray
+    features: np.ndarray
+    probabilities: np.ndarray
+
+
+class Estimate(NamedTuple):
+    """How many labels are wrong, as cleanlab counts them, with the bounds of a 95 % interval over images."""
+
+    number: int
+    low: int
+    high: int
+
+
+def get_judge(configs: Configs, csv_path: str) -> tuple[Judge, Configs]:
+    """Builds the backbone that the configs describe or, where `load_model_path` is given, loads that run's model.
+
+    Returns:
+        The judge, and the configs with `classes`: of the table, or of the run.
+
+    Raises:
+        UserError: there is no such model, or the table is not usable.
+    """
+    configs = configs.replace(train_csv=csv_path)
+    if configs.load_model_path:
+        path, configs = find_trained_model(configs, ("image_directory", "csv_label_column"))
+        model = load_fitting_model(path, configs.classes, configs.image_target_size[:2])
+        if [layer.name for layer in get_classifier(model).layers[-2:]] != ["backbone", "classifier"]:
+            raise UserError(f"{path} has no parts 'backbone' and 'classifier'. Name a model that train.py has written.")
+        print(f"Model: {path}")
+        return Judge(model, path), configs
+    class_names = resolve_class_names(
+        configs.classes, csv_path, configs.csv_label_column, configs.multi_label_classification
+    )
+    configs = configs.replace(classes=class_names)
+    set_seed(configs.random_seed)
+    return Judge(ModelFactory().get_model(configs), ""), configs
+
+
+def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
+    """Reads the images of a table and answers for each by what has not learnt from it.
+
+    Images that cannot be read are left out under `skip_bad_images`, and with a run's model those that it was trained
+    on; either number is printed.
+
+    Raises:
+        UserError: the table or an image is not usable, or no image is left.
+    """
+    table = read_table(csv_path, configs.csv_label_column, configs.multi_label_classification)
+    names, texts = table[IMAGE_COLUMN].tolist(), table[configs.csv_label_column].tolist()
+    files = [join_path(configs.image_directory, name) for name in names]
+    left_out = {
+        *check_images(files, csv_path, configs.max_image_pixels, configs.generator_workers, configs.skip_bad_images)
+    }
+    if judge.path:
+        left_out |= find_learnt_rows(judge.path, csv_path, files, left_out)
+    sequence = get_generator(csv_path, configs.classes, configs, training=False, bad_rows=left_out)
+    rows = np.setdiff1d(np.arange(2, len(names) + 2), np.array(sorted(left_out), int))
+    classifier = get_classifier(judge.model)
+    features, is_read = get_features(classifier, sequence, configs.image_cache_path)
+    tell_bad_images(sequence)
+    if not is_read.any():
+        raise UserError(f"{csv_path}: none of the {len(rows)} images can be read. Check image_directory.")
+    labels = sequence.labels[is_read]
+    if not is_read.all():
+        features, rows = features[is_read], rows[is_read]
+    if not np.isfinite(features).all():
+        raise UserError("The backbone's features are not finite: its weights are damaged. Name another model.")
+    if judge.path:
+        mirrored = None
+        if has_views(judge.model):
+            mirrored = get_features(classifier, sequence, configs.image_cache_path, mirrored=True)[0][is_read]
+        probabilities = answer(judge, features, mirrored, configs)
+    else:
+        probabilities = answer_out_of_fold(
+            features, labels, configs.multi_label_classification, configs.classes, configs.random_seed or 0
+        )
+    names, files, texts = ([values[row - 2] for row in rows] for values in (names, files, texts))
+    return Evidence(rows, names, files, texts, labels, features, probabilities)
+
+
+def find_learnt_rows(model_path: str, csv_path: str, files: Sequence[str], bad_rows: set[int]) -> set[int]:
+    """Returns the line numbers of the images that a run was trained on, and prints their number.
+
+    Raises:
+        UserError: no other image is left.
+    """
+    folder = os.path.dirname(os.path.abspath(model_path))
+    usable = {row: file for row, file in enumerate(files, start=2) if row not in bad_rows}
+    found = find_trained_images(folder, list(usable.values()), ["training"])
+    if found is None:
+        print(
+            f"Warning: the run has no {IMAGES_FILE}: which images it was trained on, whose labels it believes, is not "
+            "known."
+        )
+        return set()
+    learnt = {row for row, file in usable.items() if file in found}
+    if len(learnt) == len(usable):
+        raise UserError(
+            f"{csv_path}: the model was trained on all {len(usable)} images, and believes their labels. Leave out "
+            "load_model_path to judge them."
+        )
+    if learnt:
+        print(f"Left out {len(learnt)} of {len(usable)} images, which the model was trained on.")
+    return learnt
+
+
+def answer(judge: Judge, features: np.ndarray, mirrored: np.ndarray | None, configs: Configs) -> np.ndarray:
+    """Returns a run's calibrated probabilities of images, `(images, classes)`, by their features."""
+    head = split_head(get_classifier(judge.model))
+    views = [features] if mirrored is None else [features, mirrored]
+    probabilities = np.mean([head.predict(view, batch_size=1024, verbose=0) for view in views], axis=0)
+    folder = os.path.dirname(os.path.abspath(judge.path))
+    return read_decision(folder, configs.classes, configs.multi_label_classification, judge.path).calibrate(
+        probabilities
+    )
+
+
+def answer_out_of_fold(
+    features: np.ndarray, labels: np.ndarray, multi_label: bool, class_names: Sequence[str], seed: int
+) -> np.ndarray:
+    """Returns what a regression on the other images says of each one, `(images, classes)`.
+
+    It is fitted twice, the second time without the images whose labels the first answers say are wrong, since these
+    spoil the answers for others; the result is the mean. The only image of a class has no other one to be known by: its
+    label is taken as right, which is printed.
+    """
+    first = cross_validate([features], labels, multi_label, len(class_names), seed)
+    wrong = rank_suspects(labels, first, multi_label)[0][: count_errors(labels, first, multi_label)]
+    probabilities = first
+    # Where most labels seem wrong, nothing is known of which.
+    if 0 < len(wrong) < len(labels) // 2:
+        second = cross_validate([features], labels, multi_label, len(class_names), seed + 1, unlearnt=wrong)
+        probabilities = (first + second) / 2
+    one_hot = labels if multi_label else np.eye(len(class_names), dtype=np.uint8)[labels]
+    single = np.flatnonzero(one_hot.sum(axis=0) == 1)
+    if single.size:
+        shown = join_names([class_names[position] for position in single])
+        print(f"Not judged, as no other image has the label: {shown}")
+    for position in single:
+        (row,) = np.flatnonzero(one_hot[:, position])
+        if not multi_label:
+            probabilities[row] = 0
+        probabilities[row, position] = 1
+    return probabilities
+
+
+def find_wrong_labels(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Returns which of several labels are wrong as cleanlab counts them, each judged by itself, bool.
+
+    Args:
+        labels: `(images, classes)` of zeros and ones.
+        probabilities: `(images, classes)`.
+    """
+    is_wrong = np.zeros(labels.shape, bool)
+    for position, (given, probability) in enumerate(zip(labels.T.astype(int), probabilities.T, strict=True)):
+        pair = np.stack([1 - probability, probability], axis=1)
+        _, rows = cleanlab.count.compute_confident_joint(
+            given, pair, calibrate=False, return_indices_of_off_diagonals=True
+        )
+        rows = np.array(rows, int)
+        is_wrong[rows, position] = pair.argmax(axis=1)[rows] != given[rows]
+    return is_wrong
+
+
+def find_likely(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> np.ndarray:
+    """Returns the likely labels as `encode_labels` gives them.
+
+    Of several labels, those that cleanlab counts as wrong are changed or, where it counts none, the most doubtful one
+    if it is more probably wrong than right; all others are left. At least one label is likely.
+    """
+    best = probabilities.argmax(axis=1)
+    if not multi_label:
+        return best
+    changes, doubts = find_wrong_labels(labels, probabilities), np.where(labels == 1, 1 - probabilities, probabilities)
+    rows = np.flatnonzero(~changes.any(axis=1) & (doubts.max(axis=1) > 0.5))
+    changes[rows, doubts[rows].argmax(axis=1)] = True
+    likely = np.where(changes, 1 - labels, labels).astype(np.uint8)
+    rows = np.flatnonzero(~likely.any(axis=1))
+    likely[rows, best[rows]] = 1
+    return likely
+
+
+def score_labels(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> np.ndarray:
+    """Returns cleanlab's quality of each image's label, in `[0, 1]`, the lowest the most doubtful.
+
+    Single-label it is the probability of the given label; multi-label a mean over all labels, in which the worst one
+    counts most.
+
+    Source: Kuan and Mueller, ICML 2022 workshop DataPerf; multi-label Thyagarajan et al., 2022 (arXiv:2211.13895).
+    """
+    if multi_label:
+        given = [np.flatnonzero(row).tolist() for row in labels]
+        return cleanlab.multilabel_classification.get_label_quality_scores(given, probabilities)
+    return cleanlab.rank.get_label_quality_scores(labels, probabilities, method="self_confidence")
+
+
+def rank_suspects(
+    labels: np.ndarray, probabilities: np.ndarray, multi_label: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ranks the images whose likely label is another one than the given.
+
+    Args:
+        labels: as `encode_labels` gives them.
+        probabilities: `(images, classes)`, of images that the judge has not learnt from.
+        multi_label: which kind of labels.
+
+    Returns:
+        Positions of the suspects, the most doubtful first; of every image, the quality of its label, and the likely
+        one as `find_likely` gives it.
+    """
+    qualities, likely = (
+        score_labels(labels, probabilities, multi_label),
+        find_likely(labels, probabilities, multi_label),
+    )
+    differs = likely != labels
+    suspects = np.flatnonzero(differs.any(axis=1) if multi_label else differs)
+    return suspects[np.argsort(qualities[suspects], kind="stable")], qualities, likely
+
+
+def count_errors(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> int:
+    """Returns how many images have a wrong label, as cleanlab counts them.
+
+    Source: Northcutt et al., JAIR 2021 (arXiv:1911.00068): an image counts whose probability of another label is at
+    least the mean one of the images with that label. Of several labels, each is judged by itself.
+    """
+    if not multi_label:
+        return int(cleanlab.count.num_label_issues(labels, probabilities))
+    return int(find_wrong_labels(labels, probabilities).any(axis=1).sum())
+
+
+def estimate_errors(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool, seed: int) -> Estimate:
+    """Estimates how many labels are wrong, with a bootstrap over images.
+
+    Args:
+        labels: as `encode_labels` gives them.
+        probabilities: `(images, classes)`.
+        multi_label: which kind of labels.
+        seed: of the bootstrap.
+
+    Returns:
+        Where none is found, the upper bound is 3: as many are still found by none in 5 of 100 samples.
+    """
+    rng, number = np.random.default_rng(seed), count_errors(labels, probabilities, multi_label)
+    counts = []
+    for _ in range(RESAMPLINGS):
+        rows = rng.integers(len(labels), size=len(labels))
+        counts.append(count_errors(labels[rows], probabilities[rows], multi_label))
+    low, high = np.percentile(counts, [2.5, 97.5])
+    return Estimate(
+        number, min(int(low), number), max(int(np.ceil(high)), number, 0 if number else min(3, len(labels)))
+    )
+
+
+def name_labels(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
+    """Returns labels as a table has them, several joined by `$`."""
+    if labels.ndim == 1:
+        return [class_names[position] for position in labels]
+    return [LABEL_SEPARATOR.join(class_names[position] for position in np.flatnonzero(row)) for row in labels]
+
+
+def list_suspects(evidence: Evidence, class_names: Sequence[str], most: int) -> tuple[pd.DataFrame, np.ndarray]:
+    """Lists the labels that are probably wrong, the most doubtful first.
+
+    Args:
+        evidence: the images.
+        class_names: in the order of the probabilities.
+        most: how many to list.
+
+    Returns:
+        A table of `row`, the line number; `path`, `given_label`, `likely_label`; `confidence` that the given label is
+        wrong, in `[0, 1]`, one minus cleanlab's quality of the label; and `rank`, from 1 on. And the suspects'
+        positions among the images.
+    """
+    multi_label = evidence.labels.ndim == 2
+    suspects, qualities, likely = rank_suspects(evidence.labels, evidence.probabilities, multi_label)
+    suspects = suspects[:most]
+    columns = {
+        "row": evidence.rows[suspects],
+        IMAGE_COLUMN: [evidence.names[position] for position in suspects],
+        "given_label": [evidence.texts[position] for position in suspects],
+        "likely_label": name_labels(likely[suspects], class_names),
+        "confidence": np.round(1 - qualities[suspects], 4),
+        "rank": np.arange(1, len(suspects) + 1),
+    }
+    return pd.DataFrame(columns), suspects
+
+
+def find_neighbours(features: np.ndarray, positions: np.ndarray, number: int = NEIGHBOURS) -> np.ndarray:
+    """Finds the images that are most like some of them, by the angle between their features around the mean.
+
+    Args:
+        features: float32 `(images, channels)`; they are not copied.
+        positions: of the images to find neighbours of.
+        number: of neighbours.
+
+    Returns:
+        Positions of the others, int `(len(positions), number)`, fewer columns where there are fewer images; the
+        nearest first.
+    """
+    mean = features.mean(axis=0)
+    # The angle around the mean, without a copy of all features less their mean.
+    squares = np.einsum("ij,ij->i", features, features) - 2 * features @ mean + mean @ mean
+    lengths = np.sqrt(np.maximum(squares, np.finfo(np.float32).tiny))
+    number = min(number, len(features) - 1)
+    found = np.zeros((len(positions), number), int)
+    for start in range(0, len(positions), CHUNK):
+        rows = positions[start : start + CHUNK]
+        centred = features[rows] - mean
+        likeness = (centred @ features.T - (centred @ mean)[:, None]) / lengths
+        likeness[np.arange(len(rows)), rows] = -np.inf
+        nearest = np.argpartition(-likeness, max(number - 1, 0), axis=1)[:, :number]
+        order = np.argsort(-np.take_along_axis(likeness, nearest, axis=1), axis=1, kind="stable")
+        found[start : start + CHUNK] = np.take_along_axis(nearest, order, axis=1)
+    return found
+
+
+def summarize(estimate: Estimate, images: int, listed: int) -> str:
+    """Returns in sentences how many labels are expected to be wrong, and what that is worth."""
+    return (
+        f"Of {images} labels, about {estimate.number} are expected to be wrong (95 % interval {estimate.low} to "
+        f"{estimate.high}); {listed} suspects are listed. This is an estimate and no proof: look at each photo."
+    )

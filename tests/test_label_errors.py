@@ -1,0 +1,257 @@
+"""find_label_errors.py: labels that were changed are found, single and several, by the probe and by a run's model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import find_label_errors
+from configs import Configs
+from find_label_errors import LabelErrorConfigs
+from finetune.files import write_json
+from finetune.label_errors import (
+    answer_out_of_fold,
+    count_errors,
+    estimate_errors,
+    find_likely,
+    find_neighbours,
+    rank_suspects,
+    summarize,
+)
+from finetune.options import UserError
+from finetune.probe import compute_features, initialize_head
+from finetune.run_data import write_trained_images
+from generator import AugmentedImageSequence
+from model import ModelFactory
+
+PROJECT = Path(__file__).resolve().parent.parent
+CLASSES = ["blue", "green", "red"]
+SMALL = {
+    "visual_model_name": "MobileNet",
+    "pop_conv_layers": 66,
+    "use_imagenet_weights": False,
+    "image_target_size": (32, 32, 3),
+    "batch_size": 8,
+    "generator_workers": 2,
+}
+# Of the table below: line number, label in it, label of the photo.
+CHANGED = {5: ("red", "blue"), 20: ("blue", "green")}
+
+
+@pytest.fixture
+def table(photo_folder, tmp_path):
+    """A table of the 36 photos, two of them with the label of another class."""
+    rows = [(str(path), path.parent.name) for path in sorted(photo_folder.glob("*/*.jpg"))]
+    frame = pd.DataFrame(rows, columns=["path", "class"])
+    for line, (given, truth) in CHANGED.items():
+        assert frame.loc[line - 2, "class"] == truth
+        frame.loc[line - 2, "class"] = given
+    path = tmp_path / "all_data.csv"
+    frame.to_csv(path, index=False)
+    return path
+
+
+def run(table, **options):
+    values = {
+        "csv_path": str(table),
+        "write_path": str(table.parent / "found" / "suspects.csv"),
+        "image_cache_path": str(table.parent / "cache"),
+    }
+    results = find_label_errors.main(LabelErrorConfigs(**(SMALL | values | options)).validate())
+    results["written"] = pd.read_csv(table.parent / "found" / "suspects.csv")
+    return results
+
+
+# Judging
+
+
+def test_suspects_are_ranked_by_hand():
+    probabilities = np.array([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.05, 0.9, 0.05], [0.3, 0.3, 0.4]])
+    suspects, qualities, likely = rank_suspects(np.array([0, 0, 0, 2]), probabilities, multi_label=False)
+    np.testing.assert_allclose(qualities, [0.7, 0.1, 0.05, 0.4])
+    assert suspects.tolist() == [2, 1]
+    assert likely.tolist() == [0, 1, 1, 2]
+
+
+def test_suspects_of_several_labels():
+    probabilities = np.array([[0.9, 0.2], [0.9, 0.9], [0.1, 0.4], [0.4, 0.1], [0.8, 0.7]])
+    labels = np.array([[1, 0], [1, 0], [1, 0], [1, 0], [1, 1]], np.uint8)
+    suspects, qualities, likely = rank_suspects(labels, probabilities, multi_label=True)
+    # The second lacks a label. The third has a doubtful one, but not none: the more probable one comes in its place.
+    # The fourth would have none, and keeps the more probable one, its own.
+    assert likely.tolist() == [[1, 0], [1, 1], [0, 1], [1, 0], [1, 1]]
+    assert sorted(suspects.tolist()) == [1, 2]
+    # The worst label of the second image counts four times the other one.
+    np.testing.assert_allclose(qualities[1], 0.8 * 0.1 + 0.2 * 0.9)
+
+
+def test_of_several_labels_only_the_doubtful_ones_change():
+    # The class of the middle is present or not with certainty, but for the first image, which lacks it.
+    probabilities = np.array([[0.45, 0.95, 0.9]] + [[0.6, 0.95, 0.9]] * 5 + [[0.6, 0.05, 0.9]] * 5)
+    labels = (probabilities > 0.5).astype(np.uint8)
+    labels[0] = [1, 0, 1]
+    assert find_likely(labels, probabilities, True)[0].tolist() == [1, 1, 1]
+
+
+def test_errors_are_counted_by_hand():
+    # Mean probability of their own label: 0.9 * 3 / 4 + 0.05 / 4 = 0.6875 and 0.9.
+    probabilities = np.array([[0.9, 0.1]] * 3 + [[0.05, 0.95]] + [[0.1, 0.9]] * 4)
+    labels = np.array([0] * 4 + [1] * 4)
+    assert count_errors(labels, probabilities, multi_label=False) == 1
+    one_hot = np.eye(2, dtype=np.uint8)[labels]
+    assert count_errors(one_hot, probabilities, multi_label=True) == 1
+
+
+def test_interval_holds_what_was_changed_and_is_the_same_again():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(3, size=300)
+    probabilities = np.eye(3)[truth] * 0.85 + 0.05
+    labels = np.where(np.arange(300) < 15, (truth + 1) % 3, truth)
+    estimate = estimate_errors(labels, probabilities, False, seed=0)
+    assert estimate.number == 15
+    assert 5 < estimate.low < 15 < estimate.high < 26
+    assert estimate == estimate_errors(labels, probabilities, False, seed=0)
+    assert estimate_errors(truth, probabilities, False, seed=0) == (0, 0, 3)
+    assert "about 15 are expected to be wrong (95 % interval" in summarize(estimate, 300, 15)
+
+
+def test_neighbours_are_those_of_the_whole_matrix():
+    features = np.random.default_rng(0).normal(3, 1, size=(200, 16)).astype(np.float32)
+    centred = features - features.mean(axis=0)
+    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+    likeness = centred @ centred.T
+    np.fill_diagonal(likeness, -2)
+    positions = np.arange(0, 200, 2)
+    found = find_neighbours(features, positions)
+    assert (found == np.argsort(-likeness[positions], axis=1)[:, :3]).mean() > 0.99
+    assert find_neighbours(features[:3], np.array([1])).shape == (1, 2)
+    assert find_neighbours(features, np.array([], int)).shape == (0, 3)
+
+
+def test_the_only_image_of_a_class_is_not_judged(capsys):
+    rng = np.random.default_rng(0)
+    labels = np.array([0] * 20 + [1] * 20 + [2])
+    features = (rng.normal(size=(41, 8)) + np.eye(8)[labels] * 4).astype(np.float32)
+    probabilities = answer_out_of_fold(features, labels, False, CLASSES, 0)
+    assert probabilities[40].tolist() == [0, 0, 1]
+    assert "no other image has the label: red" in capsys.readouterr().out
+
+
+# The script
+
+
+def test_changed_labels_come_first(table, capsys):
+    results = run(table)
+    written = results["written"]
+    assert list(written.columns) == ["row", "path", "given_label", "likely_label", "confidence", "rank"]
+    first = written[:2].sort_values("row")
+    assert first["row"].tolist() == list(CHANGED)
+    assert list(zip(first["given_label"], first["likely_label"], strict=True)) == list(CHANGED.values())
+    assert first["path"].tolist() == pd.read_csv(table)["path"][[3, 18]].tolist()
+    assert written["rank"].tolist() == list(range(1, len(written) + 1))
+    assert written["confidence"].is_monotonic_decreasing
+    assert results["estimate"].low <= 2 <= results["estimate"].high
+    assert "no proof" in capsys.readouterr().out
+    assert (table.parent / "found" / "suspects.html").read_text().count("<article") == len(written)
+    # Again: the features are known.
+    assert run(table)["written"].equals(written)
+    assert len(run(table, max_suspects=1)["written"]) == 1
+
+
+@pytest.mark.slow
+def test_changed_sets_of_labels_come_first(multilabel_csv, tmp_path):
+    frame = pd.read_csv(multilabel_csv)
+    assert frame.loc[0, "class"] == "blue"
+    frame.loc[0, "class"] = "green$red"
+    frame.to_csv(tmp_path / "all_data.csv", index=False)
+    folder = str(multilabel_csv.parent)
+    results = run(tmp_path / "all_data.csv", image_directory=folder, multi_label_classification=True)
+    first = results["written"].iloc[0]
+    assert (first["row"], first["path"], first["given_label"]) == (2, "00.jpg", "green$red")
+    assert "blue" in first["likely_label"]
+
+
+@pytest.mark.slow
+def test_unreadable_photos_are_left_out_and_told(table, tmp_path, capsys):
+    frame = pd.read_csv(table)
+    (tmp_path / "cut.jpg").write_bytes(Path(frame.loc[0, "path"]).read_bytes()[:-200] + b"\xff\xd9")
+    frame.loc[0, "path"], frame.loc[1, "path"] = str(tmp_path / "cut.jpg"), str(tmp_path / "none.jpg")
+    frame.to_csv(table, index=False)
+    with pytest.raises(UserError, match="none.jpg"):
+        run(table)
+    results = run(table, skip_bad_images=True)
+    assert set(results["written"]["row"][:2]) == {*CHANGED}
+    printed = capsys.readouterr().out
+    assert "left out 1 images: row 3" in printed
+    assert f"1 images could not be read and were left out: {tmp_path / 'cut.jpg'}" in printed
+
+
+@pytest.mark.slow
+def test_photos_are_read_by_urls(table, store):
+    frame = pd.read_csv(table)
+    for number, path in enumerate(frame["path"]):
+        store.put(f"memory://photos/{number}.jpg", Path(path).read_bytes())
+    frame["path"] = [f"memory://photos/{number}.jpg" for number in range(len(frame))]
+    frame.to_csv(table, index=False)
+    assert set(run(table)["written"]["row"][:2]) == {*CHANGED}
+
+
+@pytest.fixture
+def run_folder(table, photo_folder):
+    """A run whose model tells the colours apart, and which was trained on the first eight photos of each."""
+    folder = table.parent / "run"
+    options = SMALL | {"classes": CLASSES, "final_layer_pooling": "avg", "classifier_layer_sizes": []}
+    configs = Configs(**options)
+    model = ModelFactory().get_model(configs)
+    folder.mkdir()
+    files = sorted(photo_folder.glob("*/*.jpg"))
+    labels = np.array([CLASSES.index(path.parent.name) for path in files], np.int32)
+    sequence = AugmentedImageSequence([str(path) for path in files], labels, (32, 32), batch_size=8)
+    initialize_head(model, compute_features(model, sequence)[0], labels, multi_label=False, seed=0)
+    model.save(folder / "best_model.keras")
+    write_json(str(folder / "configs.json"), configs.to_dict())
+    write_trained_images(str(folder), {"training": [str(path) for path in files if int(path.stem) < 8]})
+    return folder
+
+
+def test_a_run_judges_what_it_was_not_trained_on(table, run_folder, capsys):
+    results = run(table, load_model_path=str(run_folder))
+    printed = capsys.readouterr().out
+    assert "Left out 24 of 36 images, which the model was trained on" in printed
+    # Line 5 is the fourth photo of its class, line 20 the seventh: both learnt. Change one of the others.
+    assert not {*results["written"]["row"]} & {*CHANGED}
+    frame = pd.read_csv(table)
+    frame.loc[35, "class"] = "green"
+    frame.to_csv(table, index=False)
+    first = run(table, load_model_path=str(run_folder))["written"].iloc[0]
+    assert (first["row"], first["given_label"], first["likely_label"]) == (37, "green", "red")
+
+
+def test_a_run_that_has_learnt_all_images_judges_none(table, run_folder, photo_folder):
+    write_trained_images(str(run_folder), {"training": [str(path) for path in photo_folder.glob("*/*.jpg")]})
+    with pytest.raises(UserError, match="was trained on all 36 images"):
+        run(table, load_model_path=str(run_folder))
+
+
+@pytest.mark.slow
+def test_a_run_without_its_list_is_told(table, run_folder, capsys):
+    (run_folder / "trained_images.csv").unlink()
+    run(table, load_model_path=str(run_folder))
+    assert "whose labels it believes, is not known" in capsys.readouterr().out
+
+
+def test_bad_table_is_one_line_before_tensorflow(tmp_path):
+    (tmp_path / "all.csv").write_text("path,label\na.jpg,cat\n")
+    command = [sys.executable, "find_label_errors.py", "--csv_path", str(tmp_path / "all.csv")]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_output_does_not_replace_the_table(table):
+    with pytest.raises(UserError, match="is the input itself"):
+        run(table, write_path=str(table))
