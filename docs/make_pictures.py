@@ -2,7 +2,8 @@
 
 The pictures of activations come from crops of three CC0 photographs of scikit-image (a cat, a cup of coffee, a rocket)
 and a MobileNet that starts from its ImageNet weights, which Keras finds in its cache or downloads. The training curves
-and the report are of the textures in data/. The report's picture needs Chromium.
+and the report are of the textures in data/. Pictures of pages need Chromium. docs/backbones.png is what
+compare_backbones.py drew of 500 photos of flowers, which are not part of the project.
 """
 
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import skimage.data
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -86,9 +88,20 @@ def draw_demo() -> None:
     photograph(Path("saved_model", "evaluation", "report.html"), PROJECT / "docs" / "report.png")
 
 
-def photograph(page: Path, picture: Path) -> None:
-    """Writes the top of a page, as a browser shows it, as a PNG."""
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1900")
+def draw_label_errors() -> None:
+    """Writes docs/label_errors.png: of the crops, in `all_data.csv`, with four labels changed."""
+    table = pd.read_csv("all_data.csv")
+    for row in range(5, len(table), 31):
+        names = sorted(PHOTOS)
+        table.loc[row, "class"] = names[(names.index(table.loc[row, "class"]) + 1) % len(names)]
+    table.to_csv("changed.csv", index=False)
+    run("find_label_errors.py", "--csv_path", "changed.csv", "--visual_model_name", "MobileNet")
+    photograph(Path("label_errors.html"), PROJECT / "docs" / "label_errors.png", 900)
+
+
+def photograph(page: Path, picture: Path, height: int = 1900) -> None:
+    """Writes the top of a page, so many pixels, as a browser shows it, as a PNG."""
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size=1200,{height}")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     subprocess.run([chromium, *options, f"--screenshot={picture}", page.resolve().as_uri()], check=True)
 
@@ -99,6 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         draw_activations()
+        draw_label_errors()
         draw_demo()
         os.chdir(PROJECT)
 
