@@ -22,7 +22,7 @@ from finetune.label_errors import (
     summarize,
 )
 from finetune.options import UserError
-from finetune.probe import compute_features, initialize_head
+from finetune.probe import compute_features, cross_validate, initialize_head
 from finetune.run_data import write_trained_images
 from generator import AugmentedImageSequence
 from model import ModelFactory
@@ -138,6 +138,18 @@ def test_the_only_image_of_a_class_is_not_judged(capsys):
     probabilities = answer_out_of_fold(features, labels, False, CLASSES, 0)
     assert probabilities[40].tolist() == [0, 0, 1]
     assert "no other image has the label: red" in capsys.readouterr().out
+
+
+def test_what_is_not_to_be_learnt_from_is_not():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 20)
+    features = (rng.normal(size=(60, 8)) + np.eye(8)[labels] * 6).astype(np.float32)
+    known = cross_validate([features], labels, False, 3, 0)
+    unlearnt = cross_validate([features], labels, False, 3, 0, unlearnt=np.arange(40, 60))
+    assert known[40:, 2].min() > 0.5
+    # No image of the class is left: whatever the features, it has the weight of its smoothed frequency.
+    assert unlearnt[:, 2].max() < 0.3
+    np.testing.assert_allclose(unlearnt.sum(axis=1), 1)
 
 
 # The script

@@ -160,8 +160,8 @@ def test_the_walkthrough_runs_the_scripts_in_their_order():
     scripts = [script for script, _ in list_script_calls(README)]
     walkthrough = scripts[1:]
     assert walkthrough[: len(SCRIPT_CONFIGS)] == [
-        *("make_csv_from_folders.py", "split_train_test.py", "compare_backbones.py", "train.py", "test.py"),
-        *("draw_activations.py", "plot_training_log.py", "predict.py", "compress_weights.py"),
+        *("make_csv_from_folders.py", "split_train_test.py", "compare_backbones.py", "find_label_errors.py"),
+        *("train.py", "test.py", "draw_activations.py", "plot_training_log.py", "predict.py", "compress_weights.py"),
     ]
 
 
