@@ -93,7 +93,12 @@ def write_report(
         galleries=embed_gallery(gallery),
         options=list_options(configs),
         files={name: words for name, words in FILES.items() if _is_written(name, results)},
-        command=_test_command(results["model"], configs),
+        command=_list_command("test.py", results["model"], configs, REPRODUCING),
+        label_command=_list_command(
+            *("find_label_errors.py", results["model"], configs | {"csv_path": configs["test_csv"]}),
+            ("csv_path", "image_directory", "csv_label_column"),
+            ("--write_path", os.path.join(os.path.dirname(path), "label_errors.csv")),
+        ),
     )
     write_text(path, page)
 
@@ -106,15 +111,17 @@ def _list_confusions(results: dict[str, Any]) -> list[dict[str, Any]]:
     return list_confusions(stored, names, CONFUSIONS_LISTED if len(names) <= MOST_LISTED else PAIRS_LISTED)
 
 
-def _test_command(model_path: str, configs: dict[str, Any]) -> str:
-    """Returns the command line that makes this evaluation again."""
-    words, defaults = ["python", "test.py", "--load_model_path", model_path], Configs.defaults()
-    for name in REPRODUCING:
+def _list_command(
+    script: str, model_path: str, configs: dict[str, Any], names: Sequence[str], more: Sequence[str] = ()
+) -> str:
+    """Returns the command line that runs a script on the model with the options of these names that are no defaults."""
+    words, defaults = ["python", script, "--load_model_path", model_path], Configs.defaults()
+    for name in names:
         value = configs.get(name)
         if name in configs and show_value(value) != show_value(defaults.get(name)):
             values = value if isinstance(value, list | tuple) else ["none" if value is None else value]
             words += [f"--{name}", *map(str, values)]
-    return shlex.join(words)
+    return shlex.join([*words, *more])
 
 
 def _is_written(name: str, results: dict[str, Any]) -> bool:

@@ -457,7 +457,8 @@ def test_the_readmes_python_examples_run(trained, split_photos, tmp_path, monkey
     shutil.copy(pd.read_csv(split_photos[1])["path"][0], tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     compress_weights.main(compress_weights.CompressConfigs(export=["tflite", "onnx", "saved_model"]))
-    first, compressed, *exported = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.S)
+    pages = [(PROJECT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/export.md")]
+    first, compressed, *exported = (block for page in pages for block in re.findall(r"```python\n(.*?)```", page, re.S))
     names = {}
     exec(first, names)
     assert isinstance(names["model"], keras.Model)
@@ -490,6 +491,10 @@ def test_every_script_command_of_the_readme_runs_in_order(tmp_path):
         if words[0] == "train.py":
             epochs = 2 if "--load_model_path" in words else 1
             words += [*small.split(), "--num_epochs", str(epochs), "--overwrite", "True"]
+        if words[0] in ("compare_backbones.py", "find_label_errors.py"):
+            words += small.split()
+        if words[0] == "compare_backbones.py":
+            words += ["--backbones", "MobileNet", "--max_images", "20"]
         found = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert found.returncode == 0, f"{command}\n{found.stderr}"
     assert (tmp_path / "saved_model" / "best_auroc.log").exists()
