@@ -789,6 +789,9 @@ FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "joblib", "subproces
 FORBIDDEN_CALLS = {"os.system", "os.popen", "pd.read_pickle", "np.load", "pd.eval"}
 
 
+# These two read no file that others have made: they ask nvidia-smi, and find and load TensorFlow.
+RUN_PROGRAMS = {"hardware.py": {"subprocess", "importlib"}, "notices.py": {"subprocess", "importlib"}}
+
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("finetune/*.py")])
 
 
@@ -801,6 +804,7 @@ def test_no_module_runs_text_or_unpacks_objects(path):
             assert not [option for option in node.keywords if option.arg in ("shell", "allow_pickle")]
         elif isinstance(node, ast.Import | ast.ImportFrom):
             modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            found = {module.split(".")[0] for module in modules} & FORBIDDEN_MODULES
+            forbidden = FORBIDDEN_MODULES - RUN_PROGRAMS.get(path.name, set())
+            found = {module.split(".")[0] for module in modules} & forbidden
             assert not found, f"{path.name}, line {node.lineno}: {found}"
             assert not {"system", "popen"} & {alias.name for alias in node.names}
