@@ -170,8 +170,7 @@ def cross_validate(
     with threadpool_limits(1):
         scaled, _ = _reduce_columns(scaled)
         targets = list(labels.T.astype(int)) if multi_label else [labels]
-        compared = np.random.default_rng(seed).permutation(usable)[:MOST_COMPARED_IMAGES]
-        strength = _choose_strength(scaled[compared], [target[compared] for target in targets], seed)
+        strength = _choose_strength(scaled, targets, seed, usable)
         for held_out in _deal_folds(labels, seed):
             learnt = np.setdiff1d(usable, held_out)
             rows = np.concatenate([learnt + images * view for view in range(len(views))])
@@ -250,10 +249,16 @@ def _reduce_columns(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return left * sizes, right.T
 
 
-def _choose_strength(features: np.ndarray, targets: Sequence[np.ndarray], seed: int) -> float:
-    """Chooses the strength with the lowest mean log loss over the folds of all targets, each int `(images,)`."""
+def _choose_strength(
+    features: np.ndarray, targets: Sequence[np.ndarray], seed: int, usable: np.ndarray | None = None
+) -> float:
+    """Chooses the strength with the lowest mean log loss over the folds of all targets, each int `(images,)`.
+
+    Where `usable` is given, only these rows are compared.
+    """
+    usable = np.arange(len(features)) if usable is None else usable
     # The best strength does not depend on the number of images: it is the variance of the kernel's prior.
-    rows = np.random.default_rng(seed).permutation(len(features))[:MOST_COMPARED_IMAGES]
+    rows = np.random.default_rng(seed).permutation(usable)[:MOST_COMPARED_IMAGES]
     trials = [trial for target in targets for trial in _make_trials(features[rows], target[rows], seed)]
     if not trials:
         return USUAL_STRENGTH
