@@ -29,8 +29,8 @@ FOLDS = 5
 MOST_COMPARED_IMAGES = 2000
 # Numbers that are computed with in double precision out of fold: 256 MiB.
 MOST_DOUBLED = 2**25
-# How near to its end a regression is fitted that stays, and one whose answers are compared alone.
-TOLERANCE, COMPARING_TOLERANCE = 1e-6, 1e-4
+# How near to its end a regression is fitted, and in single precision, which comes no nearer.
+TOLERANCE, SINGLE_TOLERANCE = 1e-6, 1e-4
 
 
 def compute_features(
@@ -165,7 +165,7 @@ def cross_validate(
     fit, link = (
         (_fit_labels, special.expit) if multi_label else (_fit_classes, functools.partial(special.softmax, axis=1))
     )
-    fit = functools.partial(fit, tolerance=COMPARING_TOLERANCE)
+    fit = functools.partial(fit, tolerance=TOLERANCE if kind is np.float64 else SINGLE_TOLERANCE)
     probabilities = np.zeros((images, number))
     with threadpool_limits(1):
         scaled, _ = _reduce_columns(scaled)

@@ -103,6 +103,7 @@ def test_costs_are_those_of_the_model_and_of_the_training_to_come(first, table):
     assert row["training_seconds"] == pytest.approx(100 * 36 * 3 / row["images_per_second"])
 
 
+@pytest.mark.slow
 def test_stopped_and_started_again_it_takes_what_is_stored(first, table, monkeypatch, capsys):
     results, folder = first
     computed = []
@@ -193,6 +194,7 @@ def damaged(table, tmp_path):
     return tmp_path / "damaged.csv"
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_read_ends_it_or_is_left_out_for_all(damaged, tmp_path, capsys):
     with pytest.raises(UserError, match="5.jpg"):
         compare(damaged, tmp_path, image_directory=str(tmp_path))
@@ -210,6 +212,7 @@ def test_too_few_images_are_told(table, tmp_path):
         compare(tmp_path / "few.csv", tmp_path)
 
 
+@pytest.mark.slow
 def test_images_in_a_store_are_compared_on_as_files_are(first, table, tmp_path, store):
     rows = pd.read_csv(table)
     for row, path in enumerate(rows["path"]):
@@ -222,6 +225,7 @@ def test_images_in_a_store_are_compared_on_as_files_are(first, table, tmp_path, 
     assert found["accuracy"].tolist() == [expected["accuracy"]]
 
 
+@pytest.mark.slow
 def test_several_labels_are_ranked_by_mean_average_precision(multilabel_csv, tmp_path, monkeypatch):
     answers, cross_validate = [], backbone_comparison.cross_validate
 

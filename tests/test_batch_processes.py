@@ -68,6 +68,7 @@ def test_processes_make_the_batches_of_threads_in_every_epoch_and_after_a_resume
     assert not any(child.is_running() for child in children)
 
 
+@pytest.mark.slow
 def test_processes_share_out_mix_and_replace_as_threads_do(photos, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(Path(photos[0]).read_bytes()[:700])
@@ -138,6 +139,7 @@ print("ready", flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_process_outlives_the_one_that_reads(photos, tmp_path, number):
     script = tmp_path / "reader.py"
@@ -163,6 +165,7 @@ def test_no_process_outlives_the_one_that_reads(photos, tmp_path, number):
     assert reader.stderr.read().count("Traceback") == (number == signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_leaves_none_and_says_nothing(photos, tmp_path):
     script = tmp_path / "reader.py"
     # Without a guard: a spawned process that imported it would read for ever.

@@ -373,6 +373,7 @@ def test_a_later_decision_changes_no_artefact_that_ships_with_one(fitted_on, run
     assert found == {"best_model.keras": 3.0, "best_model.onnx": 2.0 if fitted_on else 3.0}
 
 
+@pytest.mark.slow
 def test_test_measures_artefacts_and_leaves_the_run_as_it_is(run_folder, capsys):
     export(run_folder, *EXPORTS)
     stored = json.loads((run_folder / "configs.json").read_text())

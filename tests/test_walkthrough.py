@@ -305,6 +305,7 @@ def test_the_log_is_plotted(trained):
     assert cv2.imread(path) is not None
 
 
+@pytest.mark.slow
 def test_compressed_model_predicts_the_same_from_a_smaller_file(trained):
     configs, _ = trained
     model_path = os.path.join(configs.save_model_path, "best_model.keras")
@@ -451,6 +452,7 @@ def test_processes_agree_on_the_class_order(trained):
         assert float(accuracies[1]) == pytest.approx(results["best"], abs=1e-4), found.stderr
 
 
+@pytest.mark.slow
 def test_the_readmes_python_examples_run(trained, split_photos, tmp_path, monkeypatch):
     configs, _ = trained
     shutil.copytree(configs.save_model_path, tmp_path / "saved_model")
