@@ -146,7 +146,9 @@ class Configs(Options):
         check=threshold_range_fault,
         group="explaining",
     )
-    generator_workers: int = define(4, "Threads that read and augment images; 0 counts as 1", at_least=0, group="speed")
+    generator_workers: int = define(
+        4, "Threads that read and augment images, above 4 processes; 0 counts as 1", at_least=0, group="speed"
+    )
     generator_queue_length: int = define(12, "Batches kept ready for the model", at_least=1, group="speed")
     show_model_summary: bool = define(True, "Print the model's layers before training", group="model")
     positive_weights_multiply: float = define(
