@@ -33,6 +33,10 @@ PATIENCE = 5.0
 LEFT_TO_THE_PARENT = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 
 
+class WorkerEnded(UserError):
+    """A process that makes batches has ended, and with it what needs them."""
+
+
 class Worker(NamedTuple):
     """A process that makes batches: what it is asked and answers through, and its memory for a batch's pixels."""
 
@@ -83,7 +87,8 @@ class BatchProcesses:
         """Returns what the method `name` of the batches returns for `index`; waits where no process is free.
 
         Raises:
-            UserError: what the method raised, or a process has ended.
+            UserError: what the method raised.
+            WorkerEnded: the process has ended.
         """
         worker = self._free.get()
         try:
@@ -92,7 +97,7 @@ class BatchProcesses:
             if error is None:
                 images = worker.pixels[: math.prod(shape)].reshape(shape).copy()
         except (EOFError, OSError) as ended:
-            raise UserError(f"{_describe_end(worker.process)} Start again with --load_model_path.") from ended
+            raise WorkerEnded(_describe_end(worker.process)) from ended
         finally:
             self._free.put(worker)
         self._batches.bad_images.update(bad_images)
@@ -106,8 +111,8 @@ def _describe_end(process: SpawnProcess) -> str:
     process.join(PATIENCE)
     code = process.exitcode
     how = f"by signal {-code}" if code is not None and code < 0 else f"with status {code}"
-    memory = ": the memory may not suffice, set generator_workers lower" if code == -9 else ""
-    return f"A process that reads images (one of generator_workers) was ended {how}{memory}."
+    memory = ": where the memory does not suffice, set generator_workers lower" if code == -9 else ""
+    return f"A process that reads images, one of generator_workers, was ended {how}{memory}."
 
 
 def _make_batches(batches: ImageBatches, connection: Connection, memory: Any) -> None:

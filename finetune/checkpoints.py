@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from configs import Configs
+from finetune.batch_processes import WorkerEnded
 from finetune.callbacks import AveragedWeights, InputWait, Validation
 from finetune.files import duplicate_file, write_csv, write_json, write_text
 from finetune.inference_model import build_inference_model, get_classifier
@@ -326,21 +327,26 @@ class BeforeValidation(keras.callbacks.Callback):
         self.checkpoint.save_before_validation(epoch)
 
 
+REMEDIES = "--verify_data full, or leave them out with --skip_bad_images True"
+
+
 @contextlib.contextmanager
 def advising_on_bad_images(folder: str, *sequences: AugmentedImageSequence) -> Iterator[None]:
-    """Adds to the error of an image that turned out unreadable in training what to do, and how to go on."""
+    """Adds to the error of an image that turned out unreadable in training, or of its reader, how to go on."""
     try:
         yield
     except UserError as error:
         if all(error is not sequence.error for sequence in sequences):
             raise
+        is_of_image = not isinstance(error, WorkerEnded)
         advice = (
             "Find all such images beforehand with --verify_data full, or leave them out with --skip_bad_images True."
         )
+        parts = [str(error), *[advice] * is_of_image]
         if os.path.isfile(os.path.join(folder, LATEST_MODEL)):
-            command = f"{write_resume_command(folder)} --skip_bad_images True"
-            advice = f"{advice} What was trained is kept; go on with\n{command}"
-        raise UserError(f"{error} {advice}") from error
+            command = write_resume_command(folder) + " --skip_bad_images True" * is_of_image
+            parts.append(f"What was trained is kept; go on with\n{command}")
+        raise UserError(" ".join(parts)) from error
 
 
 def write_resume_command(folder: str) -> str:

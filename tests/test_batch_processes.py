@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from small_runs import options_of, tables  # noqa: F401
 
 from augmenter import build_augmenter
-from finetune.batch_processes import BatchProcesses
+from finetune.batch_processes import BatchProcesses, WorkerEnded
 from finetune.batches import Shares
 from finetune.images import resize_image
 from finetune.options import UserError
@@ -119,7 +120,7 @@ def test_a_killed_process_is_told_in_one_line(photos):
     assert len(processes.make("make_batch", 0)[0]) == 4
     (child,) = list_children()
     child.kill()
-    with pytest.raises(UserError, match=r"was ended by signal 9: the memory may not suffice"):
+    with pytest.raises(WorkerEnded, match="one of generator_workers, was ended by signal 9: where the memory does not"):
         processes.make("make_batch", 1)
     processes.close()
 
@@ -129,7 +130,7 @@ import sys, time
 import numpy as np
 sys.path.insert(0, {project!r})
 from augmenter import build_augmenter
-from finetune.batch_processes import BatchProcesses
+from finetune.batch_processes import BatchProcesses, WorkerEnded
 from finetune.batches import ImageBatches
 batches = ImageBatches(sys.argv[1:], np.zeros(len(sys.argv) - 1, int), (48, 40), 4, build_augmenter(), True)
 processes = BatchProcesses(batches, 2)
@@ -172,3 +173,29 @@ def test_a_script_that_ends_leaves_none_and_says_nothing(photos, tmp_path):
     script.write_text(READER.format(project=str(PROJECT), then=""))
     done = subprocess.run([sys.executable, str(script), *photos], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n", "")
+
+
+@pytest.mark.slow
+def test_a_run_whose_reader_is_killed_ends_in_a_line_and_goes_on_from_its_last_epoch(tables, tmp_path):
+    run = str(tmp_path / "run")
+    options = options_of(tables, run, num_epochs=200, generator_workers=MOST_THREADS + 1)
+    words = [word for name, value in options.items() for word in (f"--{name}", *_list_words(value))]
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT / "train.py"), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "run" / "latest_model.keras").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    readers = [one for one in psutil.Process(process.pid).children() if "spawn_main" in " ".join(one.cmdline())]
+    readers[0].kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    told = errors[errors.index("Error: ") :]
+    assert "was ended by signal 9" in told
+    assert "skip_bad_images" not in told
+    assert told.splitlines()[-1].endswith(f"train.py --configs {run}/configs.json --load_model_path {run}")
+    assert not any(reader.is_running() and reader.status() != psutil.STATUS_ZOMBIE for reader in readers)
+
+
+def _list_words(value) -> list[str]:
+    return [str(part) for part in (value if isinstance(value, list | tuple) else [value])]
