@@ -327,9 +327,6 @@ class BeforeValidation(keras.callbacks.Callback):
         self.checkpoint.save_before_validation(epoch)
 
 
-REMEDIES = "--verify_data full, or leave them out with --skip_bad_images True"
-
-
 @contextlib.contextmanager
 def advising_on_bad_images(folder: str, *sequences: AugmentedImageSequence) -> Iterator[None]:
     """Adds to the error of an image that turned out unreadable in training, or of its reader, how to go on."""
