@@ -69,6 +69,7 @@ def first(table, tmp_path_factory):
     return compare(table, folder, augmentation_strength="photo"), folder
 
 
+@pytest.mark.slow
 def test_it_writes_the_ranking_and_its_picture(first):
     (results, folder), columns = (
         first,

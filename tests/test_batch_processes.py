@@ -54,6 +54,7 @@ def list_children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
+@pytest.mark.slow
 def test_processes_make_the_batches_of_threads_in_every_epoch_and_after_a_resume(photos):
     threads, processes = build(photos), build(photos, workers=MOST_THREADS + 1)
     for epoch, first_step in ((0, 0), (1, 0), (2, 1)):

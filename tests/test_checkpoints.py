@@ -1,5 +1,6 @@
 """Checkpoints are written whole, and when they are due."""
 
+import pytest
 from small_runs import (
     options_of,
     start,
@@ -11,6 +12,7 @@ from finetune.checkpoints import write_resume_command
 from finetune.training_state import save_checkpoint
 
 
+@pytest.mark.slow
 def test_checkpoints_between_epochs_carry_their_step(tables, tmp_path, monkeypatch):
 
     written = []

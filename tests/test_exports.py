@@ -321,6 +321,7 @@ def predict_photos(model_path, photo_folder, folder):
     return pd.read_csv(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ARTEFACTS, "best_model_int8.tflite", "best_model_compressed.h5"])
 @pytest.mark.parametrize("place", ["the run's folder", "elsewhere"])
 def test_predict_gives_the_same_labels(name, place, run_folder, photo_folder, tmp_path):

@@ -155,6 +155,7 @@ def test_what_is_not_to_be_learnt_from_is_not():
 # The script
 
 
+@pytest.mark.slow
 def test_changed_labels_come_first(table, capsys):
     results = run(table)
     written = results["written"]

@@ -345,6 +345,7 @@ np.save(sys.argv[3], model(np.load(sys.argv[2]), training=False))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

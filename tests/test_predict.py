@@ -402,6 +402,7 @@ def from_command_line(*arguments):
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_command_line_writes_what_it_can_and_ends_with_0(single_run, bad_folder):
     output = single_run / "out" / "predictions.csv"
     found = from_command_line(

@@ -45,6 +45,7 @@ def test_a_model_of_other_classes_is_told(run_folder, photo_folder):
         load_predictor(str(run_folder / "best_model.onnx"), CLASSES, (64, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARTEFACTS)
 @pytest.mark.parametrize("damage", ["empty", "text", "half"])
 def test_a_damaged_artefact_is_told_in_a_line(name, damage, run_folder):
