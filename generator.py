@@ -45,8 +45,8 @@ class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
         return self.steps - self.first_step
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
-        """Returns batch `first_step + index` of this epoch, as `make_batch` does."""
-        return self._make(self.make_batch, index)
+        """Returns batch `first_step + index` of this epoch, as `ImageBatches` does."""
+        return self._make(super().__getitem__, index)
 
     def _make(self, make: Callable[[int], tuple[np.ndarray, ...]], index: int) -> tuple[np.ndarray, ...]:
         try:
@@ -67,19 +67,21 @@ class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
     def _make_dataset(self, inputs: tf.TensorSpec) -> tf.data.Dataset:
         labels = self._batch_labels_of(slice(0))
         specs = [inputs, tf.TensorSpec((None, *labels.shape[1:]), labels.dtype)]
-        name = "make_batch"
+        name = "__getitem__"
         if self.gives_shares:
             name = "get_shares"
             specs += [tf.TensorSpec((None,), tf.float32), tf.TensorSpec((self.shares.local + 1,), tf.int32)]
             specs += [tf.TensorSpec((), tf.float32)]
 
         self._start_processes()
-        make = functools.partial(self.processes.make, name) if self.processes else getattr(self, name)
+        make = getattr(self, name)
+        if self.processes:
+            make = functools.partial(self._make, functools.partial(self.processes.make, name))
 
         def load(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
             # What it returns follows from the index: op determinism would otherwise run it in the model's own thread.
             types = [spec.dtype for spec in specs]
-            batch = tf.numpy_function(functools.partial(self._make, make), [index], types, stateful=False)
+            batch = tf.numpy_function(make, [index], types, stateful=False)
             return tuple(tf.ensure_shape(part, spec.shape) for part, spec in zip(batch, specs, strict=True))
 
         options = tf.data.Options()

@@ -76,7 +76,7 @@ def make_epoch(batches: ImageBatches, epoch: int) -> None:
     """Makes all batches of an epoch."""
     batches.epoch = epoch
     for index in range(batches.steps):
-        batches.make_batch(index)
+        batches[index]
 
 
 def time_call(call: Callable, stage: str, spent: dict[str, float], calls: list[str]) -> Callable:

@@ -119,7 +119,7 @@ class ImageBatches:
         """Steps a whole epoch."""
         return math.ceil(len(self.paths) / (self.batch_size * self.shares.devices))
 
-    def make_batch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns batch `first_step + index` of this epoch: uint8 RGB `(batch, height, width, 3)` and its labels.
 
         Raises:
@@ -156,7 +156,7 @@ class ImageBatches:
             Images and labels as a batch has them, the images' weights (1 or 0), the bounds `(local + 1,)` of each
             device's images among them, and the number of the step's images on all devices.
         """
-        images, labels = self.make_batch(index)
+        images, labels = self[index]
         bounds = np.array(self._get_bounds(self.first_step + index))
         total = self._count(self.first_step + index)
         weights, bounds = np.ones(len(images), np.float32), bounds - bounds[0]

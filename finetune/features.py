@@ -73,7 +73,7 @@ class FeatureSequence(AugmentedImageSequence):
         features_only.epoch, features_only.first_step = sequence.epoch, sequence.first_step
         return features_only
 
-    def make_batch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns batch `first_step + index` of this epoch: float32 features, as they were given, and its labels."""
         bounds = self._get_bounds(index + self.first_step)
         rows = self._order()[bounds[0] : bounds[-1]].copy()

@@ -105,9 +105,9 @@ def test_an_image_that_cannot_be_read_is_told_as_by_threads(photos, tmp_path):
     batches = build([str(bad)] * 4)
     processes = BatchProcesses(batches, 1)
     with pytest.raises(UserError) as of_process:
-        processes.make("make_batch", 0)
+        processes.make("__getitem__", 0)
     with pytest.raises(UserError) as of_thread:
-        batches.make_batch(0)
+        batches[0]
     assert str(of_process.value) == str(of_thread.value)
     # A mistake of the program keeps where it was made.
     with pytest.raises(AttributeError) as mistake:
@@ -118,11 +118,11 @@ def test_an_image_that_cannot_be_read_is_told_as_by_threads(photos, tmp_path):
 
 def test_a_killed_process_is_told_in_one_line(photos):
     processes = BatchProcesses(build(photos), 1)
-    assert len(processes.make("make_batch", 0)[0]) == 4
+    assert len(processes.make("__getitem__", 0)[0]) == 4
     (child,) = list_children()
     child.kill()
     with pytest.raises(WorkerEnded, match="one of generator_workers, was ended by signal 9: where the memory does not"):
-        processes.make("make_batch", 1)
+        processes.make("__getitem__", 1)
     processes.close()
 
 
@@ -135,7 +135,7 @@ from finetune.batch_processes import BatchProcesses, WorkerEnded
 from finetune.batches import ImageBatches
 batches = ImageBatches(sys.argv[1:], np.zeros(len(sys.argv) - 1, int), (48, 40), 4, build_augmenter(), True)
 processes = BatchProcesses(batches, 2)
-processes.make("make_batch", 0)
+processes.make("__getitem__", 0)
 print("ready", flush=True)
 {then}
 """
@@ -145,7 +145,7 @@ print("ready", flush=True)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_no_process_outlives_the_one_that_reads(photos, tmp_path, number):
     script = tmp_path / "reader.py"
-    script.write_text(READER.format(project=str(PROJECT), then="while True:\n    processes.make('make_batch', 1)"))
+    script.write_text(READER.format(project=str(PROJECT), then="while True:\n    processes.make('__getitem__', 1)"))
     command = [sys.executable, str(script), *photos]
     reader = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
