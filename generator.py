@@ -22,7 +22,7 @@ from finetune.stores import join_path
 from finetune.tables import IMAGE_COLUMN, encode_labels, read_table
 from finetune.texts import join_names
 
-# What an image takes outside of this lock is so many times what it takes under it, and more threads would wait for it.
+# More threads would wait for Python's lock, which each image needs for an eighth of its time: benchmarks/lock.py.
 MOST_THREADS = 4
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
 from configs import Configs
 from finetune.corrections import COLUMNS
@@ -19,7 +16,7 @@ from finetune.embedding import encode_photo
 from finetune.files import write_text
 from finetune.images import read_image
 from finetune.label_errors import Evidence, find_neighbours
-from finetune.summaries import compile_template, read_template, show_all_text
+from finetune.summaries import render_page
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR
 
 PHOTO_SIDE = 160
@@ -51,13 +48,9 @@ def write_page(
     Raises:
         UserError: a photo can no longer be read, or the page not be written.
     """
-    style = "".join(read_template(f"{name}.css") for name in ("report", "label_errors"))
-    script = read_template("label_errors.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = compile_template("label_errors.html", autoescape=True, finalize=show_all_text).render(
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=f"sha256-{digest}",
+    page = render_page(
+        "label_errors",
+        ["report", "label_errors"],
         table=csv_path,
         cards=_make_cards(suspects, positions, evidence, configs),
         summary=summary,

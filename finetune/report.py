@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -11,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
 from configs import Configs
 from finetune.confusions import list_confusions
@@ -26,14 +23,12 @@ from finetune.log_figures import read_log
 from finetune.options import UserError
 from finetune.run_folder import LOG_FILE
 from finetune.summaries import (
-    compile_template,
     list_class_columns,
     list_class_intervals,
     list_headlines,
     list_options,
     list_warnings,
-    read_template,
-    show_all_text,
+    render_page,
     show_value,
 )
 from finetune.texts import MOST_LISTED
@@ -75,12 +70,9 @@ def write_report(
         training_log: as `read_log` gives it, or None.
         configs: every option of the run by name.
     """
-    style, script = (read_template(f"report.{ending}") for ending in ("css", "js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = compile_template("report.html", autoescape=True, finalize=show_all_text).render(
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=f"sha256-{digest}",
+    page = render_page(
+        "report",
+        ["report"],
         results=results,
         test=results["sets"]["test"],
         headlines=list_headlines(results),

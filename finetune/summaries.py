@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import ntpath
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,18 @@ def compile_template(name: str, **options: Any) -> jinja2.Template:
         "first_names": join_names,
     }
     return environment.from_string(read_template(name))
+
+
+def render_page(name: str, styles: Sequence[str], **content: Any) -> str:
+    """Returns a page that loads nothing and runs its own script alone: `NAME.html` with `NAME.js`, and its styles."""
+    script = read_template(f"{name}.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return compile_template(f"{name}.html", autoescape=True, finalize=show_all_text).render(
+        style=Markup("".join(read_template(f"{style}.css") for style in styles)),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+        **content,
+    )
 
 
 def show_all_text(value: Any) -> Any:

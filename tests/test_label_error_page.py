@@ -5,12 +5,11 @@ import hashlib
 import html
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pandas as pd
 import pytest
+from browsers import browse
 from conftest import write_photo
 
 import find_label_errors
@@ -130,24 +129,12 @@ window.addEventListener("load", async () => {
 </script></body>"""
 
 
-def browse(page, *flags):
-    """Opens a page in headless Chromium; returns its document after loading and what it wrote to the console."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    if program is None:
-        pytest.skip("no Chromium on the path to open the page in")
-    command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    command += [f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=5000", *flags]
-    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-
-
 def probe(page, folder, steps, *flags):
     """Opens a copy of a page with a script of the test in it; returns what that found."""
     source = page.read_text(encoding="utf-8")
     loosened = re.sub(r"script-src [^;]+", "script-src 'unsafe-inline'", source, count=1)
     (folder / "probed.html").write_text(loosened.replace("</body>", PROBE.replace("STEPS", steps)), encoding="utf-8")
-    document, console = browse(folder / "probed.html", *flags)
+    document, console = browse(folder / "probed.html", "--virtual-time-budget=5000", *flags)
     assert console == []
     found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", document, re.DOTALL)[1]))
     assert "error" not in found
@@ -156,7 +143,7 @@ def probe(page, folder, steps, *flags):
 
 
 def test_browser_opens_the_page_without_an_error(page):
-    document, console = browse(page)
+    document, console = browse(page, "--virtual-time-budget=5000")
     assert "0 of 4 marked: 0 right, 0 wrong, 0 unsure" in document
     assert console == []
 

@@ -6,14 +6,13 @@ import html
 import json
 import re
 import shlex
-import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import cv2
 import numpy as np
 import pytest
+from browsers import browse
 from evaluations import LOG, NAMES, make_curves, multi_label, single_label
 
 from configs import Configs
@@ -304,18 +303,6 @@ addEventListener("load", () => {
   document.title = JSON.stringify(found);
 });
 </script></body>"""
-
-
-def browse(page, *flags):
-    """Opens a page in headless Chromium; returns its document after loading and what it wrote to the console."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    if program is None:
-        pytest.skip("no Chromium on the path to open the report in")
-    command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    command += [f"--user-data-dir={page.parent / 'profile'}", *flags, "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
 
 def probe(page, folder, column, *flags):
