@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault(name, "1")
 
 import cv2
+import keras
 import numpy as np
 import pandas as pd
 import pytest
@@ -28,6 +29,12 @@ def write_photo(path, colour, rng):
     pixels[top : top + 12, left : left + 20] += 40
     os.makedirs(os.path.dirname(path), exist_ok=True)
     cv2.imwrite(str(path), np.clip(pixels, 0, 255).astype(np.uint8)[..., ::-1])
+
+
+@pytest.fixture(autouse=True)
+def same_weights_every_time():
+    """A network that a test builds without a seed of its own has the same weights in each run of the tests."""
+    keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(scope="session")
