@@ -82,6 +82,7 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     calibrate = functools.partial(read_calibration_images, configs)
     for kind, precision in list_kinds(configs.weights_dtype, configs.export, configs.export_quantization):
         path = name_candidate(model_path, kind, precision)
+        print(f"Writing {kind} ({precision}) to {path}", flush=True)
         paths = WRITERS[kind](model, path, precision, calibrate)
         artefact = {"kind": kind, "precision": precision} | judge(paths, subject, configs.tolerance)
         report["artefacts"].append(artefact)

@@ -38,7 +38,7 @@ def main(configs: Configs) -> dict[str, Any]:
     known = check_test_images(model_path, configs.test_csv, sequences["test"].paths, configs.allow_duplicates)
     model = load_predictor(model_path, configs.classes, configs.image_target_size[:2])
     print(f"Model: {model_path}")
-    predictions = {name: predict(model, sequence) for name, sequence in sequences.items()}
+    predictions = {name: predict(model, sequence, f"Predicting the {name} set") for name, sequence in sequences.items()}
     # After the images have been read: under skip_bad_images those that could not be have no part.
     truths = {name: sequence.get_y_true() for name, sequence in sequences.items()}
     threshold_range, multi_label = configs.multilabel_threshold_range, configs.multi_label_classification

@@ -78,7 +78,8 @@ def compare_artefact(path: str, subject: Subject) -> dict[str, Any]:
     """
     model, sequence, before, decision = subject
     artefact = load_predictor(path, decision.class_names, sequence.image_size)
-    comparison = compare(sequence.get_y_true(), before, predict(artefact, sequence), decision)
+    after = predict(artefact, sequence, f"Verifying {os.path.basename(path)}")
+    comparison = compare(sequence.get_y_true(), before, after, decision)
     speeds = measure_speeds((model, artefact), sequence)
     return comparison | {"images_per_second": dict(zip(SIDES, speeds, strict=True))}
 

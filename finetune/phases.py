@@ -87,6 +87,21 @@ def prepare_phase(
     return model
 
 
+def describe_phase(phase: Phase, classifier: keras.Model, training: AugmentedImageSequence) -> str:
+    """Returns the line that says what a phase does: its epochs, their steps, and how many parameters learn.
+
+    Args:
+        phase: of the run.
+        classifier: the whole model, as `prepare_phase` leaves it.
+        training: the training images, or their features.
+    """
+    first, count = phase.first_epoch + 1, classifier.count_params()
+    epochs = f"Epoch {first}" if phase.end == first else f"Epochs {first} to {phase.end}"
+    learning = sum(int(np.prod(weight.shape)) for weight in classifier.trainable_weights)
+    steps, images = training.steps, training.batch_size * training.shares.devices
+    return f"{epochs}: {steps} steps of {images} images each; {learning:,} of {count:,} parameters learn."
+
+
 def is_within(state: dict[str, Any] | None, phase: Phase) -> bool:
     """Tells whether a checkpoint was written after the first step of a phase: its optimizer is that of the phase."""
     return bool(state) and (state["epochs_completed"], state["steps_completed"]) > (phase.first_epoch, 0)

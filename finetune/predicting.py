@@ -14,24 +14,34 @@ from configs import MAX_IMAGE_PIXELS
 from finetune.decision import Decision
 from finetune.images import read_image, resize_image
 from finetune.options import UserError
-from finetune.progress import choose_keras_verbosity, show_progress
+from finetune.progress import show_progress
 from finetune.runtimes import ExportedModel, compile_predictor
 from finetune.warps import FusedAugmenter
 from generator import AugmentedImageSequence, naming_bad_images, tell_bad_images
 
 
-def predict(model: keras.Model | ExportedModel, sequence: AugmentedImageSequence) -> np.ndarray:
+def predict(
+    model: keras.Model | ExportedModel, sequence: AugmentedImageSequence, title: str = "Predicting"
+) -> np.ndarray:
     """Returns the probabilities of a sequence's images in its order, float32 `(images, classes)`.
 
     Under `skip_bad_images` those that cannot be read are left out, and printed.
 
+    Args:
+        model: of either kind.
+        sequence: not shuffled.
+        title: of the progress bar.
+
     Raises:
         UserError: an image cannot be read.
     """
-    with naming_bad_images(sequence):
-        probabilities = model.predict(sequence.to_dataset(), verbose=choose_keras_verbosity(elsewhere=0))
+    network, found = compile_predictor(model), []
+    with show_progress(len(sequence.paths), title) as progress, naming_bad_images(sequence):
+        for images, _ in sequence.to_dataset():
+            found.append(np.asarray(network(images)))
+            progress.update(len(images))
     tell_bad_images(sequence)
-    return probabilities
+    return np.concatenate(found)
 
 
 def classify_image(

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from finetune.features import read_plainly
 from finetune.options import UserError
+from finetune.progress import show_progress
 from finetune.trainer import TrainingModel
 from generator import AugmentedImageSequence, naming_bad_images
 
@@ -30,7 +31,7 @@ MOST_COMPARED_IMAGES = 2000
 # Numbers that are computed with in double precision out of fold: 256 MiB.
 MOST_DOUBLED = 2**25
 # How near to its end a regression is fitted, and in single precision, which comes no nearer.
-TOLERANCE, SINGLE_TOLERANCE = 1e-6, 1e-4
+TOLERANCE, SINGLE_TOLERANCE = 1e-7, 1e-4
 
 
 def compute_features(
@@ -53,7 +54,8 @@ def compute_features(
     """
     plain = read_plainly(sequence)
     with naming_bad_images(plain):
-        known, is_read = build_extractor(model, mirrored).predict_sequence(plain)
+        title = "Features of the mirror images" if mirrored else "Features"
+        known, is_read = build_extractor(model, mirrored).predict_sequence(plain, title)
     features = np.full((len(is_read), known.shape[1]), np.nan, np.float32)
     features[is_read] = known
     sequence.bad_images.update(plain.bad_images)
@@ -263,11 +265,16 @@ def _choose_strength(
     if not trials:
         return USUAL_STRENGTH
     losses = []
-    for strength in STRENGTHS:
-        losses.append(np.mean([trial(strength) for trial in trials]))
-        # Once it rises it goes on rising, and weak regularisation takes the longest to compute.
-        if losses[-1] > min(losses):
-            break
+    with show_progress(len(STRENGTHS) * len(trials), "Comparing strengths", delay=1, unit="fit") as progress:
+        for strength in STRENGTHS:
+            of_trials = []
+            for trial in trials:
+                of_trials.append(trial(strength))
+                progress.update()
+            losses.append(np.mean(of_trials))
+            # Once it rises it goes on rising, and weak regularisation takes the longest to compute.
+            if losses[-1] > min(losses):
+                break
     return float(STRENGTHS[np.argmin(losses)])
 
 

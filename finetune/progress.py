@@ -14,6 +14,12 @@ from finetune.texts import show_duration
 
 # Between two lines, in seconds.
 LINE_EVERY = 60.0
+# As Keras draws the bar of an epoch.
+BAR = {
+    "bar_format": "{desc}: {n_fmt}/{total_fmt} {bar:20} {elapsed}, {remaining} to go, {rate_fmt}",
+    "ascii": " ━",
+    "colour": "green",
+}
 
 
 def draws_bars(stream: TextIO) -> bool:
@@ -26,9 +32,9 @@ def begin_line() -> str:
     return "\n" if draws_bars(sys.stdout) else ""
 
 
-def choose_keras_verbosity(elsewhere: int) -> int:
-    """Returns what Keras calls a bar (1) in a terminal, and `elsewhere` where there is none: 2 is a line an epoch."""
-    return 1 if draws_bars(sys.stdout) else elsewhere
+def choose_keras_verbosity() -> int:
+    """Returns what Keras calls a bar (1) in a terminal, and a line an epoch (2) where there is none."""
+    return 1 if draws_bars(sys.stdout) else 2
 
 
 def show_progress(
@@ -38,13 +44,13 @@ def show_progress(
 
     Args:
         total: of the images.
-        title: what is done with them.
+        title: what is done with them; nothing is shown without one.
         initial: of them, done before.
         delay: seconds before a bar appears.
         unit: what a bar counts in the place of images.
     """
-    if draws_bars(sys.stderr):
-        return tqdm(total=total, initial=initial, unit=unit, desc=title, delay=delay)
+    if draws_bars(sys.stderr) or not title:
+        return tqdm(total=total, initial=initial, unit=unit, desc=title, delay=delay, disable=not title, **BAR)
     return ProgressLines(total, title, initial)
 
 

@@ -18,7 +18,6 @@ from finetune.artefacts import GRAPH_FILE, is_exported
 from finetune.model_files import check_fit, load_fitting_model
 from finetune.notices import hiding_notices
 from finetune.options import UserError
-from finetune.progress import show_progress
 from finetune.safety import telling_damage
 from finetune.texts import shorten
 
@@ -52,19 +51,6 @@ class ExportedModel:
         """Returns the probabilities of images of any numeric type, float32 `(batch, classes)`."""
         return self._run(np.asarray(images, np.float32))
 
-    def predict(self, batches: tf.data.Dataset, verbose: int = 1) -> np.ndarray:
-        """Returns the probabilities of batches of images and labels, with a progress bar where `verbose` is not 0."""
-        found = []
-        with contextlib.ExitStack() as stack:
-            progress = show_progress(int(batches.cardinality()), "Predicting", unit="batch") if verbose else None
-            if progress is not None:
-                stack.enter_context(progress)
-            for images, _ in batches:
-                found.append(self(images))
-                if progress is not None:
-                    progress.update()
-        return np.concatenate(found)
-
 
 @contextlib.contextmanager
 def importing(name: str, purpose: str) -> Iterator[None]:
@@ -86,7 +72,7 @@ def importing(name: str, purpose: str) -> Iterator[None]:
 
 
 def load_predictor(path: str, class_names: Sequence[str], image_size: Sequence[int]) -> keras.Model | ExportedModel:
-    """Loads what is to predict, a Keras model or an exported one; both have `predict` and are called with images.
+    """Loads what is to predict, a Keras model or an exported one; which `compile_predictor` makes a function.
 
     Raises:
         UserError: the file is no model, does not fit, or its runtime is not installed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -48,3 +49,10 @@ def show_duration(seconds: float) -> str:
         return f"{seconds} s"
     minutes, rest = divmod(seconds, 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def show_moment(seconds: float) -> str:
+    """Returns when it will be so many seconds from now, in local time: `14:05`, and `Sat 28 Nov 14:05` on another day."""
+    now = datetime.datetime.now()
+    moment = now + datetime.timedelta(seconds=seconds)
+    return moment.strftime("%H:%M" if moment.date() == now.date() else "%a %d %b %H:%M")

@@ -15,7 +15,7 @@ from finetune.interpolation import SHARES
 from finetune.interruption import Interruption
 from finetune.phases import changes_images, get_phases, get_sets, prepare_phase
 from finetune.progress import begin_line
-from finetune.texts import show_duration
+from finetune.texts import show_duration, show_moment
 from finetune.training_state import seed_states
 from finetune.values import parse_duration
 from generator import AugmentedImageSequence, naming_bad_images
@@ -62,7 +62,7 @@ def count_validation(configs: Configs, validation: AugmentedImageSequence) -> tu
 
 
 class TimeEstimate(StepTimes):
-    """Prints after the first steps how long the run will take.
+    """Prints after the first steps how long an epoch and the whole run will take, and when it will end.
 
     Args:
         epochs: of the whole run.
@@ -86,7 +86,11 @@ class TimeEstimate(StepTimes):
         epochs = self.epochs - self._epoch
         steps = epochs * self.training.steps - self.training.first_step - batch - 1
         left = self.seconds * (steps + (epochs + self.more_validations) * self.validation_steps)
-        print(f"{begin_line()}About {show_duration(left)} to go, for {self.epochs} epochs.")
+        epoch = self.seconds * (self.training.steps + self.validation_steps)
+        print(
+            f"{begin_line()}About {show_duration(epoch)} an epoch, {show_duration(left)} to go for {self.epochs} "
+            f"epochs, until {show_moment(left)}."
+        )
 
 
 def fit_epochs(

@@ -16,7 +16,7 @@ from configs import Configs
 from finetune.freezing import leaf_layers
 from finetune.interruption import Interruption
 from finetune.optimizers import compile_model, find_averages, get_optimizer
-from finetune.progress import choose_keras_verbosity
+from finetune.progress import choose_keras_verbosity, show_progress
 from generator import AugmentedImageSequence
 
 
@@ -97,7 +97,7 @@ class TrainingModel(keras.Model):
         """Trains as Keras's `fit` does; what `interruption` notes in one process holds for all after the same step."""
         steps = int(batches.cardinality())
         self.stop_training = False
-        verbose = choose_keras_verbosity(elsewhere=2)
+        verbose = choose_keras_verbosity()
         called = keras.callbacks.CallbackList(callbacks, add_progbar=True, verbose=verbose, epochs=epochs, steps=steps)
         called.set_model(self)
         called.on_train_begin()
@@ -123,18 +123,24 @@ class TrainingModel(keras.Model):
                 break
         called.on_train_end()
 
-    def predict_sequence(self, sequence: AugmentedImageSequence) -> tuple[np.ndarray, np.ndarray]:
+    def predict_sequence(self, sequence: AugmentedImageSequence, title: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Predicts the images of a sequence that is not shuffled, each on one device of one process.
+
+        Args:
+            sequence: of the images.
+            title: of the progress bar; none without one.
 
         Returns:
             Outputs float32 `(images, outputs)` in the sequence's order, of the images that could be read, and which
             of all images these are, bool `(all images,)`; the same in every process.
         """
         found = np.zeros((len(sequence.paths), self.output_shape[-1] + 1), np.float32)
-        for step, (images, _) in enumerate(sequence.to_dataset().as_numpy_iterator()):
-            if len(images):
-                rows = sequence.get_rows(step)
-                found[rows, :-1], found[rows, -1] = self._predict(images), 1
+        with show_progress(len(sequence.paths) * sequence.shares.local // sequence.shares.devices, title) as progress:
+            for step, (images, _) in enumerate(sequence.to_dataset().as_numpy_iterator()):
+                if len(images):
+                    rows = sequence.get_rows(step)
+                    found[rows, :-1], found[rows, -1] = self._predict(images), 1
+                    progress.update(len(images))
         if sequence.shares.local < sequence.shares.devices:
             found = self.distribute_strategy.experimental_local_results(self._add_over_processes(found))[0].numpy()
         is_read = found[:, -1] > 0

@@ -23,7 +23,7 @@ from finetune.interruption import Interruption
 from finetune.losses import Losses
 from finetune.model_files import load_fitting_model
 from finetune.options import UserError
-from finetune.phases import Phase, changes_images, get_sets, prepare_phase, run_phase
+from finetune.phases import Phase, changes_images, describe_phase, get_sets, prepare_phase, run_phase
 from finetune.probe import compute_features, initialize_head
 from finetune.range_test import suggest_learning_rate
 from finetune.resuming import check_same_data
@@ -360,6 +360,7 @@ def train_phases(
             model = prepare_phase(classifier, phase, configs, losses.training, optimizer, state)
             mirrors = configs.test_time_augmentation == "flip"
             sets = get_sets(classifier, changes_images(configs), *images, features, mirrors)
+        print(describe_phase(phase, classifier, sets[0]))
         callbacks = build_callbacks(configs, phase, classifier, *sets, losses.validation, interruption, team, state)
         with advising_on_bad_images(configs.save_model_path, *sets):
             run_phase(model, *sets, phase, state, callbacks, interruption)

@@ -3,11 +3,13 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pandas as pd
 import pytest
+from keras import layers
 from small_runs import (
     assert_same_run,
     options_of,
@@ -19,7 +21,8 @@ from configs import Configs
 from finetune import phases, training
 from finetune.images import read_image, resize_image
 from finetune.options import UserError
-from finetune.phases import run_phase
+from finetune.phases import Phase, describe_phase, run_phase
+from generator import Shares
 from model import ModelFactory
 
 
@@ -40,6 +43,16 @@ def test_frozen_layers_have_no_gradient_and_no_optimizer_memory(tables, tmp_path
         # Adam: two moments of each weight, the number of steps and the learning rate.
         assert memory[layers] == 2 * trained + 2
     assert memory[0] < memory[1] < memory[-1]
+
+
+def test_a_phase_says_what_it_does():
+    frozen = layers.Dense(4, trainable=False)
+    classifier = keras.Sequential([keras.Input((3,)), frozen, layers.Dropout(0.5), layers.Dense(2)])
+    training = SimpleNamespace(steps=20, batch_size=8, shares=Shares(2, 0, 2))
+    # Of 3 x 4 + 4 frozen parameters, and 4 x 2 + 2 that learn.
+    shown = describe_phase(Phase(0, 3, 1e-3, True), classifier, training)
+    assert shown == "Epochs 1 to 3: 20 steps of 16 images each; 10 of 26 parameters learn."
+    assert describe_phase(Phase(3, 4, 1e-3, False), classifier, training).startswith("Epoch 4: 20 steps")
 
 
 PHASES = {"num_epochs": 4, "head_epochs": 2, "learning_rate": 1e-2, "fine_tune_learning_rate": 1e-3}

@@ -15,7 +15,7 @@ CODE = (
     "from finetune.progress import begin_line, choose_keras_verbosity, show_progress\n"
     "with show_progress(4, 'Checking images') as shown:\n"
     "    [shown.update() for _ in range(4)]\n"
-    "print(repr(begin_line()), choose_keras_verbosity(elsewhere=2))\n"
+    "print(repr(begin_line()), choose_keras_verbosity())\n"
 )
 COMMAND = [sys.executable, "-c", CODE]
 
@@ -57,7 +57,12 @@ def test_what_takes_long_is_a_line_a_minute(monkeypatch, capsys):
     assert captured.err == "Predicting: 300 of 500 after 1 min 2 s\nPredicting: 500 of 500 after 2 min 4 s\n"
 
 
-@pytest.mark.parametrize(("is_terminal", "begin", "verbosity"), [(True, "\n", 1), (False, "", 0)])
+def test_nothing_is_shown_without_a_title():
+    status, shown = run_in_terminal([sys.executable, "-c", CODE.replace("Checking images", "")])
+    assert (status, shown) == (0, "'\\n' 1\r\n")
+
+
+@pytest.mark.parametrize(("is_terminal", "begin", "verbosity"), [(True, "\n", 1), (False, "", 2)])
 def test_keras_bar_is_broken_off_only_where_there_is_one(monkeypatch, is_terminal, begin, verbosity):
     monkeypatch.setattr(progress, "draws_bars", lambda stream: is_terminal)
-    assert (begin_line(), choose_keras_verbosity(elsewhere=0)) == (begin, verbosity)
+    assert (begin_line(), choose_keras_verbosity()) == (begin, verbosity)

@@ -1,6 +1,7 @@
 """As many epochs as a time holds, and which model is kept in the end."""
 
 import re
+import time
 
 import keras
 import numpy as np
@@ -15,7 +16,7 @@ from small_runs import (
 
 from configs import Configs
 from finetune.options import UserError
-from finetune.texts import show_duration
+from finetune.texts import show_duration, show_moment
 from finetune.time_budget import TimeEstimate, count_validation
 from finetune.values import duration_fault, parse_duration
 
@@ -27,13 +28,21 @@ def test_durations_are_read_and_shown():
     assert [show_duration(seconds) for seconds in (44.6, 200, 7500)] == ["45 s", "3 min 20 s", "2 h 5 min"]
 
 
+def test_the_end_has_its_day_where_that_is_another_one():
+    before = time.strftime("%H:%M")
+    assert show_moment(0) in (before, time.strftime("%H:%M"))
+    later = time.time() + 3 * 86400
+    shown = show_moment(3 * 86400)
+    assert shown in (time.strftime("%a %d %b %H:%M", time.localtime(later + second)) for second in (0, 1))
+
+
 @pytest.mark.slow
 def test_a_run_of_a_time_budget_is_that_of_as_many_epochs(tables, tmp_path, capsys):
     options = {"learning_rate_schedule": "one_cycle", "random_crop_area": [0.6, 1.0], "augmentation_strength": "photo"}
     found = start(**options_of(tables, tmp_path / "budget", time_budget="20s", **options))
     printed = capsys.readouterr().out
     epochs = int(re.search(r"time_budget 20s: (\d+) epochs of about", printed)[1])
-    assert re.search(rf"About .* to go, for {epochs} epochs", printed)
+    assert re.search(rf"About .* an epoch, .* to go for {epochs} epochs, until ", printed)
     assert found["epoch"] == epochs > 1
     start(**options_of(tables, tmp_path / "epochs", **(options | {"num_epochs": epochs})))
     assert_same_run(tmp_path / "budget", tmp_path / "epochs")
@@ -88,4 +97,4 @@ def test_the_estimate_counts_all_that_is_left(capsys, monkeypatch):
     for batch in range(4):
         estimate.on_train_batch_end(batch)
     # Steps of 2 s: 96 of training are left, and 5 + 3 validations of 8 each.
-    assert "About 5 min 20 s to go, for 5 epochs." in capsys.readouterr().out
+    assert "About 56 s an epoch, 5 min 20 s to go for 5 epochs, until " in capsys.readouterr().out
