@@ -112,6 +112,7 @@ def measure_training(images: str) -> dict[str, dict[str, float]]:
     paths = sorted(map(str, Path(images).glob("*/*")))
     return {
         "fit": training.measure_fit(paths),
+        "appetites": training.measure_appetites(paths),
         "grad_cam": training.measure_grad_cam(),
         "checkpoint": training.measure_checkpoint_cost(images),
         "drawing_mib": {str(number): run_alone("training.py", str(number))[0] for number in (500, 1000)},
@@ -163,7 +164,13 @@ def rows_of_loaders(rates: dict[str, float]) -> list[Row]:
 def rows_of_training(results: dict) -> list[Row]:
     """Returns the table's rows on training and explaining."""
     fit, cam, memory = results["fit"], results["grad_cam"], results["drawing_mib"]
+    rows = []
+    for name, appetite in results["appetites"].items():
+        print(f"{name}: {appetite['memory']:.0f} images/s from memory, {appetite['files']:.0f} from files")
+        rows.append((f"fit on files / on a batch in memory, {name}, GPU", appetite["ratio"], "at least", 0.95))
+        rows.append((f"input_wait, {name}, GPU", appetite["input_wait"], "at most", 0.1))
     return [
+        *rows,
         ("fit on files / on a batch in memory, MobileNet", fit["ratio"], "at least", 0.95),
         ("input_wait, MobileNet", fit["input_wait"], "at most", 0.1),
         ("Grad-CAM / with a model built per image", cam["batched"] / cam["rebuilt_per_image"], "at least", 10),

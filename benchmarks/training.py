@@ -1,5 +1,7 @@
 """What training and explaining cost beside the network itself, measured with MobileNet at 224x224, random weights.
 
+Where there is a GPU, larger networks show what it takes of the generator, its appetite.
+
 python benchmarks/training.py IMAGES    prints the most MiB that draw_activations.py holds on that many images
 """
 
@@ -20,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from finetune.checkpoints import Checkpoint
 
 EPOCHS, STEPS = 4, 24
+# What a GPU is fed: these backbones in mixed precision, in batches of so many.
+APPETITES, GPU_BATCH = ("DenseNet121", "ResNet50"), 64
 
 
 def measure_checkpoint_cost(images: str) -> dict[str, float]:
@@ -70,19 +74,29 @@ def measure_checkpoint_cost(images: str) -> dict[str, float]:
     }
 
 
-def build_mobilenet() -> object:
-    """Returns MobileNet with two classes, from random weights."""
+def build_model(backbone: str = "MobileNet", mixed_precision: bool = False) -> object:
+    """Returns a model of two classes, from random weights."""
     from configs import Configs
     from finetune.devices import keep_freed_memory
     from model import ModelFactory
 
     keep_freed_memory()
-    return ModelFactory().get_model(
-        Configs(visual_model_name="MobileNet", use_imagenet_weights=False, classes=["a", "b"])
-    )
+    options = {"visual_model_name": backbone, "mixed_precision": mixed_precision, "use_imagenet_weights": False}
+    return ModelFactory().get_model(Configs(**options, classes=["a", "b"]))
 
 
-def measure_fit(paths: list[str]) -> dict[str, float]:
+def measure_appetites(paths: list[str]) -> dict[str, dict[str, float]]:
+    """Returns by backbone what `measure_fit` does in mixed precision; nothing where there is no GPU."""
+    import tensorflow as tf
+
+    if not tf.config.list_physical_devices("GPU"):
+        return {}
+    return {name: measure_fit(paths, name, True, GPU_BATCH, os.cpu_count()) for name in APPETITES}
+
+
+def measure_fit(
+    paths: list[str], backbone: str = "MobileNet", mixed_precision: bool = False, batch: int = 16, workers: int = 4
+) -> dict[str, float]:
     """Returns images/s of training on files, on one batch held in memory, and the median ratio of neighbouring runs."""
     import keras
     import tensorflow as tf
@@ -94,11 +108,12 @@ def measure_fit(paths: list[str]) -> dict[str, float]:
     from finetune.trainer import get_training_model
     from generator import AugmentedImageSequence, Shares
 
-    model = get_training_model(build_mobilenet(), Configs(), keras.losses.sparse_categorical_crossentropy)
-    batch, interruption = 16, Interruption()
+    network = build_model(backbone, mixed_precision)
+    model = get_training_model(network, Configs(), keras.losses.sparse_categorical_crossentropy)
+    interruption = Interruption()
     paths = (paths * (STEPS * batch // len(paths) + 1))[: STEPS * batch]
     labels = np.arange(len(paths), dtype=np.int32) % 2
-    options = {"augmenter": build_augmenter(), "shuffle": True, "workers": 4, "shares": Shares()}
+    options = {"augmenter": build_augmenter(), "shuffle": True, "workers": workers, "shares": Shares()}
     sequence = AugmentedImageSequence(paths, labels, (224, 224), batch, **options)
     files, wait = sequence.to_dataset(), InputWait()
     in_memory = tf.data.Dataset.from_tensors(sequence.get_shares(0)).repeat(STEPS)
@@ -129,7 +144,7 @@ def measure_grad_cam() -> dict[str, float]:
 
     from finetune.gradcam import GradCam
 
-    model = build_mobilenet()
+    model = build_model()
     images = np.random.default_rng(0).integers(0, 256, (128, 224, 224, 3), np.uint8)
     grad_cam = GradCam(model)
 
@@ -180,7 +195,7 @@ def measure_memory_of_drawing(number: int) -> float:
             for row in range(number):
                 os.link(files[row % len(files)], f"{folder}/{row:05d}.jpg")
                 table.write(f"{folder}/{row:05d}.jpg,{'ab'[row % 2]}\n")
-        build_mobilenet().save(f"{folder}/best_model.keras")
+        build_model().save(f"{folder}/best_model.keras")
         tables_of_run = {
             "train_csv": f"{folder}/photos.csv",
             "test_csv": f"{folder}/photos.csv",

@@ -52,7 +52,7 @@ def show_duration(seconds: float) -> str:
 
 
 def show_moment(seconds: float) -> str:
-    """Returns when it will be so many seconds from now, in local time: `14:05`, and `Sat 28 Nov 14:05` on another day."""
+    """Returns when it will be so many seconds from now, local time: `14:05`, `Sat 28 Nov 14:05` on another day."""
     now = datetime.datetime.now()
     moment = now + datetime.timedelta(seconds=seconds)
     return moment.strftime("%H:%M" if moment.date() == now.date() else "%a %d %b %H:%M")

@@ -34,14 +34,14 @@ def weights_of(folder, name="latest_model.keras"):
 @pytest.mark.slow
 def test_frozen_layers_have_no_gradient_and_no_optimizer_memory(tables, tmp_path):
     memory = {}
-    for layers in (-1, 1, 0):
-        options = options_of(tables, tmp_path / str(layers), num_epochs=1, conv_layers_to_train=layers)
+    for number in (-1, 1, 0):
+        options = options_of(tables, tmp_path / str(number), num_epochs=1, conv_layers_to_train=number)
         start(**options)
-        model = keras.models.load_model(tmp_path / str(layers) / "latest_model.keras")
-        memory[layers] = sum(math.prod(variable.shape) for variable in model.optimizer.variables)
+        model = keras.models.load_model(tmp_path / str(number) / "latest_model.keras")
+        memory[number] = sum(math.prod(variable.shape) for variable in model.optimizer.variables)
         trained = sum(math.prod(variable.shape) for variable in model.trainable_variables)
         # Adam: two moments of each weight, the number of steps and the learning rate.
-        assert memory[layers] == 2 * trained + 2
+        assert memory[number] == 2 * trained + 2
     assert memory[0] < memory[1] < memory[-1]
 
 
