@@ -124,7 +124,9 @@ def describe(outcomes: dict[str, Outcome]) -> str:
     low, high = difference - TOLD_APART * error, difference + TOLD_APART * error
     lines = ["| MobileNet at | probe, out of fold | fine-tuned, test |", "|---|---|---|", *rows, ""]
     lines.append(f"Kendall's tau: {stats.kendalltau(probed, tuned).statistic:.2f}")
-    lines.append(f"The probe's first, {chosen}, has {difference:.3f} less than the best, {best} ({low:.3f} to {high:.3f})")
+    lines.append(
+        f"The probe's first, {chosen}, has {difference:.3f} less than the best, {best} ({low:.3f} to {high:.3f})"
+    )
     return "\n".join(lines)
 
 
