@@ -15,7 +15,7 @@ def main(configs: Configs) -> dict:
     import numpy as np
 
     from finetune.cam_page import write_page
-    from finetune.cam_pictures import draw_all, draw_batch, name_outputs, overlay_heatmap, read_photo
+    from finetune.cam_pictures import draw_all, draw_batch, name_outputs, overlay_heatmap
     from finetune.decision_file import read_decision
     from finetune.devices import start_devices
     from finetune.explaining import CHOOSERS, explain_all, measure_some
@@ -38,9 +38,9 @@ def main(configs: Configs) -> dict:
 
     choose = functools.partial(CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap)
-    read = functools.partial(read_photo, longest_side=configs.cam_picture_size, max_pixels=configs.max_image_pixels)
+    limits = {"longest_side": configs.cam_picture_size, "max_pixels": configs.max_image_pixels}
     draw = functools.partial(
-        draw_batch, sources=sources, targets=paths, class_names=class_names, read=read, overlay=overlay
+        draw_batch, sources=sources, targets=paths, class_names=class_names, overlay=overlay, **limits
     )
     drops = []
     with show_progress(len(paths), configs.cam_method) as progress, naming_bad_images(sequence):

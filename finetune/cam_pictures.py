@@ -25,6 +25,8 @@ from finetune.images import read_image, resize_image
 WRITABLE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 WRITERS = 2
 PANELS_A_ROW = 6
+# Pixels of a row of panels: WebP holds 16,383, and memory a few such pictures.
+WIDEST = 10_000
 # Pixels: of less, a caption shows no more than a few letters.
 LEAST_SIDE = 160
 # What Windows forbids in the name of a file, and the names that it keeps for devices.
@@ -153,8 +155,9 @@ def draw_batch(
     sources: Sequence[str],
     targets: Sequence[str],
     class_names: Sequence[str],
-    read: Callable[[str], np.ndarray],
     overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    longest_side: int,
+    max_pixels: int,
 ) -> int:
     """Writes the pictures of a batch, each the photo and beside it its maps; returns how many.
 
@@ -163,17 +166,20 @@ def draw_batch(
         sources: paths of all images.
         targets: paths of the pictures of all images.
         class_names: in the model's order.
-        read: from a path to the photo.
         overlay: colours a photo by a heatmap.
+        longest_side: of a photo in its picture, in pixels; less where a row of panels would be wider than `WIDEST`.
+        max_pixels: what a photo may have.
 
     Raises:
         UserError: a photo can no longer be read, or a picture not be written.
     """
     for row, place in enumerate(batch.positions):
-        image, label = read(sources[place]), batch.labels[row]
+        pairs, label = np.flatnonzero(batch.rows == row), batch.labels[row]
+        widest = WIDEST // count_columns(1 + len(pairs))
+        image = read_photo(sources[place], min(longest_side, widest), max_pixels)
         true_positions = np.flatnonzero(label) if label.ndim else [label]
         panels = [(image, "true: " + ", ".join(class_names[position] for position in true_positions))]
-        for pair in np.flatnonzero(batch.rows == row):
+        for pair in pairs:
             position = batch.class_indices[pair]
             # The number comes first: a long name is cut.
             caption = f"{batch.probabilities[row, position]:.2f} {class_names[position]}"
@@ -189,10 +195,15 @@ def arrange(panels: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
     height = max(image.shape[0] for image, _ in panels)
     width = max(LEAST_SIDE, *(image.shape[1] for image, _ in panels))
     pictures = [write_caption(fill(image, height, width), caption) for image, caption in panels]
-    columns = min(len(pictures), max(PANELS_A_ROW, math.isqrt(len(pictures))))
+    columns = count_columns(len(pictures))
     pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % columns)
     starts = range(0, len(pictures), columns)
     return np.concatenate([np.concatenate(pictures[start : start + columns], axis=1) for start in starts])
+
+
+def count_columns(number: int) -> int:
+    """Returns how many of so many panels stand side by side."""
+    return min(number, max(PANELS_A_ROW, math.isqrt(number)))
 
 
 def fill(image: np.ndarray, height: int, width: int) -> np.ndarray:
