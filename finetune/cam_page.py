@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import urllib.parse
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,21 +44,7 @@ def write_page(
     Raises:
         UserError: the page cannot be written.
     """
-    chosen = decision.choose(probabilities)
-    truth = y_true.astype(bool) if y_true.ndim == 2 else np.arange(chosen.shape[1]) == y_true[:, None]
-    cards = [
-        {
-            "picture": urllib.parse.quote(os.path.basename(picture)),
-            "path": image,
-            "true": true.nonzero()[0].tolist(),
-            "predicted": predicted.nonzero()[0].tolist(),
-            "is_right": bool((true == predicted).all()),
-            "confidence": confidence,
-        }
-        for picture, image, true, predicted, confidence in zip(
-            pictures, images, truth, chosen, decision.measure_confidence(probabilities).tolist(), strict=True
-        )
-    ]
+    cards = _make_cards(pictures, images, y_true, probabilities, decision)
     path = os.path.join(folder, INDEX_FILE)
     page = render_page(
         "activations",
@@ -74,3 +61,24 @@ def write_page(
     )
     write_text(path, page)
     return path
+
+
+def _make_cards(
+    pictures: Sequence[str], images: Sequence[str], y_true: np.ndarray, probabilities: np.ndarray, decision: Decision
+) -> list[dict[str, Any]]:
+    """Returns what the page shows of each picture; `true` and `predicted` are positions of classes."""
+    chosen = decision.choose(probabilities)
+    truth = y_true.astype(bool) if y_true.ndim == 2 else np.arange(chosen.shape[1]) == y_true[:, None]
+    return [
+        {
+            "picture": urllib.parse.quote(os.path.basename(picture)),
+            "path": image,
+            "true": true.nonzero()[0].tolist(),
+            "predicted": predicted.nonzero()[0].tolist(),
+            "is_right": bool((true == predicted).all()),
+            "confidence": confidence,
+        }
+        for picture, image, true, predicted, confidence in zip(
+            pictures, images, truth, chosen, decision.measure_confidence(probabilities).tolist(), strict=True
+        )
+    ]
