@@ -262,6 +262,14 @@ class Configs(Options):
     cam_top_k: int = define(3, "How many classes cam_classes top_k explains", at_least=1, group="explaining")
     cam_alpha: float = define(0.4, "Opacity of the heatmap over the image", at_least=0, at_most=1, group="explaining")
     cam_colormap: str = define("jet", "Colours of the heatmap", choices=CAM_COLORMAPS, group="explaining")
+    cam_backbone_layer: str = define(
+        "",
+        "Spatial layer of the backbone whose features are weighed, by its name; empty: the last one",
+        group="explaining",
+    )
+    cam_picture_size: int = define(
+        640, "Longest side of a photo in draw_activations.py's pictures, in pixels", at_least=160, group="explaining"
+    )
     distribution_strategy: str = define(
         "none",
         "Train on one device, on every visible GPU of this machine (mirrored), or on those of all hosts in TF_CONFIG "

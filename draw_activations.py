@@ -14,7 +14,8 @@ def main(configs: Configs) -> dict:
     # Imported here, so that --help does not wait for TensorFlow.
     import numpy as np
 
-    from finetune.cam_pictures import draw_all, name_outputs, overlay_heatmap
+    from finetune.cam_page import write_page
+    from finetune.cam_pictures import draw_all, draw_batch, name_outputs, overlay_heatmap
     from finetune.decision_file import read_decision
     from finetune.devices import start_devices
     from finetune.explaining import CHOOSERS, explain_all, measure_some
@@ -30,21 +31,29 @@ def main(configs: Configs) -> dict:
     decision = read_decision(os.path.dirname(os.path.abspath(model_path)), class_names, multi_label, model_path)
     sequence = get_generator(configs.test_csv, class_names, configs, training=False)
     model = load_fitting_model(model_path, class_names, configs.image_target_size[:2])
-    grad_cam = GradCam(model, configs.cam_method)
+    grad_cam = GradCam(model, configs.cam_method, configs.cam_backbone_layer)
     folder = os.path.join(configs.save_model_path, MAPS_FOLDER)
-    paths = [os.path.join(folder, name) for name in name_outputs(list(sequence.paths))]
+    sources = list(sequence.paths)
+    paths = [os.path.join(folder, name) for name in name_outputs(sources)]
 
     choose = functools.partial(CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap)
+    limits = {"longest_side": configs.cam_picture_size, "max_pixels": configs.max_image_pixels}
+    draw = functools.partial(
+        draw_batch, sources=sources, targets=paths, class_names=class_names, overlay=overlay, **limits
+    )
     drops = []
     with show_progress(len(paths), configs.cam_method) as progress, naming_bad_images(sequence):
         batches = explain_all(grad_cam, sequence, decision, choose)
         batches = measure_some(batches, len(paths), grad_cam, decision, configs.random_seed or 0, drops)
-        draw_all(batches, paths, class_names, overlay, progress.update)
+        probabilities = draw_all(batches, draw, progress.update)
     tell_bad_images(sequence)
     paths = [path for row, path in enumerate(paths) if row not in sequence.bad_images]
     faithfulness = summarise_faithfulness(np.array(drops))
-    print(f"Wrote {len(paths)} pictures to {folder}\n{describe_faithfulness(faithfulness, len(paths))}")
+    summary = describe_faithfulness(faithfulness, len(paths))
+    images, labels = sequence.get_read_paths(), sequence.get_y_true()
+    page = write_page(folder, paths, images, labels, probabilities, decision, model_path, summary)
+    print(f"Wrote {len(paths)} pictures to {folder}\n{summary}\nThe page that shows them is {page}")
     return {"paths": paths, "faithfulness": faithfulness}
 
 

@@ -38,6 +38,7 @@ def main(configs: Configs) -> dict[str, Any]:
     known = check_test_images(model_path, configs.test_csv, sequences["test"].paths, configs.allow_duplicates)
     model = load_predictor(model_path, configs.classes, configs.image_target_size[:2])
     print(f"Model: {model_path}")
+    explain = build_explainer(model, configs)
     predictions = {name: predict(model, sequence, f"Predicting the {name} set") for name, sequence in sequences.items()}
     # After the images have been read: under skip_bad_images those that could not be have no part.
     truths = {name: sequence.get_y_true() for name, sequence in sequences.items()}
@@ -52,7 +53,6 @@ def main(configs: Configs) -> dict[str, Any]:
     print_results(results)
     folder = os.path.join(configs.save_model_path, name_evaluation(model_path))
     read, truth, probabilities = sequences["test"].get_read_paths(), truths["test"], predictions["test"]
-    explain = build_explainer(model, configs)
     options, probabilities = list_options(configs, model_path), decision.calibrate(probabilities)
     write_evaluation(folder, read, truth, probabilities, decision, results, explain, options)
     write_model_card(configs.save_model_path)

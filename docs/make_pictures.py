@@ -22,6 +22,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 PHOTOS = {"cat": "chelsea", "coffee": "coffee", "rocket": "rocket"}
 CROPS = 40
+ACTIVATIONS_WIDTH = 1200
 
 
 def run(script: str, *arguments: str) -> None:
@@ -70,7 +71,13 @@ def draw_activations() -> None:
     rows = []
     for name in PHOTOS:
         files = sorted(Path("photos", "cam_output").glob(f"{name}*"))
-        rows.append(np.concatenate([cv2.imread(str(file)) for file in files[:2]], axis=1))
+        # Side by side at one height, and each row as wide as the others.
+        pictures = [cv2.imread(str(file)) for file in files[:2]]
+        ratios = [one.shape[1] / one.shape[0] for one in pictures]
+        height = ACTIVATIONS_WIDTH / sum(ratios)
+        sizes = [(round(ratio * height), round(height)) for ratio in ratios]
+        row = np.concatenate([cv2.resize(one, size) for one, size in zip(pictures, sizes, strict=True)], axis=1)
+        rows.append(cv2.resize(row, (ACTIVATIONS_WIDTH, round(height))))
     picture = str(PROJECT / "docs" / "activations.jpg")
     cv2.imwrite(picture, np.concatenate(rows), [cv2.IMWRITE_JPEG_QUALITY, 85])
 

@@ -20,10 +20,15 @@ import PIL.ImageFont
 
 from finetune.explaining import Explained
 from finetune.files import atomic_path
+from finetune.images import read_image, resize_image
 
 WRITABLE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 WRITERS = 2
 PANELS_A_ROW = 6
+# Pixels of a row of panels: WebP holds 16,383, and memory a few such pictures.
+WIDEST = 10_000
+# Pixels: of less, a caption shows no more than a few letters.
+LEAST_SIDE = 160
 # What Windows forbids in the name of a file, and the names that it keeps for devices.
 FORBIDDEN = frozenset('<>:"/\\|?*')
 RESERVED = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))})
@@ -45,6 +50,19 @@ def colour_table(colormap: str) -> np.ndarray:
     return cv2.applyColorMap(np.arange(256, dtype=np.uint8), code)[:, 0, ::-1].copy()
 
 
+def place_heatmap(heatmap: np.ndarray, photo_size: Sequence[int]) -> np.ndarray:
+    """Lays a heatmap over the photo of which the network saw the whole, stretched to its own aspect ratio.
+
+    Args:
+        heatmap: `(h, w)` in `[0, 1]`, of any size.
+        photo_size: `(height, width)`.
+
+    Returns:
+        float32 `(height, width)` in `[0, 1]`, to about 1e-6.
+    """
+    return cv2.resize(heatmap.astype(np.float32), photo_size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
 def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray, opacity: float = 0.4, colormap: str = "jet") -> np.ndarray:
     """Colours an image by a heatmap.
 
@@ -57,8 +75,7 @@ def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray, opacity: float = 0.4
     Returns:
         uint8 RGB `(height, width, 3)`.
     """
-    height, width = image.shape[:2]
-    smooth = cv2.resize(heatmap.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    smooth = place_heatmap(heatmap, image.shape[:2])
     colours = colour_table(colormap)[np.uint8(255 * np.clip(smooth, 0, 1))]
     return cv2.addWeighted(colours, opacity, image, 1 - opacity, 0)
 
@@ -92,63 +109,108 @@ def load_font(size: int) -> PIL.ImageFont.FreeTypeFont:
     return PIL.ImageFont.truetype(FONT_PATH, size)
 
 
+def read_photo(path: str, longest_side: int, max_pixels: int) -> np.ndarray:
+    """Reads a photo for a picture: shrunk to `longest_side` pixels, or enlarged to `LEAST_SIDE`, at its aspect ratio.
+
+    Returns:
+        uint8 RGB `(height, width, 3)`.
+
+    Raises:
+        UserError: it can no longer be read.
+    """
+    image = read_image(path, (longest_side, longest_side), max_pixels)
+    longest = max(image.shape[:2])
+    scale = min(max(longest, LEAST_SIDE), longest_side) / longest
+    return resize_image(image, [max(1, round(side * scale)) for side in image.shape[:2]])
+
+
 def draw_all(
-    batches: Iterable[Explained],
-    paths: Sequence[str],
-    class_names: Sequence[str],
-    overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    report: Callable[[int], object],
-) -> None:
+    batches: Iterable[Explained], draw: Callable[[Explained], int], report: Callable[[int], object]
+) -> np.ndarray:
     """Writes the pictures of explained batches; drawing and writing go on while the network runs.
 
     Args:
         batches: in order.
-        paths: of the pictures of all images.
-        class_names: in the model's order.
-        overlay: colours an image by a heatmap.
+        draw: writes those of a batch and returns how many, as `draw_batch` does.
         report: is told how many pictures more are written.
+
+    Returns:
+        The batches' probabilities, `(images, classes)`.
     """
-    pending = deque()
+    pending, probabilities = deque(), []
     with ThreadPoolExecutor(WRITERS) as pool:
         for batch in batches:
-            targets = [paths[position] for position in batch.positions]
-            pending.append(pool.submit(draw_batch, targets, batch, class_names, overlay))
+            probabilities.append(batch.probabilities)
+            pending.append(pool.submit(draw, batch))
             # A bounded backlog: memory does not grow where the network is faster than the disk.
             while len(pending) > WRITERS:
                 report(pending.popleft().result())
         while pending:
             report(pending.popleft().result())
+    return np.concatenate(probabilities)
 
 
 def draw_batch(
-    paths: Sequence[str],
     batch: Explained,
+    sources: Sequence[str],
+    targets: Sequence[str],
     class_names: Sequence[str],
     overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    longest_side: int,
+    max_pixels: int,
 ) -> int:
-    """Writes the pictures of a batch, each the image and beside it its maps; returns how many."""
-    for row, (path, image) in enumerate(zip(paths, batch.images, strict=True)):
-        label = batch.labels[row]
+    """Writes the pictures of a batch, each the photo and beside it its maps; returns how many.
+
+    Args:
+        batch: explained.
+        sources: paths of all images.
+        targets: paths of the pictures of all images.
+        class_names: in the model's order.
+        overlay: colours a photo by a heatmap.
+        longest_side: of a photo in its picture, in pixels; less where a row of panels would be wider than `WIDEST`.
+        max_pixels: what a photo may have.
+
+    Raises:
+        UserError: a photo can no longer be read, or a picture not be written.
+    """
+    for row, place in enumerate(batch.positions):
+        pairs, label = np.flatnonzero(batch.rows == row), batch.labels[row]
+        widest = WIDEST // count_columns(1 + len(pairs))
+        image = read_photo(sources[place], min(longest_side, widest), max_pixels)
         true_positions = np.flatnonzero(label) if label.ndim else [label]
         panels = [(image, "true: " + ", ".join(class_names[position] for position in true_positions))]
-        for pair in np.flatnonzero(batch.rows == row):
+        for pair in pairs:
             position = batch.class_indices[pair]
             # The number comes first: a long name is cut.
             caption = f"{batch.probabilities[row, position]:.2f} {class_names[position]}"
             panels.append((overlay(image, batch.heatmaps[pair]), caption))
         if len(panels) == 1:
             panels.append((image, "no label above its threshold"))
-        write_image(path, arrange(panels))
-    return len(paths)
+        write_image(targets[place], arrange(panels))
+    return len(batch.positions)
 
 
 def arrange(panels: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
-    """Lays images of one size side by side, each over its caption, and many in rows; uint8 RGB."""
-    pictures = [write_caption(image, caption) for image, caption in panels]
-    columns = min(len(pictures), max(PANELS_A_ROW, math.isqrt(len(pictures))))
+    """Lays images side by side, each over its caption, and many in rows, in cells that the largest fills; uint8 RGB."""
+    height = max(image.shape[0] for image, _ in panels)
+    width = max(LEAST_SIDE, *(image.shape[1] for image, _ in panels))
+    pictures = [write_caption(fill(image, height, width), caption) for image, caption in panels]
+    columns = count_columns(len(pictures))
     pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % columns)
     starts = range(0, len(pictures), columns)
     return np.concatenate([np.concatenate(pictures[start : start + columns], axis=1) for start in starts])
+
+
+def count_columns(number: int) -> int:
+    """Returns how many of so many panels stand side by side."""
+    return min(number, max(PANELS_A_ROW, math.isqrt(number)))
+
+
+def fill(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Returns an image on white, at the top and in the middle of so many pixels."""
+    rest = width - image.shape[1]
+    borders = (0, height - image.shape[0], rest // 2, rest - rest // 2)
+    return cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
 
 def name_outputs(paths: list[str]) -> list[str]:

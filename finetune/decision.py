@@ -95,6 +95,16 @@ class Decision:
             return np.asarray(calibrated, np.float32) >= self.thresholds(threshold_type)
         return calibrated.argmax(axis=1)[:, None] == np.arange(len(self.class_names))
 
+    def measure_confidence(self, calibrated: np.ndarray) -> np.ndarray:
+        """Returns how probable each image's answer is, `(images,)`; where there are several, of the least certain one.
+
+        Args:
+            calibrated: what `calibrate` returned, `(images, classes)`.
+        """
+        if not self.multi_label:
+            return calibrated.max(axis=1)
+        return np.where(self.choose(calibrated), calibrated, 1 - calibrated).min(axis=1)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns what `decision.json` holds."""
         content = dataclasses.asdict(self)

@@ -85,12 +85,7 @@ def build_gallery(
         "path": list(paths),
         "true": name_labels(y_true, decision.class_names),
         "predicted": name_labels(chosen, decision.class_names),
-        # The probability of the answer; where there are several, of the least certain one.
-        "probability": (
-            np.where(chosen, probabilities, 1 - probabilities).min(axis=1)
-            if decision.multi_label
-            else probabilities.max(axis=1)
-        ).tolist(),
+        "probability": decision.measure_confidence(probabilities).tolist(),
         "loss": get_image_losses(y_true, probabilities).tolist(),
     }
     return {
@@ -103,14 +98,20 @@ def build_gallery(
     }
 
 
-def build_grad_cam(model: keras.Model | ExportedModel, cam_method: str) -> GradCam | None:
-    """Builds what explains a model; None, and a line, where it has not the parts for that."""
+def build_grad_cam(model: keras.Model | ExportedModel, cam_method: str, layer_name: str) -> GradCam | None:
+    """Builds what explains a model; None, and a line, where it has not the parts for that.
+
+    Raises:
+        UserError: a layer is named, and the model lacks it.
+    """
     if isinstance(model, ExportedModel):
         print("The report's photos have no heatmaps: Grad-CAM needs the Keras model that this one was made of.")
         return None
     try:
-        return GradCam(model, cam_method)
+        return GradCam(model, cam_method, layer_name)
     except UserError as error:
+        if layer_name:
+            raise
         print(f"The report's photos have no heatmaps: {error}")
         return None
 
@@ -120,7 +121,7 @@ def build_explainer(
 ) -> Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]]:
     """Builds what draws photos by their paths, with the model's heatmaps as the configs want them."""
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap)
-    grad_cam = build_grad_cam(model, configs.cam_method)
+    grad_cam = build_grad_cam(model, configs.cam_method, configs.cam_backbone_layer)
     return functools.partial(draw_pictures, grad_cam, configs.image_target_size[:2], configs.max_image_pixels, overlay)
 
 

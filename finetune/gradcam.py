@@ -12,6 +12,8 @@ import tensorflow as tf
 
 from finetune.inference_model import get_classifier, has_views
 from finetune.options import UserError
+from finetune.texts import join_names
+from finetune.values import find_nearest, quote_value
 
 # The share of an image that is blurred to see whether a map shows what the answer rests on.
 BLURRED_SHARE = 0.2
@@ -76,15 +78,19 @@ class GradCam:
     gradient crosses the classifier only. Scores are logits, which do not saturate as probabilities do. Of a model that
     answers with the mean over an image and its mirror image, the map is that of the image as it is.
 
+    Of another layer the network cannot always be cut in two: what leads around it, as in residual blocks, would be
+    lost. Every explanation then runs all of it, and the gradient goes from the logits back to that layer.
+
     Args:
         model: a model of this collection, whose classifier has the parts `backbone` and `classifier`.
         method: a key of `METHODS`.
+        layer_name: of a spatial layer of the backbone; empty for its last one.
 
     Raises:
-        UserError: the model lacks these parts.
+        UserError: the model lacks these parts, or the backbone that layer.
     """
 
-    def __init__(self, model: keras.Model, method: str = "gradcam") -> None:
+    def __init__(self, model: keras.Model, method: str = "gradcam", layer_name: str = "") -> None:
         self._mirrors = has_views(model)
         model = get_classifier(model)
         names = [layer.name for layer in model.layers]
@@ -94,6 +100,7 @@ class GradCam:
                 "Train one with train.py."
             )
         self._features = keras.Model(model.inputs, _input_of_classifier(model))
+        self._maps = _build_maps(model, layer_name) if layer_name else None
         *to_logits, self._to_probabilities = model.get_layer("classifier").layers
         self._logits = keras.Sequential(to_logits)
         self._weigh = METHODS[method]
@@ -125,18 +132,18 @@ class GradCam:
             images: RGB `(batch, height, width, 3)`, pixels in `[0, 255]`.
 
         Returns:
-            The features for `explain`, and the model's probabilities, float32 `(batch, classes)`.
+            What `explain` starts from, and the model's probabilities, float32 `(batch, classes)`.
         """
         # One trace for every number of images: the last batch is often a smaller one.
         read = self._read.get_concrete_function(tf.TensorSpec((None, *images.shape[1:]), images.dtype))
-        features, probabilities = read(tf.convert_to_tensor(images))
-        return features, probabilities.numpy()
+        start, probabilities = read(tf.convert_to_tensor(images))
+        return start, probabilities.numpy()
 
-    def explain(self, features: tf.Tensor, rows: np.ndarray, class_indices: np.ndarray) -> np.ndarray:
+    def explain(self, start: tf.Tensor, rows: np.ndarray, class_indices: np.ndarray) -> np.ndarray:
         """Explains pairs of an image and a class, any number of them, in memory that the batch's own size bounds.
 
         Args:
-            features: of a batch, from `read`.
+            start: of a batch, from `read`.
             rows: int `(pairs,)`, positions in that batch.
             class_indices: int `(pairs,)`, the class to explain of each.
 
@@ -144,13 +151,13 @@ class GradCam:
             Heatmaps, float32 `(pairs, h, w)` as from calling this object.
         """
         integers = tf.TensorSpec((None,), tf.int32)
-        signature = tf.TensorSpec((None, *features.shape[1:]), features.dtype), integers, integers
+        signature = tf.TensorSpec((None, *start.shape[1:]), start.dtype), integers, integers
         explain = self._explain.get_concrete_function(*signature)
         pairs = np.stack([rows, class_indices]).astype(np.int32)
-        heatmaps = [np.empty((0, *features.shape[1:3]), np.float32)]
-        for start in range(0, len(rows), len(features)):
-            part = tf.convert_to_tensor(pairs[:, start : start + len(features)])
-            heatmaps.append(explain(features, part[0], part[1]).numpy())
+        heatmaps = [np.empty((0, *explain.outputs[0].shape[1:]), np.float32)]
+        for first in range(0, len(rows), len(start)):
+            part = tf.convert_to_tensor(pairs[:, first : first + len(start)])
+            heatmaps.append(explain(start, part[0], part[1]).numpy())
         return np.concatenate(heatmaps)
 
     def _read_batch(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -159,20 +166,22 @@ class GradCam:
         if self._mirrors:
             mirrored = self._features(tf.reverse(images, axis=[2]), training=False)
             probabilities = (probabilities + self._answer(mirrored)) / 2
-        return features, probabilities
+        return images if self._maps else features, probabilities
 
     def _answer(self, features: tf.Tensor) -> tf.Tensor:
         return self._to_probabilities(self._logits(tf.cast(features, tf.float32), training=False))
 
-    def _explain_pairs(self, features: tf.Tensor, rows: tf.Tensor, class_indices: tf.Tensor) -> tf.Tensor:
-        features = tf.cast(tf.gather(features, rows), tf.float32)
+    def _explain_pairs(self, start: tf.Tensor, rows: tf.Tensor, class_indices: tf.Tensor) -> tf.Tensor:
+        start = tf.cast(tf.gather(start, rows), tf.float32)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(features)
-            logits = self._logits(features, training=False)
+            tape.watch(start)
+            maps, features = self._maps(start, training=False) if self._maps else (start, start)
+            logits = self._logits(tf.cast(features, tf.float32), training=False)
             # Images do not mix in inference mode: the gradient of the sum holds each one's own.
             score = tf.reduce_sum(tf.gather(logits, class_indices, batch_dims=1))
-        weights = self._weigh(features, tape.gradient(score, features))
-        heatmaps = tf.nn.relu(tf.reduce_sum(weights * features, axis=-1))
+        gradients = tf.cast(tape.gradient(score, maps), tf.float32)
+        maps = tf.cast(maps, tf.float32)
+        heatmaps = tf.nn.relu(tf.reduce_sum(self._weigh(maps, gradients) * maps, axis=-1))
         return tf.math.divide_no_nan(heatmaps, tf.reduce_max(heatmaps, axis=(1, 2), keepdims=True))
 
 
@@ -182,6 +191,41 @@ def _input_of_classifier(model: keras.Model) -> keras.KerasTensor:
     for layer in model.layers[1:-1]:
         images = layer(images)
     return images
+
+
+def _build_maps(model: keras.Model, layer_name: str) -> keras.Model:
+    """Returns a model from images to what a layer of the backbone gives, and to what the classifier is fed."""
+    backbone = model.get_layer("backbone")
+    outputs = [find_spatial_layer(backbone, layer_name).output, backbone.output]
+    maps = images = model.inputs[0]
+    for layer in model.layers[1:-1]:
+        if layer is backbone:
+            maps, images = keras.Model(backbone.inputs, outputs)(images)
+        else:
+            images = layer(images)
+    return keras.Model(model.inputs, [maps, images])
+
+
+def find_spatial_layer(backbone: keras.Model, name: str) -> keras.Layer:
+    """Returns the layer of a backbone that has a name and whose output has places, `(batch, h, w, channels)`.
+
+    Layers inside attention blocks have none: their output is smaller than the backbone's own.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    height, width = backbone.output.shape[1:3]
+    shapes = {layer.name: layer.output.shape for layer in backbone.layers[1:]}
+    spatial = [key for key, shape in shapes.items() if len(shape) == 4 and shape[1] >= height and shape[2] >= width]
+    if name in spatial:
+        return backbone.get_layer(name)
+    what = "has no places" if name in shapes else "does not exist"
+    nearest = find_nearest(name, spatial, alikeness=0.4)
+    hint = f"; did you mean {nearest}?" if nearest else "."
+    raise UserError(
+        f"cam_backbone_layer: expected a spatial layer of the backbone. Received: {quote_value(name)}, which {what}"
+        f"{hint} The last ones: {join_names(spatial[::-1])}."
+    )
 
 
 def measure_faithfulness(

@@ -47,7 +47,7 @@ FILES = {
 # The options that test.py's figures depend on, beside those that the model's own configs.json knows.
 REPRODUCING = ("train_csv", "validation_csv", "test_csv", "image_directory", "csv_label_column")
 REPRODUCING += ("multilabel_threshold_range", "random_seed", "cam_method", "cam_classes", "cam_top_k")
-REPRODUCING += ("cam_alpha", "cam_colormap")
+REPRODUCING += ("cam_alpha", "cam_colormap", "cam_backbone_layer")
 
 
 def write_report(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from configs import CAM_COLORMAPS
-from finetune.cam_pictures import overlay_heatmap, write_caption
+from finetune.cam_pictures import arrange, overlay_heatmap, place_heatmap, read_photo, write_caption
 
 
 def test_overlay_is_blue_at_0_and_red_at_1():
@@ -33,6 +33,60 @@ def test_overlay_puts_the_heat_where_it_belongs():
     assert redness[0, -1] > 0
     assert redness[0, 0] < 0
     assert redness[-1, -1] < 0
+
+
+def test_a_heatmap_covers_the_whole_photo_whatever_its_aspect_ratio():
+    heatmap = np.array([[0, 1], [0, 0]], np.float32)
+    placed = place_heatmap(heatmap, (100, 300))
+    assert placed.shape == (100, 300)
+    # The middles of the four quarters are those of the values; between them it rises evenly.
+    np.testing.assert_allclose(placed[[0, 24, 75], :][:, [0, 299]], [[0, 1], [0, 1], [0, 0]], atol=0.01)
+    np.testing.assert_allclose(placed[0, [75, 150, 225]], [0, 0.5, 1], atol=0.01)
+    np.testing.assert_allclose(placed[50, 299], 0.5, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((100, 60), (160, 96)),
+        ((160, 20), (160, 20)),
+        ((300, 640), (300, 640)),
+        ((641, 640), (640, 639)),
+        ((1000, 3000), (213, 640)),
+        ((1, 3000), (1, 640)),
+    ],
+)
+def test_photos_keep_their_aspect_ratio_and_are_no_larger_than_wanted(size, expected, tmp_path):
+    path = str(tmp_path / "photo.png")
+    cv2.imwrite(path, np.zeros((*size, 3), np.uint8))
+    assert read_photo(path, 640, 10**7).shape == (*expected, 3)
+
+
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size_with_the_same_result(tmp_path):
+    path, ramp = str(tmp_path / "photo.jpg"), np.linspace(0, 255, 2000)
+    cv2.imwrite(path, np.broadcast_to(ramp[None, :, None], (1500, 2000, 3)).astype(np.uint8))
+    photo = read_photo(path, 400, 10**7)
+    assert photo.shape == (300, 400, 3)
+    expected = cv2.resize(cv2.imread(path), (400, 300), interpolation=cv2.INTER_AREA)
+    np.testing.assert_allclose(photo.astype(int), expected, atol=3)
+
+
+def test_images_of_different_sizes_stand_in_cells_of_one_size():
+    sizes = [(100, 300), (40, 200), (10, 10)]
+    images = [np.full((*size, 3), 40 * position, np.uint8) for position, size in enumerate(sizes)]
+    picture = arrange([(image, "") for image in images])
+    assert picture.shape[1] == 900
+    for position, (height, width) in enumerate(sizes):
+        cell = picture[:, 300 * position : 300 * (position + 1)]
+        left = (300 - width) // 2
+        assert (cell[:height, left : left + width] == 40 * position).all()
+        assert (cell[..., 0] == 255).sum() == cell.shape[0] * 300 - height * width
+
+
+def test_a_narrow_image_has_room_for_its_caption():
+    picture = arrange([(np.zeros((640, 6, 3), np.uint8), "0.98 sunflowers")])
+    assert picture.shape[1] == 160
+    assert (picture[640:, 80:].min(axis=(1, 2)) < 128).any()
 
 
 @pytest.mark.parametrize("width", [8, 32, 96, 640])

@@ -67,6 +67,8 @@ DEFAULTS = [
     ("cam_top_k", 3),
     ("cam_alpha", 0.4),
     ("cam_colormap", "jet"),
+    ("cam_backbone_layer", ""),
+    ("cam_picture_size", 640),
     ("distribution_strategy", "none"),
     ("scale_learning_rate", False),
     ("head_epochs", 0),

@@ -209,6 +209,14 @@ def test_where_one_label_holds_the_first_of_the_highest_is_chosen():
 # Decisions
 
 
+def test_confidence_is_that_of_the_answer_and_of_several_that_of_the_least_certain_one():
+    calibrated = np.array([[0.7, 0.2, 0.1], [0.9, 0.8, 0.4], [0.1, 0.2, 0.45]])
+    one, several = Decision(NAMES[:3], False), Decision(NAMES[:3], True, exact_match_threshold=0.5)
+    np.testing.assert_allclose(one.measure_confidence(calibrated), [0.7, 0.9, 0.45])
+    # The answers yes, no, no have 0.7, 0.8, 0.9; yes, yes, no 0.9, 0.8, 0.6; no, no, no 0.9, 0.8, 0.55.
+    np.testing.assert_allclose(several.measure_confidence(calibrated), [0.7, 0.6, 0.55])
+
+
 def test_the_decision_is_fitted_on_the_validation_set_alone():
     y_true, raw = random_multilabel()
     unusable = np.full_like(raw, np.nan)

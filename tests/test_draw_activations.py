@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import cv2
 import keras
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
 from drawn_runs import CLASS_NAMES, SIZE
 
@@ -20,6 +22,9 @@ from finetune.files import write_json
 from finetune.options import UserError
 from generator import get_generator
 from model import ModelFactory
+
+# Width and height of the photos in pictures: 48x64 pixels, enlarged.
+WIDER = (160, 120)
 
 
 @pytest.fixture(scope="module")
@@ -127,15 +132,17 @@ def test_the_predicted_class_is_drawn_beside_the_photo(single, panels):
         [f"true: {true[row]}", f"{probabilities[row, best[row]]:.2f} {CLASS_NAMES[best[row]]}"] for row in range(9)
     ]
     heatmaps, _ = gradcam.GradCam(model)(images, best)
-    for row, name in enumerate(name_outputs(pd.read_csv(single.test_csv)["path"].tolist())):
+    sources = pd.read_csv(single.test_csv)["path"].tolist()
+    for row, name in enumerate(name_outputs(sources)):
         (photo, _), (overlay, _) = panels[name]
-        np.testing.assert_array_equal(photo, images[row])
-        expected = overlay_heatmap(images[row], heatmaps[row])
+        # The photos have 48x64 pixels, and the network sees 32x32: neither is enough for a caption.
+        np.testing.assert_allclose(photo.astype(int), cv2.resize(cv2.imread(sources[row])[..., ::-1], WIDER), atol=2)
+        expected = overlay_heatmap(photo, heatmaps[row])
         np.testing.assert_allclose(overlay.astype(int), expected, atol=2)
     for path in result["paths"]:
         height, width, _ = cv2.imread(path).shape
-        assert width == 2 * SIZE
-        assert height > SIZE
+        assert width == 2 * WIDER[0]
+        assert height > WIDER[1]
     assert {os.path.dirname(path) for path in result["paths"]} == {os.path.join(single.save_model_path, "cam_output")}
 
 
@@ -151,7 +158,7 @@ def test_top_k_draws_the_most_probable_classes_in_order(single, panels):
 def test_top_k_of_more_classes_than_there_are_draws_them_all(single, panels):
     paths = draw_activations.main(single.replace(cam_classes="top_k", cam_top_k=50))["paths"]
     assert {len(found) for found in captions(panels, single)} == {4}
-    assert {cv2.imread(path).shape[1] for path in paths} == {4 * SIZE}
+    assert {cv2.imread(path).shape[1] for path in paths} == {4 * WIDER[0]}
 
 
 @pytest.mark.parametrize("mode", ["single", "several"])
@@ -209,8 +216,8 @@ def test_method_opacity_and_colours_are_those_of_the_options(method, several, pa
     model, images, probabilities = load(several)
     heatmaps, _ = gradcam.GradCam(model, method)(images, probabilities.argmax(axis=1))
     for row in range(24):
-        overlay, _ = panels[f"{row:02d}.jpg"][1]
-        expected = overlay_heatmap(images[row], heatmaps[row], 0.7, "viridis")
+        (photo, _), (overlay, _) = panels[f"{row:02d}.jpg"]
+        expected = overlay_heatmap(photo, heatmaps[row], 0.7, "viridis")
         np.testing.assert_allclose(overlay.astype(int), expected, atol=4)
 
 
@@ -273,11 +280,68 @@ def test_a_damaged_decision_is_named(single):
 
 @pytest.mark.parametrize(("number", "columns", "rows"), [(1, 1, 1), (4, 4, 1), (6, 6, 1), (7, 6, 2), (50, 7, 8)])
 def test_many_panels_stand_in_rows(number, columns, rows):
-    photos = [np.full((16, 20, 3), value, np.uint8) for value in range(number)]
+    photos = [np.full((16, 200, 3), value, np.uint8) for value in range(number)]
     picture = cam_pictures.arrange([(photo, "") for photo in photos])
     height = picture.shape[0] // rows
-    assert picture.shape == (height * rows, columns * 20, 3)
+    assert picture.shape == (height * rows, columns * 200, 3)
     for value in range(columns * rows):
-        top, left = height * (value // columns), 20 * (value % columns)
-        panel = picture[top : top + 16, left : left + 20]
+        top, left = height * (value // columns), 200 * (value % columns)
+        panel = picture[top : top + 16, left : left + 200]
         assert (panel == (value if value < number else 255)).all()
+
+
+def test_pictures_show_photos_upright_at_their_own_aspect_ratio_and_at_most_so_large(single, panels, tmp_path):
+    folder = tmp_path / "photos ü#?%'"
+    folder.mkdir()
+    pixels = np.full((300, 900, 3), 128, np.uint8)
+    pixels[:, :300] = 255
+    PIL.Image.fromarray(pixels).save(folder / "wide.jpg")
+    # Orientation 6: the camera's top, here the white third's left side, is on the right.
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    PIL.Image.fromarray(pixels).save(folder / "turned.jpg", exif=turned)
+    PIL.Image.fromarray(pixels[:50, :50]).save(folder / "small.png")
+    names = ["wide.jpg", "turned.jpg", "small.png"]
+    table = pd.DataFrame({"path": [str(folder / name) for name in names], "class": CLASS_NAMES})
+    table.to_csv(tmp_path / "test.csv", index=False)
+    result = draw_activations.main(single.replace(test_csv=str(tmp_path / "test.csv"), cam_picture_size=320))
+    photos = [panels[name][0][0] for name in names]
+    assert [photo.shape for photo in photos] == [(107, 320, 3), (320, 107, 3), (160, 160, 3)]
+    assert [len({image.shape for image, _ in panels[name]}) for name in names] == [1, 1, 1]
+    # In the middle of the white third, and of the grey rest.
+    assert photos[0][53, [53, 213], 0].tolist() == [255, 128]
+    assert photos[1][[53, 213], 53, 0].tolist() == [255, 128]
+    widths = [cv2.imread(path).shape[1] for path in result["paths"]]
+    # Two panels each; the narrow ones stand on white, so that their captions can be read.
+    assert widths == [640, 320, 320]
+
+
+def test_an_index_of_the_pictures_takes_the_place_of_the_earlier_one(single, capsys):
+    index = Path(single.save_model_path, "cam_output", "index.html")
+    index.parent.mkdir()
+    index.write_text("of before")
+    result = draw_activations.main(single)
+    page = index.read_text(encoding="utf-8")
+    assert re.findall(r'<a class="picture" href="([^"]+)"', page) == [Path(path).name for path in result["paths"]]
+    assert f"The page that shows them is {index}" in capsys.readouterr().out
+    _, _, probabilities = load(single)
+    right = probabilities.argmax(axis=1) == np.repeat(range(3), 3)
+    assert re.findall(r'data-answer="(\w+)"', page) == ["right" if one else "wrong" for one in right]
+    confidences = [float(text) for text in re.findall(r'data-confidence="([^"]+)"', page)]
+    np.testing.assert_allclose(confidences, probabilities.max(axis=1), atol=1e-5)
+
+
+def test_a_layer_can_be_chosen(single, panels):
+    draw_activations.main(single.replace(cam_backbone_layer="conv_pw_1"))
+    model, images, probabilities = load(single)
+    heatmaps, _ = gradcam.GradCam(model, "gradcam", "conv_pw_1")(images, probabilities.argmax(axis=1))
+    assert heatmaps.shape == (9, 16, 16)
+    for row, name in enumerate(name_outputs(pd.read_csv(single.test_csv)["path"].tolist())):
+        (photo, _), (overlay, _) = panels[name]
+        np.testing.assert_allclose(overlay.astype(int), overlay_heatmap(photo, heatmaps[row]), atol=2)
+
+
+def test_a_layer_that_is_none_is_refused_before_anything_is_written(single):
+    with pytest.raises(UserError, match="'conv_pw1', which does not exist; did you mean conv_pw_1?"):
+        draw_activations.main(single.replace(cam_backbone_layer="conv_pw1"))
+    assert not Path(single.save_model_path, "cam_output").exists()

@@ -1,9 +1,14 @@
 """Which images the report shows."""
 
+import keras
 import numpy as np
+import PIL.Image
+import pytest
 from sklearn.metrics import log_loss
 
-from finetune.gallery import choose_gallery, get_image_losses
+from finetune.cam_pictures import overlay_heatmap
+from finetune.gallery import build_grad_cam, choose_gallery, draw_pictures, get_image_losses
+from finetune.options import UserError
 
 
 def test_gallery_of_single_labels():
@@ -49,3 +54,33 @@ def test_loss_of_an_impossible_answer_is_finite():
     probabilities = np.array([[1, 0]], np.float32)
     np.testing.assert_allclose(get_image_losses(np.array([1]), probabilities), 16.118, rtol=1e-4)
     np.testing.assert_allclose(get_image_losses(np.array([[0, 1]]), probabilities), 16.118, rtol=1e-4)
+
+
+def small_network():
+    pixels = keras.Input((8, 8, 3))
+    backbone = keras.Model(pixels, keras.layers.AveragePooling2D(4, name="blocks")(pixels), name="backbone")
+    head = [keras.layers.Flatten(), keras.layers.Dense(1, name="logits"), keras.layers.Activation("sigmoid")]
+    image = keras.Input((8, 8, 3))
+    model = keras.Model(image, keras.Sequential(head, name="classifier")(backbone(image)))
+    model.get_layer("classifier").get_layer("logits").set_weights([np.full((12, 1), 0.01), np.zeros(1)])
+    return model
+
+
+@pytest.mark.parametrize(("size", "shown"), [((40, 400), (32, 320)), ((400, 40), (320, 32)), ((20, 30), (20, 30))])
+def test_heatmaps_lie_over_photos_of_their_own_aspect_ratio(size, shown, tmp_path):
+    pixels = np.zeros((*size, 3), np.uint8)
+    pixels[: size[0] // 2, size[1] // 2 :] = 200
+    PIL.Image.fromarray(pixels).save(tmp_path / "photo.png")
+    grad_cam = build_grad_cam(small_network(), "hirescam", "")
+    ((photo, heatmap),) = draw_pictures(grad_cam, (8, 8), 10**6, overlay_heatmap, [str(tmp_path / "photo.png")])
+    assert photo.shape == heatmap.shape == (*shown, 3)
+    # Of the four blocks that the network sees, the right upper one alone is not black.
+    np.testing.assert_array_equal(heatmap, overlay_heatmap(photo, np.array([[0, 1], [0, 0]])))
+
+
+def test_a_model_without_the_parts_has_no_heatmaps_and_a_layer_that_it_lacks_is_refused(capsys):
+    foreign = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
+    assert build_grad_cam(foreign, "gradcam", "") is None
+    assert "have no heatmaps" in capsys.readouterr().out
+    with pytest.raises(UserError, match="did you mean blocks"):
+        build_grad_cam(small_network(), "gradcam", "block")

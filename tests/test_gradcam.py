@@ -2,6 +2,8 @@ import cv2
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from built_models import build_alive
 from keras import layers
 
 from configs import CAM_METHODS, Configs
@@ -13,6 +15,7 @@ from finetune.gradcam import (
     measure_faithfulness,
     summarise_faithfulness,
 )
+from finetune.inference_model import build_inference_model
 from finetune.options import UserError
 from model import ModelFactory
 
@@ -312,6 +315,103 @@ def test_a_foreign_model_is_refused():
         GradCam(foreign)
     assert "backbone" in str(caught.value)
     assert "classifier" in str(caught.value)
+
+
+def residual_network() -> keras.Model:
+    """A block around which a part of its input goes, which is weighed by an attention of one number a channel."""
+    pixels = keras.Input((HEIGHT, WIDTH, CHANNELS))
+    inputs = layers.Rescaling(1 / 255, name="scaled")(pixels)
+    branch = layers.Conv2D(CHANNELS, 1, name="branch")(inputs)
+    attention = layers.GlobalAveragePooling2D(keepdims=True, name="pooled")(inputs)
+    outputs = layers.Add(name="sum")([inputs, layers.Activation("tanh")(branch)])
+    outputs = layers.Multiply(name="weighed")([outputs, attention])
+    backbone = keras.Model(pixels, outputs, name="backbone")
+    outputs = [layers.Dense(CLASSES, name="logits"), layers.Activation("softmax", name="probabilities")]
+    classifier = keras.Sequential([layers.Flatten(), *outputs], name="classifier")
+    image = keras.Input((HEIGHT, WIDTH, CHANNELS))
+    return keras.Model(image, classifier(backbone(image)))
+
+
+@pytest.mark.parametrize("mirrors", [False, True])
+@pytest.mark.parametrize("method", CAM_METHODS)
+def test_a_layer_inside_a_residual_block_is_explained_by_its_own_gradient(method, mirrors):
+    rng, model = np.random.default_rng(4), residual_network()
+    mixing, kernel = rng.normal(0, 1, (CHANNELS, CHANNELS)), rng.normal(0, 1, (18, CLASSES))
+    model.get_layer("backbone").get_layer("branch").set_weights([mixing[None, None], np.full(CHANNELS, 0.1)])
+    set_logits(model, kernel)
+    explain = GradCam(build_inference_model(model, "flip" if mirrors else "none"), method, "branch")
+    heatmaps, probabilities = explain(random_images(), np.array([[1, 0]] * 4))
+    assert heatmaps.dtype == np.float32
+    views = [model(random_images()), model(random_images()[:, :, :: -1 if mirrors else 1])]
+    np.testing.assert_allclose(probabilities, np.mean(views, axis=0), atol=1e-6)
+
+    def run(inputs, branch, class_index):
+        weighed = (inputs + np.tanh(branch)) * inputs.mean(axis=(0, 1))
+        return weighed.ravel() @ kernel[:, class_index]
+
+    for image, of_classes in zip(random_images() / 255, heatmaps, strict=True):
+        branch = image @ mixing + 0.1
+        for class_index, heatmap in zip((1, 0), of_classes, strict=True):
+            gradients = np.empty_like(branch)
+            for place in np.ndindex(branch.shape):
+                step = np.zeros_like(branch)
+                step[place] = 1e-4
+                rise = run(image, branch + step, class_index) - run(image, branch - step, class_index)
+                gradients[place] = rise / 2e-4
+            # Any score: the map is relative to its own peak, and the formulas to the exponential's first derivative.
+            np.testing.assert_allclose(heatmap, literal_map(method, branch, gradients, 1.0), atol=1e-4)
+
+
+@pytest.mark.parametrize("mixed_precision", [False, True])
+def test_a_layer_of_a_mobilenet_is_explained_as_if_the_network_were_cut_there(mixed_precision):
+    model = build_alive(pop_conv_layers=60, mixed_precision=mixed_precision)
+    images, backbone = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8), model.get_layer("backbone")
+    names = [layer.name for layer in backbone.layers]
+    maps = keras.Model(backbone.input, backbone.get_layer("conv_pw_1_bn").output)(
+        model.get_layer("preprocessing")(images.astype(np.float32))
+    )
+    with tf.GradientTape() as tape:
+        tape.watch(maps)
+        outputs = maps
+        # MobileNet is a chain of layers.
+        for layer in backbone.layers[names.index("conv_pw_1_bn") + 1 :]:
+            outputs = layer(outputs)
+        for layer in model.get_layer("classifier").layers[:-1]:
+            outputs = layer(outputs)
+        score = tf.reduce_sum(outputs[:, 2])
+    gradients = tf.cast(tape.gradient(score, maps), tf.float32).numpy()
+    maps = tf.cast(maps, tf.float32).numpy()
+    expected = np.maximum((gradients.mean(axis=(1, 2), keepdims=True) * maps).sum(axis=-1), 0)
+    heatmaps, _ = GradCam(model, "gradcam", "conv_pw_1_bn")(images, np.full(3, 2))
+    assert heatmaps.shape == (3, 16, 16)
+    tolerance = 5e-2 if mixed_precision else 1e-4
+    np.testing.assert_allclose(heatmaps, expected / expected.max(axis=(1, 2), keepdims=True), atol=tolerance)
+
+
+@pytest.mark.parametrize("method", CAM_METHODS)
+def test_the_last_layer_by_its_name_is_the_default(method):
+    model = residual_network()
+    by_name, default = GradCam(model, method, "weighed"), GradCam(model, method)
+    for found, expected in zip(by_name(random_images()), default(random_images()), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    start, _ = by_name.read(random_images())
+    assert by_name.explain(start, np.empty(0, int), np.empty(0, int)).shape == (0, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Branche", "'Branche', which does not exist; did you mean branch? The last ones: weighed, sum, "),
+        ("pooled", "'pooled', which has no places"),
+        ("zzz", "'zzz', which does not exist. The last ones: weighed, sum, activation"),
+        ("logits", "'logits', which does not exist"),
+    ],
+)
+def test_a_layer_that_cannot_be_explained_is_refused(name, message):
+    with pytest.raises(UserError) as caught:
+        GradCam(residual_network(), layer_name=name)
+    assert str(caught.value).startswith("cam_backbone_layer: expected a spatial layer of the backbone. Received: ")
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,27 @@
+"use strict";
+const gallery = document.querySelector(".gallery");
+const cards = Array.from(gallery.children);
+const filters = ["true", "predicted", "answer"].map(name => document.getElementById(name));
+const order = document.getElementById("order");
+
+function filter() {
+  for (const card of cards) {
+    card.hidden = !filters.every(({id, value}) => value === "" || card.dataset[id].split(" ").includes(value));
+  }
+  const shown = cards.filter(card => !card.hidden).length;
+  document.getElementById("count").textContent = `${shown} of ${cards.length} pictures`;
+}
+
+function sort() {
+  // Of equal ones, and where the order is 0, the table's order stays.
+  const compare = (first, second) => order.value * (first.dataset.confidence - second.dataset.confidence);
+  gallery.append(...cards.slice().sort(compare));
+}
+
+filters.forEach(select => select.addEventListener("change", filter));
+order.addEventListener("change", sort);
+// Who comes back to the page finds the choices as they were.
+window.addEventListener("pageshow", () => {
+  filter();
+  sort();
+});

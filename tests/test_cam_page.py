@@ -1,0 +1,192 @@
+"""cam_output/index.html: offline, escaped, filtered, sorted, its links lead to pictures of whatever name."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+import urllib.parse
+
+import cv2
+import numpy as np
+import pytest
+from browsers import browse
+
+from finetune.cam_page import write_page
+from finetune.decision import Decision
+
+# Names that would be code, or end an attribute, where they are not escaped.
+CLASSES = ["<script>missing()</script>", "\"b' & c", "plain"]
+# Names of files that a link has to quote.
+PICTURES = [
+    "two words.png",
+    "grün.png",
+    "a#b.png",
+    "who?.png",
+    "100%25.png",
+    'it\'s "so".png',
+    "<b>&amp;.png",
+    "a+b.png",
+]
+TRUE = [0, 0, 0, 1, 1, 1, 2, 2]
+PREDICTED = [0, 1, 0, 1, 1, 2, 2, 0]
+CONFIDENCES = [0.5, 0.9, 0.8, 0.45, 0.95, 0.6, 0.7, 0.55]
+
+
+def make_page(folder, y_true, probabilities, multi_label=False, pictures=PICTURES):
+    for name in pictures:
+        cv2.imencode(".png", np.full((20, 40, 3), 99, np.uint8))[1].tofile(folder / name)
+    decision = Decision(CLASSES, multi_label, exact_match_threshold=0.5)
+    images = [f'<b onclick="missing()">{name}' for name in pictures]
+    paths = [str(folder / name) for name in pictures]
+    write_page(str(folder), paths, images, y_true, probabilities, decision, "<i>model</i>", "Believe them.")
+    return folder / "index.html"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    probabilities = np.repeat((1 - np.array([CONFIDENCES]).T) / 2, 3, axis=1)
+    probabilities[range(8), PREDICTED] = CONFIDENCES
+    return make_page(tmp_path_factory.mktemp("single"), np.array(TRUE), probabilities)
+
+
+@pytest.fixture(scope="module")
+def multi_page(tmp_path_factory):
+    truth = np.array([[1, 0, 1], [1, 0, 1], [0, 0, 0], [0, 1, 0]])
+    probabilities = np.array([[0.9, 0.2, 0.6], [0.9, 0.7, 0.8], [0.1, 0.3, 0.4], [0.2, 0.4, 0.1]])
+    return make_page(tmp_path_factory.mktemp("multi"), truth, probabilities, True, PICTURES[:4])
+
+
+def test_page_loads_nothing_but_the_pictures_beside_it_and_runs_its_own_script_alone(page):
+    source = page.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|@import|url\(|<link|<iframe|<form", source)
+    sources = [html.unescape(one) for one in re.findall(r' src="([^"]+)"', source)]
+    assert [urllib.parse.unquote(one) for one in sources] == PICTURES
+    assert source.count('loading="lazy"') == len(PICTURES)
+    (script,) = re.findall(r"<script>(.*?)</script>", source, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert policy in source
+
+
+def test_names_that_would_be_code_are_text(page):
+    source = page.read_text(encoding="utf-8")
+    assert "<script>missing" not in source
+    assert "<b onclick" not in source
+    assert "<i>" not in source
+    assert "&lt;script&gt;missing()&lt;/script&gt;" in source
+
+
+def read_cards(page):
+    """Returns of each card its answer and its confidence, and the texts that people read: predicted, true."""
+    found = []
+    for card in re.findall(r"<article.*?</article>", page.read_text(encoding="utf-8"), re.S):
+        answer, confidence = (re.search(f'data-{key}="([^"]*)"', card)[1] for key in ("answer", "confidence"))
+        texts = re.findall(r"<dd>(.*?)(?: <span.*?)?</dd>", card)[:2]
+        found.append((answer, round(float(confidence), 6), *map(html.unescape, texts)))
+    return found
+
+
+def test_cards_tell_each_answer(page):
+    assert read_cards(page) == [
+        ("right" if true == predicted else "wrong", confidence, CLASSES[predicted], CLASSES[true])
+        for true, predicted, confidence in zip(TRUE, PREDICTED, CONFIDENCES, strict=True)
+    ]
+
+
+def test_of_several_labels_right_is_exactly_those_above_the_threshold(multi_page):
+    first, second, third = CLASSES
+    # The least certain answers: yes at 0.6, yes at 0.7, no at 0.4, no at 0.4.
+    assert read_cards(multi_page) == [
+        ("right", 0.6, f"{first}, {third}", f"{first}, {third}"),
+        ("wrong", 0.7, f"{first}, {second}, {third}", f"{first}, {third}"),
+        ("right", 0.6, "no label", "no label"),
+        ("wrong", 0.6, "no label", second),
+    ]
+
+
+# In a browser
+
+
+PROBE = """<script>
+const choose = (id, value) => {
+  const select = document.getElementById(id);
+  select.value = value;
+  select.dispatchEvent(new Event("change"));
+};
+const all = Array.from(document.querySelectorAll("article"));
+const shown = () => Array.from(document.querySelectorAll("article"))
+  .filter(card => card.getBoundingClientRect().height).map(card => all.indexOf(card));
+const texts = id => Array.from(document.getElementById(id).options, option => option.textContent);
+window.addEventListener("load", async () => {
+  const found = {steps: []};
+  try {
+    await new Promise(done => setTimeout(done, 100));
+    for (const [id, value] of STEPS) {
+      choose(id, value);
+      found.steps.push([shown(), document.getElementById("count").textContent]);
+    }
+    found.choices = [texts("true"), texts("predicted")];
+    found.links = Array.from(document.querySelectorAll("article a"), link => link.href);
+    found.focusable = Array.from(document.querySelectorAll("select, a")).every(one => one.tabIndex === 0);
+    found.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+    const images = Array.from(document.images);
+    images.forEach(image => { image.loading = "eager"; });
+    await Promise.all(images.map(image => image.decode()));
+    found.widths = images.map(image => image.naturalWidth);
+    found.dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  } catch (error) { found.error = String(error); }
+  document.title = JSON.stringify(found);
+});
+</script></body>"""
+
+
+def probe(page, steps, *flags):
+    """Opens a copy of a page, beside its pictures, with a script of the test in it; returns what that found."""
+    source = page.read_text(encoding="utf-8")
+    loosened = re.sub(r"script-src [^;]+", "script-src 'unsafe-inline'", source, count=1)
+    script = PROBE.replace("STEPS", json.dumps(steps))
+    (page.parent / "probed.html").write_text(loosened.replace("</body>", script), encoding="utf-8")
+    document, console = browse(page.parent / "probed.html", "--virtual-time-budget=5000", *flags)
+    assert console == []
+    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", document, re.DOTALL)[1]))
+    assert "error" not in found
+    assert (found["overflow"], {*found["widths"]}, found["focusable"]) == (0, {40}, True)
+    return found
+
+
+def test_browser_opens_the_page_without_an_error(page):
+    document, console = browse(page, "--virtual-time-budget=5000")
+    assert "8 of 8 pictures" in document
+    assert console == []
+
+
+def test_pictures_are_filtered_and_sorted_on_a_desktop(page):
+    steps = [("true", "0"), ("answer", "wrong"), ("predicted", "2"), ("true", ""), ("answer", "right")]
+    steps += [("predicted", ""), ("order", "-1"), ("answer", ""), ("order", "1"), ("order", "0")]
+    found = probe(page, steps, "--window-size=1280,4000")
+    assert found["steps"] == [
+        [[0, 1, 2], "3 of 8 pictures"],
+        [[1], "1 of 8 pictures"],
+        [[], "0 of 8 pictures"],
+        [[5], "1 of 8 pictures"],
+        [[6], "1 of 8 pictures"],
+        [[0, 2, 3, 4, 6], "5 of 8 pictures"],
+        [[4, 2, 6, 0, 3], "5 of 8 pictures"],
+        [[4, 1, 2, 6, 5, 7, 0, 3], "8 of 8 pictures"],
+        [[3, 0, 7, 5, 6, 2, 1, 4], "8 of 8 pictures"],
+        [[0, 1, 2, 3, 4, 5, 6, 7], "8 of 8 pictures"],
+    ]
+    assert found["choices"] == [["any", *CLASSES]] * 2
+    assert found["dark"] is False
+    assert [urllib.parse.unquote(link) for link in found["links"]] == [
+        f"file://{page.parent}/{name}" for name in PICTURES
+    ]
+
+
+def test_pictures_of_several_labels_are_filtered_on_a_dark_phone(multi_page):
+    steps = [("true", "0"), ("true", "-1"), ("true", ""), ("predicted", "-1"), ("answer", "wrong")]
+    found = probe(multi_page, steps, "--window-size=390,4000", "--force-dark-mode")
+    assert [shown for shown, _ in found["steps"]] == [[0, 1], [2], [0, 1, 2, 3], [2, 3], [3]]
+    assert found["choices"] == [["any", "no label", *CLASSES]] * 2
+    assert found["dark"] is True
