@@ -36,6 +36,7 @@ MAX_IMAGE_PIXELS = 179_000_000
 DISTRIBUTION_STRATEGIES = ("none", "mirrored", "multi_worker")
 CAM_METHODS = ("gradcam", "gradcam++", "hirescam", "layercam")
 CAM_CLASSES = ("predicted", "true", "top_k", "threshold")
+RESIZE_MODES = ("stretch", "crop", "pad")
 CAM_COLORMAPS = ("jet", "turbo", "viridis", "inferno", "magma", "plasma")
 
 
@@ -59,6 +60,14 @@ class Configs(Options):
         describes_model=True,
         check=image_size_fault,
         group="common",
+    )
+    resize_mode: str = define(
+        "stretch",
+        "How an image of another shape comes to image_target_size: stretched, the largest part of that shape from its "
+        "middle (crop), or whole on grey (pad)",
+        choices=RESIZE_MODES,
+        describes_model=True,
+        group="data",
     )
     num_epochs: int = define(100, "Epochs in total, those before a resume included", at_least=1, group="common")
     csv_label_column: str = define("class", "The CSV column with the labels", group="data")
@@ -375,7 +384,8 @@ class Configs(Options):
     random_crop_area: list[float] = define(
         [1.0, 1.0],
         "Training shows a random part of each image, of an area between these shares of it and up to a third wider or "
-        "higher; 1 1 shows all",
+        "higher than a square, in resize_mode crop than image_target_size, in pad, which pads the part, than the "
+        "image; 1 1 shows all",
         above=0,
         at_most=1,
         check=crop_area_fault,

@@ -138,7 +138,7 @@ def get_generator(
         seed=configs.random_seed or 0,
         workers=configs.generator_workers,
         max_queue_size=configs.generator_queue_length,
-        cache=build_cache(configs.image_cache, paths, image_size, configs.image_cache_path),
+        cache=build_cache(configs.image_cache, paths, image_size, configs.image_cache_path, configs.resize_mode),
         max_pixels=configs.max_image_pixels,
         skip_bad_images=configs.skip_bad_images,
         shares=shares,
@@ -146,6 +146,7 @@ def get_generator(
         cutmix_alpha=configs.cutmix_alpha,
         number_of_classes=len(class_names),
         crop_area=configs.random_crop_area if training else (1.0, 1.0),
+        resize_mode=configs.resize_mode,
     )
 
 

@@ -77,7 +77,7 @@ def main(configs: PredictConfigs) -> dict:
     folder = os.path.dirname(os.path.abspath(model_path))
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
     print(f"Model: {model_path}\n{describe_decision(decision, configs.threshold_type)}")
-    reader = ForgivingReader(paths, configs.image_target_size[:2], configs.max_image_pixels)
+    reader = ForgivingReader(paths, configs.image_target_size[:2], configs.resize_mode, configs.max_image_pixels)
     views = build_views(configs.tta, configs.random_seed or 0)
     sequence = build_sequence(
         reader, views, configs.batch_size, configs.generator_workers, configs.generator_queue_length

@@ -11,6 +11,7 @@ The backbone's weights are those that Keras finds or downloads (KERAS_HOME).
 recommended  the options of data/recommended.json
 probe        a logistic regression on the frozen backbone's features of the photos at 224x224
 probe320     the same on them and their mirror images at 320x320, or as many times N
+crop, pad    the probe of photos that are cropped or padded (resize_mode) in the place of stretched
 default      train.py without options, for as many epochs as the recommended options have
 keras        plain_keras.py: the head alone, then everything, as Keras's guides teach
 fastai       fastai_peer.py: fastai's vision_learner and fine_tune, for as many epochs; MobileNet only
@@ -81,7 +82,8 @@ PEERS = {
     "plain_keras.py": {"keras": "probabilities.npy"},
     FASTAI: {"fastai": "probabilities.npy", "fastai_tta": "probabilities_tta.npy"},
 }
-RECIPES = ("recommended", "probe", "probe320", "default", *(recipe for peer in PEERS.values() for recipe in peer))
+RECIPES = ("recommended", "probe", "probe320", "crop", "pad", "default")
+RECIPES += tuple(recipe for peer in PEERS.values() for recipe in peer)
 PROBE = ("--head_initialization", "linear_probe", "--conv_layers_to_train", "0", "--augmentation_strength", "none")
 # train.py trains for an epoch at least: at this rate that leaves the regression as it is.
 PROBE += ("--num_epochs", "1", "--learning_rate", "1e-7")
@@ -280,6 +282,8 @@ def run_train(recipe: str, photos: Photos, seed: int, folder: str, arguments: ar
         "recommended": ("--configs", arguments.recipe),
         "probe": PROBE,
         "probe320": PROBE_320,
+        "crop": (*PROBE, "--resize_mode", "crop"),
+        "pad": (*PROBE, "--resize_mode", "pad"),
         "default": ("--num_epochs", str(read_epochs(arguments.recipe))),
     }[recipe]
     size = get_image_size(recipe, photos.image_size)

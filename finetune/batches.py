@@ -15,8 +15,8 @@ from imgaug import augmenters as iaa
 
 from configs import MAX_IMAGE_PIXELS
 from finetune.caches import DiskCache, MemoryCache
-from finetune.crops import draw_crop, enlarge_for_crops
-from finetune.images import JPEG_HEADER, read_image, resize_image
+from finetune.crops import choose_shape, draw_crop, enlarge_for_crops
+from finetune.images import JPEG_HEADER, PAD_GREY, read_image, resize_image, shape_image
 from finetune.mixing import mix_batch
 from finetune.options import UserError
 from finetune.resampling import resample
@@ -70,6 +70,8 @@ class ImageBatches:
         number_of_classes: of class positions, where batches are mixed.
         crop_area: where it is not `(1, 1)` and `shuffle` is set, a part of each picture is shown, a share of it between
             these: see `draw_crop`. There must be no cache.
+        resize_mode: how pictures of another shape come to `image_size`: see `place_image`. Drawn crops are stretched
+            but for `pad`.
     """
 
     paths: Sequence[str]
@@ -87,6 +89,7 @@ class ImageBatches:
     cutmix_alpha: float = 0.0
     number_of_classes: int | None = None
     crop_area: Sequence[float] = (1.0, 1.0)
+    resize_mode: str = "stretch"
 
     def __post_init__(self) -> None:
         self.paths = np.asarray(self.paths, dtype=object)
@@ -162,7 +165,7 @@ class ImageBatches:
         weights, bounds = np.ones(len(images), np.float32), bounds - bounds[0]
         for device in np.flatnonzero(bounds[1:] == bounds[:-1]):
             place = bounds[device]
-            images = np.insert(images, place, 127, axis=0)
+            images = np.insert(images, place, PAD_GREY, axis=0)
             labels, weights = np.insert(labels, place, 0, axis=0), np.insert(weights, place, 0)
             bounds[device + 1 :] += 1
         return images, labels, weights, bounds.astype(np.int32), np.float32(total)
@@ -209,7 +212,10 @@ class ImageBatches:
             image = read_image(self.paths[row], size, self.max_pixels, self._headers[row : row + 1])
             if self.crops:
                 key = self.seed, self.epoch, place, CROPPING
-                image = image[draw_crop(image.shape[:2], self.crop_area, np.random.default_rng(key))]
+                shape = choose_shape(image.shape[:2], self.image_size, self.resize_mode)
+                image = image[draw_crop(image.shape[:2], self.crop_area, np.random.default_rng(key), shape)]
+            if not self.crops or self.resize_mode == "pad":
+                image = shape_image(image, self.image_size, self.resize_mode)
             if self.cache:
                 image = resize_image(image, self.image_size)
                 self.cache.put(row, image)

@@ -64,6 +64,7 @@ class DiskCache:
         paths: image files or URLs.
         image_size: `(height, width)`.
         folder: where the file is, or will be.
+        resize_mode: how pictures come to that size; each has a file of its own.
 
     Raises:
         UserError: the folder cannot be written, or has too little room.
@@ -73,7 +74,9 @@ class DiskCache:
     # To be raised when images are decoded or resized in another way.
     VERSION = 2
 
-    def __init__(self, paths: Sequence[str], image_size: Sequence[int], folder: str) -> None:
+    def __init__(
+        self, paths: Sequence[str], image_size: Sequence[int], folder: str, resize_mode: str = "stretch"
+    ) -> None:
         self._paths = [path if is_url(path) else os.path.abspath(path) for path in paths]
         self._shape = (*image_size, 3)
         self._image_bytes = math.prod(self._shape)
@@ -84,7 +87,8 @@ class DiskCache:
         height, width = image_size
         key = "\0".join([str(self.VERSION), *self._paths])
         digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-        self.path = os.path.join(folder, f"images_{height}x{width}_{digest}.cache")
+        kind = name_resizing(resize_mode)
+        self.path = os.path.join(folder, f"images_{height}x{width}{kind}_{digest}.cache")
         try:
             os.makedirs(folder, exist_ok=True)
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - open as long as the cache
@@ -160,8 +164,13 @@ def digest_image(path: str) -> bytes:
     return hashlib.blake2b(f"{path}\0{version}".encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
 
+def name_resizing(resize_mode: str) -> str:
+    """Returns the part of a file's name that tells how pictures in it were resized; files of before have none."""
+    return "" if resize_mode == "stretch" else f"_{resize_mode}"
+
+
 def build_cache(
-    kind: str, paths: Sequence[str], image_size: Sequence[int], folder: str
+    kind: str, paths: Sequence[str], image_size: Sequence[int], folder: str, resize_mode: str
 ) -> MemoryCache | DiskCache | None:
     """Builds the cache that the option `image_cache` names: `memory`, `disk`, or `none`.
 
@@ -170,7 +179,7 @@ def build_cache(
     """
     if kind == "memory":
         return MemoryCache(len(paths), image_size)
-    return DiskCache(paths, image_size, folder) if kind == "disk" else None
+    return DiskCache(paths, image_size, folder, resize_mode) if kind == "disk" else None
 
 
 def free_memory() -> int:

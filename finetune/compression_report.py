@@ -22,7 +22,8 @@ def write_metadata(model_path: str, configs: Configs, decision: Decision, has_ex
     described = {name for name, option in Configs.options().items() if option.metadata["describes_model"]}
     content = {
         "model": os.path.basename(model_path),
-        "input": "RGB, float32, (batch, height, width, 3), pixels from 0 to 255; the preprocessing is inside",
+        "input": "RGB, float32, (batch, height, width, 3), pixels from 0 to 255; the preprocessing is inside; "
+        "resize_mode of the options tells how a photo comes to this size",
         "output": "raw probabilities, float32, (batch, classes)",
         "options": {name: value for name, value in configs.to_dict().items() if name in described},
         "decision": decision.to_dict(),

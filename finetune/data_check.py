@@ -64,6 +64,7 @@ def check_sets(csv_paths: dict[str, str], configs: Configs, writes_report: bool 
         configs.max_image_pixels,
         configs.generator_workers,
         configs.allow_duplicates,
+        configs.resize_mode,
     )
     report_findings(findings, configs.save_model_path, configs.skip_bad_images, writes_report)
     bad = get_bad_rows(findings)
@@ -92,6 +93,7 @@ def check_tables(
         max_pixels=configs.max_image_pixels,
         workers=configs.generator_workers,
         allow_duplicates=configs.allow_duplicates,
+        resize_mode=configs.resize_mode,
     )
     folder = os.path.dirname(tables[0].csv_path)
     report_findings(findings, folder, configs.skip_bad_images, skip_contradictions=skip_contradictions)
@@ -106,6 +108,7 @@ def check_data(
     max_pixels: int = MAX_IMAGE_PIXELS,
     workers: int = 4,
     allow_duplicates: bool = False,
+    resize_mode: str = "stretch",
 ) -> list[Finding]:
     """Looks for everything in tables and their images that makes training fail, or wrong.
 
@@ -118,6 +121,7 @@ def check_data(
         max_pixels: what an image may have.
         workers: threads.
         allow_duplicates: an image in two sets is a warning.
+        resize_mode: how images come to `image_size`.
 
     Returns:
         The findings in the order of `KINDS`.
@@ -126,7 +130,7 @@ def check_data(
     findings += find_unknown_classes(tables, multi_label)
     files = list(dict.fromkeys(file for table in tables for file in table.files if file))
     known = dict(zip(files, inspect_named(files, mode == "full", max_pixels, workers), strict=True))
-    unusual = find_unusual_sizes(known, image_size)
+    unusual = find_unusual_sizes(known, image_size, resize_mode)
     for table in tables:
         for row, (path, file) in enumerate(zip(table.paths, table.files, strict=True), start=2):
             if file and (known[file].fault or known[file].remarks or file in unusual):
@@ -217,14 +221,17 @@ def find_unknown_classes(tables: Sequence[ImageTable], multi_label: bool) -> lis
     return found
 
 
-def find_unusual_sizes(known: dict[str, Inspection], image_size: Sequence[int]) -> dict[str, list[tuple[str, str]]]:
-    """Finds images that are smaller than the target, or whose size or shape is far from the median.
+def find_unusual_sizes(
+    known: dict[str, Inspection], image_size: Sequence[int], resize_mode: str
+) -> dict[str, list[tuple[str, str]]]:
+    """Finds images that will be enlarged, or whose size or shape is far from the median.
 
     Far is a mean side 4 times as long or as short, or sides' ratio 3 times as large or as small.
 
     Args:
         known: the inspected files.
         image_size: `(height, width)` that images are resized to.
+        resize_mode: in which way: padding enlarges only what is smaller both ways.
 
     Returns:
         The kinds and details of each such file.
@@ -236,7 +243,8 @@ def find_unusual_sizes(known: dict[str, Inspection], image_size: Sequence[int]) 
     logs = np.stack([np.log(sides).mean(axis=1), np.log(sides[:, 0] / sides[:, 1])], axis=1)
     distance = np.abs(logs - np.median(logs, axis=0))
     far = (distance > np.log([SIZE_FACTOR, SHAPE_FACTOR])).any(axis=1) & (len(files) >= FEWEST_SIZES)
-    small = (sides < [image_size[1], image_size[0]]).any(axis=1)
+    is_less = sides < [image_size[1], image_size[0]]
+    small = is_less.all(axis=1) if resize_mode == "pad" else is_less.any(axis=1)
     typical = np.median(sides, axis=0)
     found = defaultdict(list)
     for kind, rows, beside in (

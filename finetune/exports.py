@@ -18,7 +18,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 from configs import Configs
 from finetune.compressed import custom_save_model
 from finetune.files import atomic_path
-from finetune.images import read_image, resize_image
+from finetune.images import fit_image, read_image
 from finetune.notices import hiding_notices
 from finetune.options import UserError
 from finetune.runtimes import importing
@@ -173,4 +173,4 @@ def read_calibration_images(configs: Configs) -> list[np.ndarray]:
     chosen = rng.permutation(len(paths))[:CALIBRATION_IMAGES]
     size, most = configs.image_target_size[:2], configs.max_image_pixels
     print(f"int8: ranges from {len(chosen)} images of {configs.train_csv}")
-    return [resize_image(read_image(paths[row], size, most), size) for row in chosen]
+    return [fit_image(read_image(paths[row], size, most), size, configs.resize_mode) for row in chosen]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
-from finetune.caches import digest_image
+from finetune.caches import digest_image, name_resizing
 from finetune.features import select_rows
 from finetune.options import UserError
 from finetune.probe import build_extractor, compute_features
@@ -49,13 +49,15 @@ class FeatureStore:
         folder: where the file is, or will be.
         model: of this collection; its backbone's weights, input and preprocessing are in the file's name.
         mirrored: features of the mirror images.
+        resize_mode: how the images come to the model's size; each has a file of its own.
     """
 
-    def __init__(self, folder: str, model: keras.Model, mirrored: bool) -> None:
+    def __init__(self, folder: str, model: keras.Model, mirrored: bool, resize_mode: str = "stretch") -> None:
         self._channels = model.layers[-1].layers[0].compute_output_shape(model.layers[-2].output_shape)[-1]
         height, width = model.input_shape[1:3]
+        size = f"{height}x{width}{name_resizing(resize_mode)}"
         kind = "mirrored" if mirrored else "plain"
-        self.path = os.path.join(folder, f"features_{height}x{width}_{_digest_backbone(model)}_{kind}.bin")
+        self.path = os.path.join(folder, f"features_{size}_{_digest_backbone(model)}_{kind}.bin")
         self._record = np.dtype([("digest", "V16"), ("checksum", "<u4"), ("features", "<f4", (self._channels,))])
 
     def read(self, digests: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +154,7 @@ def get_features(
     Raises:
         UserError: an image cannot be read and `skip_bad_images` is not set, or the file cannot be written.
     """
-    store = FeatureStore(folder, model, mirrored)
+    store = FeatureStore(folder, model, mirrored, sequence.resize_mode)
     digests = [digest_image(path) for path in sequence.paths]
     features, is_known = store.read(digests)
     missing = np.flatnonzero(~is_known)
@@ -184,5 +186,5 @@ def find_features(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns features as `compute_features` does: from the store where that knows all of them. It writes nothing."""
     digests = [digest_image(path) for path in sequence.paths]
-    features, is_known = FeatureStore(folder, model, mirrored).read(digests)
+    features, is_known = FeatureStore(folder, model, mirrored, sequence.resize_mode).read(digests)
     return (features, is_known) if is_known.all() else compute_features(model, sequence, mirrored)

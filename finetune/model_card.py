@@ -15,9 +15,10 @@ from finetune.artefacts import MODEL_SUFFIXES
 from finetune.card_parts import CARD_FORMS, read_part
 from finetune.evaluation import find_worst
 from finetune.files import write_text
+from finetune.images import PAD_GREY
 from finetune.log_figures import LOG_METRICS, read_log
 from finetune.options import UserError
-from finetune.run_folder import BEST_MODEL, CARD_FILE, CONFIGS_FILE, LATEST_MODEL, LOG_FILE
+from finetune.run_folder import BEST_MODEL, CARD_FILE, CONFIGS_FILE, LATEST_MODEL, LOG_FILE, OF_BEFORE
 from finetune.selection import describe_epoch
 from finetune.stores import hash_file
 from finetune.summaries import (
@@ -49,9 +50,19 @@ RECIPE: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         ("warmup_epochs", "early_stopping_patience", "model_selection", "time_budget"),
     ),
     "Loss": (("loss", "use_class_balancing"), ("positive_weights_multiply", "label_smoothing")),
+    "Resizing": (("resize_mode",), ()),
     "Augmentation": (("augmentation_strength",), ("random_crop_area", "mixup_alpha", "cutmix_alpha")),
     "Test-time augmentation": (("test_time_augmentation",), ()),
     "Seed": (("random_seed", "deterministic"), ()),
+}
+# By resize_mode: what becomes of a photo, and how Pillow does it.
+FITTING = {
+    "stretch": ("stretched to that size", "photo.resize(({width}, {height}))"),
+    "crop": ("cropped to that shape around the middle, then resized", "ImageOps.fit(photo, ({width}, {height}))"),
+    "pad": (
+        f"resized to fit that size, in the middle of grey ({PAD_GREY})",
+        f"ImageOps.pad(photo, ({{width}}, {{height}}), color=({PAD_GREY}, {PAD_GREY}, {PAD_GREY}))",
+    ),
 }
 # By kind of file: which runtime loads it, and how.
 LOADING = {
@@ -103,7 +114,7 @@ def write_model_card(folder: str) -> str:
     if not os.path.isfile(configs_path):
         return ""
     stored = Configs.read_json(configs_path)
-    configs = Configs.defaults() | stored
+    configs = Configs.defaults() | OF_BEFORE | stored
     data, stats, decision, results, compression = (read_part(folder, name) for name in CARD_FORMS)
     # test.py writes both; train.py removes the decision of a model that it is about to replace.
     results = results if results and results["decision"] == decision else None
@@ -117,6 +128,7 @@ def write_model_card(folder: str) -> str:
         configs=configs,
         class_names=configs["classes"] or [],
         most_listed=MOST_LISTED,
+        **_describe_fitting(configs),
         **_describe_results(results),
         decision=decision,
         data=data,
@@ -140,6 +152,13 @@ def _escape_markdown(value: Any) -> Any:
         return value
     # An underscore between letters has no meaning, and is easier to read as it is.
     return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", show(value))
+
+
+def _describe_fitting(configs: dict[str, Any]) -> dict[str, str]:
+    """Returns how a photo comes to the model's size, in words and as code, by the names in the template."""
+    height, width, _ = configs["image_target_size"]
+    fitting, code = FITTING[configs["resize_mode"]]
+    return {"fitting": fitting, "resizing": Markup(code.format(height=height, width=width))}
 
 
 def _describe_results(results: dict[str, Any] | None) -> dict[str, Any]:

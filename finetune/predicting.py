@@ -12,7 +12,7 @@ import tensorflow as tf
 from augmenter import build_augmenter
 from configs import MAX_IMAGE_PIXELS
 from finetune.decision import Decision
-from finetune.images import read_image, resize_image
+from finetune.images import fit_image, read_image
 from finetune.options import UserError
 from finetune.progress import show_progress
 from finetune.runtimes import ExportedModel, compile_predictor
@@ -52,6 +52,7 @@ def classify_image(
     threshold: float = 0.5,
     decision: Decision | None = None,
     threshold_type: str = "exact_match",
+    resize_mode: str = "stretch",
 ) -> tuple[list[str], dict[str, float]]:
     """Classifies one image, with a run's decision as `predict.py` does.
 
@@ -68,11 +69,12 @@ def classify_image(
         decision: from `read_decision`: calibrates the probabilities and chooses the labels, in the place of
             `multi_label` and `threshold`.
         threshold_type: which of the decision's thresholds hold, `exact_match` or `best_f1`.
+        resize_mode: how the image comes to the model's size, as `configs.json` has it.
 
     Returns:
         The predicted class names (one, or multi-label any number) and the probability of each class.
     """
-    batch = resize_image(image, model.input_shape[1:3])[None]
+    batch = fit_image(image, model.input_shape[1:3], resize_mode)[None]
     probabilities = np.asarray(model(batch, training=False))
     if decision is not None:
         probabilities = decision.calibrate(probabilities)
@@ -89,19 +91,24 @@ class ForgivingReader:
     Args:
         paths: image files.
         image_size: `(height, width)` that images are resized to.
+        resize_mode: in which way.
         max_pixels: what an image may have.
     """
 
-    def __init__(self, paths: Sequence[str], image_size: Sequence[int], max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+    def __init__(
+        self, paths: Sequence[str], image_size: Sequence[int], resize_mode: str, max_pixels: int = MAX_IMAGE_PIXELS
+    ) -> None:
         self.paths = paths
         self.image_size = tuple(image_size)
+        self.resize_mode = resize_mode
         self.max_pixels = max_pixels
         self.errors: dict[int, str] = {}
 
     def get(self, row: int) -> np.ndarray:
         """Returns the image of a row, uint8 `(height, width, 3)`; zeros, and an entry in `errors`, on failure."""
         try:
-            return resize_image(read_image(self.paths[row], self.image_size, self.max_pixels), self.image_size)
+            image = read_image(self.paths[row], self.image_size, self.max_pixels)
+            return fit_image(image, self.image_size, self.resize_mode)
         except UserError as error:
             self.errors[int(row)] = str(error)
             return np.zeros((*self.image_size, 3), np.uint8)

@@ -13,6 +13,7 @@ from finetune.run_folder import (
     BEST_MODEL,
     CONFIGS_FILE,
     LATEST_MODEL,
+    OF_BEFORE,
     find_start_model,
     fingerprint,
     refuse_other_run,
@@ -70,7 +71,7 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
     Raises:
         UserError: names the options that cannot change.
     """
-    stored, options = state["configs"], Configs.options()
+    stored, options = OF_BEFORE | state["configs"], Configs.options()
     kept, faults = locate_from_here(configs, state, model_path), []
     for name, option in options.items():
         before = tuple(stored[name]) if isinstance(getattr(configs, name), tuple) else stored.get(name)

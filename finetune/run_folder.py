@@ -34,7 +34,7 @@ from finetune.run_data import (
     write_trained_images,
 )
 from finetune.tables import resolve_class_names
-from finetune.values import quote_difference
+from finetune.values import bound_fault, quote_difference
 
 if TYPE_CHECKING:
     from generator import AugmentedImageSequence
@@ -59,6 +59,8 @@ METRICS_FILE = f"{EVALUATION_FOLDER}/metrics.json"
 MAPS_FOLDER = "cam_output"
 COMPRESSION_FILE = "compression_report.json"
 CARD_FILE = "MODEL_CARD.md"
+# What describes a model of before an option existed: its files do not say so.
+OF_BEFORE = {"resize_mode": "stretch"}
 LOCK_FILE = ".lock"
 MODEL_STEMS = (*(name.removesuffix(".keras") for name in (BEST_MODEL, LATEST_MODEL, START_MODEL)), "model_epoch_*")
 # What a run writes, as patterns: a new run into the same folder may not mix with it.
@@ -171,7 +173,7 @@ def describe_model(configs: Configs, model_path: str) -> Configs:
     """Takes the options that describe a model from the `configs.json` beside it, or an artefact's `_metadata.json`.
 
     Raises:
-        UserError: an option that the user gave contradicts it.
+        UserError: an option that the user gave contradicts it, or there is no such way of resizing.
     """
     stored_path = os.path.join(os.path.dirname(os.path.abspath(model_path)), CONFIGS_FILE)
     if os.path.isfile(stored_path):
@@ -180,6 +182,9 @@ def describe_model(configs: Configs, model_path: str) -> Configs:
         stored = Configs.read_json(stored_path, part="options")
     else:
         return configs
+    stored = OF_BEFORE | stored
+    if fault := bound_fault(stored["resize_mode"], Configs.options()["resize_mode"].metadata, str):
+        raise UserError(f"{stored_path}: resize_mode: {fault}. Put the run's own file back.")
     described = {
         name: stored[name]
         for name, option in Configs.options().items()

@@ -48,10 +48,13 @@ def test_sizes_below_the_target_and_far_from_the_rest_are_told(tmp_path):
     sides["thin.png"] = (90, 100)
     for name, (height, width) in sides.items():
         Image.fromarray(photo(len(name) + height, (height, width))).save(tmp_path / name)
-    findings = check(table_of([(name, "a") for name in sides], folder=tmp_path), image_size=(95, 100))
-    found = {(finding.kind, finding.path) for finding in findings if finding.kind in ("small", "unusual_size")}
-    expected = {("small", name) for name in ("tiny.png", "long.png", "thin.png")}
-    assert found == expected | {("unusual_size", "tiny.png"), ("unusual_size", "long.png")}
+    unusual = {("unusual_size", "tiny.png"), ("unusual_size", "long.png")}
+    # Padding leaves a picture as it is that has one side of the target.
+    for mode, names in (("stretch", ["tiny", "long", "thin"]), ("crop", ["tiny", "long", "thin"]), ("pad", ["tiny"])):
+        table = table_of([(name, "a") for name in sides], folder=tmp_path)
+        findings = check(table, image_size=(95, 100), resize_mode=mode)
+        found = {(finding.kind, finding.path) for finding in findings if finding.kind in ("small", "unusual_size")}
+        assert found == {("small", f"{name}.png") for name in names} | unusual
 
 
 def test_images_of_any_format_pass(tmp_path):

@@ -29,6 +29,7 @@ import pytest
 
 import train
 from configs import Configs
+from finetune.options import UserError
 
 STORED = Path(__file__).parent / "run_of_before"
 COLOURS = {"blue": (90, 100, 150), "green": (95, 140, 100), "red": (150, 100, 90)}
@@ -81,6 +82,12 @@ def test_a_run_of_before_goes_on_to_the_same_end(run_of_before, capsys):
     assert not (run_of_before / "best_model.keras").exists()
     model = keras.models.load_model(run_of_before / "latest_model.keras")
     assert int(model.optimizer.iterations) == 4 * 3
+
+
+def test_a_run_of_before_goes_on_stretching_its_photos(run_of_before):
+    configs = Configs.from_json("saved_model/configs.json").replace(load_model_path="saved_model", resize_mode="crop")
+    with pytest.raises(UserError, match="resize_mode was 'stretch', now 'crop'"):
+        train.main(configs.validate())
 
 
 def test_a_checkpoint_of_before_loads(run_of_before):
