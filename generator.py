@@ -20,7 +20,7 @@ from finetune.data_check import check_images
 from finetune.options import UserError
 from finetune.stores import join_path
 from finetune.tables import IMAGE_COLUMN, encode_labels, read_table
-from finetune.texts import join_names
+from finetune.texts import join_names, show_count
 
 # More threads would wait for Python's lock, which each image needs for an eighth of its time: benchmarks/lock.py.
 MOST_THREADS = 4
@@ -182,4 +182,4 @@ def tell_bad_images(sequence: AugmentedImageSequence) -> None:
     """Prints which images of a sequence could not be read and were left out."""
     if bad_rows := sorted(sequence.bad_images):
         paths = join_names([sequence.paths[row] for row in bad_rows])
-        print(f"{len(bad_rows)} images could not be read and were left out: {paths}")
+        print(f"Left out {show_count(len(bad_rows), 'image')} that could not be read: {paths}")

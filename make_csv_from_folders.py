@@ -53,6 +53,7 @@ def main(configs: FolderConfigs) -> dict:
     from finetune.label_tables import convert_label_table, count_classes_of
     from finetune.set_folders import find_set_folders, write_sets
     from finetune.splitting import format_class_counts, refuse_own_input
+    from finetune.texts import show_count
 
     label_column, write_path = configs.csv_label_column, configs.write_path
     class_names, multi_label = [], bool(configs.table_path) and configs.multi_label_classification
@@ -80,7 +81,7 @@ def main(configs: FolderConfigs) -> dict:
     write_csv(write_path, table)
     counts = count_classes_of(table[label_column], class_names, multi_label)
     print(format_class_counts(counts))
-    print(f"Wrote {len(table)} rows to {write_path}")
+    print(f"Wrote {show_count(len(table), 'row')} to {write_path}")
     return counts
 
 

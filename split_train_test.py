@@ -35,6 +35,7 @@ def main(configs: SplitConfigs) -> dict:
     from finetune import splitting
     from finetune.files import write_csv
     from finetune.tables import find_class_names
+    from finetune.texts import show_count
 
     csv_path, multi_label = configs.csv_path, configs.multi_label_classification
     fractions = {"testing": configs.test_split_fraction, "validation": configs.validation_split_fraction}
@@ -59,7 +60,7 @@ def main(configs: SplitConfigs) -> dict:
         raise UserError(f"{csv_path} has too few images: the {empty[0]} set would be empty. Add images.")
     for name, path in written.items():
         write_csv(path, table.iloc[sets[name]])
-        print(f"Wrote {len(sets[name])} rows to {path}")
+        print(f"Wrote {show_count(len(sets[name]), 'row')} to {path}")
     splitting.warn_of_stale_sets(written.values())
     return counts.to_dict()
 

@@ -53,9 +53,14 @@ def print_ranking(ranking: pd.DataFrame, left_out: dict[str, str], epochs: int) 
     print(f"Training: {epochs} epochs on all images of train_csv on this machine, estimated from the speed.")
     for reason in dict.fromkeys(left_out.values()):
         names = join_names([name for name, other in left_out.items() if other == reason], MOST_NAMED)
-        print(f"Left out: {names}: {textwrap.shorten(reason, LONGEST_REASON, placeholder=' ...')}")
+        # The address of a download would leave no place for the rest.
+        shown = textwrap.shorten(reason.split(" from http")[0], LONGEST_REASON, placeholder=" ...")
+        print(f"Left out: {names}: {shown}")
     print(describe_suggestion(ranking))
     print("This ranks frozen backbones by a probe, a regression on their features: fine-tuning may change the order.")
+    chosen = ranking[ranking["suggested"]].iloc[0]
+    size = f"{chosen['height']} {chosen['width']} 3"
+    print(f"Its options: --visual_model_name {chosen['backbone']} --image_target_size {size}")
 
 
 def format_ranking(ranking: pd.DataFrame) -> str:

@@ -17,7 +17,7 @@ from finetune.phases import Phase
 from finetune.progress import begin_line
 from finetune.selection import get_log_losses
 from finetune.team import Team
-from finetune.texts import join_names
+from finetune.texts import join_names, show_count
 from generator import AugmentedImageSequence
 
 # Of one cycle's steps.
@@ -254,6 +254,6 @@ class BadImages(keras.callbacks.Callback):
                 self._told.add((name, row))
                 found.append(Finding("unreadable", "", name, None, self.sequences[name].paths[row], reason))
         if found and self.team.is_chief:
-            left_out = join_names([finding.path for finding in found])
-            print(f"{begin_line()}{len(found)} images could not be read and were left out: {left_out}")
+            number, paths = show_count(len(found), "image"), join_names([finding.path for finding in found])
+            print(f"{begin_line()}Left out {number} that could not be read: {paths}")
             write_data_report(self.folder, found, is_more=True)

@@ -15,7 +15,7 @@ from finetune.findings import get_bad_rows
 from finetune.headers import reads_heic
 from finetune.options import UserError
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, make_image_table
-from finetune.texts import join_names
+from finetune.texts import join_names, show_count
 
 
 class Photos(NamedTuple):
@@ -63,9 +63,10 @@ def list_photos(folder_path: str) -> Photos:
 def report_left_out(photos: Photos) -> None:
     """Prints which files were left out, and which links."""
     if photos.others:
-        print(f"Left out {len(photos.others)} files that are no images: {join_names(photos.others)}")
+        number = show_count(len(photos.others), "file")
+        print(f"Left out {number} without an image's ending: {join_names(photos.others)}")
     if photos.loose:
-        print(f"Left out {len(photos.loose)} files that are in no class folder: {join_names(photos.loose)}")
+        print(f"Left out {show_count(len(photos.loose), 'file')} in no class folder: {join_names(photos.loose)}")
     report_closed(photos.closed)
 
 
@@ -74,8 +75,8 @@ def report_unread_heic(paths: Sequence[str]) -> None:
     found = [path for path in paths if path.lower().endswith((".heic", ".heif"))]
     if found and not reads_heic():
         print(
-            f"{len(found)} images are HEIC, which takes a package: pip install pillow-heif. Without it they count as "
-            "unreadable."
+            "HEIC takes a package: pip install pillow-heif. "
+            f"Without it {show_count(len(found), 'image')} will count as unreadable."
         )
 
 

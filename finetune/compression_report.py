@@ -18,7 +18,7 @@ from finetune.stores import hash_file
 def write_metadata(model_path: str, configs: Configs, decision: Decision, has_exports: bool) -> None:
     """Writes beside the artefacts what they need where the run's folder is not: labels, options and decision."""
     if has_exports and not (decision.temperature_fitted_on or decision.thresholds_fitted_on):
-        print("No temperature and no thresholds are fitted to the model: run test.py first to ship them as well.")
+        print("No temperature and no thresholds are shipped: test.py fits them where there is a validation set.")
     described = {name for name, option in Configs.options().items() if option.metadata["describes_model"]}
     content = {
         "model": os.path.basename(model_path),
@@ -75,8 +75,9 @@ def print_report(report: dict[str, Any]) -> None:
             print(f"Written, not compared: {artefact['path']}")
             continue
         verdict, change = "Rejected" if artefact["rejected"] else "Accepted", -comparison["accuracy_drop"] or 0.0
-        limit = f"it may fall by {report['tolerance']:g}"
-        print(f"{verdict}: {artefact['path']}: {comparison['measure']} changes by {change:+.2f} points, {limit}.")
+        limit = f"it may fall by {report['tolerance']:g}."
+        limit += " --tolerance lets it fall by more." * artefact["rejected"]
+        print(f"{verdict}: {artefact['path']}: {comparison['measure']} changes by {change:+.2f} points, {limit}")
 
 
 def format_table(report: dict[str, Any]) -> str:

@@ -11,12 +11,12 @@ import numpy as np
 
 from configs import MAX_IMAGE_PIXELS, Configs
 from finetune.copies import find_copies
-from finetune.findings import KINDS, Finding, get_bad_rows, report_findings
+from finetune.findings import KINDS, Finding, describe_fault, get_bad_rows, report_findings
 from finetune.inspection import Inspection, inspect_images
 from finetune.missing_files import explain_missing
 from finetune.options import UserError
 from finetune.tables import ImageTable, find_class_names, make_image_table, parse_table, split_label
-from finetune.texts import LONGEST_LIST, join_names
+from finetune.texts import LONGEST_LIST, join_names, show_count
 
 SIZE_FACTOR, SHAPE_FACTOR, FEWEST_SIZES = 4, 3, 10
 
@@ -293,12 +293,13 @@ def check_images(
     """
     inspections = inspect_named(paths, False, max_pixels, workers)
     listed = zip(range(2, len(paths) + 2) if rows is None else rows, paths, inspections, strict=True)
-    faults = {row: f"{path} {one.fault[1]}" for row, path, one in listed if one.fault}
+    faults = {row: describe_fault(path, one.fault[1]) for row, path, one in listed if one.fault}
     if not faults:
         return []
     shown = [f"row {row}: {detail}" for row, detail in list(faults.items())[:LONGEST_LIST]]
     more = f" (and {len(faults) - LONGEST_LIST} more rows)" if len(faults) > LONGEST_LIST else ""
     if skip_bad_images:
-        print(f"{csv_path}: left out {len(faults)} images: {'; '.join(shown)}{more}.")
+        print(f"{csv_path}: left out {show_count(len(faults), 'image')}: {'; '.join(shown)}{more}.")
         return list(faults)
-    raise UserError(f"{csv_path}: {'; '.join(shown)}{more}. Correct image_directory or the paths, or drop the rows.")
+    remedy = "Correct image_directory, the paths or the files, or leave the rows out by --skip_bad_images True."
+    raise UserError(f"{csv_path}: {'; '.join(shown)}{more}. {remedy}")

@@ -201,7 +201,7 @@ def print_results(results: dict[str, Any]) -> None:
     if decision["temperature_fitted_on"]:
         print(f"Temperature {decision['temperature']:.3f}, fitted on the {decision['temperature_fitted_on']} set.")
     else:
-        print("No temperature is fitted on a validation set: probabilities stay as they are.")
+        print("No temperature is fitted, for want of a validation set: probabilities stay as they are.")
     fitted_on, threshold = decision["thresholds_fitted_on"], decision["exact_match_threshold"]
     if results["multi_label"] and fitted_on in results["sets"]:
         accuracy = results["sets"][fitted_on]["exact_match_accuracy"]

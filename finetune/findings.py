@@ -12,7 +12,7 @@ import pandas as pd
 from finetune.files import write_csv
 from finetune.groups import Groups
 from finetune.options import UserError
-from finetune.texts import LONGEST_LIST, show_text
+from finetune.texts import LONGEST_LIST, show_count, show_text
 
 
 class BadImage(Exception):
@@ -67,10 +67,14 @@ KINDS = {
         "error", "The same image has two labels. Keep the right row, or leave out all by --skip_bad_images True."
     ),
     "duplicate_across_sets": Kind(
-        "error", "The same image is in two sets: drop one, or allow it by --allow_duplicates True."
+        "error",
+        "The same image is in two sets: split again by split_train_test.py --verify True, drop one, or allow it by "
+        "--allow_duplicates True.",
     ),
     "near_duplicate_across_sets": Kind(
-        "error", "Nearly the same image is in two sets: drop one, or allow it by --allow_duplicates True."
+        "error",
+        "Nearly the same image is in two sets: split again by split_train_test.py --verify True, drop one, or allow "
+        "it by --allow_duplicates True.",
     ),
     "allowed_duplicate": Kind("warning", "The same image is in two sets: figures will be optimistic."),
     "near_allowed_duplicate": Kind("warning", "Nearly the same image is in two sets: figures will be optimistic."),
@@ -131,6 +135,12 @@ def find_contradictions(findings: Sequence[Finding]) -> list[tuple[str, int]]:
     return [place for place in places if groups.find(positions[place]) in found]
 
 
+def describe_fault(path: str, detail: str) -> str:
+    """Joins a path and what is said of its image: `a.jpg does not exist`, `a.jpg: its end is missing`."""
+    colon = ":" if detail.startswith(("it ", "its ")) else ""
+    return f"{show_text(path)}{colon} {show_text(detail)}"
+
+
 def format_findings(
     findings: Sequence[Finding], severities: Collection[str] = ("error", "warning", "note"), heading: str = ""
 ) -> str:
@@ -154,7 +164,7 @@ def format_findings(
         lines.append(f"{heading or kind.severity}, {name.replace('_', ' ')} ({len(groups[name])}): {kind.meaning}")
         for finding in groups[name][:LONGEST_LIST]:
             row = f", row {finding.row}" if finding.row else ""
-            lines.append(f"  {finding.csv_path}{row}: {show_text(finding.path)} {show_text(finding.detail)}")
+            lines.append(f"  {finding.csv_path}{row}: {describe_fault(finding.path, finding.detail)}")
         lines += [f"  and {len(groups[name]) - LONGEST_LIST} more rows"] * (len(groups[name]) > LONGEST_LIST)
     lines += [f"Images that are decoded right: {'; '.join(notes)}."] * bool(notes)
     return "\n".join(lines)
@@ -209,14 +219,16 @@ def report_findings(
     for text in (format_findings(skipped, heading="left out"), format_findings(others)):
         print(text) if text else None
     if unreadable:
-        print(f"Left out {len(unreadable)} images that cannot be read; {path} lists them.")
+        print(f"Left out {show_count(len(unreadable), 'image')} that cannot be read; {path} lists them.")
     if contradictions:
         print(f"Left out {len(contradictions)} rows whose images have two labels; {path} lists them.")
     if errors:
         counts = Counter(KINDS[finding.kind].severity for finding in findings)
+        remedy = " --skip_bad_images True leaves out images that cannot be read."
+        remedy *= any(finding.kind in IMAGE_FAULTS[1:] for finding in errors)
         raise UserError(
             f"The data check found errors: {counts['error'] - len(skipped)}, warnings: {counts['warning']}. "
-            f"{path} lists them all.\n{format_findings(errors)}"
+            f"{path} lists them all.{remedy}\n{format_findings(errors)}"
         )
     if any(KINDS[finding.kind].severity == "warning" for finding in findings):
         print(f"{path} lists everything that the data check found.")

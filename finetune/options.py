@@ -308,7 +308,10 @@ def unknown_option(name: str, known: Sequence[str]) -> str:
 
 def unknown_flag(flag: str, known: Sequence[str]) -> str:
     """Returns the message for a word on the command line that is no flag, as it was typed."""
-    return unknown_option(flag, [f"--{name}" for name in known])
+    flags = [f"--{name}" for name in known]
+    if flag.startswith("-") or find_nearest(flag, flags, alikeness=0.5):
+        return unknown_option(flag, flags)
+    return f"Expected --OPTION VALUE. Received {quote_value(flag)} without an option in front of it. See --help."
 
 
 def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

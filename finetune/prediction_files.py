@@ -16,7 +16,7 @@ from finetune.missing_files import explain_missing
 from finetune.options import UserError
 from finetune.stores import is_url, join_path
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table
-from finetune.texts import join_names
+from finetune.texts import join_names, show_count
 
 
 def list_inputs(given: str, image_directory: str = "") -> tuple[list[str], list[str]]:
@@ -93,7 +93,7 @@ def list_folder(folder: str) -> list[str]:
     if not images:
         raise UserError(f"input: the folder {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
     if others := [path for path in files if not path.lower().endswith(IMAGE_SUFFIXES)]:
-        print(f"Left out {len(others)} files that do not end as images do: {join_names(others)}")
+        print(f"Left out {show_count(len(others), 'file')} without an image's ending: {join_names(others)}")
     report_closed([path for path in closed if not path.lower().endswith(IMAGE_SUFFIXES)])
     return images
 
@@ -205,6 +205,6 @@ def summarize(write_path: str, number: int, errors: dict[int, str]) -> None:
     if len(errors) == number:
         none_could = "The image could not" if number == 1 else f"None of the {number} images could"
         raise UserError(f"{none_could} be read; {write_path} says why. {errors[min(errors)]}")
-    print(f"Predicted {number - len(errors)} of {number} images; wrote {write_path}")
+    print(f"Predicted {number - len(errors)} of {show_count(number, 'image')}; wrote {write_path}")
     if errors:
         print(f"{len(errors)} of {number} images could not be read: the column error of {write_path} says why")

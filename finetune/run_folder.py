@@ -96,7 +96,10 @@ def resolve_model_path(path: str, preferred: Sequence[str] = (BEST_MODEL, LATEST
         if suffix in MODEL_SUFFIXES and os.path.isfile(stem + other):
             print(f"{path} does not exist: using {stem + other} beside it.")
             return stem + other
-    raise UserError(f"There is no model at {path}. Expected a .keras, .h5 or .hdf5 file, or the folder of a run.")
+    raise UserError(
+        f"There is no model at {path}. Expected a .keras, .h5 or .hdf5 file, or the folder of a run. "
+        "Train first, or name another by --load_model_path."
+    )
 
 
 def find_trained_model(configs: Configs, data_options: Sequence[str] = DATA_OPTIONS) -> tuple[str, Configs]:

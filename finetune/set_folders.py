@@ -14,7 +14,7 @@ from finetune.class_folders import Photos, leave_out_bad_images, list_photos, re
 from finetune.files import write_csv
 from finetune.options import UserError
 from finetune.splitting import SET_FILES, count_classes, format_counts, warn_of_stale_sets
-from finetune.texts import join_names
+from finetune.texts import join_names, show_count
 
 SET_WORDS = {"train": "training", "training": "training", "test": "testing", "testing": "testing"}
 SET_WORDS |= dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "validation")
@@ -119,7 +119,7 @@ def write_sets(folders: dict[str, str], beside: Photos, configs: Configs, write_
     warn_of_gaps(counts)
     for path, table in tables.items():
         write_csv(path, table)
-        print(f"Wrote {len(table)} rows to {path}")
+        print(f"Wrote {show_count(len(table), 'row')} to {path}")
     warn_of_stale_sets(tables)
     print(describe_next_step(paths, label_column))
     return counts.to_dict()

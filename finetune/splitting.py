@@ -14,7 +14,7 @@ from finetune.findings import get_bad_rows
 from finetune.groups import Groups
 from finetune.options import UserError
 from finetune.tables import find_class_names, make_image_table, parse_table, read_table, split_label
-from finetune.texts import MOST_LISTED, MOST_TELLING, join_names
+from finetune.texts import MOST_LISTED, MOST_TELLING, join_names, show_count
 
 SET_FILES = {"training": "training_set.csv", "validation": "validation_set.csv", "testing": "testing_set.csv"}
 
@@ -229,7 +229,7 @@ def format_class_counts(counts: dict[str, int]) -> str:
         lines = [f"The {MOST_TELLING} smallest of {len(counts)} classes; the table has the others too."]
     for name in names:
         count = counts[name]
-        lines.append(f"{name}: {count} images" if count else f"{name}: no images, so it is not in the table")
+        lines.append(f"{name}: {show_count(count, 'image') if count else 'no images, so it is not in the table'}")
     return "\n".join(lines)
 
 
@@ -242,7 +242,7 @@ def warn_of_missing_classes(counts: pd.DataFrame) -> None:
     for name in missing if len(missing) <= MOST_TELLING else ():
         row = counts.loc[name]
         for set_name in row.index[row == 0]:
-            print(f"Warning: {name} has {row.sum()} images, so the {set_name} set has none of it.")
+            print(f"Warning: {name} has {show_count(row.sum(), 'image')}, so the {set_name} set has none of it.")
 
 
 def join_by_column(groups: Groups, table: pd.DataFrame, column: str, csv_path: str) -> None:

@@ -24,6 +24,10 @@ from finetune.table_faults import (
 from finetune.texts import join_names
 
 LABEL_SEPARATOR = "$"
+WRITTEN_BY = {
+    "all_data.csv": "make_csv_from_folders.py",
+    **dict.fromkeys(("training_set.csv", "validation_set.csv", "testing_set.csv"), "split_train_test.py"),
+}
 
 
 def read_table(csv_path: str, label_column: str, multi_label: bool = False) -> pd.DataFrame:
@@ -54,6 +58,15 @@ def read_table(csv_path: str, label_column: str, multi_label: bool = False) -> p
     return table
 
 
+def find_remedy(csv_path: str) -> str:
+    """Says what to do about a table that cannot be opened: where its path begins, and which script writes it."""
+    script = WRITTEN_BY.get(os.path.basename(csv_path))
+    first = f", or run {script} first" if script else ""
+    return f"Check the path{first}." + f" Relative paths begin in {os.getcwd()}." * (
+        not os.path.isabs(csv_path) and not is_url(csv_path)
+    )
+
+
 def parse_table(csv_path: str, label_column: str) -> pd.DataFrame:
     """Reads a CSV file as `read_table` does, empty paths and labels included.
 
@@ -70,7 +83,7 @@ def parse_table(csv_path: str, label_column: str) -> pd.DataFrame:
             raise UserError(f"{csv_path} {fault}.")
         table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"Cannot read the CSV file {csv_path}: {error.strerror}. Check the path.") from error
+        raise UserError(f"Cannot read the CSV file {csv_path}: {error.strerror}. {find_remedy(csv_path)}") from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"{csv_path} is not a UTF-8 CSV file: {describe_encoding(csv_path)}. Save it as UTF-8."

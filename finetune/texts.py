@@ -19,6 +19,11 @@ def join_names(names: Sequence[Any], longest: int = LONGEST_LIST) -> str:
     return shown + (f" and {len(names) - longest} more" if len(names) > longest else "")
 
 
+def show_count(number: int, noun: str) -> str:
+    """Returns a number with its noun: `1 image`, `2 images`."""
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
 def show_text(text: str) -> str:
     """Returns a text on one line: as it is, or with escapes where it holds what cannot be printed."""
     return text if text.isprintable() else ascii(text)

@@ -260,7 +260,9 @@ def report_best(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
         print(f"{checkpoint.monitor} is undefined in every epoch, so no model is the best one.")
     else:
         place = describe_epoch(checkpoint.best_epoch, checkpoint.kept_share)
-        print(f"Best {checkpoint.monitor}: {checkpoint.best:.4f} in epoch {place}.")
+        # An average is chosen by its log loss: an epoch may have had a better figure.
+        word = "Best" if checkpoint.kept_share is None else "The kept model's"
+        print(f"{word} {checkpoint.monitor}: {checkpoint.best:.4f} in epoch {place}.")
     print(f"Models and logs are in {folder}")
     return {"best": checkpoint.best, "best_epoch": checkpoint.best_epoch} | checkpoint.log[-1]
 

@@ -203,7 +203,7 @@ def test_an_image_that_cannot_be_read_ends_it_or_is_left_out_for_all(damaged, tm
     ranking = compare(damaged, tmp_path, image_directory=str(tmp_path), skip_bad_images=True)["ranking"]
     assert ranking["images"].tolist() == [35, 35]
     printed = capsys.readouterr().out
-    assert printed.count("1 images could not be read and were left out: ") == 1
+    assert printed.count("Left out 1 image that could not be read: ") == 1
     assert "5.jpg" in printed
 
 

@@ -77,7 +77,9 @@ def test_file_that_is_no_image_names_its_row(tmp_path, name, message):
     cv2.imwrite(str(tmp_path / "good.jpg"), np.zeros((4, 4, 3), np.uint8))
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("this is a text, not an image, whatever its name says", encoding="utf-8")
-    with pytest.raises(UserError, match=rf"t\.csv: row 3: .*{message}\. Correct image_directory") as raised:
+    with pytest.raises(
+        UserError, match=rf"t\.csv: row 3: .*{message}\. Correct .* or leave the rows out by --skip"
+    ) as raised:
         check_images([str(tmp_path / "good.jpg"), str(tmp_path / name)], "t.csv")
     assert "row 2" not in str(raised.value)
 
@@ -320,7 +322,7 @@ def test_next_image_of_the_order_takes_the_place_of_one_that_goes_bad(tmp_path, 
     callback = BadImages(sequences, configs.save_model_path, Team())
     callback.on_epoch_end(0)
     callback.on_epoch_end(1)
-    assert capsys.readouterr().out.count("2 images could not be read and were left out") == 1
+    assert capsys.readouterr().out.count("Left out 2 images that could not be read") == 1
     with open(os.path.join(configs.save_model_path, "data_report.csv"), encoding="utf-8", newline="") as file:
         assert [os.path.basename(row["path"]) for row in csv.DictReader(file)] == ["3.jpg", "5.jpg"]
 

@@ -198,8 +198,8 @@ def test_unreadable_photos_are_left_out_and_told(table, tmp_path, capsys):
     results = run(table, skip_bad_images=True)
     assert set(results["written"]["row"][:2]) == {*CHANGED}
     printed = capsys.readouterr().out
-    assert "left out 1 images: row 3" in printed
-    assert f"1 images could not be read and were left out: {tmp_path / 'cut.jpg'}" in printed
+    assert "left out 1 image: row 3" in printed
+    assert f"Left out 1 image that could not be read: {tmp_path / 'cut.jpg'}" in printed
 
 
 @pytest.mark.slow

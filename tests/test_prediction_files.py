@@ -24,7 +24,7 @@ def test_hidden_and_other_files_of_a_folder_are_left_out(photo_folder, tmp_path,
         path.write_bytes(photo)
     names, _ = list_inputs(str(tmp_path / "mixed"))
     assert names == [str(tmp_path / "mixed" / name) for name in ("a/z.png", "b.JPG")]
-    assert "Left out 1 files" in capsys.readouterr().out
+    assert "Left out 1 file without" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("pattern", "number"), [("*/00.jpg", 3), ("**/0?.jpg", 30), ("red/*", 12), ("**", 36)])

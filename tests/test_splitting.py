@@ -157,6 +157,6 @@ def test_many_classes_that_a_set_lacks_take_one_line(capsys):
     ]
     warn_of_missing_classes(counts[:1])
     assert capsys.readouterr().out.splitlines() == [
-        "Warning: c00 has 1 images, so the validation set has none of it.",
-        "Warning: c00 has 1 images, so the testing set has none of it.",
+        "Warning: c00 has 1 image, so the validation set has none of it.",
+        "Warning: c00 has 1 image, so the testing set has none of it.",
     ]

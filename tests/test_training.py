@@ -331,7 +331,7 @@ def test_only_the_chief_tells_of_bad_images_and_all_leave_them_out(tables, tmp_p
     options |= {"distribution_strategy": "multi_worker", "skip_bad_images": True, "verify_data": "off"}
     statuses, outputs = finish(start_workers(tmp_path, options, 2))
     assert statuses == [0, 0], outputs
-    assert "2 images could not be read and were left out" in outputs[0][0]
+    assert "Left out 2 images that could not be read" in outputs[0][0]
     report = pd.read_csv(tmp_path / "run" / "data_report.csv")
     assert sorted(report["path"]) == sorted(map(str, bad))
     accuracy = pd.read_csv(tmp_path / "run" / "training_log.csv")["val_accuracy"][0]

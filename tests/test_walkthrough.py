@@ -226,7 +226,7 @@ def test_an_image_that_cannot_be_decoded_has_no_part_in_testing_under_skip_bad_i
     assert len(drawn) == 8
     assert {*os.listdir(tmp_path / "out" / "cam_output")} == {*map(os.path.basename, drawn), "index.html"}
     assert not any("damaged" in path for path in drawn)
-    assert capsys.readouterr().out.count(f"1 images could not be read and were left out: {damaged}") == 2
+    assert capsys.readouterr().out.count(f"Left out 1 image that could not be read: {damaged}") == 2
 
 
 def test_testing_refuses_a_contradiction(trained):
