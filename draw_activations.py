@@ -37,7 +37,8 @@ def main(configs: Configs) -> dict:
     paths = [os.path.join(folder, name) for name in name_outputs(sources)]
 
     choose = functools.partial(CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
-    overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap)
+    shape = {"image_size": configs.image_target_size[:2], "resize_mode": configs.resize_mode}
+    overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
     limits = {"longest_side": configs.cam_picture_size, "max_pixels": configs.max_image_pixels}
     draw = functools.partial(
         draw_batch, sources=sources, targets=paths, class_names=class_names, overlay=overlay, **limits

@@ -20,7 +20,7 @@ import PIL.ImageFont
 
 from finetune.explaining import Explained
 from finetune.files import atomic_path
-from finetune.images import read_image, resize_image
+from finetune.images import place_image, read_image, resize_image
 
 WRITABLE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 WRITERS = 2
@@ -50,34 +50,54 @@ def colour_table(colormap: str) -> np.ndarray:
     return cv2.applyColorMap(np.arange(256, dtype=np.uint8), code)[:, 0, ::-1].copy()
 
 
-def place_heatmap(heatmap: np.ndarray, photo_size: Sequence[int]) -> np.ndarray:
-    """Lays a heatmap over the photo of which the network saw the whole, stretched to its own aspect ratio.
+def place_heatmap(
+    heatmap: np.ndarray, photo_size: Sequence[int], image_size: Sequence[int] = (), resize_mode: str = "stretch"
+) -> np.ndarray:
+    """Lays a heatmap of what the network saw over the photo that this was made of.
 
     Args:
         heatmap: `(h, w)` in `[0, 1]`, of any size.
         photo_size: `(height, width)`.
+        image_size: `(height, width)` of the network's input; of no account where photos are stretched.
+        resize_mode: how the photo came to that size.
 
     Returns:
-        float32 `(height, width)` in `[0, 1]`, to about 1e-6.
+        float32 `(height, width)` in `[0, 1]`, to about 1e-6; NaN where the network saw nothing of the photo.
     """
-    return cv2.resize(heatmap.astype(np.float32), photo_size[::-1], interpolation=cv2.INTER_LINEAR)
+    heatmap = heatmap.astype(np.float32)
+    if resize_mode == "stretch":
+        return cv2.resize(heatmap, photo_size[::-1])
+    seen, filled = place_image(photo_size, image_size, resize_mode)
+    placed = np.full(photo_size, np.nan, np.float32)
+    placed[seen] = cv2.resize(cv2.resize(heatmap, image_size[::-1])[filled], placed[seen].shape[::-1])
+    return placed
 
 
-def overlay_heatmap(image: np.ndarray, heatmap: np.ndarray, opacity: float = 0.4, colormap: str = "jet") -> np.ndarray:
-    """Colours an image by a heatmap.
+def overlay_heatmap(
+    image: np.ndarray,
+    heatmap: np.ndarray,
+    opacity: float = 0.4,
+    colormap: str = "jet",
+    image_size: Sequence[int] = (),
+    resize_mode: str = "stretch",
+) -> np.ndarray:
+    """Colours a photo by a heatmap, where the network saw it.
 
     Args:
         image: uint8 RGB `(height, width, 3)`.
         heatmap: `(h, w)` in `[0, 1]`, of any size.
         opacity: of the colours, in `[0, 1]`.
         colormap: OpenCV's name, in lower case; jet is blue at 0 and red at 1.
+        image_size: as `place_heatmap` takes it.
+        resize_mode: likewise.
 
     Returns:
         uint8 RGB `(height, width, 3)`.
     """
-    smooth = place_heatmap(heatmap, image.shape[:2])
-    colours = colour_table(colormap)[np.uint8(255 * np.clip(smooth, 0, 1))]
-    return cv2.addWeighted(colours, opacity, image, 1 - opacity, 0)
+    placed = place_heatmap(heatmap, image.shape[:2], image_size, resize_mode)
+    colours = colour_table(colormap)[np.uint8(255 * np.clip(np.nan_to_num(placed), 0, 1))]
+    coloured = cv2.addWeighted(colours, opacity, image, 1 - opacity, 0)
+    return np.where(np.isnan(placed)[..., None], image, coloured)
 
 
 def write_caption(image: np.ndarray, caption: str) -> np.ndarray:

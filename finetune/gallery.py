@@ -14,7 +14,7 @@ from finetune.cam_pictures import overlay_heatmap
 from finetune.decision import Decision
 from finetune.evaluation import name_labels
 from finetune.gradcam import GradCam
-from finetune.images import fit_image, place_image, read_image, resize_image
+from finetune.images import fit_image, read_image, resize_image
 from finetune.options import UserError
 from finetune.runtimes import ExportedModel
 
@@ -120,10 +120,10 @@ def build_explainer(
     model: keras.Model | ExportedModel, configs: Configs
 ) -> Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]]:
     """Builds what draws photos by their paths, with the model's heatmaps as the configs want them."""
-    overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap)
+    shape = {"image_size": configs.image_target_size[:2], "resize_mode": configs.resize_mode}
+    overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
     grad_cam = build_grad_cam(model, configs.cam_method, configs.cam_backbone_layer)
-    size, mode = configs.image_target_size[:2], configs.resize_mode
-    return functools.partial(draw_pictures, grad_cam, size, mode, configs.max_image_pixels, overlay)
+    return functools.partial(draw_pictures, grad_cam, *shape.values(), configs.max_image_pixels, overlay)
 
 
 def draw_pictures(
@@ -156,18 +156,6 @@ def draw_pictures(
         heatmap = None
         if grad_cam is not None:
             heatmaps, _ = grad_cam(fit_image(read_image(path, image_size, max_pixels), image_size, resize_mode)[None])
-            heatmap = overlay(photo, _spread_heatmap(heatmaps[0], photo.shape[:2], image_size, resize_mode))
+            heatmap = overlay(photo, heatmaps[0])
         pictures.append((photo, heatmap))
     return pictures
-
-
-def _spread_heatmap(
-    heatmap: np.ndarray, photo_size: Sequence[int], image_size: Sequence[int], resize_mode: str
-) -> np.ndarray:
-    """Returns the heatmap of a model's input as one of the whole photo: 0 where the model saw nothing of it."""
-    if resize_mode == "stretch":
-        return heatmap
-    seen, filled = place_image(photo_size, image_size, resize_mode)
-    spread = np.zeros(photo_size, np.float32)
-    spread[seen] = resize_image(resize_image(heatmap, image_size)[filled], spread[seen].shape)
-    return spread

@@ -72,7 +72,9 @@ def test_heatmaps_lie_over_photos_of_their_own_aspect_ratio(size, shown, tmp_pat
     pixels[: size[0] // 2, size[1] // 2 :] = 200
     PIL.Image.fromarray(pixels).save(tmp_path / "photo.png")
     grad_cam = build_grad_cam(small_network(), "hirescam", "")
-    ((photo, heatmap),) = draw_pictures(grad_cam, (8, 8), 10**6, overlay_heatmap, [str(tmp_path / "photo.png")])
+    ((photo, heatmap),) = draw_pictures(
+        grad_cam, (8, 8), "stretch", 10**6, overlay_heatmap, [str(tmp_path / "photo.png")]
+    )
     assert photo.shape == heatmap.shape == (*shown, 3)
     # Of the four blocks that the network sees, the right upper one alone is not black.
     np.testing.assert_array_equal(heatmap, overlay_heatmap(photo, np.array([[0, 1], [0, 0]])))

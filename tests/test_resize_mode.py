@@ -21,6 +21,7 @@ import test
 import train
 from configs import Configs
 from finetune.caches import DiskCache
+from finetune.cam_pictures import overlay_heatmap, place_heatmap
 from finetune.crops import choose_shape, draw_crop, enlarge_for_crops
 from finetune.exports import read_calibration_images
 from finetune.feature_store import find_features, get_features
@@ -341,10 +342,21 @@ def test_a_heatmap_lies_where_the_model_looked(tmp_path, mode):
     def find_red(images):
         return (images[..., 0] > 200).astype(np.float32) * (images[..., 1] < 100), None
 
-    ((_, found),) = draw_pictures(
-        find_red, (60, 60), mode, 10**6, lambda _, heatmap: resize_image(heatmap, (30, 90)), [str(tmp_path / "a.png")]
-    )
+    def place(image, heatmap):
+        return place_heatmap(heatmap, image.shape[:2], (60, 60), mode)
+
+    ((_, found),) = draw_pictures(find_red, (60, 60), mode, 10**6, place, [str(tmp_path / "a.png")])
     expected = np.zeros((30, 90))
-    # The middle third, all that a crop shows, has nothing red.
-    expected[:, 60:] = mode != "crop"
-    assert np.abs(found - expected)[:, np.r_[0:58, 62:90]].max() < 0.01
+    expected[:, 60:] = 1
+    if mode == "crop":
+        # Of the middle third, all that the model saw, nothing is red.
+        expected[:, np.r_[0:30, 60:90]] = np.nan
+    np.testing.assert_allclose(found[:, np.r_[0:58, 62:90]], expected[:, np.r_[0:58, 62:90]], atol=0.01)
+
+
+def test_what_a_model_has_not_seen_keeps_its_colours():
+    photo = np.full((30, 90, 3), 200, np.uint8)
+    shown = overlay_heatmap(photo, np.zeros((2, 2)), 0.5, "jet", (60, 60), "crop")
+    is_changed = (shown != photo).any(axis=2)
+    assert is_changed[:, 30:60].all()
+    assert is_changed.sum() == 30 * 30
