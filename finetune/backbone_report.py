@@ -57,10 +57,10 @@ def print_ranking(ranking: pd.DataFrame, left_out: dict[str, str], epochs: int) 
         shown = textwrap.shorten(reason.split(" from http")[0], LONGEST_REASON, placeholder=" ...")
         print(f"Left out: {names}: {shown}")
     print(describe_suggestion(ranking))
-    print("This ranks frozen backbones by a probe, a regression on their features: fine-tuning may change the order.")
     chosen = ranking[ranking["suggested"]].iloc[0]
     size = f"{chosen['height']} {chosen['width']} 3"
     print(f"Its options: --visual_model_name {chosen['backbone']} --image_target_size {size}")
+    print("This ranks frozen backbones by a probe, a regression on their features: fine-tuning may change the order.")
 
 
 def format_ranking(ranking: pd.DataFrame) -> str:

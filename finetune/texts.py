@@ -21,7 +21,7 @@ def join_names(names: Sequence[Any], longest: int = LONGEST_LIST) -> str:
 
 def show_count(number: int, noun: str) -> str:
     """Returns a number with its noun: `1 image`, `2 images`."""
-    return f"{number} {noun}" + "s" * (number != 1)
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def show_text(text: str) -> str:

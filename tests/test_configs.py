@@ -340,6 +340,10 @@ def test_unknown_flag_names_the_nearest_option(flag):
 
 
 def test_unknown_flag_without_a_near_option_points_to_help():
+    with pytest.raises(
+        UserError, match=r"Expected --OPTION VALUE\. Received '\./zzz' without an option in front of it"
+    ):
+        Configs.from_command_line(arguments=["./zzz"])
     with pytest.raises(UserError, match=r"Unknown option --zzz\. See --help"):
         read_flags("--zzz", "4")
 

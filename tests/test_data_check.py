@@ -84,6 +84,12 @@ def test_file_that_is_no_image_names_its_row(tmp_path, name, message):
     assert "row 2" not in str(raised.value)
 
 
+def test_a_damaged_file_is_told_in_a_sentence_with_what_to_do(tmp_path):
+    (tmp_path / "cut.jpg").write_bytes(encode("JPEG", photo(0))[:-300])
+    with pytest.raises(UserError, match=r"cut\.jpg: its end is missing\. .* by --skip_bad_images True\.$"):
+        check_images([str(tmp_path / "cut.jpg")], "t.csv")
+
+
 def test_only_the_first_bad_images_are_listed():
     with pytest.raises(UserError, match="3 more rows") as raised:
         check_images([f"missing_{number}.jpg" for number in range(8)], "t.csv")

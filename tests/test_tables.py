@@ -91,6 +91,14 @@ def test_table_that_cannot_be_read_is_named(tmp_path, name):
         read_table(str(tmp_path / name), "class")
 
 
+def test_missing_table_names_the_script_that_writes_it_and_where_its_path_begins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    remedy = "Check the path, or run split_train_test.py first. Relative paths begin in "
+    with pytest.raises(UserError) as raised:
+        read_table("./data/training_set.csv", "class")
+    assert str(raised.value).endswith(f"{remedy}{os.getcwd()}.")
+
+
 # Class names and labels
 
 
