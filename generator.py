@@ -100,8 +100,8 @@ class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
                 self.processes = BatchProcesses(self, self.workers)
             except Exception as error:
                 # Whatever is written in augmenter.py: what cannot go to another process stays with threads. It raises
-                # errors of three types, which have this word in common.
-                if "pickle" not in str(error):
+                # errors of three types, which have one of these words in common, the second since Python 3.13.
+                if not any(word in str(error) for word in ("pickle", "local object")):
                     raise
 
 

@@ -103,7 +103,8 @@ def describe_choice(share: float, gain: float, error: float, number: int) -> str
     figures = f"by {gain:.4f}, standard error {error:.4f}, on {number} validation images"
     if is_better(gain, error):
         return f"Kept {what}: the log loss is lower than the start's {figures}."
-    if -gain > error:
+    # Rounding is no difference, and alike for each image.
+    if -gain > error + 1e-6:
         return f"Kept the start: the log loss of {what} would be no lower ({figures})."
     return (
         f"Kept the start, the simpler model: the validation images do not tell that {what} would be better (log loss "
