@@ -256,7 +256,7 @@ def _explaining_missing_weights(name: str) -> Iterator[None]:
         source = f" from {unreachable.group(1)}" if unreachable else f" whole ({error})"
         raise UserError(
             f"The ImageNet weights {file_name} are not in {folder} and could not be downloaded{source}. "
-            "Put the file there, or train without it: --use_imagenet_weights False."
+            "Put the file there, choose another backbone, or do without: --use_imagenet_weights False."
         ) from error
 
 

@@ -71,10 +71,10 @@ class Validation(keras.callbacks.Callback):
 
 
 class InputWait(keras.callbacks.Callback):
-    """Prints the share of an epoch's training time that the model waits for batches: `share`, in `[0, 1]`.
+    """Measures the share of an epoch's training time that the model waits for batches: `share`, in `[0, 1]`.
 
     Args:
-        advise_above: the share from which on advice is printed.
+        advise_above: the share from which on it is printed, with what to do about it.
     """
 
     def __init__(self, advise_above: float = 0.1) -> None:
@@ -93,14 +93,13 @@ class InputWait(keras.callbacks.Callback):
         self._end = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Prints the share and what to do about it."""
+        """Computes the share, and where it is large prints what to do about it."""
         waited = self.model.seconds_waited
         self.share = waited / max(self._end - self._start, waited, 1e-9)
-        print(f"{begin_line()}input_wait: {self.share:.1%} of the epoch")
         if self.share > self.advise_above:
             print(
-                "The model waited for images. Raise generator_workers up to the number of cores, or set image_cache "
-                "to memory or disk."
+                f"{begin_line()}input_wait: {self.share:.1%} of the epoch went by waiting for images. Raise "
+                "generator_workers up to the number of cores, or set image_cache to memory or disk."
             )
 
 

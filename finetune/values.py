@@ -97,6 +97,8 @@ def type_fault(name: str, kind: Any, value: Any) -> str:
     texts = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
     unwritable = any(isinstance(text, str) and not _is_writable(text) for text in texts)
     hint = " without NUL and lone surrogates" * unwritable
+    if len(texts) == 1 and "," in str(texts[0]) and typing.get_origin(unwrap_optional(kind)[0]) in (list, tuple):
+        hint += ", with blanks between them"
     return f"{name}: expected {describe_type(kind)}{hint}. Received: {quote_value(value)}"
 
 

@@ -315,7 +315,7 @@ def test_flag_is_read(flags, name, value):
     ("flags", "message"),
     [
         (["--image_target_size", "96", "96"], "image_target_size: expected 3 whole numbers"),
-        (["--image_target_size", "96,96,3"], "image_target_size: expected 3 whole numbers"),
+        (["--image_target_size", "96,96,3"], "image_target_size: expected 3 whole numbers, with blanks between them"),
         (["--image_target_size"], "image_target_size: expected 3 whole numbers"),
         (["--classifier_layer_sizes", "none"], "classifier_layer_sizes: expected a list of numbers"),
         (["--classifier_layer_sizes", "256", "x"], "classifier_layer_sizes: expected a list of numbers"),

@@ -255,7 +255,8 @@ def test_processes_give_the_bits_of_devices_in_one_process(tables, multi_label, 
     assert_same(tmp_path / "mirrored", folder)
     assert len(set(read_digests(tmp_path, number))) == 1
     assert "Best val_" in outputs[0][0]
-    assert "input_wait" in outputs[0][0]
+    stats = json.loads((folder / ".training_stats.json").read_text())
+    assert len(stats["input_wait_by_epoch"]) == 2
     for output, _ in outputs[1:]:
         assert output.splitlines()[-1].endswith("prints and writes.")
 
