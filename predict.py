@@ -61,8 +61,10 @@ def main(configs: PredictConfigs) -> dict:
 
     is_given = "image_directory" in configs.given
     model_path, configs = find_trained_model(configs, ("image_directory",))
-    names, paths = list_inputs(configs.input, configs.image_directory)
-    paths = paths if is_given else prefer_existing(paths, names)
+    # The first line of all is what the script runs on, which TensorFlow knows.
+    notes: list[str] = []
+    names, paths = list_inputs(configs.input, configs.image_directory, notes.append)
+    paths = paths if is_given else prefer_existing(paths, names, notes.append)
     check_write_path(configs.write_path, configs.input)
 
     from finetune.decision_file import read_decision
@@ -72,6 +74,7 @@ def main(configs: PredictConfigs) -> dict:
     from finetune.runtimes import load_predictor
 
     start_devices(configs.gpu_percentage)
+    print("".join(f"{note}\n" for note in notes), end="")
     check_top_k(configs.top_k, configs.classes)
     model = load_predictor(model_path, configs.classes, configs.image_target_size[:2])
     folder = os.path.dirname(os.path.abspath(model_path))

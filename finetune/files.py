@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.options import UserError
@@ -141,10 +141,10 @@ def list_visible(folder_path: str) -> Visible:
     return Visible(sorted(files), sorted(closed), sorted(entered.values()))
 
 
-def report_closed(paths: Sequence[str]) -> None:
-    """Prints which links and folders lead to no file."""
+def report_closed(paths: Sequence[str], report: Callable[[str], object] = print) -> None:
+    """Reports which links and folders lead to no file."""
     if paths:
-        print(f"Left out {len(paths)} links or folders that lead nowhere, lead back or are closed: {join_names(paths)}")
+        report(f"Left out {len(paths)} links or folders that lead nowhere, lead back or are closed: {join_names(paths)}")
 
 
 def lies_around(folder: str, other: str) -> bool:

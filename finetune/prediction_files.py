@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,9 @@ from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table
 from finetune.texts import join_names, show_count
 
 
-def list_inputs(given: str, image_directory: str = "") -> tuple[list[str], list[str]]:
+def list_inputs(
+    given: str, image_directory: str = "", report: Callable[[str], object] = print
+) -> tuple[list[str], list[str]]:
     """Lists the images that `input` means. Whether each is one shows when it is decoded.
 
     Args:
@@ -27,6 +29,7 @@ def list_inputs(given: str, image_directory: str = "") -> tuple[list[str], list[
             pattern, of which every file counts; or a CSV file with the column `path`. Hidden files count where they
             are named.
         image_directory: put in front of the paths in a CSV file.
+        report: is told what is left out.
 
     Returns:
         The images as the output names them, and their files: sorted, or in the order of the CSV file.
@@ -38,7 +41,7 @@ def list_inputs(given: str, image_directory: str = "") -> tuple[list[str], list[
         names = read_table(given, IMAGE_COLUMN)[IMAGE_COLUMN].tolist()
         return names, [join_path(image_directory, name) for name in names]
     if os.path.isdir(given):
-        names = list_folder(given)
+        names = list_folder(given, report)
     elif os.path.isfile(given) or is_url(given):
         names = [given]
     elif glob.has_magic(given):
@@ -55,11 +58,13 @@ def list_inputs(given: str, image_directory: str = "") -> tuple[list[str], list[
     return names, names
 
 
-def prefer_existing(paths: Sequence[str], names: Sequence[str]) -> Sequence[str]:
+def prefer_existing(
+    paths: Sequence[str], names: Sequence[str], report: Callable[[str], object] = print
+) -> Sequence[str]:
     """Returns images' paths in the run's image directory, or, where the first is not there but here, here."""
     if is_url(paths[0]) or os.path.isfile(paths[0]) or not os.path.isfile(names[0]):
         return paths
-    print("The images are not in the run's image_directory: their paths are taken as relative to this folder.")
+    report("The images are not in the run's image_directory: their paths are taken as relative to this folder.")
     return names
 
 
@@ -81,8 +86,8 @@ def match_pattern(pattern: str) -> set[str]:
     return found
 
 
-def list_folder(folder: str) -> list[str]:
-    """Returns the files below a folder that end as images do, sorted; names the others that are not hidden.
+def list_folder(folder: str, report: Callable[[str], object]) -> list[str]:
+    """Returns the files below a folder that end as images do, sorted; reports the others that are not hidden.
 
     Raises:
         UserError: there is none.
@@ -93,8 +98,8 @@ def list_folder(folder: str) -> list[str]:
     if not images:
         raise UserError(f"input: the folder {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
     if others := [path for path in files if not path.lower().endswith(IMAGE_SUFFIXES)]:
-        print(f"Left out {show_count(len(others), 'file')} without an image's ending: {join_names(others)}")
-    report_closed([path for path in closed if not path.lower().endswith(IMAGE_SUFFIXES)])
+        report(f"Left out {show_count(len(others), 'file')} without an image's ending: {join_names(others)}")
+    report_closed([path for path in closed if not path.lower().endswith(IMAGE_SUFFIXES)], report)
     return images
 
 

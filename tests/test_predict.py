@@ -405,11 +405,15 @@ def from_command_line(*arguments):
 @pytest.mark.slow
 def test_command_line_writes_what_it_can_and_ends_with_0(single_run, bad_folder):
     output = single_run / "out" / "predictions.csv"
+    (bad_folder / "notes.txt").write_text("")
     found = from_command_line(
         *("--load_model_path", single_run, "--input", bad_folder, "--write_path", output, "--gpu_percentage", 0),
         *("--tta", "flip", "--top_k", 3),
     )
     assert found.returncode == 0, found.stderr
+    first, second, *_ = found.stdout.splitlines()
+    assert first.startswith("Running on ")
+    assert second.startswith("Left out 1 file without an image's ending: ")
     assert "4 of 6 images could not be read" in found.stdout
     assert pd.read_csv(output, keep_default_na=False)["predicted"].tolist() == ["red", "", "", "", "blue", ""]
 
