@@ -144,7 +144,8 @@ def list_visible(folder_path: str) -> Visible:
 def report_closed(paths: Sequence[str], report: Callable[[str], object] = print) -> None:
     """Reports which links and folders lead to no file."""
     if paths:
-        report(f"Left out {len(paths)} links or folders that lead nowhere, lead back or are closed: {join_names(paths)}")
+        what = "links or folders that lead nowhere, lead back or are closed"
+        report(f"Left out {len(paths)} {what}: {join_names(paths)}")
 
 
 def lies_around(folder: str, other: str) -> bool:
