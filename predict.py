@@ -61,8 +61,7 @@ def main(configs: PredictConfigs) -> dict:
 
     is_given = "image_directory" in configs.given
     model_path, configs = find_trained_model(configs, ("image_directory",))
-    # The first line of all is what the script runs on, which TensorFlow knows.
-    notes: list[str] = []
+    notes: list[str] = []  # Told behind the first line, what the script runs on, which TensorFlow knows.
     names, paths = list_inputs(configs.input, configs.image_directory, notes.append)
     paths = paths if is_given else prefer_existing(paths, names, notes.append)
     check_write_path(configs.write_path, configs.input)
@@ -74,17 +73,15 @@ def main(configs: PredictConfigs) -> dict:
     from finetune.runtimes import load_predictor
 
     start_devices(configs.gpu_percentage)
-    print("".join(f"{note}\n" for note in notes), end="")
     check_top_k(configs.top_k, configs.classes)
     model = load_predictor(model_path, configs.classes, configs.image_target_size[:2])
     folder = os.path.dirname(os.path.abspath(model_path))
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
-    print(f"Model: {model_path}\n{describe_decision(decision, configs.threshold_type)}")
+    print(*notes, f"Model: {model_path}", describe_decision(decision, configs.threshold_type), sep="\n")
     reader = ForgivingReader(paths, configs.image_target_size[:2], configs.resize_mode, configs.max_image_pixels)
     views = build_views(configs.tta, configs.random_seed or 0)
-    sequence = build_sequence(
-        reader, views, configs.batch_size, configs.generator_workers, configs.generator_queue_length
-    )
+    workers, queue_length = configs.generator_workers, configs.generator_queue_length
+    sequence = build_sequence(reader, views, configs.batch_size, workers, queue_length)
     probabilities = predict_images(model, sequence)
     check_finite(probabilities)
     errors = explain_errors(reader.errors, paths)
