@@ -224,7 +224,7 @@ def test_a_trained_run_is_tested_and_predicted_alike(photo_folder, small_run, tm
     assert f"| Resizing | {mode} |" in (folder / "MODEL_CARD.md").read_text()
     # An epoch leaves a network to which all photos are alike.
     build_colour_model().save(folder / "best_model.keras")
-    tested, predicted = test_and_predict(folder, tmp_path / "test.csv")
+    tested, predicted = evaluate_and_predict(folder, tmp_path / "test.csv")
     np.testing.assert_allclose(predicted, tested, atol=1e-6)
     paths = pd.read_csv(tmp_path / "test.csv")["path"]
     images = [read_image(path, (32, 32)) for path in paths]
@@ -239,16 +239,13 @@ def test_a_trained_run_is_tested_and_predicted_alike(photo_folder, small_run, tm
     np.testing.assert_allclose([answers[name] for name in names], predicted[0], atol=1e-6)
 
 
-def test_and_predict(folder, csv_path):
+def evaluate_and_predict(folder, csv_path):
     """Returns the probabilities that test.py and predict.py give."""
     test.main(Configs(load_model_path=str(folder)).validate())
     options = {"load_model_path": str(folder), "input": str(csv_path)}
     predict.main(PredictConfigs(write_path=str(folder / "predictions.csv"), **options).validate())
     tables = [pd.read_csv(folder / name) for name in ("evaluation/predictions.csv", "predictions.csv")]
     return [table.filter(like="probability_").to_numpy() for table in tables]
-
-
-test_and_predict.__test__ = False
 
 
 def write_mode(folder, mode):
