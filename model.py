@@ -253,10 +253,10 @@ def _explaining_missing_weights(name: str) -> Iterator[None]:
         # Keras stores this family's files under another spelling than it downloads them.
         if file_name.startswith("NASNet-"):
             file_name = file_name.replace("NASNet-", "nasnet_").replace("-", "_")
-        source = f" from {unreachable.group(1)}" if unreachable else f" whole ({error})"
+        whole, address = ("", f" Its address: {unreachable.group(1)}") if unreachable else (f" whole ({error})", "")
         raise UserError(
-            f"The ImageNet weights {file_name} are not in {folder} and could not be downloaded{source}. "
-            "Put the file there, choose another backbone, or do without: --use_imagenet_weights False."
+            f"The ImageNet weights {file_name} are not in {folder} and could not be downloaded{whole}. "
+            f"Put the file there, choose another backbone, or do without: --use_imagenet_weights False.{address}"
         ) from error
 
 

@@ -53,9 +53,7 @@ def print_ranking(ranking: pd.DataFrame, left_out: dict[str, str], epochs: int) 
     print(f"Training: {epochs} epochs on all images of train_csv on this machine, estimated from the speed.")
     for reason in dict.fromkeys(left_out.values()):
         names = join_names([name for name, other in left_out.items() if other == reason], MOST_NAMED)
-        # The address of a download would leave no place for the rest.
-        shown = textwrap.shorten(reason.split(" from http")[0], LONGEST_REASON, placeholder=" ...")
-        print(f"Left out: {names}: {shown}")
+        print(f"Left out: {names}: {textwrap.shorten(reason, LONGEST_REASON, placeholder=' ...')}")
     print(describe_suggestion(ranking))
     chosen = ranking[ranking["suggested"]].iloc[0]
     size = f"{chosen['height']} {chosen['width']} 3"
