@@ -58,7 +58,8 @@ def read_template(name: str) -> str:
 @functools.cache
 def compile_template(name: str, **options: Any) -> jinja2.Template:
     """Returns a template of `templates/`; the options tell how it escapes what is put into it."""
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options)
+    options |= {"loader": jinja2.FunctionLoader(read_template), "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **options)
     environment.filters |= {
         "fixed": format_fixed,
         "percent": format_percent,
@@ -66,7 +67,7 @@ def compile_template(name: str, **options: Any) -> jinja2.Template:
         "base_name": base_name,
         "first_names": join_names,
     }
-    return environment.from_string(read_template(name))
+    return environment.get_template(name)
 
 
 def render_page(name: str, styles: Sequence[str], **content: Any) -> str:
