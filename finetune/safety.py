@@ -15,6 +15,7 @@ import h5py
 import keras
 
 from finetune.artefacts import MODEL_SUFFIXES
+from finetune.attributes import check_attributes
 from finetune.options import LARGEST_JSON_FILE, UserError
 from finetune.texts import shorten
 
@@ -59,6 +60,7 @@ def check_model_file(path: str) -> None:
         if "model_config" not in file.attrs:
             raise UserError(f"{path} holds weights but no model, and {stem}.json is not beside it.")
         check_arrays(file, limit)
+        check_attributes(path)
         for name in ("model_config", "training_config"):
             if name in file.attrs:
                 check_layers(json.loads(file.attrs[name]), path)

@@ -428,6 +428,7 @@ CASES = {
     "model_a_layer_alone": a_layer_alone,
     "model_h5_empty": loading(".h5", content=lambda _: b""),
     "model_h5_truncated": loading(".h5", content=lambda content: content[: len(content) // 2]),
+    "model_h5_texts_damaged": loading(".h5", content=lambda content: content.replace(b"GCOL", b"lost")),
     "model_h5_weights_alone": lambda folder: (
         build_model().save_weights(folder / "a.weights.h5"),
         load_model(str(folder / "a.weights.h5")),
@@ -789,8 +790,10 @@ FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "joblib", "subproces
 FORBIDDEN_CALLS = {"os.system", "os.popen", "pd.read_pickle", "np.load", "pd.eval"}
 
 
-# These two read no file that others have made: they ask nvidia-smi, and find and load TensorFlow.
+# Two of these read no file that others have made: they ask nvidia-smi, and find and load TensorFlow. The third runs
+# itself, for HDF5 to crash in a process of its own.
 RUN_PROGRAMS = {"hardware.py": {"subprocess", "importlib"}, "notices.py": {"subprocess", "importlib"}}
+RUN_PROGRAMS["attributes.py"] = {"subprocess"}
 
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("finetune/*.py")])
 

@@ -24,6 +24,7 @@ from odd_images import oriented_files
 
 from compress_weights import CompressConfigs
 from configs import Configs
+from finetune import attributes
 from finetune.cam_pictures import name_outputs, write_image
 from finetune.compressed import custom_save_model
 from finetune.decision import Decision
@@ -63,7 +64,8 @@ def watch(event, arguments):
     folder = watched["folder"]
     if folder is None:
         return
-    if event in STARTING:
+    # A process of its own reads an HDF5 file's attributes; it gets the file's name, and runs nothing of it.
+    if event in STARTING and not (event == "subprocess.Popen" and attributes.__file__ in arguments[1]):
         watched["faults"].append((event, arguments))
     paths = []
     if event == "open" and isinstance(arguments[0], str) and (arguments[2] or 0) & WRITING:
