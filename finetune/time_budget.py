@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -16,7 +18,7 @@ from finetune.interruption import Interruption
 from finetune.phases import changes_images, get_phases, get_sets, prepare_phase
 from finetune.progress import begin_line
 from finetune.texts import show_duration, show_moment
-from finetune.training_state import seed_states
+from finetune.training_state import save_checkpoint, seed_states
 from finetune.values import parse_duration
 from generator import AugmentedImageSequence, naming_bad_images
 
@@ -24,7 +26,9 @@ from generator import AugmentedImageSequence, naming_bad_images
 # through the network once, and not back.
 TIMED_STEPS = 3
 VALIDATION_SHARE = 0.4
-# What is left free of a budget for building, the first step's graph, checkpoints and the probe's comparison.
+# An epoch's checkpoints: before it is validated, and after.
+SAVES = 2
+# What is left free of a budget for building, the first step's graph and the probe's comparison.
 RESERVE = 0.1
 
 
@@ -93,6 +97,15 @@ class TimeEstimate(StepTimes):
         )
 
 
+def time_saving(model: keras.Model, folder: str) -> float:
+    """Returns the seconds that writing a checkpoint into a folder takes."""
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        begin = time.monotonic()
+        save_checkpoint(model, os.path.join(place, "model.keras"), None)
+        return time.monotonic() - begin
+
+
 def fit_epochs(
     configs: Configs,
     started: float,
@@ -124,12 +137,13 @@ def fit_epochs(
     epochs = 1 + math.ceil(TIMED_STEPS / images.steps)
     with naming_bad_images(images):
         model.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), timed], Interruption())
+    saving = time_saving(model, configs.save_model_path)
     with strategy.scope():
         classifier.set_weights(weights)
         for variable, seed in zip(seed_states(model), seeds, strict=True):
             variable.assign(seed)
     validating, more = count_validation(configs, validation)
-    epoch = timed.seconds * (images.steps + validating)
+    epoch = timed.seconds * (images.steps + validating) + SAVES * saving
     budget = parse_duration(configs.time_budget)
     left = budget * (1 - RESERVE) - (time.monotonic() - started) - timed.seconds * more * validating
     epochs = max(1, int(left / epoch))
