@@ -81,7 +81,9 @@ def main() -> None:
 def list_candidates(sizes: list[int]) -> list[Candidate]:
     """Returns MobileNet at each size, and with random weights at the first."""
     found = [Candidate(f"{size}", ("--image_target_size", str(size), str(size), "3")) for size in sizes]
-    floor = (*found[0].options, "--use_imagenet_weights", "False")
+    # Batch normalisation changes an untrained network's features by orders of magnitude: no probe can start there.
+    floor = (*found[0].options, "--use_imagenet_weights", "False", "--head_initialization", "random")
+    floor += ("--model_selection", "last_epoch")
     return [*found, Candidate(f"{sizes[0]}, random weights", floor)]
 
 

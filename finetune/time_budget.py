@@ -26,7 +26,7 @@ from generator import AugmentedImageSequence, naming_bad_images
 # through the network once, and not back.
 TIMED_STEPS = 3
 VALIDATION_SHARE = 0.4
-# An epoch's checkpoints: before it is validated, and after.
+# An epoch ends in a checkpoint; copying it as the best one, the logs and what validation starts take as long again.
 SAVES = 2
 # What is left free of a budget for building, the first step's graph and the probe's comparison.
 RESERVE = 0.1

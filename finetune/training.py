@@ -18,6 +18,7 @@ from finetune.callbacks import AveragedWeights, BadImages, EpochOrder, InputWait
 from finetune.checkpoints import BeforeValidation, Checkpoint, advising_on_bad_images
 from finetune.devices import set_seed
 from finetune.feature_store import find_features
+from finetune.freezing import has_fixed_features
 from finetune.inference_model import get_classifier
 from finetune.interruption import Interruption
 from finetune.losses import Losses
@@ -147,6 +148,12 @@ def get_model(
     classifier = ModelFactory().get_model(configs)
     if configs.head_initialization != "linear_probe":
         return Start(classifier)
+    if not configs.use_imagenet_weights and not has_fixed_features(classifier):
+        print(
+            "Warning: the linear probe is fitted to a backbone of random weights, whose batch normalisation gives "
+            "other features as soon as it trains; the loss may become infinite. Set head_initialization random and "
+            "model_selection best_epoch."
+        )
     multi_label, mirrors = configs.multi_label_classification, configs.augmentation_strength != "none"
     probed = start_from_probe(
         classifier, training, multi_label, configs.random_seed, mirrors, team, configs.image_cache_path

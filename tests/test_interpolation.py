@@ -123,6 +123,7 @@ def test_the_run_keeps_what_was_chosen(share, tables, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr("finetune.checkpoints.choose_weights", choose_that)
     found = start(**options_of(tables, tmp_path / "run", **OPTIONS))
+    assert "Warning: the linear probe is fitted to a backbone of random weights" in capsys.readouterr().out
     best, latest = load(tmp_path / "run", "best").get_weights(), load(tmp_path / "run", "latest").get_weights()
     for one, start_weight, end in zip(best, first, latest, strict=True):
         np.testing.assert_allclose(one, (1 - share) * start_weight + share * end, rtol=1e-6, atol=1e-7)

@@ -51,7 +51,7 @@ def test_a_run_of_a_time_budget_is_that_of_as_many_epochs(tables, tmp_path, caps
 @pytest.mark.slow
 @pytest.mark.parametrize(("budget", "saving"), [("0.1s", 0), ("20s", 10)], ids=["training", "checkpoints"])
 def test_a_budget_that_holds_no_epoch_is_told(budget, saving, tables, tmp_path, capsys, monkeypatch):
-    # Two checkpoints an epoch: 20 s of the 18 that such a budget leaves.
+    # Twice that an epoch: 20 s of the 18 that such a budget leaves.
     monkeypatch.setattr("finetune.time_budget.time_saving", lambda model, folder: saving)
     assert start(**options_of(tables, tmp_path / "run", time_budget=budget))["epoch"] == 1
     assert "1 epochs of about" in (printed := capsys.readouterr().out)
