@@ -35,10 +35,9 @@ Calibration = Callable[[], list[np.ndarray]]
 def require_packages(exports: Sequence[str]) -> None:
     """Raises UserError where a package is missing that an export needs, before any work."""
     if "onnx" in exports:
-        with importing("tf2onnx", "--export onnx"):
-            import tf2onnx  # noqa: F401
-        with importing("onnxruntime", "--export onnx"):
+        with importing("--export onnx", "tf2onnx", "onnxruntime"):
             import onnxruntime  # noqa: F401
+            import tf2onnx  # noqa: F401
 
 
 def write_weights(model: keras.Model, path: str, precision: str, _: Calibration) -> tuple[str, ...]:
@@ -69,7 +68,7 @@ def write_onnx(model: keras.Model, path: str, precision: str, _: Calibration) ->
     By tf2onnx itself: through Keras 3.15 it fails on GELU and grouped convolutions, which ConvNeXt has, and on the
     numbers of a Normalization layer, which EfficientNet has.
     """
-    with importing("tf2onnx", "--export onnx"):
+    with importing("--export onnx", "tf2onnx"):
         import tf2onnx
     function = trace(to_float32(model)).get_concrete_function()
     frozen = convert_variables_to_constants_v2(function, lower_control_flow=False)

@@ -19,7 +19,7 @@ from finetune.model_files import check_fit, load_fitting_model
 from finetune.notices import hiding_notices
 from finetune.options import UserError
 from finetune.safety import telling_damage
-from finetune.texts import shorten
+from finetune.texts import join_names, shorten
 
 # Ops with a state that do no more than read a model's own weights, or call other functions that are looked at too.
 READING_OPS = {"VarHandleOp", "ReadVariableOp", "DisableCopyOnRead", "StatefulPartitionedCall"}
@@ -53,22 +53,21 @@ class ExportedModel:
 
 
 @contextlib.contextmanager
-def importing(name: str, purpose: str) -> Iterator[None]:
-    """Tells how to install a package that few need, where its import fails.
+def importing(purpose: str, *names: str) -> Iterator[None]:
+    """Tells how to install packages that few need, where importing one of them fails.
 
     Args:
-        name: a key of `OPTIONAL_PACKAGES`.
         purpose: begins the message.
+        names: keys of `OPTIONAL_PACKAGES`.
 
     Raises:
-        UserError: it is missing.
+        UserError: one is missing.
     """
     try:
         yield
     except ImportError as error:
-        raise UserError(
-            f"{purpose} needs the package {name}: {error}. Install it: pip install '{OPTIONAL_PACKAGES[name]}'"
-        ) from error
+        packages = " ".join(f"'{OPTIONAL_PACKAGES[name]}'" for name in names)
+        raise UserError(f"{purpose} needs {join_names(names)}: {error}. Install: pip install {packages}") from error
 
 
 def load_predictor(path: str, class_names: Sequence[str], image_size: Sequence[int]) -> keras.Model | ExportedModel:
@@ -133,7 +132,7 @@ def _load_tflite(path: str) -> ExportedModel:
 
 
 def _load_onnx(path: str) -> ExportedModel:
-    with importing("onnxruntime", path):
+    with importing(path, "onnxruntime"):
         import onnxruntime
     available = onnxruntime.get_available_providers()
     # Others that may be there compile for minutes, or send the images elsewhere.
