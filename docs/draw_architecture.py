@@ -27,14 +27,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "options": ("configs",),
     "inputs": (
-        *(
-            "finetune.findings",
-            "finetune.stores",
-            "finetune.headers",
-            "finetune.memory",
-            "finetune.images",
-            "finetune.table_faults",
-        ),
+        *("finetune.findings", "finetune.stores", "finetune.headers", "finetune.images", "finetune.table_faults"),
         *("finetune.missing_files", "finetune.tables"),
     ),
     "data": (

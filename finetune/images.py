@@ -29,12 +29,8 @@ from finetune.headers import (
     open_bytes,
     read_header,
 )
-from finetune.memory import keep_freed_memory
 from finetune.options import UserError
 from finetune.stores import read_bytes
-
-# Before any picture is decoded, in whatever process.
-keep_freed_memory()
 
 # Around a picture that is padded: the middle of the range, which most preprocessing makes 0 or nearly so, as
 # convolutions pad. One for all backbones, so that a cached picture suits each.
