@@ -85,7 +85,7 @@ class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
             return tuple(tf.ensure_shape(part, spec.shape) for part, spec in zip(batch, specs, strict=True))
 
         options = tf.data.Options()
-        options.threading.private_threadpool_size = self.workers + 1
+        options.threading.private_threadpool_size = self.workers
         batches = tf.data.Dataset.range(len(self)).map(load, num_parallel_calls=self.workers, deterministic=True)
         return batches.prefetch(self.max_queue_size).with_options(options)
 
