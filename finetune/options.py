@@ -332,6 +332,7 @@ def _argument_parser(cls: type[Options], description: str | None) -> argparse.Ar
     # A list of all flags would fill a screen before the first word about one.
     usage = "%(prog)s [--configs FILE.json] [--OPTION VALUE ...]"
     parser = _Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    types = typing.get_type_hints(cls)
     groups = {"Options of this script": cls.own_options()} if cls.own_options() else {}
     groups |= cls.grouped_options()
     for position, (title, names) in enumerate(groups.items()):
@@ -339,12 +340,12 @@ def _argument_parser(cls: type[Options], description: str | None) -> argparse.Ar
         if position == len(groups) - len(cls.grouped_options()):
             group.add_argument("--configs", metavar="FILE.json", help="A JSON file of options, read before the flags")
         for name in names:
-            _add_flag(group, name, cls)
+            _add_flag(group, name, types[name], cls)
     return parser
 
 
-def _add_flag(group: argparse._ArgumentGroup, name: str, cls: type[Options]) -> None:
-    metadata, kind = cls.options()[name].metadata, typing.get_type_hints(cls)[name]
+def _add_flag(group: argparse._ArgumentGroup, name: str, kind: Any, cls: type[Options]) -> None:
+    metadata = cls.options()[name].metadata
     is_list = typing.get_origin(unwrap_optional(kind)[0]) in (list, tuple)
     words = [describe_type(kind), describe_bounds(metadata)]
     if metadata["choices"]:
