@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +27,25 @@ from finetune.texts import join_names, show_count
 
 # More threads would wait for Python's lock, which each image needs for an eighth of its time: benchmarks/lock.py.
 MOST_THREADS = 4
+# Seconds that Python's end waits for batches which are being made.
+PATIENCE = 10
+
+_making: set[int] = set()
+_has_ended = threading.Event()
+
+
+@atexit.register
+def _end_batches() -> None:
+    """Lets threads end the batches that they are in, and refuses others, before Python ends.
+
+    A thread that asks for Python's lock after that is gone, and TensorFlow would wait for its batch for ever.
+    """
+    _has_ended.set()
+    end = time.monotonic() + PATIENCE
+    while _making and time.monotonic() < end:
+        time.sleep(0.01)
+    # Those that TensorFlow has asked for already are refused meanwhile.
+    time.sleep(0.05)
 
 
 class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
@@ -49,12 +71,18 @@ class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
         return self._make(super().__getitem__, index)
 
     def _make(self, make: Callable[[int], tuple[np.ndarray, ...]], index: int) -> tuple[np.ndarray, ...]:
+        thread = threading.get_ident()
+        _making.add(thread)
         try:
+            if _has_ended.is_set():
+                raise RuntimeError("Python is ending.")
             return make(index)
         except UserError as error:
             # Keras turns what a worker raises into an error of its own: kept for whoever runs the model.
             self.error = error
             raise
+        finally:
+            _making.discard(thread)
 
     def to_dataset(self) -> tf.data.Dataset:
         """Returns the batches of an epoch for `fit` or `predict`, prepared ahead by threads of TensorFlow.

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -673,3 +675,43 @@ def test_an_image_that_cannot_be_read_is_replaced_as_on_one_device(pictures):
         assert [label for part in parts for label in part.get_shares(0)[1].tolist()] == expected
         # The one whose share it is tells of it.
         assert [row for part in parts for row in part.bad_images] == [5]
+
+
+SLOW_BATCHES = """
+import sys
+import threading
+import time
+import numpy as np
+import generator
+from generator import AugmentedImageSequence
+
+made = []
+
+def make(self, index):
+    time.sleep(0.5)
+    made.append(index)
+    return np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, np.int32)
+
+generator.ImageBatches.__getitem__ = make
+sequence = AugmentedImageSequence(["a"] * 64, np.zeros(64, np.int32), (8, 8), 2, workers=2)
+batches = iter(sequence.to_dataset())
+next(batches)
+time.sleep(0.2)
+begun = set(generator._making)
+import atexit
+atexit.unregister(generator._end_batches)
+def tell():
+    before = len(made)
+    generator._end_batches()
+    print(len(begun), len(made) - before, len(generator._making), flush=True)
+atexit.register(tell)
+sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+def test_batches_that_are_being_made_end_before_python_does():
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", SLOW_BATCHES]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (3, "2 2 0\n")
