@@ -54,7 +54,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         *("finetune.freezing", "finetune.losses", "finetune.optimizers", "model", "finetune.artefacts"),
-        "finetune.attributes",
+        "finetune.hdf5_attributes",
         *("finetune.safety", "finetune.compressed", "finetune.inference_model", "finetune.model_files"),
         *("finetune.trainer", "finetune.features", "finetune.probe"),
         "finetune.feature_store",

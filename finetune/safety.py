@@ -15,7 +15,7 @@ import h5py
 import keras
 
 from finetune.artefacts import MODEL_SUFFIXES
-from finetune.attributes import check_attributes
+from finetune.hdf5_attributes import check_attributes
 from finetune.options import LARGEST_JSON_FILE, UserError
 from finetune.texts import shorten
 

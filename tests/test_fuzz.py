@@ -24,7 +24,7 @@ from odd_images import oriented_files
 
 from compress_weights import CompressConfigs
 from configs import Configs
-from finetune import attributes
+from finetune import hdf5_attributes
 from finetune.cam_pictures import name_outputs, write_image
 from finetune.compressed import custom_save_model
 from finetune.decision import Decision
@@ -65,7 +65,7 @@ def watch(event, arguments):
     if folder is None:
         return
     # A process of its own reads an HDF5 file's attributes; it gets the file's name, and runs nothing of it.
-    if event in STARTING and not (event == "subprocess.Popen" and attributes.__file__ in arguments[1]):
+    if event in STARTING and not (event == "subprocess.Popen" and hdf5_attributes.__file__ in arguments[1]):
         watched["faults"].append((event, arguments))
     paths = []
     if event == "open" and isinstance(arguments[0], str) and (arguments[2] or 0) & WRITING:

@@ -678,8 +678,8 @@ def test_an_image_that_cannot_be_read_is_replaced_as_on_one_device(pictures):
 
 
 SLOW_BATCHES = """
+import atexit
 import sys
-import threading
 import time
 import numpy as np
 import generator
@@ -698,7 +698,6 @@ batches = iter(sequence.to_dataset())
 next(batches)
 time.sleep(0.2)
 begun = set(generator._making)
-import atexit
 atexit.unregister(generator._end_batches)
 def tell():
     before = len(made)

@@ -7,8 +7,8 @@ import h5py
 import numpy as np
 import pytest
 
-from finetune import attributes
-from finetune.attributes import check_attributes
+from finetune import hdf5_attributes
+from finetune.hdf5_attributes import check_attributes
 from finetune.model_files import load_model
 from finetune.options import UserError
 
@@ -43,7 +43,7 @@ def test_hdf5_that_never_returns_is_ended(path, monkeypatch):
     # Nothing of it is left: HDF5 takes it for free space of no bytes, and goes on by as many.
     content[first : first + 64] = bytes(64)
     path.write_bytes(content)
-    monkeypatch.setattr(attributes, "MOST_SECONDS", 4)
+    monkeypatch.setattr(hdf5_attributes, "MOST_SECONDS", 4)
     with pytest.raises(ValueError, match=r"The texts in it are damaged\."):
         check_attributes(str(path))
 
@@ -55,7 +55,7 @@ def test_hdf5_that_crashes_does_so_alone(path):
     assert content[kind] == 1
     content[kind] = 2
     path.write_bytes(content)
-    command = [sys.executable, "-P", attributes.__file__, str(path)]
+    command = [sys.executable, "-P", hdf5_attributes.__file__, str(path)]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGSEGV
     with pytest.raises(ValueError, match=r"The texts in it are damaged\."):
         check_attributes(str(path))
@@ -70,5 +70,5 @@ def test_the_loader_tells_it_in_one_line(path):
 
 
 def test_modules_of_this_package_do_not_stand_in_for_others(path):
-    assert {"options", "files", "values"} <= {room.stem for room in Path(attributes.__file__).parent.glob("*.py")}
+    assert {"options", "files", "values"} <= {room.stem for room in Path(hdf5_attributes.__file__).parent.glob("*.py")}
     check_attributes(str(path))
