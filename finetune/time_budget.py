@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from configs import Configs
 from finetune.callbacks import EpochOrder
+from finetune.files import TEMPORARY_PREFIX
 from finetune.interpolation import SHARES
 from finetune.interruption import Interruption
 from finetune.phases import changes_images, get_phases, get_sets, prepare_phase
@@ -100,7 +101,8 @@ class TimeEstimate(StepTimes):
 def time_saving(model: keras.Model, folder: str) -> float:
     """Returns the seconds that writing a checkpoint into a folder takes."""
     os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    # By this name it is removed when the run goes on, if it is killed here.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{TEMPORARY_PREFIX}{os.getpid()}-") as place:
         begin = time.monotonic()
         save_checkpoint(model, os.path.join(place, "model.keras"), None)
         return time.monotonic() - begin

@@ -1,7 +1,10 @@
 """As many epochs as a time holds, and which model is kept in the end."""
 
+import os
 import re
+import shutil
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -15,9 +18,11 @@ from small_runs import (
 )
 
 from configs import Configs
+from finetune.files import remove_stale_files
 from finetune.options import UserError
 from finetune.texts import show_duration, show_moment
-from finetune.time_budget import TimeEstimate, count_validation
+from finetune.time_budget import TimeEstimate, count_validation, time_saving
+from finetune.training_state import save_checkpoint
 from finetune.values import duration_fault, parse_duration
 
 
@@ -46,6 +51,24 @@ def test_a_run_of_a_time_budget_is_that_of_as_many_epochs(tables, tmp_path, caps
     assert found["epoch"] == epochs > 1
     start(**options_of(tables, tmp_path / "epochs", **(options | {"num_epochs": epochs})))
     assert_same_run(tmp_path / "budget", tmp_path / "epochs")
+
+
+def test_timing_a_checkpoint_leaves_nothing_and_may_be_killed(tmp_path, monkeypatch):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    assert time_saving(model, str(tmp_path / "run")) > 0
+    assert not list((tmp_path / "run").iterdir())
+
+    def be_killed(model, path, state):
+        # A process of that number runs no more.
+        folder = Path(path).parent
+        shutil.copytree(folder, folder.with_name(folder.name.replace(f"-{os.getpid()}-", "-99999999-")))
+        return save_checkpoint(model, path, state)
+
+    monkeypatch.setattr("finetune.time_budget.save_checkpoint", be_killed)
+    time_saving(model, str(tmp_path / "run"))
+    assert [entry.name[:14] for entry in (tmp_path / "run").iterdir()] == [".tmp-99999999-"]
+    remove_stale_files(str(tmp_path / "run"))
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.slow
