@@ -70,7 +70,13 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     from finetune.exports import WRITERS, read_calibration_images, require_packages
     from finetune.model_card import write_model_card
     from finetune.parity import judge, load_subject
-    from finetune.run_folder import COMPRESSION_FILE, resolve_model_path, take_description, take_test_data
+    from finetune.run_folder import (
+        COMPRESSION_FILE,
+        configure_table,
+        resolve_model_path,
+        take_description,
+        take_test_data,
+    )
 
     model_path = resolve_model_path(configs.model_path or configs.load_model_path or configs.save_model_path)
     start_devices(configs.gpu_percentage)
@@ -79,7 +85,7 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     configs = take_description(configs, model_path, needs_classes=bool(configs.test_csv or configs.export))
     model, decision, subject = load_subject(model_path, configs)
     report = compression_report.start_report(model_path, configs.test_csv, configs.tolerance, subject)
-    calibrate = functools.partial(read_calibration_images, configs)
+    calibrate = functools.partial(read_calibration_images, configure_table(configs, model_path, configs.train_csv))
     for kind, precision in list_kinds(configs.weights_dtype, configs.export, configs.export_quantization):
         path = name_candidate(model_path, kind, precision)
         print(f"Writing {kind} ({precision}) to {path}", flush=True)

@@ -12,8 +12,6 @@ from typing import Any
 from configs import Configs
 from finetune.options import run_script
 
-CSV_OPTIONS = {"training": "train_csv", "validation": "validation_csv", "test": "test_csv"}
-
 
 def main(configs: Configs) -> dict[str, Any]:
     """Loads the model, predicts each set, evaluates, prints and writes; returns the content of metrics.json."""
@@ -25,16 +23,21 @@ def main(configs: Configs) -> dict[str, Any]:
     from finetune.model_card import write_model_card
     from finetune.predicting import predict
     from finetune.report import write_evaluation
-    from finetune.run_folder import check_test_images, find_trained_model, fingerprint, list_options, name_evaluation
+    from finetune.run_folder import (
+        check_test_images,
+        find_trained_model,
+        fingerprint,
+        list_options,
+        list_tables,
+        name_evaluation,
+    )
     from finetune.runtimes import load_predictor
     from generator import get_generator
 
     start_devices(configs.gpu_percentage)
     model_path, configs = find_trained_model(configs)
-    csv_paths = {name: getattr(configs, option) for name, option in CSV_OPTIONS.items()}
-    # A run may have no validation set; there is nothing to test without a test set.
-    csv_paths = {name: path for name, path in csv_paths.items() if path or name == "test"}
-    sequences = {name: get_generator(path, configs.classes, configs, False) for name, path in csv_paths.items()}
+    tables = list_tables(configs, model_path)
+    sequences = {name: get_generator(path, configs.classes, way, False) for name, (path, way) in tables.items()}
     known = check_test_images(model_path, configs.test_csv, sequences["test"].paths, configs.allow_duplicates)
     model = load_predictor(model_path, configs.classes, configs.image_target_size[:2])
     print(f"Model: {model_path}")
@@ -46,7 +49,7 @@ def main(configs: Configs) -> dict[str, Any]:
     decision = get_decision(model_path, truths, predictions, configs.classes, multi_label, threshold_range)
     sets = evaluate_sets(truths, predictions, decision, threshold_range, configs.random_seed or 0)
     for name, sequence in sequences.items():
-        sets[name] |= {"csv": csv_paths[name], "sha256": fingerprint(sequence)}
+        sets[name] |= {"csv": tables[name][0], "sha256": fingerprint(sequence)}
     sets["test"] |= {"images_trained_on": known} if known else {}
     results = {"model": model_path, "classes": configs.classes, "multi_label": multi_label}
     results |= {"decision": decision.to_dict(), "sets": sets}

@@ -29,14 +29,30 @@ def get_decision(
 ) -> Decision:
     """Fits temperature and thresholds, as `fit_decision` does, and writes them into `decision.json`.
 
-    An exported model keeps those that it ships with, and so gives the labels of the model that it was made of.
+    An exported model keeps those that it ships with, and so gives the labels of the model that it was made of. Where
+    there is no validation set now, those that were fitted on one before stay.
     """
     folder = os.path.dirname(os.path.abspath(model_path))
     if is_exported(model_path):
         return read_decision(folder, class_names, multi_label, model_path)
+    path = os.path.join(folder, DECISION_FILE)
+    if "validation" not in truths and (kept := _find_fitted(path, class_names, multi_label, model_path)):
+        print(f"There is no validation set here: {path} stays as it was fitted.")
+        return kept
     decision = fit_decision(truths, predictions, class_names, multi_label, threshold_range, model_path)
     write_decision(folder, decision)
     return decision
+
+
+def _find_fitted(path: str, class_names: Sequence[str], multi_label: bool, model_path: str) -> Decision | None:
+    """Returns a model's stored decision if it was fitted on a validation set; None also where the file is damaged."""
+    try:
+        stored = _read_decision_file(path)
+    except UserError:
+        return None
+    names = (list(class_names), multi_label, os.path.basename(model_path))
+    is_its = names == (stored.class_names, stored.multi_label, stored.model)
+    return stored if is_its and stored.temperature_fitted_on else None
 
 
 def write_decision(folder: str, decision: Decision) -> str:

@@ -20,7 +20,9 @@ DATA_FILE = "data.json"
 IMAGES_FILE = "trained_images.csv"
 # Where a run's images are and what their labels are called: its own configs.json knows.
 TABLE_OPTIONS = ("train_csv", "validation_csv", "test_csv")
-DATA_OPTIONS = (*TABLE_OPTIONS, "image_directory", "csv_label_column")
+# How a table is read.
+READING_OPTIONS = ("image_directory", "csv_label_column")
+DATA_OPTIONS = (*TABLE_OPTIONS, *READING_OPTIONS)
 SAMPLE_BYTES = 4096
 READERS = 8
 

@@ -29,10 +29,13 @@ from finetune.run_data import (
     DATA_FILE,
     DATA_OPTIONS,
     IMAGES_FILE,
+    READING_OPTIONS,
+    TABLE_OPTIONS,
     locate_data,
     refuse_trained_images,
     write_trained_images,
 )
+from finetune.stores import is_url
 from finetune.tables import resolve_class_names
 from finetune.values import bound_fault, quote_difference
 
@@ -133,17 +136,51 @@ def find_trained_model(configs: Configs, data_options: Sequence[str] = DATA_OPTI
 def take_data_options(configs: Configs, model_path: str, names: Sequence[str] = DATA_OPTIONS) -> Configs:
     """Takes where the images are from the `configs.json` beside a model, unless given, and prints what that changes.
 
-    A validation table that is no longer there is left out: figures of the test set need none.
+    A training or validation table that is no longer there is left out: figures of the test set need none.
     """
     stored = locate_run_data(model_path)
     taken = {name: stored[name] for name in names if name in stored and name not in configs.given}
-    if (path := taken.get("validation_csv", "")) and not os.path.isfile(path):
-        print(f"validation_csv of the run, {path}, does not exist: going without a validation set.")
-        del taken["validation_csv"]
+    for name, words in {"train_csv": "training", "validation_csv": "validation"}.items():
+        if (path := taken.get(name, "")) and not is_url(path) and not os.path.isfile(path):
+            print(f"{name} of the run, {path}, does not exist: going without a {words} set.")
+            configs = configs.replace(**{name: ""})
+            del taken[name]
     for name, value in taken.items():
         if value != getattr(configs, name):
             print(f"{name} is that of the run: {value or 'empty'}")
     return configs.replace(**taken)
+
+
+def list_tables(configs: Configs, model_path: str) -> dict[str, tuple[str, Configs]]:
+    """Returns the CSV file of the `training`, `validation` and `test` set, each with the configs to read it with.
+
+    A run may have no training or validation set; the test set is there, for there is nothing to test without it.
+    """
+    paths = {"training": configs.train_csv, "validation": configs.validation_csv, "test": configs.test_csv}
+    return {
+        name: (path, configure_table(configs, model_path, path))
+        for name, path in paths.items()
+        if path or name == "test"
+    }
+
+
+def configure_table(configs: Configs, model_path: str, csv_path: str) -> Configs:
+    """Returns the configs to read a table with: the run's own ones are read as the run read them.
+
+    Where another table is given beside them, the image directory and label column that are given are that one's.
+    Where none is, they are for all tables: the images may have been moved.
+
+    Args:
+        configs: as `find_trained_model` returns them.
+        model_path: of the model.
+        csv_path: one of the tables in `configs`.
+    """
+    stored = locate_run_data(model_path)
+    own = {os.path.realpath(stored[name]) for name in TABLE_OPTIONS if stored.get(name)}
+    used = {os.path.realpath(path) for name in TABLE_OPTIONS if (path := getattr(configs, name))}
+    if os.path.realpath(csv_path) not in own or used <= own:
+        return configs
+    return configs.replace(**{name: stored[name] for name in READING_OPTIONS if name in stored})
 
 
 def locate_run_data(model_path: str) -> dict[str, Any]:
@@ -161,13 +198,13 @@ def list_options(configs: Configs, model_path: str) -> dict[str, Any]:
 def check_test_images(model_path: str, test_csv: str, files: Sequence[str], allow_duplicates: bool) -> int:
     """Refuses to test a model on images that its run was trained on or selected by, as `refuse_trained_images` does.
 
-    Without a validation table, test images have selected the model: its figures are known to be optimistic, and the
-    report says so. What was allowed when the run began is allowed still.
+    Where the run's test table was its validation table too, its figures are known to be optimistic, and the report says
+    so. What was allowed when the run began is allowed still.
     """
     stored = locate_run_data(model_path)
     allow_duplicates = allow_duplicates or stored.get("allow_duplicates", False)
-    is_selector = os.path.realpath(stored.get("validation_csv") or "") == os.path.realpath(test_csv)
-    names = ["training", *["validation"] * (not is_selector)]
+    selectors = {os.path.realpath(stored.get(name) or "") for name in ("validation_csv", "test_csv")}
+    names = ["training", *["validation"] * (selectors != {os.path.realpath(test_csv)})]
     folder = os.path.dirname(os.path.abspath(model_path))
     return refuse_trained_images(folder, test_csv, files, names, allow_duplicates)
 

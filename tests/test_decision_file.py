@@ -9,7 +9,7 @@ from random_answers import NAMES
 from finetune.decision import (
     Decision,
 )
-from finetune.decision_file import read_decision, write_decision
+from finetune.decision_file import get_decision, read_decision, write_decision
 from finetune.options import UserError
 
 DECISIONS = [
@@ -51,6 +51,19 @@ def test_without_a_file_or_with_another_models_the_defaults_hold(tmp_path, capsy
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 1
     assert "was fitted for best_model.keras: latest_model.keras goes without it" in printed[0]
+
+
+def test_what_was_fitted_on_a_validation_set_stays_where_there_is_none(tmp_path, capsys):
+    model, fitted = str(tmp_path / "best_model.keras"), DECISIONS[1]
+    write_decision(str(tmp_path), fitted)
+    truth, probabilities = {"test": np.eye(3)}, {"test": np.full((3, 3), 0.4)}
+    found = get_decision(model, truth, probabilities, NAMES, True, (0.1, 0.9))
+    assert found == fitted == read_decision(str(tmp_path), NAMES, True, model)
+    assert "decision.json stays as it was fitted" in capsys.readouterr().out
+    other = str(tmp_path / "latest_model.keras")
+    assert get_decision(other, truth, probabilities, NAMES, True, (0.1, 0.9)).temperature == 1
+    write_decision(str(tmp_path), DECISIONS[2])
+    assert get_decision(model, truth, probabilities, NAMES, True, (0.1, 0.9)).thresholds_fitted_on is None
 
 
 def test_a_file_that_was_edited_by_hand_may_use_whole_numbers_and_another_order(tmp_path):

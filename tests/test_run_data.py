@@ -17,7 +17,7 @@ from configs import Configs
 from finetune.options import UserError
 from finetune.resuming import configs_to_continue
 from finetune.run_data import find_trained_images, locate_data, refuse_trained_images, sign_file, write_trained_images
-from finetune.run_folder import check_test_images, describe_run, find_trained_model
+from finetune.run_folder import check_test_images, configure_table, describe_run, find_trained_model
 
 PROJECT = Path(__file__).parent.parent
 
@@ -96,11 +96,36 @@ def test_urls_and_absolute_paths_are_the_same_from_everywhere(project):
     assert locate_data(options, str(project / "runs" / "a"), "runs/a") == options
 
 
-def test_a_validation_table_that_is_gone_is_left_out_and_told(project, capsys):
-    (project / "tables" / "validation_set.csv").unlink()
+@pytest.mark.parametrize(("option", "name"), [("validation_csv", "validation"), ("train_csv", "training")])
+def test_a_table_that_is_gone_is_left_out_and_told(project, capsys, option, name):
+    (project / "tables" / f"{name}_set.csv").unlink()
     _, configs = find_trained_model(Configs(load_model_path=str(project / "runs" / "a")))
-    assert configs.validation_csv == ""
-    assert "validation_set.csv, does not exist: going without a validation set" in capsys.readouterr().out
+    assert getattr(configs, option) == ""
+    assert f"{name}_set.csv, does not exist: going without a {name} set" in capsys.readouterr().out
+
+
+def test_a_run_that_came_without_its_data_is_tested_on_others(project, tmp_path, capsys):
+    shutil.move(project / "runs" / "a", tmp_path / "a")
+    shutil.rmtree(project)
+    _, configs = find_trained_model(Configs(load_model_path=str(tmp_path / "a"), test_csv="mine.csv"))
+    assert (configs.train_csv, configs.validation_csv, configs.test_csv) == ("", "", "mine.csv")
+
+
+def test_the_runs_own_tables_are_read_as_the_run_read_them_beside_another_one(project):
+    model = str(project / "runs" / "a")
+    given = {"test_csv": "mine.csv", "image_directory": "mine", "csv_label_column": "label"}
+    path, configs = find_trained_model(Configs(load_model_path=model, **given))
+    tables = (configs.train_csv, configs.validation_csv, configs.test_csv)
+    readings = [configure_table(configs, path, table) for table in tables]
+    own = (str(project / "photos"), "kind")
+    assert [(one.image_directory, one.csv_label_column) for one in readings] == [own, own, ("mine", "label")]
+
+
+def test_photos_that_were_moved_are_found_where_the_user_says_for_all_tables(project):
+    path, configs = find_trained_model(Configs(load_model_path=str(project / "runs" / "a"), image_directory="moved"))
+    tables = (configs.train_csv, configs.validation_csv, configs.test_csv)
+    readings = [configure_table(configs, path, table) for table in tables]
+    assert [one.image_directory for one in readings] == ["moved"] * 3
 
 
 def test_a_run_goes_on_from_elsewhere_with_its_own_data(project):
@@ -179,13 +204,16 @@ def test_a_damaged_list_is_told(tmp_path, content):
         find_trained_images(str(tmp_path), ["a.jpg"], ["training"])
 
 
-def test_the_table_that_selected_the_model_may_be_tested_but_no_other_one_of_its_images(trained_on):
+def test_a_table_that_selected_the_model_is_refused_unless_the_run_itself_tests_on_it(trained_on):
     run, photos = trained_on
     model = str(Path(run) / "best_model.keras")
-    (Path(run) / "configs.json").write_text(json.dumps({"test_csv": "test.csv", "validation_csv": "selected.csv"}))
+    (Path(run) / "configs.json").write_text(json.dumps({"test_csv": "selected.csv", "validation_csv": "selected.csv"}))
     assert check_test_images(model, "selected.csv", [photos[3]], False) == 0
     with pytest.raises(UserError, match="selected by them"):
         check_test_images(model, "other.csv", [photos[3]], False)
+    (Path(run) / "configs.json").write_text(json.dumps({"test_csv": "test.csv", "validation_csv": "selected.csv"}))
+    with pytest.raises(UserError, match="selected by them"):
+        check_test_images(model, "selected.csv", [photos[3]], False)
     (Path(run) / "configs.json").write_text(json.dumps({"validation_csv": "selected.csv", "allow_duplicates": True}))
     assert check_test_images(model, "other.csv", [photos[3]], False) == 1
 
@@ -235,7 +263,21 @@ def test_a_run_with_tables_of_its_own_is_tested_on_them_from_anywhere(tables, tm
     assert "a.csv: the model was trained on 12 of these 12 images" in refused.stderr
     predicted = run(home, "predict.py", "--load_model_path", "runs/a", "--input", "tables/c.csv")
     assert predicted.returncode == 0, predicted.stderr
+    check_alone(home, tmp_path / "clinic", run)
     again = run(elsewhere, "train.py", "--load_model_path", path, "--num_epochs", "2")
     assert again.returncode == 0, again.stderr
     assert len((home / "runs" / "a" / "training_log.csv").read_text().splitlines()) == 3
     assert [entry.name for entry in elsewhere.iterdir()] == ["data"]
+
+
+def check_alone(home, clinic, run):
+    """Tests a run where none of its data are: from its folder alone, on a table of other photos."""
+    away = home.rename(home.with_name("away"))
+    shutil.copytree(away / "runs" / "a", clinic / "a")
+    shutil.copy(away / "tables" / "c.csv", clinic / "mine.csv")
+    done = run(clinic, "test.py", "--load_model_path", "a", "--test_csv", "mine.csv", "--image_directory", str(away))
+    assert done.returncode == 0, done.stderr
+    assert "going without a training set" in done.stdout
+    assert list(json.loads((clinic / "a" / "evaluation" / "metrics.json").read_text())["sets"]) == ["test"]
+    assert (clinic / "a" / "decision.json").read_text() == (away / "runs" / "a" / "decision.json").read_text()
+    away.rename(home)
