@@ -27,8 +27,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "options": ("configs",),
     "inputs": (
-        *("finetune.findings", "finetune.stores", "finetune.headers", "finetune.images", "finetune.table_faults"),
-        *("finetune.missing_files", "finetune.tables"),
+        *("finetune.findings", "finetune.stores", "finetune.headers", "finetune.tiff_parts", "finetune.images"),
+        *("finetune.table_faults", "finetune.missing_files", "finetune.tables"),
     ),
     "data": (
         *("finetune.inspection", "finetune.copies", "finetune.data_check", "finetune.splitting"),

@@ -54,6 +54,10 @@ ORIENTATION_TAG = 0x0112
 # A row of zeros in the compressed pixels of a JPEG that is longer than any that its codes give.
 ZEROED_PART = bytes(512)
 END_OF_BLOCK = 0
+PROGRESSIVE, SCAN_MARKER, LAST_MARKER = 0xC2, 0xDA, 0xD9
+# What ends compressed pixels: no stuffed byte, and no mark of a restart.
+MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+ALL_COEFFICIENTS = 2**64 - 1
 
 
 def reads_heic() -> bool:
@@ -227,6 +231,27 @@ def list_shortest_codes(data: bytes, segments: Sequence[Segment]) -> Iterator[in
             if data[table] >> 4:
                 yield data[table + 17]
             table += 17 + sum(data[table + 1 : table + 17])
+
+
+def lacks_scans(data: bytes) -> bool:
+    """Tells whether a progressive JPEG ends between its scans: what is left is a picture of less detail to any decoder.
+
+    Each of a component's 64 coefficients is complete when a scan has brought its lowest bit.
+    Source: ITU-T T.81, B.2.3 and G.1.1.1.
+    """
+    frame = find_frame(data)
+    if frame is None or frame.marker != PROGRESSIVE:
+        return False
+    complete = {data[frame.start + 6 + 3 * component]: 0 for component in range(data[frame.start + 5])}
+    position = 2
+    while (marker := MARKER.search(data, position)) and marker[0][-1] != LAST_MARKER:
+        start = marker.end() + 2
+        position = marker.end() + int.from_bytes(data[marker.end() : start], "big")
+        if marker[0][-1] == SCAN_MARKER:
+            *heads, first, last, bits = data[start + 1 : position]
+            brought = 0 if bits & 0xF else (2 << last) - (1 << first)
+            complete |= {component: complete[component] | brought for component in heads[::2]}
+    return any(coefficients != ALL_COEFFICIENTS for coefficients in complete.values())
 
 
 def check_chunks(data: bytes) -> bool:

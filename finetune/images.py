@@ -26,11 +26,13 @@ from finetune.headers import (
     is_animated_png,
     is_ordinary_jpeg,
     is_transparent,
+    lacks_scans,
     open_bytes,
     read_header,
 )
 from finetune.options import UserError
 from finetune.stores import read_bytes
+from finetune.tiff_parts import check_parts
 
 # Around a picture that is padded: the middle of the range, which most preprocessing makes 0 or nearly so, as
 # convolutions pad. One for all backbones, so that a cached picture suits each.
@@ -138,14 +140,17 @@ def decode_pixels(
     if header is None:
         return _decode_by_opencv(encoded, header)
     if encoded[:3].tobytes() == JPEG_START:
-        return _decode_jpeg(encoded, header.size, find_orientation(header), image_size)
+        image = _decode_jpeg(encoded, header.size, find_orientation(header), image_size)
+        if lacks_scans(encoded.tobytes()):
+            raise BadImage("truncated", "its last scans are missing")
+        return image
     if encoded[:8].tobytes() == PNG_START:
         data = encoded.tobytes()
         # OpenCV 4.12 crashes on damaged animations.
         if check_chunks(data) or is_animated_png(data):
             return _decode_by_pillow(data)
-    is_turned_by_libtiff = header.format == "TIFF" and find_orientation(header) != 1
-    if header.format in ("GIF", "AVIF", "HEIF") or is_transparent(header) or is_turned_by_libtiff:
+    # Of damaged TIFFs OpenCV gives what it has.
+    if header.format in ("GIF", "AVIF", "HEIF", "TIFF") or is_transparent(header):
         return _decode_by_pillow(encoded.tobytes())
     return turn_upright(_decode_by_opencv(encoded, header), find_orientation(header))
 
@@ -290,6 +295,7 @@ def _decode_by_pillow(data: bytes, turns: bool = True) -> np.ndarray:
         image = open_bytes(data)
         if image.format not in PILLOW_FORMATS:
             raise BadImage("unsupported", f"it is a file of the kind {image.format}")
+        check_parts(image, data)
         image.load()
         # Pillow turns TIFF as it loads, and then says that it is upright.
         return turn_upright(_convert_to_rgb(image), find_orientation(image) if turns else 1)

@@ -1,13 +1,16 @@
 """Which image files are damaged: every kind of damage is found, and nothing sound is refused."""
 
+import re
+
 import numpy as np
 import pytest
 import skimage.data
 from corpus import encode, photo
 from PIL import Image
 
-from finetune.headers import find_scan, has_zeroed_part
-from finetune.images import read_image
+from finetune.findings import BadImage
+from finetune.headers import find_scan, has_zeroed_part, lacks_scans
+from finetune.images import decode_image, read_image
 from finetune.inspection import inspect_image
 from finetune.options import UserError
 
@@ -113,3 +116,20 @@ def test_damaged_is_said_of_damaged_files_alone(tmp_path):
         with pytest.raises(UserError) as caught:
             read_image(str(tmp_path / name))
         assert "damaged" not in str(caught.value).replace(str(tmp_path), "")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_progressive_jpeg_that_ends_between_two_scans_is_refused(mode):
+    data = encode("JPEG", Image.fromarray(skimage.data.astronaut()).convert(mode), progressive=True)
+    scans = [found.start() for found in re.finditer(rb"\xff\xda", data)]
+    assert len(scans) > 5
+    decode_image(np.frombuffer(data, np.uint8), 10**6)
+    assert not lacks_scans(data)
+    for place in scans[1:]:
+        # What belongs to a scan stands before it: its Huffman tables.
+        table = data.rfind(b"\xff\xc4", 0, place)
+        for end in {place, table if table > max(scan for scan in scans if scan < place) else place}:
+            cut = data[:end] + b"\xff\xd9"
+            assert lacks_scans(cut)
+            with pytest.raises(BadImage, match="its last scans are missing"):
+                decode_image(np.frombuffer(cut, np.uint8), 10**6)
