@@ -48,7 +48,13 @@ def main(configs: FolderConfigs) -> dict:
         The image count of each class; of a split that is kept, of each class in each set.
     """
     # Imported here, so that --help does not wait for pandas.
-    from finetune.class_folders import leave_out_bad_images, list_photos, report_left_out, tabulate_images
+    from finetune.class_folders import (
+        leave_out_bad_images,
+        list_photos,
+        refuse_a_level_above,
+        report_left_out,
+        tabulate_images,
+    )
     from finetune.files import write_csv
     from finetune.label_tables import convert_label_table, count_classes_of
     from finetune.set_folders import find_set_folders, write_sets
@@ -73,6 +79,7 @@ def main(configs: FolderConfigs) -> dict:
         photos = list_photos(configs.folder_path)
         if folders := find_set_folders(photos, configs.folder_path):
             return write_sets(folders, photos, configs, write_path, configs.verify)
+        refuse_a_level_above(photos.images, configs.folder_path)
         report_left_out(photos)
         class_names = list(photos.images)
         table = tabulate_images(photos.images, label_column, configs.folder_path)

@@ -60,6 +60,26 @@ def list_photos(folder_path: str) -> Photos:
     return photos
 
 
+def refuse_a_level_above(images: dict[str, list[str]], folder_path: str) -> None:
+    """Refuses a folder that is no folder of class folders but, as archives often are, one that holds it alone.
+
+    Raises:
+        UserError: one folder alone holds images, and all of these lie in folders of its own.
+    """
+    filled = [name for name, paths in images.items() if paths]
+    if len(filled) != 1:
+        return
+    only = os.path.join(os.path.normpath(folder_path), filled[0])
+    below = sorted({os.path.relpath(path, only).partition(os.sep)[0] for path in images[filled[0]]})
+    if any(os.path.isfile(os.path.join(only, name)) for name in below):
+        print(f"Warning: {only} is the only class. train.py expects at least two to tell apart.")
+        return
+    raise UserError(
+        f"{folder_path}: expected one folder per class. One folder alone, {filled[0]}, holds images, and these lie in "
+        f"folders below it: {join_names(below)}. Set --folder_path {only}."
+    )
+
+
 def report_left_out(photos: Photos) -> None:
     """Prints which files were left out, and which links."""
     if photos.others:

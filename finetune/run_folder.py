@@ -198,13 +198,17 @@ def list_options(configs: Configs, model_path: str) -> dict[str, Any]:
 def check_test_images(model_path: str, test_csv: str, files: Sequence[str], allow_duplicates: bool) -> int:
     """Refuses to test a model on images that its run was trained on or selected by, as `refuse_trained_images` does.
 
-    Where the run's test table was its validation table too, its figures are known to be optimistic, and the report says
-    so. What was allowed when the run began is allowed still.
+    Where the run has no test table but the one that selected the model, that one may be tested, and is said to be
+    optimistic. What was allowed when the run began is allowed still.
     """
     stored = locate_run_data(model_path)
     allow_duplicates = allow_duplicates or stored.get("allow_duplicates", False)
-    selectors = {os.path.realpath(stored.get(name) or "") for name in ("validation_csv", "test_csv")}
-    names = ["training", *["validation"] * (selectors != {os.path.realpath(test_csv)})]
+    own_test = stored.get("test_csv") or ""
+    is_selector = os.path.realpath(stored.get("validation_csv") or own_test) == os.path.realpath(test_csv)
+    has_other = os.path.isfile(own_test) and os.path.realpath(own_test) != os.path.realpath(test_csv)
+    if is_selector and not has_other:
+        print(f"{test_csv} also selected the best model: its figures are optimistic.")
+    names = ["training", *["validation"] * (has_other or not is_selector)]
     folder = os.path.dirname(os.path.abspath(model_path))
     return refuse_trained_images(folder, test_csv, files, names, allow_duplicates)
 

@@ -53,3 +53,10 @@ def test_linked_class_folders_count_and_loops_do_not(class_folders, capsys):
         (images / name).symlink_to(target)
     assert list_folders(class_folders) == {"cat": 3, "dog": 5, "owl": 1}
     assert "Left out 3 links or folders that lead nowhere" in capsys.readouterr().out
+
+
+def test_one_class_alone_is_a_warning(class_folders, capsys):
+    for path in (class_folders / "images" / "dog").iterdir():
+        path.unlink()
+    assert list_folders(class_folders) == {"cat": 3, "dog": 0}
+    assert "cat is the only class. train.py expects at least two" in capsys.readouterr().out

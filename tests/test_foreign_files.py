@@ -536,6 +536,7 @@ CASES = {
     "path_of_no_file": path_of("photos/3.jpg", "photos/1.jpg"),
     "folders_none": folders_of("1.jpg"),
     "folders_without_images": folders_of("cat/"),
+    "folders_one_level_above": folders_of("photos/cat/1.jpg", "photos/dog/2.jpg"),
     "folders_with_separator": folders_of("cat$dog/1.jpg"),
     "folders_of_sets_and_others": folders_of("train/cat/1.jpg", "val/cat/2.jpg", "more/cat/3.jpg"),
     "folders_of_one_set_twice": folders_of("train/cat/1.jpg", "val/cat/2.jpg", "valid/cat/3.jpg"),

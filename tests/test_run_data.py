@@ -204,14 +204,18 @@ def test_a_damaged_list_is_told(tmp_path, content):
         find_trained_images(str(tmp_path), ["a.jpg"], ["training"])
 
 
-def test_a_table_that_selected_the_model_is_refused_unless_the_run_itself_tests_on_it(trained_on):
+def test_a_table_that_selected_the_model_is_refused_unless_the_run_has_no_other_to_test_on(
+    trained_on, tmp_path, capsys
+):
     run, photos = trained_on
     model = str(Path(run) / "best_model.keras")
-    (Path(run) / "configs.json").write_text(json.dumps({"test_csv": "selected.csv", "validation_csv": "selected.csv"}))
+    other = tmp_path / "test.csv"
+    (Path(run) / "configs.json").write_text(json.dumps({"test_csv": str(other), "validation_csv": "selected.csv"}))
     assert check_test_images(model, "selected.csv", [photos[3]], False) == 0
+    assert "selected.csv also selected the best model: its figures are optimistic" in capsys.readouterr().out
     with pytest.raises(UserError, match="selected by them"):
         check_test_images(model, "other.csv", [photos[3]], False)
-    (Path(run) / "configs.json").write_text(json.dumps({"test_csv": "test.csv", "validation_csv": "selected.csv"}))
+    other.touch()
     with pytest.raises(UserError, match="selected by them"):
         check_test_images(model, "selected.csv", [photos[3]], False)
     (Path(run) / "configs.json").write_text(json.dumps({"validation_csv": "selected.csv", "allow_duplicates": True}))
