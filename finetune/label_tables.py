@@ -20,6 +20,7 @@ from finetune.table_faults import (
     SAMPLED_BYTES,
     TRUE_WORDS,
     UNNAMED,
+    describe_parser_error,
     find_encoding,
     find_kind_fault,
     find_separator_line,
@@ -100,7 +101,7 @@ def read_label_table(table_path: str) -> pd.DataFrame:
     try:
         rows = pd.read_csv(io.StringIO(text), sep=separator, **options)
     except ValueError as error:
-        raise UserError(f"{table_path} is no table: {' '.join(str(error).split())}. Correct it.") from error
+        raise UserError(f"{table_path}: {describe_parser_error(error)}.") from error
     rows = rows.fillna("").apply(lambda column: column.str.strip())
     rows.index += start
     names, table = [name.strip(MARKS_AROUND) for name in rows.iloc[0]], rows.iloc[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import os
 import re
@@ -21,6 +22,11 @@ STARTS = {
     b"%PDF": "it is a PDF. Name the table",
     b"<!doctype": "it is a web page. Download the file itself",
     b"<html": "it is a web page. Download the file itself",
+    b"version https://git-lfs": "it is the place that Git LFS keeps for a file. Fetch that by git lfs pull",
+    b"PAR1": "it is a Parquet file. Save it as CSV UTF-8",
+    b"\x1f\x8b": "it is packed by gzip. Unpack it",
+    b"{": "it is JSON. Save it as CSV UTF-8",
+    b"[": "it is JSON. Save it as CSV UTF-8",
 }
 # What columns are called that this project calls otherwise, in small letters alone.
 IMAGE_WORDS = {"file", "files", "filename", "filepath", "image", "images", "imageid", "imagename", "imagepath", "id"}
@@ -75,8 +81,13 @@ def find_kind_fault(start: bytes) -> str:
     return next((fault for mark, fault in STARTS.items() if text.startswith(mark.lower())), "")
 
 
-def find_start_fault(start: bytes) -> str:
-    """Returns what is wrong with the first line of a table, and what to do; empty where it may be a header."""
+def find_start_fault(start: bytes, wanted: Sequence[str]) -> str:
+    """Returns what is wrong with the first line of a table, and what to do; empty where it may be a header.
+
+    Args:
+        start: of the file.
+        wanted: the columns that are read, of which there may be no two.
+    """
     lines = start.decode("utf-8-sig", "replace").splitlines()
     if not any(lines):
         return ""
@@ -85,7 +96,22 @@ def find_start_fault(start: bytes) -> str:
     if found := find_separator_line(lines[0]):
         remedy = "" if found == "," else f", and separate the fields by commas, not {DELIMITERS.get(found, found)}"
         return f"begins with 'sep={found.replace(chr(9), ' ')}', a line for Excel alone. Remove it{remedy}"
-    return ""
+    if lines[0].startswith("#"):
+        return "begins with '#'. Remove that mark" + ("" if "," in lines[0] else ", and the line if it is no header")
+    header = next(csv.reader(lines[:1]), [])
+    twice = next((name for name in wanted if header.count(name) > 1), "")
+    return f"has two columns that are called {twice!r}. Rename or remove one" if twice else ""
+
+
+def describe_parser_error(error: ValueError) -> str:
+    """Returns what pandas found wrong with the rows of a table, and what to do about it."""
+    words = " ".join(str(error).split())
+    if found := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", words):
+        counts = f"line {found[2]} has {found[3]} fields, those before it have {found[1]}"
+        return f"{counts}. Quote the fields that hold a comma"
+    if found := re.search(r"inside string starting at row (\d+)", words):
+        return f"a quotation mark that opens in line {int(found[1]) + 1} never closes. Close it, or remove it"
+    return f"it is no table: {words}. Save it as one"
 
 
 def find_separator_line(line: str) -> str:

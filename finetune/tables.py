@@ -15,6 +15,7 @@ from finetune.options import UserError
 from finetune.stores import is_url, join_path
 from finetune.table_faults import (
     IMAGE_COLUMN,
+    describe_parser_error,
     find_column_remedies,
     find_kind_fault,
     find_long_rows_fault,
@@ -79,7 +80,7 @@ def parse_table(csv_path: str, label_column: str) -> pd.DataFrame:
         start = read_start(csv_path)
         if fault := find_kind_fault(start):
             raise UserError(f"{csv_path} is not a UTF-8 CSV file: {fault}.")
-        if start and (fault := find_start_fault(start)):
+        if start and (fault := find_start_fault(start, (IMAGE_COLUMN, label_column))):
             raise UserError(f"{csv_path} {fault}.")
         table = pd.read_csv(csv_path, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
     except OSError as error:
@@ -91,7 +92,7 @@ def parse_table(csv_path: str, label_column: str) -> pd.DataFrame:
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{csv_path} is empty. Expected the columns {IMAGE_COLUMN} and {label_column}.") from error
     except ValueError as error:
-        raise UserError(f"{csv_path} is not a UTF-8 CSV file: {str(error).strip()}. Save it as one.") from error
+        raise UserError(f"{csv_path} is not a UTF-8 CSV file: {describe_parser_error(error)}.") from error
     if not isinstance(table.index, pd.RangeIndex):
         raise UserError(f"{csv_path} {find_long_rows_fault(table)}.")
     blank = (table == "").all(axis=1).to_numpy()

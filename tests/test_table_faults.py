@@ -31,7 +31,7 @@ def test_wide_encodings_are_known_by_their_mark_or_zeros(text, encoding, expecte
 )
 def test_what_may_be_a_table_is_taken_for_one(start):
     assert find_kind_fault(start) == ""
-    assert find_start_fault(start) == ""
+    assert find_start_fault(start, ("path", "class")) == ""
 
 
 @pytest.mark.parametrize(
