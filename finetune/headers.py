@@ -39,6 +39,7 @@ LENGTH_FIELDS = {b"RIFF": (4, 8), b"BM": (2, 0)}
 JPEG_START = b"\xff\xd8\xff"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 OTHER_STARTS = (b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")
+GIT_LFS_START = b"version https://git-lfs"
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # What Pillow's readers let through on damaged files, beside its own errors.
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError)
@@ -76,7 +77,8 @@ def read_header(file: BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) -> PIL.Image
         The image, not loaded; None where Pillow does not know the format.
 
     Raises:
-        BadImage: the header is damaged, names too many pixels, or is of HEIC, whose package is not installed.
+        BadImage: the header is damaged, names too many pixels, or is of HEIC, whose package is not installed; or the
+            file stands for an image that is elsewhere.
     """
     PIL.Image.MAX_IMAGE_PIXELS = max_pixels
     start, size = file.read(26), file.seek(0, os.SEEK_END)
@@ -95,6 +97,9 @@ def read_header(file: BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) -> PIL.Image
             raise BadImage("unreadable", "its header is damaged or cut short") from error
         if start.startswith(OTHER_STARTS) and not (start.startswith(b"RIFF") and start[8:12] != b"WEBP"):
             raise BadImage("unreadable", "its header cannot be read") from error
+        if start.startswith(GIT_LFS_START):
+            what = "it is the place that Git LFS keeps for the image: git lfs pull fetches it"
+            raise BadImage("not_an_image", what) from error
         return None
     if pixels > max_pixels:
         raise BadImage("too_many_pixels", f"it has {pixels:,} pixels, more than max_image_pixels ({max_pixels:,})")

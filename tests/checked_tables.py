@@ -14,7 +14,7 @@ EXPECTED = {
     "missing": ["missing"],
     "folder": ["missing"],
     "empty": ["empty"],
-    **{name: ["not_an_image"] for name in ("text", "html", "noise")},
+    **{name: ["not_an_image"] for name in ("text", "html", "git_lfs", "noise")},
     **{name: ["unreadable"] for name in ("header_only_png", "jpeg_start_only", "damaged_png")},
     **{name: ["truncated"] for name in ("truncated_gif", "truncated_tiff")},
     **{name: ["truncated"] for name in ("truncated_jpeg", "truncated_progressive", "zero_filled_jpeg")},

@@ -11,7 +11,7 @@ from PIL import Image
 
 # Names of `build_corpus` that no reader may accept.
 UNREADABLE = (
-    *("missing", "empty", "text", "html", "folder", "header_only_png", "noise"),
+    *("missing", "empty", "text", "html", "git_lfs", "folder", "header_only_png", "noise"),
     *("truncated_jpeg", "truncated_progressive", "truncated_png", "truncated_webp", "truncated_bmp", "truncated_gif"),
     *("truncated_tiff", "zero_filled_jpeg", "jpeg_start_only", "damaged_png"),
     *("bomb_png", "bomb_jpeg", "bomb_gif", "bomb_bmp"),
@@ -96,6 +96,7 @@ def images() -> dict[str, tuple[str, bytes | None]]:
         "missing": ("missing.jpg", None),
         "empty": ("empty.jpg", b""),
         "text": ("text.jpg", b"this is a text, not an image, whatever its name says\n" * 20),
+        "git_lfs": ("1.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
         "html": ("page.png", b"<!DOCTYPE html><html><body>404 Not Found</body></html>"),
         "noise": ("noise.jpg", np.random.default_rng(0).bytes(5000)),
         "header_only_png": ("header.png", png[:33]),
