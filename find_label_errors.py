@@ -48,9 +48,13 @@ def main(configs: LabelErrorConfigs) -> dict:
 
     from finetune.files import write_csv
     from finetune.prediction_files import check_write_path
+    from finetune.run_data import READING_OPTIONS
+    from finetune.run_folder import resolve_model_path, take_data_options
     from finetune.tables import read_table
 
     check_write_path(configs.write_path, csv_path)
+    if configs.load_model_path:
+        configs = take_data_options(configs, resolve_model_path(configs.load_model_path), READING_OPTIONS)
     read_table(csv_path, configs.csv_label_column, multi_label)
 
     from finetune.devices import start_devices

@@ -22,7 +22,7 @@ from finetune.inference_model import get_classifier, has_views
 from finetune.model_files import load_fitting_model
 from finetune.options import UserError
 from finetune.probe import cross_validate, split_head
-from finetune.run_data import IMAGES_FILE, find_trained_images
+from finetune.run_data import IMAGES_FILE, READING_OPTIONS, find_trained_images
 from finetune.run_folder import find_trained_model
 from finetune.stores import join_path
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table, resolve_class_names
@@ -89,7 +89,7 @@ def get_judge(configs: Configs, csv_path: str) -> tuple[Judge, Configs]:
     """
     configs = configs.replace(train_csv=csv_path)
     if configs.load_model_path:
-        path, configs = find_trained_model(configs, ("image_directory", "csv_label_column"))
+        path, configs = find_trained_model(configs, READING_OPTIONS)
         model = load_fitting_model(path, configs.classes, configs.image_target_size[:2])
         if [layer.name for layer in get_classifier(model).layers[-2:]] != ["backbone", "classifier"]:
             raise UserError(f"{path} has no parts 'backbone' and 'classifier'. Name a model that train.py has written.")

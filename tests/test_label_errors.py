@@ -249,6 +249,14 @@ def test_a_run_that_has_learnt_all_images_judges_none(table, run_folder, photo_f
         run(table, load_model_path=str(run_folder))
 
 
+def test_a_run_brings_the_name_of_its_label_column(table, run_folder, capsys):
+    options = Configs(**SMALL, classes=CLASSES, csv_label_column="colour").to_dict()
+    write_json(str(run_folder / "configs.json"), options)
+    pd.read_csv(table).rename(columns={"class": "colour"}).to_csv(table, index=False)
+    run(table, load_model_path=str(run_folder))
+    assert "csv_label_column is that of the run: colour" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_run_without_its_list_is_told(table, run_folder, capsys):
     (run_folder / "trained_images.csv").unlink()
