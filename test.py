@@ -27,6 +27,7 @@ def main(configs: Configs) -> dict[str, Any]:
         check_test_images,
         find_trained_model,
         fingerprint,
+        has_selected,
         list_options,
         list_tables,
         name_evaluation,
@@ -51,6 +52,7 @@ def main(configs: Configs) -> dict[str, Any]:
     for name, sequence in sequences.items():
         sets[name] |= {"csv": tables[name][0], "sha256": fingerprint(sequence)}
     sets["test"] |= {"images_trained_on": known} if known else {}
+    sets["test"]["selected_the_model"] = has_selected(model_path, configs.test_csv)
     results = {"model": model_path, "classes": configs.classes, "multi_label": multi_label}
     results |= {"decision": decision.to_dict(), "sets": sets}
     print_results(results)

@@ -247,15 +247,15 @@ def lacks_scans(data: bytes) -> bool:
     frame = find_frame(data)
     if frame is None or frame.marker != PROGRESSIVE:
         return False
-    complete = {data[frame.start + 6 + 3 * component]: 0 for component in range(data[frame.start + 5])}
+    complete = dict.fromkeys(data[frame.start + 6 : frame.start + frame.length : 3], 0)
     position = 2
     while (marker := MARKER.search(data, position)) and marker[0][-1] != LAST_MARKER:
         start = marker.end() + 2
         position = marker.end() + int.from_bytes(data[marker.end() : start], "big")
-        if marker[0][-1] == SCAN_MARKER:
-            *heads, first, last, bits = data[start + 1 : position]
+        if marker[0][-1] == SCAN_MARKER and len(head := data[start + 1 : position]) >= 3:
+            *components, first, last, bits = head
             brought = 0 if bits & 0xF else (2 << last) - (1 << first)
-            complete |= {component: complete[component] | brought for component in heads[::2]}
+            complete |= {component: complete.get(component, 0) | brought for component in components[::2]}
     return any(coefficients != ALL_COEFFICIENTS for coefficients in complete.values())
 
 

@@ -118,10 +118,8 @@ def write_model_card(folder: str) -> str:
     data, stats, decision, results, compression = (read_part(folder, name) for name in CARD_FORMS)
     # test.py writes both; train.py removes the decision of a model that it is about to replace.
     results = results if results and results["decision"] == decision else None
-    tested = results["sets"]["test"] if results else {}
-    if data and tested.get("sha256") == data["validation"]["sha256"]:
-        # Named or not, it was the test set, which is what the warnings look for.
-        configs["validation_csv"] = ""
+    if results:
+        _note_selection(results["sets"]["test"], data, configs)
     template = compile_template("model_card.md", finalize=_escape_markdown, keep_trailing_newline=True)
     artefacts = _list_artefacts(folder, compression) if compression else []
     card = template.render(
@@ -144,6 +142,13 @@ def write_model_card(folder: str) -> str:
     )
     write_text(path, card)
     return path
+
+
+def _note_selection(test: dict[str, Any], data: dict[str, Any] | None, configs: dict[str, Any]) -> None:
+    """Notes with a test set's figures whether it selected the model: under whichever name, its content tells."""
+    is_same = bool(data) and test.get("sha256") == data["validation"]["sha256"]
+    # Figures of before test.py told have no such field.
+    test["selected_the_model"] = is_same or test.get("selected_the_model", not configs["validation_csv"])
 
 
 def _escape_markdown(value: Any) -> Any:

@@ -204,13 +204,20 @@ def check_test_images(model_path: str, test_csv: str, files: Sequence[str], allo
     stored = locate_run_data(model_path)
     allow_duplicates = allow_duplicates or stored.get("allow_duplicates", False)
     own_test = stored.get("test_csv") or ""
-    is_selector = os.path.realpath(stored.get("validation_csv") or own_test) == os.path.realpath(test_csv)
     has_other = os.path.isfile(own_test) and os.path.realpath(own_test) != os.path.realpath(test_csv)
-    if is_selector and not has_other:
+    may_select = has_selected(model_path, test_csv) and not has_other
+    if may_select:
         print(f"{test_csv} also selected the best model: its figures are optimistic.")
-    names = ["training", *["validation"] * (has_other or not is_selector)]
+    names = ["training", *["validation"] * (not may_select)]
     folder = os.path.dirname(os.path.abspath(model_path))
     return refuse_trained_images(folder, test_csv, files, names, allow_duplicates)
+
+
+def has_selected(model_path: str, test_csv: str) -> bool:
+    """Tells whether a table selected a run's best model, as the test table did where there was no validation table."""
+    stored = locate_run_data(model_path)
+    selector = stored.get("validation_csv") or stored.get("test_csv") or ""
+    return bool(selector) and os.path.realpath(selector) == os.path.realpath(test_csv)
 
 
 def describe_model(configs: Configs, model_path: str) -> Configs:

@@ -114,7 +114,8 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
     """
     test, decision = results["sets"]["test"], results["decision"]
     found = []
-    if not configs.get("validation_csv"):
+    # Figures of before test.py told have no such field.
+    if test.get("selected_the_model", not configs.get("validation_csv")):
         found.append(CHOSEN_ON_TEST_SET)
     if trained_on := test.get("images_trained_on"):
         found.append(

@@ -361,6 +361,13 @@ def test_test_set_that_chose_the_model_is_told(tmp_path, is_named):
         assert "the test set chose the epoch of the best model: its figures are optimistic" in card.texts[section]
 
 
+def test_other_images_than_those_that_chose_the_model_are_not_said_to_have_chosen_it(tmp_path):
+    results = single_label()
+    results["sets"]["test"]["selected_the_model"] = False
+    write_run(tmp_path, results, {"data.json": make_data([9, 9, 9])}, validation_csv="")
+    assert "chose the epoch" not in read_card(tmp_path)[1].texts["Results"]
+
+
 # Parts that are missing, damaged or of another model
 
 

@@ -181,6 +181,11 @@ def test_warnings_are_honest():
     for row in fine["sets"]["test"]["per_class"].values():
         row["support"] = 10
     assert list_warnings(fine, {"validation_csv": "validation.csv"}) == []
+    # Other images than those that the run was tested on: they chose nothing, whatever the run had.
+    fine["sets"]["test"]["selected_the_model"] = False
+    assert list_warnings(fine, {"validation_csv": ""}) == []
+    fine["sets"]["test"]["selected_the_model"] = True
+    assert "the test set chose the epoch" in list_warnings(fine, {"validation_csv": "validation.csv"})[0]
 
 
 def test_most_frequent_confusions_come_first(single_page):

@@ -17,7 +17,7 @@ from configs import Configs
 from finetune.options import UserError
 from finetune.resuming import configs_to_continue
 from finetune.run_data import find_trained_images, locate_data, refuse_trained_images, sign_file, write_trained_images
-from finetune.run_folder import check_test_images, configure_table, describe_run, find_trained_model
+from finetune.run_folder import check_test_images, configure_table, describe_run, find_trained_model, has_selected
 
 PROJECT = Path(__file__).parent.parent
 
@@ -213,6 +213,7 @@ def test_a_table_that_selected_the_model_is_refused_unless_the_run_has_no_other_
     (Path(run) / "configs.json").write_text(json.dumps({"test_csv": str(other), "validation_csv": "selected.csv"}))
     assert check_test_images(model, "selected.csv", [photos[3]], False) == 0
     assert "selected.csv also selected the best model: its figures are optimistic" in capsys.readouterr().out
+    assert (has_selected(model, "selected.csv"), has_selected(model, str(other))) == (True, False)
     with pytest.raises(UserError, match="selected by them"):
         check_test_images(model, "other.csv", [photos[3]], False)
     other.touch()
