@@ -104,7 +104,7 @@ def test_a_table_that_is_gone_is_left_out_and_told(project, capsys, option, name
     assert f"{name}_set.csv, does not exist: going without a {name} set" in capsys.readouterr().out
 
 
-def test_a_run_that_came_without_its_data_is_tested_on_others(project, tmp_path, capsys):
+def test_a_run_that_came_without_its_data_is_tested_on_others(project, tmp_path):
     shutil.move(project / "runs" / "a", tmp_path / "a")
     shutil.rmtree(project)
     _, configs = find_trained_model(Configs(load_model_path=str(tmp_path / "a"), test_csv="mine.csv"))
