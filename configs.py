@@ -30,7 +30,11 @@ BACKBONE_NAMES = (
     *("EfficientNetV2S", "EfficientNetV2M", "EfficientNetV2L"),
     *("ConvNeXtTiny", "ConvNeXtSmall", "ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtXLarge"),
 )
-OPTIMIZER_NAMES = ("Adam", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Nadam", "AdamW", "Lion")
+ADAM_NAMES = ("Adam", "Adamax", "Nadam", "AdamW")
+OPTIMIZER_NAMES = (*ADAM_NAMES, "SGD", "RMSprop", "Adagrad", "Adadelta", "Lion")
+# Keras's own; the paper and PyTorch have an epsilon of 1e-8.
+ADAM_BETA_2, ADAM_EPSILON = 0.999, 1e-7
+EXPECTED_ADAM = f"expected an optimizer_type that has it: {', '.join(ADAM_NAMES)}"
 VERIFY_MODES = ("quick", "full", "off")
 MAX_IMAGE_PIXELS = 179_000_000
 DISTRIBUTION_STRATEGIES = ("none", "mirrored", "multi_worker")
@@ -219,7 +223,7 @@ class Configs(Options):
         excludes=Exclusion(
             0,
             "model_selection",
-            "best_epoch",
+            ("best_epoch",),
             "expected 0 where model_selection is not best_epoch: the schedule has to end",
         ),
         group="training",
@@ -341,6 +345,23 @@ class Configs(Options):
         fixed_in_run=True,
         group="recipe",
     )
+    adam_beta_2: float = define(
+        ADAM_BETA_2,
+        "The decay of the squared gradients' average by whose root Adam divides a step: 0.99 forgets ten times as fast",
+        at_least=0,
+        below=1,
+        excludes=Exclusion(ADAM_BETA_2, "optimizer_type", ADAM_NAMES, EXPECTED_ADAM),
+        fixed_in_run=True,
+        group="recipe",
+    )
+    adam_epsilon: float = define(
+        ADAM_EPSILON,
+        "What Adam adds to the root of that average: a weight whose gradients are usually smaller hardly moves",
+        above=0,
+        excludes=Exclusion(ADAM_EPSILON, "optimizer_type", ADAM_NAMES, EXPECTED_ADAM),
+        fixed_in_run=True,
+        group="recipe",
+    )
     label_smoothing: float = define(
         0.0, "Share of each label that is spread over all classes", at_least=0, below=1, group="recipe"
     )
@@ -390,7 +411,10 @@ class Configs(Options):
         at_most=1,
         check=crop_area_fault,
         excludes=Exclusion(
-            [1.0, 1.0], "image_cache", "none", "crops are taken from the pictures themselves, which image_cache has not"
+            [1.0, 1.0],
+            "image_cache",
+            ("none",),
+            "crops are taken from the pictures themselves, which image_cache has not",
         ),
         group="recipe",
     )

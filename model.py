@@ -148,7 +148,12 @@ class ModelFactory:
         outputs = build_preprocessing(BACKBONES[name].preprocessing)(outputs)
         model = keras.Model(inputs, classifier(backbone(outputs)), name="image_classifier")
         optimizer = get_optimizer(
-            configs.optimizer_type, configs.learning_rate, configs.weight_decay, configs.ema_decay
+            configs.optimizer_type,
+            configs.learning_rate,
+            configs.weight_decay,
+            configs.ema_decay,
+            configs.adam_beta_2,
+            configs.adam_epsilon,
         )
         return compile_model(model, optimizer, configs.multi_label_classification)
 

@@ -43,7 +43,10 @@ WIDE_INTERVAL = 5
 IMBALANCE = 3
 # By heading: options that are always told, and those that are where they differ from their default.
 RECIPE: dict[str, tuple[Sequence[str], Sequence[str]]] = {
-    "Optimizer": (("optimizer_type", "learning_rate"), ("fine_tune_learning_rate", "weight_decay", "ema_decay")),
+    "Optimizer": (
+        ("optimizer_type", "learning_rate"),
+        ("fine_tune_learning_rate", "weight_decay", "ema_decay", "adam_beta_2", "adam_epsilon"),
+    ),
     "Batches": (("batch_size",), ("gradient_accumulation_steps", "distribution_strategy", "scale_learning_rate")),
     "Schedule": (
         ("learning_rate_schedule",),

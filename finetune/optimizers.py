@@ -6,11 +6,17 @@ from collections.abc import Callable, Sequence
 
 import keras
 
+from configs import ADAM_BETA_2, ADAM_EPSILON, ADAM_NAMES
 from finetune.freezing import leaf_layers
 
 
 def get_optimizer(
-    optimizer_type: str, learning_rate: float, weight_decay: float = 0.0, ema_decay: float = 0.0
+    optimizer_type: str,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    ema_decay: float = 0.0,
+    adam_beta_2: float = ADAM_BETA_2,
+    adam_epsilon: float = ADAM_EPSILON,
 ) -> keras.optimizers.Optimizer:
     """Builds the Keras optimizer of that name.
 
@@ -20,9 +26,15 @@ def get_optimizer(
         weight_decay: in `[0, 1)`. Each step takes it times the learning rate away from the weights, apart from the
             gradients: Loshchilov and Hutter, ICLR 2019 (arXiv:1711.05101). See `exclude_from_weight_decay`.
         ema_decay: in `[0, 1)`: of the moving average of the weights that the optimizer keeps; 0 keeps none.
+        adam_beta_2: in `[0, 1)`, the decay of the squared gradients' average, of the optimizers `ADAM_NAMES` alone:
+            Kingma and Ba, ICLR 2015 (arXiv:1412.6980), algorithm 1.
+        adam_epsilon: above 0, what these add to the root of that average: the `epsilon hat` of section 2, which in the
+            first steps holds back more than the epsilon of algorithm 1, and of PyTorch.
     """
     # Keras's AdamW has a decay of its own, and takes no None.
     options = {"weight_decay": weight_decay} if weight_decay or optimizer_type == "AdamW" else {}
+    if optimizer_type in ADAM_NAMES:
+        options |= {"beta_2": adam_beta_2, "epsilon": adam_epsilon}
     if ema_decay:
         options |= {"use_ema": True, "ema_momentum": ema_decay, "ema_overwrite_frequency": None}
     return getattr(keras.optimizers, optimizer_type)(learning_rate=learning_rate, **options)

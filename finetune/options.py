@@ -54,13 +54,13 @@ class Exclusion(NamedTuple):
     Attributes:
         off: the value of the option itself that goes with all.
         other: the name of the other option.
-        harmless: the value of that one that goes with all.
+        harmless: the values of that one that go with all.
         reason: why, and what was expected, in words.
     """
 
     off: Any
     other: str
-    harmless: Any
+    harmless: Sequence[Any]
     reason: str
 
 
@@ -290,7 +290,7 @@ class Options:
         return [
             f"{name}: {rule.reason}. Received: {getattr(self, name)} with {rule.other} {getattr(self, rule.other)}."
             for name, rule in excluding.items()
-            if rule and getattr(self, name) != rule.off and getattr(self, rule.other) != rule.harmless
+            if rule and getattr(self, name) != rule.off and getattr(self, rule.other) not in rule.harmless
         ] + [
             f"{name}: {getattr(self, name)} has no effect without {words}. Set that too, or leave {name} out."
             for name, field in self.options().items()

@@ -41,7 +41,12 @@ def get_training_model(
     training_model.mirrors = configs.test_time_augmentation == "flip"
     training_model.slow_layers = tuple(layer for layer in model.layers if layer.name == "backbone")
     optimizer = optimizer or get_optimizer(
-        configs.optimizer_type, configs.learning_rate, configs.weight_decay, configs.ema_decay
+        configs.optimizer_type,
+        configs.learning_rate,
+        configs.weight_decay,
+        configs.ema_decay,
+        configs.adam_beta_2,
+        configs.adam_epsilon,
     )
     return compile_model(training_model, optimizer, configs.multi_label_classification, loss)
 

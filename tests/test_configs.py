@@ -80,6 +80,8 @@ DEFAULTS = [
     ("backbone_learning_rate_multiplier", 1.0),
     ("freeze_batch_norm", False),
     ("weight_decay", 0.0),
+    ("adam_beta_2", 0.999),
+    ("adam_epsilon", 1e-7),
     ("label_smoothing", 0.0),
     ("mixup_alpha", 0.0),
     ("cutmix_alpha", 0.0),

@@ -7,9 +7,10 @@ from built_models import build_alive, random_images
 from small_recipes import flat_model, train_step
 from tiny_models import assert_kernels_alone_have_changed, normalised_model, step_without_gradients
 
-from configs import OPTIMIZER_NAMES
+from configs import ADAM_NAMES, OPTIMIZER_NAMES, Configs
 from finetune.freezing import freeze_layers
 from finetune.optimizers import compile_model, exclude_from_weight_decay, find_averages, get_optimizer
+from finetune.options import UserError
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
@@ -61,6 +62,43 @@ def test_biases_are_excluded_from_an_optimizer_that_is_built_or_scales_the_loss(
         optimizer.build(model.trainable_variables)
         exclude_from_weight_decay(model, optimizer)
         assert_kernels_alone_have_changed(step_without_gradients(optimizer, model), 1 - 0.5 * 0.2)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_adam_divides_by_the_root_of_the_average_and_epsilon(name):
+    weight, optimizer = keras.Variable([0.0]), get_optimizer(name, 0.5, adam_beta_2=0.5, adam_epsilon=0.25)
+    optimizer.apply_gradients([(np.array([1.0], np.float32), weight)])
+    # By hand: the averages without their bias, and epsilon added to the root that has it.
+    average, step = 0.5**0.5, 0.5 * (1 - 0.5) ** 0.5
+    np.testing.assert_allclose(weight, [-step / (average + 0.25)], rtol=1e-5)
+    moved = float(weight[0])
+    optimizer.apply_gradients([(np.array([0.0], np.float32), weight)])
+    average, step = 0.25**0.5, 0.5 * (1 - 0.5**2) ** 0.5 * 0.09 / (1 - 0.9**2)
+    np.testing.assert_allclose(weight, [moved - step / (average + 0.25)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+def test_adams_options_are_those_of_its_kind_alone(name):
+    adams = {"adam_beta_2": 0.9, "adam_epsilon": 1e-3}
+    if name in ADAM_NAMES:
+        optimizer = get_optimizer(name, 0.5, **adams)
+        assert (optimizer.beta_2, optimizer.epsilon) == (0.9, 1e-3)
+        Configs(optimizer_type=name, **adams).validate()
+        return
+    stock, own = (get_optimizer(name, 0.5, **options).get_config() for options in ({}, adams))
+    assert own | {"name": ""} == stock | {"name": ""}
+    for option, value in adams.items():
+        with pytest.raises(UserError, match=f"{option}: expected an optimizer_type that has it: Adam, Adamax, Nadam"):
+            Configs(optimizer_type=name, **{option: value}).validate()
+
+
+@pytest.mark.parametrize("name", ADAM_NAMES)
+def test_adam_is_kerass_own_by_default(name):
+    stock = getattr(keras.optimizers, name)(learning_rate=0.5).get_config()
+    own = get_optimizer(name, 0.5).get_config()
+    assert {key: own[key] for key in ("beta_1", "beta_2", "epsilon")} == {
+        key: stock[key] for key in ("beta_1", "beta_2", "epsilon")
+    }
 
 
 def test_ema_decay_keeps_the_moving_average_beside_the_weights():
