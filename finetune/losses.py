@@ -108,7 +108,8 @@ def weighted_binary_crossentropy(
 
     Args:
         class_weights: float32 `(2, classes)`, for absent and present labels.
-        label_smoothing: a label `y` counts as `y (1 - label_smoothing) + label_smoothing / 2`; in `[0, 1)`.
+        label_smoothing: the share of each label, in `[0, 1)`, that is spread evenly over all classes: an image's labels
+            add up to their number still, as in `weighted_crossentropy`.
         gamma_present: from 0 on; 0 is the plain cross-entropy.
         gamma_absent: likewise.
         margin: in `[0, 1)`.
@@ -119,7 +120,8 @@ def weighted_binary_crossentropy(
         y_pred = keras.ops.clip(y_pred, keras.config.epsilon(), 1 - keras.config.epsilon())
         y_true = keras.ops.cast(y_true, y_pred.dtype)
         if label_smoothing:
-            y_true = y_true * (1 - label_smoothing) + label_smoothing / 2
+            spread = keras.ops.mean(y_true, axis=-1, keepdims=True)
+            y_true = y_true * (1 - label_smoothing) + spread * label_smoothing
         shifted = keras.ops.maximum(y_pred - margin, 0.0) if margin else y_pred
         present = class_weights[1] * y_true * keras.ops.log(y_pred)
         absent = class_weights[0] * (1 - y_true) * keras.ops.log(1 - shifted)

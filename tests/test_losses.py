@@ -201,10 +201,12 @@ def test_asymmetric_loss_of_a_hand_worked_example():
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "focal", "asymmetric"])
-def test_smoothing_of_multiple_labels_moves_them_towards_a_half(loss):
-    y_true, y_pred = np.array([[1, 0, 0.5]], np.float32), np.array([[0.7, 0.2, 0.9]], np.float32)
+def test_smoothing_spreads_multiple_labels_over_all_classes(loss):
+    y_true = np.array([[1, 0, 0.2], [1, 1, 1], [0, 0, 0]], np.float32)
+    y_pred = np.array([[0.7, 0.2, 0.9], [0.4, 0.5, 0.6], [0.3, 0.2, 0.1]], np.float32)
     smoothed, plain = multilabel_losses(loss=loss, label_smoothing=0.2), multilabel_losses(loss=loss)
-    expected = plain.training(np.array([[0.9, 0.1, 0.5]], np.float32), y_pred)
+    # A fifth of the 1.2 labels of the first image goes to its three classes; those of the others are even already.
+    expected = plain.training(np.array([[0.88, 0.08, 0.24], [1, 1, 1], [0, 0, 0]], np.float32), y_pred)
     np.testing.assert_allclose(smoothed.training(y_true, y_pred), expected, rtol=1e-5)
     np.testing.assert_array_equal(smoothed.validation(y_true, y_pred), plain.validation(y_true, y_pred))
 
