@@ -34,7 +34,7 @@ ADAM_NAMES = ("Adam", "Adamax", "Nadam", "AdamW")
 OPTIMIZER_NAMES = (*ADAM_NAMES, "SGD", "RMSprop", "Adagrad", "Adadelta", "Lion")
 # Keras's own; the paper and PyTorch have an epsilon of 1e-8.
 ADAM_BETA_2, ADAM_EPSILON = 0.999, 1e-7
-EXPECTED_ADAM = f"expected an optimizer_type that has it: {', '.join(ADAM_NAMES)}"
+EXPECTED_ADAM = f"expected an optimizer_type that has it, one of {', '.join(ADAM_NAMES)}: set it, or leave this out"
 VERIFY_MODES = ("quick", "full", "off")
 MAX_IMAGE_PIXELS = 179_000_000
 DISTRIBUTION_STRATEGIES = ("none", "mirrored", "multi_worker")
@@ -349,7 +349,7 @@ class Configs(Options):
         ADAM_BETA_2,
         "The decay of the squared gradients' average by whose root Adam divides a step: 0.99 forgets ten times as fast",
         at_least=0,
-        below=1,
+        at_most=0.9999,
         excludes=Exclusion(ADAM_BETA_2, "optimizer_type", ADAM_NAMES, EXPECTED_ADAM),
         fixed_in_run=True,
         group="recipe",
@@ -357,7 +357,7 @@ class Configs(Options):
     adam_epsilon: float = define(
         ADAM_EPSILON,
         "What Adam adds to the root of that average: a weight whose gradients are usually smaller hardly moves",
-        above=0,
+        at_least=1e-12,
         excludes=Exclusion(ADAM_EPSILON, "optimizer_type", ADAM_NAMES, EXPECTED_ADAM),
         fixed_in_run=True,
         group="recipe",

@@ -26,10 +26,10 @@ def get_optimizer(
         weight_decay: in `[0, 1)`. Each step takes it times the learning rate away from the weights, apart from the
             gradients: Loshchilov and Hutter, ICLR 2019 (arXiv:1711.05101). See `exclude_from_weight_decay`.
         ema_decay: in `[0, 1)`: of the moving average of the weights that the optimizer keeps; 0 keeps none.
-        adam_beta_2: in `[0, 1)`, the decay of the squared gradients' average, of the optimizers `ADAM_NAMES` alone:
-            Kingma and Ba, ICLR 2015 (arXiv:1412.6980), algorithm 1.
-        adam_epsilon: above 0, what these add to the root of that average: the `epsilon hat` of section 2, which in the
-            first steps holds back more than the epsilon of algorithm 1, and of PyTorch.
+        adam_beta_2: in `[0, 0.9999]`, the decay of the squared gradients' average, of the optimizers `ADAM_NAMES`
+            alone: Kingma and Ba, ICLR 2015 (arXiv:1412.6980), algorithm 1.
+        adam_epsilon: from 1e-12 on, what these add to the root of that average: the `epsilon hat` of section 2, which
+            in the first steps holds back more than the epsilon of algorithm 1, and of PyTorch.
     """
     # Keras's AdamW has a decay of its own, and takes no None.
     options = {"weight_decay": weight_decay} if weight_decay or optimizer_type == "AdamW" else {}

@@ -436,6 +436,11 @@ def test_configs_file_that_cannot_be_read_is_named(tmp_path, name):
         ("random_seed", 4294967295, 4294967296),
         ("batch_norm_momentum", 0.0, -0.1),
         ("batch_norm_momentum", 0.999, 1.0),
+        ("adam_beta_2", 0.0, -0.1),
+        # float32 has no number between 0.99999999 and 1, which would be no training at all.
+        ("adam_beta_2", 0.9999, 0.99999999),
+        # In float32 1e-46 is 0, and a step without gradients 0 divided by 0.
+        ("adam_epsilon", 1e-12, 1e-46),
         ("visual_model_name", "VGG16", "VGG17"),
         ("optimizer_type", "SGD", "sgd"),
         ("final_layer_pooling", "max", "mean"),

@@ -88,7 +88,7 @@ def test_adams_options_are_those_of_its_kind_alone(name):
     stock, own = (get_optimizer(name, 0.5, **options).get_config() for options in ({}, adams))
     assert own | {"name": ""} == stock | {"name": ""}
     for option, value in adams.items():
-        with pytest.raises(UserError, match=f"{option}: expected an optimizer_type that has it: Adam, Adamax, Nadam"):
+        with pytest.raises(UserError, match=f"{option}: expected an optimizer_type that has it, one of Adam, Ada"):
             Configs(optimizer_type=name, **{option: value}).validate()
 
 
