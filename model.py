@@ -23,7 +23,7 @@ from keras import layers
 from configs import BACKBONE_NAMES, Configs
 from finetune.devices import precision_policy
 from finetune.freezing import prepare_backbone
-from finetune.optimizers import compile_model, get_optimizer
+from finetune.optimizers import build_optimizer, compile_model
 from finetune.options import UserError
 from finetune.progress import draws_bars
 
@@ -147,14 +147,7 @@ class ModelFactory:
             outputs = downscale(outputs, configs.cnn_downscaling_factor, configs.cnn_downscaling_filters)
         outputs = build_preprocessing(BACKBONES[name].preprocessing)(outputs)
         model = keras.Model(inputs, classifier(backbone(outputs)), name="image_classifier")
-        optimizer = get_optimizer(
-            configs.optimizer_type,
-            configs.learning_rate,
-            configs.weight_decay,
-            configs.ema_decay,
-            configs.adam_beta_2,
-            configs.adam_epsilon,
-        )
+        optimizer = build_optimizer(configs)
         return compile_model(model, optimizer, configs.multi_label_classification)
 
 

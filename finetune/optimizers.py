@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import keras
 
-from configs import ADAM_BETA_2, ADAM_EPSILON, ADAM_NAMES
+from configs import ADAM_BETA_2, ADAM_EPSILON, ADAM_NAMES, Configs
 from finetune.freezing import leaf_layers
 
 
@@ -38,6 +38,18 @@ def get_optimizer(
     if ema_decay:
         options |= {"use_ema": True, "ema_momentum": ema_decay, "ema_overwrite_frequency": None}
     return getattr(keras.optimizers, optimizer_type)(learning_rate=learning_rate, **options)
+
+
+def build_optimizer(configs: Configs) -> keras.optimizers.Optimizer:
+    """Builds the optimizer of a run, by `get_optimizer`."""
+    return get_optimizer(
+        configs.optimizer_type,
+        configs.learning_rate,
+        configs.weight_decay,
+        configs.ema_decay,
+        configs.adam_beta_2,
+        configs.adam_epsilon,
+    )
 
 
 def exclude_from_weight_decay(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:

@@ -15,7 +15,7 @@ from keras import layers
 from configs import Configs
 from finetune.freezing import leaf_layers
 from finetune.interruption import Interruption
-from finetune.optimizers import compile_model, find_averages, get_optimizer
+from finetune.optimizers import build_optimizer, compile_model, find_averages
 from finetune.progress import choose_keras_verbosity, show_progress
 from generator import AugmentedImageSequence
 
@@ -40,14 +40,7 @@ def get_training_model(
     training_model.multiplier = configs.backbone_learning_rate_multiplier
     training_model.mirrors = configs.test_time_augmentation == "flip"
     training_model.slow_layers = tuple(layer for layer in model.layers if layer.name == "backbone")
-    optimizer = optimizer or get_optimizer(
-        configs.optimizer_type,
-        configs.learning_rate,
-        configs.weight_decay,
-        configs.ema_decay,
-        configs.adam_beta_2,
-        configs.adam_epsilon,
-    )
+    optimizer = optimizer or build_optimizer(configs)
     return compile_model(training_model, optimizer, configs.multi_label_classification, loss)
 
 
