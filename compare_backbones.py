@@ -6,6 +6,7 @@ Each one's features of the images are computed once, kept on the disk, and judge
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from configs import BACKBONE_NAMES, Configs
 from finetune.options import define, run_script
@@ -50,6 +51,7 @@ def main(configs: CompareConfigs) -> dict:
     from finetune.backbone_report import draw_ranking, print_ranking
     from finetune.devices import set_seed, start_devices
     from finetune.files import write_csv
+    from finetune.phases import count_epochs
     from finetune.prediction_files import check_write_path
     from finetune.tables import resolve_class_names
 
@@ -60,6 +62,8 @@ def main(configs: CompareConfigs) -> dict:
     start_devices(configs.gpu_percentage)
     configs.random_seed = set_seed(configs.random_seed, configs.deterministic)
     left_out_rows, number = draw_images(configs, configs.max_images)
+    steps = math.ceil(number / (configs.batch_size * configs.gradient_accumulation_steps))
+    configs.num_epochs = count_epochs(configs.num_epochs, configs.min_steps, steps)
     names = BACKBONE_NAMES if ALL in configs.backbones else dict.fromkeys(configs.backbones)
     sizes = [(side, side) for side in dict.fromkeys(configs.image_sizes)] or [configs.image_target_size[:2]]
     probed, left_out = probe_backbones(configs, names, sizes, left_out_rows, number)

@@ -435,6 +435,14 @@ class Configs(Options):
         fixed_in_run=True,
         group="recipe",
     )
+    min_steps: int = define(
+        0,
+        "Raise num_epochs to as many as hold this number of training steps, a batch each: few images need more epochs; "
+        "time_budget goes before it",
+        at_least=0,
+        fixed_in_run=True,
+        group="training",
+    )
     time_budget: str = define(
         "",
         "Fit num_epochs to this time, such as 90s, 10m or 2h, so that the schedule ends in it; empty takes num_epochs",

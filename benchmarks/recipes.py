@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -142,8 +143,8 @@ def main() -> None:
         "budget_s": arguments.budget,
         "seeds": arguments.seeds,
         "recommended": options,
-        "epochs": read_epochs(arguments.recipe),
         "photos": {photos.name: describe_split(photos) for photos in data},
+        "epochs": {photos.name: count_run_epochs(photos, arguments.recipe) for photos in data},
         "runs": figures,
     }
     write_json(str(HERE / "recipes.json"), results)
@@ -209,13 +210,21 @@ def check_peers(arguments: argparse.Namespace) -> None:
         raise UserError("fastai is not installed. pip install -r benchmarks/requirements.txt, or set --recipes.")
 
 
-def read_epochs(recipe: str) -> int:
-    """Returns how many epochs the recommended options have.
+def read_epochs(recipe: str, images: int) -> int:
+    """Returns how many epochs of so many training images the recommended options have.
 
     Raises:
         UserError: the file cannot be read.
     """
-    return Configs.read_json(recipe).get("num_epochs", Configs.num_epochs)
+    from finetune.phases import count_epochs
+
+    options = Configs(**Configs.read_json(recipe))
+    return count_epochs(options.num_epochs, options.min_steps, math.ceil(images / options.batch_size))
+
+
+def count_run_epochs(photos: Photos, recipe: str) -> int:
+    """Returns how many epochs every recipe that trains has on a data set; all seeds have the same."""
+    return read_epochs(recipe, len(select(photos, 0)["training"]))
 
 
 def run_all(data: Sequence[Photos], arguments: argparse.Namespace) -> Figures:
@@ -247,14 +256,14 @@ def run_all(data: Sequence[Photos], arguments: argparse.Namespace) -> Figures:
 
 def describe_setting(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what has to be the same for runs to belong together."""
-    recipe = Configs.read_json(arguments.recipe) if "recommended" in arguments.recipes else None
+    recipe = Configs.read_json(arguments.recipe)
     return {
         "data": {place.name: [os.path.abspath(place.path), place.image_size] for place in arguments.data},
         "train_per_class": arguments.train_per_class,
         "budget": arguments.budget,
         "backbone": arguments.backbone,
-        "recommended": recipe,
-        "epochs": read_epochs(arguments.recipe),
+        "recommended": recipe if "recommended" in arguments.recipes else None,
+        "epochs": [recipe.get(name) for name in ("num_epochs", "min_steps")],
     }
 
 
@@ -284,7 +293,7 @@ def run_train(recipe: str, photos: Photos, seed: int, folder: str, arguments: ar
         "probe320": PROBE_320,
         "crop": (*PROBE, "--resize_mode", "crop"),
         "pad": (*PROBE, "--resize_mode", "pad"),
-        "default": ("--num_epochs", str(read_epochs(arguments.recipe))),
+        "default": ("--num_epochs", str(count_run_epochs(photos, arguments.recipe))),
     }[recipe]
     size = get_image_size(recipe, photos.image_size)
     if size:
@@ -325,7 +334,7 @@ def run_peer(script: str, photos: Photos, seed: int, folder: str, arguments: arg
     rows = select(photos, seed)
     sets = {name: {"paths": photos.paths[part].tolist(), "labels": truth[part].tolist()} for name, part in rows.items()}
     task = {"backbone": arguments.backbone, "classes": len(photos.class_names), "multi_label": photos.multi_label}
-    task |= {"image_size": photos.image_size or IMAGE_SIZE, "epochs": read_epochs(arguments.recipe)}
+    task |= {"image_size": photos.image_size or IMAGE_SIZE, "epochs": count_run_epochs(photos, arguments.recipe)}
     task |= {"seed": seed, "budget": arguments.budget, "sets": sets}
     write_json(f"{folder}/task.json", task)
     if script == FASTAI:

@@ -83,6 +83,7 @@ class Checkpoint(keras.callbacks.Callback):
             "given": sorted(configs.given),
             "data": {"train_csv": fingerprint(training), "validation_csv": fingerprint(validation.sequence)},
             "devices": training.shares.devices,
+            "steps": training.steps,
         }
         self.writes = writes
         self.phase = phase

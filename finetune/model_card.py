@@ -50,7 +50,7 @@ RECIPE: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "Batches": (("batch_size",), ("gradient_accumulation_steps", "distribution_strategy", "scale_learning_rate")),
     "Schedule": (
         ("learning_rate_schedule",),
-        ("warmup_epochs", "early_stopping_patience", "model_selection", "time_budget"),
+        ("warmup_epochs", "early_stopping_patience", "model_selection", "min_steps", "time_budget"),
     ),
     "Loss": (("loss", "use_class_balancing"), ("positive_weights_multiply", "label_smoothing")),
     "Resizing": (("resize_mode",), ()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,11 @@ class Phase(NamedTuple):
     end: int
     learning_rate: float
     trains_head_only: bool
+
+
+def count_epochs(num_epochs: int, min_steps: int, steps: int) -> int:
+    """Returns how many epochs of `steps` training steps a run has: `num_epochs`, or as many as hold `min_steps`."""
+    return max(num_epochs, math.ceil(min_steps / steps))
 
 
 def get_phases(configs: Configs, devices: int) -> list[Phase]:

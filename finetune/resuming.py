@@ -8,6 +8,7 @@ from typing import Any
 from configs import Configs
 from finetune.checkpoints import stops_early
 from finetune.options import UserError
+from finetune.phases import count_epochs
 from finetune.run_data import DATA_OPTIONS, locate_data
 from finetune.run_folder import (
     BEST_MODEL,
@@ -73,6 +74,9 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
     """
     stored, options = OF_BEFORE | state["configs"], Configs.options()
     kept, faults = locate_from_here(configs, state, model_path), []
+    if "num_epochs" in configs.given and (epochs := refit_epochs(configs, state)) != configs.num_epochs:
+        kept["num_epochs"] = epochs
+        print(f"num_epochs {configs.num_epochs} is {epochs} here, by the run's time_budget or min_steps.")
     for name, option in options.items():
         before = tuple(stored[name]) if isinstance(getattr(configs, name), tuple) else stored.get(name)
         now = getattr(configs, name)
@@ -95,6 +99,15 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
     configs = configs.replace(**kept)
     configs.given = given | set(state["given"])
     return configs
+
+
+def refit_epochs(configs: Configs, state: dict[str, Any]) -> int:
+    """Returns the epochs of a run that goes on: those of its time budget, or `num_epochs` if `min_steps` is in them."""
+    stored = state["configs"]
+    budget = configs.time_budget if "time_budget" in configs.given else stored.get("time_budget")
+    if budget and budget == stored.get("time_budget"):
+        return stored["num_epochs"]
+    return count_epochs(configs.num_epochs, stored.get("min_steps", 0), state.get("steps", 1))
 
 
 def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from finetune.interruption import Interruption
 from finetune.losses import Losses
 from finetune.model_files import load_fitting_model
 from finetune.options import UserError
-from finetune.phases import Phase, changes_images, describe_phase, get_sets, prepare_phase, run_phase
+from finetune.phases import Phase, changes_images, count_epochs, describe_phase, get_sets, prepare_phase, run_phase
 from finetune.probe import compute_features, initialize_head
 from finetune.range_test import suggest_learning_rate
 from finetune.resuming import check_same_data
@@ -235,11 +235,14 @@ def settle_epochs(
     team: Team,
     state: dict[str, Any] | None,
 ) -> Configs:
-    """Fits the number of epochs to `time_budget`, where there is one; a run that goes on keeps its own."""
-    if not configs.time_budget or state or configs.find_learning_rate:
+    """Fits the number of epochs to `time_budget` or `min_steps`; a run that goes on keeps its own."""
+    if state or configs.find_learning_rate:
         return configs
-    epochs = fit_epochs(configs, started, strategy, classifier, *images, loss)
-    return configs.replace(num_epochs=team.exchange(epochs)[0])
+    if configs.time_budget:
+        epochs = team.exchange(fit_epochs(configs, started, strategy, classifier, *images, loss))[0]
+    elif (epochs := count_epochs(configs.num_epochs, configs.min_steps, images.training.steps)) > configs.num_epochs:
+        print(f"min_steps {configs.min_steps}: {epochs} epochs of {images.training.steps} steps.")
+    return configs.replace(num_epochs=epochs)
 
 
 @contextlib.contextmanager

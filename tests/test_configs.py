@@ -92,6 +92,7 @@ DEFAULTS = [
     ("random_crop_area", [1.0, 1.0]),
     ("model_selection", "best_epoch"),
     ("test_time_augmentation", "none"),
+    ("min_steps", 0),
     ("time_budget", ""),
     ("verbose", False),
     ("find_learning_rate", False),

@@ -334,9 +334,12 @@ def test_epochs_are_those_of_the_options(tmp_path):
     options = tmp_path / "options.json"
     options.write_text("{}")
     # As configs.py has them.
-    assert recipes.read_epochs(str(options)) == 100
+    assert recipes.read_epochs(str(options), 100) == 100
+    options.write_text('{"num_epochs": 12, "min_steps": 300, "batch_size": 8}')
+    # 13 batches: 312 steps in 24 epochs.
+    assert recipes.read_epochs(str(options), 100) == 24
     with pytest.raises(UserError, match="Cannot read"):
-        recipes.read_epochs(str(tmp_path / "none.json"))
+        recipes.read_epochs(str(tmp_path / "none.json"), 100)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from small_runs import (
 from configs import Configs
 from finetune.files import remove_stale_files
 from finetune.options import UserError
+from finetune.phases import count_epochs
+from finetune.resuming import configs_to_continue
 from finetune.texts import show_duration, show_moment
 from finetune.time_budget import TimeEstimate, count_validation, time_saving
 from finetune.training_state import save_checkpoint
@@ -51,6 +53,51 @@ def test_a_run_of_a_time_budget_is_that_of_as_many_epochs(tables, tmp_path, caps
     assert found["epoch"] == epochs > 1
     start(**options_of(tables, tmp_path / "epochs", **(options | {"num_epochs": epochs})))
     assert_same_run(tmp_path / "budget", tmp_path / "epochs")
+
+
+def test_few_images_have_epochs_as_the_least_number_of_steps_asks():
+    # 19 batches: 228 steps in 12 epochs, 304 in 16.
+    assert count_epochs(12, 300, 19) == 16
+    assert count_epochs(12, 304, 19) == 16
+    assert count_epochs(12, 305, 19) == 17
+    assert (count_epochs(12, 300, 38), count_epochs(12, 0, 1)) == (12, 12)
+
+
+@pytest.mark.slow
+def test_a_run_of_the_least_number_of_steps_goes_on_by_its_own_command(tables, tmp_path, capsys, stop_at, monkeypatch):
+    # 7 steps an epoch: 3 epochs hold 20.
+    options = {"learning_rate_schedule": "one_cycle", "min_steps": 20, "num_epochs": 1}
+    options = options_of(tables, tmp_path / "steps", **options)
+    stop_at(1, 3)
+    with pytest.raises(SystemExit, match="143"):
+        start(**options)
+    assert "min_steps 20: 3 epochs of 7 steps." in capsys.readouterr().out
+    monkeypatch.undo()
+    assert start(**options, load_model_path=str(tmp_path / "steps"))["epoch"] == 3
+    assert "num_epochs 1 is 3 here, by the run's time_budget or min_steps." in capsys.readouterr().out
+    start(**options_of(tables, tmp_path / "epochs", learning_rate_schedule="one_cycle", num_epochs=3))
+    assert_same_run(tmp_path / "steps", tmp_path / "epochs")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "epochs"),
+    [
+        ({"num_epochs": 7, "time_budget": "60s"}, {"num_epochs": 12}, 7),
+        ({"num_epochs": 7, "time_budget": "60s"}, {"num_epochs": 12, "time_budget": "60s"}, 7),
+        ({"num_epochs": 7, "time_budget": "60s"}, {"num_epochs": 12, "time_budget": ""}, 12),
+        ({"num_epochs": 16, "min_steps": 300}, {"num_epochs": 12, "min_steps": 300}, 16),
+        ({"num_epochs": 16, "min_steps": 300}, {"num_epochs": 20}, 20),
+        ({"num_epochs": 16, "min_steps": 300}, {}, 16),
+        ({"num_epochs": 30, "min_steps": 300}, {"num_epochs": 20}, 20),
+        ({"num_epochs": 7}, {"num_epochs": 12}, 12),
+    ],
+)
+def test_a_run_that_goes_on_has_the_epochs_that_it_was_given_by_time_or_steps(before, now, epochs, tmp_path):
+    state = {"configs": Configs(**before).to_dict(), "given": sorted(before), "steps": 19}
+    configs = Configs()
+    for name, value in now.items():
+        setattr(configs, name, value)
+    assert configs_to_continue(configs, state, str(tmp_path / "latest_model.keras")).num_epochs == epochs
 
 
 def test_timing_a_checkpoint_leaves_nothing_and_may_be_killed(tmp_path, monkeypatch):
