@@ -241,7 +241,10 @@ def settle_epochs(
     if configs.time_budget:
         epochs = team.exchange(fit_epochs(configs, started, strategy, classifier, *images, loss))[0]
     elif (epochs := count_epochs(configs.num_epochs, configs.min_steps, images.training.steps)) > configs.num_epochs:
-        print(f"min_steps {configs.min_steps}: {epochs} epochs of {images.training.steps} steps.")
+        print(
+            f"{epochs} epochs of {images.training.steps} steps, for min_steps {configs.min_steps} "
+            f"({configs.num_epochs} with --min_steps 0)."
+        )
     return configs.replace(num_epochs=epochs)
 
 

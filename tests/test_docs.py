@@ -111,7 +111,7 @@ def test_every_command_of_the_pages_runs(tmp_path):
             words = command.split()[1:]
             if words[0] == "train.py":
                 epochs = 2 if "--load_model_path" in words else 1
-                words += [*small.split(), "--num_epochs", str(epochs), "--overwrite", "True"]
+                words += [*small.split(), "--num_epochs", str(epochs), "--min_steps", "0", "--overwrite", "True"]
             if words[0] == "compare_backbones.py":
                 small_comparison = "--use_imagenet_weights False --pop_conv_layers 66 --backbones MobileNet"
                 words += [*small_comparison.split(), "--image_sizes", "32", "--max_images", "20"]

@@ -71,7 +71,7 @@ def test_a_run_of_the_least_number_of_steps_goes_on_by_its_own_command(tables, t
     stop_at(1, 3)
     with pytest.raises(SystemExit, match="143"):
         start(**options)
-    assert "min_steps 20: 3 epochs of 7 steps." in capsys.readouterr().out
+    assert "3 epochs of 7 steps, for min_steps 20 (1 with --min_steps 0)." in capsys.readouterr().out
     monkeypatch.undo()
     assert start(**options, load_model_path=str(tmp_path / "steps"))["epoch"] == 3
     assert "num_epochs 1 is 3 here, by the run's time_budget or min_steps." in capsys.readouterr().out

@@ -494,7 +494,7 @@ def test_every_script_command_of_the_readme_runs_in_order(tmp_path):
         words = command.split()[1:]
         if words[0] == "train.py":
             epochs = 2 if "--load_model_path" in words else 1
-            words += [*small.split(), "--num_epochs", str(epochs), "--overwrite", "True"]
+            words += [*small.split(), "--num_epochs", str(epochs), "--min_steps", "0", "--overwrite", "True"]
         if words[0] in ("compare_backbones.py", "find_label_errors.py"):
             words += small.split()
         if words[0] == "compare_backbones.py":
