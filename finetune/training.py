@@ -240,7 +240,11 @@ def settle_epochs(
         return configs
     if configs.time_budget:
         epochs = team.exchange(fit_epochs(configs, started, strategy, classifier, *images, loss))[0]
-    elif (epochs := count_epochs(configs.num_epochs, configs.min_steps, images.training.steps)) > configs.num_epochs:
+    else:
+        epochs = count_epochs(configs.num_epochs, configs.min_steps, images.training.steps)
+        if epochs == configs.num_epochs:
+            # It does not count as given: a run that goes on takes it from configs.py.
+            return configs
         print(
             f"{epochs} epochs of {images.training.steps} steps, for min_steps {configs.min_steps} "
             f"({configs.num_epochs} with --min_steps 0)."

@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -24,6 +25,7 @@ from finetune.phases import count_epochs
 from finetune.resuming import configs_to_continue
 from finetune.texts import show_duration, show_moment
 from finetune.time_budget import TimeEstimate, count_validation, time_saving
+from finetune.training import settle_epochs
 from finetune.training_state import save_checkpoint
 from finetune.values import duration_fault, parse_duration
 
@@ -61,6 +63,14 @@ def test_few_images_have_epochs_as_the_least_number_of_steps_asks():
     assert count_epochs(12, 304, 19) == 16
     assert count_epochs(12, 305, 19) == 17
     assert (count_epochs(12, 300, 38), count_epochs(12, 0, 1)) == (12, 12)
+
+
+def test_epochs_that_hold_the_steps_are_not_taken_for_given():
+    images = SimpleNamespace(training=SimpleNamespace(steps=7))
+    # 100 epochs, as configs.py has them, hold 700 steps.
+    settled = [settle_epochs(Configs(min_steps=steps), 0, None, None, images, *[None] * 3) for steps in (700, 701)]
+    assert [configs.num_epochs for configs in settled] == [100, 101]
+    assert [configs.given for configs in settled] == [{"min_steps"}, {"min_steps", "num_epochs"}]
 
 
 @pytest.mark.slow
