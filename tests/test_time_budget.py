@@ -46,7 +46,9 @@ def test_the_end_has_its_day_where_that_is_another_one():
 
 
 @pytest.mark.slow
-def test_a_run_of_a_time_budget_is_that_of_as_many_epochs(tables, tmp_path, capsys):
+def test_a_run_of_a_time_budget_is_that_of_as_many_epochs(tables, tmp_path, capsys, monkeypatch):
+    # Checkpoints as slow as on a network drive: the budget holds few epochs, and the test ends soon.
+    monkeypatch.setattr("finetune.time_budget.time_saving", lambda model, folder: 1.5)
     options = {"learning_rate_schedule": "one_cycle", "random_crop_area": [0.6, 1.0], "augmentation_strength": "photo"}
     found = start(**options_of(tables, tmp_path / "budget", time_budget="20s", **options))
     printed = capsys.readouterr().out
