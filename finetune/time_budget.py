@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -51,7 +53,8 @@ class StepTimes(keras.callbacks.Callback):
             return
         self._ends.append(time.monotonic())
         if len(self._ends) > TIMED_STEPS:
-            self.seconds = (self._ends[-1] - self._ends[0]) / TIMED_STEPS
+            # Not their mean: the epoch's last batch, of fewer images, builds a graph of its own in the first epoch.
+            self.seconds = statistics.median(later - end for end, later in itertools.pairwise(self._ends))
             self.on_timed(batch)
 
     def on_timed(self, batch: int) -> None:

@@ -171,11 +171,12 @@ def test_a_validation_counts_with_its_views_and_those_at_the_end():
     assert count_validation(configs, Sequence()) == (pytest.approx(8), 4)
 
 
-def test_the_estimate_counts_all_that_is_left(capsys, monkeypatch):
+@pytest.mark.parametrize("last", [106.0, 109.0], ids=["even", "a graph for the last batch"])
+def test_the_estimate_counts_all_that_is_left(last, capsys, monkeypatch):
     class Sequence:
         steps, first_step = 20, 0
 
-    moments = iter([100.0, 102.0, 104.0, 106.0])
+    moments = iter([100.0, 102.0, 104.0, last])
     monkeypatch.setattr("finetune.time_budget.time.monotonic", lambda: next(moments))
     estimate = TimeEstimate(5, Sequence(), (8.0, 3))
     estimate.on_epoch_begin(0)
