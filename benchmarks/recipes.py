@@ -219,7 +219,8 @@ def read_epochs(recipe: str, images: int) -> int:
     from finetune.phases import count_epochs
 
     options = Configs(**Configs.read_json(recipe))
-    return count_epochs(options.num_epochs, options.min_steps, math.ceil(images / options.batch_size))
+    steps = math.ceil(images / (options.batch_size * options.gradient_accumulation_steps))
+    return count_epochs(options.num_epochs, options.min_steps, steps)
 
 
 def count_run_epochs(photos: Photos, recipe: str) -> int:

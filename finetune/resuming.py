@@ -74,9 +74,10 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
     """
     stored, options = OF_BEFORE | state["configs"], Configs.options()
     kept, faults = locate_from_here(configs, state, model_path), []
-    if "num_epochs" in configs.given and (epochs := refit_epochs(configs, state)) != configs.num_epochs:
+    epochs, source = refit_epochs(configs, state)
+    if "num_epochs" in configs.given and epochs != configs.num_epochs:
         kept["num_epochs"] = epochs
-        print(f"num_epochs {configs.num_epochs} is {epochs} here, by the run's time_budget or min_steps.")
+        print(f"num_epochs {configs.num_epochs} is {epochs} here, by the run's {source}.")
     for name, option in options.items():
         before = tuple(stored[name]) if isinstance(getattr(configs, name), tuple) else stored.get(name)
         now = getattr(configs, name)
@@ -101,13 +102,15 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
     return configs
 
 
-def refit_epochs(configs: Configs, state: dict[str, Any]) -> int:
-    """Returns the epochs of a run that goes on: those of its time budget, or `num_epochs` if `min_steps` is in them."""
+def refit_epochs(configs: Configs, state: dict[str, Any]) -> tuple[int, str]:
+    """Returns how many epochs a run has that goes on with `num_epochs`, and the option that they are fitted to."""
     stored = state["configs"]
     budget = configs.time_budget if "time_budget" in configs.given else stored.get("time_budget")
     if budget and budget == stored.get("time_budget"):
-        return stored["num_epochs"]
-    return count_epochs(configs.num_epochs, stored.get("min_steps", 0), state.get("steps", 1))
+        return stored["num_epochs"], "time_budget"
+    epochs = count_epochs(configs.num_epochs, stored.get("min_steps", 0), state.get("steps", 1))
+    # On more devices an epoch has fewer steps: that is no reason for more epochs than the run has.
+    return min(epochs, max(configs.num_epochs, stored["num_epochs"])), "min_steps"
 
 
 def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -> dict[str, Any]:

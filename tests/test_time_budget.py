@@ -86,7 +86,7 @@ def test_a_run_of_the_least_number_of_steps_goes_on_by_its_own_command(tables, t
     assert "3 epochs of 7 steps, for min_steps 20 (1 with --min_steps 0)." in capsys.readouterr().out
     monkeypatch.undo()
     assert start(**options, load_model_path=str(tmp_path / "steps"))["epoch"] == 3
-    assert "num_epochs 1 is 3 here, by the run's time_budget or min_steps." in capsys.readouterr().out
+    assert "num_epochs 1 is 3 here, by the run's min_steps." in capsys.readouterr().out
     start(**options_of(tables, tmp_path / "epochs", learning_rate_schedule="one_cycle", num_epochs=3))
     assert_same_run(tmp_path / "steps", tmp_path / "epochs")
 
@@ -100,6 +100,9 @@ def test_a_run_of_the_least_number_of_steps_goes_on_by_its_own_command(tables, t
         ({"num_epochs": 16, "min_steps": 300}, {"num_epochs": 12, "min_steps": 300}, 16),
         ({"num_epochs": 16, "min_steps": 300}, {"num_epochs": 20}, 20),
         ({"num_epochs": 16, "min_steps": 300}, {}, 16),
+        # Before, there were fewer devices.
+        ({"num_epochs": 8, "min_steps": 300}, {"num_epochs": 6}, 8),
+        ({"num_epochs": 8, "min_steps": 300}, {"num_epochs": 12}, 12),
         ({"num_epochs": 30, "min_steps": 300}, {"num_epochs": 20}, 20),
         ({"num_epochs": 7}, {"num_epochs": 12}, 12),
     ],
