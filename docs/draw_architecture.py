@@ -66,7 +66,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "run": (
         *("finetune.run_data", "finetune.run_folder", "finetune.phases", "finetune.selection", "finetune.callbacks"),
-        "finetune.interpolation",
+        *("finetune.head_fit", "finetune.interpolation"),
         *("finetune.training_state", "finetune.checkpoints", "finetune.resuming", "finetune.range_test"),
         *("finetune.time_budget", "finetune.training", "finetune.backbone_comparison"),
     ),

@@ -77,6 +77,7 @@ CARD_FORMS: dict[str, dict[str, Any]] = {
         "best": _NUMBER,
         "best_epoch": (int, None),
         "kept_share": _NUMBER,
+        "has_refitted_head": (bool, None),
     },
     DECISION_FILE: _DECISION,
     METRICS_FILE: {

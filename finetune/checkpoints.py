@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -59,6 +59,7 @@ class Checkpoint(keras.callbacks.Callback):
         interruption: tells which signal has arrived.
         writes: False where another process of the run does so.
         state: of the checkpoint that training continues from.
+        refit: fits the head anew, where averages of weights are compared.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Checkpoint(keras.callbacks.Callback):
         interruption: Interruption,
         writes: bool = True,
         state: dict[str, Any] | None = None,
+        refit: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
         self._take_options(configs)
@@ -86,6 +88,7 @@ class Checkpoint(keras.callbacks.Callback):
             "steps": training.steps,
         }
         self.writes = writes
+        self.refit = refit
         self.phase = phase
         self.classifier = classifier
         self.training = training
@@ -127,6 +130,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.best_aurocs: dict[str, float | None] | None = state.get("best_aurocs")
         # Of the way from the start to the last epoch; between them it is no epoch's model.
         self.kept_share: float | None = state.get("kept_share")
+        self.has_refitted_head: bool = state.get("has_refitted_head", False)
         self.input_waits: list[float] = list(state.get("input_waits", []))
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
@@ -211,6 +215,7 @@ class Checkpoint(keras.callbacks.Callback):
             "best_epoch": self.best_epoch,
             "best_aurocs": self.best_aurocs,
             "kept_share": self.kept_share,
+            "has_refitted_head": self.has_refitted_head,
             "plateau": self.plateau_state,
             "seed_states": [np.asarray(variable).tolist() for variable in seed_states(self.model)],
             "metrics": read_metrics(self.model) if steps_completed else [],
@@ -246,9 +251,10 @@ class Checkpoint(keras.callbacks.Callback):
         else:
             is_best = epochs_completed == self.last_epoch
         if is_best and self.interpolates:
-            kept = choose_weights(self.classifier, self.start_weights, self.validation, logs)
-            self.kept_share = kept.share
-            is_best = kept.share == 1
+            with self.model.distribute_strategy.scope():
+                kept = choose_weights(self.classifier, self.start_weights, self.validation, logs, self.refit)
+            self.kept_share, self.has_refitted_head = kept.share, kept.is_refitted
+            is_best = kept.share == 1 and not kept.is_refitted
             if not is_best:
                 self._note(epochs_completed if kept.share else 0, kept.logs[self.monitor], kept.aurocs)
                 end = self.classifier.get_weights()
@@ -305,7 +311,8 @@ class Checkpoint(keras.callbacks.Callback):
             # Not in training_log.csv: two runs of one seed have the same log, but not the same times.
             "input_wait_by_epoch": self.input_waits,
         }
-        stats |= {"kept_share": self.kept_share} if self.kept_share is not None else {}
+        if self.kept_share is not None:
+            stats |= {"kept_share": self.kept_share, "has_refitted_head": self.has_refitted_head}
         if self.best_aurocs is not None:
             stats["best_auroc_by_class"] = self.best_aurocs
             lines = [f"epoch {self.best_epoch}", f"mean {self.best:.4f}"]

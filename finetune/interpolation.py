@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -20,12 +20,14 @@ class Kept(NamedTuple):
 
     Attributes:
         share: of the way from the start (0) to the last epoch (1).
+        is_refitted: its head was then fitted anew.
         weights: of the classifier.
         logs: its validation figures, as `Validation` names them.
         aurocs: multi-label: of each class.
     """
 
     share: float
+    is_refitted: bool
     weights: list[np.ndarray]
     logs: dict[str, float]
     aurocs: np.ndarray | None
@@ -37,7 +39,11 @@ def mix_weights(start: Sequence[np.ndarray], end: Sequence[np.ndarray], share: f
 
 
 def choose_weights(
-    classifier: keras.Model, start: Sequence[np.ndarray], validation: Validation, logs: dict[str, float]
+    classifier: keras.Model,
+    start: Sequence[np.ndarray],
+    validation: Validation,
+    logs: dict[str, float],
+    refit: Callable[[], Any] | None = None,
 ) -> Kept:
     """Validates averages of the weights before and after fine-tuning, and chooses by the images' log loss.
 
@@ -45,33 +51,53 @@ def choose_weights(
     backbone has learnt from. The batch normalisation's statistics are averaged too: taken anew from the training
     images, they cost 2 points of accuracy on 300 photos of flowers.
 
-    Source: Wortsman et al., CVPR 2022 (arXiv:2109.01903), section 4.
+    The average of two heads belongs to neither's features: where `refit` is given, each average gets a head of its own,
+    and the last epoch's weights stand for comparison both with their head and with another.
+
+    Source: Wortsman et al., CVPR 2022 (arXiv:2109.01903), section 4; Kumar et al., ICLR 2022 (arXiv:2202.10054).
 
     Args:
         classifier: has the last epoch's weights, and has them again in the end.
         start: the weights that training started from.
         validation: has just measured the last epoch's model.
         logs: the figures that it found.
+        refit: fits the classifier's head anew to the training images.
 
     Returns:
         The best one, where it is better than the start by more than a quarter of the standard error of the paired
         difference, else the start. Why is printed.
     """
-    end = classifier.get_weights()
-    tried = {1.0: (Kept(1.0, end, logs, validation.aurocs), validation.get_losses())}
-    for share in SHARES:
-        weights = mix_weights(start, end, share)
-        classifier.set_weights(weights)
-        logs = {}
-        validation.on_epoch_end(-1, logs)
-        tried[share] = Kept(share, weights, logs, validation.aurocs), validation.get_losses()
-    classifier.set_weights(end)
-    shown = "; ".join(f"{share:.0%} {np.nanmean(tried[share][1]):.4f}" for share in sorted(tried))
+    last = Kept(1.0, False, classifier.get_weights(), logs, validation.aurocs), validation.get_losses()
+    first, *averages = _measure_averages(classifier, start, validation, refit)
+    shown = "; ".join(
+        f"{kept.share:.0%}{', head fitted anew,' if kept.is_refitted else ''} {np.nanmean(losses):.4f}"
+        for kept, losses in (first, *averages, last)
+    )
     print(f"\nLog loss of the validation images, from the start's weights (0%) to the last epoch's (100%): {shown}.")
-    kept_start, start_losses = tried.pop(0.0)
-    best, losses = min(tried.values(), key=lambda one: np.nanmean(one[1]))
+    kept_start, start_losses = first
+    best, losses = min((last, *averages), key=lambda one: np.nanmean(one[1]))
     # An image may have become unreadable meanwhile.
     both = ~np.isnan(start_losses + losses)
     gain, error = compare_scores(-start_losses[both], -losses[both])
-    print(describe_choice(best.share, gain, error, int(both.sum())))
+    print(describe_choice(best.share, best.is_refitted, gain, error, int(both.sum())))
     return best if is_better(gain, error) else kept_start
+
+
+def _measure_averages(
+    classifier: keras.Model,
+    start: Sequence[np.ndarray],
+    validation: Validation,
+    refit: Callable[[], Any] | None,
+) -> list[tuple[Kept, np.ndarray]]:
+    """Validates the start's weights, first, and averages; returns each with the losses of the images."""
+    end, measured = classifier.get_weights(), []
+    for share in SHARES if refit is None else (*SHARES, 1.0):
+        classifier.set_weights(mix_weights(start, end, share))
+        if is_refitted := refit is not None and share > 0:
+            refit()
+        logs: dict[str, float] = {}
+        validation.on_epoch_end(-1, logs)
+        kept = Kept(share, is_refitted, classifier.get_weights(), logs, validation.aurocs)
+        measured.append((kept, validation.get_losses()))
+    classifier.set_weights(end)
+    return measured

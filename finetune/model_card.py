@@ -253,7 +253,8 @@ def _list_progress(folder: str, configs: dict[str, Any], stats: dict[str, Any] |
     rows, epoch = {"Epochs": f"{stats['epochs_completed']} of {configs['num_epochs']}"}, stats["best_epoch"]
     if stats["best"] is None or epoch is None:
         return rows
-    place = describe_epoch(epoch, stats.get("kept_share")) + ", the start" * (epoch == 0)
+    is_refitted = bool(stats.get("has_refitted_head"))
+    place = describe_epoch(epoch, stats.get("kept_share"), is_refitted) + ", the start" * (epoch == 0)
     rows["Best epoch"] = f"{place}: {stats['monitor']} {stats['best']:.4f}"
     if place != str(epoch):
         # The log has the figures of no start and of no average.

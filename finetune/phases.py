@@ -14,7 +14,7 @@ from finetune.features import FeatureSequence
 from finetune.freezing import has_fixed_features, prepare_backbone
 from finetune.interruption import Interruption
 from finetune.options import UserError
-from finetune.probe import compute_features, split_head
+from finetune.probe import compute_features, has_only_logits, split_head
 from finetune.trainer import TrainingModel, get_training_model
 from generator import AugmentedImageSequence, naming_bad_images
 
@@ -117,6 +117,17 @@ def changes_images(configs: Configs) -> bool:
     """Tells whether training shows an image otherwise in every epoch."""
     crops = configs.random_crop_area != [1.0, 1.0]
     return bool(configs.augmentation_strength != "none" or crops or configs.mixup_alpha or configs.cutmix_alpha)
+
+
+def refits_head(configs: Configs, classifier: keras.Model) -> bool:
+    """Tells whether averages of a run's weights are compared with heads fitted anew.
+
+    A frozen backbone's features stay as they are, and so does their regression. On photos of several labels such heads
+    were worse by a point: their regularisation is weak, for the photos that they learn from have trained the features.
+    """
+    if configs.model_selection != "interpolate" or configs.multi_label_classification:
+        return False
+    return has_only_logits(classifier) and not has_fixed_features(classifier)
 
 
 def trains_on_features(classifier: keras.Model, images_change: bool) -> bool:

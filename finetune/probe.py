@@ -52,10 +52,16 @@ def compute_features(
     Raises:
         UserError: an image cannot be read, or the model has no `classifier`.
     """
+    return extract_features(build_extractor(model, mirrored), sequence, mirrored)
+
+
+def extract_features(
+    extractor: TrainingModel, sequence: AugmentedImageSequence, mirrored: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Computes features as `compute_features` does, by what `build_extractor` returns."""
     plain = read_plainly(sequence)
     with naming_bad_images(plain):
-        title = "Features of the mirror images" if mirrored else "Features"
-        known, is_read = build_extractor(model, mirrored).predict_sequence(plain, title)
+        known, is_read = extractor.predict_sequence(plain, "Features of the mirror images" if mirrored else "Features")
     features = np.full((len(is_read), known.shape[1]), np.nan, np.float32)
     features[is_read] = known
     sequence.bad_images.update(plain.bad_images)
@@ -89,6 +95,12 @@ def split_head(model: keras.Model) -> keras.Model:
     for layer in head:
         outputs = layer(outputs)
     return keras.Model(inputs, outputs, name="head")
+
+
+def has_only_logits(model: keras.Model) -> bool:
+    """Tells whether a model's classifier is what `initialize_head` takes: without hidden layers."""
+    head = model.layers[-1]
+    return head.name == "classifier" and not _list_hidden_layers(head)
 
 
 def initialize_head(
@@ -225,15 +237,19 @@ def _get_classifier(model: keras.Model) -> keras.Sequential:
     return model.layers[-1]
 
 
+def _list_hidden_layers(classifier: keras.Sequential) -> list[keras.layers.Layer]:
+    return [layer for layer in classifier.layers[1:-2] if not isinstance(layer, layers.Dropout)]
+
+
 def _get_only_dense_layer(model: keras.Model) -> keras.layers.Dense:
-    _, *hidden, logits, _ = _get_classifier(model).layers
-    if hidden := [layer for layer in hidden if not isinstance(layer, layers.Dropout)]:
+    classifier = _get_classifier(model)
+    if hidden := _list_hidden_layers(classifier):
         raise UserError(
             "head_initialization linear_probe: expected a classifier without hidden layers. Received: "
             f"{', '.join(f'{layer.units} units' for layer in hidden)}. Leave sizes of 1 and more out of "
             "classifier_layer_sizes, or set head_initialization to random."
         )
-    return logits
+    return classifier.layers[-2]
 
 
 def _reduce_columns(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

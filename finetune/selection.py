@@ -83,23 +83,26 @@ def get_log_losses(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     return min(tried, key=np.mean)
 
 
-def describe_epoch(epoch: int, kept_share: float | None) -> str:
-    """Names the epoch of the model that is kept, and of an average how far it is from the start."""
-    if kept_share in (None, 0, 1):
-        return str(epoch)
-    return f"{epoch}, of the average that is {kept_share:.0%} of the way from the start to its weights"
+def describe_epoch(epoch: int, kept_share: float | None, is_refitted: bool) -> str:
+    """Names the epoch of the model that is kept, of an average how far it is from the start, and a head of its own."""
+    place = str(epoch)
+    if kept_share not in (None, 0, 1):
+        place += f", of the average that is {kept_share:.0%} of the way from the start to its weights"
+    return place + ", with a head fitted anew" * is_refitted
 
 
-def describe_choice(share: float, gain: float, error: float, number: int) -> str:
+def describe_choice(share: float, is_refitted: bool, gain: float, error: float, number: int) -> str:
     """Says which weights are kept, and why.
 
     Args:
         share: of the way from the start to the last epoch, where the best weights stand.
+        is_refitted: their head was fitted anew.
         gain: by how much their log loss is below the start's.
         error: its standard error.
         number: of validation images.
     """
     what = "the fine-tuned model" if share == 1 else f"the weights {share:.0%} of the way to the fine-tuned model's"
+    what += ", with a head fitted anew" * is_refitted
     figures = f"by {gain:.4f}, standard error {error:.4f}, on {number} validation images"
     if is_better(gain, error):
         return f"Kept {what}: the log loss is lower than the start's {figures}."

@@ -18,7 +18,7 @@ from finetune.callbacks import EpochOrder
 from finetune.files import TEMPORARY_PREFIX
 from finetune.interpolation import SHARES
 from finetune.interruption import Interruption
-from finetune.phases import changes_images, get_phases, get_sets, prepare_phase
+from finetune.phases import changes_images, get_phases, get_sets, prepare_phase, refits_head
 from finetune.progress import begin_line
 from finetune.texts import show_duration, show_moment
 from finetune.training_state import save_checkpoint, seed_states
@@ -62,11 +62,23 @@ class StepTimes(keras.callbacks.Callback):
         self.model.stop_training = True
 
 
-def count_validation(configs: Configs, validation: AugmentedImageSequence) -> tuple[float, int]:
-    """Returns what validating once costs, in training steps, and how often it is done beside once after each epoch."""
-    views = 2 if configs.test_time_augmentation == "flip" else 1
-    more = len(SHARES) if configs.model_selection == "interpolate" else 0
-    return VALIDATION_SHARE * views * validation.steps, more
+def count_views(
+    configs: Configs, training: AugmentedImageSequence, validation: AugmentedImageSequence, refits: bool
+) -> tuple[float, float]:
+    """Returns what validating once costs, in training steps, and what choosing costs at the end of the run.
+
+    Args:
+        configs: of the run.
+        training: the training images.
+        validation: the validation images.
+        refits: the averages that are compared get heads fitted anew.
+    """
+    once = VALIDATION_SHARE * (2 if configs.test_time_augmentation == "flip" else 1) * validation.steps
+    if configs.model_selection != "interpolate":
+        return once, 0.0
+    # The last epoch's weights get a new head too, and the start's keep theirs.
+    of_features = VALIDATION_SHARE * (1 if configs.augmentation_strength == "none" else 2) * training.steps
+    return once, len(SHARES) * (once + refits * of_features) + refits * once
 
 
 class TimeEstimate(StepTimes):
@@ -75,14 +87,16 @@ class TimeEstimate(StepTimes):
     Args:
         epochs: of the whole run.
         training: the training images.
-        validation: what `count_validation` returns.
+        validating: what `count_views` returns first.
+        choosing: what it returns then.
     """
 
-    def __init__(self, epochs: int, training: AugmentedImageSequence, validation: tuple[float, int]) -> None:
+    def __init__(self, epochs: int, training: AugmentedImageSequence, validating: float, choosing: float) -> None:
         super().__init__()
         self.epochs = epochs
         self.training = training
-        self.validation_steps, self.more_validations = validation
+        self.validating = validating
+        self.choosing = choosing
         self._epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
@@ -93,8 +107,8 @@ class TimeEstimate(StepTimes):
         """Prints what is left."""
         epochs = self.epochs - self._epoch
         steps = epochs * self.training.steps - self.training.first_step - batch - 1
-        left = self.seconds * (steps + (epochs + self.more_validations) * self.validation_steps)
-        epoch = self.seconds * (self.training.steps + self.validation_steps)
+        left = self.seconds * (steps + epochs * self.validating + self.choosing)
+        epoch = self.seconds * (self.training.steps + self.validating)
         print(
             f"{begin_line()}About {show_duration(epoch)} an epoch, {show_duration(left)} to go for {self.epochs} "
             f"epochs, until {show_moment(left)}."
@@ -147,10 +161,10 @@ def fit_epochs(
         classifier.set_weights(weights)
         for variable, seed in zip(seed_states(model), seeds, strict=True):
             variable.assign(seed)
-    validating, more = count_validation(configs, validation)
+    validating, choosing = count_views(configs, training, validation, refits_head(configs, classifier))
     epoch = timed.seconds * (images.steps + validating) + SAVES * saving
     budget = parse_duration(configs.time_budget)
-    left = budget * (1 - RESERVE) - (time.monotonic() - started) - timed.seconds * more * validating
+    left = budget * (1 - RESERVE) - (time.monotonic() - started) - timed.seconds * choosing
     epochs = max(1, int(left / epoch))
     note = "" if left >= epoch else ", which is more than the budget holds"
     print(f"time_budget {configs.time_budget}: {epochs} epochs of about {show_duration(epoch)}{note}.")

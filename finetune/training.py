@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +16,23 @@ from configs import Configs
 from finetune.callbacks import AveragedWeights, BadImages, EpochOrder, InputWait, RangeTest, Schedule, Validation
 from finetune.checkpoints import BeforeValidation, Checkpoint, advising_on_bad_images
 from finetune.devices import set_seed
-from finetune.feature_store import find_features
 from finetune.freezing import has_fixed_features
+from finetune.head_fit import HeadFit
 from finetune.inference_model import get_classifier
 from finetune.interruption import Interruption
 from finetune.losses import Losses
 from finetune.model_files import load_fitting_model
 from finetune.options import UserError
-from finetune.phases import Phase, changes_images, count_epochs, describe_phase, get_sets, prepare_phase, run_phase
-from finetune.probe import compute_features, initialize_head
+from finetune.phases import (
+    Phase,
+    changes_images,
+    count_epochs,
+    describe_phase,
+    get_sets,
+    prepare_phase,
+    refits_head,
+    run_phase,
+)
 from finetune.range_test import suggest_learning_rate
 from finetune.resuming import check_same_data
 from finetune.run_folder import CURVES_FOLDER, clear_folder, describe_run, fingerprint, leads_into, locked
@@ -34,7 +41,7 @@ from finetune.stores import hash_file
 from finetune.tables import resolve_class_names
 from finetune.team import Team
 from finetune.texts import MOST_TELLING, join_names
-from finetune.time_budget import TimeEstimate, count_validation, fit_epochs
+from finetune.time_budget import TimeEstimate, count_views, fit_epochs
 from generator import AugmentedImageSequence, Shares, get_generator, naming_bad_images
 from model import ModelFactory
 
@@ -154,46 +161,7 @@ def get_model(
             "other features as soon as it trains; the loss may become infinite. Set head_initialization random and "
             "model_selection best_epoch."
         )
-    multi_label, mirrors = configs.multi_label_classification, configs.augmentation_strength != "none"
-    probed = start_from_probe(
-        classifier, training, multi_label, configs.random_seed, mirrors, team, configs.image_cache_path
-    )
-    return Start(classifier, features=probed)
-
-
-def start_from_probe(
-    classifier: keras.Model,
-    training: AugmentedImageSequence,
-    multi_label: bool,
-    seed: int,
-    mirrors: bool,
-    team: Team,
-    store: str = "",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Starts the classifier's head from a logistic regression on the features of the training images.
-
-    Args:
-        classifier: is changed.
-        training: the training images.
-        multi_label: whether an image may have several labels.
-        seed: of the cross-validation's folds.
-        mirrors: the mirror images count too.
-        team: has the chief's weights in the end.
-        store: the folder where other scripts have left features; a team of several processes computes its own.
-
-    Returns:
-        The features, and which images could be read, as `compute_features` does.
-    """
-    find = functools.partial(find_features, folder=store) if team.size == 1 and store else compute_features
-    features, is_read = find(classifier, training)
-    mirrored = find(classifier, training, mirrored=True)[0][is_read] if mirrors else None
-    strength = initialize_head(classifier, features[is_read], training.labels[is_read], multi_label, seed, mirrored)
-    # Libraries of other hosts may round otherwise: the chief's weights are those of all.
-    head = classifier.get_layer("classifier").get_layer("logits")
-    weights = team.exchange([weight.tolist() for weight in head.get_weights()])[0]
-    head.set_weights([np.array(weight) for weight in weights])
-    print(f"The head starts from a logistic regression on {is_read.sum()} images, C = {strength:.3g}.")
-    return features, is_read
+    return Start(classifier, features=HeadFit(configs, classifier, training, team).start(configs.image_cache_path))
 
 
 def try_learning_rates(
@@ -276,7 +244,7 @@ def report_best(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
     if checkpoint.best is None:
         print(f"{checkpoint.monitor} is undefined in every epoch, so no model is the best one.")
     else:
-        place = describe_epoch(checkpoint.best_epoch, checkpoint.kept_share)
+        place = describe_epoch(checkpoint.best_epoch, checkpoint.kept_share, checkpoint.has_refitted_head)
         # An average is chosen by its log loss: an epoch may have had a better figure.
         word = "Best" if checkpoint.kept_share is None else "The kept model's"
         print(f"{word} {checkpoint.monitor}: {checkpoint.best:.4f} in epoch {place}.")
@@ -333,10 +301,13 @@ def build_callbacks(
     curves = None
     if team.is_chief:
         curves = keras.callbacks.TensorBoard(os.path.join(configs.save_model_path, CURVES_FOLDER), write_graph=False)
+    writes = team.is_chief
+    refit = HeadFit(configs, classifier, training, team).refit if refits_head(configs, classifier) else None
     checkpoint = Checkpoint(
-        configs, phase, classifier, training, measure, plateau, averages, input_wait, interruption, team.is_chief, state
+        configs, phase, classifier, training, measure, plateau, averages, input_wait, interruption, writes, state, refit
     )
-    estimate = TimeEstimate(configs.num_epochs, training, count_validation(configs, validation))
+    views = count_views(configs, training, validation, refits=refit is not None)
+    estimate = TimeEstimate(configs.num_epochs, training, *views)
     before = [EpochOrder(training), input_wait, estimate, BeforeValidation(checkpoint), averages]
     order = [*before, measure, schedule, plateau, curves, bad_images, checkpoint]
     return [callback for callback in order if callback is not None]

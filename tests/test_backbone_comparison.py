@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 import compare_backbones
 import train
 from compare_backbones import CompareConfigs
-from finetune import backbone_comparison, feature_store, probe, training
+from finetune import backbone_comparison, feature_store, head_fit, probe
 from finetune.backbone_comparison import Candidate, Probed, count_passes, draw_images, find_front, judge, rank
 from finetune.backbone_report import (
     describe_suggestion,
@@ -141,7 +141,7 @@ def test_train_takes_the_stored_features_and_starts_from_the_same_head(first, ta
         lines += [line for line in capsys.readouterr().out.splitlines() if "The head starts from" in line]
         assert len(computed) == (0 if store == folder / "store" else 2)
     assert lines[0] == lines[1]
-    assert training.find_features is feature_store.find_features
+    assert head_fit.find_features is feature_store.find_features
 
 
 def test_what_cannot_be_built_is_left_out_and_named(table, tmp_path, capsys, monkeypatch):
