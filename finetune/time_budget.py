@@ -76,9 +76,11 @@ def count_views(
     once = VALIDATION_SHARE * (2 if configs.test_time_augmentation == "flip" else 1) * validation.steps
     if configs.model_selection != "interpolate":
         return once, 0.0
-    # The last epoch's weights get a new head too, and the start's keep theirs.
-    of_features = VALIDATION_SHARE * (1 if configs.augmentation_strength == "none" else 2) * training.steps
-    return once, len(SHARES) * (once + refits * of_features) + refits * once
+    # The last epoch's weights, which are validated already, get a new head too, and the start's keep theirs.
+    refitting = once + VALIDATION_SHARE * (1 if configs.augmentation_strength == "none" else 2) * training.steps * len(
+        SHARES
+    )
+    return once, len(SHARES) * once + refits * refitting
 
 
 class TimeEstimate(StepTimes):

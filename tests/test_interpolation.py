@@ -1,10 +1,12 @@
 """The model that is kept between a run's start and its last epoch."""
 
 import json
+import re
 import shutil
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 from small_runs import assert_same_run, options_of, start, stop_at, tables  # noqa: F401
 
@@ -13,6 +15,7 @@ from finetune.interpolation import SHARES, choose_weights, mix_weights
 from finetune.options import UserError
 from finetune.selection import get_log_losses
 from finetune.training_state import read_state
+from generator import AugmentedImageSequence
 
 OPTIONS = {"head_initialization": "linear_probe", "model_selection": "interpolate", "num_epochs": 2}
 # Two features, two classes; the second one is the truth where their sum is positive, but for one image of ten.
@@ -82,6 +85,32 @@ def test_the_start_is_kept_where_nothing_is_clearly_better(capsys):
     assert "Kept the start, the simpler model" in capsys.readouterr().out
 
 
+def test_each_average_is_judged_with_a_head_fitted_anew_and_the_last_epoch_s_with_both(capsys):
+    model, first = build_line([0.0, 2.0]), build_line([2.0, 0.0]).get_weights()
+    seen = []
+
+    def refit():
+        seen.append(model.get_weights()[0][:, 1].tolist())
+        model.set_weights([np.array([[-1.0, 1.0], [-1.0, 1.0]]) * (len(seen) == 2)])
+
+    kept = choose_weights(model, first, Validated(model), {"val_accuracy": 0.9}, refit)
+    assert seen == [[1.5, 0.5], [1.0, 1.0], [0.0, 2.0]]
+    assert (kept.share, kept.is_refitted, kept.logs) == (0.5, True, {"val_accuracy": pytest.approx(0.9)})
+    np.testing.assert_array_equal(kept.weights[0], [[-1, 1], [-1, 1]])
+    np.testing.assert_array_equal(model.get_weights()[0], build_line([0.0, 2.0]).get_weights()[0])
+    printed = capsys.readouterr().out
+    assert "Kept the weights 50% of the way to the fine-tuned model's, with a head fitted anew: " in printed
+    # Heads that tell nothing: a half is the probability of each class.
+    assert re.search(r"heads fitted anew: 0% 0\.\d+; 25% 0\.6931; 50% 0\.\d+; 100% 0\.6931\.", printed)
+
+
+def test_the_start_keeps_its_head_and_is_kept_with_it_where_the_others_are_no_better():
+    model, first = build_line([0.0, 2.0]), build_line([1.0, 1.0]).get_weights()
+    kept = choose_weights(model, first, Validated(model), {}, lambda: model.set_weights([np.zeros((2, 2))]))
+    assert (kept.share, kept.is_refitted) == (0, False)
+    np.testing.assert_array_equal(kept.weights[0], first[0])
+
+
 def test_an_image_that_has_become_unreadable_is_left_out(capsys):
     model = build_line([0.0, 2.0])
     validation = Validated(model)
@@ -109,26 +138,37 @@ def load(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_the_run_keeps_what_was_chosen(share, tables, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("share", "is_refitted"), [(0.0, False), (0.5, True), (1.0, True)])
+def test_the_run_keeps_what_was_chosen(share, is_refitted, tables, tmp_path, monkeypatch, capsys):
     first, choose = [], choose_weights
 
-    def choose_that(classifier, weights, validation, logs):
+    def choose_that(classifier, weights, validation, logs, refit):
         first.extend(weights)
-        # What is to be kept has lower losses than it has: the last epoch is measured first, then 0, 25, 50 and 75 %.
-        added = iter([50.0 * (one != share) for one in (1.0, *SHARES)])
+        # What is to be kept has lower losses than it has. The last epoch with its own head is measured first.
+        added = iter([50.0, *(50.0 * (one != share) for one in (*SHARES, 1.0))])
         measure = validation.get_losses
         monkeypatch.setattr(validation, "get_losses", lambda: measure() + next(added))
-        return choose(classifier, weights, validation, logs)
+        return choose(classifier, weights, validation, logs, refit)
 
     monkeypatch.setattr("finetune.checkpoints.choose_weights", choose_that)
     found = start(**options_of(tables, tmp_path / "run", **OPTIONS))
     assert "Warning: the linear probe is fitted to a backbone of random weights" in capsys.readouterr().out
     best, latest = load(tmp_path / "run", "best").get_weights(), load(tmp_path / "run", "latest").get_weights()
-    for one, start_weight, end in zip(best, first, latest, strict=True):
+    head = 2 * is_refitted
+    for one, start_weight, end in list(zip(best, first, latest, strict=True))[: len(best) - head]:
         np.testing.assert_allclose(one, (1 - share) * start_weight + share * end, rtol=1e-6, atol=1e-7)
     statistics = json.loads((tmp_path / "run" / ".training_stats.json").read_text())
-    assert (statistics["kept_share"], found["best_epoch"]) == (share, 2 if share else 0)
+    assert (statistics["kept_share"], statistics["has_refitted_head"]) == (share, is_refitted)
+    assert found["best_epoch"] == (2 if share else 0)
+    assert ("with a head fitted anew" in (tmp_path / "run" / "MODEL_CARD.md").read_text()) == is_refitted
+    if is_refitted:
+        # A regression whose intercepts are free gives its images the frequencies of their classes on average.
+        table = pd.read_csv(tables[0])
+        labels = table["class"].astype("category").cat.codes.to_numpy()
+        sequence = AugmentedImageSequence(table["path"].to_numpy(), labels, image_size=(32, 32), batch_size=27)
+        images = sequence[0][0]
+        found = load(tmp_path / "run", "best").predict(np.concatenate([images, images[:, :, ::-1]]))
+        np.testing.assert_allclose(found.mean(axis=0), np.bincount(labels) / len(labels), atol=1e-4)
 
 
 @pytest.mark.slow
@@ -136,6 +176,7 @@ def test_a_stopped_run_chooses_the_same(tables, tmp_path, stop_at, monkeypatch):
     start(**options_of(tables, tmp_path / "run", **OPTIONS))
     state = read_state(str(tmp_path / "run" / "latest_model.keras"))
     assert state["kept_share"] in (*SHARES, 1)
+    assert state["has_refitted_head"] == (state["kept_share"] > 0)
     # Within the last epoch, whose first steps another process then has done.
     stop_at(1, 3)
     with pytest.raises(SystemExit):
@@ -144,10 +185,10 @@ def test_a_stopped_run_chooses_the_same(tables, tmp_path, stop_at, monkeypatch):
     # Killed between the model that is kept and the last epoch's, a run has another one under that name.
     shutil.copy(tmp_path / "run" / "best_model.keras", tmp_path / "stopped")
     start(**options_of(tables, tmp_path / "stopped", load_model_path=str(tmp_path / "stopped"), **OPTIONS))
-    assert read_state(str(tmp_path / "stopped" / "latest_model.keras"))["kept_share"] == state["kept_share"]
-    # Whatever is kept but the last epoch carries no state.
-    names = ["latest_model.keras"] + ["best_model.keras"] * (state["kept_share"] == 1)
-    assert_same_run(tmp_path / "run", tmp_path / "stopped", names)
+    stopped = read_state(str(tmp_path / "stopped" / "latest_model.keras"))
+    assert all(stopped[name] == state[name] for name in ("kept_share", "has_refitted_head"))
+    # A model with a head fitted anew carries no state.
+    assert_same_run(tmp_path / "run", tmp_path / "stopped", ["latest_model.keras"])
     for one, other in zip(*(load(tmp_path / name, "best").get_weights() for name in ("run", "stopped")), strict=True):
         np.testing.assert_array_equal(one, other)
 

@@ -24,7 +24,7 @@ from finetune.options import UserError
 from finetune.phases import count_epochs
 from finetune.resuming import configs_to_continue
 from finetune.texts import show_duration, show_moment
-from finetune.time_budget import TimeEstimate, count_validation, time_saving
+from finetune.time_budget import TimeEstimate, count_views, time_saving
 from finetune.training import settle_epochs
 from finetune.training_state import save_checkpoint
 from finetune.values import duration_fault, parse_duration
@@ -164,14 +164,17 @@ def test_crops_and_a_cache_exclude_each_other(tables, tmp_path):
         start(**options_of(tables, tmp_path / "run", random_crop_area=[0.5, 1.0], image_cache="memory"))
 
 
-def test_a_validation_counts_with_its_views_and_those_at_the_end():
-    class Sequence:
-        steps = 10
-
-    # A validation batch takes 0.4 of a training step's time.
-    assert count_validation(Configs(), Sequence()) == (pytest.approx(4), 0)
+def test_views_count_by_what_they_show_and_how_often():
+    training, validation = SimpleNamespace(steps=100), SimpleNamespace(steps=10)
+    # A batch that is only looked at takes 0.4 of a training step's time.
+    assert count_views(Configs(), training, validation, refits=False) == (pytest.approx(4), 0)
     configs = Configs(test_time_augmentation="flip", model_selection="interpolate", head_initialization="linear_probe")
-    assert count_validation(configs, Sequence()) == (pytest.approx(8), 4)
+    # The start and two averages are validated.
+    assert count_views(configs, training, validation, refits=False) == (pytest.approx(8), pytest.approx(24))
+    # The averages and the last weights get new heads, from the training images and their mirror images.
+    assert count_views(configs, training, validation, refits=True) == (pytest.approx(8), pytest.approx(32 + 3 * 80))
+    configs = configs.replace(augmentation_strength="none")
+    assert count_views(configs, training, validation, refits=True) == (pytest.approx(8), pytest.approx(32 + 3 * 40))
 
 
 @pytest.mark.parametrize("last", [106.0, 109.0], ids=["even", "a graph for the last batch"])
@@ -181,9 +184,9 @@ def test_the_estimate_counts_all_that_is_left(last, capsys, monkeypatch):
 
     moments = iter([100.0, 102.0, 104.0, last])
     monkeypatch.setattr("finetune.time_budget.time.monotonic", lambda: next(moments))
-    estimate = TimeEstimate(5, Sequence(), (8.0, 3))
+    estimate = TimeEstimate(5, Sequence(), 8.0, 24.0)
     estimate.on_epoch_begin(0)
     for batch in range(4):
         estimate.on_train_batch_end(batch)
-    # Steps of 2 s: 96 of training are left, and 5 + 3 validations of 8 each.
+    # Steps of 2 s: 96 of training are left, 5 validations of 8 each, and 24 that choose in the end.
     assert "About 56 s an epoch, 5 min 20 s to go for 5 epochs, until " in capsys.readouterr().out
