@@ -19,9 +19,10 @@ from small_runs import (
 
 from configs import Configs
 from finetune import phases, training
+from finetune.freezing import prepare_backbone
 from finetune.images import read_image, resize_image
 from finetune.options import UserError
-from finetune.phases import Phase, describe_phase, run_phase
+from finetune.phases import Phase, describe_phase, refits_head, run_phase
 from generator import Shares
 from model import ModelFactory
 
@@ -146,6 +147,25 @@ def test_training_that_makes_the_probe_worse_leaves_it_the_best_model(tables, tm
     images = np.stack([resize_image(image, (32, 32)) for image in images])
     expected = np.array(sorted(set(table["class"])))[best.predict(images, verbose=0).argmax(axis=1)] == table["class"]
     assert expected.mean() == pytest.approx(found["best"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"model_selection": "last_epoch"}, False),
+        ({"multi_label_classification": True}, False),
+        # Its features, and so its regression, are those of the start.
+        ({"conv_layers_to_train": 0}, False),
+        ({"classifier_layer_sizes": [16]}, False),
+    ],
+)
+def test_heads_are_fitted_anew_where_the_backbone_learns_one_label_an_image(options, expected):
+    configs = Configs(**{"model_selection": "interpolate", "visual_model_name": "MobileNet"} | options)
+    configs = configs.replace(classes=["a", "b"], use_imagenet_weights=False, image_target_size=(32, 32, 3))
+    classifier = ModelFactory().get_model(configs)
+    prepare_backbone(classifier.get_layer("backbone"), configs.conv_layers_to_train, None)
+    assert refits_head(configs, classifier) is expected
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from finetune.devices import precision_policy
 from finetune.features import FeatureSequence
 from finetune.images import read_image, resize_image
 from finetune.options import UserError
-from finetune.probe import compute_features, cross_validate, initialize_head, split_head
+from finetune.probe import compute_features, cross_validate, has_only_logits, initialize_head, split_head
 from model import ModelFactory
 
 
@@ -282,6 +282,14 @@ def test_hidden_layers_are_refused():
     model, _ = head_of(8, layer_sizes=[16, 0.5])
     with pytest.raises(UserError, match="without hidden layers. Received: 16 units. Leave sizes of 1 and more out of"):
         initialize_head(model, np.zeros((4, 8), np.float32), np.arange(4) % 2, False, 0)
+
+
+def test_only_a_classifier_without_hidden_layers_can_be_fitted():
+    assert has_only_logits(head_of(8)[0])
+    assert has_only_logits(head_of(8, layer_sizes=[0.5])[0])
+    assert not has_only_logits(head_of(8, layer_sizes=[16, 0.5])[0])
+    inputs = keras.Input((8,))
+    assert not has_only_logits(keras.Model(inputs, keras.layers.Dense(2)(inputs)))
 
 
 def test_features_that_are_not_finite_are_refused():
