@@ -103,10 +103,20 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
 
 
 def refit_epochs(configs: Configs, state: dict[str, Any]) -> tuple[int, str]:
-    """Returns how many epochs a run has that goes on with `num_epochs`, and the option that they are fitted to."""
+    """Returns how many epochs a run has that goes on with `num_epochs`, and the option that they are fitted to.
+
+    Raises:
+        UserError: they would have to be fitted to another time.
+    """
     stored = state["configs"]
-    budget = configs.time_budget if "time_budget" in configs.given else stored.get("time_budget")
-    if budget and budget == stored.get("time_budget"):
+    before = stored.get("time_budget", "")
+    budget = configs.time_budget if "time_budget" in configs.given else before
+    if budget and budget != before:
+        raise UserError(
+            f"time_budget: expected {before!r}, for the {stored['num_epochs']} epochs of a run that goes on are fitted "
+            f"already. Received: {budget!r}. Leave it out, or give the epochs by --num_epochs and --time_budget ''."
+        )
+    if budget:
         return stored["num_epochs"], "time_budget"
     epochs = count_epochs(configs.num_epochs, stored.get("min_steps", 0), state.get("steps", 1))
     # On more devices an epoch has fewer steps: that is no reason for more epochs than the run has.

@@ -115,6 +115,14 @@ def test_a_run_that_goes_on_has_the_epochs_that_it_was_given_by_time_or_steps(be
     assert configs_to_continue(configs, state, str(tmp_path / "latest_model.keras")).num_epochs == epochs
 
 
+@pytest.mark.parametrize("before", ["", "60s"])
+def test_the_epochs_of_a_run_that_goes_on_are_not_fitted_to_another_time(before, tmp_path):
+    state = {"configs": Configs(num_epochs=7, time_budget=before).to_dict(), "given": [], "steps": 19}
+    configs = Configs(time_budget="10m")
+    with pytest.raises(UserError, match=f"time_budget: expected '{before}', for the 7 epochs .* Received: '10m'"):
+        configs_to_continue(configs, state, str(tmp_path / "latest_model.keras"))
+
+
 def test_timing_a_checkpoint_leaves_nothing_and_may_be_killed(tmp_path, monkeypatch):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     assert time_saving(model, str(tmp_path / "run")) > 0
