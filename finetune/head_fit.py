@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from configs import Configs
 from finetune.feature_store import find_features
-from finetune.probe import build_extractor, compute_features, extract_features, initialize_head
+from finetune.probe import FeaturesNotFinite, build_extractor, compute_features, extract_features, initialize_head
 from finetune.team import Team
 from finetune.trainer import TrainingModel
 from generator import AugmentedImageSequence
@@ -57,8 +58,9 @@ class HeadFit:
         return features, is_read
 
     def refit(self) -> None:
-        """Fits the head to what the backbone sees by now."""
-        self._fit(lambda mirrored: extract_features(self._get_extractor(mirrored), self.training, mirrored))
+        """Fits the head to what the backbone sees by now; where that is not finite the head stays as it is."""
+        with contextlib.suppress(FeaturesNotFinite):
+            self._fit(lambda mirrored: extract_features(self._get_extractor(mirrored), self.training, mirrored))
 
     def _fit(self, find: Callable[[bool], tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, float]:
         """Fits the head to features that are found, of images or mirror images; returns them, and the strength."""

@@ -34,6 +34,10 @@ MOST_DOUBLED = 2**25
 TOLERANCE, SINGLE_TOLERANCE = 1e-7, 1e-4
 
 
+class FeaturesNotFinite(UserError):
+    """A backbone has no regression: its features are infinite or not numbers."""
+
+
 def compute_features(
     model: keras.Model, sequence: AugmentedImageSequence, mirrored: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -133,12 +137,12 @@ def initialize_head(
         The strength C, the variance of the kernels' prior on features of variance 1.
 
     Raises:
-        UserError: the classifier has hidden layers, or a feature is not finite.
+        UserError: the classifier has hidden layers, or (`FeaturesNotFinite`) a feature is not finite.
     """
     logits = _get_only_dense_layer(model)
     views = [features] if mirrored is None else [features, mirrored]
     if not all(np.isfinite(view).all() for view in views):
-        raise UserError("The backbone's features are not finite: its weights are damaged. Load another model.")
+        raise FeaturesNotFinite("The backbone's features are not finite: its weights are damaged. Load another model.")
     kernel, bias, strength = _fit_regression(views, labels, multi_label, logits.units, seed)
     logits.set_weights([kernel, bias])
     return strength

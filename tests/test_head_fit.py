@@ -1,0 +1,47 @@
+"""The head fitted to a run's training images, at the start and anew."""
+
+import numpy as np
+import pytest
+from probed_photos import (
+    build,
+    make_sequence,
+    photos,  # noqa: F401
+)
+
+from configs import Configs
+from finetune.head_fit import HeadFit
+from finetune.probe import FeaturesNotFinite, compute_features, initialize_head
+from finetune.team import Team
+
+
+def weights_of(model):
+    return model.get_layer("classifier").get_layer("logits").get_weights()
+
+
+@pytest.mark.parametrize("strength", ["none", "photo"])
+def test_the_head_is_that_of_the_features_of_now(photos, strength):
+    model, same = build(), build()
+    fit = HeadFit(Configs(augmentation_strength=strength, random_seed=3), model, make_sequence(photos), Team())
+    fit.start("")
+    for change in (1.0, 0.5):
+        backbone = model.get_layer("backbone")
+        backbone.set_weights([weight * change + (1 - change) for weight in backbone.get_weights()])
+        same.set_weights(model.get_weights())
+        features = [compute_features(same, make_sequence(photos), mirrored)[0] for mirrored in (False, True)]
+        initialize_head(same, features[0], photos[1], False, 3, features[1] if strength == "photo" else None)
+        fit.refit()
+        for one, other in zip(weights_of(model), weights_of(same), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_weights_of_infinite_features_keep_their_head(photos):
+    model = build()
+    backbone = model.get_layer("backbone")
+    kernel, bias = backbone.get_weights()
+    backbone.set_weights([kernel, np.full_like(bias, np.inf)])
+    before = weights_of(model)
+    fit = HeadFit(Configs(random_seed=3), model, make_sequence(photos), Team())
+    fit.refit()
+    np.testing.assert_array_equal(weights_of(model)[0], before[0])
+    with pytest.raises(FeaturesNotFinite, match="features are not finite: its weights are damaged"):
+        fit.start("")
