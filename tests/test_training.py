@@ -230,6 +230,8 @@ RECIPE |= {
 RECIPE |= {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "optimizer_type": "AdamW", "label_smoothing": 0.1}
 RECIPE |= {"backbone_learning_rate_multiplier": 0.1, "augmentation_strength": "strong"}
 FEATURES = {"head_initialization": "linear_probe", "conv_layers_to_train": 0, "augmentation_strength": "none"}
+AVERAGED = {"head_initialization": "linear_probe", "model_selection": "interpolate", "test_time_augmentation": "flip"}
+AVERAGED |= {"early_stopping_patience": 0}
 
 
 @pytest.mark.slow
@@ -241,6 +243,7 @@ FEATURES = {"head_initialization": "linear_probe", "conv_layers_to_train": 0, "a
         (2, "multi-label", {"loss": "asymmetric"}),
         (2, "single-label", RECIPE),
         (2, "single-label", FEATURES),
+        (2, "single-label", AVERAGED),
     ],
 )
 def test_processes_give_the_bits_of_devices_in_one_process(tables, multi_label, tmp_path, number, mode, more):
@@ -254,7 +257,8 @@ def test_processes_give_the_bits_of_devices_in_one_process(tables, multi_label, 
     assert statuses == [0] * number, outputs
     assert_same(tmp_path / "mirrored", folder)
     assert len(set(read_digests(tmp_path, number))) == 1
-    assert "Best val_" in outputs[0][0]
+    assert ("The kept model's val_" if more is AVERAGED else "Best val_") in outputs[0][0]
+    assert ("with heads fitted anew" in outputs[0][0]) == (more is AVERAGED)
     stats = json.loads((folder / ".training_stats.json").read_text())
     assert len(stats["input_wait_by_epoch"]) == stats["epochs_completed"]
     for output, _ in outputs[1:]:
