@@ -31,6 +31,9 @@ TIMED_STEPS = 3
 VALIDATION_SHARE = 0.4
 # An epoch ends in a checkpoint; copying it as the best one, the logs and what validation starts take as long again.
 SAVES = 2
+# The graph of training is built again when it begins; those of validation and of features, without the way back, take
+# about as long together.
+BUILDS = 2
 # What is left free of a budget for building, the first step's graph and the probe's comparison.
 RESERVE = 0.1
 
@@ -156,8 +159,10 @@ def fit_epochs(
         weights, seeds = classifier.get_weights(), [variable.numpy() for variable in seed_states(model)]
     timed = StepTimes()
     epochs = 1 + math.ceil(TIMED_STEPS / images.steps)
+    begin = time.monotonic()
     with naming_bad_images(images):
         model.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), timed], Interruption())
+    building = max(0.0, time.monotonic() - begin - timed.seconds * (TIMED_STEPS + 1))
     saving = time_saving(model, configs.save_model_path)
     with strategy.scope():
         classifier.set_weights(weights)
@@ -167,6 +172,7 @@ def fit_epochs(
     epoch = timed.seconds * (images.steps + validating) + SAVES * saving
     budget = parse_duration(configs.time_budget)
     left = budget * (1 - RESERVE) - (time.monotonic() - started) - timed.seconds * choosing
+    left -= BUILDS * building
     epochs = max(1, int(left / epoch))
     note = "" if left >= epoch else ", which is more than the budget holds"
     print(f"time_budget {configs.time_budget}: {epochs} epochs of about {show_duration(epoch)}{note}.")
