@@ -11,6 +11,7 @@ import numpy as np
 
 from configs import Configs
 from finetune.feature_store import find_features
+from finetune.losses import get_class_weights
 from finetune.probe import FeaturesNotFinite, build_extractor, compute_features, extract_features, initialize_head
 from finetune.team import Team
 from finetune.trainer import TrainingModel
@@ -20,7 +21,7 @@ from generator import AugmentedImageSequence
 class HeadFit:
     """Makes a classifier's head the logistic regression on the features that the training images have now.
 
-    Where training changes images, their mirror images count too.
+    Where training changes images, their mirror images count too, and as training balances the classes, so does this.
 
     Args:
         configs: of the run.
@@ -33,6 +34,9 @@ class HeadFit:
         self.multi_label = configs.multi_label_classification
         self.seed = configs.random_seed
         self.mirrors = configs.augmentation_strength != "none"
+        self.class_weights = None
+        if configs.use_class_balancing and not self.multi_label:
+            self.class_weights = np.array([*get_class_weights(training.labels, len(configs.classes)).values()])
         self.classifier = classifier
         self.training = training
         self.team = team
@@ -66,8 +70,15 @@ class HeadFit:
         """Fits the head to features that are found, of images or mirror images; returns them, and the strength."""
         features, is_read = find(False)
         mirrored = find(True)[0][is_read] if self.mirrors else None
-        labels = self.training.labels[is_read]
-        strength = initialize_head(self.classifier, features[is_read], labels, self.multi_label, self.seed, mirrored)
+        strength = initialize_head(
+            self.classifier,
+            features[is_read],
+            self.training.labels[is_read],
+            self.multi_label,
+            self.seed,
+            mirrored,
+            self.class_weights,
+        )
         # Libraries of other hosts may round otherwise: the chief's weights are those of all.
         logits = self.classifier.get_layer("classifier").get_layer("logits")
         weights = self.team.exchange([weight.tolist() for weight in logits.get_weights()])[0]

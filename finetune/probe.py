@@ -114,6 +114,7 @@ def initialize_head(
     multi_label: bool,
     seed: int,
     mirrored: np.ndarray | None = None,
+    class_weights: np.ndarray | None = None,
 ) -> float:
     """Makes a model's classifier the logistic regression on the backbone's features: it starts from the best answers
     that a frozen backbone allows, where a random one would first pull the backbone's weights apart.
@@ -132,6 +133,8 @@ def initialize_head(
         seed: of the cross-validation's folds.
         mirrored: the features of the mirror images, in the order of `features`: each image then counts half as itself
             and half as that. They have no part in the choice of the strength.
+        class_weights: single-label, `(classes,)`: how much an image of each class counts in the loss. They have no part
+            in that choice either.
 
     Returns:
         The strength C, the variance of the kernels' prior on features of variance 1.
@@ -143,7 +146,7 @@ def initialize_head(
     views = [features] if mirrored is None else [features, mirrored]
     if not all(np.isfinite(view).all() for view in views):
         raise FeaturesNotFinite("The backbone's features are not finite: its weights are damaged. Load another model.")
-    kernel, bias, strength = _fit_regression(views, labels, multi_label, logits.units, seed)
+    kernel, bias, strength = _fit_regression(views, labels, multi_label, logits.units, seed, class_weights)
     logits.set_weights([kernel, bias])
     return strength
 
@@ -209,7 +212,12 @@ def _deal_folds(labels: np.ndarray, seed: int) -> list[np.ndarray]:
 
 
 def _fit_regression(
-    views: Sequence[np.ndarray], labels: np.ndarray, multi_label: bool, number: int, seed: int
+    views: Sequence[np.ndarray],
+    labels: np.ndarray,
+    multi_label: bool,
+    number: int,
+    seed: int,
+    class_weights: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Fits the regression to all views together, its strength chosen on the first; returns kernel, bias, strength."""
     # One scale for all channels: the grid of strengths then suits every backbone.
@@ -222,7 +230,7 @@ def _fit_regression(
         scaled, directions = _reduce_columns(scaled)
         targets = list(labels.T.astype(int)) if multi_label else [labels]
         strength = _choose_strength(scaled[: len(labels)], targets, seed)
-        fit = _fit_labels if multi_label else _fit_classes
+        fit = _fit_labels if multi_label else functools.partial(_fit_classes, class_weights=class_weights)
         # The loss is a sum over rows: a share of C is the weight of a row.
         repeated = np.concatenate([labels] * len(views))
         kernel, bias = fit(scaled, repeated, number, strength / len(views))
@@ -333,7 +341,12 @@ def _build_regression(**options: Any) -> LogisticRegression:
 
 
 def _fit_classes(
-    features: np.ndarray, labels: np.ndarray, number: int, strength: float, tolerance: float = TOLERANCE
+    features: np.ndarray,
+    labels: np.ndarray,
+    number: int,
+    strength: float,
+    tolerance: float = TOLERANCE,
+    class_weights: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fits one regression to labels `(images,)`; returns kernel `(columns, number)` and bias `(number,)`."""
     counts = np.bincount(labels, minlength=number)
@@ -341,7 +354,8 @@ def _fit_classes(
     known = np.flatnonzero(counts)
     if len(known) == 1:
         return kernel, bias
-    regression = _build_regression(C=strength, tol=tolerance).fit(features, labels)
+    weights = None if class_weights is None else class_weights[labels]
+    regression = _build_regression(C=strength, tol=tolerance).fit(features, labels, sample_weight=weights)
     # Of two classes it gives one score: half of it for the one, and half against the other.
     signs = np.array([[-0.5], [0.5]]) if len(known) == 2 else 1.0
     kernel[:, known] = (regression.coef_ * signs).T
