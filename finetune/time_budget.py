@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import statistics
@@ -48,16 +47,23 @@ class StepTimes(keras.callbacks.Callback):
     def __init__(self) -> None:
         super().__init__()
         self.seconds = 0.0
-        self._ends: list[float] = []
+        self._times: list[float] = []
+        self._begun = 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Notes when the first step begins: what was between two epochs is no part of a step."""
+        self._begun = time.monotonic()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         """Notes the end of a step, and tells `on_timed` once."""
         if self.seconds:
             return
-        self._ends.append(time.monotonic())
-        if len(self._ends) > TIMED_STEPS:
+        now = time.monotonic()
+        self._times.append(now - self._begun)
+        self._begun = now
+        if len(self._times) > TIMED_STEPS:
             # Not their mean: the epoch's last batch, of fewer images, builds a graph of its own in the first epoch.
-            self.seconds = statistics.median(later - end for end, later in itertools.pairwise(self._ends))
+            self.seconds = statistics.median(self._times[1:])
             self.on_timed(batch)
 
     def on_timed(self, batch: int) -> None:
@@ -105,7 +111,8 @@ class TimeEstimate(StepTimes):
         self._epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Notes the epoch."""
+        """Notes the epoch, and when it begins."""
+        super().on_epoch_begin(epoch, logs)
         self._epoch = epoch
 
     def on_timed(self, batch: int) -> None:

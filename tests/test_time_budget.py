@@ -190,7 +190,7 @@ def test_the_estimate_counts_all_that_is_left(last, capsys, monkeypatch):
     class Sequence:
         steps, first_step = 20, 0
 
-    moments = iter([100.0, 102.0, 104.0, last])
+    moments = iter([90.0, 100.0, 102.0, 104.0, last])
     monkeypatch.setattr("finetune.time_budget.time.monotonic", lambda: next(moments))
     estimate = TimeEstimate(5, Sequence(), 8.0, 24.0)
     estimate.on_epoch_begin(0)
@@ -198,3 +198,14 @@ def test_the_estimate_counts_all_that_is_left(last, capsys, monkeypatch):
         estimate.on_train_batch_end(batch)
     # Steps of 2 s: 96 of training are left, 5 validations of 8 each, and 24 that choose in the end.
     assert "About 56 s an epoch, 5 min 20 s to go for 5 epochs, until " in capsys.readouterr().out
+
+
+def test_what_is_between_two_epochs_is_no_part_of_a_step(monkeypatch):
+    # Epochs of one step of 2 s, but for the first one's 10, and 5 s of validation after each.
+    moments = iter([0.0, 10.0, 15.0, 17.0, 22.0, 24.0, 29.0, 31.0])
+    monkeypatch.setattr("finetune.time_budget.time.monotonic", lambda: next(moments))
+    estimate = TimeEstimate(10, SimpleNamespace(steps=1, first_step=0), 2.0, 0.0)
+    for epoch in range(4):
+        estimate.on_epoch_begin(epoch)
+        estimate.on_train_batch_end(0)
+    assert estimate.seconds == 2
