@@ -81,12 +81,19 @@ EVERY |= {"gradient_accumulation_steps": 2, "batch_size": 2, "mixup_alpha": 0.2,
 EVERY |= {"optimizer_type": "AdamW", "label_smoothing": 0.1, "backbone_learning_rate_multiplier": 0.1}
 
 
+@pytest.fixture(scope="module")
+def whole(tables, tmp_path_factory):
+    """The folder of a run with every option that was not stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    start(**options_of(tables, folder, **EVERY))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_run_with_every_option_continues_to_the_same_bits(tables, tmp_path, stop):
+def test_a_run_with_every_option_continues_to_the_same_bits(tables, whole, tmp_path, stop):
     # The cosine ends with the run: what is stopped must be a run of as many epochs.
-    whole, run = options_of(tables, tmp_path / "whole", **EVERY), options_of(tables, tmp_path / "run", **EVERY)
-    start(**whole)
+    run = options_of(tables, tmp_path / "run", **EVERY)
     original = run_phase
 
     class Stop(Exception):
@@ -105,8 +112,10 @@ def test_a_run_with_every_option_continues_to_the_same_bits(tables, tmp_path, st
         with pytest.raises(Stop):
             start(**run)
     start(**run | {"load_model_path": str(tmp_path / "run" / "latest_model.keras")})
-    assert_same_run(tmp_path / "whole", tmp_path / "run", ["latest_model.keras"])
-    for one, other in zip(*(weights_of(tmp_path / name, "best_model.keras") for name in ("whole", "run")), strict=True):
+    assert_same_run(whole, tmp_path / "run", ["latest_model.keras"])
+    for one, other in zip(
+        *(weights_of(folder, "best_model.keras") for folder in (whole, tmp_path / "run")), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
 
 

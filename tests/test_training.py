@@ -238,7 +238,6 @@ AVERAGED |= {"early_stopping_patience": 0}
 @pytest.mark.parametrize(
     ("number", "mode", "more"),
     [
-        (2, "single-label", {}),
         (3, "single-label", {}),
         (2, "multi-label", {"loss": "asymmetric"}),
         (2, "single-label", RECIPE),
@@ -275,19 +274,25 @@ def test_accumulated_batches_on_two_devices_give_the_weights_of_one(tables, tmp_
     assert_close(tmp_path / "one", tmp_path / "two", 1e-5)
 
 
+@pytest.fixture(scope="module")
+def whole(tables, tmp_path_factory):
+    """The folder of a run of two workers that was not stopped, and the options that it had."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = options_of(tables, folder / "run", num_epochs=4, checkpoint_every_steps=1, **NORMED)
+    options |= {"distribution_strategy": "multi_worker"}
+    statuses, outputs = finish(start_workers(folder, options, 2))
+    assert statuses == [0, 0], outputs
+    return folder, options
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_worker_stops_all_and_the_run_goes_on_to_the_same_bits(tables, tmp_path, victim):
-    options = options_of(tables, tmp_path / "whole", num_epochs=4, checkpoint_every_steps=1, **NORMED)
-    options |= {"distribution_strategy": "multi_worker"}
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    statuses, outputs = finish(start_workers(tmp_path / "a", options, 2))
-    assert statuses == [0, 0], outputs
+def test_a_killed_worker_stops_all_and_the_run_goes_on_to_the_same_bits(whole, tmp_path, victim):
+    whole_folder, options = whole
     folder = tmp_path / "killed"
-    options |= {"save_model_path": str(folder)}
+    options = options | {"save_model_path": str(folder)}
     latest, rng = folder / "latest_model.keras", np.random.default_rng(victim)
-    workers = start_workers(tmp_path / "b", options, 2)
+    workers = start_workers(tmp_path, options, 2)
     while not latest.exists():
         assert workers[0].poll() is None, workers[0].communicate()
         time.sleep(0.001)
@@ -302,10 +307,10 @@ def test_a_killed_worker_stops_all_and_the_run_goes_on_to_the_same_bits(tables, 
     assert len(lines) == 1
     assert f"--load_model_path {folder}" in lines[0]
     assert "Traceback" not in outputs[1 - victim][1]
-    statuses, outputs = finish(start_workers(tmp_path / "b", options | {"load_model_path": str(folder)}, 2))
+    statuses, outputs = finish(start_workers(tmp_path, options | {"load_model_path": str(folder)}, 2))
     assert statuses == [0, 0], outputs
-    assert_same(tmp_path / "whole", folder)
-    assert read_digests(tmp_path / "a", 2) == read_digests(tmp_path / "b", 2)
+    assert_same(whole_folder / "run", folder)
+    assert read_digests(whole_folder, 2) == read_digests(tmp_path, 2)
 
 
 @pytest.mark.slow
