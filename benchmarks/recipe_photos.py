@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import pandas as pd
 
 from finetune.files import IMAGE_SUFFIXES, write_csv
 from finetune.options import UserError
+from finetune.stores import hash_file
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table
 
 LABEL_COLUMN = "class"
@@ -33,6 +35,7 @@ class Photos(NamedTuple):
         multi_label: whether a photo may have several labels.
         image_size: pixels a side; None leaves it to the recipes.
         per_class: how many photos of each class train; None takes all that may.
+        copies: rows that have no part: their files are the same as others', so that what one set learns another tests.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Photos(NamedTuple):
     multi_label: bool
     image_size: int | None = None
     per_class: int | None = None
+    copies: Sequence[int] = ()
 
 
 def read_photos(name: str, place: str, image_size: int | None = None) -> Photos:
@@ -68,7 +72,17 @@ def read_photos(name: str, place: str, image_size: int | None = None) -> Photos:
     class_names = sorted({label for row in labels for label in row})
     truth = np.array([[class_name in row for class_name in class_names] for row in labels], float)
     paths = np.array([os.path.abspath(path) for path in paths])
-    return Photos(name, paths, truth, class_names, bool(is_csv), image_size)
+    copies = find_copies(paths)
+    if copies:
+        print(f"{name}: photos whose files are the same have no part: {', '.join(paths[copies])}")
+    return Photos(name, paths, truth, class_names, bool(is_csv), image_size, copies=copies)
+
+
+def find_copies(paths: Sequence[str]) -> list[int]:
+    """Returns which files are the same as another one, each of them."""
+    digests = [hash_file(path) for path in paths]
+    counts = Counter(digests)
+    return [row for row, digest in enumerate(digests) if counts[digest] > 1]
 
 
 def vary_size(photos: Photos, numbers: Sequence[int], seeds: Sequence[int]) -> list[Photos]:
@@ -186,8 +200,12 @@ def describe_split(photos: Photos) -> dict[str, int]:
 
 
 def select(photos: Photos, seed: int) -> dict[str, np.ndarray]:
-    """Returns the rows of a data set's `training`, `validation` and `test` photos, as `split_photos` does."""
-    return split_photos(photos.truth, seed, photos.per_class)
+    """Returns the rows of a data set's `training`, `validation` and `test` photos, as `split_photos` does, less copies.
+
+    They are left out of the sets and not of the division, which stays that of the folder.
+    """
+    sets = split_photos(photos.truth, seed, photos.per_class)
+    return {name: np.setdiff1d(rows, photos.copies) for name, rows in sets.items()}
 
 
 def select_truth(photos: Photos, seed: int) -> np.ndarray:

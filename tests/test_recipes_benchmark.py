@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,20 @@ def test_folders_are_classes(photo_folder):
     assert (photos.class_names, photos.multi_label) == (["blue", "green", "red"], False)
     np.testing.assert_array_equal(photos.truth, np.repeat(np.eye(3), 12, axis=0))
     assert photos.paths[0] == str(photo_folder / "blue" / "00.jpg")
+
+
+def test_the_same_file_twice_has_no_part_and_the_others_their_sets(photo_folder, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(photo_folder, folder)
+    shutil.copy(folder / "blue" / "03.jpg", folder / "red" / "05.jpg")
+    photos = recipe_photos.read_photos("photos", str(folder))
+    # Twelve photos a class: blue, green, red.
+    assert list(photos.copies) == [3, 29]
+    out = f"{folder / 'blue' / '03.jpg'}, {folder / 'red' / '05.jpg'}"
+    assert capsys.readouterr().out == f"photos: photos whose files are the same have no part: {out}\n"
+    whole = recipe_photos.split_photos(photos.truth, 1)
+    for name, rows in recipe_photos.select(photos, 1).items():
+        assert rows.tolist() == [row for row in whole[name] if row not in (3, 29)]
 
 
 def test_a_table_has_several_labels(multilabel_csv):
