@@ -194,7 +194,7 @@ def deal(truth: np.ndarray, rows: np.ndarray, sizes: Sequence[int], rng: np.rand
 
 
 def describe_split(photos: Photos) -> dict[str, int]:
-    """Returns how many classes, and photos in each set, a data set has and of what size; all seeds have the same."""
+    """Returns how many classes, and photos in each set of the first seed, a data set has and of what size."""
     sizes = {name: len(rows) for name, rows in select(photos, 0).items()}
     return {"classes": len(photos.class_names), "image_size": photos.image_size or IMAGE_SIZE, **sizes}
 

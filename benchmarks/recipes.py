@@ -21,7 +21,8 @@ The test photos chose nothing. Each data set is divided once, for all seeds, int
 each label: a fifth always trains, two fifths may choose, two fifths may report. Each seed halves the latter two: one
 half trains as well (of 100 photos a class, 20 + 20 + 20), the other halves are the validation set, which chooses the
 best epoch, and the test set. So no photo of any seed's test set is in a validation set of any seed, and what was
-chosen by validation sets, data/recommended.json among it, has not seen it do so.
+chosen by validation sets, data/recommended.json among it, has not seen it do so. Photos whose files are the same have
+no part, whatever their labels.
 
 --train_per_class 20 60 takes 20, then 60 photos a class of each seed's training set, and a third as many (at least 4)
 of its validation set; the test set stays whole. Photos of several labels are not limited so.
@@ -224,7 +225,7 @@ def read_epochs(recipe: str, images: int) -> int:
 
 
 def count_run_epochs(photos: Photos, recipe: str) -> int:
-    """Returns how many epochs every recipe that trains has on a data set; all seeds have the same."""
+    """Returns how many epochs every recipe that trains has on a data set, by the first seed's training photos."""
     return read_epochs(recipe, len(select(photos, 0)["training"]))
 
 
