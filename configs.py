@@ -16,6 +16,7 @@ from finetune.values import (
     folder_fault,
     image_size_fault,
     layer_sizes_fault,
+    test_image_size_fault,
     threshold_range_fault,
 )
 
@@ -64,6 +65,16 @@ class Configs(Options):
         describes_model=True,
         check=image_size_fault,
         group="common",
+    )
+    test_image_size: list[int] = define(
+        [],
+        "Height and width that validation, tests and every file of the model see, where training sees "
+        "image_target_size; empty is the same size",
+        at_least=1,
+        at_most=16384,
+        describes_model=True,
+        check=test_image_size_fault,
+        group="recipe",
     )
     resize_mode: str = define(
         "stretch",

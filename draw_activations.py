@@ -7,6 +7,7 @@ import os
 
 from configs import Configs
 from finetune.options import run_script
+from finetune.values import get_input_size
 
 
 def main(configs: Configs) -> dict:
@@ -30,14 +31,14 @@ def main(configs: Configs) -> dict:
     class_names, multi_label = configs.classes, configs.multi_label_classification
     decision = read_decision(os.path.dirname(os.path.abspath(model_path)), class_names, multi_label, model_path)
     sequence = get_generator(configs.test_csv, class_names, configs, training=False)
-    model = load_fitting_model(model_path, class_names, configs.image_target_size[:2])
+    model = load_fitting_model(model_path, class_names, get_input_size(configs))
     grad_cam = GradCam(model, configs.cam_method, configs.cam_backbone_layer)
     folder = os.path.join(configs.save_model_path, MAPS_FOLDER)
     sources = list(sequence.paths)
     paths = [os.path.join(folder, name) for name in name_outputs(sources)]
 
     choose = functools.partial(CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
-    shape = {"image_size": configs.image_target_size[:2], "resize_mode": configs.resize_mode}
+    shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
     limits = {"longest_side": configs.cam_picture_size, "max_pixels": configs.max_image_pixels}
     draw = functools.partial(

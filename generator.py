@@ -24,6 +24,7 @@ from finetune.options import UserError
 from finetune.stores import join_path
 from finetune.tables import IMAGE_COLUMN, encode_labels, read_table
 from finetune.texts import join_names, show_count
+from finetune.values import get_input_size
 
 # More threads would wait for Python's lock, which each image needs for an eighth of its time: benchmarks/lock.py.
 MOST_THREADS = 4
@@ -155,7 +156,7 @@ def get_generator(
         UserError: the CSV, a label or an image in it is not usable.
     """
     paths, labels = _list_images(csv_path, class_names, configs, bad_rows)
-    image_size = configs.image_target_size[:2]
+    image_size = configs.image_target_size[:2] if training else get_input_size(configs)
     return AugmentedImageSequence(
         paths,
         labels,

@@ -26,6 +26,7 @@ from finetune.freezing import prepare_backbone
 from finetune.optimizers import build_optimizer, compile_model
 from finetune.options import UserError
 from finetune.progress import draws_bars
+from finetune.values import get_input_size
 
 
 class Backbone(NamedTuple):
@@ -125,14 +126,16 @@ class ModelFactory:
                 are, or the ImageNet weights cannot be had.
         """
         name = configs.visual_model_name
-        height, width, _ = configs.image_target_size
         factor = 2**configs.cnn_downscaling_factor
-        backbone_size = (math.ceil(height / factor), math.ceil(width / factor))
-        if min(backbone_size) < BACKBONES[name].minimum_size:
-            raise UserError(
-                f"image_target_size: {name} takes images from {BACKBONES[name].minimum_size} pixels a side on. "
-                f"Received: {height}x{width}, {backbone_size[0]}x{backbone_size[1]} after downscaling. Enlarge it."
-            )
+        # The last one is what the model is built for.
+        sizes = {"image_target_size": configs.image_target_size[:2], "test_image_size": get_input_size(configs)}
+        for option, (height, width) in sizes.items():
+            backbone_size = (math.ceil(height / factor), math.ceil(width / factor))
+            if min(backbone_size) < BACKBONES[name].minimum_size:
+                raise UserError(
+                    f"{option}: {name} takes images from {BACKBONES[name].minimum_size} pixels a side on. Received: "
+                    f"{height}x{width}, {backbone_size[0]}x{backbone_size[1]} after downscaling. Enlarge it."
+                )
         with precision_policy(configs.mixed_precision):
             backbone = build_backbone(name, backbone_size, configs.use_imagenet_weights, configs.pop_conv_layers)
             classifier = build_classifier(

@@ -8,6 +8,7 @@ import re
 
 from configs import Configs
 from finetune.options import define, run_script
+from finetune.values import get_input_size
 
 MOST_COPIES = 100
 
@@ -74,11 +75,11 @@ def main(configs: PredictConfigs) -> dict:
 
     start_devices(configs.gpu_percentage)
     check_top_k(configs.top_k, configs.classes)
-    model = load_predictor(model_path, configs.classes, configs.image_target_size[:2])
+    model = load_predictor(model_path, configs.classes, get_input_size(configs))
     folder = os.path.dirname(os.path.abspath(model_path))
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
     print(*notes, f"Model: {model_path}", describe_decision(decision, configs.threshold_type), sep="\n")
-    reader = ForgivingReader(paths, configs.image_target_size[:2], configs.resize_mode, configs.max_image_pixels)
+    reader = ForgivingReader(paths, get_input_size(configs), configs.resize_mode, configs.max_image_pixels)
     views = build_views(configs.tta, configs.random_seed or 0)
     workers, queue_length = configs.generator_workers, configs.generator_queue_length
     sequence = build_sequence(reader, views, configs.batch_size, workers, queue_length)

@@ -11,6 +11,7 @@ from typing import Any
 
 from configs import Configs
 from finetune.options import run_script
+from finetune.values import get_input_size
 
 
 def main(configs: Configs) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def main(configs: Configs) -> dict[str, Any]:
     tables = list_tables(configs, model_path)
     sequences = {name: get_generator(path, configs.classes, way, False) for name, (path, way) in tables.items()}
     known = check_test_images(model_path, configs.test_csv, sequences["test"].paths, configs.allow_duplicates)
-    model = load_predictor(model_path, configs.classes, configs.image_target_size[:2])
+    model = load_predictor(model_path, configs.classes, get_input_size(configs))
     print(f"Model: {model_path}")
     explain = build_explainer(model, configs)
     predictions = {name: predict(model, sequence, f"Predicting the {name} set") for name, sequence in sequences.items()}

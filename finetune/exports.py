@@ -22,6 +22,7 @@ from finetune.images import fit_image, read_image
 from finetune.notices import hiding_notices
 from finetune.options import UserError
 from finetune.runtimes import importing
+from finetune.values import get_input_size
 from generator import get_generator
 
 if TYPE_CHECKING:
@@ -170,6 +171,6 @@ def read_calibration_images(configs: Configs) -> list[np.ndarray]:
     paths = get_generator(configs.train_csv, configs.classes, configs, training=False).paths
     rng = np.random.default_rng(configs.random_seed or 0)
     chosen = rng.permutation(len(paths))[:CALIBRATION_IMAGES]
-    size, most = configs.image_target_size[:2], configs.max_image_pixels
+    size, most = get_input_size(configs), configs.max_image_pixels
     print(f"int8: ranges from {len(chosen)} images of {configs.train_csv}")
     return [fit_image(read_image(paths[row], size, most), size, configs.resize_mode) for row in chosen]

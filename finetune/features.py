@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ from finetune.options import UserError
 from generator import AugmentedImageSequence
 
 
-def read_plainly(sequence: AugmentedImageSequence) -> AugmentedImageSequence:
-    """Returns a sequence of the same images in the order of `paths`, without augmentation."""
+def read_plainly(sequence: AugmentedImageSequence, image_size: Sequence[int]) -> AugmentedImageSequence:
+    """Returns a sequence of the same images in the order of `paths`, without augmentation, at a size of their own."""
     plain = copy.copy(sequence)
+    if plain.image_size != tuple(image_size):
+        # What is kept has the other size.
+        plain.image_size, plain.cache = tuple(image_size), None
     plain.shuffle, plain.augmenter, plain.mixes, plain.crops = False, None, False, False
     plain.gives_shares, plain.processes = False, None
     plain.epoch, plain.first_step, plain.error, plain.bad_images = 0, 0, None, {}
@@ -23,7 +27,7 @@ def read_plainly(sequence: AugmentedImageSequence) -> AugmentedImageSequence:
 
 def select_rows(sequence: AugmentedImageSequence, rows: np.ndarray) -> AugmentedImageSequence:
     """Returns a sequence of some of the images, by their positions in `paths`, without augmentation, for one device."""
-    plain = read_plainly(sequence)
+    plain = read_plainly(sequence, sequence.image_size)
     facts = {"paths": sequence.paths[rows], "labels": sequence.labels[rows], "workers": sequence.workers}
     names = ("image_size", "resize_mode", "batch_size", "max_pixels", "skip_bad_images")
     facts |= {name: getattr(plain, name) for name in names}

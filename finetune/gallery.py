@@ -17,6 +17,7 @@ from finetune.gradcam import GradCam
 from finetune.images import fit_image, read_image, resize_image
 from finetune.options import UserError
 from finetune.runtimes import ExportedModel
+from finetune.values import get_input_size
 
 GALLERIES = ("mistakes", "least_confident")
 GALLERY_IMAGES = 12
@@ -120,7 +121,7 @@ def build_explainer(
     model: keras.Model | ExportedModel, configs: Configs
 ) -> Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]]:
     """Builds what draws photos by their paths, with the model's heatmaps as the configs want them."""
-    shape = {"image_size": configs.image_target_size[:2], "resize_mode": configs.resize_mode}
+    shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
     grad_cam = build_grad_cam(model, configs.cam_method, configs.cam_backbone_layer)
     return functools.partial(draw_pictures, grad_cam, *shape.values(), configs.max_image_pixels, overlay)

@@ -27,6 +27,7 @@ from finetune.run_folder import find_trained_model
 from finetune.stores import join_path
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table, resolve_class_names
 from finetune.texts import join_names
+from finetune.values import get_input_size
 from generator import get_generator, tell_bad_images
 from model import ModelFactory
 
@@ -90,7 +91,7 @@ def get_judge(configs: Configs, csv_path: str) -> tuple[Judge, Configs]:
     configs = configs.replace(train_csv=csv_path)
     if configs.load_model_path:
         path, configs = find_trained_model(configs, READING_OPTIONS)
-        model = load_fitting_model(path, configs.classes, configs.image_target_size[:2])
+        model = load_fitting_model(path, configs.classes, get_input_size(configs))
         if [layer.name for layer in get_classifier(model).layers[-2:]] != ["backbone", "classifier"]:
             raise UserError(f"{path} has no parts 'backbone' and 'classifier'. Name a model that train.py has written.")
         print(f"Model: {path}")

@@ -162,11 +162,16 @@ def _escape_markdown(value: Any) -> Any:
     return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", show(value))
 
 
-def _describe_fitting(configs: dict[str, Any]) -> dict[str, str]:
-    """Returns how a photo comes to the model's size, in words and as code, by the names in the template."""
-    height, width, _ = configs["image_target_size"]
+def _describe_fitting(configs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the model's size and how a photo comes to it, in words and as code, by the names in the template."""
+    height, width = configs.get("test_image_size") or configs["image_target_size"][:2]
     fitting, code = FITTING[configs["resize_mode"]]
-    return {"fitting": fitting, "resizing": Markup(code.format(height=height, width=width))}
+    return {
+        "fitting": fitting,
+        "resizing": Markup(code.format(height=height, width=width)),
+        "height": height,
+        "width": width,
+    }
 
 
 def _describe_results(results: dict[str, Any] | None) -> dict[str, Any]:

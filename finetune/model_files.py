@@ -77,4 +77,7 @@ def check_fit(
     fits = len(inputs) == 3 and all(size in (None, wanted) for size, wanted in zip(inputs, expected, strict=True))
     if not fits or batch is not None:
         shown = tuple(inputs) if batch is None else (batch, *inputs)
-        raise UserError(f"{path} takes inputs of shape {shown}. Expected images of image_target_size, {expected}.")
+        raise UserError(
+            f"{path} takes inputs of shape {shown}. Expected images of image_target_size or test_image_size, "
+            f"{expected}."
+        )

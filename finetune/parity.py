@@ -19,6 +19,7 @@ from finetune.metrics import check_finite
 from finetune.model_files import load_fitting_model, load_model
 from finetune.predicting import predict
 from finetune.runtimes import ExportedModel, compile_predictor, load_predictor
+from finetune.values import get_input_size
 from generator import AugmentedImageSequence, get_generator
 
 SIDES = ("before", "after")
@@ -48,7 +49,7 @@ def load_subject(model_path: str, configs: Configs) -> tuple[keras.Model, Decisi
     """
     if configs.classes is None:
         return load_model(model_path), None, None
-    model = load_fitting_model(model_path, configs.classes, configs.image_target_size[:2])
+    model = load_fitting_model(model_path, configs.classes, get_input_size(configs))
     folder = os.path.dirname(model_path)
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
     if not configs.test_csv:

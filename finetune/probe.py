@@ -63,7 +63,7 @@ def extract_features(
     extractor: TrainingModel, sequence: AugmentedImageSequence, mirrored: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Computes features as `compute_features` does, by what `build_extractor` returns."""
-    plain = read_plainly(sequence)
+    plain = read_plainly(sequence, extractor.input_shape[1:3])
     with naming_bad_images(plain):
         known, is_read = extractor.predict_sequence(plain, "Features of the mirror images" if mirrored else "Features")
     features = np.full((len(is_read), known.shape[1]), np.nan, np.float32)

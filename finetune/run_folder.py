@@ -63,7 +63,7 @@ MAPS_FOLDER = "cam_output"
 COMPRESSION_FILE = "compression_report.json"
 CARD_FILE = "MODEL_CARD.md"
 # What describes a model of before an option existed: its files do not say so.
-OF_BEFORE = {"resize_mode": "stretch"}
+OF_BEFORE = {"resize_mode": "stretch", "test_image_size": []}
 LOCK_FILE = ".lock"
 MODEL_STEMS = (*(name.removesuffix(".keras") for name in (BEST_MODEL, LATEST_MODEL, START_MODEL)), "model_epoch_*")
 # What a run writes, as patterns: a new run into the same folder may not mix with it.

@@ -21,7 +21,7 @@ from finetune.phases import changes_images, get_phases, get_sets, prepare_phase,
 from finetune.progress import begin_line
 from finetune.texts import show_duration, show_moment
 from finetune.training_state import save_checkpoint, seed_states
-from finetune.values import parse_duration
+from finetune.values import get_input_size, parse_duration
 from generator import AugmentedImageSequence, naming_bad_images
 
 # Steps that an estimate of the time is made from, and a validation batch's time of that of a training step: it goes
@@ -82,13 +82,13 @@ def count_views(
         validation: the validation images.
         refits: the averages that are compared get heads fitted anew.
     """
-    once = VALIDATION_SHARE * (2 if configs.test_time_augmentation == "flip" else 1) * validation.steps
+    larger = math.prod(get_input_size(configs)) / math.prod(configs.image_target_size[:2])
+    share = VALIDATION_SHARE * larger
+    once = share * (2 if configs.test_time_augmentation == "flip" else 1) * validation.steps
     if configs.model_selection != "interpolate":
         return once, 0.0
     # The last epoch's weights, which are validated already, get a new head too, and the start's keep theirs.
-    refitting = once + VALIDATION_SHARE * (1 if configs.augmentation_strength == "none" else 2) * training.steps * len(
-        SHARES
-    )
+    refitting = once + share * (1 if configs.augmentation_strength == "none" else 2) * training.steps * len(SHARES)
     return once, len(SHARES) * once + refits * refitting
 
 

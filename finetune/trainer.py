@@ -17,6 +17,7 @@ from finetune.freezing import leaf_layers
 from finetune.interruption import Interruption
 from finetune.optimizers import build_optimizer, compile_model, find_averages
 from finetune.progress import choose_keras_verbosity, show_progress
+from finetune.values import get_input_size
 from generator import AugmentedImageSequence
 
 
@@ -37,11 +38,27 @@ def get_training_model(
     training_model = TrainingModel(model.inputs, model.outputs, name=model.name)
     if configs.gradient_accumulation_steps > 1:
         training_model.batch_size = configs.batch_size
+    if get_input_size(configs) != configs.image_target_size[:2]:
+        accept_any_size(training_model)
     training_model.multiplier = configs.backbone_learning_rate_multiplier
     training_model.mirrors = configs.test_time_augmentation == "flip"
     training_model.slow_layers = tuple(layer for layer in model.layers if layer.name == "backbone")
     optimizer = optimizer or build_optimizer(configs)
     return compile_model(training_model, optimizer, configs.multi_label_classification, loss)
+
+
+def accept_any_size(model: keras.Model) -> None:
+    """Lets a model of images, and the models that it is made of, take images of any size: training has another one.
+
+    Each layer of `keras.applications` goes by the channels alone; what is saved keeps the size it was built for.
+    """
+    # A Sequential is what it is through a functional model of its own.
+    for layer in (model, getattr(model, "_functional", None)):
+        if isinstance(layer, keras.Model) and not isinstance(layer, keras.Sequential):
+            layer.input_spec = keras.InputSpec(ndim=len(layer.input_shape))
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            accept_any_size(layer)
 
 
 class TrainingModel(keras.Model):

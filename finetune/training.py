@@ -42,6 +42,7 @@ from finetune.tables import resolve_class_names
 from finetune.team import Team
 from finetune.texts import MOST_TELLING, join_names
 from finetune.time_budget import TimeEstimate, count_views, fit_epochs
+from finetune.values import get_input_size
 from generator import AugmentedImageSequence, Shares, get_generator, naming_bad_images
 from model import ModelFactory
 
@@ -149,7 +150,7 @@ def get_model(
 ) -> Start:
     """Builds the classifier, or loads the one to start from, in the scope of the run's strategy."""
     if model_path:
-        size = configs.image_target_size[:2]
+        size = get_input_size(configs)
         model = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
         return Start(get_classifier(model), model.optimizer if state else None)
     classifier = ModelFactory().get_model(configs)

@@ -7,7 +7,7 @@ import math
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 # What 64-bit floats hold exactly: the libraries below fail on more, each in its own way.
 LARGEST_WHOLE_NUMBER = 2**53
@@ -166,6 +166,23 @@ def bound_fault(value: Any, metadata: Mapping[str, Any], kind: Any) -> str:
 def image_size_fault(size: tuple[int, int, int]) -> str:
     """Returns what is wrong with `(height, width, channels)`; empty where nothing is."""
     return f"expected 3 channels last (images are read as RGB). Received: {quote_value(size)}" if size[2] != 3 else ""
+
+
+def test_image_size_fault(size: list[int]) -> str:
+    """Returns what is wrong with `[height, width]`, or nothing; empty where nothing is."""
+    return "" if len(size) in (0, 2) else f"expected a height and a width, or nothing. Received: {quote_value(size)}"
+
+
+class Sizes(Protocol):
+    """What `configs.Configs`, of a floor above, says of the size of images."""
+
+    image_target_size: tuple[int, int, int]
+    test_image_size: list[int]
+
+
+def get_input_size(configs: Sizes) -> tuple[int, int]:
+    """Returns the `(height, width)` of the images that the model takes: training may show it others."""
+    return tuple(configs.test_image_size or configs.image_target_size[:2])
 
 
 def layer_sizes_fault(sizes: list[float]) -> str:

@@ -22,6 +22,7 @@ DEFAULTS = [
     ("image_directory", ""),
     ("visual_model_name", "DenseNet121"),
     ("image_target_size", (224, 224, 3)),
+    ("test_image_size", []),
     ("resize_mode", "stretch"),
     ("num_epochs", 100),
     ("csv_label_column", "class"),

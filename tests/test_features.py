@@ -78,7 +78,7 @@ def test_features_are_not_mixed_and_their_labels_stay_positions(photos):
 def test_a_plain_copy_leaves_its_sequence_alone(photos):
     images = make_sequence(photos, shuffle=True, seed=1, augmenter=Inverting(), shares=Shares(2, 1, 1))
     images.epoch, images.first_step = 3, 1
-    plain = read_plainly(images)
+    plain = read_plainly(images, images.image_size)
     # Steps of 2 devices have 16 of the 36 images.
     assert [len(plain), plain.get_y_true().tolist()] == [3, photos[1].tolist()]
     assert (images.shuffle, images.epoch, images.first_step, images.shares.devices) == (True, 3, 1, 2)
