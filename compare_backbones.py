@@ -66,6 +66,8 @@ def main(configs: CompareConfigs) -> dict:
     configs.num_epochs = count_epochs(configs.num_epochs, configs.min_steps, steps)
     names = BACKBONE_NAMES if ALL in configs.backbones else dict.fromkeys(configs.backbones)
     sizes = [(side, side) for side in dict.fromkeys(configs.image_sizes)] or [configs.image_target_size[:2]]
+    # Each is probed at the size that is compared.
+    configs.test_image_size = []
     probed, left_out = probe_backbones(configs, names, sizes, left_out_rows, number)
     ranking = rank(probed, configs.classes, configs.multi_label_classification, configs.random_seed)
     write_csv(configs.write_path, ranking)

@@ -135,8 +135,7 @@ def probe_backbones(
     for number, (name, size) in enumerate(combinations, start=1):
         place = f"{name} at {show_size(*size)}"
         # The pictures themselves are needed once for each size: their features are kept.
-        sized = {"image_target_size": (*size, 3), "test_image_size": []}
-        chosen = configs.replace(visual_model_name=name, image_cache="none", **sized)
+        chosen = configs.replace(visual_model_name=name, image_target_size=(*size, 3), image_cache="none")
         # Random weights, where they are asked for, are those that train.py starts from.
         set_seed(configs.random_seed)
         try:

@@ -105,6 +105,14 @@ def test_costs_are_those_of_the_model_and_of_the_training_to_come(first, table):
 
 
 @pytest.mark.slow
+def test_sizes_are_compared_whatever_size_tests_have(first, table, tmp_path):
+    results, _ = first
+    found = compare(table, tmp_path, augmentation_strength="photo", test_image_size=[40, 40])
+    columns = ["height", "accuracy", "parameters"]
+    pd.testing.assert_frame_equal(found["ranking"][columns], results["ranking"][columns])
+
+
+@pytest.mark.slow
 def test_stopped_and_started_again_it_takes_what_is_stored(first, table, monkeypatch, capsys):
     results, folder = first
     computed = []
