@@ -1,6 +1,7 @@
 """The table of backbones, and the factory that builds a classifier on one.
 
-A model takes raw RGB `[0, 255]` of any numeric type at `image_target_size`. By name, its parts are
+A model takes raw RGB `[0, 255]` of any numeric type at `image_target_size`, or at
+`test_image_size` where that is set. By name, its parts are
 `[downscaling ->] preprocessing -> backbone -> classifier`: the backbone's own ImageNet preprocessing is inside, so
 that no script can get it wrong. Only stock Keras layers: `keras.models.load_model` reads the file anywhere.
 """
