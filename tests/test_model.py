@@ -372,7 +372,10 @@ class Built(NamedTuple):
     probabilities: np.ndarray
 
 
-@pytest.fixture(scope="module", params=BACKBONE_NAMES)
+# One process builds a backbone once for all its tests, another one the next (--dist loadgroup).
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in BACKBONE_NAMES]
+)
 def built(request):
     own_names = []
 
