@@ -1,14 +1,13 @@
-import gc
 import os
 import re
 import subprocess
 import sys
 import urllib.error
-from typing import NamedTuple
 
 import keras
 import numpy as np
 import pytest
+from backbone_checks import LARGER_SIZES
 from built_models import (
     build,
     build_alive,
@@ -24,7 +23,6 @@ from finetune.optimizers import compile_model, get_optimizer
 from finetune.options import UserError
 from model import (
     BACKBONES,
-    LAST_LAYER_OF_FAMILY,
     ModelFactory,
     build_backbone,
     build_classifier,
@@ -38,7 +36,6 @@ SMALLEST_OF_FAMILY = (
     *("NASNetMobile", "MobileNet", "MobileNetV2", "MobileNetV3Small", "EfficientNetB0", "EfficientNetV2B0"),
     "ConvNeXtTiny",
 )
-SLOW_SIZES = {"Xception": (71, 96), "InceptionV3": (107, 139), "InceptionResNetV2": (107, 139)}
 
 
 def is_convolution(layer: layers.Layer) -> bool:
@@ -198,7 +195,7 @@ def test_probabilities_from_logits(multi_label, probabilities):
 )
 @pytest.mark.parametrize("count", [1, 5])
 def test_exactly_the_last_convolutions_of_a_backbone_train(name, count):
-    backbone = build_backbone(name, SLOW_SIZES.get(name, (32, 32)), False, 0)
+    backbone = build_backbone(name, LARGER_SIZES.get(name, (32, 32)), False, 0)
     freeze_layers(backbone, count)
     convolutions = [layer for layer in flatten_layers(backbone) if is_convolution(layer)]
     assert sum(bool(layer.trainable_weights) for layer in convolutions) == count
@@ -308,7 +305,7 @@ FAILURES = {
 
 
 def check_missing_weights(name: str, targets: list[tuple[str, str]]) -> None:
-    size = SLOW_SIZES.get(name, (32, 32))
+    size = LARGER_SIZES.get(name, (32, 32))
     with pytest.raises(UserError) as caught:
         build(visual_model_name=name, use_imagenet_weights=True, image_target_size=(*size, 3))
     (origin, target) = targets[-1]
@@ -362,81 +359,6 @@ def test_a_saved_model_loads_without_this_project(tmp_path, name, options):
     paths = [str(tmp_path / file) for file in ("model.keras", "images.npy", "probabilities.npy")]
     subprocess.run([sys.executable, "-I", "-c", LOAD_ELSEWHERE, *paths], cwd=tmp_path, check=True)
     np.testing.assert_allclose(np.load(paths[-1]), model(images, training=False), rtol=1e-5, atol=1e-6)
-
-
-class Built(NamedTuple):
-    name: str
-    model: keras.Model
-    own_last_name: str
-    images: np.ndarray
-    probabilities: np.ndarray
-
-
-# One process builds a backbone once for all its tests, another one the next (--dist loadgroup).
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in BACKBONE_NAMES]
-)
-def built(request):
-    own_names = []
-
-    def remember(*args, **kwargs):
-        model = application(*args, **kwargs)
-        own_names.append(model.layers[-1].name)
-        return model
-
-    name = request.param
-    application = getattr(keras.applications, name)
-    keras.utils.set_random_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keras.applications, name, remember)
-        model = build_alive(visual_model_name=name, image_target_size=(*SLOW_SIZES.get(name, (64, 96)), 3))
-    freeze_layers(model.get_layer("backbone"), 3)
-    images = random_images(1, *model.input_shape[1:])
-    yield Built(name, model, own_names[0], images, np.asarray(model(images, training=False)))
-    del model
-    keras.backend.clear_session()
-    # Models hold themselves in circles: without it those of several GB pile up.
-    gc.collect()
-
-
-@pytest.mark.slow
-def test_backbone_takes_an_image(built):
-    assert built.probabilities.shape == (1, 3)
-    assert built.probabilities.sum() == pytest.approx(1, abs=1e-5)
-    assert np.ptp(built.probabilities) > 1e-3
-
-
-@pytest.mark.slow
-def test_last_conv_layer_is_the_backbones_last(built):
-    backbone = built.model.get_layer("backbone")
-    last = backbone.layers[-1]
-    assert ModelFactory().get_last_conv_layer(built.name) == last.name
-    assert last.output.shape == backbone.output_shape
-    assert len(last.output.shape) == 4
-    assert last.name.startswith("last_") or last.name == built.own_last_name
-    assert last.name in LAST_LAYER_OF_FAMILY.values()
-
-
-@pytest.mark.slow
-def test_backbone_gives_a_heatmap(built):
-    heatmaps, probabilities = GradCam(built.model)(built.images)
-    assert heatmaps.shape == (1, *built.model.get_layer("backbone").output_shape[1:3])
-    assert np.isfinite(heatmaps).all()
-    assert heatmaps.min() >= 0
-    assert heatmaps.max() in (0, 1)
-    # Of the compiled network, as these are: its fused operations round otherwise than the eager ones do, and a random
-    # network of 152 layers makes 0.0006 of that.
-    np.testing.assert_allclose(probabilities, built.model.predict(built.images, verbose=0), rtol=0, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_backbone_survives_saving(built, tmp_path):
-    path = tmp_path / "model.keras"
-    built.model.save(path)
-    loaded = keras.models.load_model(path, compile=False)
-    path.unlink()
-    np.testing.assert_allclose(loaded(built.images, training=False), built.probabilities, rtol=1e-5, atol=1e-7)
-    assert len(loaded.trainable_weights) == len(built.model.trainable_weights)
 
 
 @pytest.mark.slow
