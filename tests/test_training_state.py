@@ -107,7 +107,8 @@ def kill_when(process, condition, deadline=300):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "save_best_model_only"), [("single-label", True), ("multi-label", False)])
+@pytest.mark.parametrize("save_best_model_only", [True, False])
+@pytest.mark.parametrize("mode", ["single-label", "multi-label"])
 def test_a_run_killed_at_any_moment_ends_with_the_same_bits(
     tables, multilabel_csv, tmp_path, mode, save_best_model_only
 ):
