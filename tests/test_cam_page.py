@@ -118,10 +118,9 @@ const all = Array.from(document.querySelectorAll("article"));
 const shown = () => Array.from(document.querySelectorAll("article"))
   .filter(card => card.getBoundingClientRect().height).map(card => all.indexOf(card));
 const texts = id => Array.from(document.getElementById(id).options, option => option.textContent);
-window.addEventListener("load", async () => {
+window.addEventListener("load", () => {
   const found = {steps: []};
   try {
-    await new Promise(done => setTimeout(done, 100));
     for (const [id, value] of STEPS) {
       choose(id, value);
       found.steps.push([shown(), document.getElementById("count").textContent]);
@@ -130,10 +129,7 @@ window.addEventListener("load", async () => {
     found.links = Array.from(document.querySelectorAll("article a"), link => link.href);
     found.focusable = Array.from(document.querySelectorAll("select, a")).every(one => one.tabIndex === 0);
     found.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-    const images = Array.from(document.images);
-    images.forEach(image => { image.loading = "eager"; });
-    await Promise.all(images.map(image => image.decode()));
-    found.widths = images.map(image => image.naturalWidth);
+    found.widths = Array.from(document.images, image => image.naturalWidth);
     found.dark = matchMedia("(prefers-color-scheme: dark)").matches;
   } catch (error) { found.error = String(error); }
   document.title = JSON.stringify(found);
@@ -143,11 +139,12 @@ window.addEventListener("load", async () => {
 
 def probe(page, steps, *flags):
     """Opens a copy of a page, beside its pictures, with a script of the test in it; returns what that found."""
-    source = page.read_text(encoding="utf-8")
+    # What the script waits for would be cut off by the end of loading; pictures that are not lazy load before that.
+    source = page.read_text(encoding="utf-8").replace(' loading="lazy"', "")
     loosened = re.sub(r"script-src [^;]+", "script-src 'unsafe-inline'", source, count=1)
     script = PROBE.replace("STEPS", json.dumps(steps))
     (page.parent / "probed.html").write_text(loosened.replace("</body>", script), encoding="utf-8")
-    document, console = browse(page.parent / "probed.html", "--virtual-time-budget=5000", *flags)
+    document, console = browse(page.parent / "probed.html", *flags)
     assert console == []
     found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", document, re.DOTALL)[1]))
     assert "error" not in found
@@ -156,7 +153,7 @@ def probe(page, steps, *flags):
 
 
 def test_browser_opens_the_page_without_an_error(page):
-    document, console = browse(page, "--virtual-time-budget=5000")
+    document, console = browse(page)
     assert "8 of 8 pictures" in document
     assert console == []
 
