@@ -78,9 +78,10 @@ def _strong() -> list[iaa.Augmenter]:
 
 
 def _photo() -> list[iaa.Augmenter]:
-    # Beside random_crop_area, which moves and scales: brightness, contrast and colour, each by up to a fifth.
+    # What random_crop_area, which moves and scales, leaves: turning, shearing, brightness, contrast and colour.
     return [
         iaa.Fliplr(0.5),
+        iaa.Affine(rotate=(-15, 15), shear=(-8, 8), order=1, mode="reflect"),
         iaa.Multiply((0.8, 1.2)),
         iaa.LinearContrast((0.8, 1.2)),
         Saturation((0.8, 1.2)),

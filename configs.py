@@ -409,7 +409,7 @@ class Configs(Options):
     )
     augmentation_strength: str = define(
         "default",
-        "How far training changes its images at random; photo mirrors them and changes their colours alone",
+        "How far training changes its images at random; photo leaves moving and scaling to random_crop_area",
         choices=("none", "light", "default", "strong", "photo"),
         group="recipe",
     )

@@ -18,7 +18,7 @@ def augment(images: np.ndarray, seed: int, strength: str = "default") -> np.ndar
     return np.asarray(augmenter(images=images))
 
 
-@pytest.mark.parametrize("strength", ["light", "default", "strong"])
+@pytest.mark.parametrize("strength", ["light", "default", "strong", "photo"])
 @pytest.mark.parametrize(("count", "height", "width"), [(1, 24, 37), (5, 37, 24), (3, 64, 64)])
 def test_keeps_shape_and_type(count, height, width, strength):
     images = noise(count, height, width)
@@ -27,7 +27,7 @@ def test_keeps_shape_and_type(count, height, width, strength):
     assert augmented.dtype == np.uint8
 
 
-@pytest.mark.parametrize("strength", ["light", "default", "strong"])
+@pytest.mark.parametrize("strength", ["light", "default", "strong", "photo"])
 def test_changes_every_image_and_leaves_its_input_alone(strength):
     images = noise(16)
     original = images.copy()
@@ -94,6 +94,18 @@ def plain_images(count: int) -> np.ndarray:
 
 def test_light_changes_no_colour():
     np.testing.assert_array_equal(augment(plain_images(20), 0, "light"), plain_images(20))
+
+
+def test_photo_turns_about_the_middle_and_leaves_moving_and_scaling_to_the_crops():
+    augmenter = build_augmenter("photo")
+    augmenter.seed_(0)
+    maps = augmenter.draw_maps(500, (40, 60))
+    np.testing.assert_allclose(maps @ [30, 20, 1], np.tile([30, 20], (500, 1)))
+    # Areas stay, but for what shearing by 8 degrees while turning by 15 makes of them.
+    np.testing.assert_allclose(np.abs(np.linalg.det(maps[:, :, :2])), 1, atol=0.05)
+    columns = np.rad2deg(np.arctan(maps[:, 1, 0] / maps[:, 0, 0]))
+    assert 13 < np.abs(columns).max() < 24
+    assert abs(columns.mean()) < 2
 
 
 def test_strong_hides_a_box_of_about_half_of_the_images():
