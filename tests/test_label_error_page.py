@@ -111,14 +111,16 @@ const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("key
 const active = () => document.activeElement.dataset.position;
 const found = {};
 // A blob tells its text only later, when the page may have been read already.
-Blob = function (parts) { found.saved = parts.join(""); };
-URL.createObjectURL = () => "#saved";
+Blob = class extends Blob {
+  constructor(parts, options) { super(parts, options); found.saved = parts.join(""); }
+};
+URL.createObjectURL = blob => { found.bytes = blob.size; return "#saved"; };
 HTMLAnchorElement.prototype.click = function () { found.name = this.download; };
 window.addEventListener("load", () => {
   try {
     STEPS
     found.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-    found.broken = Array.from(document.images).filter(image => image.complete && !image.naturalWidth).length;
+    found.broken = Array.from(document.images).filter(image => !image.naturalWidth).length;
     found.count = document.getElementById("count").textContent;
     document.getElementById("save").click();
     found.dark = matchMedia("(prefers-color-scheme: dark)").matches;
@@ -130,7 +132,8 @@ window.addEventListener("load", () => {
 
 def probe(page, folder, steps, *flags):
     """Opens a copy of a page with a script of the test in it; returns what that found."""
-    source = page.read_text(encoding="utf-8")
+    # Pictures that are not lazy load before the script runs.
+    source = page.read_text(encoding="utf-8").replace(' loading="lazy"', "")
     loosened = re.sub(r"script-src [^;]+", "script-src 'unsafe-inline'", source, count=1)
     (folder / "probed.html").write_text(loosened.replace("</body>", PROBE.replace("STEPS", steps)), encoding="utf-8")
     document, console = browse(folder / "probed.html", *flags)
@@ -138,6 +141,7 @@ def probe(page, folder, steps, *flags):
     found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", document, re.DOTALL)[1]))
     assert "error" not in found
     assert (found["overflow"], found["broken"], found["name"]) == (0, 0, "corrections.csv")
+    assert found["bytes"] == len(found["saved"].encode())
     return found
 
 
