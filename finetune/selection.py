@@ -88,7 +88,13 @@ def describe_epoch(epoch: int, kept_share: float | None, is_refitted: bool) -> s
     place = str(epoch)
     if kept_share not in (None, 0, 1):
         place += f", of the average that is {kept_share:.0%} of the way from the start to its weights"
-    return place + ", with a head fitted anew" * is_refitted
+    return place + _describe_head(kept_share, is_refitted)
+
+
+def _describe_head(share: float | None, is_refitted: bool) -> str:
+    if not is_refitted:
+        return ""
+    return ", with a head fitted anew" if share == 1 else ", with a head as far on the way to one fitted anew"
 
 
 def describe_choice(share: float, is_refitted: bool, gain: float, error: float, number: int) -> str:
@@ -96,13 +102,13 @@ def describe_choice(share: float, is_refitted: bool, gain: float, error: float, 
 
     Args:
         share: of the way from the start to the last epoch, where the best weights stand.
-        is_refitted: their head was fitted anew.
+        is_refitted: their head stands as far on the way to one fitted anew.
         gain: by how much their log loss is below the start's.
         error: its standard error.
         number: of validation images.
     """
     what = "the fine-tuned model" if share == 1 else f"the weights {share:.0%} of the way to the fine-tuned model's"
-    what += ", with a head fitted anew" * is_refitted
+    what += _describe_head(share, is_refitted)
     figures = f"by {gain:.4f}, standard error {error:.4f}, on {number} validation images"
     if is_better(gain, error):
         return f"Kept {what}: the log loss is lower than the start's {figures}."

@@ -85,7 +85,7 @@ def test_the_start_is_kept_where_nothing_is_clearly_better(capsys):
     assert "Kept the start, the simpler model" in capsys.readouterr().out
 
 
-def test_each_average_is_judged_with_a_head_fitted_anew_and_the_last_epoch_s_with_both(capsys):
+def test_the_head_of_an_average_is_its_share_of_the_way_to_one_fitted_anew(capsys):
     model, first = build_line([0.0, 2.0]), build_line([2.0, 0.0]).get_weights()
     seen = []
 
@@ -99,9 +99,14 @@ def test_each_average_is_judged_with_a_head_fitted_anew_and_the_last_epoch_s_wit
     np.testing.assert_array_equal(kept.weights[0], [[-1, 1], [-1, 1]])
     np.testing.assert_array_equal(model.get_weights()[0], build_line([0.0, 2.0]).get_weights()[0])
     printed = capsys.readouterr().out
-    assert "Kept the weights 50% of the way to the fine-tuned model's, with a head fitted anew: " in printed
-    # Heads that tell nothing: a half is the probability of each class.
-    assert re.search(r"heads fitted anew: 0% 0\.\d+; 25% 0\.6931; 50% 0\.\d+; 100% 0\.6931\.", printed)
+    what = (
+        "Kept the weights 50% of the way to the fine-tuned model's, with a head as far on the way to one fitted anew: "
+    )
+    assert what in printed
+    # The heads that are fitted at 25 and 100 % tell nothing. Of the first a quarter counts, of the last all: a half is
+    # the probability of each class.
+    quarter = get_log_losses(TRUTH, build_line([0.75 * 1.5, 0.75 * 0.5])(FEATURES).numpy()).mean()
+    assert re.search(rf"fitted anew \(100%\): 0% 0\.\d+; 25% {quarter:.4f}; 50% 0\.\d+; 100% 0\.6931\.", printed)
 
 
 def test_the_start_keeps_its_head_and_is_kept_with_it_where_the_others_are_no_better():
@@ -160,14 +165,21 @@ def test_the_run_keeps_what_was_chosen(share, is_refitted, tables, tmp_path, mon
     statistics = json.loads((tmp_path / "run" / ".training_stats.json").read_text())
     assert (statistics["kept_share"], statistics["has_refitted_head"]) == (share, is_refitted)
     assert found["best_epoch"] == (2 if share else 0)
-    assert ("with a head fitted anew" in (tmp_path / "run" / "MODEL_CARD.md").read_text()) == is_refitted
+    assert ("fitted anew" in (tmp_path / "run" / "MODEL_CARD.md").read_text()) == is_refitted
     if is_refitted:
+        model = keras.models.load_model(tmp_path / "run" / "best_model.keras")
+        # The fitted head, of which the kept one is the share, and the average of both heads the rest.
+        fitted = [
+            (kept - (1 - share) * ((1 - share) * one + share * end)) / share
+            for kept, one, end in zip(best[-head:], first[-head:], latest[-head:], strict=True)
+        ]
+        get_classifier(model).set_weights([*best[:-head], *fitted])
         # A regression whose intercepts are free gives its images the frequencies of their classes on average.
         table = pd.read_csv(tables[0])
         labels = table["class"].astype("category").cat.codes.to_numpy()
         sequence = AugmentedImageSequence(table["path"].to_numpy(), labels, image_size=(32, 32), batch_size=27)
         images = sequence[0][0]
-        found = load(tmp_path / "run", "best").predict(np.concatenate([images, images[:, :, ::-1]]))
+        found = get_classifier(model).predict(np.concatenate([images, images[:, :, ::-1]]))
         np.testing.assert_allclose(found.mean(axis=0), np.bincount(labels) / len(labels), atol=1e-4)
 
 

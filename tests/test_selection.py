@@ -75,5 +75,6 @@ def test_the_kept_epoch_is_named_with_all_that_makes_it_another_model():
     assert describe_epoch(7, None, False) == describe_epoch(7, 1, False) == "7"
     assert describe_epoch(7, 1, True) == "7, with a head fitted anew"
     assert describe_epoch(7, 0.25, True) == (
-        "7, of the average that is 25% of the way from the start to its weights, with a head fitted anew"
+        "7, of the average that is 25% of the way from the start to its weights, with a head as far on the way to one "
+        "fitted anew"
     )
