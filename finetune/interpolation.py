@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from finetune.callbacks import Validation
-from finetune.selection import compare_scores, describe_choice, is_better
+from finetune.selection import compare_scores, describe_choice, describe_rival, is_better
 
 # Of the way from the start to the end, which is validated anyway; 0.75 beside them was kept seldom, and gained nothing.
 SHARES = (0.0, 0.25, 0.5)
@@ -66,8 +66,8 @@ def choose_weights(
         refit: fits the classifier's head anew to the training images.
 
     Returns:
-        The best one, where it is better than the start by more than a quarter of the standard error of the paired
-        difference, else the start. Why is printed.
+        The start, or of the averages, from the start on, the last one that is better than the one kept so far, by more
+        than a quarter of the standard error of the paired difference. Why is printed.
     """
     last = Kept(1.0, False, classifier.get_weights(), logs, validation.aurocs), validation.get_losses()
     tried = _measure_averages(classifier, start, validation, refit)
@@ -76,13 +76,23 @@ def choose_weights(
     shown = "; ".join(f"{kept.share:.0%} {np.nanmean(losses):.4f}" for kept, losses in tried)
     head = " with a head fitted anew" if refit else ""
     print(f"\nLog loss of the validation images, from the start (0%) to the last epoch{head} (100%): {shown}.")
-    kept_start, start_losses = tried.pop(0)
-    best, losses = min(tried, key=lambda one: np.nanmean(one[1]))
+    kept, losses = tried[0]
+    for further, further_losses in tried[1:]:
+        if is_better(*_compare(losses, further_losses)[:2]):
+            kept, losses = further, further_losses
+    best, lowest = min(tried[1:], key=lambda one: np.nanmean(one[1]))
+    told, told_losses = (kept, losses) if kept.share else (best, lowest)
+    print(describe_choice(told.share, told.is_refitted, kept.share > 0, *_compare(tried[0][1], told_losses)))
+    if kept.share not in (0, best.share):
+        print(describe_rival(best.share, best.is_refitted, *_compare(losses, lowest)[:2]))
+    return kept
+
+
+def _compare(losses: np.ndarray, others: np.ndarray) -> tuple[float, float, int]:
+    """Returns by how much the others are lower on average, the standard error, and of how many images."""
     # An image may have become unreadable meanwhile.
-    both = ~np.isnan(start_losses + losses)
-    gain, error = compare_scores(-start_losses[both], -losses[both])
-    print(describe_choice(best.share, best.is_refitted, gain, error, int(both.sum())))
-    return best if is_better(gain, error) else kept_start
+    both = ~np.isnan(losses + others)
+    return *compare_scores(-losses[both], -others[both]), int(both.sum())
 
 
 def _measure_averages(

@@ -97,20 +97,21 @@ def _describe_head(share: float | None, is_refitted: bool) -> str:
     return ", with a head fitted anew" if share == 1 else ", with a head as far on the way to one fitted anew"
 
 
-def describe_choice(share: float, is_refitted: bool, gain: float, error: float, number: int) -> str:
+def describe_choice(share: float, is_refitted: bool, is_kept: bool, gain: float, error: float, number: int) -> str:
     """Says which weights are kept, and why.
 
     Args:
-        share: of the way from the start to the last epoch, where the best weights stand.
+        share: of the way from the start to the last epoch, where the weights stand that are kept, or the best but the
+            start.
         is_refitted: their head stands as far on the way to one fitted anew.
+        is_kept: they are kept, and not the start.
         gain: by how much their log loss is below the start's.
         error: its standard error.
         number: of validation images.
     """
-    what = "the fine-tuned model" if share == 1 else f"the weights {share:.0%} of the way to the fine-tuned model's"
-    what += _describe_head(share, is_refitted)
+    what = _describe_weights(share, is_refitted)
     figures = f"by {gain:.4f}, standard error {error:.4f}, on {number} validation images"
-    if is_better(gain, error):
+    if is_kept:
         return f"Kept {what}: the log loss is lower than the start's {figures}."
     # Rounding is no difference, and alike for each image.
     if -gain > error + 1e-6:
@@ -119,3 +120,14 @@ def describe_choice(share: float, is_refitted: bool, gain: float, error: float, 
         f"Kept the start, the simpler model: the validation images do not tell that {what} would be better (log loss "
         f"lower {figures}). latest_model.keras is the fine-tuned one."
     )
+
+
+def describe_rival(share: float, is_refitted: bool, gain: float, error: float) -> str:
+    """Says why weights of a lower log loss are not kept; takes what `describe_choice` does, against the kept ones."""
+    what = _describe_weights(share, is_refitted)
+    return f"They do not tell that {what} would be better (log loss lower by {gain:.4f}, standard error {error:.4f})."
+
+
+def _describe_weights(share: float, is_refitted: bool) -> str:
+    what = "the fine-tuned model" if share == 1 else f"the weights {share:.0%} of the way to the fine-tuned model's"
+    return what + _describe_head(share, is_refitted)

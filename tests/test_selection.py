@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import label_ranking_average_precision_score
 
-from finetune.selection import compare_scores, describe_choice, describe_epoch, get_log_losses, is_better, score_images
+from finetune.selection import (
+    compare_scores,
+    describe_choice,
+    describe_epoch,
+    describe_rival,
+    get_log_losses,
+    is_better,
+    score_images,
+)
 
 
 def test_an_image_scores_by_its_most_probable_class():
@@ -59,16 +67,24 @@ def test_a_model_without_an_answer_loses():
 
 
 def test_the_choice_is_told_with_its_figures():
-    assert describe_choice(1, False, 0.05, 0.012, 200) == (
+    assert describe_choice(1, False, True, 0.05, 0.012, 200) == (
         "Kept the fine-tuned model: the log loss is lower than the start's by 0.0500, standard error 0.0120, on 200 "
         "validation images."
     )
-    assert "Kept the weights 25% of the way to the fine-tuned model's" in describe_choice(0.25, False, 0.05, 0.012, 200)
-    assert "the simpler model: the validation images do not tell" in describe_choice(0.5, False, 0.004, 0.02, 9)
-    assert "Kept the start: the log loss of the fine-tuned model would be no lower" in describe_choice(
-        1, False, -0.3, 0.1, 9
+    assert "Kept the weights 25% of the way to the fine-tuned model's" in describe_choice(
+        0.25, False, True, 0.05, 0.012, 200
     )
-    assert "Kept the fine-tuned model, with a head fitted anew: the" in describe_choice(1, True, 0.05, 0.012, 200)
+    assert "the simpler model: the validation images do not tell" in describe_choice(0.5, False, False, 0.004, 0.02, 9)
+    assert "Kept the start: the log loss of the fine-tuned model would be no lower" in describe_choice(
+        1, False, False, -0.3, 0.1, 9
+    )
+    assert "Kept the fine-tuned model, with a head fitted anew: the" in describe_choice(1, True, True, 0.05, 0.012, 200)
+
+
+def test_a_lower_loss_that_is_not_kept_is_told():
+    assert describe_rival(1, False, 0.004, 0.02) == (
+        "They do not tell that the fine-tuned model would be better (log loss lower by 0.0040, standard error 0.0200)."
+    )
 
 
 def test_the_kept_epoch_is_named_with_all_that_makes_it_another_model():
