@@ -431,9 +431,9 @@ class Configs(Options):
     )
     model_selection: str = define(
         "best_epoch",
-        "Keep the model of the epoch with the best validation figure, that of the last epoch (last_epoch), or the best "
-        "average of the start's and the last epoch's weights, of one label an image with its head fitted anew, if the "
-        "validation images tell it from the start (interpolate)",
+        "Keep the model of the epoch with the best validation figure, that of the last epoch (last_epoch), or the "
+        "start or an average of its and the last epoch's weights, of one label an image with a head fitted anew in "
+        "part, where the validation images tell this to be better (interpolate)",
         choices=("best_epoch", "last_epoch", "interpolate"),
         fixed_in_run=True,
         group="recipe",

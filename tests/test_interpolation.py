@@ -184,7 +184,9 @@ def test_the_run_keeps_what_was_chosen(share, is_refitted, tables, tmp_path, mon
     statistics = json.loads((tmp_path / "run" / ".training_stats.json").read_text())
     assert (statistics["kept_share"], statistics["has_refitted_head"]) == (share, is_refitted)
     assert found["best_epoch"] == (2 if share else 0)
-    assert ("fitted anew" in (tmp_path / "run" / "MODEL_CARD.md").read_text()) == is_refitted
+    card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
+    assert (", with a head fitted anew" in card) == (share == 1)
+    assert (", with a head as far on the way to one fitted anew" in card) == (share == 0.5)
     if is_refitted:
         model = keras.models.load_model(tmp_path / "run" / "best_model.keras")
         # The fitted head, of which the kept one is the share, and the average of both heads the rest.
