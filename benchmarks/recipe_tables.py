@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -119,6 +120,7 @@ def format_targets(targets: Sequence[Target]) -> str:
     """Lays out measured figures beside their bounds."""
     rows = []
     for what, value, sign, bound in targets:
-        holds = value >= bound if sign == "at least" else value <= bound
+        # Ratios of whole numbers of photos may equal the bound but for rounding.
+        holds = math.isclose(value, bound) or (value >= bound if sign == "at least" else value <= bound)
         rows.append([what, f"{value:.3g}", f"{sign} {bound:.3g}", "holds" if holds else "missed"])
     return format_table(["recommended", "measured", "promised", ""], rows)

@@ -436,6 +436,13 @@ def test_targets_tell_what_is_missed():
     ]
 
 
+def test_a_promise_kept_to_the_photo_is_not_missed_by_rounding():
+    wrong = {"recommended": (25, 23, 14), "probe": (48, 56, 51)}  # Of 412 each: 62 are 0.4 of 155.
+    figures = {"signs": {recipe: {"scores": [1 - one / 412 for one in row]} for recipe, row in wrong.items()}}
+    (target,) = [one for one in recipe_tables.list_targets(figures) if "the probe's" in one[0]]
+    assert recipe_tables.format_targets([target]).endswith("| 0.4 | at most 0.4 | holds |")
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [
