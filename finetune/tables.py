@@ -25,6 +25,8 @@ from finetune.table_faults import (
 from finetune.texts import join_names
 
 LABEL_SEPARATOR = "$"
+# Optional column: photos with the same value, near copies or one patient's, are not independent of each other.
+GROUP_COLUMN = "group"
 WRITTEN_BY = {
     "all_data.csv": "make_csv_from_folders.py",
     **dict.fromkeys(("training_set.csv", "validation_set.csv", "testing_set.csv"), "split_train_test.py"),
