@@ -57,6 +57,7 @@ def main(configs: FolderConfigs) -> dict:
     )
     from finetune.files import write_csv
     from finetune.label_tables import convert_label_table, count_classes_of
+    from finetune.labels import clean_label
     from finetune.set_folders import find_set_folders, write_sets
     from finetune.splitting import format_class_counts, refuse_own_input
     from finetune.texts import show_count
@@ -81,7 +82,7 @@ def main(configs: FolderConfigs) -> dict:
             return write_sets(folders, photos, configs, write_path, configs.verify)
         refuse_a_level_above(photos.images, configs.folder_path)
         report_left_out(photos)
-        class_names = list(photos.images)
+        class_names = [clean_label(name) for name in photos.images]
         table = tabulate_images(photos.images, label_column, configs.folder_path)
     if configs.verify:
         table = leave_out_bad_images({write_path: table}, [""], configs, multi_label)[write_path]

@@ -23,7 +23,7 @@ PACKAGE = "finetune"
 FLOORS: dict[str, tuple[str, ...]] = {
     "ground": (
         *("finetune.values", "finetune.notices", "finetune.options", "finetune.texts", "finetune.progress"),
-        *("finetune.files", "finetune.groups"),
+        *("finetune.files", "finetune.groups", "finetune.labels"),
     ),
     "options": ("configs",),
     "inputs": (

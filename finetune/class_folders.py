@@ -13,6 +13,7 @@ from finetune.data_check import check_tables
 from finetune.files import IMAGE_SUFFIXES, lies_around, list_visible, report_closed
 from finetune.findings import get_bad_rows
 from finetune.headers import reads_heic
+from finetune.labels import clean_label, clean_labels
 from finetune.options import UserError
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, make_image_table
 from finetune.texts import join_names, show_count
@@ -111,11 +112,14 @@ def tabulate_images(images: dict[str, list[str]], label_column: str, folder_path
             raise UserError(
                 f"The folder name {name} contains '{LABEL_SEPARATOR}', which separates labels. Rename the folder."
             )
+        if not clean_label(name):
+            raise UserError(f"The folder name {name!a} has no visible character. Rename the folder.")
     rows = [(path, name) for name, paths in images.items() for path in paths]
     if not rows:
         raise UserError(f"The class folders of {folder_path} hold no image ({', '.join(IMAGE_SUFFIXES)}).")
     report_unread_heic([path for path, _ in rows])
-    return pd.DataFrame(rows, columns=[IMAGE_COLUMN, label_column])
+    paths, names = zip(*rows, strict=True)
+    return pd.DataFrame({IMAGE_COLUMN: paths, label_column: clean_labels(names, folder_path)})
 
 
 def leave_out_bad_images(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from finetune.files import write_csv
+from finetune.labels import clean_label
 from finetune.options import UserError
 from finetune.tables import IMAGE_COLUMN, find_class_names, parse_table, read_table, split_label
 from finetune.texts import join_names, show_text
@@ -75,7 +76,8 @@ def read_corrections(path: str) -> pd.DataFrame:
             f"{path} has no column '{missing[0]}'. Its columns: {join_names(table.columns)}. Expected the "
             "corrections.csv that the page of find_label_errors.py saves."
         )
-    return table
+    # An older page has saved labels as its table spelt them; `read_table` cleans them now.
+    return table.assign(**{name: table[name].map(clean_label) for name in (GIVEN_COLUMN, CORRECTED_COLUMN)})
 
 
 def find_faults(corrections: pd.DataFrame, table: pd.DataFrame, label_column: str, multi_label: bool) -> list[str]:

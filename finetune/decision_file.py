@@ -12,6 +12,7 @@ import numpy as np
 from finetune.artefacts import DECISION_FILE, artefact_stem, is_exported, metadata_path
 from finetune.decision import TEMPERATURE_RANGE, Decision, fit_decision
 from finetune.files import write_json
+from finetune.labels import look_the_same
 from finetune.options import UserError
 from finetune.texts import join_names
 from finetune.values import convert
@@ -95,7 +96,7 @@ def read_decision(folder: str, class_names: Sequence[str], multi_label: bool, mo
             "Run test.py on this model to fit its own."
         )
         return default
-    if stored.class_names != default.class_names or stored.multi_label != multi_label:
+    if not look_the_same(stored.class_names, default.class_names) or stored.multi_label != multi_label:
         raise _decision_fault(
             path,
             f"expected the model's classes {join_names(class_names)} and multi_label {multi_label}",

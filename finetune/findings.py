@@ -80,7 +80,7 @@ KINDS = {
     "near_allowed_duplicate": Kind("warning", "Nearly the same image is in two sets: figures will be optimistic."),
     "near_duplicate_with_other_label": Kind("warning", "Nearly the same image has two labels. Look at both."),
     "white_space": Kind("warning", "White space at the ends of a class name is a part of the name."),
-    "case_variant": Kind("warning", "Class names that differ by case or accents' encoding alone are two classes."),
+    "case_variant": Kind("warning", "Class names that differ only by case or width are two classes."),
     "doubled_label": Kind("warning", "A label names a class twice; it counts once."),
     "duplicate_path": Kind("warning", "The table names the same file twice; it counts twice."),
     "duplicate": Kind("warning", "The same image is twice in a set; it counts twice."),

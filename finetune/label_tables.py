@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from finetune.files import IMAGE_SUFFIXES, list_visible
+from finetune.labels import clean_label, clean_labels
 from finetune.options import UserError
 from finetune.table_faults import (
     IMAGE_COLUMN,
@@ -67,6 +68,7 @@ def convert_label_table(
     labels = find_labels(table.drop(columns=image_column), label_column, is_label_column_given, multi_label, table_path)
     if multi_label and separator != LABEL_SEPARATOR:
         labels = [replace_separator(label, separator, table_path) for label in labels]
+    labels = clean_labels(labels, table_path)
     files = pick_files(table[image_column], images, table_path, leave_out_missing)
     used = {file for file in files if file}
     if unused := [path for path in images.paths if path not in used]:
@@ -162,7 +164,7 @@ class ImageNames:
         self._by_name = defaultdict(list)
         for path in self.paths:
             name = os.path.basename(path)
-            for key in (name, os.path.splitext(name)[0]):
+            for key in map(clean_label, (name, os.path.splitext(name)[0])):
                 self._by_name[key].append(path)
 
     def find(self, text: str) -> list[str]:
@@ -171,14 +173,15 @@ class ImageNames:
         Other folders in front of `folder_path` do no harm. The longest agreement counts, and of those names with their
         endings, and paths that begin in `folder_path`, before others.
         """
-        parts = [part for part in re.split(r"[\\/]", text.strip(MARKS_AROUND)) if part not in ("", ".")]
-        ranks = {}
+        given = [part for part in re.split(r"[\\/]", text.strip(MARKS_AROUND)) if part not in ("", ".")]
+        parts, ranks = [*map(clean_label, given)], {}
         for path in self._by_name.get(parts[-1], ()) if parts else ():
-            whole, depth = os.path.abspath(path).split(os.sep), path.count(os.sep) - self._depth
+            whole, depth = clean_label(os.path.abspath(path)).split(os.sep), path.count(os.sep) - self._depth
             folders = zip(parts[-2::-1], whole[-2::-1], strict=False)
             agreeing = 1 + sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], folders))
             if agreeing == len(parts) or agreeing > depth:
-                ranks[path] = agreeing, whole[-1] == parts[-1], depth == len(parts)
+                is_exact = os.path.basename(path).startswith(given[-1])
+                ranks[path] = agreeing, whole[-1] == parts[-1], depth == len(parts), is_exact
         return [path for path, rank in ranks.items() if rank == max(ranks.values())]
 
 
@@ -280,7 +283,14 @@ def join_classes(others: pd.DataFrame, multi_label: bool, table_path: str) -> li
         raise UserError(
             f"{table_path}: the column {wrong[0]} contains '{LABEL_SEPARATOR}', which separates labels. Rename it."
         )
-    present, names = others.isin(TRUE_WORDS).to_numpy(), np.array(others.columns, dtype=object)
+    marked, given = others.isin(TRUE_WORDS).to_numpy(), np.array(others.columns, dtype=object)
+    clean_labels(given[np.nonzero(marked)[1]].tolist(), table_path)
+    columns_of = defaultdict(list)
+    for position, name in enumerate(given):
+        columns_of[clean_label(name)].append(position)
+    # Columns whose names look the same are one class.
+    present = np.stack([marked[:, columns].any(axis=1) for columns in columns_of.values()], axis=1)
+    names = np.array([*columns_of], dtype=object)
     several = np.flatnonzero(present.sum(axis=1) > 1)
     if several.size and not multi_label:
         raise UserError(

@@ -12,7 +12,7 @@ import pandas as pd
 
 from finetune.decision import Decision
 from finetune.files import IMAGE_SUFFIXES, check_file_name, list_visible, report_closed
-from finetune.missing_files import explain_missing
+from finetune.missing_files import explain_missing, find_meant
 from finetune.options import UserError
 from finetune.stores import is_url, join_path
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table
@@ -47,9 +47,10 @@ def list_inputs(
     elif glob.has_magic(given):
         names = sorted(path for path in match_pattern(given) if os.path.isfile(path))
     else:
+        meant = find_meant(given)
         raise UserError(
             f"input: expected an image, a folder, a pattern in quotes, or a CSV file with a column '{IMAGE_COLUMN}'. "
-            f"Received: {given!r}, and there is no such file."
+            f"Received: {given!r}, and there is no such file." + f" There is {meant}: write that." * bool(meant)
         )
     if not names:
         raise UserError(f"input: no file matches the pattern {given}. Check it, and put it in quotes.")

@@ -7,6 +7,7 @@ from typing import Any
 
 from configs import Configs
 from finetune.checkpoints import stops_early
+from finetune.labels import look_the_same
 from finetune.options import UserError
 from finetune.phases import count_epochs
 from finetune.run_data import DATA_OPTIONS, locate_data
@@ -81,7 +82,7 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
     for name, option in options.items():
         before = tuple(stored[name]) if isinstance(getattr(configs, name), tuple) else stored.get(name)
         now = getattr(configs, name)
-        if now == before or name not in stored or name in kept or name in ("load_model_path", "overwrite"):
+        if look_the_same(now, before) or name not in stored or name in kept or name in ("load_model_path", "overwrite"):
             continue
         is_free_choice = name in ("classes", "random_seed") and now is None
         if is_free_choice or (name in state["given"] and name not in configs.given):

@@ -24,6 +24,7 @@ from finetune.artefacts import (
     metadata_path,
 )
 from finetune.files import remove_stale_files, write_json
+from finetune.labels import look_the_same
 from finetune.options import UserError
 from finetune.run_data import (
     DATA_FILE,
@@ -244,7 +245,7 @@ def describe_model(configs: Configs, model_path: str) -> Configs:
     for name in sorted(described.keys() & configs.given):
         given = getattr(configs, name)
         # For the classes alone, none means that they are to be found.
-        if given != described[name] and not (name == "classes" and given is None):
+        if not look_the_same(given, described[name]) and not (name == "classes" and given is None):
             source = os.path.basename(stored_path)
             stored_words, given_words = quote_difference(described[name], given)
             raise UserError(

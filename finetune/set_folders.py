@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ import pandas as pd
 from configs import Configs
 from finetune.class_folders import Photos, leave_out_bad_images, list_photos, report_left_out, tabulate_images
 from finetune.files import write_csv
+from finetune.labels import clean_label
 from finetune.options import UserError
 from finetune.splitting import SET_FILES, count_classes, format_counts, warn_of_stale_sets
 from finetune.texts import join_names, show_count
@@ -114,7 +116,7 @@ def write_sets(folders: dict[str, str], beside: Photos, configs: Configs, write_
     if verify:
         tables = leave_out_bad_images(tables, list(folders), configs)
     print(f"Kept the split into {', '.join(map(_quote_folder, folders.values()))}: nothing is left to split.")
-    counts = _count(tables, list(folders), sorted({name for photos in found.values() for name in photos.images}))
+    counts = _count(tables, list(folders), _name_classes(found.values()))
     print(format_counts(counts))
     warn_of_gaps(counts)
     for path, table in tables.items():
@@ -123,6 +125,11 @@ def write_sets(folders: dict[str, str], beside: Photos, configs: Configs, write_
     warn_of_stale_sets(tables)
     print(describe_next_step(paths, label_column))
     return counts.to_dict()
+
+
+def _name_classes(found: Iterable[Photos]) -> list[str]:
+    """Returns the class names of the folders in all sets, sorted, those of empty ones included."""
+    return sorted({clean_label(name) for photos in found for name in photos.images})
 
 
 def warn_of_gaps(counts: pd.DataFrame) -> None:

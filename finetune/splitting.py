@@ -12,6 +12,7 @@ from configs import Configs
 from finetune.data_check import check_tables
 from finetune.findings import get_bad_rows
 from finetune.groups import Groups
+from finetune.labels import clean_label
 from finetune.options import UserError
 from finetune.tables import find_class_names, make_image_table, parse_table, read_table, split_label
 from finetune.texts import MOST_LISTED, MOST_TELLING, join_names, show_count
@@ -257,7 +258,7 @@ def join_by_column(groups: Groups, table: pd.DataFrame, column: str, csv_path: s
             f"{csv_path} has no column '{column}'. Its columns: {columns}. Set group_column to one of them."
         )
     first_row = {}
-    for row, value in enumerate(table[column].str.strip()):
+    for row, value in enumerate(table[column].map(clean_label).str.strip()):
         if not value:
             raise UserError(f"{csv_path}, row {row + 2}: the column '{column}' is empty. Fill it in.")
         groups.join(first_row.setdefault(value, row), row)

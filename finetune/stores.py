@@ -10,6 +10,7 @@ import json
 import os
 import posixpath
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -41,14 +42,26 @@ def is_url(path: str) -> bool:
 
 
 def join_path(directory: str, path: str) -> str:
-    """Puts `image_directory`, a folder or a URL, in front of an image path that is neither absolute nor a URL."""
+    """Puts `image_directory`, a folder or a URL, in front of an image path that is neither absolute nor a URL.
+
+    A path in the user's home may begin with `~/`. A file keeps the encoding of its accents on the disk.
+    """
     if is_url(path):
         return path
+    if path.startswith("~/") and not os.path.lexists(os.path.join(directory, path)):
+        return pick_spelling(os.path.expanduser(path))
     if not is_url(directory) or os.path.isabs(path):
-        return os.path.join(directory, path)
+        return pick_spelling(os.path.join(directory, path))
     protocol, place = directory.split("://", 1)
     # Stores take "." and ".." for names of folders.
     return f"{protocol}://{posixpath.normpath(posixpath.join(place, path.replace(os.sep, '/')))}"
+
+
+def pick_spelling(path: str) -> str:
+    """Returns a path as its file is called: accents are encoded in two ways, NFC and, by macOS, NFD."""
+    if path.isascii() or os.path.lexists(path):
+        return path
+    return next((other for form in ("NFC", "NFD") if os.path.isfile(other := unicodedata.normalize(form, path))), path)
 
 
 def read_bytes(path: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from finetune.files import IMAGE_SUFFIXES
+from finetune.labels import clean_label
 
 IMAGE_COLUMN = "path"
 DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "blanks"}
@@ -181,6 +182,8 @@ def is_image_path(text: str) -> bool:
 def find_spelling(name: str, missing: Sequence[str]) -> str:
     """Returns what to do about a column that is called nearly as a missing one; empty where it is not."""
     plain = name.strip(MARKS_AROUND)
+    if plain not in missing and clean_label(name) in map(clean_label, missing):
+        return f"has invisible characters or accents encoded otherwise: write {clean_label(name)}"
     if plain in missing:
         return f"has {'blanks' if name.strip() == plain else 'quotation marks'} around it: write {plain}"
     return next((f"has other capitals: write {one}" for one in missing if plain.casefold() == one.casefold()), "")

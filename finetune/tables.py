@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 
 from finetune.findings import Finding
+from finetune.labels import LABEL_SEPARATOR, clean_label, clean_labels
+from finetune.missing_files import find_meant
 from finetune.options import UserError
 from finetune.stores import is_url, join_path
 from finetune.table_faults import (
@@ -24,7 +26,6 @@ from finetune.table_faults import (
 )
 from finetune.texts import join_names
 
-LABEL_SEPARATOR = "$"
 # Optional column: photos with the same value, near copies or one patient's, are not independent of each other.
 GROUP_COLUMN = "group"
 WRITTEN_BY = {
@@ -62,7 +63,9 @@ def read_table(csv_path: str, label_column: str, multi_label: bool = False) -> p
 
 
 def find_remedy(csv_path: str) -> str:
-    """Says what to do about a table that cannot be opened: where its path begins, and which script writes it."""
+    """Says what to do about a table that cannot be opened: another spelling, where it begins, what writes it."""
+    if meant := find_meant(csv_path):
+        return f"There is {meant}: write that."
     script = WRITTEN_BY.get(os.path.basename(csv_path))
     first = f", or run {script} first" if script else ""
     return f"Check the path{first}." + f" Relative paths begin in {os.getcwd()}." * (
@@ -71,7 +74,7 @@ def find_remedy(csv_path: str) -> str:
 
 
 def parse_table(csv_path: str, label_column: str) -> pd.DataFrame:
-    """Reads a CSV file as `read_table` does, empty paths and labels included.
+    """Reads a CSV file as `read_table` does, empty paths and labels included; labels are cleaned by `clean_labels`.
 
     Raises:
         UserError: the file is missing, empty or no CSV, or lacks a column or rows.
@@ -106,6 +109,8 @@ def parse_table(csv_path: str, label_column: str) -> pd.DataFrame:
         )
     if table.empty:
         raise UserError(f"{csv_path} has no rows. Expected one row an image, with {IMAGE_COLUMN} and {label_column}.")
+    if label_column != IMAGE_COLUMN:
+        table = table.assign(**{label_column: clean_labels(table[label_column].tolist(), csv_path)})
     return table
 
 
@@ -164,6 +169,11 @@ def resolve_class_names(
         UserError: the given classes are not those of the training CSV, or there are fewer than two.
     """
     found = find_class_names(read_table(train_csv, label_column, multi_label)[label_column], multi_label)
+    classes = [clean_label(name) for name in classes] if classes is not None else None
+    if doubled := [name for name, count in Counter(classes).items() if count > 1]:
+        raise UserError(
+            f"classes: expected each name once. Received several that look like {doubled[0]!r}. Correct it."
+        )
     if classes is not None and set(classes) != set(found):
         missing, surplus = sorted(set(found) - set(classes)), sorted(set(classes) - set(found))
         faults = [f"it lacks {join_names(missing)}"] * bool(missing)
@@ -171,7 +181,7 @@ def resolve_class_names(
         raise UserError(f"classes does not match {train_csv}: {'; '.join(faults)}. Correct it, or set it to none.")
     if len(found) < (1 if multi_label else 2):
         raise UserError(f"{train_csv} holds one class, {join_names(found)}. Expected at least two to tell apart.")
-    return list(classes) if classes is not None else found
+    return classes if classes is not None else found
 
 
 def encode_labels(labels: Sequence[str], class_names: Sequence[str], multi_label: bool, csv_path: str) -> np.ndarray:
@@ -181,9 +191,15 @@ def encode_labels(labels: Sequence[str], class_names: Sequence[str], multi_label
         int32 `(images,)`, positions in `class_names`; multi-label: uint8 `(images, classes)` of zeros and ones.
 
     Raises:
-        UserError: a label that is none of `class_names`, with its row in `csv_path`.
+        UserError: a label that is none of `class_names`, with its row in `csv_path`; two of these look the same.
     """
-    positions = {name: position for position, name in enumerate(class_names)}
+    # Older runs have names that aren't cleaned.
+    positions = {clean_label(name): position for position, name in enumerate(class_names)}
+    if len(positions) < len(class_names):
+        raise UserError(
+            f"The model's classes {join_names([ascii(name) for name in class_names])} have names that look the same. "
+            "Train a new model: its classes are merged."
+        )
     codes, distinct = pd.factorize(np.asarray(labels, dtype=object))
     encoded = np.zeros((len(distinct), len(class_names)), np.uint8)
     for row, label in enumerate(distinct):

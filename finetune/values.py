@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,9 @@ def convert(value: Any, kind: Any, is_text: bool) -> Any:
         value = _from_text(value, inner)
     if inner is float and type(value) is int:
         value = _from_text(str(value), float)
+    if inner is str and isinstance(value, str) and value.startswith("~/"):
+        # A shell leaves it in --option=~/folder, and JSON has no shell.
+        value = os.path.expanduser(value)
     if type(value) is not inner or not _IS_USABLE.get(inner, _always)(value):
         raise ValueError(value)
     return value

@@ -7,6 +7,9 @@ import pytest
 from finetune.data_check import check_images
 from finetune.missing_files import explain_missing
 from finetune.options import UserError
+from finetune.stores import join_path
+from finetune.tables import parse_table
+from finetune.values import convert
 
 
 def touch(folder, *names):
@@ -36,3 +39,59 @@ def test_scripts_that_take_a_table_name_the_file_that_is_meant(tmp_path):
     with pytest.raises(UserError, match=r"row 2: .*1 does not exist, but .*1\.jpg does: add the ending, as make_csv"):
         check_images([str(tmp_path / "1")], "t.csv")
     assert check_images([str(tmp_path / "1")], "t.csv", skip_bad_images=True) == [2]
+
+
+def test_accents_that_are_encoded_otherwise_lead_to_the_file(tmp_path):
+    for written, asked in (("cafe\u0301.jpg", "caf\u00e9.jpg"), ("u\u0308/1.jpg", "\u00fc/1.jpg")):
+        touch(tmp_path, written)
+        for name, other in ((written, asked), (asked, written)):
+            assert join_path(str(tmp_path), other) == str(tmp_path / written)
+            assert join_path(str(tmp_path), name) == str(tmp_path / written)
+
+
+def test_the_exact_spelling_takes_precedence(tmp_path):
+    touch(tmp_path, "cafe\u0301.jpg", "caf\u00e9.jpg")
+    for name in os.listdir(tmp_path):
+        assert join_path(str(tmp_path), name) == str(tmp_path / name)
+
+
+def test_a_path_in_the_home_folder_leads_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path, "photos/1.jpg")
+    assert join_path("images", "~/photos/1.jpg") == str(tmp_path / "photos/1.jpg")
+    assert convert("~/photos", str, is_text=True) == convert("~/photos", str, is_text=False) == str(tmp_path / "photos")
+
+
+@pytest.mark.parametrize(
+    ("file", "meant", "reason"),
+    [
+        ("images/C:\\Users\\me\\images\\cat\\1.jpg", "images/cat/1.jpg", "its path here has no C:"),
+        ("D:/work/images/cat/1.jpg", "images/cat/1.jpg", "its path here has no D:"),
+        ("Images/Cat/1.jpg", "images/cat/1.jpg", "its capitals differ"),
+        ("images/cat\u200b/1.jpg", "images/cat/1.jpg", r"'cat\u200b' and 'cat' differ by invisible characters"),
+        # One part of it in each encoding, so that neither is that of the whole.
+        ("images/caf\u00e9/e\u0301.jpg", "images/cafe\u0301/\u00e9.jpg", "its accents are encoded otherwise"),
+        ("images/~\\photos\\2.jpg", "home/photos/2.jpg", "write the home folder for ~"),
+    ],
+)
+def test_the_file_is_found_by_another_spelling(tmp_path, monkeypatch, file, meant, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    touch(tmp_path, "images/cat/1.jpg", "images/cafe\u0301/\u00e9.jpg", "home/photos/2.jpg")
+    explained = explain_missing([file])[file].replace(r"\\", "\\")
+    assert f"{meant} does: " in explained
+    assert reason in explained
+
+
+def test_a_drive_of_windows_without_such_a_file_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = "images/C:\\Users\\me\\1.jpg"
+    assert "C: is a drive of Windows. Write paths below image_directory" in explain_missing([file])[file]
+
+
+def test_a_table_is_found_by_another_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "data/all.csv")
+    for path in ("data\\all.csv", "C:\\me\\data\\all.csv", "Data/all.csv", "data/all\u200b.csv"):
+        with pytest.raises(UserError, match=r"There is data/all\.csv: write that"):
+            parse_table(path, "class")
