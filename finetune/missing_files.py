@@ -140,7 +140,7 @@ def _tell_difference(name: str, names: list[str]) -> str:
     if unicodedata.normalize("NFC", names[0]) == unicodedata.normalize("NFC", name):
         return "its accents are encoded otherwise (NFC or NFD)"
     if clean_label(names[0]) == clean_label(name):
-        return f"{show_difference(name)!r} and {show_difference(names[0])!r} differ by invisible characters"
+        return f"'{show_difference(name)}' and '{show_difference(names[0])}' differ by invisible characters"
     if _make_key(names[0]) == _make_key(name):
         return "its capitals differ"
     return ENDING_REMEDY if _make_key(os.path.splitext(names[0])[0]) == _make_key(name) else "its ending differs"
