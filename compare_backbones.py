@@ -10,6 +10,7 @@ import math
 
 from configs import BACKBONE_NAMES, Configs
 from finetune.options import define, run_script
+from finetune.streams import protecting_output
 from finetune.values import bound_fault
 
 ALL = "all"
@@ -40,6 +41,7 @@ class CompareConfigs(Configs):
     )
 
 
+@protecting_output()
 def main(configs: CompareConfigs) -> dict:
     """Draws the images, probes each backbone at each size, and ranks them.
 

@@ -17,6 +17,7 @@ from configs import Configs
 from finetune.artefacts import EXPORTS, WEIGHTS_DTYPES, exports_fault, list_kinds, name_candidate
 from finetune.files import write_json
 from finetune.options import UserError, define, run_script
+from finetune.streams import protecting_output
 
 
 @dataclasses.dataclass
@@ -51,6 +52,7 @@ class CompressConfigs(Configs):
         return self
 
 
+@protecting_output()
 def main(configs: CompressConfigs) -> dict[str, Any]:
     """Writes each artefact, compares it with the original on the test set, prints the table and writes the report.
 
@@ -94,11 +96,11 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
         report["artefacts"].append(artefact)
     if configs.classes:
         compression_report.write_metadata(model_path, configs, decision, bool(configs.export))
-    compression_report.print_report(report)
-    folder = os.path.dirname(model_path)
-    report["artefacts"] += compression_report.find_earlier(folder, report)
+    folder, own = os.path.dirname(model_path), dict(report)
+    report["artefacts"] = report["artefacts"] + compression_report.find_earlier(folder, report)
     write_json(os.path.join(folder, COMPRESSION_FILE), report)
     write_model_card(folder)
+    compression_report.print_report(own)
     return report
 
 

@@ -7,9 +7,11 @@ import os
 
 from configs import Configs
 from finetune.options import run_script
+from finetune.streams import protecting_output
 from finetune.values import get_input_size
 
 
+@protecting_output()
 def main(configs: Configs) -> dict:
     """Loads the model, explains the test images batch by batch, writes the pictures; returns paths and faithfulness."""
     # Imported here, so that --help does not wait for TensorFlow.

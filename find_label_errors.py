@@ -11,6 +11,7 @@ import os
 
 from configs import Configs
 from finetune.options import define, run_script
+from finetune.streams import protecting_output
 
 MOST_SUSPECTS = 2000
 
@@ -31,6 +32,7 @@ class LabelErrorConfigs(Configs):
     apply: str = define("", "The corrections.csv that the page has saved: write a copy of csv_path corrected by it")
 
 
+@protecting_output()
 def main(configs: LabelErrorConfigs) -> dict:
     """Judges every label of the table, writes the suspects and their page; or writes the corrected table.
 

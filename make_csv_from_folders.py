@@ -9,6 +9,7 @@ import dataclasses
 
 from configs import Configs
 from finetune.options import define, run_script
+from finetune.streams import protecting_output
 
 
 def separator_fault(separator: str) -> str:
@@ -41,6 +42,7 @@ class FolderConfigs(Configs):
     )
 
 
+@protecting_output()
 def main(configs: FolderConfigs) -> dict:
     """Lists the images, writes the table and prints the counts.
 

@@ -7,6 +7,7 @@ import os
 
 from configs import Configs
 from finetune.options import define, run_script
+from finetune.streams import protecting_output
 
 
 @dataclasses.dataclass
@@ -18,6 +19,7 @@ class PlotConfigs(Configs):
     )
 
 
+@protecting_output()
 def main(configs: PlotConfigs) -> dict:
     """Reads the log, draws it, shows it where there is a display; returns the picture's path."""
     # Imported here, so that --help does not wait for matplotlib.

@@ -8,6 +8,7 @@ import re
 
 from configs import Configs
 from finetune.options import define, run_script
+from finetune.streams import protecting_output
 from finetune.values import get_input_size
 
 MOST_COPIES = 100
@@ -40,6 +41,7 @@ class PredictConfigs(Configs):
     )
 
 
+@protecting_output()
 def main(configs: PredictConfigs) -> dict:
     """Lists the images, loads the model, predicts and writes the table.
 
@@ -81,9 +83,8 @@ def main(configs: PredictConfigs) -> dict:
     print(*notes, f"Model: {model_path}", describe_decision(decision, configs.threshold_type), sep="\n")
     reader = ForgivingReader(paths, get_input_size(configs), configs.resize_mode, configs.max_image_pixels)
     views = build_views(configs.tta, configs.random_seed or 0)
-    workers, queue_length = configs.generator_workers, configs.generator_queue_length
-    sequence = build_sequence(reader, views, configs.batch_size, workers, queue_length)
-    probabilities = predict_images(model, sequence)
+    queue = configs.generator_workers, configs.generator_queue_length
+    probabilities = predict_images(model, build_sequence(reader, views, configs.batch_size, *queue))
     check_finite(probabilities)
     errors = explain_errors(reader.errors, paths)
     table = make_table(names, probabilities, errors, decision, configs.threshold_type, configs.top_k)

@@ -7,6 +7,7 @@ import os
 
 from configs import Configs
 from finetune.options import UserError, define, run_script
+from finetune.streams import protecting_output
 
 
 @dataclasses.dataclass
@@ -27,6 +28,7 @@ class SplitConfigs(Configs):
     shuffle: bool = define(True, "Draw the images at random; False takes the last ones of each class")
 
 
+@protecting_output()
 def main(configs: SplitConfigs) -> dict:
     """Splits, writes and prints the counts; returns the image count of each class in each set."""
     # Imported here, so that --help does not wait for pandas.
@@ -54,12 +56,14 @@ def main(configs: SplitConfigs) -> dict:
         sets = splitting.split_groups(labels.to_numpy(object), groups, fractions, multi_label, rng)
         splitting.warn_of_other_fractions(sets, fractions)
     counts = splitting.count_classes(labels, sets, find_class_names(labels, multi_label), multi_label)
+    empty = [name for name, rows in sets.items() if not len(rows)]
+    for name, path in written.items() if not empty else ():
+        write_csv(path, table.iloc[sets[name]])
     print(splitting.format_counts(counts))
     splitting.warn_of_missing_classes(counts)
-    if empty := [name for name, rows in sets.items() if not len(rows)]:
+    if empty:
         raise UserError(f"{csv_path} has too few images: the {empty[0]} set would be empty. Add images.")
     for name, path in written.items():
-        write_csv(path, table.iloc[sets[name]])
         print(f"Wrote {show_count(len(sets[name]), 'row')} to {path}")
     splitting.warn_of_stale_sets(written.values())
     return counts.to_dict()

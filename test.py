@@ -11,15 +11,17 @@ from typing import Any
 
 from configs import Configs
 from finetune.options import run_script
+from finetune.streams import protecting_output
 from finetune.values import get_input_size
 
 
+@protecting_output()
 def main(configs: Configs) -> dict[str, Any]:
     """Loads the model, predicts each set, evaluates, prints and writes; returns the content of metrics.json."""
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.decision_file import get_decision
     from finetune.devices import start_devices
-    from finetune.evaluation import evaluate_sets, print_results
+    from finetune.evaluation import evaluate_sets
     from finetune.gallery import build_explainer
     from finetune.model_card import write_model_card
     from finetune.predicting import predict
@@ -56,7 +58,6 @@ def main(configs: Configs) -> dict[str, Any]:
     sets["test"]["selected_the_model"] = has_selected(model_path, configs.test_csv)
     results = {"model": model_path, "classes": configs.classes, "multi_label": multi_label}
     results |= {"decision": decision.to_dict(), "sets": sets}
-    print_results(results)
     folder = os.path.join(configs.save_model_path, name_evaluation(model_path))
     read, truth, probabilities = sequences["test"].get_read_paths(), truths["test"], predictions["test"]
     options, probabilities = list_options(configs, model_path), decision.calibrate(probabilities)

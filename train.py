@@ -9,8 +9,10 @@ import time
 
 from configs import Configs
 from finetune.options import run_script
+from finetune.streams import protecting_output
 
 
+@protecting_output()
 def main(configs: Configs) -> dict:
     """Trains, alone or with the other processes of TF_CONFIG; returns the last epoch's figures and the best."""
     # Imported here, so that --help does not wait for TensorFlow.
@@ -50,9 +52,8 @@ def main(configs: Configs) -> dict:
         )
         phases = get_phases(configs, strategy.num_replicas_in_sync)
         if configs.find_learning_rate:
-            found = training.try_learning_rates(
-                phases[0], configs, strategy, start.classifier, images.training, losses.training
-            )
+            model, tried, loss = start.classifier, images.training, losses.training
+            found = training.try_learning_rates(phases[0], configs, strategy, model, tried, loss)
             return report_learning_rate(configs.save_model_path, found, team.is_chief)
         with training.open_run(configs, images, team) as interruption:
             checkpoint = training.train_phases(

@@ -22,7 +22,8 @@ PICTURE = PROJECT / "docs" / "architecture.png"
 PACKAGE = "finetune"
 FLOORS: dict[str, tuple[str, ...]] = {
     "ground": (
-        *("finetune.values", "finetune.notices", "finetune.options", "finetune.texts", "finetune.progress"),
+        *("finetune.values", "finetune.notices", "finetune.streams", "finetune.options"),
+        *("finetune.texts", "finetune.progress"),
         *("finetune.files", "finetune.groups", "finetune.labels"),
     ),
     "options": ("configs",),

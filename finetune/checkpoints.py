@@ -45,7 +45,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     Every `.keras` file is written whole or not at all, and carries the state that resuming from it needs, so that
     the two cannot disagree: see `state`. It stops training on a non-finite loss, after `early_stopping_patience`
-    epochs without a better score, and on SIGINT or SIGTERM, after the step that runs then.
+    epochs without a better score, and on SIGINT, SIGTERM or SIGHUP, after the step that runs then.
 
     Args:
         configs: of the run, with `classes` resolved; stored with every model.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.options import UserError
+from finetune.streams import ASCII_NAMES, has_ascii_names
 from finetune.texts import join_names
 
 if TYPE_CHECKING:
@@ -159,7 +160,8 @@ def check_file_name(path: str) -> None:
     try:
         path.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"The file name {path!a} is not UTF-8. Rename the file.") from error
+        fault = f"ASCII. {ASCII_NAMES}" if has_ascii_names() else "UTF-8. Rename the file."
+        raise UserError(f"The file name {path!a} is not {fault}") from error
 
 
 def duplicate_file(source: str, path: str) -> None:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, noted so that training can end after its step."""
+"""SIGINT, SIGTERM and SIGHUP, noted so that training can end after its step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import numpy as np
 
 
 class Interruption:
-    """Notes SIGINT and SIGTERM while it is entered, so that training can end after its step; a second one ends it.
+    """Notes signals while it is entered, so that training can end after its step; a second SIGINT or SIGTERM ends it.
+
+    SIGHUP, which a terminal sends as it closes, is left to who started this process with it ignored, as nohup does.
 
     Args:
         is_shared: training ends where all processes of the run have agreed on it, by `get_flags` and `note_flags`.
     """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    # Windows has no SIGHUP.
+    HANGUP = getattr(signal, "SIGHUP", None)
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, *[HANGUP] * (HANGUP is not None))
 
     def __init__(self, is_shared: bool = False) -> None:
         self.is_shared = is_shared
@@ -29,11 +33,13 @@ class Interruption:
         # Python lets the main thread alone handle signals.
         if threading.current_thread() is threading.main_thread():
             for number in self.NUMBERS:
-                self._previous[number] = signal.signal(number, self._note)
+                if number != self.HANGUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number in self.NUMBERS:
+            self._restore(number)
 
     def get_flags(self) -> np.ndarray:
         """Returns which of the signals this process has received, as zeros and ones."""
@@ -47,8 +53,12 @@ class Interruption:
         self._received = number
         if not self.is_shared:
             self.signal = number
-        self._restore()
+        # It often comes twice, from the terminal and from the shell, and service managers send it after SIGTERM.
+        if self.HANGUP in self._previous:
+            signal.signal(self.HANGUP, signal.SIG_IGN)
+        for other in (signal.SIGINT, signal.SIGTERM):
+            self._restore(other)
 
-    def _restore(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
+    def _restore(self, number: int) -> None:
+        if number in self._previous:
+            signal.signal(number, self._previous.pop(number))

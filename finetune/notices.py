@@ -111,6 +111,8 @@ def hiding_notices() -> Iterator[None]:
 def _start_sink() -> subprocess.Popen | None:
     if not sys.executable or sys.stderr is None:
         return None
+    # Raises OSError where it is closed.
+    os.fstat(2)
     # In a session of its own, so that Ctrl-C leaves it to write the rest.
     command = [sys.executable, "-I", "-S", __file__]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, start_new_session=True)

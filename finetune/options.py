@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Self
 
 from finetune.notices import silence_libraries
+from finetune.streams import protect_output, restart_in_utf8
 from finetune.values import (
     LONGEST_SHOWN,
     bound_fault,
@@ -359,12 +360,15 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, kind: Any, cls: type[Op
 def run_script(main: Callable[[Any], dict]) -> None:
     """Runs a script's `main` on the command line's configs.
 
-    A user's mistake ends in its message on stderr and exit status 2, Ctrl-C in 130; a bug keeps its traceback.
+    A user's mistake ends in its message on stderr and exit status 2, Ctrl-C in 130; a bug keeps its traceback. Output
+    that fails ends nothing.
 
     Args:
         main: takes `configs`, whose annotation says which options there are; the docstring of its module is the head
             of `--help`.
     """
+    restart_in_utf8()
+    protect_output()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     try:

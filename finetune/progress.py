@@ -22,9 +22,13 @@ BAR = {
 }
 
 
-def draws_bars(stream: TextIO) -> bool:
+def draws_bars(stream: TextIO | None) -> bool:
     """Tells whether a stream leads to a terminal that can draw over what it shows."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
+    try:
+        return stream.isatty() and os.environ.get("TERM") != "dumb"
+    except (AttributeError, ValueError):
+        # There is none, or it is closed.
+        return False
 
 
 def begin_line() -> str:

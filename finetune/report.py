@@ -15,7 +15,7 @@ from finetune.confusions import list_confusions
 from finetune.curves import get_curves
 from finetune.decision import Decision
 from finetune.embedding import embed_figures, embed_gallery, embed_log
-from finetune.evaluation import list_predictions
+from finetune.evaluation import list_predictions, print_results
 from finetune.figures import PAIRS_LISTED, save_figures
 from finetune.files import write_csv, write_json, write_text
 from finetune.gallery import build_gallery
@@ -130,7 +130,9 @@ def write_evaluation(
     explain: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]],
     options: dict[str, Any],
 ) -> None:
-    """Writes metrics.json, predictions.csv, the figures and report.html of the test set.
+    """Writes metrics.json, predictions.csv, the figures and report.html of the test set, then prints the results.
+
+    Results that cannot be written are printed too.
 
     Args:
         folder: where to write, in that of the run.
@@ -142,13 +144,16 @@ def write_evaluation(
         explain: from paths to each one's photo and the same with its heatmap.
         options: of the run, which the report lists.
     """
-    write_json(os.path.join(folder, "metrics.json"), results)
-    write_csv(os.path.join(folder, "predictions.csv"), list_predictions(images, y_true, probabilities, decision))
-    curves = get_curves(y_true, probabilities, decision.class_names)
-    save_figures(folder, results, curves)
-    gallery = build_gallery(explain, images, y_true, probabilities, decision)
-    path, log = os.path.join(folder, "report.html"), read_training_log(os.path.dirname(folder))
-    write_report(path, results, curves, gallery, log, options)
+    path = os.path.join(folder, "report.html")
+    try:
+        write_json(os.path.join(folder, "metrics.json"), results)
+        write_csv(os.path.join(folder, "predictions.csv"), list_predictions(images, y_true, probabilities, decision))
+        curves = get_curves(y_true, probabilities, decision.class_names)
+        save_figures(folder, results, curves)
+        gallery = build_gallery(explain, images, y_true, probabilities, decision)
+        write_report(path, results, curves, gallery, read_training_log(os.path.dirname(folder)), options)
+    finally:
+        print_results(results)
     print(f"\nThe report is {path}")
 
 

@@ -115,12 +115,13 @@ def write_sets(folders: dict[str, str], beside: Photos, configs: Configs, write_
     }
     if verify:
         tables = leave_out_bad_images(tables, list(folders), configs)
+    for path, table in tables.items():
+        write_csv(path, table)
     print(f"Kept the split into {', '.join(map(_quote_folder, folders.values()))}: nothing is left to split.")
     counts = _count(tables, list(folders), _name_classes(found.values()))
     print(format_counts(counts))
     warn_of_gaps(counts)
     for path, table in tables.items():
-        write_csv(path, table)
         print(f"Wrote {show_count(len(table), 'row')} to {path}")
     warn_of_stale_sets(tables)
     print(describe_next_step(paths, label_column))

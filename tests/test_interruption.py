@@ -22,10 +22,13 @@ def test_a_signal_of_one_process_holds_for_all_after_the_same_step():
     assert step() == [0, 0, 0]
     workers[2]._note(signal.SIGTERM, None)
     assert [worker.signal for worker in workers] == [0, 0, 0]
-    assert [worker.get_flags().tolist() for worker in workers] == [[0, 0], [0, 0], [0, 1]]
+    assert [worker.get_flags().tolist() for worker in workers] == [[0, 0, 0], [0, 0, 0], [0, 1, 0]]
     assert step() == [signal.SIGTERM] * 3
     workers[1]._note(signal.SIGINT, None)
     assert step() == [signal.SIGINT] * 3
+
+
+NOTED = (signal.SIGINT, signal.SIGTERM)
 
 
 @posix
@@ -35,17 +38,47 @@ def test_the_first_signal_is_noted_and_the_handlers_come_back():
         with Interruption(is_shared) as interruption:
             os.kill(os.getpid(), signal.SIGTERM)
             assert interruption.signal == (0 if is_shared else signal.SIGTERM)
-            assert interruption.get_flags().tolist() == [0, 1]
+            assert interruption.get_flags().tolist() == [0, 1, 0]
             # A second one is to end the process.
-            assert [signal.getsignal(number) for number in Interruption.NUMBERS] == before
+            assert [signal.getsignal(number) for number in NOTED] == before[:2]
+            # Service managers send it after SIGTERM.
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.get_flags().tolist() == [0, 1, 0]
     assert [signal.getsignal(number) for number in Interruption.NUMBERS] == before
 
 
+@posix
 def test_interruption_of_one_process_is_that_of_all():
     with Interruption(is_shared=True) as interruption:
-        assert interruption.get_flags().tolist() == [0, 0]
+        assert interruption.get_flags().tolist() == [0, 0, 0]
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.get_flags().tolist() == [0, 1]
+        assert interruption.get_flags().tolist() == [0, 1, 0]
         assert interruption.signal == 0
-        interruption.note_flags([0, 2])
+        interruption.note_flags([0, 2, 0])
         assert interruption.signal == signal.SIGTERM
+
+
+@posix
+def test_hangup_is_noted_and_a_second_one_does_not_end_the_process():
+    before = [signal.getsignal(number) for number in Interruption.NUMBERS]
+    with Interruption() as interruption:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.signal == signal.SIGHUP
+            assert interruption.get_flags().tolist() == [0, 0, 1]
+        assert [signal.getsignal(number) for number in NOTED] == before[:2]
+    assert [signal.getsignal(number) for number in Interruption.NUMBERS] == before
+
+
+@posix
+def test_hangup_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.signal == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
