@@ -90,8 +90,7 @@ def main(configs: FolderConfigs) -> dict:
         table = leave_out_bad_images({write_path: table}, [""], configs, multi_label)[write_path]
     write_csv(write_path, table)
     counts = count_classes_of(table[label_column], class_names, multi_label)
-    print(format_class_counts(counts))
-    print(f"Wrote {show_count(len(table), 'row')} to {write_path}")
+    print(f"{format_class_counts(counts)}\nWrote {show_count(len(table), 'row')} to {write_path}")
     return counts
 
 
