@@ -294,10 +294,10 @@ def rank(probed: Probed, class_names: Sequence[str], multi_label: bool, seed: in
     Returns:
         The columns `backbone`, `height`, `width`; `accuracy`, multi-label `mean_average_precision` over the labels,
         with its 95 % interval `low` and `high`; `images`, compared on; `images_per_second`; `training_seconds`;
-        `parameters`; `megabytes`, of float32 weights; `behind_best`, the mean difference of the images' scores to the
-        best one's (of several labels the label ranking average precision), and its `standard_error`; `suggested`;
-        `not_told_apart`, whether the images do not tell it from the suggested one; `on_front`, whether none is both
-        better and faster.
+        `parameters`; `megabytes`, of float32 weights; single-label those of `rank_by_balance`; `behind_best`, the mean
+        difference of the images' scores to the best one's (of several labels the label ranking average precision), and
+        its `standard_error`; `suggested`; `not_told_apart`, whether the images do not tell it from the suggested one;
+        `on_front`, whether none is both better and faster.
     """
     labels, answers = probed.get_common()
     figure = "mean_average_precision" if multi_label else "accuracy"
@@ -317,7 +317,28 @@ def rank(probed: Probed, class_names: Sequence[str], multi_label: bool, seed: in
     order = np.lexsort((-table["images_per_second"], -table[figure]))
     scores = np.array([score_images(labels, answers[place]) for place in order])
     table = table.iloc[order].reset_index(drop=True)
+    if not multi_label:
+        table = table.assign(**rank_by_balance(labels, [answers[place] for place in order]))
     return judge(table, figure, scores)
+
+
+def rank_by_balance(labels: np.ndarray, answers: Sequence[np.ndarray]) -> dict[str, np.ndarray | float]:
+    """Returns the columns that show what accuracy hides if most images are of one class.
+
+    Args:
+        labels: int `(images,)`.
+        answers: probabilities `(images, classes)` of each candidate.
+
+    Returns:
+        `balanced_accuracy`, the mean recall of the classes; `balanced_rank`, from 1; `largest_share`, the share of the
+        images that are of the most frequent class.
+    """
+    counts = np.bincount(labels)
+    present = np.flatnonzero(counts)
+    right = [np.bincount(labels[one.argmax(axis=1) == labels], minlength=len(counts)) for one in answers]
+    values = np.array([np.mean(one[present] / counts[present]) for one in right])
+    ranks = 1 + (values > values[:, None]).sum(axis=1)
+    return {"balanced_accuracy": values, "balanced_rank": ranks, "largest_share": counts.max() / len(labels)}
 
 
 def judge(table: pd.DataFrame, figure: str, scores: np.ndarray) -> pd.DataFrame:

@@ -22,6 +22,8 @@ from finetune.texts import join_names, show_duration
 
 FIGURES = {"accuracy": "Accuracy", "mean_average_precision": "Mean average precision"}
 LONGEST_REASON = 160
+# From this difference of accuracy and balanced accuracy on, both are shown.
+LEAST_IMBALANCE = 0.02
 MOST_NAMED = 20
 # Where a label may stand, in points from its candidate's point, the preferred place first.
 ANGLES = np.radians([0, 180, 90, 270, 45, 135, 315, 225, 22, 158, 338, 202, 67, 113, 247, 293])
@@ -54,6 +56,8 @@ def print_ranking(ranking: pd.DataFrame, left_out: dict[str, str], epochs: int) 
     for reason in dict.fromkeys(left_out.values()):
         names = join_names([name for name, other in left_out.items() if other == reason], MOST_NAMED)
         print(f"Left out: {names}: {textwrap.shorten(reason, LONGEST_REASON, placeholder=' ...')}")
+    if is_imbalanced(ranking):
+        print(describe_balance(ranking))
     print(describe_suggestion(ranking))
     chosen = ranking[ranking["suggested"]].iloc[0]
     size = f"{chosen['height']} {chosen['width']} 3"
@@ -61,14 +65,36 @@ def print_ranking(ranking: pd.DataFrame, left_out: dict[str, str], epochs: int) 
     print("This ranks frozen backbones by a probe, a regression on their features: fine-tuning may change the order.")
 
 
+def is_imbalanced(ranking: pd.DataFrame) -> bool:
+    """Returns True if accuracy hides how the classes differ: it's not the balanced accuracy of each candidate."""
+    if "balanced_accuracy" not in ranking:
+        return False
+    return bool((ranking["accuracy"] - ranking["balanced_accuracy"]).abs().max() >= LEAST_IMBALANCE)
+
+
+def describe_balance(ranking: pd.DataFrame) -> str:
+    """Returns the line that says what the table is ordered by, and the order by balanced accuracy."""
+    order = np.argsort(ranking["balanced_rank"], kind="stable")
+    names, values = name_candidates(ranking), ranking["balanced_accuracy"].tolist()
+    shown = join_names([f"{names[place]} ({values[place]:.3f})" for place in order], MOST_NAMED)
+    same = " (the same order)" * (len(names) > 1 and ranking["balanced_rank"].is_monotonic_increasing)
+    return (
+        f"The table is ordered by accuracy, and the suggestion rests on it; {ranking['largest_share'].iloc[0]:.0%} of "
+        f"the images are of one class. By balanced accuracy, the mean over the classes{same}: {shown}."
+    )
+
+
 def format_ranking(ranking: pd.DataFrame) -> str:
     """Lays a ranking out, a line a candidate."""
-    figure = get_figure_name(ranking)
-    rows = [("", "size", figure.replace("_", " "), "95 % interval", "images/s", "training", "parameters", "MB", "")]
+    figure, balanced = get_figure_name(ranking), is_imbalanced(ranking)
+    quality = (figure.replace("_", " "), "95 % interval", *["balanced accuracy"] * balanced)
+    rows = [("", "size", *quality, "images/s", "training", "parameters", "MB", "")]
     for row in ranking.to_dict("records"):
         note = "suggested" if row["suggested"] else "not told apart from it" if row["not_told_apart"] else ""
         costs = (f"{row['images_per_second']:.1f}", show_duration(row["training_seconds"]))
         costs += (f"{row['parameters'] / 1e6:.1f} M", f"{row['megabytes']:.1f}")
+        if balanced:
+            costs = (f"{row['balanced_accuracy']:.3f}", *costs)
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
         size = show_size(row["height"], row["width"])
         rows.append((row["backbone"], size, f"{row[figure]:.3f}", interval, *costs, note))

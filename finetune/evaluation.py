@@ -17,7 +17,7 @@ from finetune.metrics import (
     get_evaluation_metrics,
     get_multilabel_evaluation_metrics,
 )
-from finetune.tables import LABEL_SEPARATOR
+from finetune.tables import LABEL_SEPARATOR, warn_of_missing_classes
 from finetune.texts import MOST_LISTED, MOST_TELLING
 
 
@@ -210,3 +210,5 @@ def print_results(results: dict[str, Any]) -> None:
         print(f"Threshold {threshold:.2f}, fitted on {f'the {fitted_on} set' if fitted_on else 'no set'}.")
     for name, figures in results["sets"].items():
         print(f"\n{name} set: {figures['images']} images of {figures['csv']}\n{format_evaluation(figures)}")
+        counts = {label: row["support"] for label, row in figures["per_class"].items()}
+        warn_of_missing_classes([*counts.values()], [*counts], name)

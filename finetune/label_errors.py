@@ -291,6 +291,9 @@ def count_errors(labels: np.ndarray, probabilities: np.ndarray, multi_label: boo
     Source: Northcutt et al., JAIR 2021 (arXiv:1911.00068): an image counts whose probability of another label is at
     least the mean one of the images with that label. Of several labels, each is judged by itself.
     """
+    if not multi_label and (labels == labels[0]).all():
+        # cleanlab needs two classes; a resample may lack a rare one.
+        return int((probabilities.argmax(axis=1) != labels).sum())
     if not multi_label:
         return int(cleanlab.count.num_label_issues(labels, probabilities))
     return int(find_wrong_labels(labels, probabilities).any(axis=1).sum())

@@ -37,7 +37,7 @@ from finetune.run_data import (
     write_trained_images,
 )
 from finetune.stores import is_url
-from finetune.tables import resolve_class_names
+from finetune.tables import count_labels, resolve_class_names
 from finetune.values import bound_fault, quote_difference
 
 if TYPE_CHECKING:
@@ -346,10 +346,8 @@ def describe_run(
 
 def describe_set(csv_path: str, sequence: AugmentedImageSequence, class_names: Sequence[str]) -> dict[str, Any]:
     """Returns a set's `csv`, `images`, images of each of its `classes` and the `sha256` of `fingerprint`."""
-    labels = sequence.labels
-    counts = np.bincount(labels, minlength=len(class_names)) if labels.ndim == 1 else labels.sum(axis=0)
-    classes = dict(zip(class_names, counts.astype(int).tolist(), strict=True))
-    return {"csv": csv_path, "images": len(labels), "classes": classes, "sha256": fingerprint(sequence)}
+    classes = dict(zip(class_names, count_labels(sequence.labels, len(class_names)).tolist(), strict=True))
+    return {"csv": csv_path, "images": len(sequence.labels), "classes": classes, "sha256": fingerprint(sequence)}
 
 
 def clear_folder(folder: str, overwrites: bool) -> None:

@@ -214,6 +214,20 @@ def encode_labels(labels: Sequence[str], class_names: Sequence[str], multi_label
     return encoded[codes] if multi_label else encoded.argmax(axis=1).astype(np.int32)[codes]
 
 
+def count_labels(labels: np.ndarray, number: int) -> np.ndarray:
+    """Returns the image count of each class, int `(number,)`, from labels as `encode_labels` gives them."""
+    return labels.sum(axis=0, dtype=int) if labels.ndim == 2 else np.bincount(labels, minlength=number)
+
+
+def warn_of_missing_classes(counts: Sequence[int], class_names: Sequence[str], set_name: str) -> None:
+    """Prints which classes have no image in a set, in one line."""
+    if missing := [name for name, count in zip(class_names, counts, strict=True) if not count]:
+        which = "this class" if len(missing) == 1 else f"these {len(missing)} classes"
+        print(
+            f"Warning: the {set_name} set has no image of {join_names(missing)}: its metrics say nothing about {which}."
+        )
+
+
 class ImageTable(NamedTuple):
     """The images of a CSV file: paths as written, the files that they mean, labels; row `n` is line `n + 2`."""
 

@@ -38,7 +38,7 @@ from finetune.resuming import check_same_data
 from finetune.run_folder import CURVES_FOLDER, clear_folder, describe_run, fingerprint, leads_into, locked
 from finetune.selection import describe_epoch
 from finetune.stores import hash_file
-from finetune.tables import resolve_class_names
+from finetune.tables import count_labels, resolve_class_names, warn_of_missing_classes
 from finetune.team import Team
 from finetune.texts import MOST_TELLING, join_names
 from finetune.time_budget import TimeEstimate, count_views, fit_epochs
@@ -120,6 +120,8 @@ def get_images(configs: Configs, bad_rows: dict[str, set[int]], shares: Shares) 
     training = get_generator(configs.train_csv, configs.classes, configs, True, bad_rows[configs.train_csv], shares)
     validation = get_generator(validation_csv, configs.classes, configs, False, bad_rows[validation_csv], shares)
     print(f"{len(training.paths)} training images, {len(validation.paths)} validation images.")
+    for name, images in (("training", training), ("validation", validation)):
+        warn_of_missing_classes(count_labels(images.labels, len(configs.classes)), configs.classes, name)
     number = f" ({len(configs.classes)})" if len(configs.classes) > MOST_TELLING else ""
     print(f"Classes{number}: {join_names(configs.classes, MOST_TELLING)}")
     return Images(training, validation)

@@ -75,7 +75,8 @@ def test_it_writes_the_ranking_and_its_picture(first):
         first,
         ["backbone", "height", "width", "accuracy", "low", "high", "images", "images_per_second"],
     )
-    columns += ["training_seconds", "parameters", "megabytes", "behind_best", "standard_error"]
+    columns += ["training_seconds", "parameters", "megabytes"]
+    columns += ["balanced_accuracy", "balanced_rank", "largest_share", "behind_best", "standard_error"]
     written = pd.read_csv(folder / "found.csv")
     assert [*written] == [*columns, "suggested", "not_told_apart", "on_front"]
     pd.testing.assert_frame_equal(written, results["ranking"], check_dtype=False)
@@ -435,6 +436,35 @@ def test_an_interval_is_about_that_of_a_binomial_share():
     ranking = rank(probed_of(one=(160, 9)), ["a", "b", "c"], False, 0)
     half = 1.96 * (0.8 * 0.2 / 200) ** 0.5
     assert ranking[["low", "high"]].to_numpy()[0] == pytest.approx([0.8 - half, 0.8 + half], abs=0.012)
+
+
+def imbalanced_of(**right_by_class):
+    """Makes 100 images, 71 of them of class 0, and candidates from the number that each is right of in each class."""
+    labels = np.repeat([0, 1, 2], [71, 20, 9])
+    candidates = []
+    for name, numbers in right_by_class.items():
+        is_right = np.concatenate([np.arange(count) < right for count, right in zip((71, 20, 9), numbers, strict=True)])
+        chosen = np.eye(3)[np.where(is_right, labels, (labels + 1) % 3)] * 0.7 + 0.1
+        candidates.append(Candidate(name, (224, 224), chosen, 10.0, 1000.0, 2_000_000))
+    return Probed(candidates, labels)
+
+
+def test_of_imbalanced_classes_the_order_by_balanced_accuracy_is_shown_too(capsys):
+    ranking = rank(imbalanced_of(even=(60, 16, 8), common=(71, 10, 6)), ["a", "b", "c"], False, 0)
+    assert ranking["backbone"].tolist() == ["common", "even"]
+    assert ranking["accuracy"].tolist() == [0.87, 0.84]
+    assert ranking["balanced_accuracy"].tolist() == pytest.approx(
+        [(1 + 10 / 20 + 6 / 9) / 3, (60 / 71 + 16 / 20 + 8 / 9) / 3]
+    )
+    assert ranking["balanced_rank"].tolist() == [2, 1]
+    assert ranking["largest_share"].tolist() == [0.71, 0.71]
+    print_ranking(ranking, {}, 100)
+    printed = capsys.readouterr().out
+    assert "balanced accuracy" in printed.splitlines()[1]
+    assert "0.870  0.800 to 0.930              0.722" in printed
+    line = next(line for line in printed.splitlines() if "ordered by accuracy" in line)
+    assert "71% of the images are of one class" in line
+    assert "even at 224 (0.845), common at 224 (0.722)." in line
 
 
 def test_the_front_is_what_none_beats_in_both():

@@ -14,7 +14,7 @@ from finetune.decision import (
     fit_decision,
     fit_temperature,
 )
-from finetune.evaluation import evaluate_set, format_evaluation
+from finetune.evaluation import evaluate_set, format_evaluation, print_results
 from finetune.intervals import get_intervals
 from finetune.metrics import (
     get_calibration,
@@ -194,6 +194,19 @@ def test_format_prints_all_of_a_hundred_classes_and_their_confusion_matrix():
 def test_format_of_many_labels_without_an_image_of_any():
     figures = evaluate_set(np.zeros((3, 101)), np.full((3, 101), 0.5), Decision(many_labels(101)[2], True))
     assert format_evaluation(figures).startswith("The 0 worst of 101 classes by F1")
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_class_that_a_set_lacks_is_named(multi_label, capsys):
+    labels = np.array([0, 0, 2, 2])
+    probabilities = np.eye(3)[labels] * 0.7 + 0.1
+    truth = np.eye(3, dtype=np.uint8)[labels] if multi_label else labels
+    decision = Decision(["a", "b", "c"], multi_label)
+    figures = evaluate_set(truth, probabilities, decision, bootstrap=True) | {"csv": "t.csv"}
+    print_results({"multi_label": multi_label, "decision": decision.to_dict(), "sets": {"test": figures}})
+    printed = capsys.readouterr().out
+    assert printed.count("Warning") == 1
+    assert "Warning: the test set has no image of b: its metrics say nothing about this class." in printed
 
 
 def test_format_keeps_long_column_names_apart():

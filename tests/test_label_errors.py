@@ -11,6 +11,7 @@ import pytest
 import find_label_errors
 from configs import Configs
 from find_label_errors import LabelErrorConfigs
+from finetune import label_errors
 from finetune.files import write_json
 from finetune.label_errors import (
     answer_out_of_fold,
@@ -116,6 +117,24 @@ def test_interval_holds_what_was_changed_and_is_the_same_again():
     assert estimate == estimate_errors(labels, probabilities, False, seed=0)
     assert estimate_errors(truth, probabilities, False, seed=0) == (0, 0, 3)
     assert "about 15 are expected to be wrong (95 % interval" in summarize(estimate, 300, 15)
+
+
+@pytest.mark.parametrize("counts", [(80, 3), (80, 1), (150, 3, 1), (1, 1), (3,)])
+def test_the_interval_allows_for_classes_of_a_few_images(counts, monkeypatch):
+    # A class of 3 of 83 images is in no resample of exp(-3) = 5 of 100, one of 1 image in 37 of 100.
+    monkeypatch.setattr(label_errors, "RESAMPLINGS", 30)
+    labels = np.repeat(np.arange(len(counts)), counts)
+    probabilities = np.full((len(labels), max(len(counts), 2)), 0.1)
+    probabilities[np.arange(len(labels)), labels] = 0.9
+    estimate = estimate_errors(labels, probabilities, False, seed=0)
+    assert estimate == (0, 0, 3 if len(labels) > 2 else 2)
+    one_hot = np.eye(probabilities.shape[1], dtype=np.uint8)[labels]
+    assert estimate_errors(one_hot, probabilities, True, seed=0) == estimate
+
+
+def test_in_a_table_of_one_class_other_answers_are_counted():
+    probabilities = np.array([[0.9, 0.1]] * 8 + [[0.2, 0.8]] * 2)
+    assert count_errors(np.zeros(10, int), probabilities, multi_label=False) == 2
 
 
 def test_neighbours_are_those_of_the_whole_matrix():

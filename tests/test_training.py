@@ -22,6 +22,7 @@ from finetune.devices import set_seed
 from finetune.losses import get_class_weights
 from finetune.options import UserError
 from finetune.trainer import TrainingModel
+from finetune.training import get_images
 from finetune.training_state import read_state
 from generator import AugmentedImageSequence, Shares, get_generator
 from model import ModelFactory
@@ -381,6 +382,7 @@ import keras, numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from finetune.trainer import TrainingModel
+from finetune.training import get_images
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
     inputs = keras.Input((1, 1, 3))
@@ -436,3 +438,17 @@ def test_predictions_of_a_distributed_model_are_those_of_the_model(tables, tmp_p
     images = np.concatenate([sequence[index][0] for index in range(3)])
     np.testing.assert_allclose(probabilities, keras.Model(inputs, outputs).predict(images, verbose=0), rtol=1e-5)
     assert is_read.tolist() == [True] * 11
+
+
+def test_a_class_that_the_validation_set_lacks_is_named_at_the_start(photo_folder, small_run, tmp_path, capsys):
+    paths = {}
+    for name, classes in (("training", ("blue", "green", "red")), ("validation", ("green",))):
+        rows = [f"{photo_folder}/{one}/0{number}.jpg,{one}" for one in classes for number in range(2)]
+        paths[name] = tmp_path / f"{name}.csv"
+        paths[name].write_text("\n".join(["path,class", *rows]), "utf-8")
+    configs = small_run(paths["training"], paths["validation"], classes=["blue", "green", "red"])
+    get_images(configs, {str(path): set() for path in paths.values()}, Shares())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
+    assert lines == [
+        "Warning: the validation set has no image of blue, red: its metrics say nothing about these 2 classes."
+    ]
