@@ -79,8 +79,8 @@ def describe_balance(ranking: pd.DataFrame) -> str:
     shown = join_names([f"{names[place]} ({values[place]:.3f})" for place in order], MOST_NAMED)
     same = " (the same order)" * (len(names) > 1 and ranking["balanced_rank"].is_monotonic_increasing)
     return (
-        f"The table is ordered by accuracy, and the suggestion rests on it; {ranking['largest_share'].iloc[0]:.0%} of "
-        f"the images are of one class. By balanced accuracy, the mean over the classes{same}: {shown}."
+        f"{ranking['largest_share'].iloc[0]:.0%} of the images are of one class. The table is ordered by accuracy, and "
+        f"the suggestion rests on it. By balanced accuracy, the mean over the classes{same}: {shown}."
     )
 
 

@@ -33,6 +33,8 @@ from model import ModelFactory
 
 NEIGHBOURS = 3
 RESAMPLINGS = 200
+# A regression learns little of a class from fewer images.
+FEW = 5
 # Rows whose similarities to all images are in memory at a time.
 CHUNK = 64
 
@@ -94,14 +96,24 @@ def get_judge(configs: Configs, csv_path: str) -> tuple[Judge, Configs]:
         model = load_fitting_model(path, configs.classes, get_input_size(configs))
         if [layer.name for layer in get_classifier(model).layers[-2:]] != ["backbone", "classifier"]:
             raise UserError(f"{path} has no parts 'backbone' and 'classifier'. Name a model that train.py has written.")
+        refuse_one_label(configs.classes, csv_path)
         print(f"Model: {path}")
         return Judge(model, path), configs
     class_names = resolve_class_names(
         configs.classes, csv_path, configs.csv_label_column, configs.multi_label_classification
     )
+    refuse_one_label(class_names, csv_path)
     configs = configs.replace(classes=class_names)
     set_seed(configs.random_seed)
     return Judge(ModelFactory().get_model(configs), ""), configs
+
+
+def refuse_one_label(class_names: Sequence[str], csv_path: str) -> None:
+    """Raises UserError if there is one label, which every image has then."""
+    if len(class_names) == 1:
+        raise UserError(
+            f"{csv_path}: every image has the only label, {class_names[0]}. Expected at least two to judge."
+        )
 
 
 def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
@@ -204,6 +216,9 @@ def answer_out_of_fold(
     if single.size:
         shown = join_names([class_names[position] for position in single])
         print(f"Not judged, as no other image has the label: {shown}")
+    counts = one_hot.sum(axis=0)
+    if few := [f"{class_names[place]} ({counts[place]})" for place in np.flatnonzero((counts > 1) & (counts < FEW))]:
+        print(f"Hardly judged, as fewer than {FEW} images have the label: {join_names(few)}")
     for position in single:
         (row,) = np.flatnonzero(one_hot[:, position])
         if not multi_label:

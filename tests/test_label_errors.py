@@ -132,6 +132,23 @@ def test_the_interval_allows_for_classes_of_a_few_images(counts, monkeypatch):
     assert estimate_errors(one_hot, probabilities, True, seed=0) == estimate
 
 
+def test_a_class_of_a_few_images_is_said_to_be_hardly_judged(capsys):
+    labels = np.repeat([0, 1, 2, 3], [20, 4, 5, 1])
+    features = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32) + labels[:, None]
+    answer_out_of_fold(features, labels, False, ["a", "b", "c", "d"], 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "Not judged, as no other image has the label: d",
+        "Hardly judged, as fewer than 5 images have the label: b (4)",
+    ]
+
+
+def test_a_table_of_one_label_alone_is_refused(tmp_path):
+    (tmp_path / "one.csv").write_text("path,class\na.jpg,a\nb.jpg,a\n", "utf-8")
+    with pytest.raises(UserError, match=r"one\.csv: every image has the only label, a\."):
+        run(tmp_path / "one.csv", multi_label_classification=True)
+
+
 def test_in_a_table_of_one_class_other_answers_are_counted():
     probabilities = np.array([[0.9, 0.1]] * 8 + [[0.2, 0.8]] * 2)
     assert count_errors(np.zeros(10, int), probabilities, multi_label=False) == 2
