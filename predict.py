@@ -71,8 +71,8 @@ def main(configs: PredictConfigs) -> dict:
 
     from finetune.decision_file import read_decision
     from finetune.devices import start_devices
-    from finetune.metrics import check_finite
-    from finetune.predicting import ForgivingReader, build_sequence, build_views, predict_images
+    from finetune.kept_answers import KeptAnswers, list_facts
+    from finetune.predicting import build_views, predict_missing
     from finetune.runtimes import load_predictor
 
     start_devices(configs.gpu_percentage)
@@ -81,14 +81,12 @@ def main(configs: PredictConfigs) -> dict:
     folder = os.path.dirname(os.path.abspath(model_path))
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
     print(*notes, f"Model: {model_path}", describe_decision(decision, configs.threshold_type), sep="\n")
-    reader = ForgivingReader(paths, get_input_size(configs), configs.resize_mode, configs.max_image_pixels)
-    views = build_views(configs.tta, configs.random_seed or 0)
-    queue = configs.generator_workers, configs.generator_queue_length
-    probabilities = predict_images(model, build_sequence(reader, views, configs.batch_size, *queue))
-    check_finite(probabilities)
-    errors = explain_errors(reader.errors, paths)
-    table = make_table(names, probabilities, errors, decision, configs.threshold_type, configs.top_k)
-    write_csv(configs.write_path, table)
+    facts = list_facts(configs, model_path)
+    with KeptAnswers(configs.write_path, paths, configs.batch_size, len(configs.classes), facts) as kept:
+        predict_missing(model, kept, build_views(configs.tta, configs.random_seed or 0), configs)
+        errors = explain_errors(kept.errors, paths)
+        table = make_table(names, kept.probabilities, errors, decision, configs.threshold_type, configs.top_k)
+        write_csv(configs.write_path, table)
     summarize(configs.write_path, len(paths), errors)
     return {"predictions": table, "failed": len(errors)}
 

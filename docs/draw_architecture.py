@@ -73,7 +73,13 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "output": (
         *("finetune.figures", "finetune.log_figures", "finetune.summaries", "finetune.embedding", "finetune.runtimes"),
-        *("finetune.predicting", "finetune.prediction_files", "finetune.cam_pictures", "finetune.gallery"),
+        *(
+            "finetune.kept_answers",
+            "finetune.predicting",
+            "finetune.prediction_files",
+            "finetune.cam_pictures",
+            "finetune.gallery",
+        ),
         "finetune.cam_page",
         *("finetune.report", "finetune.card_parts", "finetune.model_card", "finetune.exports", "finetune.parity"),
         *("finetune.compression_report", "finetune.backbone_report", "finetune.label_errors"),

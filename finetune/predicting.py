@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from augmenter import build_augmenter
-from configs import MAX_IMAGE_PIXELS
+from configs import MAX_IMAGE_PIXELS, Configs
 from finetune.decision import Decision
 from finetune.images import fit_image, read_image
+from finetune.kept_answers import KeptAnswers, identify
+from finetune.metrics import check_finite
 from finetune.options import UserError
 from finetune.progress import show_progress
 from finetune.runtimes import ExportedModel, compile_predictor
+from finetune.values import get_input_size
 from finetune.warps import FusedAugmenter
 from generator import AugmentedImageSequence, naming_bad_images, tell_bad_images
 
@@ -103,9 +107,13 @@ class ForgivingReader:
         self.resize_mode = resize_mode
         self.max_pixels = max_pixels
         self.errors: dict[int, str] = {}
+        # Which files were read, by their rows: what `identify` returns.
+        self.identities: dict[int, Any] = {}
 
     def get(self, row: int) -> np.ndarray:
         """Returns the image of a row, uint8 `(height, width, 3)`; zeros, and an entry in `errors`, on failure."""
+        # Before it is read: a file that changes meanwhile is another one for the next start.
+        self.identities[int(row)] = identify(self.paths[row])
         try:
             image = read_image(self.paths[row], self.image_size, self.max_pixels)
             return fit_image(image, self.image_size, self.resize_mode)
@@ -185,18 +193,32 @@ def build_sequence(
     )
 
 
-def predict_images(model: keras.Model | ExportedModel, sequence: AugmentedImageSequence) -> np.ndarray:
-    """Runs the model over a sequence that has rows for labels.
+def predict_missing(
+    model: keras.Model | ExportedModel, kept: KeptAnswers, views: Views | None, configs: Configs
+) -> None:
+    """Runs the model over the images that have no answer yet, and adds the answers.
 
-    Returns:
-        The model's own probabilities in the order of the rows, float32 `(images, classes)`; means over the views.
+    Args:
+        model: gives its own probabilities, of which the means over the views are taken.
+        kept: takes the answers.
+        views: of each image, or None.
+        configs: say how images are read.
+
+    Raises:
+        UserError: the model's probabilities are not finite, or the answers cannot be written.
     """
-    network = compile_predictor(model)
-    views = sequence.augmenter.number if sequence.augmenter else 1
-    probabilities = np.empty((len(sequence.paths), model.output_shape[-1]), np.float32)
-    with show_progress(len(sequence.paths), "Predicting") as progress:
-        for images, rows in sequence.to_dataset():
-            of_views = [network(view) for view in tf.split(images, views)]
-            probabilities[rows.numpy()] = np.mean(of_views, axis=0)
+    network, missing = compile_predictor(model), kept.missing
+    paths, size = [kept.paths[row] for row in missing], get_input_size(configs)
+    reader = ForgivingReader(paths, size, configs.resize_mode, configs.max_image_pixels)
+    workers, queue_length = configs.generator_workers, configs.generator_queue_length
+    sequence = build_sequence(reader, views, configs.batch_size, workers, queue_length)
+    with show_progress(len(kept.paths), "Predicting", len(kept.paths) - len(missing)) as progress:
+        for images, places in sequence.to_dataset() if len(missing) else ():
+            of_views = [network(view) for view in tf.split(images, views.number if views else 1)]
+            probabilities = np.mean(of_views, axis=0)
+            check_finite(probabilities)
+            places = places.numpy().tolist()
+            rows = missing[places]
+            errors = {int(missing[place]): reader.errors.pop(place) for place in places if place in reader.errors}
+            kept.add(rows, probabilities, errors, [reader.identities.pop(place) for place in places])
             progress.update(len(rows))
-    return probabilities
