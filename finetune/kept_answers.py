@@ -44,11 +44,11 @@ class KeptAnswers:
     """Probabilities and errors of images; to be entered. Unless an error ends it, the file is removed at the end.
 
     Args:
-        write_path: the table that is to be written; the file lies beside it, hidden.
+        write_path: the table that is to be written; the file is a hidden one next to it.
         paths: of the images.
         batch_size: how many of them are predicted together.
         classes: how many.
-        facts: what the probabilities depend on beside the images, from `list_facts`.
+        facts: what the probabilities depend on, apart from the images, from `list_facts`.
 
     Attributes:
         probabilities: float32 `(images, classes)`, of the images that are answered.
@@ -190,7 +190,7 @@ def _digest(content: Any) -> str:
 
 
 def identify(path: str) -> Any:
-    """Returns what changes with the bytes of an image, as JSON can hold it; None where a store does not tell it."""
+    """Returns what changes with the bytes of an image, as JSON can hold it; None where a store keeps it to itself."""
     if is_url(path):
         return digest_image(path).hex() or None
     try:
@@ -202,7 +202,7 @@ def identify(path: str) -> Any:
 
 
 def list_facts(configs: Configs, model_path: str) -> dict[str, Any]:
-    """Lists what probabilities depend on beside the images: options, the files of the model, and what computes them.
+    """Lists what probabilities depend on, apart from the images: options, the files of the model, and what computes them.
 
     Args:
         configs: the options of the script, with those that describe the model.

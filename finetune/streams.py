@@ -49,14 +49,14 @@ class LastingStream:
             self.stream.flush()
 
     def isatty(self) -> bool:
-        """Tells whether the stream leads to a terminal; a closed one does not."""
+        """Returns whether the stream leads to a terminal; a closed one does not."""
         with contextlib.suppress(Exception):
             return self.stream.isatty()
         return False
 
 
 def protect_output() -> None:
-    """Puts streams whose writing never fails in the place of the standard ones, for the rest of the process."""
+    """Replaces the standard streams by such as never fail, for the rest of the process."""
     fill_descriptors()
     for name in STANDARD:
         stream = getattr(sys, name)
@@ -85,15 +85,12 @@ def fill_descriptors() -> None:
         try:
             os.fstat(number)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
-            if opened != number:
-                os.dup2(opened, number)
-                os.close(opened)
-            os.set_inheritable(number, True)
+            # The system takes the lowest number that is free.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def has_ascii_names() -> bool:
-    """Tells whether this Python takes file names as ASCII, so that it can neither read nor write others as text."""
+    """Returns whether this Python takes file names as ASCII, so that it can neither read nor write others as text."""
     return codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
 
 

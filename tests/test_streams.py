@@ -10,7 +10,7 @@ import sys
 import pandas as pd
 import pytest
 from config_files import PROJECT
-from small_runs import options_of, tables  # noqa: F401
+from small_runs import options_of, start, tables  # noqa: F401
 
 import split_train_test
 from finetune.files import write_json
@@ -206,6 +206,15 @@ def test_tables_are_written_before_anything_is_printed(photo_folder, tmp_path, m
 def start_run(tables, folder, **options):
     write_json(str(folder / "small.json"), options_of(tables, folder / "run", **options))
     return [sys.executable, str(PROJECT / "train.py"), "--configs", str(folder / "small.json")]
+
+
+@pytest.mark.slow
+def test_run_of_own_code_needs_no_streams(tables, tmp_path, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    results = start(**options_of(tables, tmp_path / "run", num_epochs=1))
+    assert sys.stdout is None
+    assert results["epoch"] == 1
 
 
 @posix
