@@ -202,7 +202,7 @@ def identify(path: str) -> Any:
 
 
 def list_facts(configs: Configs, model_path: str) -> dict[str, Any]:
-    """Lists what probabilities depend on, apart from the images: options, the files of the model, and what computes them.
+    """Lists what probabilities depend on apart from the images: options, model files, libraries and devices.
 
     Args:
         configs: the options of the script, with those that describe the model.
