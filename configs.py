@@ -170,6 +170,9 @@ class Configs(Options):
         check=threshold_range_fault,
         group="explaining",
     )
+    report_by: str = define(
+        "", "test.py: a column of test_csv, such as site or camera; each value gets its own line", group="explaining"
+    )
     generator_workers: int = define(
         4, "Threads that read and augment images, above 4 processes; 0 counts as 1", at_least=0, group="speed"
     )

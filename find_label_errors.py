@@ -67,10 +67,9 @@ def main(configs: LabelErrorConfigs) -> dict:
     judge, configs = get_judge(configs, csv_path)
     evidence = gather_evidence(judge, configs, csv_path)
     suspects, positions = list_suspects(evidence, configs.classes, configs.max_suspects)
-    estimate = estimate_errors(
-        evidence.labels, evidence.probabilities, configs.multi_label_classification, configs.random_seed or 0
-    )
-    summary = summarize(estimate, len(evidence.rows), len(suspects))
+    multi_label, seed = configs.multi_label_classification, configs.random_seed or 0
+    estimate = estimate_errors(evidence.labels, evidence.probabilities, multi_label, seed, evidence.groups)
+    summary = summarize(estimate, len(evidence.rows), len(suspects), evidence.groups)
     write_csv(configs.write_path, suspects)
     page_path = f"{os.path.splitext(configs.write_path)[0]}.html"
     write_page(page_path, suspects, positions, evidence, summary, csv_path, configs)

@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pandas as pd
 import tensorflow as tf
 
 from augmenter import build_augmenter
@@ -21,6 +22,7 @@ from finetune.batches import ImageBatches, Shares
 from finetune.caches import build_cache
 from finetune.data_check import check_images
 from finetune.options import UserError
+from finetune.photo_groups import pick_groups, read_groups
 from finetune.stores import join_path
 from finetune.tables import IMAGE_COLUMN, encode_labels, read_table
 from finetune.texts import join_names, show_count
@@ -62,6 +64,9 @@ class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
         keras.utils.Sequence.__init__(self, workers=max(workers, 1), max_queue_size=max_queue_size)
         ImageBatches.__init__(self, *facts, **named_facts)
         self.error: UserError | None = None
+        # The rows of the table that the images are of, in the order of `paths`, and their groups; where there are any.
+        self.table: pd.DataFrame | None = None
+        self.groups: np.ndarray | None = None
         self.processes: BatchProcesses | None = None
 
     def __len__(self) -> int:
@@ -84,6 +89,18 @@ class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
             raise
         finally:
             _making.discard(thread)
+
+    def get_groups(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray | None:
+        """Returns the groups of the images at these positions in `paths`, as `number_groups` does."""
+        return pick_groups(self.groups, rows)
+
+    def get_read_groups(self) -> np.ndarray | None:
+        """Returns the groups of the images that could be read, in the order of `paths`, as `get_groups` does."""
+        return self.get_groups(np.setdiff1d(np.arange(len(self.paths)), list(self.bad_images)))
+
+    def get_read_table(self) -> pd.DataFrame:
+        """Returns the rows of the table whose images could be read, in the order of `paths`."""
+        return self.table.drop(index=list(self.bad_images))
 
     def to_dataset(self) -> tf.data.Dataset:
         """Returns the batches of an epoch for `fit` or `predict`, prepared ahead by threads of TensorFlow.
@@ -155,9 +172,9 @@ def get_generator(
     Raises:
         UserError: the CSV, a label or an image in it is not usable.
     """
-    paths, labels = _list_images(csv_path, class_names, configs, bad_rows)
+    table, paths, labels = _list_images(csv_path, class_names, configs, bad_rows)
     image_size = configs.image_target_size[:2] if training else get_input_size(configs)
-    return AugmentedImageSequence(
+    sequence = AugmentedImageSequence(
         paths,
         labels,
         image_size=image_size,
@@ -177,12 +194,14 @@ def get_generator(
         crop_area=configs.random_crop_area if training else (1.0, 1.0),
         resize_mode=configs.resize_mode,
     )
+    sequence.table, sequence.groups = table, read_groups(table, configs.csv_label_column)
+    return sequence
 
 
 def _list_images(
     csv_path: str, class_names: Sequence[str], configs: Configs, bad_rows: Collection[int] | None
-) -> tuple[list[str], np.ndarray]:
-    """Returns the paths of a table's usable images and their labels, as `encode_labels` gives them."""
+) -> tuple[pd.DataFrame, list[str], np.ndarray]:
+    """Returns a table's rows of usable images, the paths of these, and their labels as `encode_labels` gives them."""
     table = read_table(csv_path, configs.csv_label_column, configs.multi_label_classification)
     labels = encode_labels(table[configs.csv_label_column], class_names, configs.multi_label_classification, csv_path)
     paths = [join_path(configs.image_directory, path) for path in table[IMAGE_COLUMN]]
@@ -193,7 +212,7 @@ def _list_images(
     kept = np.setdiff1d(np.arange(len(paths)), np.array(sorted(bad_rows), int) - 2)
     if not kept.size:
         raise UserError(f"{csv_path}: none of the {len(paths)} images can be read. Check image_directory.")
-    return [paths[row] for row in kept], labels[kept]
+    return table.iloc[kept].reset_index(drop=True), [paths[row] for row in kept], labels[kept]
 
 
 @contextlib.contextmanager

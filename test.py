@@ -21,7 +21,7 @@ def main(configs: Configs) -> dict[str, Any]:
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.decision_file import get_decision
     from finetune.devices import start_devices
-    from finetune.evaluation import evaluate_sets
+    from finetune.evaluation import check_report_by, evaluate_sets
     from finetune.gallery import build_explainer
     from finetune.model_card import write_model_card
     from finetune.predicting import predict
@@ -42,6 +42,7 @@ def main(configs: Configs) -> dict[str, Any]:
     model_path, configs = find_trained_model(configs)
     tables = list_tables(configs, model_path)
     sequences = {name: get_generator(path, configs.classes, way, False) for name, (path, way) in tables.items()}
+    check_report_by(sequences["test"].table, configs.report_by, configs.test_csv)
     known = check_test_images(model_path, configs.test_csv, sequences["test"].paths, configs.allow_duplicates)
     model = load_predictor(model_path, configs.classes, get_input_size(configs))
     print(f"Model: {model_path}")
@@ -51,7 +52,7 @@ def main(configs: Configs) -> dict[str, Any]:
     truths = {name: sequence.get_y_true() for name, sequence in sequences.items()}
     threshold_range, multi_label = configs.multilabel_threshold_range, configs.multi_label_classification
     decision = get_decision(model_path, truths, predictions, configs.classes, multi_label, threshold_range)
-    sets = evaluate_sets(truths, predictions, decision, threshold_range, configs.random_seed or 0)
+    sets = evaluate_sets(sequences, predictions, decision, threshold_range, configs.random_seed or 0, configs.report_by)
     for name, sequence in sequences.items():
         sets[name] |= {"csv": tables[name][0], "sha256": fingerprint(sequence)}
     sets["test"] |= {"images_trained_on": known} if known else {}

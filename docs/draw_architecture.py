@@ -30,6 +30,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "inputs": (
         *("finetune.findings", "finetune.stores", "finetune.headers", "finetune.tiff_parts", "finetune.images"),
         *("finetune.table_faults", "finetune.missing_files", "finetune.tables"),
+        "finetune.photo_groups",
     ),
     "data": (
         *("finetune.inspection", "finetune.copies", "finetune.data_check", "finetune.splitting"),
@@ -62,8 +63,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "judgement": (
         *("finetune.confusions", "finetune.metrics", "finetune.curves", "finetune.decision"),
-        *("finetune.decision_file", "finetune.intervals", "finetune.evaluation", "finetune.gradcam"),
-        "finetune.explaining",
+        *("finetune.decision_file", "finetune.intervals", "finetune.breakdown", "finetune.evaluation"),
+        *("finetune.gradcam", "finetune.explaining"),
     ),
     "run": (
         *("finetune.run_data", "finetune.run_folder", "finetune.phases", "finetune.selection", "finetune.callbacks"),

@@ -25,11 +25,20 @@ from finetune.intervals import get_intervals
 from finetune.metrics import get_average_precisions, mean_of_defined
 from finetune.options import UserError
 from finetune.phases import changes_images
+from finetune.photo_groups import (
+    count_groups,
+    describe_groups,
+    describe_lone_classes,
+    find_lone_classes,
+    pick_groups,
+    read_groups,
+    refuse_lone_classes,
+)
 from finetune.probe import build_extractor, cross_validate
 from finetune.selection import compare_scores, score_images
 from finetune.splitting import split_rows
 from finetune.stores import join_path
-from finetune.tables import IMAGE_COLUMN, read_table
+from finetune.tables import IMAGE_COLUMN, encode_labels, read_table
 from generator import AugmentedImageSequence, get_generator, tell_bad_images
 from model import ModelFactory
 
@@ -69,15 +78,25 @@ class Probed(NamedTuple):
     Attributes:
         candidates: those that could be built.
         labels: of the images, int `(images,)`, or `(images, classes)` of zeros and ones.
+        groups: of the images, as `number_groups` gives them.
     """
 
     candidates: list[Candidate]
     labels: np.ndarray
+    groups: np.ndarray | None = None
 
-    def get_common(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Returns labels, and each candidate's probabilities, of the images that all of them could read."""
-        is_read = np.all([~np.isnan(one.probabilities).any(axis=1) for one in self.candidates], axis=0)
-        return self.labels[is_read], [one.probabilities[is_read] for one in self.candidates]
+    def get_common(self) -> tuple[np.ndarray, list[np.ndarray], np.ndarray | None]:
+        """Returns labels, each candidate's probabilities, and groups, of the images that all of them could read.
+
+        A single label that lies in one group is left out: no probe has learnt it from others.
+        """
+        kept = np.all([~np.isnan(one.probabilities).any(axis=1) for one in self.candidates], axis=0)
+        groups = pick_groups(self.groups, kept)
+        if self.labels.ndim == 1:
+            lone = find_lone_classes(self.labels[kept], groups, self.labels.max() + 1)
+            kept[kept] = ~np.isin(self.labels[kept], lone)
+            groups = pick_groups(self.groups, kept)
+        return self.labels[kept], [one.probabilities[kept] for one in self.candidates], groups
 
 
 def draw_images(configs: Configs, most: int) -> tuple[set[int], int]:
@@ -104,8 +123,23 @@ def draw_images(configs: Configs, most: int) -> tuple[set[int], int]:
     paths = [join_path(configs.image_directory, path) for path in table[IMAGE_COLUMN].iloc[rows]]
     limits = (configs.max_image_pixels, configs.generator_workers, configs.skip_bad_images)
     bad = check_images(paths, configs.train_csv, *limits, rows=(rows + 2).tolist())
-    print(f"Comparing on {len(rows) - len(bad)} of the {len(table)} images of {configs.train_csv}.")
+    used = table.iloc[np.setdiff1d(rows, np.array([*bad], int) - 2)]
+    groups = read_groups(used, configs.csv_label_column)
+    print(f"Comparing on {len(used)} of the {len(table)} images of {configs.train_csv}{describe_groups(groups)}.")
+    tell_lone_classes(used[configs.csv_label_column].tolist(), groups, configs)
     return {*range(2, len(table) + 2)} - {*(rows + 2).tolist()} | {*bad}, len(table)
+
+
+def tell_lone_classes(labels: Sequence[str], groups: np.ndarray | None, configs: Configs) -> None:
+    """Prints which classes cannot be judged, since they lie in one group; raises UserError where all do."""
+    if groups is None:
+        return
+    multi_label = configs.multi_label_classification
+    encoded = encode_labels(labels, configs.classes, multi_label, configs.train_csv)
+    refuse_lone_classes(encoded, groups, len(configs.classes), configs.train_csv)
+    lone = find_lone_classes(encoded, groups, len(configs.classes))
+    if lone.size:
+        print(describe_lone_classes([configs.classes[position] for position in lone]))
 
 
 def probe_backbones(
@@ -157,7 +191,7 @@ def probe_backbones(
     refuse_none(candidates, left_out)
     sequence.bad_images = bad_images
     tell_bad_images(sequence)
-    return Probed(candidates, sequence.labels), left_out
+    return Probed(candidates, sequence.labels, sequence.get_groups()), left_out
 
 
 def refuse_none(candidates: Sequence[Candidate], left_out: dict[str, str]) -> None:
@@ -215,6 +249,7 @@ def probe_backbone(
         configs.multi_label_classification,
         len(configs.classes),
         configs.random_seed,
+        groups=sequence.get_groups(is_read),
     )
     seconds = speed.seconds / speed.images
     passes = count_passes(model, changes_images(configs), configs.num_epochs)
@@ -293,18 +328,18 @@ def rank(probed: Probed, class_names: Sequence[str], multi_label: bool, seed: in
 
     Returns:
         The columns `backbone`, `height`, `width`; `accuracy`, multi-label `mean_average_precision` over the labels,
-        with its 95 % interval `low` and `high`; `images`, compared on; `images_per_second`; `training_seconds`;
-        `parameters`; `megabytes`, of float32 weights; single-label those of `rank_by_balance`; `behind_best`, the mean
-        difference of the images' scores to the best one's (of several labels the label ranking average precision), and
-        its `standard_error`; `suggested`; `not_told_apart`, whether the images do not tell it from the suggested one;
-        `on_front`, whether none is both better and faster.
+        with its 95 % interval `low` and `high`; `images`, compared on, and `groups`, where these are fewer;
+        `images_per_second`; `training_seconds`; `parameters`; `megabytes`, of float32 weights; single-label those of
+        `rank_by_balance`; `behind_best`, the mean difference of the images' scores to the best one's (of several labels
+        the label ranking average precision), and its `standard_error`; `suggested`; `not_told_apart`, whether the
+        images do not tell it from the suggested one; `on_front`, whether none is both better and faster.
     """
-    labels, answers = probed.get_common()
+    labels, answers, groups = probed.get_common()
     figure = "mean_average_precision" if multi_label else "accuracy"
     rows = []
     for one, probabilities in zip(probed.candidates, answers, strict=True):
         decision = Decision(list(class_names), multi_label)
-        interval = get_intervals(labels, probabilities, decision, seed)[figure]
+        interval = get_intervals(labels, probabilities, decision, seed, groups=groups)[figure]
         value = float(np.mean(probabilities.argmax(axis=1) == labels)) if not multi_label else None
         if multi_label:
             value = mean_of_defined(get_average_precisions(labels, probabilities))
@@ -319,7 +354,9 @@ def rank(probed: Probed, class_names: Sequence[str], multi_label: bool, seed: in
     table = table.iloc[order].reset_index(drop=True)
     if not multi_label:
         table = table.assign(**rank_by_balance(labels, [answers[place] for place in order]))
-    return judge(table, figure, scores)
+    if groups is not None:
+        table.insert(table.columns.get_loc("images") + 1, "groups", count_groups(groups, len(groups)))
+    return judge(table, figure, scores, groups)
 
 
 def rank_by_balance(labels: np.ndarray, answers: Sequence[np.ndarray]) -> dict[str, np.ndarray | float]:
@@ -341,7 +378,7 @@ def rank_by_balance(labels: np.ndarray, answers: Sequence[np.ndarray]) -> dict[s
     return {"balanced_accuracy": values, "balanced_rank": ranks, "largest_share": counts.max() / len(labels)}
 
 
-def judge(table: pd.DataFrame, figure: str, scores: np.ndarray) -> pd.DataFrame:
+def judge(table: pd.DataFrame, figure: str, scores: np.ndarray, groups: np.ndarray | None = None) -> pd.DataFrame:
     """Adds to a ranking the differences that count, the suggestion and the front, as `rank` returns them.
 
     Suggested is the fastest of those that are not told apart from the best.
@@ -350,12 +387,13 @@ def judge(table: pd.DataFrame, figure: str, scores: np.ndarray) -> pd.DataFrame:
         table: the best first.
         figure: the column that it is ordered by.
         scores: of each image by each candidate, `(candidates, images)`.
+        groups: of the images, as `number_groups` gives them.
     """
-    differences, errors = np.array([compare_scores(row, scores[0]) for row in scores]).T
+    differences, errors = np.array([compare_scores(row, scores[0], groups) for row in scores]).T
     speeds = table["images_per_second"].to_numpy()
     is_as_good = differences <= TOLD_APART * errors
     suggested = int(np.argmax(np.where(is_as_good, speeds, 0)))
-    from_suggested = np.array([compare_scores(scores[suggested], row) for row in scores]).T
+    from_suggested = np.array([compare_scores(scores[suggested], row, groups) for row in scores]).T
     is_same = np.abs(from_suggested[0]) <= TOLD_APART * from_suggested[1]
     places = np.arange(len(table))
     return table.assign(

@@ -57,6 +57,10 @@ class Validation(keras.callbacks.Callback):
         losses[self.is_read] = get_log_losses(self.y_true, self.probabilities)
         return losses
 
+    def get_groups(self) -> np.ndarray | None:
+        """Returns the groups of all images, as `number_groups` does."""
+        return self.sequence.get_groups()
+
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Predicts the validation images and adds their figures to `logs`, which the callbacks after this one see."""
         probabilities, is_read = self.model.predict_sequence(self.sequence)

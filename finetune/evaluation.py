@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from finetune.breakdown import evaluate_by, format_breakdown
 from finetune.decision import Decision, find_exact_match_threshold
 from finetune.intervals import get_intervals
 from finetune.metrics import (
@@ -17,17 +18,39 @@ from finetune.metrics import (
     get_evaluation_metrics,
     get_multilabel_evaluation_metrics,
 )
+from finetune.options import UserError
+from finetune.photo_groups import count_groups, count_groups_of_classes, describe_group_count
 from finetune.tables import LABEL_SEPARATOR, warn_of_missing_classes
-from finetune.texts import MOST_LISTED, MOST_TELLING
+from finetune.texts import MOST_LISTED, MOST_TELLING, join_names
+
+if TYPE_CHECKING:
+    from generator import AugmentedImageSequence
+
+# Of the column that metrics are reported by: each takes about 20 ms.
+MOST_VALUES = 1000
+
+
+def check_report_by(table: pd.DataFrame, column: str, csv_path: str) -> None:
+    """Raises UserError where a table has no such column, or one with as many values as only names of images have."""
+    if column and column not in table.columns:
+        raise UserError(
+            f"{csv_path} has no column '{column}'. Its columns: {join_names(table.columns, MOST_TELLING)}. "
+            "Set report_by to one of them."
+        )
+    if column and (number := table[column].str.strip().nunique()) > MOST_VALUES:
+        raise UserError(
+            f"{csv_path}: report_by expects a column with at most {MOST_VALUES} different values. "
+            f"Received: {number} in the column '{column}'. Set it to a column such as that of the site or camera."
+        )
 
 
 def evaluate_set(
     y_true: np.ndarray,
     raw_probabilities: np.ndarray,
     decision: Decision,
-    bootstrap: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     threshold_range: Sequence[float] | None = None,
+    groups: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Evaluates one set of images under a decision.
 
@@ -35,10 +58,10 @@ def evaluate_set(
         y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
         raw_probabilities: of the model, `(images, classes)`.
         decision: as fitted; the set's own labels have no part in it.
-        bootstrap: add `intervals`, as `get_intervals` returns them.
-        seed: of the bootstrap.
+        seed: of the bootstrap; one adds `intervals`, as `get_intervals` returns them.
         threshold_range: multi-label, for the test set: add `optimistic`, the best exact-match threshold in this
             range by the set's own labels.
+        groups: of the images, as `number_groups` gives them; adds `groups`, their number, of each class too.
 
     Returns:
         `images`, the figures of `get_evaluation_metrics` or `get_multilabel_evaluation_metrics` and `calibration`;
@@ -64,9 +87,20 @@ def evaluate_set(
     else:
         figures |= get_evaluation_metrics(y_true, raw_probabilities, decision.class_names)
     figures["calibration"] = _evaluate_calibration(y_true, raw_probabilities, calibrated, decision.multi_label)
-    if bootstrap:
-        figures["intervals"] = get_intervals(y_true, raw_probabilities, decision, seed)
+    if groups is not None:
+        _add_groups(figures, y_true, groups)
+    if seed is not None:
+        figures["intervals"] = get_intervals(y_true, raw_probabilities, decision, seed, groups=groups)
     return figures
+
+
+def _add_groups(figures: dict[str, Any], y_true: np.ndarray, groups: np.ndarray) -> None:
+    """Adds the number of groups, and of those with each class, beside the numbers of images."""
+    figures["groups"] = count_groups(groups, len(groups))
+    numbers = count_groups_of_classes(y_true, groups, len(figures["per_class"]))
+    for row, number in zip(figures["per_class"].values(), numbers.tolist(), strict=True):
+        after = {key: row.pop(key) for key in [*row][[*row].index("support") + 1 :]}
+        row |= {"groups": number, **after}
 
 
 def _add_best_f1(per_class: dict[str, dict], y_true: np.ndarray, calibrated: np.ndarray, decision: Decision) -> None:
@@ -158,23 +192,32 @@ def _format_interval(interval: Sequence[float] | None) -> str:
 
 
 def evaluate_sets(
-    truths: dict[str, np.ndarray],
+    sequences: dict[str, AugmentedImageSequence],
     predictions: dict[str, np.ndarray],
     decision: Decision,
     threshold_range: Sequence[float],
     seed: int,
+    report_by: str,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates each set, the test set with intervals and, multi-label, beside the optimum by its own labels.
 
     Args:
-        truths: labels by set, `(images,)` or multi-label `(images, classes)`.
+        sequences: by set, their images read.
         predictions: the model's raw probabilities by set, `(images, classes)`.
         decision: fitted without the test set.
         threshold_range: lowest and highest threshold of that optimum.
         seed: of the bootstrap.
+        report_by: a column of the test table; `by` of the test set is what `evaluate_by` returns of it. Empty: none.
     """
-    extras = {"test": {"bootstrap": True, "seed": seed, "threshold_range": threshold_range}}
-    return {name: evaluate_set(truths[name], predictions[name], decision, **extras.get(name, {})) for name in truths}
+    sets = {}
+    for name, sequence in sequences.items():
+        facts = sequence.get_y_true(), predictions[name], decision
+        groups = sequence.get_read_groups()
+        extras = {"seed": seed, "threshold_range": threshold_range} if name == "test" else {}
+        sets[name] = evaluate_set(*facts, groups=groups, **extras)
+        if report_by and name == "test":
+            sets[name]["by"] = evaluate_by(sequence.get_read_table()[report_by], *facts, seed, groups)
+    return sets
 
 
 def list_predictions(
@@ -209,6 +252,9 @@ def print_results(results: dict[str, Any]) -> None:
     elif results["multi_label"]:
         print(f"Threshold {threshold:.2f}, fitted on {f'the {fitted_on} set' if fitted_on else 'no set'}.")
     for name, figures in results["sets"].items():
-        print(f"\n{name} set: {figures['images']} images of {figures['csv']}\n{format_evaluation(figures)}")
+        images = f"{figures['images']} images{describe_group_count(figures.get('groups'))}"
+        print(f"\n{name} set: {images} of {figures['csv']}\n{format_evaluation(figures)}")
         counts = {label: row["support"] for label, row in figures["per_class"].items()}
         warn_of_missing_classes([*counts.values()], [*counts], name)
+        if "by" in figures:
+            print(f"\n{format_breakdown(figures['by'])}")

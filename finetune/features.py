@@ -76,6 +76,7 @@ class FeatureSequence(AugmentedImageSequence):
             shares=sequence.shares if sequence.gives_shares or not sequence.shuffle else None,
         )
         features_only.epoch, features_only.first_step = sequence.epoch, sequence.first_step
+        features_only.table, features_only.groups = sequence.table, sequence.groups
         return features_only
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:

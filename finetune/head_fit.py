@@ -12,6 +12,7 @@ import numpy as np
 from configs import Configs
 from finetune.feature_store import find_features
 from finetune.losses import get_class_weights
+from finetune.photo_groups import describe_groups, describe_lone_classes, find_lone_classes
 from finetune.probe import FeaturesNotFinite, build_extractor, compute_features, extract_features, initialize_head
 from finetune.team import Team
 from finetune.trainer import TrainingModel
@@ -37,6 +38,7 @@ class HeadFit:
         self.class_weights = None
         if configs.use_class_balancing and not self.multi_label:
             self.class_weights = np.array([*get_class_weights(training.labels, len(configs.classes)).values()])
+        self.class_names = configs.classes
         self.classifier = classifier
         self.training = training
         self.team = team
@@ -58,7 +60,12 @@ class HeadFit:
         features, is_read, strength = self._fit(
             lambda mirrored: find(self.classifier, self.training, mirrored=mirrored)
         )
-        print(f"The head starts from a logistic regression on {is_read.sum()} images, C = {strength:.3g}.")
+        groups, number = self.training.get_groups(is_read), len(self.class_names)
+        images = f"{is_read.sum()} images{describe_groups(groups)}"
+        print(f"The head starts from a logistic regression on {images}, C = {strength:.3g}.")
+        lone = find_lone_classes(self.training.labels[is_read], groups, number)
+        if lone.size:
+            print(describe_lone_classes([self.class_names[position] for position in lone]))
         return features, is_read
 
     def refit(self) -> None:
@@ -78,6 +85,7 @@ class HeadFit:
             self.seed,
             mirrored,
             self.class_weights,
+            self.training.get_groups(is_read),
         )
         # Libraries of other hosts may round otherwise: the chief's weights are those of all.
         logits = self.classifier.get_layer("classifier").get_layer("logits")

@@ -9,7 +9,8 @@ import keras
 import numpy as np
 
 from finetune.callbacks import Validation
-from finetune.selection import compare_scores, describe_choice, describe_rival, is_better
+from finetune.photo_groups import describe_groups, pick_groups
+from finetune.selection import compare_scores, describe_choice, describe_errors, describe_rival, is_better
 
 # Of the way from the start to the end, which is validated anyway; 0.75 beside them was kept seldom, and gained nothing.
 SHARES = (0.0, 0.25, 0.5)
@@ -74,25 +75,27 @@ def choose_weights(
     if refit is None:
         tried.append(last)
     shown = "; ".join(f"{kept.share:.0%} {np.nanmean(losses):.4f}" for kept, losses in tried)
-    head = " with a head fitted anew" if refit else ""
+    head, groups = " with a head fitted anew" if refit else "", validation.get_groups()
     print(f"\nLog loss of the validation images, from the start (0%) to the last epoch{head} (100%): {shown}.")
+    if groups is not None:
+        print(f"The validation images lie{describe_groups(groups)}: {describe_errors(groups)}.")
     kept, losses = tried[0]
     for further, further_losses in tried[1:]:
-        if is_better(*_compare(losses, further_losses)[:2]):
+        if is_better(*_compare(losses, further_losses, groups)[:2]):
             kept, losses = further, further_losses
     best, lowest = min(tried[1:], key=lambda one: np.nanmean(one[1]))
     told, told_losses = (kept, losses) if kept.share else (best, lowest)
-    print(describe_choice(told.share, told.is_refitted, kept.share > 0, *_compare(tried[0][1], told_losses)))
+    print(describe_choice(told.share, told.is_refitted, kept.share > 0, *_compare(tried[0][1], told_losses, groups)))
     if kept.share not in (0, best.share):
-        print(describe_rival(best.share, best.is_refitted, *_compare(losses, lowest)[:2]))
+        print(describe_rival(best.share, best.is_refitted, *_compare(losses, lowest, groups)[:2]))
     return kept
 
 
-def _compare(losses: np.ndarray, others: np.ndarray) -> tuple[float, float, int]:
+def _compare(losses: np.ndarray, others: np.ndarray, groups: np.ndarray | None) -> tuple[float, float, int]:
     """Returns by how much the others are lower on average, the standard error, and of how many images."""
     # An image may have become unreadable meanwhile.
     both = ~np.isnan(losses + others)
-    return *compare_scores(-losses[both], -others[both]), int(both.sum())
+    return *compare_scores(-losses[both], -others[both], pick_groups(groups, both)), int(both.sum())
 
 
 def _measure_averages(

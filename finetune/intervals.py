@@ -11,16 +11,23 @@ from scipy import sparse
 
 from finetune.decision import BLOCK, Decision
 from finetune.metrics import MANY_CLASSES, TOP_K, is_in_top_k
+from finetune.photo_groups import count_groups, is_single_group
 
 RESAMPLES = 1000
 
 
 def get_intervals(
-    y_true: np.ndarray, raw_probabilities: np.ndarray, decision: Decision, seed: int = 0, resamples: int = RESAMPLES
+    y_true: np.ndarray,
+    raw_probabilities: np.ndarray,
+    decision: Decision,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    groups: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Estimates how far the headline figures would vary with other images: 95 % bootstrap percentile intervals.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3. Whole images are drawn with
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3; groups: Davison and Hinkley,
+    Bootstrap Methods and their Application, 1997, section 3.8. Whole images, or whole groups of them, are drawn with
     replacement. As in the figures themselves, a class that is undefined in a resample has no part in its means.
 
     Args:
@@ -29,9 +36,11 @@ def get_intervals(
         decision: what the answers follow from.
         seed: of the resamples.
         resamples: how many.
+        groups: of the images, as `number_groups` gives them; None: the images are independent.
 
     Returns:
-        `[low, high]` by the name of each headline figure, None where it is undefined throughout; multi-label:
+        `[low, high]` by the name of each headline figure, None where it is undefined throughout, and of a single group,
+        which shows nothing of how groups differ; multi-label:
         `per_class` holds those of `precision`, `recall` and `f1` by class name.
     """
     measures = [_prepare_counts(y_true, raw_probabilities, decision)]
@@ -39,9 +48,11 @@ def get_intervals(
         measures.append(_prepare_ranking(y_true.astype(bool), raw_probabilities))
     parts = [
         {name: values for measure in measures for name, values in measure(weights).items()}
-        for weights in _draw_resamples(len(y_true), resamples, np.random.default_rng(seed))
+        for weights in _draw_resamples(len(y_true), resamples, np.random.default_rng(seed), groups)
     ]
     samples = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if is_single_group(groups):
+        samples = {name: np.full_like(values, np.nan, dtype=float) for name, values in samples.items()}
     intervals: dict[str, Any] = {name: _interval(values) for name, values in samples.items() if values.ndim == 1}
     if decision.multi_label:
         intervals["per_class"] = {
@@ -56,13 +67,16 @@ def _interval(values: np.ndarray) -> list[float] | None:
     return np.percentile(defined, [2.5, 97.5]).tolist() if len(defined) else None
 
 
-def _draw_resamples(images: int, resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def _draw_resamples(
+    images: int, resamples: int, rng: np.random.Generator, groups: np.ndarray | None
+) -> Iterator[np.ndarray]:
     """Yields how often each image is drawn, float32 `(some resamples, images)`, a block at a time."""
-    step = max(1, BLOCK // images)
+    step, units = max(1, BLOCK // images), count_groups(groups, images)
     for start in range(0, resamples, step):
-        shape = min(step, resamples - start), images
-        drawn = rng.integers(images, size=shape) + images * np.arange(shape[0])[:, None]
-        yield np.bincount(drawn.ravel(), minlength=drawn.size).reshape(shape).astype(np.float32)
+        shape = min(step, resamples - start), units
+        drawn = rng.integers(units, size=shape) + units * np.arange(shape[0])[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(shape).astype(np.float32)
+        yield counts if groups is None else np.take(counts, groups, axis=1)
 
 
 Measure = Callable[[np.ndarray], dict[str, np.ndarray]]

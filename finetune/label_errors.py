@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import cleanlab.count
@@ -21,6 +21,14 @@ from finetune.feature_store import get_features
 from finetune.inference_model import get_classifier, has_views
 from finetune.model_files import load_fitting_model
 from finetune.options import UserError
+from finetune.photo_groups import (
+    count_groups,
+    count_groups_of_classes,
+    describe_groups,
+    is_single_group,
+    read_groups,
+    refuse_lone_classes,
+)
 from finetune.probe import cross_validate, split_head
 from finetune.run_data import IMAGES_FILE, READING_OPTIONS, find_trained_images
 from finetune.run_folder import find_trained_model
@@ -62,6 +70,7 @@ class Evidence(NamedTuple):
         labels: as `encode_labels` gives them.
         features: float32 `(images, channels)`.
         probabilities: `(images, classes)`, of images that the judge has not learnt from.
+        groups: as `number_groups` gives them.
     """
 
     rows: np.ndarray
@@ -71,6 +80,7 @@ class Evidence(NamedTuple):
     labels: np.ndarray
     features: np.ndarray
     probabilities: np.ndarray
+    groups: np.ndarray | None = None
 
 
 class Estimate(NamedTuple):
@@ -120,7 +130,7 @@ def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
     """Reads the images of a table and answers for each by what has not learnt from it.
 
     Images that cannot be read are left out under `skip_bad_images`, and with a run's model those that it was trained
-    on; either number is printed.
+    on, and all of their groups; either number is printed.
 
     Raises:
         UserError: the table or an image is not usable, or no image is left.
@@ -132,15 +142,18 @@ def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
         *check_images(files, csv_path, configs.max_image_pixels, configs.generator_workers, configs.skip_bad_images)
     }
     if judge.path:
-        left_out |= find_learnt_rows(judge.path, csv_path, files, left_out)
+        groups = read_groups(table, configs.csv_label_column)
+        left_out |= find_learnt_rows(judge.path, csv_path, files, left_out, groups)
     sequence = get_generator(csv_path, configs.classes, configs, training=False, bad_rows=left_out)
+    if not judge.path:
+        refuse_lone_classes(sequence.labels, sequence.get_groups(), len(configs.classes), csv_path)
     rows = np.setdiff1d(np.arange(2, len(names) + 2), np.array(sorted(left_out), int))
     classifier = get_classifier(judge.model)
     features, is_read = get_features(classifier, sequence, configs.image_cache_path)
     tell_bad_images(sequence)
     if not is_read.any():
         raise UserError(f"{csv_path}: none of the {len(rows)} images can be read. Check image_directory.")
-    labels = sequence.labels[is_read]
+    labels, groups = sequence.labels[is_read], sequence.get_groups(is_read)
     if not is_read.all():
         features, rows = features[is_read], rows[is_read]
     if not np.isfinite(features).all():
@@ -152,14 +165,16 @@ def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
         probabilities = answer(judge, features, mirrored, configs)
     else:
         probabilities = answer_out_of_fold(
-            features, labels, configs.multi_label_classification, configs.classes, configs.random_seed or 0
+            features, labels, configs.multi_label_classification, configs.classes, configs.random_seed or 0, groups
         )
     names, files, texts = ([values[row - 2] for row in rows] for values in (names, files, texts))
-    return Evidence(rows, names, files, texts, labels, features, probabilities)
+    return Evidence(rows, names, files, texts, labels, features, probabilities, groups)
 
 
-def find_learnt_rows(model_path: str, csv_path: str, files: Sequence[str], bad_rows: set[int]) -> set[int]:
-    """Returns the line numbers of the images that a run was trained on, and prints their number.
+def find_learnt_rows(
+    model_path: str, csv_path: str, files: Sequence[str], bad_rows: set[int], groups: np.ndarray | None
+) -> set[int]:
+    """Returns the line numbers of the images that a run was trained on, and of their groups; prints their number.
 
     Raises:
         UserError: no other image is left.
@@ -173,14 +188,19 @@ def find_learnt_rows(model_path: str, csv_path: str, files: Sequence[str], bad_r
             "known."
         )
         return set()
-    learnt = {row for row, file in usable.items() if file in found}
+    learnt, what = {row for row, file in usable.items() if file in found}, ""
+    if groups is not None:
+        known = {groups[row - 2] for row in learnt}
+        of_groups = {row for row in usable if groups[row - 2] in known} - learnt
+        what = f" or on others of their groups ({len(of_groups)})" * bool(of_groups)
+        learnt |= of_groups
     if len(learnt) == len(usable):
         raise UserError(
-            f"{csv_path}: the model was trained on all {len(usable)} images, and believes their labels. Leave out "
-            "load_model_path to judge them."
+            f"{csv_path}: the model was trained on all {len(usable)} images{what}, and believes their labels. Leave "
+            "out load_model_path to judge them."
         )
     if learnt:
-        print(f"Left out {len(learnt)} of {len(usable)} images, which the model was trained on.")
+        print(f"Left out {len(learnt)} of {len(usable)} images, which the model was trained on{what}.")
     return learnt
 
 
@@ -196,35 +216,57 @@ def answer(judge: Judge, features: np.ndarray, mirrored: np.ndarray | None, conf
 
 
 def answer_out_of_fold(
-    features: np.ndarray, labels: np.ndarray, multi_label: bool, class_names: Sequence[str], seed: int
+    features: np.ndarray,
+    labels: np.ndarray,
+    multi_label: bool,
+    class_names: Sequence[str],
+    seed: int,
+    groups: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns what a regression on the other images says of each one, `(images, classes)`.
 
     It is fitted twice, the second time without the images whose labels the first answers say are wrong, since these
-    spoil the answers for others; the result is the mean. The only image of a class has no other one to be known by: its
-    label is taken as right, which is printed.
+    spoil the answers for others; the result is the mean. Of images in groups, neither has seen the image's own group.
+    The only image of a class, or its only group, has no other one to be known by: its label is taken as right, which is
+    printed.
     """
-    first = cross_validate([features], labels, multi_label, len(class_names), seed)
+    one_hot = labels if multi_label else np.eye(len(class_names), dtype=np.uint8)[labels]
+    lone = _tell_lone_labels(one_hot, class_names, groups)
+    first = cross_validate([features], labels, multi_label, len(class_names), seed, groups=groups)
+    if groups is not None:
+        # Else the second fit would know nothing of a class whose group is large.
+        _trust_labels(first, one_hot, lone, multi_label)
     wrong = rank_suspects(labels, first, multi_label)[0][: count_errors(labels, first, multi_label)]
     probabilities = first
     # Where most labels seem wrong, nothing is known of which.
     if 0 < len(wrong) < len(labels) // 2:
-        second = cross_validate([features], labels, multi_label, len(class_names), seed + 1, unlearnt=wrong)
+        second = cross_validate([features], labels, multi_label, len(class_names), seed + 1, wrong, groups)
         probabilities = (first + second) / 2
-    one_hot = labels if multi_label else np.eye(len(class_names), dtype=np.uint8)[labels]
-    single = np.flatnonzero(one_hot.sum(axis=0) == 1)
-    if single.size:
-        shown = join_names([class_names[position] for position in single])
-        print(f"Not judged, as no other image has the label: {shown}")
-    counts = one_hot.sum(axis=0)
-    if few := [f"{class_names[place]} ({counts[place]})" for place in np.flatnonzero((counts > 1) & (counts < FEW))]:
-        print(f"Hardly judged, as fewer than {FEW} images have the label: {join_names(few)}")
-    for position in single:
-        (row,) = np.flatnonzero(one_hot[:, position])
-        if not multi_label:
-            probabilities[row] = 0
-        probabilities[row, position] = 1
+    _trust_labels(probabilities, one_hot, lone, multi_label)
     return probabilities
+
+
+def _trust_labels(probabilities: np.ndarray, one_hot: np.ndarray, classes: np.ndarray, multi_label: bool) -> None:
+    """Makes the labels of some classes certain."""
+    for position in classes:
+        rows = np.flatnonzero(one_hot[:, position])
+        if not multi_label:
+            probabilities[rows] = 0
+        probabilities[rows, position] = 1
+
+
+def _tell_lone_labels(one_hot: np.ndarray, class_names: Sequence[str], groups: np.ndarray | None) -> np.ndarray:
+    """Prints which classes lie in one image or group, or in few; returns those in one."""
+    counts = one_hot.sum(axis=0)
+    units = counts if groups is None else count_groups_of_classes(one_hot, groups, len(class_names))
+    for other, places in {"image": counts == 1, "group of images": (units == 1) & (counts > 1)}.items():
+        if places.any():
+            shown = join_names([class_names[place] for place in np.flatnonzero(places)])
+            print(f"Not judged, as no other {other} has the label: {shown}")
+    what = "images" if groups is None else "groups of images"
+    if few := [f"{class_names[place]} ({units[place]})" for place in np.flatnonzero((units > 1) & (units < FEW))]:
+        print(f"Hardly judged, as fewer than {FEW} {what} have the label: {join_names(few)}")
+    return np.flatnonzero(units == 1)
 
 
 def find_wrong_labels(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -314,27 +356,47 @@ def count_errors(labels: np.ndarray, probabilities: np.ndarray, multi_label: boo
     return int(find_wrong_labels(labels, probabilities).any(axis=1).sum())
 
 
-def estimate_errors(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool, seed: int) -> Estimate:
-    """Estimates how many labels are wrong, with a bootstrap over images.
+def estimate_errors(
+    labels: np.ndarray, probabilities: np.ndarray, multi_label: bool, seed: int, groups: np.ndarray | None = None
+) -> Estimate:
+    """Estimates how many labels are wrong, with a bootstrap over images, or over groups of them.
 
     Args:
         labels: as `encode_labels` gives them.
         probabilities: `(images, classes)`.
         multi_label: which kind of labels.
         seed: of the bootstrap.
+        groups: of the images, as `number_groups` gives them.
 
     Returns:
-        Where none is found, the upper bound is 3: as many are still found by none in 5 of 100 samples.
+        Where none is found, the upper bound is 3: as many are still found by none in 5 of 100 samples. Of groups it is
+        as many images as three groups have on average.
     """
+    # One group shows nothing of how groups differ: `summarize` says so.
+    groups = None if is_single_group(groups) else groups
     rng, number = np.random.default_rng(seed), count_errors(labels, probabilities, multi_label)
     counts = []
-    for _ in range(RESAMPLINGS):
-        rows = rng.integers(len(labels), size=len(labels))
-        counts.append(count_errors(labels[rows], probabilities[rows], multi_label))
+    for rows in _draw_rows(len(labels), groups, rng):
+        # Resamples of groups differ in size.
+        share = len(labels) / len(rows)
+        counts.append(count_errors(labels[rows], probabilities[rows], multi_label) * share)
     low, high = np.percentile(counts, [2.5, 97.5])
+    unseen = int(np.ceil(3 * len(labels) / count_groups(groups, len(labels))))
     return Estimate(
-        number, min(int(low), number), max(int(np.ceil(high)), number, 0 if number else min(3, len(labels)))
+        number, min(int(low), number), max(int(np.ceil(high)), number, 0 if number else min(unseen, len(labels)))
     )
+
+
+def _draw_rows(images: int, groups: np.ndarray | None, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Yields the positions of the images in each resample: images, or whole groups, drawn with replacement."""
+    if groups is None:
+        for _ in range(RESAMPLINGS):
+            yield rng.integers(images, size=images)
+        return
+    sizes = np.bincount(groups)
+    rows_of = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
+    for _ in range(RESAMPLINGS):
+        yield np.concatenate([rows_of[group] for group in rng.integers(len(sizes), size=len(sizes))])
 
 
 def name_labels(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
@@ -400,9 +462,11 @@ def find_neighbours(features: np.ndarray, positions: np.ndarray, number: int = N
     return found
 
 
-def summarize(estimate: Estimate, images: int, listed: int) -> str:
+def summarize(estimate: Estimate, images: int, listed: int, groups: np.ndarray | None = None) -> str:
     """Returns in sentences how many labels are expected to be wrong, and what that is worth."""
+    what = f"{images} labels{describe_groups(groups)}"
+    narrow = " The interval is over images, and too narrow for one group." * is_single_group(groups)
     return (
-        f"Of {images} labels, about {estimate.number} are expected to be wrong (95 % interval {estimate.low} to "
-        f"{estimate.high}); {listed} suspects are listed. This is an estimate and no proof: look at each photo."
+        f"Of {what}, about {estimate.number} are expected to be wrong (95 % interval {estimate.low} to "
+        f"{estimate.high}); {listed} suspects are listed.{narrow} This is an estimate and no proof: look at each photo."
     )

@@ -18,6 +18,7 @@ from finetune.files import write_text
 from finetune.images import PAD_GREY
 from finetune.log_figures import LOG_METRICS, read_log
 from finetune.options import UserError
+from finetune.photo_groups import describe_group_count
 from finetune.run_folder import BEST_MODEL, CARD_FILE, CONFIGS_FILE, LATEST_MODEL, LOG_FILE, OF_BEFORE
 from finetune.selection import describe_epoch
 from finetune.stores import hash_file
@@ -315,12 +316,14 @@ def _list_limits(configs: dict[str, Any], data: dict[str, Any] | None, results: 
     measure = "exact_match_accuracy" if several else "accuracy"
     low, high = test.get("intervals", {}).get(measure) or (0, 0)
     if 100 * (high - low) >= WIDE_INTERVAL:
-        title = HEADLINES[measure][0]
-        found.append(f"{title} has an interval of {100 * (high - low):.1f} points, for want of more test images.")
+        title, what = HEADLINES[measure][0], "groups of test images" if "groups" in test else "test images"
+        found.append(f"{title} has an interval of {100 * (high - low):.1f} points, for want of more {what}.")
     if test.get(measure) == 1:
         # Hanley and Lippman-Hand, JAMA 249:1743, 1983: none in n leaves up to 3/n, at 95 % confidence.
-        share = min(100, 300 / test["images"])
-        found.append(f"No answer was wrong on {test['images']} test images: on others up to {share:.1f} % may be.")
+        groups = test.get("groups")
+        share = min(100, 300 / (groups or test["images"]))
+        what = f"{test['images']} test images{describe_group_count(groups)}"
+        found.append(f"No answer was wrong on {what}: on others up to {share:.1f} % may be.")
     counts = data["training"]["classes"] if data else {"": 1}
     least, most = (choose(counts, key=counts.__getitem__) for choose in (min, max))
     if counts[most] >= IMBALANCE * counts[least]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from finetune.features import read_plainly
 from finetune.options import UserError
+from finetune.photo_groups import deal_groups, find_lone_classes, pick_groups, refuse_lone_classes
 from finetune.progress import show_progress
 from finetune.trainer import TrainingModel
 from generator import AugmentedImageSequence, naming_bad_images
@@ -115,6 +116,7 @@ def initialize_head(
     seed: int,
     mirrored: np.ndarray | None = None,
     class_weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> float:
     """Makes a model's classifier the logistic regression on the backbone's features: it starts from the best answers
     that a frozen backbone allows, where a random one would first pull the backbone's weights apart.
@@ -135,6 +137,7 @@ def initialize_head(
             and half as that. They have no part in the choice of the strength.
         class_weights: single-label, `(classes,)`: how much an image of each class counts in the loss. They have no part
             in that choice either.
+        groups: of the images, as `number_groups` gives them: no fold has images of a group that another has.
 
     Returns:
         The strength C, the variance of the kernels' prior on features of variance 1.
@@ -146,7 +149,7 @@ def initialize_head(
     views = [features] if mirrored is None else [features, mirrored]
     if not all(np.isfinite(view).all() for view in views):
         raise FeaturesNotFinite("The backbone's features are not finite: its weights are damaged. Load another model.")
-    kernel, bias, strength = _fit_regression(views, labels, multi_label, logits.units, seed, class_weights)
+    kernel, bias, strength = _fit_regression(views, labels, multi_label, logits.units, seed, class_weights, groups)
     logits.set_weights([kernel, bias])
     return strength
 
@@ -158,10 +161,11 @@ def cross_validate(
     number: int,
     seed: int,
     unlearnt: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> np.ndarray:
     """Returns what the regression says of each image that was fitted without that image: probabilities out of fold.
 
-    The strength is that which all images prefer; of folds there are five, each with its share of every class.
+    The strength is that which all images prefer. Of five folds each has its share of every class, and whole groups.
 
     Args:
         views: the features of the images, and of their mirror images or not, each float32 `(images, channels)`. An
@@ -170,36 +174,55 @@ def cross_validate(
         multi_label: whether an image may have several labels.
         number: of classes.
         seed: of the folds.
-        unlearnt: positions of images that are answered for as the others, and never learnt from; at least one other
-            is left in each fold.
+        unlearnt: positions of images that are answered for as the others, and never learnt from unless a fold has
+            nothing else to learn from.
+        groups: of the images, as `number_groups` gives them; None: no images belong together.
 
     Returns:
         float64 `(images, number)`.
+
+    Raises:
+        UserError: each class lies in one group.
     """
-    # In float32 the search for the best weights may end short of its tolerance; of many images float64 takes gigabytes.
-    kind = np.float64 if sum(view.size for view in views) <= MOST_DOUBLED else np.float32
-    scaled = np.concatenate(views).astype(kind, copy=False)
-    scaled -= views[0].mean(axis=0, dtype=np.float64).astype(kind)
-    scaled /= np.sqrt(np.vdot(scaled, scaled) / scaled.size) or 1.0
-    images = len(labels)
+    refuse_lone_classes(labels, groups, number, "Cross-validation")
+    scaled, images = _scale_views(views), len(labels)
     usable = np.setdiff1d(np.arange(images), [] if unlearnt is None else unlearnt)
     fit, link = (
         (_fit_labels, special.expit) if multi_label else (_fit_classes, functools.partial(special.softmax, axis=1))
     )
-    fit = functools.partial(fit, tolerance=TOLERANCE if kind is np.float64 else SINGLE_TOLERANCE)
+    fit = functools.partial(fit, tolerance=TOLERANCE if scaled.dtype == np.float64 else SINGLE_TOLERANCE)
     probabilities = np.zeros((images, number))
+    targets = list(labels.T.astype(int)) if multi_label else [labels]
     with threadpool_limits(1):
         scaled, _ = _reduce_columns(scaled)
-        targets = list(labels.T.astype(int)) if multi_label else [labels]
-        strength = _choose_strength(scaled, targets, seed, usable)
-        for held_out in _deal_folds(labels, seed):
-            learnt = np.setdiff1d(usable, held_out)
+        strength = _choose_strength(scaled, targets, seed, usable, groups)
+        folds = _deal_folds(labels, seed) if groups is None else deal_groups(labels, groups, number, FOLDS, seed)
+        for learnt, held_out in _find_learnt(folds, usable, images):
             rows = np.concatenate([learnt + images * view for view in range(len(views))])
             repeated = np.concatenate([labels[learnt]] * len(views))
             kernel, bias = fit(scaled[rows], repeated, number, strength / len(views))
             for view in range(len(views)):
                 probabilities[held_out] += link(_score(scaled[held_out + images * view], kernel, bias)) / len(views)
     return probabilities
+
+
+def _find_learnt(
+    folds: Sequence[np.ndarray], usable: np.ndarray, images: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields for each fold the images that are learnt from, and its own; where none is usable, all others."""
+    for held_out in folds:
+        learnt = np.setdiff1d(usable, held_out)
+        yield learnt if learnt.size else np.setdiff1d(np.arange(images), held_out), held_out
+
+
+def _scale_views(views: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns all views below each other, around the mean of the first, at a scale of 1."""
+    # In float32 the search for the best weights may end short of its tolerance; of many images float64 takes gigabytes.
+    kind = np.float64 if sum(view.size for view in views) <= MOST_DOUBLED else np.float32
+    scaled = np.concatenate(views).astype(kind, copy=False)
+    scaled -= views[0].mean(axis=0, dtype=np.float64).astype(kind)
+    scaled /= np.sqrt(np.vdot(scaled, scaled) / scaled.size) or 1.0
+    return scaled
 
 
 def _deal_folds(labels: np.ndarray, seed: int) -> list[np.ndarray]:
@@ -218,6 +241,7 @@ def _fit_regression(
     number: int,
     seed: int,
     class_weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Fits the regression to all views together, its strength chosen on the first; returns kernel, bias, strength."""
     # One scale for all channels: the grid of strengths then suits every backbone.
@@ -229,7 +253,7 @@ def _fit_regression(
     with threadpool_limits(1):
         scaled, directions = _reduce_columns(scaled)
         targets = list(labels.T.astype(int)) if multi_label else [labels]
-        strength = _choose_strength(scaled[: len(labels)], targets, seed)
+        strength = _choose_strength(scaled[: len(labels)], targets, seed, groups=groups)
         fit = _fit_labels if multi_label else functools.partial(_fit_classes, class_weights=class_weights)
         # The loss is a sum over rows: a share of C is the weight of a row.
         repeated = np.concatenate([labels] * len(views))
@@ -280,16 +304,21 @@ def _reduce_columns(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _choose_strength(
-    features: np.ndarray, targets: Sequence[np.ndarray], seed: int, usable: np.ndarray | None = None
+    features: np.ndarray,
+    targets: Sequence[np.ndarray],
+    seed: int,
+    usable: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> float:
     """Chooses the strength with the lowest mean log loss over the folds of all targets, each int `(images,)`.
 
-    Where `usable` is given, only these rows are compared.
+    Where `usable` is given, only these rows are compared. Each group of images is in one fold.
     """
     usable = np.arange(len(features)) if usable is None else usable
     # The best strength does not depend on the number of images: it is the variance of the kernel's prior.
     rows = np.random.default_rng(seed).permutation(usable)[:MOST_COMPARED_IMAGES]
-    trials = [trial for target in targets for trial in _make_trials(features[rows], target[rows], seed)]
+    groups = pick_groups(groups, rows)
+    trials = [trial for target in targets for trial in _make_trials(features[rows], target[rows], seed, groups)]
     if not trials:
         return USUAL_STRENGTH
     losses = []
@@ -306,33 +335,57 @@ def _choose_strength(
     return float(STRENGTHS[np.argmin(losses)])
 
 
-def _make_trials(features: np.ndarray, target: np.ndarray, seed: int) -> list[Callable[[float], float]]:
+def _make_trials(
+    features: np.ndarray, target: np.ndarray, seed: int, groups: np.ndarray | None
+) -> list[Callable[[float], float]]:
     """Returns for each fold a function from a strength to the log loss of the fold's images; none for too few images.
 
     Each goes on from the solution of the strength before.
     """
-    classes, positions, counts = np.unique(target, return_inverse=True, return_counts=True)
+    pairs = _split_images(target, seed) if groups is None else _split_groups(target, groups, seed)
+
+    def try_fold(regression: LogisticRegression, learnt: np.ndarray, held_out: np.ndarray, strength: float) -> float:
+        regression.set_params(C=strength).fit(features[learnt], target[learnt])
+        probabilities = regression.predict_proba(features[held_out])
+        return log_loss(target[held_out], probabilities, labels=regression.classes_)
+
+    return [functools.partial(try_fold, _build_regression(tol=1e-3), *pair) for pair in pairs]
+
+
+def _split_images(target: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns for each fold which images are learnt from, and which are held out; none for too few images."""
+    _, positions, counts = np.unique(target, return_inverse=True, return_counts=True)
     if (counts > 1).sum() < 2:
         return []
     # The only image of a class is always learnt from: without it the class would be unknown.
     is_single = counts[positions] == 1
     several, singles = np.flatnonzero(~is_single), np.flatnonzero(is_single)
     folds = StratifiedKFold(min(FOLDS, int(counts.max())), shuffle=True, random_state=seed)
-
-    def try_fold(regression: LogisticRegression, learnt: np.ndarray, held_out: np.ndarray, strength: float) -> float:
-        regression.set_params(C=strength).fit(features[learnt], target[learnt])
-        return log_loss(target[held_out], regression.predict_proba(features[held_out]), labels=classes)
-
     with warnings.catch_warnings():
         # A class of fewer images than folds is in as many of them as it has images.
         warnings.filterwarnings("ignore", "The least populated class")
         pairs = list(folds.split(several, target[several]))
-    return [
-        functools.partial(
-            try_fold, _build_regression(tol=1e-3), np.concatenate([several[learnt], singles]), several[held_out]
-        )
-        for learnt, held_out in pairs
-    ]
+    return [(np.concatenate([several[learnt], singles]), several[held_out]) for learnt, held_out in pairs]
+
+
+def _split_groups(target: np.ndarray, groups: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns for each fold which images are learnt from, and which are held out, whole groups; none for too few."""
+    classes, positions = np.unique(target, return_inverse=True)
+    # The only group of a class is always learnt from, with all that it has of others.
+    lone = find_lone_classes(positions, groups, len(classes))
+    several = np.flatnonzero(~np.isin(groups, groups[np.isin(positions, lone)]))
+    _, numbers = np.unique(groups[several], return_inverse=True)
+    if len(np.unique(positions[several])) < 2 or numbers.max() == 0:
+        return []
+    pairs = []
+    for fold in deal_groups(positions[several], numbers, len(classes), FOLDS, seed):
+        held_out = several[fold]
+        learnt = np.setdiff1d(np.arange(len(target)), held_out)
+        # Folds may leave a class nothing to be known by where there are as few groups as that.
+        held_out = held_out[np.isin(target[held_out], target[learnt])]
+        if held_out.size and len(np.unique(target[learnt])) > 1:
+            pairs.append((learnt, held_out))
+    return pairs
 
 
 def _build_regression(**options: Any) -> LogisticRegression:

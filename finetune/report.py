@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from configs import Configs
+from finetune.breakdown import list_breakdown
 from finetune.confusions import list_confusions
 from finetune.curves import get_curves
 from finetune.decision import Decision
@@ -46,7 +47,7 @@ FILES = {
 }
 # The options that test.py's figures depend on, beside those that the model's own configs.json knows.
 REPRODUCING = ("train_csv", "validation_csv", "test_csv", "image_directory", "csv_label_column")
-REPRODUCING += ("multilabel_threshold_range", "random_seed", "cam_method", "cam_classes", "cam_top_k")
+REPRODUCING += ("multilabel_threshold_range", "report_by", "random_seed", "cam_method", "cam_classes", "cam_top_k")
 REPRODUCING += ("cam_alpha", "cam_colormap", "cam_backbone_layer")
 
 
@@ -83,6 +84,7 @@ def write_report(
         figures=embed_figures(results, curves),
         training_curves=embed_log(training_log),
         galleries=embed_gallery(gallery),
+        breakdown=list_breakdown(by) if (by := results["sets"]["test"].get("by")) else [],
         options=list_options(configs),
         files={name: words for name, words in FILES.items() if _is_written(name, results)},
         command=_list_command("test.py", results["model"], configs, REPRODUCING),

@@ -8,6 +8,8 @@ import numpy as np
 from scipy.special import logsumexp
 from scipy.stats import rankdata
 
+from finetune.photo_groups import count_groups, is_single_group
+
 # Of the comparison of two models: 1 and steps of 9 % to a quarter and to 4.
 TEMPERATURES = np.geomspace(1 / 4, 4, 33)
 # Of a standard error: a smaller difference of two models tells nothing.
@@ -33,19 +35,35 @@ def score_images(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     return np.array([precisions.mean() if len(precisions) else 1.0 for precisions in among_true])
 
 
-def compare_scores(simple: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+def compare_scores(
+    simple: Sequence[float], other: Sequence[float], groups: np.ndarray | None = None
+) -> tuple[float, float]:
     """Compares two models on the same images.
 
     Args:
         simple: the scores of each image by the simpler model.
         other: those by the other one.
+        groups: of the images, as `number_groups` gives them; None: the images are independent.
 
     Returns:
         The mean difference, other less simple, and its standard error, of the images' own differences; 0 for one image.
+        Of groups, the error of a mean of clusters (Cameron and Miller, Journal of Human Resources, 2015, section II);
+        a single one leaves that of the images, which is too small.
     """
     differences = np.asarray(other) - np.asarray(simple)
     number = len(differences)
+    if groups is not None and not is_single_group(groups):
+        units = count_groups(groups, number)
+        sums = np.bincount(groups, weights=differences - differences.mean())
+        return float(differences.mean()), float(np.sqrt(units / (units - 1) * (sums**2).sum()) / number)
     return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(number)) if number > 1 else 0.0
+
+
+def describe_errors(groups: np.ndarray) -> str:
+    """Says what the standard errors of `compare_scores` are worth."""
+    if is_single_group(groups):
+        return "standard errors are over images, and too small"
+    return "standard errors are over groups"
 
 
 def is_better(difference: float, error: float) -> bool:

@@ -38,6 +38,7 @@ CLASS_COLUMNS = {
     "recall": "Recall",
     "f1": "F1",
     "support": "Images",
+    "groups": "Groups",
     "auroc": "AUROC",
     "average_precision": "Average precision",
     "best_f1_threshold": "Best-F1 threshold",
@@ -48,6 +49,7 @@ CHOSEN_ON_TEST_SET = (
     "Train with validation_csv for honest ones."
 )
 FEW_IMAGES = 10
+FEW_GROUPS = 10
 
 
 def read_template(name: str) -> str:
@@ -128,6 +130,7 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
         found.append("The thresholds were fitted on the training set, where the model is surer than on new images.")
     elif results["multi_label"] and decision["thresholds_fitted_on"] is None:
         found.append("No thresholds were fitted.")
+    found += _list_warnings_of_groups(test)
     supports = {name: row["support"] for name, row in test["per_class"].items()}
     faults = {
         "No test image has the label of these classes, so that nothing is known of them": [
@@ -142,6 +145,23 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
     }
     longest = MOST_LISTED if len(supports) <= MOST_LISTED else MOST_TELLING
     return found + [f"{fault}: {join_names(names, longest)}." for fault, names in faults.items() if names]
+
+
+def _list_warnings_of_groups(test: dict[str, Any]) -> list[str]:
+    """Lists the reasons to doubt figures of images that lie in groups, in sentences; none without groups."""
+    number = test.get("groups")
+    if number is None:
+        return []
+    if number == 1:
+        return ["All test images are one group: how metrics differ from group to group is not known."]
+    if number < FEW_GROUPS:
+        return [f"The test images lie in {number} groups only, so that intervals are rough and often too narrow."]
+    names = [
+        name for name, row in test["per_class"].items() if row["groups"] < FEW_GROUPS and row["support"] >= FEW_IMAGES
+    ]
+    longest = MOST_LISTED if len(test["per_class"]) <= MOST_LISTED else MOST_TELLING
+    what = f"The test images of these classes lie in fewer than {FEW_GROUPS} groups, so that their metrics are rough"
+    return [f"{what}: {join_names(names, longest)}."] if names else []
 
 
 def list_headlines(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -244,8 +244,8 @@ def test_images_in_a_store_are_compared_on_as_files_are(first, table, tmp_path, 
 def test_several_labels_are_ranked_by_mean_average_precision(multilabel_csv, tmp_path, monkeypatch):
     answers, cross_validate = [], backbone_comparison.cross_validate
 
-    def note(views, labels, *facts):
-        answers.append((labels, cross_validate(views, labels, *facts)))
+    def note(views, labels, *facts, **named):
+        answers.append((labels, cross_validate(views, labels, *facts, **named)))
         return answers[-1][1]
 
     monkeypatch.setattr(backbone_comparison, "cross_validate", note)
@@ -465,6 +465,29 @@ def test_of_imbalanced_classes_the_order_by_balanced_accuracy_is_shown_too(capsy
     line = next(line for line in printed.splitlines() if "ordered by accuracy" in line)
     assert "71% of the images are of one class" in line
     assert "even at 224 (0.845), common at 224 (0.722)." in line
+
+
+def test_copies_of_images_make_no_difference_more_certain():
+    probed = probed_of(fast=(180, 90), best=(184, 10))
+    alone = rank(probed, ["a", "b", "c"], False, 0)
+    assert "groups" not in alone
+    copied = [one._replace(probabilities=one.probabilities.repeat(4, axis=0)) for one in probed.candidates]
+    labels, groups = probed.labels.repeat(4), np.arange(200).repeat(4)
+    ranking = rank(Probed(copied, labels, groups), ["a", "b", "c"], False, 0)
+    assert ranking[["images", "groups"]].to_numpy().tolist() == [[800, 200]] * 2
+    names = ["accuracy", "behind_best", "standard_error", "low", "high"]
+    assert ranking[names].to_numpy() == pytest.approx(alone[names].to_numpy())
+    assert ranking["suggested"].tolist() == alone["suggested"].tolist() == [True, False]
+    assert rank(Probed(copied, labels), ["a", "b", "c"], False, 0)["suggested"].tolist() == [True, False]
+
+
+def test_a_class_of_one_group_is_not_compared_on():
+    probed = probed_of(one=(150, 9))
+    groups = np.where(probed.labels == 2, 200, np.arange(200) // 2)
+    ranking = rank(probed._replace(groups=np.unique(groups, return_inverse=True)[1]), ["a", "b", "c"], False, 0)
+    kept = probed.labels < 2
+    assert ranking["images"].tolist() == [kept.sum()]
+    assert ranking["accuracy"].tolist() == pytest.approx([kept[:150].sum() / kept.sum()])
 
 
 def test_the_front_is_what_none_beats_in_both():

@@ -70,7 +70,7 @@ def test_probabilities_that_are_no_numbers_are_a_users_mistake():
 def test_evaluating_a_set_of_one_label_an_image():
     y_true, raw = random_single_label(80, 3)
     decision = Decision(NAMES, False, 3.0, "validation")
-    figures = evaluate_set(y_true, raw, decision, bootstrap=True, seed=3)
+    figures = evaluate_set(y_true, raw, decision, seed=3)
     plain = get_evaluation_metrics(y_true, raw, NAMES)
     assert figures.keys() == {*plain, "images", "calibration", "intervals"}
     assert {name: figures[name] for name in plain} == plain
@@ -93,7 +93,7 @@ def test_evaluating_a_set_of_one_label_an_image():
 def test_evaluating_a_multilabel_set():
     y_true, raw = random_multilabel(80)
     decision = Decision(NAMES, True, 2.0, "validation", 0.45, [0.3, 0.5, 0.7], "validation")
-    figures = evaluate_set(y_true, raw, decision, bootstrap=True, threshold_range=[0.2, 0.8])
+    figures = evaluate_set(y_true, raw, decision, seed=0, threshold_range=[0.2, 0.8])
     calibrated = decision.calibrate(raw)
     assert figures["threshold"] == 0.45
     assert figures["exact_match_accuracy"] == pytest.approx(((calibrated >= 0.45) == y_true).all(axis=1).mean())

@@ -27,7 +27,7 @@ TRUTH[::10] = 1 - TRUTH[::10]
 class Validated:
     """Measures a model on the features, as the callback does on images."""
 
-    aurocs = None
+    aurocs = groups = None
 
     def __init__(self, model):
         self.model = model
@@ -39,6 +39,9 @@ class Validated:
 
     def get_losses(self):
         return get_log_losses(TRUTH, self.probabilities)
+
+    def get_groups(self):
+        return self.groups
 
 
 def build_line(direction):

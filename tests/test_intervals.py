@@ -90,3 +90,87 @@ def test_perfect_answers_and_a_single_image_have_intervals_without_width():
     assert perfect == {name: [1, 1] for name in ("accuracy", "balanced_accuracy", "macro_f1")}
     alone = get_intervals(np.array([0]), one_hot(np.array([1])), Decision(NAMES, False), resamples=20)
     assert alone["accuracy"] == [0, 0]
+
+
+# Groups
+
+
+def draw_groups(groups, rng):
+    """Draws whole groups with replacement, one after the other; returns the positions of their images."""
+    rows_of = {}
+    for row, group in enumerate(groups):
+        rows_of.setdefault(group, []).append(row)
+    drawn = rng.integers(len(rows_of), size=len(rows_of))
+    return np.array([row for group in drawn for row in rows_of[group]])
+
+
+def make_groups(seed, images):
+    """Numbers groups of 1 to 6 images, which do not lie beside each other."""
+    rng = np.random.default_rng(seed)
+    numbers = np.repeat(np.arange(images), rng.integers(1, 7, images))[:images]
+    return rng.permutation(numbers)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_figure_of_a_resample_of_groups_is_scikit_learns_for_their_images(seed):
+    y_true, raw = random_single_label(60, 12)
+    groups = make_groups(seed, 60)
+    intervals = get_intervals(y_true, raw, Decision(list("abcdefghijkl"), False), seed, 1, groups)
+    drawn = draw_groups(groups, np.random.default_rng(seed))
+    truth, predicted = y_true[drawn], raw[drawn].argmax(axis=1)
+    assert len(drawn) != 60
+    expected = {
+        "accuracy": sk.accuracy_score(truth, predicted),
+        "balanced_accuracy": sk.recall_score(truth, predicted, average="macro", labels=np.unique(truth)),
+        "macro_f1": sk.f1_score(truth, predicted, average="macro"),
+        "top_5_accuracy": sk.top_k_accuracy_score(truth, raw[drawn], k=5, labels=range(12)),
+    }
+    assert intervals == {name: pytest.approx([value, value]) for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_multilabel_figure_of_a_resample_of_groups_is_scikit_learns(seed):
+    y_true, raw = random_multilabel(80, 3)
+    groups = make_groups(seed, 80)
+    intervals = get_intervals(y_true, raw, Decision(NAMES, True, exact_match_threshold=0.55), seed, 1, groups)
+    drawn = draw_groups(groups, np.random.default_rng(seed))
+    truth, scores = y_true[drawn], raw[drawn]
+    expected = {
+        "mean_auroc": sk.roc_auc_score(truth, scores),
+        "mean_average_precision": sk.average_precision_score(truth, scores),
+        "exact_match_accuracy": sk.accuracy_score(truth, scores >= 0.55),
+        "hamming_loss": sk.hamming_loss(truth, scores >= 0.55),
+        "macro_f1": sk.f1_score(truth, scores >= 0.55, average="macro"),
+    }
+    for name, value in expected.items():
+        assert intervals[name] == pytest.approx([value, value], abs=1e-6), name
+
+
+def test_the_interval_of_grouped_images_is_that_of_a_cluster_bootstrap_and_of_theory():
+    """Groups of four images that are right or wrong together are worth as many images as there are groups."""
+    rng = np.random.default_rng(1)
+    right = np.repeat(rng.random(100) < 0.8, 4)
+    order = rng.permutation(400)
+    groups, right = np.repeat(np.arange(100), 4)[order], right[order]
+    y_true, raw = np.zeros(400, int), one_hot((~right).astype(int), 2)
+    decision = Decision(["ant", "bee"], False)
+    found = get_intervals(y_true, raw, decision, resamples=4000, groups=groups)["accuracy"]
+    means = [right[draw_groups(groups, rng)].mean() for _ in range(2000)]
+    assert found == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.011)
+    assert found == pytest.approx(stats.binom.ppf([0.025, 0.975], 100, right.mean()) / 100, abs=0.011)
+    alone = get_intervals(y_true, raw, decision, resamples=4000)["accuracy"]
+    assert (found[1] - found[0]) / (alone[1] - alone[0]) == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_groups_of_one_image_change_nothing(multi_label):
+    y_true, raw = random_multilabel() if multi_label else random_single_label(60, 3)
+    decision = Decision(NAMES, multi_label)
+    alone = get_intervals(y_true, raw, decision, seed=1, resamples=50)
+    assert get_intervals(y_true, raw, decision, 1, 50, np.arange(len(y_true))) == alone
+
+
+def test_a_single_group_has_no_intervals():
+    y_true, raw = random_single_label(60, 3)
+    intervals = get_intervals(y_true, raw, Decision(NAMES, False), groups=np.zeros(60, int), resamples=20)
+    assert intervals == dict.fromkeys(("accuracy", "balanced_accuracy", "macro_f1"))

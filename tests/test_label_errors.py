@@ -176,6 +176,51 @@ def test_the_only_image_of_a_class_is_not_judged(capsys):
     assert "no other image has the label: red" in capsys.readouterr().out
 
 
+def test_a_wrong_label_shows_though_its_copies_have_it_too():
+    """Ten copies of one photo, all with the wrong label: by photo each is vouched for by the others."""
+    rng = np.random.default_rng(0)
+    truth = np.repeat([0, 1], [30, 31])
+    photos = rng.normal(size=(61, 60)) + 5 * np.eye(60)[truth]
+    labels = np.concatenate([truth[:60], np.zeros(10, int)])
+    groups = np.concatenate([np.arange(60), np.full(10, 60)])
+    features = (photos[groups] + rng.normal(0, 0.01, (70, 60))).astype(np.float32)
+    by_photo = answer_out_of_fold(features, labels, False, CLASSES[:2], 0)
+    by_group = answer_out_of_fold(features, labels, False, CLASSES[:2], 0, groups)
+    assert by_photo[60:, 0].min() > 0.9
+    assert by_group[60:, 0].max() < 0.3
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_the_only_group_of_a_class_is_not_judged(multi_label, capsys):
+    rng = np.random.default_rng(0)
+    labels = np.array([0] * 20 + [1] * 20 + [2] * 5)
+    groups = np.array([*range(20)] * 2 + [40] * 5)
+    groups = np.unique(groups, return_inverse=True)[1]
+    features = (rng.normal(size=(45, 8)) + np.eye(8)[labels] * 4).astype(np.float32)
+    given = np.eye(3, dtype=np.uint8)[labels] if multi_label else labels
+    probabilities = answer_out_of_fold(features, given, multi_label, CLASSES, 0, groups)
+    assert (probabilities[40:, 2] == 1).all()
+    assert not multi_label or (probabilities[40:, 0] < 1).all()
+    assert "no other group of images has the label: red" in capsys.readouterr().out
+
+
+def test_the_interval_of_errors_in_groups_is_that_of_a_cluster_bootstrap():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(3, size=80).repeat(5)
+    groups = np.arange(80).repeat(5)
+    probabilities = np.eye(3)[truth] * 0.85 + 0.05
+    # Six groups are wrong throughout.
+    labels = np.where(groups % 13 == 0, (truth + 1) % 3, truth)
+    estimate = estimate_errors(labels, probabilities, False, 0, groups)
+    assert estimate.number == (groups % 13 == 0).sum() == 35
+    wrong = np.arange(80) % 13 == 0
+    counts = [5 * wrong[rng.integers(80, size=80)].sum() for _ in range(2000)]
+    assert (estimate.low, estimate.high) == pytest.approx(np.percentile(counts, [2.5, 97.5]), abs=5)
+    # None in 80 groups of five: up to three groups.
+    assert estimate_errors(truth, probabilities, False, 0, groups) == (0, 0, 15)
+    assert summarize(estimate, 400, 15, groups).startswith("Of 400 labels in 80 groups, about 35 are")
+
+
 def test_what_is_not_to_be_learnt_from_is_not():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 20)

@@ -188,6 +188,34 @@ def test_warnings_are_honest():
     assert "the test set chose the epoch" in list_warnings(fine, {"validation_csv": "validation.csv"})[0]
 
 
+def test_few_groups_are_a_reason_to_doubt():
+    results = single_label()
+    test = results["sets"]["test"] | {"selected_the_model": False}
+    test["per_class"] = {name: row | {"support": 10, "groups": 10} for name, row in test["per_class"].items()}
+    test["per_class"]["owl"]["groups"] = 3
+    for groups, words in {1: "are one group", 9: "in 9 groups only", 20: "fewer than 10 groups"}.items():
+        results["sets"]["test"] = test | {"groups": groups}
+        (found,) = list_warnings(results, {})
+        assert words in found
+    assert found.endswith(": owl.")
+
+
+def test_page_tells_groups_and_has_a_line_for_each_value(tmp_path):
+    results = single_label()
+    row = {"images": 8, "accuracy": 0.5, "balanced_accuracy": 0.25}
+    values = {"north": row | {"intervals": {"accuracy": [0.25, 0.75], "balanced_accuracy": None}}}
+    values["<south>"] = values["north"] | {"groups": 3}
+    results["sets"]["test"] |= {"groups": 11, "by": {"column": "site", "values": values}}
+    for row in results["sets"]["test"]["per_class"].values():
+        row["groups"] = 1
+    page = Page(write_page(tmp_path, results))
+    text = page.texts["breakdown"].replace("\u00a0", " ")
+    assert "The test images lie in 11 groups." in page.texts[""]
+    assert "as many groups of images" in page.texts["figures"]
+    assert re.search(r"north *8 *8 *50.0 % *25.0 % to 75.0 % *25.0 %", text)
+    assert re.search(r"<south> *8 *3 *50.0 %", text)
+
+
 def test_most_frequent_confusions_come_first(single_page):
     text = single_page.texts["confusion"].replace("\u00a0", " ")
     assert re.search(r"cat ?owl ?2 ?16.7 % ?cat ?dog ?1 ?8.3 %", text)

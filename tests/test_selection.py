@@ -36,6 +36,31 @@ def test_two_models_are_compared_image_by_image():
     assert compare_scores([0.5], [0.7]) == pytest.approx((0.2, 0))
 
 
+def test_two_models_are_compared_group_by_group():
+    rng = np.random.default_rng(0)
+    simple = rng.random(300)
+    # Copies of a photo tell nothing more: the error is that of the photos alone.
+    other = simple + rng.normal(0.1, 1, 300)
+    groups = np.repeat(np.arange(300), 5)
+    expected = compare_scores(simple, other)
+    assert compare_scores(simple.repeat(5), other.repeat(5), groups) == pytest.approx(expected)
+    assert compare_scores(simple, other, np.arange(300)) == pytest.approx(expected)
+    assert compare_scores(simple, other, np.zeros(300, int)) == expected
+
+
+def test_the_error_of_groups_of_many_sizes_is_that_of_a_cluster_bootstrap():
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(1, 12, 150)
+    groups = np.repeat(np.arange(150), sizes)
+    differences = rng.normal(0, 1, 150)[groups] + rng.normal(0.2, 0.5, len(groups))
+    rows_of = [np.flatnonzero(groups == group) for group in range(150)]
+    means = [differences[np.concatenate([rows_of[g] for g in rng.integers(0, 150, 150)])].mean() for _ in range(2000)]
+    mean, error = compare_scores(np.zeros(len(groups)), differences, groups)
+    assert mean == pytest.approx(differences.mean())
+    assert error == pytest.approx(np.std(means), rel=0.08)
+    assert error > 1.8 * compare_scores(np.zeros(len(groups)), differences)[1]
+
+
 def test_a_model_is_kept_that_is_better_by_more_than_a_quarter_of_a_standard_error():
     assert is_better(0.011, 0.04)
     assert not is_better(0.009, 0.04)
