@@ -21,8 +21,9 @@ def main(configs: Configs) -> dict:
     from finetune.cam_pictures import draw_all, draw_batch, name_outputs, overlay_heatmap
     from finetune.decision_file import read_decision
     from finetune.devices import start_devices
-    from finetune.explaining import CHOOSERS, explain_all, measure_some
-    from finetune.gradcam import GradCam, describe_faithfulness, summarise_faithfulness
+    from finetune.explaining import CHOOSERS, Explainer, choose_removal_on, measure_some
+    from finetune.faithfulness import describe_faithfulness, summarise_faithfulness
+    from finetune.gradcam import GradCam
     from finetune.model_files import load_fitting_model
     from finetune.progress import show_progress
     from finetune.run_folder import MAPS_FOLDER, find_trained_model
@@ -34,26 +35,27 @@ def main(configs: Configs) -> dict:
     decision = read_decision(os.path.dirname(os.path.abspath(model_path)), class_names, multi_label, model_path)
     sequence = get_generator(configs.test_csv, class_names, configs, training=False)
     model = load_fitting_model(model_path, class_names, get_input_size(configs))
-    grad_cam = GradCam(model, configs.cam_method, configs.cam_backbone_layer)
     folder = os.path.join(configs.save_model_path, MAPS_FOLDER)
     sources = list(sequence.paths)
     paths = [os.path.join(folder, name) for name in name_outputs(sources)]
 
     choose = functools.partial(CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
+    explainer = Explainer(GradCam(model, configs.cam_method, configs.cam_backbone_layer), decision, choose)
     shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
     limits = {"longest_side": configs.cam_picture_size, "max_pixels": configs.max_image_pixels}
     draw = functools.partial(
         draw_batch, sources=sources, targets=paths, class_names=class_names, overlay=overlay, **limits
     )
-    drops = []
+    found, seed = [], configs.random_seed or 0
+    removal = choose_removal_on(explainer, sequence, seed)
     with show_progress(len(paths), configs.cam_method) as progress, naming_bad_images(sequence):
-        batches = explain_all(grad_cam, sequence, decision, choose)
-        batches = measure_some(batches, len(paths), grad_cam, decision, configs.random_seed or 0, drops)
+        batches = explainer.explain(sequence)
+        batches = measure_some(batches, len(paths), explainer.predict, removal, seed, found)
         probabilities = draw_all(batches, draw, progress.update)
     tell_bad_images(sequence)
     paths = [path for row, path in enumerate(paths) if row not in sequence.bad_images]
-    faithfulness = summarise_faithfulness(np.array(drops))
+    faithfulness = summarise_faithfulness(np.reshape(found, (-1, 3)), removal)
     summary = describe_faithfulness(faithfulness, len(paths))
     images, labels = sequence.get_read_paths(), sequence.get_y_true()
     page = write_page(folder, paths, images, labels, probabilities, decision, model_path, summary)

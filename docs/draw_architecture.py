@@ -59,12 +59,12 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "finetune.hdf5_attributes",
         *("finetune.safety", "finetune.compressed", "finetune.inference_model", "finetune.model_files"),
         *("finetune.trainer", "finetune.features", "finetune.probe"),
-        "finetune.feature_store",
+        *("finetune.feature_store", "finetune.speeds"),
     ),
     "judgement": (
         *("finetune.confusions", "finetune.metrics", "finetune.curves", "finetune.decision"),
         *("finetune.decision_file", "finetune.intervals", "finetune.breakdown", "finetune.evaluation"),
-        *("finetune.gradcam", "finetune.explaining"),
+        *("finetune.gradcam", "finetune.faithfulness", "finetune.explaining"),
     ),
     "run": (
         *("finetune.run_data", "finetune.run_folder", "finetune.phases", "finetune.selection", "finetune.callbacks"),

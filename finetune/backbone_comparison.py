@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,8 +17,7 @@ from configs import Configs
 from finetune.data_check import check_images
 from finetune.decision import Decision
 from finetune.devices import set_seed
-from finetune.feature_store import Stopwatch, get_features
-from finetune.features import select_rows
+from finetune.feature_store import get_features
 from finetune.freezing import has_fixed_features
 from finetune.intervals import get_intervals
 from finetune.metrics import get_average_precisions, mean_of_defined
@@ -36,6 +34,7 @@ from finetune.photo_groups import (
 )
 from finetune.probe import build_extractor, cross_validate
 from finetune.selection import compare_scores, score_images
+from finetune.speeds import Timing, choose_fastest, count_multiply_adds, limit_memory, prepare_timing, time_together
 from finetune.splitting import split_rows
 from finetune.stores import join_path
 from finetune.tables import IMAGE_COLUMN, encode_labels, read_table
@@ -43,8 +42,6 @@ from generator import AugmentedImageSequence, get_generator, tell_bad_images
 from model import ModelFactory
 
 FEWEST_IMAGES = 10
-# Batches that tell a speed, where the store knew nearly all features.
-TIMED_BATCHES = 4
 # A training step goes through the network once, and back at about twice the cost: 2.3 to 4.2 were measured.
 STEP_COST = 3
 FLOAT_BYTES = 4
@@ -59,9 +56,12 @@ class Candidate(NamedTuple):
         backbone: a key of `model.BACKBONES`.
         image_size: `(height, width)`.
         probabilities: of the probe, out of fold, `(images, classes)`; NaN for an image that could not be read.
-        images_per_second: whose features this machine computes, reading included.
+        images_per_second: whose features this machine computes, reading included; the best of several measurements.
         training_seconds: to expect of `num_epochs` epochs on all of train_csv; an estimate.
         parameters: of the model, its classifier included.
+        multiply_adds: that its features take of one image; 0 where that is not known.
+        speed_noise: as `measure_noise` gives it: how many times its least one the median time of the measurement is.
+        timing: what its speed is measured by.
     """
 
     backbone: str
@@ -70,6 +70,9 @@ class Candidate(NamedTuple):
     images_per_second: float
     training_seconds: float
     parameters: int
+    multiply_adds: int = 0
+    speed_noise: float = 1.0
+    timing: Timing | None = None
 
 
 class Probed(NamedTuple):
@@ -187,11 +190,11 @@ def probe_backbones(
             left_out[place] = str(error)
         bad_images |= sequence.bad_images
         del model
-        release_memory()
+        release_memory([one.timing for one in candidates])
     refuse_none(candidates, left_out)
     sequence.bad_images = bad_images
     tell_bad_images(sequence)
-    return Probed(candidates, sequence.labels, sequence.get_groups()), left_out
+    return Probed(add_speeds(candidates), sequence.labels, sequence.get_groups()), left_out
 
 
 def refuse_none(candidates: Sequence[Candidate], left_out: dict[str, str]) -> None:
@@ -227,13 +230,16 @@ def probe_backbone(
         training_images: that an epoch will have.
         title: of the progress bar.
 
+    Returns:
+        The candidate, with what its speed is measured by.
+
     Raises:
         UserError: an image cannot be read and `skip_bad_images` is not set, fewer than 10 can, or the features cannot
             be written.
         FloatingPointError: a feature is not finite.
     """
-    mirrors, folder, stopwatch = configs.augmentation_strength != "none", configs.image_cache_path, Stopwatch()
-    views, is_read = get_views(model, sequence, mirrors, folder, title, stopwatch)
+    mirrors, folder = configs.augmentation_strength != "none", configs.image_cache_path
+    views, is_read = get_views(model, sequence, mirrors, folder, title)
     if is_read.sum() < FEWEST_IMAGES:
         raise UserError(
             f"{configs.train_csv}: expected at least {FEWEST_IMAGES} images that can be read, to compare on. "
@@ -241,7 +247,6 @@ def probe_backbone(
         )
     if not all(np.isfinite(view).all() for view in views):
         raise FloatingPointError("its features are not finite")
-    speed = stopwatch if stopwatch.images >= TIMED_BATCHES * sequence.batch_size else time_features(model, sequence)
     probabilities = np.full((len(is_read), len(configs.classes)), np.nan)
     probabilities[is_read] = cross_validate(
         views,
@@ -251,11 +256,11 @@ def probe_backbone(
         configs.random_seed,
         groups=sequence.get_groups(is_read),
     )
-    seconds = speed.seconds / speed.images
-    passes = count_passes(model, changes_images(configs), configs.num_epochs)
-    size = tuple(sequence.image_size)
-    expected = passes * training_images * seconds
-    return Candidate(configs.visual_model_name, size, probabilities, 1 / seconds, expected, model.count_params())
+    size, computation = tuple(sequence.image_size), count_multiply_adds(build_extractor(model))
+    views = count_passes(model, changes_images(configs), configs.num_epochs) * training_images
+    timing = prepare_timing(model, sequence, views)
+    facts = (model.count_params(), computation, 1.0, timing)
+    return Candidate(configs.visual_model_name, size, probabilities, np.nan, np.nan, *facts)
 
 
 def get_views(
@@ -264,7 +269,6 @@ def get_views(
     mirrors: bool,
     folder: str,
     title: str,
-    stopwatch: Stopwatch,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Returns the features of the images that can be read, and of their mirror images or not; and which these are.
 
@@ -274,26 +278,27 @@ def get_views(
         mirrors: the mirror images too.
         folder: of the store.
         title: of the progress bar.
-        stopwatch: is told what the images took that were computed now.
     """
     views, is_read = [], np.ones(len(sequence.paths), bool)
     for mirrored in (False, True) if mirrors else (False,):
         heading = f"{title}, mirrored" if mirrored else title
-        features, is_known = get_features(model, sequence, folder, mirrored, heading, stopwatch)
+        features, is_known = get_features(model, sequence, folder, mirrored, heading)
         views.append(features)
         is_read &= is_known
     return [view[is_read] for view in views], is_read
 
 
-def time_features(model: keras.Model, sequence: AugmentedImageSequence) -> Stopwatch:
-    """Computes the features of a few batches, to time them."""
-    extractor = build_extractor(model)
-    rows = np.resize(np.arange(len(sequence.paths)), (1 + TIMED_BATCHES) * sequence.batch_size)
-    # With the first batch TensorFlow builds its graph.
-    extractor.predict_sequence(select_rows(sequence, rows[: sequence.batch_size]))
-    started = time.perf_counter()
-    found, _ = extractor.predict_sequence(select_rows(sequence, rows[sequence.batch_size :]))
-    return Stopwatch(max(len(found), 1), time.perf_counter() - started)
+def add_speeds(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Returns candidates with their speeds; those that are not timed yet are measured in turns."""
+    time_together([one.timing for one in candidates if one.timing.run])
+    return [
+        one._replace(
+            images_per_second=1 / one.timing.seconds,
+            training_seconds=one.timing.views * one.timing.seconds,
+            speed_noise=one.timing.noise,
+        )
+        for one in candidates
+    ]
 
 
 def count_passes(model: keras.Model, images_change: bool, epochs: int) -> int:
@@ -306,8 +311,9 @@ def count_passes(model: keras.Model, images_change: bool, epochs: int) -> int:
     return STEP_COST * epochs
 
 
-def release_memory() -> None:
-    """Lets go of the graphs and weights of models that nothing refers to."""
+def release_memory(timings: Sequence[Timing]) -> None:
+    """Lets go of models that nothing refers to, and of the last one to be timed where the others fill the memory."""
+    limit_memory(timings)
     keras.utils.clear_session()
     gc.collect()
 
@@ -329,10 +335,11 @@ def rank(probed: Probed, class_names: Sequence[str], multi_label: bool, seed: in
     Returns:
         The columns `backbone`, `height`, `width`; `accuracy`, multi-label `mean_average_precision` over the labels,
         with its 95 % interval `low` and `high`; `images`, compared on, and `groups`, where these are fewer;
-        `images_per_second`; `training_seconds`; `parameters`; `megabytes`, of float32 weights; single-label those of
-        `rank_by_balance`; `behind_best`, the mean difference of the images' scores to the best one's (of several labels
-        the label ranking average precision), and its `standard_error`; `suggested`; `not_told_apart`, whether the
-        images do not tell it from the suggested one; `on_front`, whether none is both better and faster.
+        `images_per_second`; `training_seconds`; `parameters`; `multiply_adds`; `speed_noise`; `megabytes`, of float32
+        weights; single-label those of `rank_by_balance`; `behind_best`, the mean difference of the images' scores to
+        the best one's (of several labels the label ranking average precision), and its `standard_error`; `suggested`;
+        `measured_fastest`, of those as good as the best; `not_told_apart`, whether the images do not tell it from the
+        suggested one; `on_front`, whether none is both better and faster.
     """
     labels, answers, groups = probed.get_common()
     figure = "mean_average_precision" if multi_label else "accuracy"
@@ -347,6 +354,7 @@ def rank(probed: Probed, class_names: Sequence[str], multi_label: bool, seed: in
         row = {"backbone": one.backbone, **size, figure: value, "low": interval[0], "high": interval[1]}
         row |= {"images": len(labels), "images_per_second": one.images_per_second}
         row |= {"training_seconds": one.training_seconds, "parameters": one.parameters}
+        row |= {"multiply_adds": one.multiply_adds, "speed_noise": one.speed_noise}
         rows.append(row | {"megabytes": one.parameters * FLOAT_BYTES / 1e6})
     table = pd.DataFrame(rows)
     order = np.lexsort((-table["images_per_second"], -table[figure]))
@@ -381,7 +389,7 @@ def rank_by_balance(labels: np.ndarray, answers: Sequence[np.ndarray]) -> dict[s
 def judge(table: pd.DataFrame, figure: str, scores: np.ndarray, groups: np.ndarray | None = None) -> pd.DataFrame:
     """Adds to a ranking the differences that count, the suggestion and the front, as `rank` returns them.
 
-    Suggested is the fastest of those that are not told apart from the best.
+    Suggested is the fastest of those that are not told apart from the best, as `choose_fastest` finds it.
 
     Args:
         table: the best first.
@@ -392,7 +400,9 @@ def judge(table: pd.DataFrame, figure: str, scores: np.ndarray, groups: np.ndarr
     differences, errors = np.array([compare_scores(row, scores[0], groups) for row in scores]).T
     speeds = table["images_per_second"].to_numpy()
     is_as_good = differences <= TOLD_APART * errors
-    suggested = int(np.argmax(np.where(is_as_good, speeds, 0)))
+    good = np.flatnonzero(is_as_good)
+    facts = (table[name].to_numpy()[good] for name in ("speed_noise", "multiply_adds", "backbone"))
+    suggested, fastest = good[[*choose_fastest(speeds[good], *facts)]]
     from_suggested = np.array([compare_scores(scores[suggested], row, groups) for row in scores]).T
     is_same = np.abs(from_suggested[0]) <= TOLD_APART * from_suggested[1]
     places = np.arange(len(table))
@@ -400,6 +410,7 @@ def judge(table: pd.DataFrame, figure: str, scores: np.ndarray, groups: np.ndarr
         behind_best=differences,
         standard_error=errors,
         suggested=places == suggested,
+        measured_fastest=places == fastest,
         not_told_apart=is_same & (places != suggested),
         on_front=find_front(table[figure].to_numpy(), speeds),
     )

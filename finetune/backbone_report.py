@@ -15,7 +15,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from finetune.backbone_comparison import show_size
+from finetune.backbone_comparison import TOLD_APART, show_size
 from finetune.figures import COLOURS, MUTED, PRINTED_DPI, style
 from finetune.files import atomic_path
 from finetune.texts import join_names, show_duration
@@ -105,17 +105,46 @@ def format_ranking(ranking: pd.DataFrame) -> str:
 
 
 def describe_suggestion(ranking: pd.DataFrame) -> str:
-    """Returns the line that suggests a candidate, and names those that the images do not tell from it."""
+    """Returns the lines that suggest a candidate, with what it is behind by, and name those not told from it."""
     names = name_candidates(ranking)
     chosen = int(np.flatnonzero(ranking["suggested"])[0])
     others = [names[place] for place in np.flatnonzero(ranking["not_told_apart"])]
-    reason = "the best" if chosen == 0 else f"the fastest of those not told apart from the best, {names[0]}"
     if len(names) == 1:
         return f"Suggestion: {names[0]}, the only one that could be compared."
+    reason = "the best"
+    if chosen:
+        kind = "the fastest" if ranking["measured_fastest"].iloc[chosen] else "by its computation the fastest"
+        reason = (
+            f"{kind} of those not told apart from the best, {names[0]}; it is behind by {show_gap(ranking, chosen)}"
+        )
     told = f"The {ranking['images'].iloc[0]} images do not tell it from {join_names(others, MOST_NAMED)}."
     if not others:
-        told = "All others are behind it by more than 1.96 standard errors."
-    return f"Suggestion: {names[chosen]}, {reason}. {told}"
+        nearest = int(ranking["behind_best"].iloc[1:].to_numpy().argmin()) + 1
+        told = f"All others are behind it by more than 1.96 standard errors, the nearest, {names[nearest]}, by "
+        told += f"{show_gap(ranking, nearest)}."
+    return f"Suggestion: {names[chosen]}, {reason}. {told}{describe_contradiction(ranking)}"
+
+
+def show_gap(ranking: pd.DataFrame, place: int) -> str:
+    """Returns by how much a candidate is behind the best one, with the 95 % interval, in points."""
+    gap, error = (100 * float(ranking[name].iloc[place]) for name in ("behind_best", "standard_error"))
+    margin = TOLD_APART * error
+    return f"{gap:.1f} points (95 % interval {gap - margin:.1f} to {gap + margin:.1f})"
+
+
+def describe_contradiction(ranking: pd.DataFrame) -> str:
+    """Returns the sentence on a speed that contradicts the computation; empty where the suggestion is the fastest."""
+    chosen, fastest = (int(np.flatnonzero(ranking[name])[0]) for name in ("suggested", "measured_fastest"))
+    if chosen == fastest:
+        return ""
+    names = name_candidates(ranking)
+    speeds, computation = ranking["images_per_second"], ranking["multiply_adds"] / 1e9
+    return (
+        f"\nThe speeds contradict the computation, as on a busy machine: {names[fastest]} was measured at "
+        f"{speeds.iloc[fastest]:.1f} images/s, {names[chosen]} at {speeds.iloc[chosen]:.1f}, but an image takes "
+        f"{computation.iloc[fastest]:.2f} and {computation.iloc[chosen]:.2f} billion multiply-adds. The choice rests "
+        "on these."
+    )
 
 
 def draw_ranking(ranking: pd.DataFrame, write_path: str) -> str:

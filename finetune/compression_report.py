@@ -75,9 +75,15 @@ def print_report(report: dict[str, Any]) -> None:
             print(f"Written, not compared: {artefact['path']}")
             continue
         verdict, change = "Rejected" if artefact["rejected"] else "Accepted", -comparison["accuracy_drop"] or 0.0
+        least, most = (-bound for bound in reversed(comparison["accuracy_drop_interval"]))
         limit = f"it may fall by {report['tolerance']:g}."
         limit += " --tolerance lets it fall by more." * artefact["rejected"]
-        print(f"{verdict}: {artefact['path']}: {comparison['measure']} changes by {change:+.2f} points, {limit}")
+        if not artefact["rejected"] and -least > report["tolerance"]:
+            limit += f" The {comparison['images']} test images do not rule out a greater fall."
+        print(
+            f"{verdict}: {artefact['path']}: {comparison['measure']} changes by {change:+.2f} points (95 % interval "
+            f"{least:+.2f} to {most:+.2f}), {limit}"
+        )
 
 
 def format_table(report: dict[str, Any]) -> str:

@@ -238,11 +238,26 @@ def name_labels(labels: np.ndarray, class_names: Sequence[str]) -> list[list[str
     return [[class_names[position] for position in row.nonzero()[0]] for row in labels]
 
 
+def describe_temperature(decision: dict[str, Any], sets: dict[str, dict[str, Any]]) -> str:
+    """Returns the line that names the temperature, and what it does to the calibration error of each set."""
+    fitted_on = decision["temperature_fitted_on"]
+    errors = {name: figures["calibration"] for name, figures in sets.items() if name in (fitted_on, "test")}
+    changes = [
+        f"{_format(error['expected_calibration_error_uncalibrated'])} to "
+        f"{_format(error['expected_calibration_error'])} on the {name} set"
+        for name, error in errors.items()
+    ]
+    return (
+        f"Temperature {decision['temperature']:.3f}, fitted on the {fitted_on} set: it changes the expected "
+        f"calibration error from {' and from '.join(changes)}."
+    )
+
+
 def print_results(results: dict[str, Any]) -> None:
     """Prints what was fitted, and the figures of each set."""
     decision = results["decision"]
     if decision["temperature_fitted_on"]:
-        print(f"Temperature {decision['temperature']:.3f}, fitted on the {decision['temperature_fitted_on']} set.")
+        print(describe_temperature(decision, results["sets"]))
     else:
         print("No temperature is fitted, for want of a validation set: probabilities stay as they are.")
     fitted_on, threshold = decision["thresholds_fitted_on"], decision["exact_match_threshold"]

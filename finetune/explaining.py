@@ -8,12 +8,16 @@ from typing import NamedTuple
 import numpy as np
 
 from finetune.decision import Decision
-from finetune.gradcam import GradCam, measure_faithfulness
+from finetune.faithfulness import Removal, choose_removal, find_parts, predict_without
+from finetune.features import select_rows
+from finetune.gradcam import GradCam
 from finetune.metrics import check_finite
-from generator import AugmentedImageSequence
+from generator import AugmentedImageSequence, naming_bad_images
 
 # Each takes two more passes of the network; as many tell the mean drop to about 0.02.
 MOST_MEASURED = 200
+# Images on which the way to remove parts is chosen; each takes up to ten more passes.
+PILOT_IMAGES = 32
 
 
 class Explained(NamedTuple):
@@ -75,64 +79,113 @@ CHOOSERS: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
-def explain_all(
-    grad_cam: GradCam, sequence: AugmentedImageSequence, decision: Decision, choose: Callable[..., np.ndarray]
-) -> Iterator[Explained]:
-    """Explains a sequence's images batch by batch, each image's classes by falling probability.
+class Explainer(NamedTuple):
+    """Explains images, each one's classes by falling probability.
 
-    Args:
-        grad_cam: explains.
-        sequence: the images, in order.
+    Attributes:
+        grad_cam: locates the evidence.
         decision: calibrates the probabilities.
         choose: a value of `CHOOSERS`, of probabilities and labels.
+    """
+
+    grad_cam: GradCam
+    decision: Decision
+    choose: Callable[..., np.ndarray]
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Returns the calibrated probabilities of images, `(batch, classes)`."""
+        return self.decision.calibrate(self.grad_cam.read(images)[1])
+
+    def explain(self, sequence: AugmentedImageSequence) -> Iterator[Explained]:
+        """Explains a sequence's images in order, batch by batch.
+
+        Raises:
+            UserError: the model's probabilities are no numbers.
+        """
+        for index, (images, labels) in enumerate(sequence.to_dataset().as_numpy_iterator()):
+            features, probabilities = self.grad_cam.read(images)
+            check_finite(probabilities)
+            probabilities = self.decision.calibrate(probabilities)
+            rows, class_indices = np.nonzero(self.choose(probabilities, labels))
+            order = np.lexsort((-probabilities[rows, class_indices], rows))
+            rows, class_indices = rows[order], class_indices[order]
+            heatmaps = self.grad_cam.explain(features, rows, class_indices)
+            yield Explained(sequence.get_rows(index), images, labels, probabilities, rows, class_indices, heatmaps)
+
+
+def choose_removal_on(explainer: Explainer, sequence: AugmentedImageSequence, seed: int) -> Removal:
+    """Chooses how to remove parts of a sequence's images, as `choose_removal` does, on a few of them.
+
+    Args:
+        explainer: of the images.
+        sequence: the images.
+        seed: of the random parts.
 
     Raises:
-        UserError: the model's probabilities are no numbers.
+        UserError: an image cannot be read and `skip_bad_images` is not set.
     """
-    for index, (images, labels) in enumerate(sequence.to_dataset().as_numpy_iterator()):
-        features, probabilities = grad_cam.read(images)
-        check_finite(probabilities)
-        probabilities = decision.calibrate(probabilities)
-        rows, class_indices = np.nonzero(choose(probabilities, labels))
-        order = np.lexsort((-probabilities[rows, class_indices], rows))
-        rows, class_indices = rows[order], class_indices[order]
-        heatmaps = grad_cam.explain(features, rows, class_indices)
-        yield Explained(sequence.get_rows(index), images, labels, probabilities, rows, class_indices, heatmaps)
+    pilot = select_rows(sequence, _take_evenly(len(sequence.paths), PILOT_IMAGES))
+    with naming_bad_images(pilot):
+        batches = [batch for batch in explainer.explain(pilot) if len(batch.rows)]
+
+    def measure_kept(removal: Removal) -> float:
+        rng = np.random.default_rng(seed)
+        found = [_measure(batch, _find_first_pairs(batch), explainer.predict, removal, rng) for batch in batches]
+        whole, _, random = np.concatenate([np.zeros((0, 3)), *found]).sum(axis=0)
+        return random / whole if whole else 1.0
+
+    return choose_removal(measure_kept)
 
 
 def measure_some(
     batches: Iterable[Explained],
     number_of_images: int,
-    grad_cam: GradCam,
-    decision: Decision,
+    predict: Callable[[np.ndarray], np.ndarray],
+    removal: Removal,
     seed: int,
-    drops: list[np.ndarray],
+    found: list[np.ndarray],
 ) -> Iterator[Explained]:
     """Passes batches on, and measures how faithful the maps of some images are, those of their most probable class.
 
     Args:
         batches: of all images, in order.
         number_of_images: of all; at most `MOST_MEASURED` of them, evenly taken, are measured.
-        grad_cam: runs the network.
-        decision: calibrates its probabilities.
-        seed: of the random fifths.
-        drops: receives what `measure_faithfulness` returns, an item an image; images without a class have none.
+        predict: from images to calibrated probabilities `(batch, classes)`.
+        removal: removes the parts.
+        seed: of the random parts.
+        found: receives the probabilities that `summarise_faithfulness` takes, an item an image; images without a class
+            have none.
     """
     measured = np.zeros(number_of_images, bool)
-    measured[np.linspace(0, number_of_images - 1, min(number_of_images, MOST_MEASURED)).round().astype(int)] = True
+    measured[_take_evenly(number_of_images, MOST_MEASURED)] = True
     rng = np.random.default_rng(seed)
     for batch in batches:
         yield batch
-        rows, first_pairs = np.unique(batch.rows, return_index=True)
-        pairs = first_pairs[measured[batch.positions[rows]]]
-        if not len(pairs):
-            continue
-        rows, class_indices = batch.rows[pairs], batch.class_indices[pairs]
-        drops += measure_faithfulness(
-            lambda images: decision.calibrate(grad_cam.read(images)[1]),
-            batch.images[rows],
-            batch.heatmaps[pairs],
-            class_indices,
-            batch.probabilities[rows, class_indices],
-            rng,
-        ).tolist()
+        pairs = _find_first_pairs(batch)
+        pairs = pairs[measured[batch.positions[batch.rows[pairs]]]]
+        if len(pairs):
+            found += [*_measure(batch, pairs, predict, removal, rng)]
+
+
+def _take_evenly(number: int, most: int) -> np.ndarray:
+    return np.linspace(0, number - 1, min(number, most)).round().astype(int)
+
+
+def _find_first_pairs(batch: Explained) -> np.ndarray:
+    """Returns each image's first pair, that of its most probable class."""
+    return np.unique(batch.rows, return_index=True)[1]
+
+
+def _measure(
+    batch: Explained,
+    pairs: np.ndarray,
+    predict: Callable[[np.ndarray], np.ndarray],
+    removal: Removal,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Returns the probabilities of pairs' classes: as it is, without the highlighted part, without a random part."""
+    rows, class_indices = batch.rows[pairs], batch.class_indices[pairs]
+    images = batch.images[rows]
+    parts = find_parts(batch.heatmaps[pairs], images.shape[1:3], removal.share, rng)
+    without = [predict_without(predict, images, part, class_indices, removal) for part in parts]
+    return np.stack([batch.probabilities[rows, class_indices], *without], axis=1)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
-import time
 import zlib
 from collections.abc import Sequence
 
@@ -24,19 +22,6 @@ from generator import AugmentedImageSequence, naming_bad_images
 VERSION = 1
 # Images after which what is known is written, and the bar moves.
 CHUNK = 256
-
-
-@dataclasses.dataclass
-class Stopwatch:
-    """How long features take to compute, from the reading of the images on.
-
-    Attributes:
-        images: that were timed: not those of the first batches, for which TensorFlow builds its graphs.
-        seconds: that they took.
-    """
-
-    images: int = 0
-    seconds: float = 0.0
 
 
 class FeatureStore:
@@ -134,7 +119,6 @@ def get_features(
     folder: str,
     mirrored: bool = False,
     title: str = "Features",
-    stopwatch: Stopwatch | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns features as `compute_features` does, those that the store knows without computing them.
 
@@ -146,7 +130,6 @@ def get_features(
         folder: of the store.
         mirrored: take the mirror images.
         title: of the progress bar.
-        stopwatch: is told what the images took that were computed now.
 
     Returns:
         float32 `(images, channels)` in the order of `paths`, NaN where an image could not be read, and which could.
@@ -160,13 +143,10 @@ def get_features(
     missing = np.flatnonzero(~is_known)
     with show_progress(len(digests), title, len(digests) - len(missing), delay=1) as progress:
         extractor = build_extractor(model, mirrored) if len(missing) else None
-        for number, rows in enumerate(_split_rows(missing, sequence.batch_size)):
-            chunk, started = select_rows(sequence, rows), time.perf_counter()
+        for rows in _split_rows(missing, sequence.batch_size):
+            chunk = select_rows(sequence, rows)
             with naming_bad_images(chunk):
                 found, is_read = extractor.predict_sequence(chunk)
-            if stopwatch and number:
-                stopwatch.images += len(found)
-                stopwatch.seconds += time.perf_counter() - started
             sequence.bad_images.update({int(rows[place]): reason for place, reason in chunk.bad_images.items()})
             store.add([digests[row] for row in rows[is_read]], found)
             features[rows[is_read]], is_known[rows[is_read]] = found, True

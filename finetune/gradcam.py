@@ -1,11 +1,9 @@
-"""Class activation maps: where in an image a model finds its evidence for a class, and whether to believe that."""
+"""Class activation maps: where in an image a model finds its evidence for a class."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import cv2
 import keras
 import numpy as np
 import tensorflow as tf
@@ -14,13 +12,6 @@ from finetune.inference_model import get_classifier, has_views
 from finetune.options import UserError
 from finetune.texts import join_names
 from finetune.values import find_nearest, quote_value
-
-# The share of an image that is blurred to see whether a map shows what the answer rests on.
-BLURRED_SHARE = 0.2
-# Standard deviation of that blur, as a share of the image's longer side: 14 pixels of 224.
-BLUR_WIDTH = 1 / 16
-# Fewer images say nothing: their mean is noise.
-FEWEST_IMAGES = 10
 
 
 def weigh_by_mean_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
@@ -225,108 +216,4 @@ def find_spatial_layer(backbone: keras.Model, name: str) -> keras.Layer:
     raise UserError(
         f"cam_backbone_layer: expected a spatial layer of the backbone. Received: {quote_value(name)}, which {what}"
         f"{hint} The last ones: {join_names(spatial[::-1])}."
-    )
-
-
-def measure_faithfulness(
-    predict: Callable[[np.ndarray], np.ndarray],
-    images: np.ndarray,
-    heatmaps: np.ndarray,
-    class_indices: np.ndarray,
-    before: np.ndarray,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Measures what blurring the highlighted fifth of each image takes from its class, against a random fifth.
-
-    The random fifth is the highlighted one moved by a random distance, around the image's edges: each pixel is as
-    likely to be in it. It has the same area and the same shape, for a blur that covers whole parts of an object takes
-    more than one scattered over as many single pixels; so what differs is the place alone.
-
-    Args:
-        predict: from images as below to probabilities `(batch, classes)`.
-        images: uint8 RGB `(batch, height, width, 3)`.
-        heatmaps: `(batch, h, w)` in `[0, 1]`, of any size.
-        class_indices: int `(batch,)`, the class that each heatmap explains.
-        before: float `(batch,)`, that class's probability for the image as it is.
-        rng: draws the random fifths, image by image.
-
-    Returns:
-        float `(batch, 2)`, in `[-1, 1]`: how far the class's probability falls, by the highlighted and by the random
-        fifth.
-    """
-    height, width = images.shape[1:3]
-    masks = np.empty((2, *images.shape[:3]), bool)
-    for row, heatmap in enumerate(heatmaps):
-        masks[0, row] = find_highlighted(heatmap, (height, width), rng)
-        masks[1, row] = np.roll(masks[0, row], rng.integers((height, width)), axis=(0, 1))
-    sigma = max(height, width) * BLUR_WIDTH
-    blurred = np.stack([cv2.GaussianBlur(image, (0, 0), sigma) for image in images])
-    every = np.arange(len(images))
-    after = [predict(np.where(mask[..., None], blurred, images))[every, class_indices] for mask in masks]
-    return before[:, None] - np.stack(after, axis=1)
-
-
-def find_highlighted(heatmap: np.ndarray, image_size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Finds the fifth of an image's pixels where a heatmap is highest.
-
-    Args:
-        heatmap: `(h, w)`, of any size.
-        image_size: `(height, width)`.
-        rng: chooses among equal values, which in a heatmap are zeros: blocks as coarse as the heatmap.
-
-    Returns:
-        bool `(height, width)`, exactly a fifth of it True, rounded.
-    """
-    fields = heatmap.astype(np.float32), rng.random(heatmap.shape, np.float32)
-    values, noise = (cv2.resize(field, image_size[::-1], interpolation=cv2.INTER_LINEAR).ravel() for field in fields)
-    # The noise is below what tells two places of a heatmap apart: it decides between equal values only.
-    keys, others = values + 1e-9 * noise.astype(float), len(values) - round(len(values) * BLURRED_SHARE)
-    mask = np.zeros(len(values), bool)
-    mask[np.argpartition(keys, others)[others:]] = True
-    return mask.reshape(image_size)
-
-
-def summarise_faithfulness(drops: np.ndarray) -> dict[str, Any]:
-    """Averages the drops of `measure_faithfulness`.
-
-    Args:
-        drops: `(images, 2)`.
-
-    Returns:
-        `images`, their number; `highlighted` and `random`, the mean drops (None without images); `difference` and its
-        `standard_error` over the images (None below two).
-    """
-    if not len(drops):
-        return {"images": 0, "highlighted": None, "random": None, "difference": None, "standard_error": None}
-    differences = drops[:, 0] - drops[:, 1]
-    error = differences.std(ddof=1) / np.sqrt(len(drops)) if len(drops) > 1 else None
-    return {
-        "images": len(drops),
-        "highlighted": float(drops[:, 0].mean()),
-        "random": float(drops[:, 1].mean()),
-        "difference": float(differences.mean()),
-        "standard_error": None if error is None else float(error),
-    }
-
-
-def describe_faithfulness(summary: dict[str, Any], number_of_images: int) -> str:
-    """Says in one sentence what `summarise_faithfulness` returned, of a set of `number_of_images`, means."""
-    measured = summary["images"]
-    if not measured:
-        return "Faithfulness: no class was explained, so there is nothing to measure."
-    # 95 % of a normal distribution lie within two standard errors.
-    margin = 2 * (summary["standard_error"] or 0)
-    if measured < FEWEST_IMAGES:
-        verdict = f"too few images to tell whether to believe the maps (at least {FEWEST_IMAGES} are needed)"
-    elif summary["difference"] > margin:
-        verdict = "the maps show what the answer rests on"
-    elif summary["difference"] < -margin:
-        verdict = "the answer rests on other places than the maps show; do not rely on them"
-    else:
-        verdict = "the difference is within chance; do not rely on the maps"
-    effects = ["lowers" if drop >= 0 else "raises" for drop in (summary["highlighted"], summary["random"])]
-    return (
-        f"Faithfulness ({measured} of {number_of_images} images): blurring the highlighted fifth {effects[0]} the "
-        f"class's probability by {abs(summary['highlighted']):.2f}, a random fifth {effects[1]} it by "
-        f"{abs(summary['random']):.2f}: {verdict}."
     )

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from finetune.figures import COLOURS, MUTED, PRINTED_DPI, style
 from finetune.files import atomic_path
 from finetune.options import UserError
-from finetune.range_test import smooth_losses
+from finetune.range_test import find_fall, smooth_losses
 
 LOG_METRICS = {"accuracy": "Accuracy", "auroc": "Mean AUROC", "loss": "Loss"}
 
@@ -106,7 +106,12 @@ def report_learning_rate(folder: str, found: dict[str, Any], draws: bool = True)
     path = os.path.join(folder, "learning_rate.png")
     if draws:
         draw_learning_rate(found["rates"], found["losses"], found["suggestion"], path)
-    print(f"Suggested learning_rate: {found['suggestion']:.2g}. The curve is in {path}")
+    smooth = smooth_losses(np.array(found["losses"])[np.isfinite(found["losses"])])
+    highest, lowest = smooth[[*find_fall(smooth)]]
+    print(
+        f"Suggested learning_rate: {found['suggestion']:.2g}. Up to the best rate the smoothed loss falls from "
+        f"{highest:.3g} to {lowest:.3g}. The curve is in {path}"
+    )
     return found
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -19,11 +19,13 @@ from finetune.metrics import check_finite
 from finetune.model_files import load_fitting_model, load_model
 from finetune.predicting import predict
 from finetune.runtimes import ExportedModel, compile_predictor, load_predictor
+from finetune.speeds import time_in_turns
 from finetune.values import get_input_size
 from generator import AugmentedImageSequence, get_generator
 
 SIDES = ("before", "after")
-TIMED_RUNS = 3
+# Seconds that the comparison of two speeds may take.
+TIMING_LIMIT = 20.0
 
 
 class Subject(NamedTuple):
@@ -97,7 +99,8 @@ def compare(y_true: np.ndarray, before: np.ndarray, after: np.ndarray, decision:
     Returns:
         `images`; `largest_difference` and `mean_difference` of the probabilities; `changed_predictions`, images with
         another answer; `measure`, what `accuracy` is: the share of images with the right label, or multi-label with
-        exactly their labels; `accuracy`, before and after; `accuracy_drop` in points, negative for a gain.
+        exactly their labels; `accuracy`, before and after; `accuracy_drop` in points, negative for a gain, and its 95 %
+        confidence interval `accuracy_drop_interval`.
 
     Raises:
         UserError: a probability is not finite.
@@ -107,7 +110,8 @@ def compare(y_true: np.ndarray, before: np.ndarray, after: np.ndarray, decision:
     differences = np.abs(before.astype(np.float64) - after)
     chosen = [decision.choose(decision.calibrate(probabilities)) for probabilities in (before, after)]
     truth = y_true.astype(bool) if decision.multi_label else y_true[:, None] == np.arange(before.shape[1])
-    right = [int((labels == truth).all(axis=1).sum()) for labels in chosen]
+    is_right = [(labels == truth).all(axis=1) for labels in chosen]
+    right = [int(images.sum()) for images in is_right]
     return {
         "images": len(y_true),
         "largest_difference": float(differences.max()),
@@ -117,17 +121,40 @@ def compare(y_true: np.ndarray, before: np.ndarray, after: np.ndarray, decision:
         "accuracy": dict(zip(SIDES, [count / len(y_true) for count in right], strict=True)),
         # Of counts: a difference of shares is rounded, and 1 point may come out above 1.
         "accuracy_drop": 100 * (right[0] - right[1]) / len(y_true),
+        "accuracy_drop_interval": find_drop_interval(*is_right),
     }
 
 
+def find_drop_interval(before: np.ndarray, after: np.ndarray) -> list[float]:
+    """Returns the 95 % confidence interval of the accuracy that two sets of answers to the same images differ by.
+
+    Half an image is added to each of the four outcomes of a pair, so that few images without a difference do not seem
+    to prove that there is none.
+
+    Source: Agresti and Min, Statistics in Medicine 24, 2005, section 3.
+
+    Args:
+        before: bool `(images,)`, whether the original is right.
+        after: likewise.
+
+    Returns:
+        `[low, high]` of the drop, in points.
+    """
+    number, lost, won = len(before) + 2, (before & ~after).sum() + 0.5, (after & ~before).sum() + 0.5
+    difference = (lost - won) / number
+    margin = 1.96 * np.sqrt(lost + won - (lost - won) ** 2 / number) / number
+    return [float(100 * (difference - margin)), float(100 * (difference + margin))]
+
+
 def measure_speeds(models: Sequence[keras.Model | ExportedModel], sequence: AugmentedImageSequence) -> list[float]:
-    """Returns the images a second that each model predicts of the first batch, at its best of `TIMED_RUNS` runs."""
-    images, steps, times = sequence[0][0], [compile_predictor(model) for model in models], []
-    # The first run compiles. The models take turns, so that whatever else the computer does meets both.
-    for _ in range(1 + TIMED_RUNS):
-        for step in steps:
-            start = time.perf_counter()
-            np.asarray(step(images))
-            times.append(time.perf_counter() - start)
-    best = np.reshape(times, (-1, len(models)))[1:].min(axis=0)
-    return (len(images) / best).tolist()
+    """Returns the images a second that each model predicts of the first batch, at its best of several runs in turns."""
+    images, predictors = sequence[0][0], [compile_predictor(model) for model in models]
+    steps = [functools.partial(_predict_batch, predictor, images) for predictor in predictors]
+    for step in steps:
+        # The first run compiles.
+        step()
+    return (len(images) / time_in_turns(steps, TIMING_LIMIT).min(axis=0)).tolist()
+
+
+def _predict_batch(predictor: Callable[[np.ndarray], Any], images: np.ndarray) -> np.ndarray:
+    return np.asarray(predictor(images))

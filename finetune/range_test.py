@@ -39,6 +39,12 @@ def _average_exponentially(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, powers)[: len(values)] / np.cumsum(powers)
 
 
+def find_fall(smooth: np.ndarray) -> tuple[int, int]:
+    """Returns the steps between which a smoothed loss falls: that of its lowest value, and of the highest before."""
+    lowest = int(smooth.argmin())
+    return int(smooth[: lowest + 1].argmax()), lowest
+
+
 def suggest_learning_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
     """Suggests a learning rate from the losses of steps under rising ones.
 
@@ -62,8 +68,7 @@ def suggest_learning_rate(rates: Sequence[float], losses: Sequence[float]) -> fl
             f"{len(losses)} steps. Check the images and the weights that training starts from."
         )
     smooth = smooth_losses(known)
-    lowest = int(smooth.argmin())
-    highest = int(smooth[: lowest + 1].argmax())
+    highest, lowest = find_fall(smooth)
     fall = smooth[highest] - smooth[lowest]
     # The steps' own differences: their distance from the smoothed curve would count its bends as noise.
     noise = np.std(np.diff(known[: max(lowest + 1, LEAST_STEPS)])) / np.sqrt(2)

@@ -14,6 +14,8 @@ from finetune.photo_groups import count_groups, is_single_group
 TEMPERATURES = np.geomspace(1 / 4, 4, 33)
 # Of a standard error: a smaller difference of two models tells nothing.
 TELLING = 0.25
+# Standard errors that 95 % of the differences by chance are within.
+BY_CHANCE = 1.96
 
 
 def score_images(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -130,7 +132,8 @@ def describe_choice(share: float, is_refitted: bool, is_kept: bool, gain: float,
     what = _describe_weights(share, is_refitted)
     figures = f"by {gain:.4f}, standard error {error:.4f}, on {number} validation images"
     if is_kept:
-        return f"Kept {what}: the log loss is lower than the start's {figures}."
+        doubt = " Chance alone could explain that." if gain <= BY_CHANCE * error else ""
+        return f"Kept {what}: the log loss is lower than the start's {figures}.{doubt}"
     # Rounding is no difference, and alike for each image.
     if -gain > error + 1e-6:
         return f"Kept the start: the log loss of {what} would be no lower ({figures})."

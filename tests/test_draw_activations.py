@@ -18,6 +18,7 @@ from finetune import cam_pictures, explaining, gradcam
 from finetune.cam_pictures import name_outputs, overlay_heatmap
 from finetune.decision import Decision
 from finetune.decision_file import write_decision
+from finetune.faithfulness import REMOVALS
 from finetune.files import write_json
 from finetune.options import UserError
 from generator import get_generator
@@ -226,8 +227,9 @@ def test_faithfulness_is_printed_returned_and_the_same_whatever_the_batch_size(s
     assert results[0]["images"] == 24
     assert results[0] == pytest.approx(results[1], abs=1e-4)
     printed = capsys.readouterr().out
-    assert printed.count("Faithfulness (24 of 24 images): blurring the highlighted fifth ") == 2
-    assert f"by {abs(results[0]['highlighted']):.2f}, a random fifth" in printed
+    assert printed.count("Faithfulness (24 of 24 images): ") == 2
+    assert f"by {abs(results[0]['highlighted']):.2f}, a random " in printed
+    assert f"The maps explain {100 * results[0]['explained']:.0f} % (95 % interval " in printed
 
 
 def test_faithfulness_is_of_the_explained_class_in_calibrated_probabilities(single, monkeypatch):
@@ -236,29 +238,51 @@ def test_faithfulness_is_of_the_explained_class_in_calibrated_probabilities(sing
     calibrated = raw ** (1 / 3) / (raw ** (1 / 3)).sum(axis=1, keepdims=True)
     seen = []
 
-    def measure(predict, images, heatmaps, class_indices, before, rng):
-        np.testing.assert_allclose(predict(images)[np.arange(len(images)), class_indices], before, atol=1e-5)
-        seen.extend(zip(class_indices.tolist(), before.tolist(), strict=True))
-        return np.zeros((len(images), 2))
+    def measure(predict, images, parts, class_indices, removal):
+        seen.append((images, class_indices))
+        return np.zeros(len(images))
 
-    monkeypatch.setattr(explaining, "measure_faithfulness", measure)
-    draw_activations.main(single.replace(cam_classes="top_k"))
-    assert [class_index for class_index, _ in seen] == calibrated.argmax(axis=1).tolist()
-    np.testing.assert_allclose([before for _, before in seen], calibrated.max(axis=1), atol=1e-5)
+    monkeypatch.setattr(explaining, "predict_without", measure)
+    monkeypatch.setattr(explaining, "choose_removal_on", lambda *_: REMOVALS[0])
+    result = draw_activations.main(single.replace(cam_classes="top_k"))["faithfulness"]
+    # Each batch is measured without its highlighted parts, then without random ones.
+    assert np.concatenate([chosen for _, chosen in seen[::2]]).tolist() == calibrated.argmax(axis=1).tolist()
+    assert result["highlighted"] == pytest.approx(calibrated.max(axis=1).mean(), abs=1e-5)
 
 
 def test_faithfulness_is_measured_on_a_sample_evenly_taken(several, monkeypatch):
     measured = []
     monkeypatch.setattr(explaining, "MOST_MEASURED", 3)
+    monkeypatch.setattr(explaining, "choose_removal_on", lambda *_: REMOVALS[0])
     monkeypatch.setattr(
         explaining,
-        "measure_faithfulness",
-        lambda _, images, *rest: measured.extend(images) or np.zeros((len(images), 2)),
+        "predict_without",
+        lambda _, images, *rest: measured.extend(images) or np.zeros(len(images)),
     )
     assert draw_activations.main(several)["faithfulness"]["images"] == 3
     _, images, _ = load(several)
-    # Of positions 0 to 23 the first, the last, and the one in the middle (11.5 rounds to the even 12).
-    np.testing.assert_array_equal(measured, images[[0, 12, 23]])
+    # Of positions 0 to 23 the first, the last, and the one in the middle (11.5 rounds to the even 12); each twice,
+    # without the highlighted part and without a random one.
+    assert len(measured) == 6
+    for row in (0, 12, 23):
+        assert sum((image == images[row]).all() for image in measured) == 2
+
+
+def test_how_parts_are_removed_is_chosen_on_a_sample_evenly_taken(several, monkeypatch):
+    asked = []
+
+    def answer(predict, images, parts, class_indices, removal):
+        asked.append((removal, len(images)))
+        # Only the smallest filling leaves the answers as they are.
+        return np.full(len(images), 1.0 if removal.share == 0.02 else 0.0)
+
+    monkeypatch.setattr(explaining, "PILOT_IMAGES", 4)
+    monkeypatch.setattr(explaining, "predict_without", answer)
+    result = draw_activations.main(several)["faithfulness"]
+    assert (result["removal"], result["share"]) == (REMOVALS[-1].name, 0.02)
+    assert {removal for removal, _ in asked} == {*REMOVALS}
+    assert sum(number for removal, number in asked if removal == REMOVALS[0]) == 2 * 4
+    assert sum(number for removal, number in asked if removal == REMOVALS[-1]) == 2 * (4 + 24)
 
 
 def test_a_model_that_answers_with_no_numbers_is_refused(single):

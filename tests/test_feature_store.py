@@ -16,7 +16,7 @@ from probed_photos import (
 )
 
 from finetune import feature_store
-from finetune.feature_store import FeatureStore, Stopwatch, find_features, get_features
+from finetune.feature_store import FeatureStore, find_features, get_features
 from finetune.options import UserError
 from finetune.probe import compute_features
 from model import build_preprocessing
@@ -195,17 +195,6 @@ def test_the_first_chunk_has_every_size_of_batch(number, batch_size, sizes):
     chunks = feature_store._split_rows(np.arange(number), batch_size)
     assert [len(chunk) for chunk in chunks] == sizes
     assert np.concatenate([*chunks, []]).tolist() == list(range(number))
-
-
-def test_the_stopwatch_counts_what_follows_the_first_chunk(model, photos, tmp_path):
-    stopwatch = Stopwatch()
-    get_features(model, make_sequence(photos), str(tmp_path), stopwatch=stopwatch)
-    # 36 images in batches of 8: the first chunk has 8 and 4.
-    assert stopwatch.images == 24
-    assert 0 < stopwatch.seconds < 60
-    stopwatch = Stopwatch()
-    get_features(model, make_sequence(photos), str(tmp_path), stopwatch=stopwatch)
-    assert stopwatch == Stopwatch(0, 0.0)
 
 
 def test_finding_takes_the_store_s_features_and_else_computes_without_a_trace(

@@ -1,4 +1,3 @@
-import cv2
 import keras
 import numpy as np
 import pytest
@@ -7,14 +6,7 @@ from built_models import build_alive
 from keras import layers
 
 from configs import CAM_METHODS, Configs
-from finetune.gradcam import (
-    METHODS,
-    GradCam,
-    describe_faithfulness,
-    find_highlighted,
-    measure_faithfulness,
-    summarise_faithfulness,
-)
+from finetune.gradcam import METHODS, GradCam
 from finetune.inference_model import build_inference_model
 from finetune.options import UserError
 from model import ModelFactory
@@ -453,135 +445,3 @@ def test_heatmaps_of_a_mobilenet_by_every_method(options, heatmap_shape):
         assert heatmaps.any()
         every_map.append(heatmaps)
     assert np.ptp(every_map, axis=0).max() > 1e-2
-
-
-class FixedShift:
-    """Stands in for a random generator: no noise, and one shift."""
-
-    def __init__(self, *shift: int) -> None:
-        self.shift = shift
-
-    def random(self, shape, dtype):
-        return np.zeros(shape, dtype)
-
-    def integers(self, bounds):
-        return np.array(self.shift)
-
-
-def stripes_network() -> tuple[GradCam, np.ndarray]:
-    """A network for the mean step to the right, and an image whose steps are all in its first four of twenty rows.
-
-    These rows are a checkerboard of 0 and 200, all else is 100, which is what blurring makes of the checkerboard too.
-    38 of 380 steps are +200, their mean is 20, logit 0 is a 20th of that and logit 1 is 0.
-    """
-    steps = layers.Conv2D(1, (1, 2), activation="relu")
-    model = network(layers.GlobalAveragePooling2D(), shape=(20, 20, 3), spatial=steps)
-    kernel = np.zeros((1, 2, 3, 1))
-    kernel[0, :, 0, 0] = -1, 1
-    steps.set_weights([kernel, np.zeros(1)])
-    set_logits(model, [[0.05, 0.0]])
-    image = np.full((20, 20, 3), 100, np.uint8)
-    image[:4] = 200 * (np.indices((4, 20)).sum(axis=0) % 2)[..., None]
-    return GradCam(model), image
-
-
-@pytest.mark.parametrize(("rows", "remaining_logit"), [(0, 0), (1, 0.25), (2, 0.5), (10, 1), (18, 0.5)])
-def test_faithfulness_of_a_hand_worked_network(rows, remaining_logit):
-    grad_cam, image = stripes_network()
-    heatmap = np.array([[1], [0], [0], [0], [0]], np.float32)
-
-    def sigmoid(logit):
-        return 1 / (1 + np.exp(-logit))
-
-    def predict(images):
-        return grad_cam.read(images)[1]
-
-    before = predict(image[None])
-    assert before[0, 0] == pytest.approx(sigmoid(1), abs=1e-6)
-    for class_index, sign in ((0, 1), (1, -1)):
-        drops = measure_faithfulness(
-            predict, image[None], heatmap[None], np.array([class_index]), before[:, class_index], FixedShift(rows, 7)
-        )
-        expected = sigmoid(1) - 0.5, sigmoid(1) - sigmoid(remaining_logit)
-        np.testing.assert_allclose(drops, [sign * np.array(expected)], atol=5e-3)
-
-
-def test_a_map_that_says_nothing_is_no_better_than_chance():
-    grad_cam, image = stripes_network()
-    images, heatmaps, chosen = np.stack([image] * 150), np.zeros((150, 5, 5), np.float32), np.zeros(150, int)
-    before = grad_cam.read(images)[1][:, 0]
-    drops = measure_faithfulness(
-        lambda batch: grad_cam.read(batch)[1], images, heatmaps, chosen, before, np.random.default_rng(0)
-    )
-    summary = summarise_faithfulness(drops)
-    assert summary["highlighted"] > 0.02
-    assert abs(summary["difference"]) < 2 * summary["standard_error"]
-    assert "within chance" in describe_faithfulness(summary, 150)
-
-
-@pytest.mark.parametrize("image_size", [(20, 30), (7, 7), (224, 160)])
-@pytest.mark.parametrize("heatmap_size", [(1, 1), (4, 5), (40, 60)])
-def test_exactly_a_fifth_is_highlighted_where_the_heatmap_is_highest(image_size, heatmap_size):
-    rng = np.random.default_rng(0)
-    heatmap = rng.random(heatmap_size).astype(np.float32)
-    mask = find_highlighted(heatmap, image_size, rng)
-    assert mask.shape == image_size
-    assert mask.dtype == bool
-    assert mask.sum() == round(image_size[0] * image_size[1] / 5)
-    smooth = cv2.resize(heatmap, image_size[::-1], interpolation=cv2.INTER_LINEAR)
-    assert smooth[mask].min() >= smooth[~mask].max()
-
-
-def test_equal_values_are_highlighted_in_blocks_that_the_seed_chooses():
-    heatmap = np.zeros((7, 7), np.float32)
-    heatmap[3, 3] = 1
-    masks = [find_highlighted(heatmap, (224, 224), np.random.default_rng(seed)) for seed in (0, 0, 1)]
-    np.testing.assert_array_equal(masks[0], masks[1])
-    assert (masks[0] != masks[2]).any()
-    for mask in masks:
-        assert mask[112, 112]
-        assert cv2.connectedComponents(mask.astype(np.uint8))[0] - 1 <= 49
-
-
-def test_the_summary_is_the_mean_and_its_error():
-    drops = np.array([[0.5, 0.1], [0.3, 0.2], [0.1, 0.0]])
-    summary = summarise_faithfulness(drops)
-    assert summary["images"] == 3
-    assert summary["highlighted"] == pytest.approx(0.3)
-    assert summary["random"] == pytest.approx(0.1)
-    assert summary["difference"] == pytest.approx(0.2)
-    # Differences 0.4, 0.1, 0.1: variance (0.04 + 0.01 + 0.01) / 2, over 3 images.
-    assert summary["standard_error"] == pytest.approx(0.1)
-    assert summarise_faithfulness(drops[:1])["standard_error"] is None
-    assert summarise_faithfulness(np.array([]))["images"] == 0
-
-
-@pytest.mark.parametrize(
-    ("images", "highlighted", "random", "error", "sentence"),
-    [
-        (
-            200,
-            0.31,
-            0.08,
-            0.01,
-            "lowers the class's probability by 0.31, a random fifth lowers it by 0.08: the maps show",
-        ),
-        (200, 0.31, 0.08, 0.2, "within chance; do not rely on the maps."),
-        (200, 0.08, 0.31, 0.01, "the answer rests on other places than the maps show"),
-        (200, -0.05, 0.02, 0.01, "raises the class's probability by 0.05, a random fifth lowers it by 0.02"),
-        (200, 0.05, -0.02, 0.01, "lowers the class's probability by 0.05, a random fifth raises it by 0.02"),
-        (9, 0.31, 0.08, 0.01, "too few images to tell"),
-        (1, 0.31, 0.08, None, "too few images to tell"),
-    ],
-)
-def test_the_sentence_says_whether_to_believe_the_maps(images, highlighted, random, error, sentence):
-    summary = {"images": images, "highlighted": highlighted, "random": random}
-    summary |= {"difference": highlighted - random, "standard_error": error}
-    found = describe_faithfulness(summary, 300)
-    assert found.startswith(f"Faithfulness ({images} of 300 images): blurring the highlighted fifth ")
-    assert sentence in found
-    assert "\n" not in found
-
-
-def test_the_sentence_without_a_class_explained():
-    assert "nothing to measure" in describe_faithfulness(summarise_faithfulness(np.array([])), 5)

@@ -1,9 +1,10 @@
 """An artefact's answers against its model's."""
 
 import numpy as np
+import pytest
 
 from finetune.decision import Decision
-from finetune.parity import compare
+from finetune.parity import compare, find_drop_interval
 
 
 def test_comparison_of_single_labels():
@@ -18,6 +19,8 @@ def test_comparison_of_single_labels():
         "measure": "accuracy",
         "accuracy": {"before": 0.75, "after": 0.5},
         "accuracy_drop": 25.0,
+        # One image lost of four, none won: (1.5 - 0.5) / 6, plus or minus 1.96 * sqrt(1.5 + 0.5 - 1 / 6) / 6.
+        "accuracy_drop_interval": pytest.approx([-27.56, 60.90], abs=0.01),
     }
 
 
@@ -37,3 +40,19 @@ def test_one_image_of_a_hundred_is_exactly_one_point():
     after[0] = [0, 1]
     found = compare(np.zeros(100, int), before, after, Decision(["cat", "dog"], False))
     assert found["accuracy_drop"] == 1
+
+
+def test_no_difference_on_few_images_rules_out_little():
+    alike = np.ones(98, bool)
+    # Half an image lost and half won of 98 + 2: 0 plus or minus 1.96 * sqrt(1) / 100.
+    assert find_drop_interval(alike, alike) == pytest.approx([-1.96, 1.96])
+
+
+def test_the_interval_holds_the_true_drop_in_about_95_of_100_samples():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        lost, won = rng.random((2, 150))
+        before, after = won > 0.04, lost > 0.08
+        low, high = find_drop_interval(before, after)
+        held += low <= 4 <= high
+    assert 0.93 < held / 1000 < 0.98

@@ -103,6 +103,7 @@ def test_the_choice_is_told_with_its_figures():
     assert "Kept the start: the log loss of the fine-tuned model would be no lower" in describe_choice(
         1, False, False, -0.3, 0.1, 9
     )
+    assert describe_choice(1, False, True, 0.005, 0.012, 200).endswith("images. Chance alone could explain that.")
     assert "Kept the fine-tuned model, with a head fitted anew: the" in describe_choice(1, True, True, 0.05, 0.012, 200)
 
 
