@@ -267,6 +267,9 @@ def test_facts_are_the_model_and_the_options_that_count(tmp_path, monkeypatch):
     model.write_bytes(b"2")
     os.utime(model, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert list_facts(configs, str(model)) != facts
+    facts = list_facts(configs, str(model))
+    (tmp_path / "model.json").write_bytes(b"other layers")
+    assert list_facts(configs, str(model)) != facts
     folder = tmp_path / "saved_model"
     folder.mkdir()
     (folder / "saved_model.pb").write_bytes(b"1")
