@@ -31,6 +31,17 @@ def test_a_signal_of_one_process_holds_for_all_after_the_same_step():
 NOTED = (signal.SIGINT, signal.SIGTERM)
 
 
+@pytest.fixture(autouse=True)
+def heeded_hangup():
+    """The tests may run under nohup, which has the signal ignored."""
+    if os.name != "posix":
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @posix
 def test_the_first_signal_is_noted_and_the_handlers_come_back():
     before = [signal.getsignal(number) for number in Interruption.NUMBERS]

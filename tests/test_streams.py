@@ -233,7 +233,9 @@ def test_run_goes_on_where_nobody_reads_its_output(tables, tmp_path):
 def test_run_whose_terminal_closes_ends_with_a_checkpoint(tables, tmp_path):
     command = start_run(tables, tmp_path, num_epochs=1000, generator_workers=1)
     ours, theirs = pty.openpty()
-    lead = f"import fcntl, os, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv({command[0]!r}"
+    lead = "import fcntl, os, signal, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    # The tests may run under nohup.
+    lead += f"signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv({command[0]!r}"
     streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
     training = subprocess.Popen([sys.executable, "-c", f"{lead}, {command!r})"], **streams)
     os.close(theirs)
