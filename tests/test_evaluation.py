@@ -202,7 +202,7 @@ def test_a_class_that_a_set_lacks_is_named(multi_label, capsys):
     probabilities = np.eye(3)[labels] * 0.7 + 0.1
     truth = np.eye(3, dtype=np.uint8)[labels] if multi_label else labels
     decision = Decision(["a", "b", "c"], multi_label)
-    figures = evaluate_set(truth, probabilities, decision, bootstrap=True) | {"csv": "t.csv"}
+    figures = evaluate_set(truth, probabilities, decision) | {"csv": "t.csv"}
     print_results({"multi_label": multi_label, "decision": decision.to_dict(), "sets": {"test": figures}})
     printed = capsys.readouterr().out
     assert printed.count("Warning") == 1
