@@ -54,6 +54,7 @@ def main(configs: CompareConfigs) -> dict:
     from finetune.devices import set_seed, start_devices
     from finetune.files import write_csv
     from finetune.phases import count_epochs
+    from finetune.pixel_range import settle_tables
     from finetune.prediction_files import check_write_path
     from finetune.tables import resolve_class_names
 
@@ -63,6 +64,7 @@ def main(configs: CompareConfigs) -> dict:
     )
     start_devices(configs.gpu_percentage)
     configs.random_seed = set_seed(configs.random_seed, configs.deterministic)
+    configs = settle_tables(configs, [configs.train_csv])
     left_out_rows, number = draw_images(configs, configs.max_images)
     steps = math.ceil(number / (configs.batch_size * configs.gradient_accumulation_steps))
     configs.num_epochs = count_epochs(configs.num_epochs, configs.min_steps, steps)

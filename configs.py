@@ -16,6 +16,7 @@ from finetune.values import (
     folder_fault,
     image_size_fault,
     layer_sizes_fault,
+    pixel_range_fault,
     test_image_size_fault,
     threshold_range_fault,
 )
@@ -270,6 +271,13 @@ class Configs(Options):
         MAX_IMAGE_PIXELS,
         "Pixels that an image may have; its header tells before it is decoded",
         at_least=1,
+        group="data",
+    )
+    pixel_range: list[float] = define(
+        [],
+        "Black and white of float and 32-bit TIFFs, or of floats, then integers; empty: the training set's range",
+        describes_model=True,
+        check=pixel_range_fault,
         group="data",
     )
     skip_bad_images: bool = define(

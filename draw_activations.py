@@ -24,6 +24,7 @@ def main(configs: Configs) -> dict:
     from finetune.explaining import CHOOSERS, Explainer, choose_removal_on, measure_some
     from finetune.faithfulness import describe_faithfulness, summarise_faithfulness
     from finetune.gradcam import GradCam
+    from finetune.images import build_reader
     from finetune.model_files import load_fitting_model
     from finetune.progress import show_progress
     from finetune.run_folder import MAPS_FOLDER, find_trained_model
@@ -43,7 +44,7 @@ def main(configs: Configs) -> dict:
     explainer = Explainer(GradCam(model, configs.cam_method, configs.cam_backbone_layer), decision, choose)
     shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
-    limits = {"longest_side": configs.cam_picture_size, "max_pixels": configs.max_image_pixels}
+    limits = {"longest_side": configs.cam_picture_size, "read": build_reader(configs)}
     draw = functools.partial(
         draw_batch, sources=sources, targets=paths, class_names=class_names, overlay=overlay, **limits
     )

@@ -23,6 +23,7 @@ from finetune.caches import build_cache
 from finetune.data_check import check_images
 from finetune.options import UserError
 from finetune.photo_groups import pick_groups, read_groups
+from finetune.pixel_range import tell_assumed_range
 from finetune.stores import join_path
 from finetune.tables import IMAGE_COLUMN, encode_labels, read_table
 from finetune.texts import join_names, show_count
@@ -184,7 +185,14 @@ def get_generator(
         seed=configs.random_seed or 0,
         workers=configs.generator_workers,
         max_queue_size=configs.generator_queue_length,
-        cache=build_cache(configs.image_cache, paths, image_size, configs.image_cache_path, configs.resize_mode),
+        cache=build_cache(
+            configs.image_cache,
+            paths,
+            image_size,
+            configs.image_cache_path,
+            configs.resize_mode,
+            configs.pixel_range,
+        ),
         max_pixels=configs.max_image_pixels,
         skip_bad_images=configs.skip_bad_images,
         shares=shares,
@@ -193,6 +201,7 @@ def get_generator(
         number_of_classes=len(class_names),
         crop_area=configs.random_crop_area if training else (1.0, 1.0),
         resize_mode=configs.resize_mode,
+        pixel_range=configs.pixel_range,
     )
     sequence.table, sequence.groups = table, read_groups(table, configs.csv_label_column)
     return sequence
@@ -209,6 +218,7 @@ def _list_images(
         bad_rows = check_images(
             paths, csv_path, configs.max_image_pixels, configs.generator_workers, configs.skip_bad_images
         )
+        tell_assumed_range(csv_path, paths, configs.pixel_range)
     kept = np.setdiff1d(np.arange(len(paths)), np.array(sorted(bad_rows), int) - 2)
     if not kept.size:
         raise UserError(f"{csv_path}: none of the {len(paths)} images can be read. Check image_directory.")

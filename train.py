@@ -23,6 +23,7 @@ def main(configs: Configs) -> dict:
     from finetune.losses import get_losses
     from finetune.model_card import write_model_card
     from finetune.phases import get_phases
+    from finetune.pixel_range import settle_tables
     from finetune.resuming import find_start, has_ended
     from finetune.slurm import take_slurm_step
     from finetune.team import join_team, select_common
@@ -38,6 +39,7 @@ def main(configs: Configs) -> dict:
         if state and has_ended(state, configs):
             print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
             return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
+        configs = settle_tables(configs, list(list_sets(configs).values()))
         bad_rows = check_sets(list_sets(configs), configs, team.is_chief)
         strategy = start_strategy(configs.distribution_strategy)
         configs = training.settle(configs, team)

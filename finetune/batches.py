@@ -61,6 +61,7 @@ class ImageBatches:
         seed: of order, augmentation and mixing.
         cache: keeps the resized images, or None.
         max_pixels: what an image may have.
+        pixel_range: what is black and white, as `read_image` takes it.
         skip_bad_images: an image that cannot be read is noted in `bad_images`. Where `shuffle` is set the next one of
             the epoch's order that can be read takes its place; otherwise its row is left out.
         shares: the devices that train together whose images of every step these batches are; nothing else is read.
@@ -90,6 +91,7 @@ class ImageBatches:
     number_of_classes: int | None = None
     crop_area: Sequence[float] = (1.0, 1.0)
     resize_mode: str = "stretch"
+    pixel_range: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         self.paths = np.asarray(self.paths, dtype=object)
@@ -209,7 +211,8 @@ class ImageBatches:
         image = self.cache.get(row) if self.cache else None
         if image is None:
             size = enlarge_for_crops(self.image_size, self.crop_area) if self.crops else self.image_size
-            image = read_image(self.paths[row], size, self.max_pixels, self._headers[row : row + 1])
+            known = self._headers[row : row + 1]
+            image = read_image(self.paths[row], size, self.max_pixels, known, self.pixel_range)
             if self.crops:
                 key = self.seed, self.epoch, place, CROPPING
                 shape = choose_shape(image.shape[:2], self.image_size, self.resize_mode)

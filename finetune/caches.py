@@ -65,6 +65,7 @@ class DiskCache:
         image_size: `(height, width)`.
         folder: where the file is, or will be.
         resize_mode: how pictures come to that size; each has a file of its own.
+        pixel_range: what is black and white in some TIFFs; likewise.
 
     Raises:
         UserError: the folder cannot be written, or has too little room.
@@ -72,10 +73,15 @@ class DiskCache:
 
     ENTRY = np.dtype([("digest", "V16"), ("checksum", "<u4")])
     # To be raised when images are decoded or resized in another way.
-    VERSION = 2
+    VERSION = 3
 
     def __init__(
-        self, paths: Sequence[str], image_size: Sequence[int], folder: str, resize_mode: str = "stretch"
+        self,
+        paths: Sequence[str],
+        image_size: Sequence[int],
+        folder: str,
+        resize_mode: str = "stretch",
+        pixel_range: Sequence[float] = (),
     ) -> None:
         self._paths = [path if is_url(path) else os.path.abspath(path) for path in paths]
         self._shape = (*image_size, 3)
@@ -85,7 +91,7 @@ class DiskCache:
         self._digests: dict[int, bytes] = {}
         self._lock = threading.Lock()
         height, width = image_size
-        key = "\0".join([str(self.VERSION), *self._paths])
+        key = "\0".join([str(self.VERSION), *map(repr, pixel_range), *self._paths])
         digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
         kind = name_resizing(resize_mode)
         self.path = os.path.join(folder, f"images_{height}x{width}{kind}_{digest}.cache")
@@ -147,10 +153,10 @@ class DiskCache:
         return digest_image(self._paths[row])
 
 
-def digest_image(path: str) -> bytes:
+def digest_image(path: str, pixel_range: Sequence[float] = ()) -> bytes:
     """Returns 16 bytes that change with an image file's path, size and time, or with what the store tells of a URL.
 
-    Where it cannot be read they are none: reading the image tells what is wrong with it.
+    They also change with `pixel_range`, by which some TIFFs are read. Where it cannot be read they are none: reading the image tells what is wrong with it.
     """
     path = path if is_url(path) else os.path.abspath(path)
     try:
@@ -161,6 +167,7 @@ def digest_image(path: str) -> bytes:
             version = f"{status.st_size}\0{status.st_mtime_ns}"
     except (OSError, BadImage):
         return b""
+    version = "\0".join([version, *map(repr, pixel_range)])
     return hashlib.blake2b(f"{path}\0{version}".encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
 
@@ -170,7 +177,12 @@ def name_resizing(resize_mode: str) -> str:
 
 
 def build_cache(
-    kind: str, paths: Sequence[str], image_size: Sequence[int], folder: str, resize_mode: str
+    kind: str,
+    paths: Sequence[str],
+    image_size: Sequence[int],
+    folder: str,
+    resize_mode: str,
+    pixel_range: Sequence[float] = (),
 ) -> MemoryCache | DiskCache | None:
     """Builds the cache that the option `image_cache` names: `memory`, `disk`, or `none`.
 
@@ -179,7 +191,7 @@ def build_cache(
     """
     if kind == "memory":
         return MemoryCache(len(paths), image_size)
-    return DiskCache(paths, image_size, folder, resize_mode) if kind == "disk" else None
+    return DiskCache(paths, image_size, folder, resize_mode, pixel_range) if kind == "disk" else None
 
 
 def free_memory() -> int:

@@ -20,7 +20,7 @@ import PIL.ImageFont
 
 from finetune.explaining import Explained
 from finetune.files import atomic_path
-from finetune.images import place_image, read_image, resize_image
+from finetune.images import place_image, resize_image
 
 WRITABLE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 WRITERS = 2
@@ -129,7 +129,7 @@ def load_font(size: int) -> PIL.ImageFont.FreeTypeFont:
     return PIL.ImageFont.truetype(FONT_PATH, size)
 
 
-def read_photo(path: str, longest_side: int, max_pixels: int) -> np.ndarray:
+def read_photo(path: str, longest_side: int, read: Callable[..., np.ndarray]) -> np.ndarray:
     """Reads a photo for a picture: shrunk to `longest_side` pixels, or enlarged to `LEAST_SIDE`, at its aspect ratio.
 
     Returns:
@@ -138,7 +138,7 @@ def read_photo(path: str, longest_side: int, max_pixels: int) -> np.ndarray:
     Raises:
         UserError: it can no longer be read.
     """
-    image = read_image(path, (longest_side, longest_side), max_pixels)
+    image = read(path, (longest_side, longest_side))
     longest = max(image.shape[:2])
     scale = min(max(longest, LEAST_SIDE), longest_side) / longest
     return resize_image(image, [max(1, round(side * scale)) for side in image.shape[:2]])
@@ -177,7 +177,7 @@ def draw_batch(
     class_names: Sequence[str],
     overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
     longest_side: int,
-    max_pixels: int,
+    read: Callable[..., np.ndarray],
 ) -> int:
     """Writes the pictures of a batch, each the photo and beside it its maps; returns how many.
 
@@ -188,7 +188,7 @@ def draw_batch(
         class_names: in the model's order.
         overlay: colours a photo by a heatmap.
         longest_side: of a photo in its picture, in pixels; less where a row of panels would be wider than `WIDEST`.
-        max_pixels: what a photo may have.
+        read: reads a photo, as `read_image` does.
 
     Raises:
         UserError: a photo can no longer be read, or a picture not be written.
@@ -196,7 +196,7 @@ def draw_batch(
     for row, place in enumerate(batch.positions):
         pairs, label = np.flatnonzero(batch.rows == row), batch.labels[row]
         widest = WIDEST // count_columns(1 + len(pairs))
-        image = read_photo(sources[place], min(longest_side, widest), max_pixels)
+        image = read_photo(sources[place], min(longest_side, widest), read)
         true_positions = np.flatnonzero(label) if label.ndim else [label]
         panels = [(image, "true: " + ", ".join(class_names[position] for position in true_positions))]
         for pair in pairs:

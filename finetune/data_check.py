@@ -15,6 +15,7 @@ from finetune.findings import KINDS, Finding, describe_fault, get_bad_rows, repo
 from finetune.inspection import Inspection, inspect_images
 from finetune.missing_files import explain_missing
 from finetune.options import UserError
+from finetune.pixel_range import settle_files
 from finetune.tables import ImageTable, find_class_names, make_image_table, parse_table, split_label
 from finetune.texts import LONGEST_LIST, join_names, show_count
 
@@ -65,6 +66,7 @@ def check_sets(csv_paths: dict[str, str], configs: Configs, writes_report: bool 
         configs.generator_workers,
         configs.allow_duplicates,
         configs.resize_mode,
+        configs.pixel_range,
     )
     report_findings(findings, configs.save_model_path, configs.skip_bad_images, writes_report)
     bad = get_bad_rows(findings)
@@ -85,6 +87,7 @@ def check_tables(
     Raises:
         UserError: there are errors; of images that cannot be read only where `skip_bad_images` is not set.
     """
+    configs = settle_files(configs, {tables[0].csv_path: [file for table in tables for file in table.files]})
     findings = check_data(
         tables,
         multi_label,
@@ -94,6 +97,7 @@ def check_tables(
         workers=configs.generator_workers,
         allow_duplicates=configs.allow_duplicates,
         resize_mode=configs.resize_mode,
+        pixel_range=configs.pixel_range,
     )
     folder = os.path.dirname(tables[0].csv_path)
     report_findings(findings, folder, configs.skip_bad_images, skip_contradictions=skip_contradictions)
@@ -109,6 +113,7 @@ def check_data(
     workers: int = 4,
     allow_duplicates: bool = False,
     resize_mode: str = "stretch",
+    pixel_range: Sequence[float] = (),
 ) -> list[Finding]:
     """Looks for everything in tables and their images that makes training fail, or wrong.
 
@@ -122,6 +127,7 @@ def check_data(
         workers: threads.
         allow_duplicates: an image in two sets is a warning.
         resize_mode: how images come to `image_size`.
+        pixel_range: what is black and white, as `read_image` takes it.
 
     Returns:
         The findings in the order of `KINDS`.
@@ -129,7 +135,7 @@ def check_data(
     findings = [finding for table in tables for finding in check_labels(table, multi_label)]
     findings += find_unknown_classes(tables, multi_label)
     files = list(dict.fromkeys(file for table in tables for file in table.files if file))
-    known = dict(zip(files, inspect_named(files, mode == "full", max_pixels, workers), strict=True))
+    known = dict(zip(files, inspect_named(files, mode == "full", max_pixels, workers, pixel_range), strict=True))
     unusual = find_unusual_sizes(known, image_size, resize_mode)
     for table in tables:
         for row, (path, file) in enumerate(zip(table.paths, table.files, strict=True), start=2):
@@ -256,9 +262,11 @@ def find_unusual_sizes(
     return found
 
 
-def inspect_named(files: Sequence[str], decode: bool, max_pixels: int, workers: int) -> list[Inspection]:
+def inspect_named(
+    files: Sequence[str], decode: bool, max_pixels: int, workers: int, pixel_range: Sequence[float] = ()
+) -> list[Inspection]:
     """Inspects images as `inspect_images` does; of a file that is missing it tells which one may be meant."""
-    inspections = inspect_images(files, decode, max_pixels, workers)
+    inspections = inspect_images(files, decode, max_pixels, workers, pixel_range)
     missing = [row for row, one in enumerate(inspections) if one.fault and one.fault[0] == "missing"]
     reasons = explain_missing(files[row] for row in missing)
     for row in missing:

@@ -18,7 +18,7 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 from configs import Configs
 from finetune.compressed import custom_save_model
 from finetune.files import atomic_path
-from finetune.images import fit_image, read_image
+from finetune.images import build_reader, fit_image
 from finetune.notices import hiding_notices
 from finetune.options import UserError
 from finetune.runtimes import importing
@@ -171,6 +171,6 @@ def read_calibration_images(configs: Configs) -> list[np.ndarray]:
     paths = get_generator(configs.train_csv, configs.classes, configs, training=False).paths
     rng = np.random.default_rng(configs.random_seed or 0)
     chosen = rng.permutation(len(paths))[:CALIBRATION_IMAGES]
-    size, most = get_input_size(configs), configs.max_image_pixels
+    size, read = get_input_size(configs), build_reader(configs)
     print(f"int8: ranges from {len(chosen)} images of {configs.train_csv}")
-    return [fit_image(read_image(paths[row], size, most), size, configs.resize_mode) for row in chosen]
+    return [fit_image(read(paths[row], size), size, configs.resize_mode) for row in chosen]

@@ -19,7 +19,7 @@ from finetune.progress import show_progress
 from generator import AugmentedImageSequence, naming_bad_images
 
 # To be raised when images are decoded or resized in another way.
-VERSION = 1
+VERSION = 2
 # Images after which what is known is written, and the bar moves.
 CHUNK = 256
 
@@ -138,7 +138,7 @@ def get_features(
         UserError: an image cannot be read and `skip_bad_images` is not set, or the file cannot be written.
     """
     store = FeatureStore(folder, model, mirrored, sequence.resize_mode)
-    digests = [digest_image(path) for path in sequence.paths]
+    digests = [digest_image(path, sequence.pixel_range) for path in sequence.paths]
     features, is_known = store.read(digests)
     missing = np.flatnonzero(~is_known)
     with show_progress(len(digests), title, len(digests) - len(missing), delay=1) as progress:
@@ -165,6 +165,6 @@ def find_features(
     model: keras.Model, sequence: AugmentedImageSequence, folder: str, mirrored: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns features as `compute_features` does: from the store where that knows all of them. It writes nothing."""
-    digests = [digest_image(path) for path in sequence.paths]
+    digests = [digest_image(path, sequence.pixel_range) for path in sequence.paths]
     features, is_known = FeatureStore(folder, model, mirrored, sequence.resize_mode).read(digests)
     return (features, is_known) if is_known.all() else compute_features(model, sequence, mirrored)

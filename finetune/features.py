@@ -29,7 +29,7 @@ def select_rows(sequence: AugmentedImageSequence, rows: np.ndarray) -> Augmented
     """Returns a sequence of some of the images, by their positions in `paths`, without augmentation, for one device."""
     plain = read_plainly(sequence, sequence.image_size)
     facts = {"paths": sequence.paths[rows], "labels": sequence.labels[rows], "workers": sequence.workers}
-    names = ("image_size", "resize_mode", "batch_size", "max_pixels", "skip_bad_images")
+    names = ("image_size", "resize_mode", "batch_size", "max_pixels", "pixel_range", "skip_bad_images")
     facts |= {name: getattr(plain, name) for name in names}
     return AugmentedImageSequence(**facts, max_queue_size=sequence.max_queue_size)
 

@@ -88,6 +88,7 @@ KINDS = {
     "class_of_one_image": Kind("warning", "One image is hardly enough to learn a class from."),
     "wrong_extension": Kind("warning", "The file's content is not what its ending says; it is read by its content."),
     "nearly_uniform": Kind("warning", "The image is nearly one tone. Are its values of fewer bits than the file's?"),
+    "odd_values": Kind("warning", "Infinities and values beyond pixel_range are clipped. Are they meant?"),
     "small": Kind("warning", "The image is smaller than image_target_size and will be enlarged."),
     "unusual_size": Kind("warning", "The image's size or shape is far from that of the rest."),
     "rotated": Kind("note", "turned upright by EXIF or XMP"),

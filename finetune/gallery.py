@@ -14,7 +14,7 @@ from finetune.cam_pictures import overlay_heatmap
 from finetune.decision import Decision
 from finetune.evaluation import name_labels
 from finetune.gradcam import GradCam
-from finetune.images import fit_image, read_image, resize_image
+from finetune.images import build_reader, fit_image, resize_image
 from finetune.options import UserError
 from finetune.runtimes import ExportedModel
 from finetune.values import get_input_size
@@ -124,14 +124,14 @@ def build_explainer(
     shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
     grad_cam = build_grad_cam(model, configs.cam_method, configs.cam_backbone_layer)
-    return functools.partial(draw_pictures, grad_cam, *shape.values(), configs.max_image_pixels, overlay)
+    return functools.partial(draw_pictures, grad_cam, *shape.values(), build_reader(configs), overlay)
 
 
 def draw_pictures(
     grad_cam: GradCam | None,
     image_size: Sequence[int],
     resize_mode: str,
-    max_pixels: int,
+    read: Callable[..., np.ndarray],
     overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
     paths: Sequence[str],
 ) -> list[tuple[np.ndarray, np.ndarray | None]]:
@@ -141,7 +141,7 @@ def draw_pictures(
         grad_cam: explains, or None.
         image_size: `(height, width)` of the model's input.
         resize_mode: how photos come to that size.
-        max_pixels: what a photo may have.
+        read: reads a photo, as `read_image` does.
         overlay: colours a photo by a heatmap.
         paths: of the photos.
 
@@ -151,12 +151,12 @@ def draw_pictures(
     """
     pictures = []
     for path in paths:
-        image = read_image(path, max_pixels=max_pixels)
+        image = read(path)
         scale = min(1, PHOTO_SIDE / max(image.shape[:2]))
         photo = resize_image(image, [max(1, round(side * scale)) for side in image.shape[:2]])
         heatmap = None
         if grad_cam is not None:
-            heatmaps, _ = grad_cam(fit_image(read_image(path, image_size, max_pixels), image_size, resize_mode)[None])
+            heatmaps, _ = grad_cam(fit_image(read(path, image_size), image_size, resize_mode)[None])
             heatmap = overlay(photo, heatmaps[0])
         pictures.append((photo, heatmap))
     return pictures

@@ -16,6 +16,7 @@ import PIL.Image
 
 from configs import MAX_IMAGE_PIXELS
 from finetune.findings import BadImage
+from finetune.numeric_tiffs import TIFF_STARTS, open_header
 
 try:
     import pillow_heif
@@ -38,7 +39,8 @@ END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 LENGTH_FIELDS = {b"RIFF": (4, 8), b"BM": (2, 0)}
 JPEG_START = b"\xff\xd8\xff"
 PNG_START = b"\x89PNG\r\n\x1a\n"
-OTHER_STARTS = (b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")
+OTHER_STARTS = (b"GIF8", b"BM", b"RIFF", *TIFF_STARTS)
+PFM_STARTS = (b"Pf\n", b"PF\n", b"Pf ", b"PF ")
 GIT_LFS_START = b"version https://git-lfs"
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 # What Pillow's readers let through on damaged files, beside its own errors.
@@ -83,8 +85,10 @@ def read_header(file: BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) -> PIL.Image
     PIL.Image.MAX_IMAGE_PIXELS = max_pixels
     start, size = file.read(26), file.seek(0, os.SEEK_END)
     file.seek(0)
+    if start.startswith(PFM_STARTS):
+        raise BadImage("unsupported", "it is a PFM, whose values OpenCV would round: save it as a float TIFF")
     try:
-        image = PIL.Image.open(file)
+        image = _open(file)
         pixels = image.size[0] * image.size[1]
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         pixels = int(re.search(r"\d+", str(error))[0])
@@ -107,6 +111,16 @@ def read_header(file: BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) -> PIL.Image
     if pixels * bits > size * MOST_BITS_A_BYTE and pixels > ALWAYS_POSSIBLE_PIXELS:
         raise BadImage("unreadable", f"its header names {pixels:,} pixels, which {size:,} bytes cannot hold")
     return image
+
+
+def _open(file: BinaryIO) -> PIL.Image.Image:
+    """Opens an image file with Pillow, a TIFF of values that it does not know with what stands for its header."""
+    try:
+        return PIL.Image.open(file)
+    except PIL.UnidentifiedImageError:
+        if (image := open_header(file)) is None:
+            raise
+        return image
 
 
 def check_length(start: bytes, size: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -11,7 +13,7 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 
-from configs import MAX_IMAGE_PIXELS
+from configs import MAX_IMAGE_PIXELS, Configs
 from finetune.findings import BadImage
 from finetune.headers import (
     JPEG_START,
@@ -30,6 +32,7 @@ from finetune.headers import (
     open_bytes,
     read_header,
 )
+from finetune.numeric_tiffs import BITS, decode_numbers, read_layout
 from finetune.options import UserError
 from finetune.stores import read_bytes
 from finetune.tiff_parts import check_parts
@@ -77,6 +80,7 @@ def read_image(
     image_size: Sequence[int] | None = None,
     max_pixels: int = MAX_IMAGE_PIXELS,
     header: np.ndarray | None = None,
+    pixel_range: Sequence[float] = (),
 ) -> np.ndarray:
     """Decodes an image as a person sees it: upright by its EXIF or XMP, and what is transparent over white.
 
@@ -87,6 +91,8 @@ def read_image(
         max_pixels: what the picture may have; the header tells before anything is decoded.
         header: `(1,)` of the type `JPEG_HEADER`: what this file's said when it was read before, which holds as long as
             the file has that length; or zeros, which are filled in.
+        pixel_range: the option of that name, as a run's `configs.json` has it: the values of float and 32-bit TIFFs
+            that are black and white. Empty assumes 0 and 1 for numbers with a point, 0 and 255 for integers.
 
     Returns:
         uint8 RGB `(height, width, 3)`; grey is repeated, 16 bits reduced to 8.
@@ -95,7 +101,7 @@ def read_image(
         UserError: the file is missing, damaged, too large or cannot be decoded.
     """
     try:
-        return decode_image(read_bytes(path), max_pixels, image_size, header)
+        return decode_image(read_bytes(path), max_pixels, image_size, header, pixel_range)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"Cannot read the image {path}: {reason}. Replace it, or drop its row.") from error
@@ -105,8 +111,17 @@ def read_image(
         raise UserError(f"Cannot {what} {error.detail}. {remedy}, or drop its row.") from error
 
 
+def build_reader(configs: Configs) -> Callable[..., np.ndarray]:
+    """Builds what reads an image as `read_image` does, by the limits and the range that the options have."""
+    return functools.partial(read_image, max_pixels=configs.max_image_pixels, pixel_range=configs.pixel_range)
+
+
 def decode_image(
-    encoded: np.ndarray, max_pixels: int, image_size: Sequence[int] | None = None, known: np.ndarray | None = None
+    encoded: np.ndarray,
+    max_pixels: int,
+    image_size: Sequence[int] | None = None,
+    known: np.ndarray | None = None,
+    pixel_range: Sequence[float] = (),
 ) -> np.ndarray:
     """Decodes the bytes of an image file, uint8 `(bytes,)`, as `read_image` does; raises BadImage in its place."""
     is_jpeg = encoded[:3].tobytes() == JPEG_START
@@ -115,14 +130,17 @@ def decode_image(
         return _decode_jpeg(encoded, (width, height), orientation, image_size)
     check_length(encoded[:12].tobytes(), encoded.size)
     header = read_header(io.BytesIO(encoded), max_pixels)
-    image = decode_pixels(encoded, header, image_size)
+    image = decode_pixels(encoded, header, image_size, pixel_range)
     if known is not None and header is not None and is_jpeg:
         known[0] = encoded.size, *header.size, find_orientation(header)
     return image
 
 
 def decode_pixels(
-    encoded: np.ndarray, header: PIL.Image.Image | None, image_size: Sequence[int] | None = None
+    encoded: np.ndarray,
+    header: PIL.Image.Image | None,
+    image_size: Sequence[int] | None = None,
+    pixel_range: Sequence[float] = (),
 ) -> np.ndarray:
     """Decodes an image file whose header is known: the data check, training and prediction all do it here.
 
@@ -130,6 +148,7 @@ def decode_pixels(
         encoded: uint8 `(bytes,)`.
         header: from `read_header`.
         image_size: as `read_image` takes it.
+        pixel_range: likewise.
 
     Returns:
         uint8 RGB `(height, width, 3)`.
@@ -149,6 +168,11 @@ def decode_pixels(
         # OpenCV 4.12 crashes on damaged animations.
         if check_chunks(data) or is_animated_png(data):
             return _decode_by_pillow(data)
+    if header.format == "TIFF":
+        data = encoded.tobytes()
+        with _describing_failures(data):
+            if layout := read_layout(io.BytesIO(data)):
+                return turn_upright(decode_numbers(data, layout, pixel_range), find_orientation(header))
     # Of damaged TIFFs OpenCV gives what it has.
     if header.format in ("GIF", "AVIF", "HEIF", "TIFF") or is_transparent(header):
         return _decode_by_pillow(encoded.tobytes())
@@ -291,7 +315,7 @@ def _decode_by_opencv(encoded: np.ndarray, header: PIL.Image.Image | None) -> np
 
 def _decode_by_pillow(data: bytes, turns: bool = True) -> np.ndarray:
     """Decodes the first picture of a file with Pillow, over white."""
-    try:
+    with _describing_failures(data):
         image = open_bytes(data)
         if image.format not in PILLOW_FORMATS:
             raise BadImage("unsupported", f"it is a file of the kind {image.format}")
@@ -299,6 +323,13 @@ def _decode_by_pillow(data: bytes, turns: bool = True) -> np.ndarray:
         image.load()
         # Pillow turns TIFF as it loads, and then says that it is upright.
         return turn_upright(_convert_to_rgb(image), find_orientation(image) if turns else 1)
+
+
+@contextlib.contextmanager
+def _describing_failures(data: bytes) -> Iterator[None]:
+    """Raises BadImage in the place of what Pillow raises over the bytes of a file."""
+    try:
+        yield
     except PILLOW_ERRORS as error:
         raise _describe_failure(data, error) from error
 
@@ -315,8 +346,10 @@ def _describe_failure(data: bytes, error: Exception) -> BadImage:
 
 def _convert_to_rgb(image: PIL.Image.Image) -> np.ndarray:
     """Converts a loaded image of any of Pillow's modes to uint8 RGB `(height, width, 3)`."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        return cv2.cvtColor(_reduce_to_8_bits(np.asarray(image)), cv2.COLOR_GRAY2RGB)
+    if image.mode.startswith("I"):
+        # A TIFF may have 12 bits; all other formats come with 16.
+        deepest = getattr(image, "tag_v2", {}).get(BITS, (16,))[0]
+        return cv2.cvtColor(np.clip(np.asarray(image) >> (deepest - 8), 0, 255).astype(np.uint8), cv2.COLOR_GRAY2RGB)
     if is_transparent(image):
         layer = image.convert("RGBA")
         if image.format in ("BMP", "DIB") and not layer.getchannel("A").getextrema()[1]:
@@ -325,13 +358,3 @@ def _convert_to_rgb(image: PIL.Image.Image) -> np.ndarray:
         white = PIL.Image.new("RGBA", image.size, "white")
         return np.array(PIL.Image.alpha_composite(white, layer).convert("RGB"))
     return np.array(image.convert("RGB"))
-
-
-def _reduce_to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Reduces grey values of more than 8 bits to 8: the high byte; numbers with a point from 0 to 1 become 0 to 255."""
-    values = np.nan_to_num(values)
-    most = values.max(initial=0)
-    if values.dtype.kind == "f":
-        return np.rint(np.clip(values * 255 if most <= 1 else values, 0, 255)).astype(np.uint8)
-    shift = 8 if values.dtype.itemsize == 2 else max(int(most).bit_length() - 1, 0) // 8 * 8
-    return np.clip(values >> shift, 0, 255).astype(np.uint8)

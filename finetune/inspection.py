@@ -29,6 +29,7 @@ from finetune.headers import (
     read_header,
 )
 from finetune.images import decode_pixels
+from finetune.numeric_tiffs import find_odd_values
 from finetune.progress import show_progress
 from finetune.stores import STORE_THREADS, is_url, open_url
 
@@ -62,7 +63,9 @@ class Inspection(NamedTuple):
     near_hash: bytes | None = None
 
 
-def inspect_images(files: Sequence[str], decode: bool, max_pixels: int, workers: int) -> list[Inspection]:
+def inspect_images(
+    files: Sequence[str], decode: bool, max_pixels: int, workers: int, pixel_range: Sequence[float] = ()
+) -> list[Inspection]:
     """Inspects image files in threads, with a progress bar where it takes longer than a second."""
     size = 32
     if any(map(is_url, files)):
@@ -70,7 +73,7 @@ def inspect_images(files: Sequence[str], decode: bool, max_pixels: int, workers:
     parts = [files[start : start + size] for start in range(0, len(files), size)]
 
     def inspect(part: Sequence[str]) -> list[Inspection]:
-        return [inspect_image(file, decode, max_pixels) for file in part]
+        return [inspect_image(file, decode, max_pixels, pixel_range) for file in part]
 
     found = []
     with (
@@ -83,7 +86,9 @@ def inspect_images(files: Sequence[str], decode: bool, max_pixels: int, workers:
     return found
 
 
-def inspect_image(path: str, decode: bool = False, max_pixels: int = MAX_IMAGE_PIXELS) -> Inspection:
+def inspect_image(
+    path: str, decode: bool = False, max_pixels: int = MAX_IMAGE_PIXELS, pixel_range: Sequence[float] = ()
+) -> Inspection:
     """Inspects an image file or URL: its header and its end, and its pixels where `decode` is set.
 
     Raises:
@@ -94,14 +99,16 @@ def inspect_image(path: str, decode: bool = False, max_pixels: int = MAX_IMAGE_P
         return Inspection(("missing", "does not exist"), [])
     try:
         with open_url(path) if is_url(path) else open(path, "rb") as file:
-            return _inspect_open(path, io.BytesIO(file.read()) if decode else file, decode, max_pixels)
+            return _inspect_open(path, io.BytesIO(file.read()) if decode else file, decode, max_pixels, pixel_range)
     except BadImage as error:
         return Inspection((error.kind, error.detail), [])
     except OSError as error:
         return Inspection(("unreadable", str(error.strerror or error)), [])
 
 
-def _inspect_open(path: str, file: BinaryIO, decode: bool, max_pixels: int) -> Inspection:
+def _inspect_open(
+    path: str, file: BinaryIO, decode: bool, max_pixels: int, pixel_range: Sequence[float]
+) -> Inspection:
     size = file.seek(0, os.SEEK_END)
     if not size:
         raise BadImage("empty", "is empty")
@@ -122,9 +129,10 @@ def _inspect_open(path: str, file: BinaryIO, decode: bool, max_pixels: int) -> I
     # Some cameras leave the end mark out: the pixels tell.
     if decode or (image is not None and lacks_end(image, tail, file)):
         file.seek(0)
-        picture = decode_pixels(np.frombuffer(file.read(), np.uint8), image, SMALLEST_SIDES)
+        encoded = file.read()
+        picture = decode_pixels(np.frombuffer(encoded, np.uint8), image, SMALLEST_SIDES, pixel_range)
         near_hash = hash_picture(picture) if decode else None
-        remarks += list(find_lack_of_tones(picture)) if decode else []
+        remarks += [*find_lack_of_tones(picture), *find_odd_values(encoded, pixel_range)] if decode else []
     return Inspection(None, remarks, sides, (size, zlib.crc32(tail)), near_hash)
 
 

@@ -14,7 +14,7 @@ from configs import Configs
 from finetune.corrections import COLUMNS
 from finetune.embedding import encode_photo
 from finetune.files import write_text
-from finetune.images import read_image
+from finetune.images import build_reader
 from finetune.label_errors import Evidence, find_neighbours
 from finetune.summaries import render_page
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR
@@ -89,8 +89,10 @@ def _make_cards(
 def _embed_photos(positions: np.ndarray, files: Sequence[str], longest_side: int, configs: Configs) -> dict[int, str]:
     """Returns small photos as data URIs by their positions, read by threads."""
 
+    read = build_reader(configs)
+
     def embed(position: int) -> str:
-        photo = read_image(files[position], (longest_side, longest_side), configs.max_image_pixels)
+        photo = read(files[position], (longest_side, longest_side))
         return encode_photo(photo, longest_side, QUALITY)
 
     with ThreadPoolExecutor(max(configs.generator_workers, 1)) as pool:

@@ -29,6 +29,7 @@ from finetune.photo_groups import (
     read_groups,
     refuse_lone_classes,
 )
+from finetune.pixel_range import settle_tables, tell_assumed_range
 from finetune.probe import cross_validate, split_head
 from finetune.run_data import IMAGES_FILE, READING_OPTIONS, find_trained_images
 from finetune.run_folder import find_trained_model
@@ -109,6 +110,7 @@ def get_judge(configs: Configs, csv_path: str) -> tuple[Judge, Configs]:
         refuse_one_label(configs.classes, csv_path)
         print(f"Model: {path}")
         return Judge(model, path), configs
+    configs = settle_tables(configs, [csv_path])
     class_names = resolve_class_names(
         configs.classes, csv_path, configs.csv_label_column, configs.multi_label_classification
     )
@@ -141,6 +143,7 @@ def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
     left_out = {
         *check_images(files, csv_path, configs.max_image_pixels, configs.generator_workers, configs.skip_bad_images)
     }
+    tell_assumed_range(csv_path, files, configs.pixel_range)
     if judge.path:
         groups = read_groups(table, configs.csv_label_column)
         left_out |= find_learnt_rows(judge.path, csv_path, files, left_out, groups)

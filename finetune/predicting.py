@@ -97,15 +97,22 @@ class ForgivingReader:
         image_size: `(height, width)` that images are resized to.
         resize_mode: in which way.
         max_pixels: what an image may have.
+        pixel_range: what is black and white, as `read_image` takes it.
     """
 
     def __init__(
-        self, paths: Sequence[str], image_size: Sequence[int], resize_mode: str, max_pixels: int = MAX_IMAGE_PIXELS
+        self,
+        paths: Sequence[str],
+        image_size: Sequence[int],
+        resize_mode: str,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+        pixel_range: Sequence[float] = (),
     ) -> None:
         self.paths = paths
         self.image_size = tuple(image_size)
         self.resize_mode = resize_mode
         self.max_pixels = max_pixels
+        self.pixel_range = pixel_range
         self.errors: dict[int, str] = {}
         # Which files were read, by their rows: what `identify` returns.
         self.identities: dict[int, Any] = {}
@@ -115,7 +122,7 @@ class ForgivingReader:
         # Before it is read: a file that changes meanwhile is another one for the next start.
         self.identities[int(row)] = identify(self.paths[row])
         try:
-            image = read_image(self.paths[row], self.image_size, self.max_pixels)
+            image = read_image(self.paths[row], self.image_size, self.max_pixels, pixel_range=self.pixel_range)
             return fit_image(image, self.image_size, self.resize_mode)
         except UserError as error:
             self.errors[int(row)] = str(error)

@@ -84,7 +84,7 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
         now = getattr(configs, name)
         if look_the_same(now, before) or name not in stored or name in kept or name in ("load_model_path", "overwrite"):
             continue
-        is_free_choice = name in ("classes", "random_seed") and now is None
+        is_free_choice = name in ("classes", "random_seed", "pixel_range") and now in (None, [])
         if is_free_choice or (name in state["given"] and name not in configs.given):
             kept[name] = before
         elif option.metadata["describes_model"] or option.metadata["fixed_in_run"]:

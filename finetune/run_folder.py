@@ -240,7 +240,8 @@ def describe_model(configs: Configs, model_path: str) -> Configs:
     described = {
         name: stored[name]
         for name, option in Configs.options().items()
-        if option.metadata["describes_model"] and name in stored
+        # A run that has seen no TIFF which needs a range has none.
+        if option.metadata["describes_model"] and name in stored and (name != "pixel_range" or stored[name])
     }
     for name in sorted(described.keys() & configs.given):
         given = getattr(configs, name)

@@ -88,6 +88,7 @@ def settle(configs: Configs, team: Team) -> Configs:
         )
     # Drawn or given, it is the chief's: order and shares follow from it.
     configs.random_seed = team.exchange(set_seed(configs.random_seed, configs.deterministic))[0]
+    configs.pixel_range = team.exchange(configs.pixel_range)[0]
     configs.classes = resolve_class_names(
         configs.classes, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
     )

@@ -213,6 +213,14 @@ def crop_area_fault(area: list[float]) -> str:
     return f"expected two numbers, the lower first. Received: {quote_value(area)}"
 
 
+def pixel_range_fault(values: list[float]) -> str:
+    """Returns what is wrong with the values that are black and white; empty where nothing is."""
+    pairs = zip(values[::2], values[1::2], strict=False)
+    if len(values) in (0, 2, 4) and all(math.isfinite(high - low) and low < high for low, high in pairs):
+        return ""
+    return f"expected two numbers, the lower first, or two pairs of them. Received: {quote_value(values)}"
+
+
 def duration_fault(text: str) -> str:
     """Returns what is wrong with a duration; empty where nothing is."""
     if not text or parse_duration(text):
