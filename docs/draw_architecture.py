@@ -28,9 +28,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "options": ("configs",),
     "inputs": (
-        *("finetune.findings", "finetune.stores", "finetune.headers", "finetune.tiff_parts", "finetune.images"),
-        *("finetune.table_faults", "finetune.missing_files", "finetune.tables"),
-        "finetune.photo_groups",
+        *("finetune.findings", "finetune.stores", "finetune.tiff_parts", "finetune.numeric_tiffs", "finetune.headers"),
+        *("finetune.images", "finetune.table_faults", "finetune.missing_files", "finetune.tables"),
+        *("finetune.photo_groups", "finetune.pixel_range"),
     ),
     "data": (
         *("finetune.inspection", "finetune.copies", "finetune.data_check", "finetune.splitting"),

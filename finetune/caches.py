@@ -156,7 +156,8 @@ class DiskCache:
 def digest_image(path: str, pixel_range: Sequence[float] = ()) -> bytes:
     """Returns 16 bytes that change with an image file's path, size and time, or with what the store tells of a URL.
 
-    They also change with `pixel_range`, by which some TIFFs are read. Where it cannot be read they are none: reading the image tells what is wrong with it.
+    They also change with `pixel_range`, by which some TIFFs are read. Where it cannot be read they are none: reading
+    the image tells what is wrong with it.
     """
     path = path if is_url(path) else os.path.abspath(path)
     try:

@@ -106,9 +106,7 @@ def inspect_image(
         return Inspection(("unreadable", str(error.strerror or error)), [])
 
 
-def _inspect_open(
-    path: str, file: BinaryIO, decode: bool, max_pixels: int, pixel_range: Sequence[float]
-) -> Inspection:
+def _inspect_open(path: str, file: BinaryIO, decode: bool, max_pixels: int, pixel_range: Sequence[float]) -> Inspection:
     size = file.seek(0, os.SEEK_END)
     if not size:
         raise BadImage("empty", "is empty")

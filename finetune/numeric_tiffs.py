@@ -1,7 +1,7 @@
-"""TIFFs whose pixels are no 8-bit colours: of 16 bits or more, signed, or with a point; from their bytes to values.
+"""TIFFs of floats, signed integers, or integers of 16 bits or more: from their bytes to values and to 8 bits.
 
-libtiff unpacks them through Pillow as if each byte were a grey pixel: so any type and number of channels is read, and
-what is damaged is refused. Source of the tags: TIFF 6.0; of the predictors: TIFF Technical Note 3.
+Pillow's libtiff unpacks them as if each byte were a grey pixel. That reads any type and number of channels, and refuses
+damaged files. Source of the tags: TIFF 6.0; of the predictors: TIFF Technical Note 3.
 """
 
 from __future__ import annotations
@@ -71,15 +71,25 @@ class Layout(NamedTuple):
 
 
 def read_layout(file: BinaryIO) -> Layout | None:
-    """Returns how an open file's picture is stored where it is a TIFF of this kind, else None."""
+    """Returns how an open file's picture is stored if it is a TIFF of this kind, else None.
+
+    Raises:
+        BadImage: its tags are cut short.
+        Exception: any of `headers.PILLOW_ERRORS`.
+    """
     file.seek(0)
     start = file.read(8)
     if not start.startswith(TIFF_STARTS):
         return None
     tags = ImageFileDirectory_v2(start + file.read(8) if start[2] == TIFF_STARTS[2][2] else start)
-    file.seek(tags.next)
+    place = tags.next
+    file.seek(place)
     tags.load(file)
-    return describe_tags(tags, "<" if start.startswith(b"II") else ">")
+    layout = describe_tags(tags, "<" if start.startswith(b"II") else ">")
+    # Pillow keeps the tags that it has read when the file ends among them. The one with the type may be missing then.
+    if layout is not None and tags.next == place:
+        raise BadImage("truncated", "its end is missing")
+    return layout
 
 
 def describe_tags(tags: ImageFileDirectory_v2, order: str) -> Layout | None:
@@ -136,16 +146,16 @@ def decode_values(data: bytes, layout: Layout) -> np.ndarray:
 
 def find_range(pixel_range: Sequence[float], kind: str) -> tuple[float, float]:
     """Returns the values that are black and white by the option `pixel_range`, for one of `ASSUMED_RANGES`."""
-    if not len(pixel_range):
+    if len(pixel_range) == 0:
         return ASSUMED_RANGES[kind]
     return tuple(pixel_range[2:] if kind == "integer" and len(pixel_range) == 4 else pixel_range[:2])
 
 
 def decode_numbers(data: bytes, layout: Layout, pixel_range: Sequence[float]) -> np.ndarray:
-    """Decodes the picture of a TIFF as `decode_values` does, over white where it is transparent; not turned.
+    """Decodes the picture of a TIFF as `decode_values` does, composited over white; not turned.
 
     Returns:
-        uint8 RGB `(height, width, 3)`. Infinities are black or white, and what is not a number black.
+        uint8 RGB `(height, width, 3)`. Infinities are black or white, NaN is black.
     """
     values = decode_values(data, layout)
     opacity = None
@@ -220,7 +230,9 @@ def _decode_plane(
     columns = math.ceil(width / part_width)
     tags = {WIDTH: [columns * part_width * pixel], HEIGHT: [height], BITS: [8], MEANING: [GREY], CHANNELS: [1]}
     tags |= {tag: _list(layout.tags, tag, 1) for tag in (PACKING, FILL_ORDER)}
-    tags |= {TILE_WIDTH: [part_width * pixel], TILE_HEIGHT: [part_height]} if is_tiled else {STRIP_HEIGHT: [part_height]}
+    tags |= (
+        {TILE_WIDTH: [part_width * pixel], TILE_HEIGHT: [part_height]} if is_tiled else {STRIP_HEIGHT: [part_height]}
+    )
     tags |= dict(zip(PART_TAGS[is_tiled], (offsets, counts), strict=True))
     file = _build_file(data, tags)
     image = TiffImageFile(io.BytesIO(file))
@@ -289,10 +301,10 @@ class Measure(NamedTuple):
 
     Attributes:
         kind: of `Layout`.
-        low: the least finite value; infinite where there is none.
-        high: the largest one, likewise.
-        odd: how many are infinite or no number.
-        beyond: the share that is outside the range asked for.
+        low: the least finite value; infinite if there is none.
+        high: the largest finite value; minus infinity if there is none.
+        odd: how many are infinite or NaN.
+        beyond: the share of the finite values outside the given range.
     """
 
     kind: str
@@ -315,13 +327,13 @@ def measure_values(data: bytes, layout: Layout, pixel_range: Sequence[float] = (
 
 
 def find_odd_values(data: bytes, pixel_range: Sequence[float]) -> Iterator[tuple[str, str]]:
-    """Yields a remark where a whole file is a TIFF with infinite values, or with many beyond `pixel_range`."""
+    """Yields a remark if a file is a TIFF with infinite values or NaN, or with many beyond `pixel_range`."""
     layout = read_layout(io.BytesIO(data))
     if layout is None or layout.kind == "type":
         return
     found = measure_values(data, layout, pixel_range)
     if found.odd:
-        yield "odd_values", f"it has {show_count(found.odd, 'value')} that are infinite or no number"
+        yield "odd_values", f"it has {show_count(found.odd, 'value')} that are infinite or NaN"
     if found.beyond > MOST_BEYOND:
         low, high = find_range(pixel_range, layout.kind)
         reach = f"its values reach from {found.low:g} to {found.high:g}"

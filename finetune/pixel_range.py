@@ -44,8 +44,8 @@ def settle_files(configs: Configs, files: dict[str, Sequence[str]]) -> Configs:
 
     Args:
         configs: the options.
-        files: images by the table that names them. The first table's tell the range; where these need none and others
-            do, it stays empty.
+        files: images by the table that names them. The first table's images set the range. If only others need one,
+            it stays empty.
     """
     if configs.pixel_range:
         return configs
@@ -63,16 +63,15 @@ def settle_files(configs: Configs, files: dict[str, Sequence[str]]) -> Configs:
         low, high = min(one.low for one in own), max(one.high for one in own)
         black, white = choose_range(kind, low, high)
         values += [black, white]
-        parts.append(
-            f"{NAMES[kind]}: {black:g} is black and {white:g} white (the {len(own)} of {csv_path} hold {low:g} to {high:g})"
-        )
+        held = f"the {len(own)} of {csv_path} hold {low:g} to {high:g}"
+        parts.append(f"{NAMES[kind]}: {black:g} is black and {white:g} white ({held})")
     text = "; ".join(parts)
     print(f"{text[0].upper()}{text[1:]}. --pixel_range LOW HIGH sets other values.")
     return configs.replace(pixel_range=values)
 
 
 def choose_range(kind: str, low: float, high: float) -> tuple[float, float]:
-    """Returns the values that are black and white for pictures that hold these: of floats 0 and 1 where that does."""
+    """Returns the values that are black and white for pictures with these limits; 0 and 1 for floats within them."""
     if kind == "float" and ASSUMED_RANGES[kind][0] <= low and high <= ASSUMED_RANGES[kind][1]:
         return ASSUMED_RANGES[kind]
     low, high = (float(np.clip(value, -LARGEST, LARGEST)) for value in (low, high))
@@ -80,7 +79,7 @@ def choose_range(kind: str, low: float, high: float) -> tuple[float, float]:
 
 
 def tell_assumed_range(source: str, files: Sequence[str], pixel_range: Sequence[float]) -> None:
-    """Prints which values are taken for black and white where images need a `pixel_range` and there is none."""
+    """Prints which values are assumed to be black and white if images need a `pixel_range` and there is none."""
     if len(pixel_range):
         return
     with ThreadPoolExecutor() as pool:
@@ -88,13 +87,13 @@ def tell_assumed_range(source: str, files: Sequence[str], pixel_range: Sequence[
     if number:
         floats, integers = (f"{low:g} is black and {high:g} white" for low, high in ASSUMED_RANGES.values())
         print(
-            f"{source}: {show_count(number, 'float or 32-bit TIFF')}, and the training images have told no pixel_range: "
-            f"of floats {floats}, of integers {integers}. --pixel_range LOW HIGH sets other values."
+            f"{source}: {show_count(number, 'float or 32-bit TIFF')} without a pixel_range from training images. "
+            f"Assumed: in floats {floats}, in integers {integers}. --pixel_range LOW HIGH sets other values."
         )
 
 
 def needs_range(path: str) -> bool:
-    """Tells whether a file is a TIFF whose type does not tell black and white; False where it cannot be read."""
+    """Returns whether a file is a TIFF that needs a `pixel_range`; False if it cannot be read."""
     try:
         layout = read_range_layout(path)
     except (BadImage, *PILLOW_ERRORS):
@@ -103,13 +102,9 @@ def needs_range(path: str) -> bool:
 
 
 def read_range_layout(path: str) -> Layout | None:
-    """Returns the layout of an image that needs a `pixel_range`, else None; of URLs those with a TIFF's ending count."""
-    if is_url(path):
-        is_candidate = path.lower().endswith(TIFF_SUFFIXES)
-    else:
-        # Of folders, devices and pipes nothing is to be read.
-        is_candidate = os.path.isfile(path)
-    if not is_candidate:
+    """Returns the layout of an image that needs a `pixel_range`, else None; a URL needs a TIFF's ending."""
+    # Folders, devices and pipes are not read.
+    if not (path.lower().endswith(TIFF_SUFFIXES) if is_url(path) else os.path.isfile(path)):
         return None
     with open_url(path) if is_url(path) else open(path, "rb") as file:
         layout = read_layout(file)
@@ -120,7 +115,7 @@ def measure_files(files: Sequence[str], configs: Configs) -> list[Measure]:
     """Measures those files that need a `pixel_range` and can be read."""
 
     def measure(path: str) -> Measure | None:
-        # The data check tells what is wrong with a file.
+        # A file that cannot be read is the data check's to report.
         try:
             layout = read_range_layout(path)
             if layout.size[0] * layout.size[1] > configs.max_image_pixels:

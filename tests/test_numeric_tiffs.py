@@ -1,7 +1,9 @@
 """TIFFs of floats, wide and signed integers: each value becomes one brightness, whatever the picture's largest is."""
 
 import io
+import json
 import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -18,8 +20,7 @@ from finetune.findings import BadImage
 from finetune.images import decode_image, read_image
 from finetune.inspection import inspect_image
 from finetune.options import UserError
-from finetune.pixel_range import settle_files, settle_tables
-from finetune.resuming import configs_to_continue
+from finetune.pixel_range import settle_files
 from finetune.run_folder import describe_model
 from finetune.tables import ImageTable
 from generator import get_generator
@@ -41,6 +42,19 @@ def encode(values, **options):
 
 def decode(data, pixel_range=()):
     return decode_image(np.frombuffer(data, np.uint8), 10**6, pixel_range=pixel_range)
+
+
+def replace_strip(data, page, packed, entry, order):
+    """Returns a TIFF of one strip with other packed bytes and one more tag, at the end of the file."""
+    tags = [bytearray(data[tag.offset : tag.offset + 12]) for tag in page.tags]
+    for tag in tags:
+        number = struct.unpack(f"{order}H", tag[:2])[0]
+        if number in (273, 279):
+            tag[2:] = struct.pack(f"{order}HII", 4, 1, len(data) if number == 273 else len(packed))
+    tags = sorted([*map(bytes, tags), entry], key=lambda tag: struct.unpack(f"{order}H", tag[:2]))
+    place = len(data) + len(packed)
+    head = data[:4] + struct.pack(f"{order}I", place)
+    return head + data[8:] + packed + struct.pack(f"{order}H", len(tags)) + b"".join(tags) + bytes(4)
 
 
 def draw_values(dtype, shape=SHAPE):
@@ -72,8 +86,8 @@ def assert_reads(data, expected, pixel_range=(-1000, 3000), tolerance=0):
 @pytest.mark.parametrize("dtype", ["i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8"])
 def test_every_type_and_layout_is_read(dtype, shape):
     values = draw_values(dtype, shape)
-    layouts = [{}, {"rowsperstrip": 5}, {"tile": (16, 32)}, {"compression": "zlib"}, {"compression": "packbits"}]
-    layouts += [{"compression": "zlib", "tile": (16, 32)}, {"compression": "zstd", "rowsperstrip": 4}]
+    layouts = [{}, {"rowsperstrip": 5}, {"tile": (16, 32)}, {"compression": "zlib"}, {"compression": "lzma"}]
+    layouts += [{"compression": "zlib", "tile": (16, 32)}, {"compression": "zlib", "rowsperstrip": 4}]
     for layout in layouts:
         for order in "<>":
             assert_reads(encode(values, byteorder=order, **layout), expect(values))
@@ -82,17 +96,41 @@ def test_every_type_and_layout_is_read(dtype, shape):
     assert_reads(encode(values, bigtiff=True), expect(values))
 
 
-@pytest.mark.parametrize("packing", [5, 8, 32946])
-@pytest.mark.parametrize(("dtype", "predictor"), [("f4", 3), ("f8", 3), ("i4", 2), ("u2", 2), ("i2", 2), ("f4", 2)])
-def test_packed_by_lzw_or_deflate_with_a_predictor(dtype, predictor, packing):
-    options = [cv2.IMWRITE_TIFF_COMPRESSION, packing, cv2.IMWRITE_TIFF_PREDICTOR, predictor]
-    for shape in (SHAPE, (*SHAPE, 3)):
-        values = draw_values(dtype, shape)
-        done, data = cv2.imencode(".tif", values[..., ::-1] if len(shape) == 3 else values, options)
-        assert done
-        page = tifffile.TiffFile(io.BytesIO(data.tobytes())).pages[0]
-        assert (page.compression, page.predictor) == (packing, predictor)
-        assert_reads(data.tobytes(), expect(values))
+@pytest.mark.parametrize("packing", ["tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "zstd"])
+@pytest.mark.parametrize(("dtype", "predictor"), [("f4", 3), ("f4", 2), ("i4", 2), ("u2", 2), ("f4", 1)])
+def test_what_libtiff_packs_with_a_predictor_is_read(dtype, predictor, packing):
+    file, values = io.BytesIO(), draw_values(dtype)
+    Image.fromarray(values).save(file, "TIFF", compression=packing, tiffinfo={317: predictor, 278: 5})
+    page = tifffile.TiffFile(io.BytesIO(file.getvalue())).pages[0]
+    assert packing == "packbits" or page.predictor == predictor
+    assert (page.compression > 1, page.rowsperstrip) == (True, 5)
+    assert_reads(file.getvalue(), expect(values))
+
+
+def test_colours_that_opencv_packs_by_lzw_are_read():
+    values = draw_values("u2", (*SHAPE, 3))
+    options = [cv2.IMWRITE_TIFF_COMPRESSION, 5, cv2.IMWRITE_TIFF_PREDICTOR, 2]
+    data = cv2.imencode(".tif", values[..., ::-1], options)[1].tobytes()
+    page = tifffile.TiffFile(io.BytesIO(data)).pages[0]
+    assert (page.compression, page.predictor) == (5, 2)
+    assert_reads(data, expect(values))
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+@pytest.mark.parametrize("order", "<>")
+def test_differences_of_floats_in_three_channels_are_undone(dtype, order):
+    values = draw_values(dtype, (*SHAPE, 3))
+    # By TIFF Technical Note 3: of a row the first bytes of all values, then the second ones; each byte less that of
+    # the same channel before it.
+    ranks = np.moveaxis(values.astype(f">{dtype}").reshape(SHAPE[0], -1, 1).view(np.uint8), 2, 1)
+    rows = ranks.reshape(SHAPE[0], -1).copy()
+    rows[:, 3:] -= ranks.reshape(SHAPE[0], -1)[:, :-3]
+    data = encode(values, byteorder=order, compression="zlib", rowsperstrip=SHAPE[0], software=False)
+    page = tifffile.TiffFile(io.BytesIO(data)).pages[0]
+    packed = zlib.compress(rows.tobytes())
+    entry = struct.pack(f"{order}HHI", 317, 3, 1) + struct.pack(f"{order}HH", 3, 0)
+    data = replace_strip(data, page, packed, entry, order)
+    assert_reads(data, expect(values))
 
 
 def test_floats_of_opencv_are_unpacked(tmp_path):
@@ -148,7 +186,7 @@ def test_what_is_transparent_lies_over_white(kind):
     data = encode(grey, photometric="minisblack", planarconfig="contig", extrasamples=[kind])
     assert_reads(data, expected[..., :1], (0, 1), tolerance=1.01)
     shown = decode(encode((stored * 65535).astype(np.uint16), extrasamples=[kind]))
-    assert np.abs(shown - expected).max() <= (1.01 if kind == "unassalpha" else 3)
+    assert np.abs(shown - expected).max() <= (2 if kind == "unassalpha" else 3)
 
 
 def test_a_picture_of_floats_is_turned_upright_and_the_first_page_counts():
@@ -172,11 +210,11 @@ def test_remarks_come_from_the_header_of_what_pillow_has_no_mode_for(tmp_path):
     for decodes in (False, True):
         found = inspect_image(path, decodes)
         assert found.fault is None
-        assert found.sides == SHAPE[::-1]
+        assert found.sides == SHAPE
         assert {kind for kind, _ in found.remarks} == {"rotated", "animated", "alpha"}
 
 
-@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"tile": (16, 16)}, {"compression": "zstd"}])
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"tile": (16, 16)}, {"compression": "lzma"}])
 def test_a_cut_or_damaged_file_is_refused(options):
     data = encode(RNG.uniform(0, 1, (90, 90, 3)).astype(np.float32), **options)
     with pytest.raises(BadImage):
@@ -258,11 +296,13 @@ def test_the_full_check_tells_infinities_and_what_is_beyond_the_range(tmp_path):
     odd[0, :3] = np.inf
     files = write_tiffs(tmp_path, right=ramp, odd=odd, beyond=ramp * 4)
     table = ImageTable("training", "train.csv", files, files, ["a", "b", "a"])
-    found = [one for one in check_data([table], False, "full", pixel_range=(0, 1)) if one.kind == "odd_values"]
+    found = check_data([table], False, "full", pixel_range=(0, 1))
+    found = [one for one in found if one.kind == "odd_values"]
     assert [one.row for one in found] == [3, 4]
     assert "3 values" in found[0].detail
     assert "75 %" in found[1].detail
-    assert not [one for one in check_data([table], False, "full", pixel_range=(0, 4)) if one.row == 4 and "odd" in one.kind]
+    found = check_data([table], False, "full", pixel_range=(0, 4))
+    assert [one.row for one in found if one.kind == "odd_values"] == [3]
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
@@ -274,7 +314,7 @@ def test_a_cache_knows_the_pictures_of_its_range_alone(tmp_path, kind):
     for pixel_range in ([0, 1], [0, 2], [0, 1]):
         sequence = get_generator(str(tmp_path / "a.csv"), ["red"], Configs(pixel_range=pixel_range, **facts), False)
         for _ in range(2):
-            np.testing.assert_array_equal(sequence[0][0][0, ..., 0], np.rint(ramp * 255 / pixel_range[1]))
+            np.testing.assert_array_equal(sequence[0][0][0, ..., 0], np.rint(ramp.astype(float) / pixel_range[1] * 255))
     folder = str(tmp_path / "cache")
     assert DiskCache(files, (8, 8), folder, pixel_range=(0, 1)).path != DiskCache(files, (8, 8), folder).path
     assert len({digest_image(files[0], pixel_range) for pixel_range in ((), (0, 1), (0, 2))}) == 3
@@ -286,7 +326,7 @@ def test_a_generator_without_a_range_tells_what_it_assumes(tmp_path, capsys):
     get_generator(str(tmp_path / "a.csv"), ["red"], Configs(), training=False)
     told = capsys.readouterr().out
     assert "a.csv: 1 float or 32-bit TIFF" in told
-    assert "of integers 0 is black and 255 white" in told
+    assert "in integers 0 is black and 255 white" in told
     get_generator(str(tmp_path / "a.csv"), ["red"], Configs(pixel_range=[0, 300]), training=False)
     assert capsys.readouterr().out == ""
 
@@ -321,7 +361,5 @@ def test_a_run_keeps_the_range_of_its_training_images(tmp_path, small_run, capsy
 
 @pytest.mark.parametrize("stored", [{}, {"pixel_range": []}])
 def test_a_run_that_has_no_range_takes_one(tmp_path, stored):
-    import json
-
     (tmp_path / "configs.json").write_text(json.dumps({"image_target_size": [32, 32, 3]} | stored))
     assert describe_model(Configs(pixel_range=[0, 9]), str(tmp_path / "best_model.keras")).pixel_range == [0, 9]
