@@ -17,13 +17,12 @@ def main(configs: Configs) -> dict:
     """Trains, alone or with the other processes of TF_CONFIG; returns the last epoch's figures and the best."""
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune import training
-    from finetune.data_check import check_sets, list_sets
+    from finetune.data_check import check_sets, list_sets, settle_sets
     from finetune.devices import choose_devices, start_strategy
     from finetune.log_figures import report_learning_rate
     from finetune.losses import get_losses
     from finetune.model_card import write_model_card
     from finetune.phases import get_phases
-    from finetune.pixel_range import settle_tables
     from finetune.resuming import find_start, has_ended
     from finetune.slurm import take_slurm_step
     from finetune.team import join_team, select_common
@@ -39,7 +38,7 @@ def main(configs: Configs) -> dict:
         if state and has_ended(state, configs):
             print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
             return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
-        configs = settle_tables(configs, list(list_sets(configs).values()))
+        configs = settle_sets(configs)
         bad_rows = check_sets(list_sets(configs), configs, team.is_chief)
         strategy = start_strategy(configs.distribution_strategy)
         configs = training.settle(configs, team)

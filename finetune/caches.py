@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from configs import Configs
 from finetune.findings import BadImage
 from finetune.options import UserError
 from finetune.stores import is_url, read_version
@@ -177,22 +178,17 @@ def name_resizing(resize_mode: str) -> str:
     return "" if resize_mode == "stretch" else f"_{resize_mode}"
 
 
-def build_cache(
-    kind: str,
-    paths: Sequence[str],
-    image_size: Sequence[int],
-    folder: str,
-    resize_mode: str,
-    pixel_range: Sequence[float] = (),
-) -> MemoryCache | DiskCache | None:
+def build_cache(configs: Configs, paths: Sequence[str], image_size: Sequence[int]) -> MemoryCache | DiskCache | None:
     """Builds the cache that the option `image_cache` names: `memory`, `disk`, or `none`.
 
     Raises:
         UserError: there is too little memory, or the folder cannot be written.
     """
-    if kind == "memory":
+    if configs.image_cache == "memory":
         return MemoryCache(len(paths), image_size)
-    return DiskCache(paths, image_size, folder, resize_mode, pixel_range) if kind == "disk" else None
+    if configs.image_cache == "none":
+        return None
+    return DiskCache(paths, image_size, configs.image_cache_path, configs.resize_mode, configs.pixel_range)
 
 
 def free_memory() -> int:

@@ -15,7 +15,7 @@ from finetune.findings import KINDS, Finding, describe_fault, get_bad_rows, repo
 from finetune.inspection import Inspection, inspect_images
 from finetune.missing_files import explain_missing
 from finetune.options import UserError
-from finetune.pixel_range import settle_files
+from finetune.pixel_range import settle_files, settle_tables
 from finetune.tables import ImageTable, find_class_names, make_image_table, parse_table, split_label
 from finetune.texts import LONGEST_LIST, join_names, show_count
 
@@ -33,6 +33,11 @@ def list_sets(configs: Configs) -> dict[str, str]:
     if configs.validation_csv and is_chosen and os.path.isfile(configs.test_csv):
         sets["test"] = configs.test_csv
     return sets
+
+
+def settle_sets(configs: Configs) -> Configs:
+    """Returns the options with the training images' `pixel_range`, as `settle_tables` finds it."""
+    return settle_tables(configs, list(list_sets(configs).values()))
 
 
 def check_sets(csv_paths: dict[str, str], configs: Configs, writes_report: bool = True) -> dict[str, set[int]]:

@@ -31,6 +31,8 @@ WHITE_IS_ZERO, GREY, RGB = 0, 1, 2
 LOG_LUV = 32845
 UNPACKED = 1
 DIFFERENCES, FLOAT_DIFFERENCES = 2, 3
+# With other kinds of packing libtiff ignores a predictor.
+PREDICTED = (5, 8, 32946, 34925, 50000)
 ASSOCIATED, UNASSOCIATED = 1, 2
 # NumPy's letters by TIFF's sample formats; 4 is undefined, which readers take for the first.
 FORMATS = {1: "u", 2: "i", 3: "f", 4: "u"}
@@ -256,7 +258,7 @@ def _decode_log_luv(data: bytes, layout: Layout) -> np.ndarray:
 def _undo_predictor(rows: np.ndarray, layout: Layout, channels: int) -> np.ndarray:
     """Makes values, `(rows, columns, values)`, of the bytes of rows of tiles, `(rows, columns, bytes)`."""
     size, native = layout.dtype.itemsize, layout.dtype.newbyteorder("=")
-    predictor = _first(layout.tags, PREDICTOR, 1)
+    predictor = _first(layout.tags, PREDICTOR, 1) if _first(layout.tags, PACKING, UNPACKED) in PREDICTED else 1
     if predictor == FLOAT_DIFFERENCES:
         steps = rows.reshape(*rows.shape[:2], -1, channels)
         # The bytes of one rank stand together, the highest first.

@@ -17,6 +17,7 @@ from finetune.images import fit_image, read_image
 from finetune.kept_answers import KeptAnswers, identify
 from finetune.metrics import check_finite
 from finetune.options import UserError
+from finetune.pixel_range import tell_assumed_range
 from finetune.progress import show_progress
 from finetune.runtimes import ExportedModel, compile_predictor
 from finetune.values import get_input_size
@@ -205,6 +206,8 @@ def predict_missing(
 ) -> None:
     """Runs the model over the images that have no answer yet, and adds the answers.
 
+    Prints which values are assumed to be black and white if images need a `pixel_range` and there is none.
+
     Args:
         model: gives its own probabilities, of which the means over the views are taken.
         kept: takes the answers.
@@ -214,9 +217,10 @@ def predict_missing(
     Raises:
         UserError: the model's probabilities are not finite, or the answers cannot be written.
     """
+    tell_assumed_range("The images to predict", kept.paths, configs.pixel_range)
     network, missing = compile_predictor(model), kept.missing
     paths, size = [kept.paths[row] for row in missing], get_input_size(configs)
-    reader = ForgivingReader(paths, size, configs.resize_mode, configs.max_image_pixels)
+    reader = ForgivingReader(paths, size, configs.resize_mode, configs.max_image_pixels, configs.pixel_range)
     workers, queue_length = configs.generator_workers, configs.generator_queue_length
     sequence = build_sequence(reader, views, configs.batch_size, workers, queue_length)
     with show_progress(len(kept.paths), "Predicting", len(kept.paths) - len(missing)) as progress:

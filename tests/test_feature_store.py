@@ -162,7 +162,7 @@ def test_an_image_of_which_its_store_tells_nothing_is_computed_each_time(
     model, photos, expected, tmp_path, computed, monkeypatch
 ):
     digest = feature_store.digest_image
-    monkeypatch.setattr(feature_store, "digest_image", lambda path: b"" if path == photos[0][3] else digest(path))
+    monkeypatch.setattr(feature_store, "digest_image", lambda path, _: b"" if path == photos[0][3] else digest(path))
     for rows in (range(36), [3]):
         computed.clear()
         found, is_read = get_features(model, make_sequence(photos), str(tmp_path))
