@@ -57,12 +57,10 @@ def main(configs: Configs) -> dict:
             found = training.try_learning_rates(phases[0], configs, strategy, model, tried, loss)
             return report_learning_rate(configs.save_model_path, found, team.is_chief)
         with training.open_run(configs, images, team) as interruption:
-            checkpoint = training.train_phases(
-                phases, configs, strategy, start, images, losses, interruption, team, state
-            )
+            last = training.train_phases(phases, configs, strategy, start, images, losses, interruption, team, state)
         if team.is_chief:
             write_model_card(configs.save_model_path)
-        return training.report_best(checkpoint, configs.save_model_path)
+        return training.report_best(last, configs.save_model_path)
 
 
 if __name__ == "__main__":
