@@ -8,6 +8,7 @@ from sklearn.metrics import log_loss
 
 from finetune.cam_pictures import overlay_heatmap
 from finetune.gallery import build_grad_cam, choose_gallery, draw_pictures, get_image_losses
+from finetune.images import read_image
 from finetune.options import UserError
 
 
@@ -73,7 +74,7 @@ def test_heatmaps_lie_over_photos_of_their_own_aspect_ratio(size, shown, tmp_pat
     PIL.Image.fromarray(pixels).save(tmp_path / "photo.png")
     grad_cam = build_grad_cam(small_network(), "hirescam", "")
     ((photo, heatmap),) = draw_pictures(
-        grad_cam, (8, 8), "stretch", 10**6, overlay_heatmap, [str(tmp_path / "photo.png")]
+        grad_cam, (8, 8), "stretch", read_image, overlay_heatmap, [str(tmp_path / "photo.png")]
     )
     assert photo.shape == heatmap.shape == (*shown, 3)
     # Of the four blocks that the network sees, the right upper one alone is not black.

@@ -342,7 +342,7 @@ def test_a_heatmap_lies_where_the_model_looked(tmp_path, mode):
     def place(image, heatmap):
         return place_heatmap(heatmap, image.shape[:2], (60, 60), mode)
 
-    ((_, found),) = draw_pictures(find_red, (60, 60), mode, 10**6, place, [str(tmp_path / "a.png")])
+    ((_, found),) = draw_pictures(find_red, (60, 60), mode, read_image, place, [str(tmp_path / "a.png")])
     expected = np.zeros((30, 90))
     expected[:, 60:] = 1
     if mode == "crop":
