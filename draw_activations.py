@@ -44,10 +44,8 @@ def main(configs: Configs) -> dict:
     explainer = Explainer(GradCam(model, configs.cam_method, configs.cam_backbone_layer), decision, choose)
     shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
-    limits = {"longest_side": configs.cam_picture_size, "read": build_reader(configs)}
-    draw = functools.partial(
-        draw_batch, sources=sources, targets=paths, class_names=class_names, overlay=overlay, **limits
-    )
+    facts = {"sources": sources, "targets": paths, "class_names": class_names, "overlay": overlay}
+    draw = functools.partial(draw_batch, **facts, longest_side=configs.cam_picture_size, read=build_reader(configs))
     found, seed = [], configs.random_seed or 0
     removal = choose_removal_on(explainer, sequence, seed)
     with show_progress(len(paths), configs.cam_method) as progress, naming_bad_images(sequence):
