@@ -315,10 +315,10 @@ class Checkpoint(keras.callbacks.Callback):
             stats |= {"kept_share": self.kept_share, "has_refitted_head": self.has_refitted_head}
         if self.best_aurocs is not None:
             stats["best_auroc_by_class"] = self.best_aurocs
-            lines = [f"epoch {self.best_epoch}", f"mean {self.best:.4f}"]
-            lines += [
-                f"{name} {'undefined' if auroc is None else f'{auroc:.4f}'}" for name, auroc in self.best_aurocs.items()
-            ]
+            # A validation set may define the AUROC of no class.
+            values = [("mean", self.best), *self.best_aurocs.items()]
+            lines = [f"epoch {self.best_epoch}"]
+            lines += [f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in values]
             write_text(os.path.join(self.folder, AUROC_FILE), "\n".join(lines) + "\n")
         write_json(os.path.join(self.folder, STATISTICS_FILE), stats)
 

@@ -245,7 +245,11 @@ def open_run(configs: Configs, images: Images, team: Team) -> Iterator[Interrupt
 
 def report_best(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
     """Prints the best epoch and where everything is; returns its figures with the last's."""
-    if checkpoint.best is None:
+    if checkpoint.best is None and checkpoint.kept_share is not None:
+        print(
+            f"The kept model's {checkpoint.monitor} is undefined: the validation set has each label on all or no image."
+        )
+    elif checkpoint.best is None:
         print(f"{checkpoint.monitor} is undefined in every epoch, so no model is the best one.")
     else:
         place = describe_epoch(checkpoint.best_epoch, checkpoint.kept_share, checkpoint.has_refitted_head)

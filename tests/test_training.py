@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -18,6 +19,7 @@ import tensorflow as tf
 import train
 from configs import Configs
 from finetune.callbacks import EpochOrder
+from finetune.checkpoints import Checkpoint
 from finetune.devices import set_seed
 from finetune.losses import get_class_weights
 from finetune.options import UserError
@@ -452,3 +454,17 @@ def test_a_class_that_the_validation_set_lacks_is_named_at_the_start(photo_folde
     assert lines == [
         "Warning: the validation set has no image of blue, red: its metrics say nothing about these 2 classes."
     ]
+
+
+def test_a_run_whose_validation_set_defines_no_auroc_writes_its_logs(tmp_path):
+    values = {"best": None, "best_epoch": 2, "best_aurocs": {"a": None, "b": 0.5}, "log": [{"epoch": 0}]}
+    values |= {
+        "writes": True,
+        "folder": str(tmp_path),
+        "monitor": "val_auroc",
+        "kept_share": None,
+        "input_waits": [0.0],
+    }
+    Checkpoint._write_logs(SimpleNamespace(**values))
+    lines = (tmp_path / "best_auroc.log").read_text("utf-8").splitlines()
+    assert lines == ["epoch 2", "mean undefined", "a undefined", "b 0.5000"]
