@@ -22,7 +22,7 @@ from finetune.batches import ImageBatches, Shares
 from finetune.caches import build_cache
 from finetune.data_check import check_images
 from finetune.options import UserError
-from finetune.photo_groups import pick_groups, read_groups
+from finetune.photo_groups import pick_groups, read_group_names, read_groups
 from finetune.pixel_range import tell_assumed_range
 from finetune.stores import join_path
 from finetune.tables import IMAGE_COLUMN, encode_labels, read_table
@@ -68,6 +68,7 @@ class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
         # The rows of the table that the images are of, in the order of `paths`, and their groups; where there are any.
         self.table: pd.DataFrame | None = None
         self.groups: np.ndarray | None = None
+        self.group_names = np.zeros(0, object)
         self.processes: BatchProcesses | None = None
 
     def __len__(self) -> int:
@@ -197,6 +198,7 @@ def get_generator(
         pixel_range=configs.pixel_range,
     )
     sequence.table, sequence.groups = table, read_groups(table, configs.csv_label_column)
+    sequence.group_names = read_group_names(table, configs.csv_label_column)
     return sequence
 
 

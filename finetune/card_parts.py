@@ -57,7 +57,12 @@ def fits(value: Any, form: Any) -> bool:
 _NUMBER = (float, None)
 _INTERVAL = ([_NUMBER, _NUMBER], None)
 _CALIBRATION = {"expected_calibration_error": float, "expected_calibration_error_uncalibrated": float}
-_FIGURES = dict.fromkeys(HEADLINES, _NUMBER) | {"images": int, "groups": (int, None), "csv": (str, None)}
+_FIGURES = dict.fromkeys(HEADLINES, _NUMBER) | {
+    "images": int,
+    "groups": (int, None),
+    "images_of_known_groups": (int, None),
+    "csv": (str, None),
+}
 _FIGURES |= {"sha256": (str, None), "calibration": _CALIBRATION}
 _FIGURES |= {"per_class": {str: {str: _NUMBER, "f1": float, "support": int}}}
 _INTERVALS = {str: _INTERVAL, "per_class": ({str: {str: _INTERVAL}}, None)}

@@ -19,13 +19,21 @@ from finetune.metrics import (
     get_multilabel_evaluation_metrics,
 )
 from finetune.options import UserError
-from finetune.photo_groups import count_groups, count_groups_of_classes, describe_group_count
+from finetune.photo_groups import (
+    count_groups,
+    count_groups_of_classes,
+    describe_group_count,
+    describe_shared,
+    find_shared,
+)
 from finetune.tables import LABEL_SEPARATOR, warn_of_missing_classes
 from finetune.texts import MOST_LISTED, MOST_TELLING, join_names
 
 if TYPE_CHECKING:
     from generator import AugmentedImageSequence
 
+# What a set is to be independent of: what the model has learnt from, or was selected by.
+SETS_BEFORE = {"validation": ("training",), "test": ("training", "validation")}
 # Of the column that metrics are reported by: each takes about 20 ms.
 MOST_VALUES = 1000
 
@@ -215,6 +223,9 @@ def evaluate_sets(
         groups = sequence.get_read_groups()
         extras = {"seed": seed, "threshold_range": threshold_range} if name == "test" else {}
         sets[name] = evaluate_set(*facts, groups=groups, **extras)
+        earlier = [sequences[other].group_names for other in SETS_BEFORE.get(name, ()) if other in sequences]
+        shared = np.setdiff1d(find_shared(sequence.group_names, earlier), [*sequence.bad_images])
+        sets[name] |= {"images_of_known_groups": len(shared)} if shared.size else {}
         if report_by and name == "test":
             sets[name]["by"] = evaluate_by(sequence.get_read_table()[report_by], *facts, seed, groups)
     return sets
@@ -271,5 +282,7 @@ def print_results(results: dict[str, Any]) -> None:
         print(f"\n{name} set: {images} of {figures['csv']}\n{format_evaluation(figures)}")
         counts = {label: row["support"] for label, row in figures["per_class"].items()}
         warn_of_missing_classes([*counts.values()], [*counts], name)
+        if shared := describe_shared(name, figures):
+            print(f"Warning: {shared}")
         if "by" in figures:
             print(f"\n{format_breakdown(figures['by'])}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +16,32 @@ from finetune.texts import join_names, show_count
 
 def read_groups(table: pd.DataFrame, label_column: str) -> np.ndarray | None:
     """Returns the groups of a table's images as `number_groups` does; None where it names none beside its labels."""
+    names = read_group_names(table, label_column)
+    return number_groups(names) if len(names) else None
+
+
+def read_group_names(table: pd.DataFrame, label_column: str) -> np.ndarray:
+    """Returns what a table calls each image's group, text `(images,)`; nothing where it has no such column."""
     if GROUP_COLUMN not in table or label_column == GROUP_COLUMN:
-        return None
-    return number_groups(table[GROUP_COLUMN])
+        return np.zeros(0, object)
+    return table[GROUP_COLUMN].str.strip().to_numpy(object)
+
+
+def find_shared(names: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the positions of the images whose group, as `read_group_names` gives it, is in another table too."""
+    known = {name for other in others for name in other if name}
+    return np.flatnonzero([name in known for name in names])
+
+
+def describe_shared(set_name: str, figures: dict[str, Any]) -> str:
+    """Says how many images of a set are of groups that the model knows, by the set's metrics; nothing without any."""
+    if not (number := figures.get("images_of_known_groups")):
+        return ""
+    known, worth = ("trained on or selected by", "its metrics are too good")
+    if set_name == "validation":
+        known, worth = ("trained on", "what is fitted on it is too sure of itself")
+    which = f"{number} of the {figures['images']} images of the {set_name} set"
+    return f"{which} belong to groups that the model was {known}: {worth}."
 
 
 def number_groups(values: Sequence[str]) -> np.ndarray | None:

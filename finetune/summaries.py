@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from configs import Configs
+from finetune.photo_groups import describe_shared
 from finetune.texts import MOST_LISTED, MOST_TELLING, join_names, show
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -131,6 +132,7 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
     elif results["multi_label"] and decision["thresholds_fitted_on"] is None:
         found.append("No thresholds were fitted.")
     found += _list_warnings_of_groups(test)
+    found += filter(None, (describe_shared(name, results["sets"].get(name, {})) for name in ("test", "validation")))
     supports = {name: row["support"] for name, row in test["per_class"].items()}
     faults = {
         "No test image has the label of these classes, so that nothing is known of them": [

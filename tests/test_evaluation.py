@@ -1,6 +1,7 @@
 """A set evaluated under a decision, as figures and as text."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from finetune.decision import (
     fit_decision,
     fit_temperature,
 )
-from finetune.evaluation import evaluate_set, format_evaluation, print_results
+from finetune.evaluation import evaluate_set, evaluate_sets, format_evaluation, print_results
 from finetune.intervals import get_intervals
 from finetune.metrics import (
     get_calibration,
@@ -88,6 +89,30 @@ def test_evaluating_a_set_of_one_label_an_image():
     }
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
     assert "intervals" not in evaluate_set(y_true, raw, decision)
+
+
+def test_images_of_groups_that_the_model_knows_are_counted(capsys):
+    y_true, raw = random_single_label(6, 3)
+    names = {"training": ["a", "b", "", "", "c", "d"], "validation": ["a", "a", "", "e", "f", "g"]}
+    names["test"] = ["b", "g", "g", "", "h", "i"]
+    sequences = {
+        name: SimpleNamespace(
+            get_y_true=lambda: y_true,
+            get_read_groups=lambda: None,
+            group_names=np.array(groups, object),
+            bad_images={2: "it could not be read"} if name == "test" else {},
+        )
+        for name, groups in names.items()
+    }
+    decision = Decision(NAMES, False, 1.5, "validation")
+    sets = evaluate_sets(sequences, dict.fromkeys(names, raw), decision, [0.1, 0.9], 0, "")
+    known = {name: figures.get("images_of_known_groups") for name, figures in sets.items()}
+    assert known == {"training": None, "validation": 2, "test": 2}
+    csv = {name: figures | {"csv": f"{name}.csv"} for name, figures in sets.items()}
+    print_results({"decision": decision.to_dict(), "multi_label": False, "sets": csv})
+    printed = capsys.readouterr().out
+    assert "Warning: 2 of the 6 images of the test set belong to groups" in printed
+    assert "Warning: 2 of the 6 images of the validation set belong to groups" in printed
 
 
 def test_evaluating_a_multilabel_set():

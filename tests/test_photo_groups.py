@@ -9,9 +9,12 @@ from finetune.photo_groups import (
     count_groups_of_classes,
     deal_groups,
     describe_groups,
+    describe_shared,
     find_lone_classes,
+    find_shared,
     number_groups,
     pick_groups,
+    read_group_names,
     read_groups,
     refuse_lone_classes,
 )
@@ -32,6 +35,24 @@ def test_the_column_of_labels_names_no_groups():
     assert read_groups(table, "class").tolist() == [0, 0, 1]
     assert read_groups(table, "group") is None
     assert read_groups(table[["path"]], "class") is None
+
+
+def test_groups_of_several_tables_are_the_same_by_name():
+    tables = [pd.DataFrame({"group": names}) for names in (["a", "", " b"], ["b ", "", "c", "a"])]
+    names = [read_group_names(table, "class") for table in tables]
+    assert find_shared(names[1], names[:1]).tolist() == [0, 3]
+    assert find_shared(names[1], []).size == 0
+    assert find_shared(read_group_names(tables[0], "group"), names).size == 0
+    test, validation = (
+        describe_shared(name, {"images": 4, "images_of_known_groups": 2}) for name in ("test", "validation")
+    )
+    assert (
+        "2 of the 4 images of the test set belong to groups that the model was trained on or selected by: its" in test
+    )
+    assert (
+        "validation set belong to groups that the model was trained on: what is fitted on it is too sure" in validation
+    )
+    assert describe_shared("test", {"images": 4}) == ""
 
 
 def test_images_that_are_each_a_group_of_their_own_have_none():
