@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from imgaug import augmenters as iaa
 
+from configs import Configs
 from finetune.colours import Saturation
 from finetune.warps import FusedAugmenter
 
@@ -21,7 +22,11 @@ def build_augmenter(strength: str = "default") -> FusedAugmenter | None:
 
     Returns:
         The pipeline; None where nothing changes.
+
+    Raises:
+        UserError: there is no such strength.
     """
+    Configs.check_values(augmentation_strength=strength)
     augmenters = STRENGTHS[strength]()
     return FusedAugmenter(augmenters) if augmenters else None
 

@@ -9,8 +9,7 @@ import dataclasses
 import math
 
 from configs import BACKBONE_NAMES, Configs
-from finetune.options import define, run_script
-from finetune.streams import protecting_output
+from finetune.options import define, run_script, script
 from finetune.values import bound_fault
 
 ALL = "all"
@@ -41,7 +40,7 @@ class CompareConfigs(Configs):
     )
 
 
-@protecting_output()
+@script
 def main(configs: CompareConfigs) -> dict:
     """Draws the images, probes each backbone at each size, and ranks them.
 

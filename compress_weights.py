@@ -16,8 +16,7 @@ from typing import Any, Self
 from configs import Configs
 from finetune.artefacts import EXPORTS, WEIGHTS_DTYPES, exports_fault, list_kinds, name_candidate
 from finetune.files import write_json
-from finetune.options import UserError, define, run_script
-from finetune.streams import protecting_output
+from finetune.options import UserError, define, run_script, script
 
 
 @dataclasses.dataclass
@@ -52,7 +51,7 @@ class CompressConfigs(Configs):
         return self
 
 
-@protecting_output()
+@script
 def main(configs: CompressConfigs) -> dict[str, Any]:
     """Writes each artefact, compares it with the original on the test set, prints the table and writes the report.
 

@@ -6,12 +6,11 @@ import functools
 import os
 
 from configs import Configs
-from finetune.options import run_script
-from finetune.streams import protecting_output
+from finetune.options import run_script, script
 from finetune.values import get_input_size
 
 
-@protecting_output()
+@script
 def main(configs: Configs) -> dict:
     """Loads the model, explains the test images batch by batch, writes the pictures; returns paths and faithfulness."""
     # Imported here, so that --help does not wait for TensorFlow.
@@ -26,25 +25,26 @@ def main(configs: Configs) -> dict:
     from finetune.gradcam import GradCam
     from finetune.images import build_reader
     from finetune.model_files import load_fitting_model
+    from finetune.prediction_files import describe_decision
     from finetune.progress import show_progress
-    from finetune.run_folder import MAPS_FOLDER, find_trained_model
+    from finetune.run_folder import MAPS_FOLDER, find_trained_model, name_model
     from generator import get_generator, naming_bad_images, tell_bad_images
 
     start_devices(configs.gpu_percentage)
     model_path, configs = find_trained_model(configs, ("test_csv", "image_directory", "csv_label_column"))
-    class_names, multi_label = configs.classes, configs.multi_label_classification
-    decision = read_decision(os.path.dirname(os.path.abspath(model_path)), class_names, multi_label, model_path)
-    sequence = get_generator(configs.test_csv, class_names, configs, training=False)
-    model = load_fitting_model(model_path, class_names, get_input_size(configs))
-    folder = os.path.join(configs.save_model_path, MAPS_FOLDER)
-    sources = list(sequence.paths)
+    names, multi_label = configs.classes, configs.multi_label_classification
+    decision = read_decision(os.path.dirname(os.path.abspath(model_path)), names, multi_label, model_path)
+    sequence = get_generator(configs.test_csv, names, configs, training=False)
+    model = load_fitting_model(model_path, names, get_input_size(configs))
+    print(name_model(configs, model_path), describe_decision(decision, "exact_match"), sep="\n")
+    folder, sources = os.path.join(configs.save_model_path, MAPS_FOLDER), list(sequence.paths)
     paths = [os.path.join(folder, name) for name in name_outputs(sources)]
 
     choose = functools.partial(CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
     explainer = Explainer(GradCam(model, configs.cam_method, configs.cam_backbone_layer), decision, choose)
     shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
-    facts = {"sources": sources, "targets": paths, "class_names": class_names, "overlay": overlay}
+    facts = {"sources": sources, "targets": paths, "class_names": names, "overlay": overlay}
     draw = functools.partial(draw_batch, **facts, longest_side=configs.cam_picture_size, read=build_reader(configs))
     found, seed = [], configs.random_seed or 0
     removal = choose_removal_on(explainer, sequence, seed)

@@ -10,8 +10,7 @@ import dataclasses
 import os
 
 from configs import Configs
-from finetune.options import define, run_script
-from finetune.streams import protecting_output
+from finetune.options import define, run_script, script
 
 MOST_SUSPECTS = 2000
 
@@ -32,7 +31,7 @@ class LabelErrorConfigs(Configs):
     apply: str = define("", "The corrections.csv that the page has saved: write a copy of csv_path corrected by it")
 
 
-@protecting_output()
+@script
 def main(configs: LabelErrorConfigs) -> dict:
     """Judges every label of the table, writes the suspects and their page; or writes the corrected table.
 

@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from augmenter import build_augmenter
 from configs import Configs
+from finetune.arguments import take_flag, take_names, take_path
 from finetune.batch_processes import BatchProcesses
 from finetune.batches import ImageBatches, Shares
 from finetune.caches import build_cache
@@ -62,6 +63,7 @@ class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
     """
 
     def __init__(self, *facts: Any, workers: int = 1, max_queue_size: int = 12, **named_facts: Any) -> None:
+        Configs.check_values(generator_workers=workers, generator_queue_length=max_queue_size)
         keras.utils.Sequence.__init__(self, workers=max(workers, 1), max_queue_size=max_queue_size)
         ImageBatches.__init__(self, *facts, **named_facts)
         self.error: UserError | None = None
@@ -172,8 +174,11 @@ def get_generator(
         shares: the devices to feed, where several train together.
 
     Raises:
-        UserError: the CSV, a label or an image in it is not usable.
+        UserError: the CSV, a label or an image in it is not usable, or an argument is not as described.
     """
+    Configs.check(configs)
+    csv_path, class_names = take_path("csv_path", csv_path), take_names(class_names)
+    training = take_flag("training", training)
     table, paths, labels = _list_images(csv_path, class_names, configs, bad_rows)
     image_size = configs.image_target_size[:2] if training else get_input_size(configs)
     sequence = AugmentedImageSequence(

@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from configs import Configs
-from finetune.options import define, run_script
-from finetune.streams import protecting_output
+from finetune.options import define, run_script, script
 
 
 def separator_fault(separator: str) -> str:
@@ -42,7 +41,7 @@ class FolderConfigs(Configs):
     )
 
 
-@protecting_output()
+@script
 def main(configs: FolderConfigs) -> dict:
     """Lists the images, writes the table and prints the counts.
 

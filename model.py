@@ -22,6 +22,7 @@ import numpy as np
 from keras import layers
 
 from configs import BACKBONE_NAMES, Configs
+from finetune.arguments import take_names
 from finetune.devices import precision_policy
 from finetune.freezing import prepare_backbone
 from finetune.optimizers import build_optimizer, compile_model
@@ -107,10 +108,12 @@ class ModelFactory:
 
     def get_input_size(self, name: str) -> tuple[int, int]:
         """Returns the `(height, width)` that a backbone's ImageNet weights were trained at."""
+        Configs.check_values(visual_model_name=name)
         return BACKBONES[name].input_size, BACKBONES[name].input_size
 
     def get_last_conv_layer(self, name: str) -> str:
         """Returns the name of a backbone's last spatial layer, which Grad-CAM reads."""
+        Configs.check_values(visual_model_name=name)
         return BACKBONES[name].last_layer
 
     def get_model(self, configs: Configs) -> keras.Model:
@@ -126,6 +129,8 @@ class ModelFactory:
             UserError: the image is too small for the backbone, more layers are to be dropped or trained than there
                 are, or the ImageNet weights cannot be had.
         """
+        Configs.check(configs)
+        take_names(configs.classes, "classes")
         name = configs.visual_model_name
         factor = 2**configs.cnn_downscaling_factor
         # The last one is what the model is built for.

@@ -6,8 +6,7 @@ import dataclasses
 import os
 
 from configs import Configs
-from finetune.options import define, run_script
-from finetune.streams import protecting_output
+from finetune.options import define, run_script, script
 
 
 @dataclasses.dataclass
@@ -19,7 +18,7 @@ class PlotConfigs(Configs):
     )
 
 
-@protecting_output()
+@script
 def main(configs: PlotConfigs) -> dict:
     """Reads the log, draws it, shows it where there is a display; returns the picture's path."""
     # Imported here, so that --help does not wait for matplotlib.

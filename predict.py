@@ -7,8 +7,7 @@ import os
 import re
 
 from configs import Configs
-from finetune.options import define, run_script
-from finetune.streams import protecting_output
+from finetune.options import define, run_script, script
 from finetune.values import get_input_size
 
 MOST_COPIES = 100
@@ -41,7 +40,7 @@ class PredictConfigs(Configs):
     )
 
 
-@protecting_output()
+@script
 def main(configs: PredictConfigs) -> dict:
     """Lists the images, loads the model, predicts and writes the table.
 
@@ -60,7 +59,7 @@ def main(configs: PredictConfigs) -> dict:
         prefer_existing,
         summarize,
     )
-    from finetune.run_folder import find_trained_model
+    from finetune.run_folder import find_trained_model, name_model
 
     is_given = "image_directory" in configs.given
     model_path, configs = find_trained_model(configs, ("image_directory",))
@@ -80,7 +79,7 @@ def main(configs: PredictConfigs) -> dict:
     model = load_predictor(model_path, configs.classes, get_input_size(configs))
     folder = os.path.dirname(os.path.abspath(model_path))
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
-    print(*notes, f"Model: {model_path}", describe_decision(decision, configs.threshold_type), sep="\n")
+    print(*notes, name_model(configs, model_path), describe_decision(decision, configs.threshold_type), sep="\n")
     facts = list_facts(configs, model_path)
     with KeptAnswers(configs.write_path, paths, configs.batch_size, len(configs.classes), facts) as kept:
         predict_missing(model, kept, build_views(configs.tta, configs.random_seed or 0), configs)

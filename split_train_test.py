@@ -6,8 +6,7 @@ import dataclasses
 import os
 
 from configs import Configs
-from finetune.options import UserError, define, run_script
-from finetune.streams import protecting_output
+from finetune.options import UserError, define, run_script, script
 
 
 @dataclasses.dataclass
@@ -28,7 +27,7 @@ class SplitConfigs(Configs):
     shuffle: bool = define(True, "Draw the images at random; False takes the last ones of each class")
 
 
-@protecting_output()
+@script
 def main(configs: SplitConfigs) -> dict:
     """Splits, writes and prints the counts; returns the image count of each class in each set."""
     # Imported here, so that --help does not wait for pandas.

@@ -10,12 +10,11 @@ import os
 from typing import Any
 
 from configs import Configs
-from finetune.options import run_script
-from finetune.streams import protecting_output
+from finetune.options import run_script, script
 from finetune.values import get_input_size
 
 
-@protecting_output()
+@script
 def main(configs: Configs) -> dict[str, Any]:
     """Loads the model, predicts each set, evaluates, prints and writes; returns the content of metrics.json."""
     # Imported here, so that --help does not wait for TensorFlow.
@@ -31,9 +30,11 @@ def main(configs: Configs) -> dict[str, Any]:
         find_trained_model,
         fingerprint,
         has_selected,
+        keep_decision,
         list_options,
         list_tables,
         name_evaluation,
+        name_model,
     )
     from finetune.runtimes import load_predictor
     from generator import get_generator
@@ -45,7 +46,7 @@ def main(configs: Configs) -> dict[str, Any]:
     check_report_by(sequences["test"].table, configs.report_by, configs.test_csv)
     known = check_test_images(model_path, configs.test_csv, sequences["test"].paths, configs.allow_duplicates)
     model = load_predictor(model_path, configs.classes, get_input_size(configs))
-    print(f"Model: {model_path}")
+    print(name_model(configs, model_path))
     explain = build_explainer(model, configs)
     predictions = {name: predict(model, sequence, f"Predicting the {name} set") for name, sequence in sequences.items()}
     # After the images have been read: under skip_bad_images those that could not be have no part.
@@ -53,16 +54,14 @@ def main(configs: Configs) -> dict[str, Any]:
     threshold_range, multi_label = configs.multilabel_threshold_range, configs.multi_label_classification
     decision = get_decision(model_path, truths, predictions, configs.classes, multi_label, threshold_range)
     sets = evaluate_sets(sequences, predictions, decision, threshold_range, configs.random_seed or 0, configs.report_by)
-    for name, sequence in sequences.items():
-        sets[name] |= {"csv": tables[name][0], "sha256": fingerprint(sequence)}
+    sets = {name: one | {"csv": tables[name][0], "sha256": fingerprint(sequences[name])} for name, one in sets.items()}
     sets["test"] |= {"images_trained_on": known} if known else {}
     sets["test"]["selected_the_model"] = has_selected(model_path, configs.test_csv)
     results = {"model": model_path, "classes": configs.classes, "multi_label": multi_label}
-    results |= {"decision": decision.to_dict(), "sets": sets}
-    folder = os.path.join(configs.save_model_path, name_evaluation(model_path))
-    read, truth, probabilities = sequences["test"].get_read_paths(), truths["test"], predictions["test"]
-    options, probabilities = list_options(configs, model_path), decision.calibrate(probabilities)
-    write_evaluation(folder, read, truth, probabilities, decision, results, explain, options)
+    results |= {"decision": keep_decision(model_path, decision.to_dict()), "sets": sets}
+    place, read = os.path.join(configs.save_model_path, name_evaluation(model_path)), sequences["test"].get_read_paths()
+    truth, probabilities = truths["test"], decision.calibrate(predictions["test"])
+    write_evaluation(place, read, truth, probabilities, decision, results, explain, list_options(configs, model_path))
     write_model_card(configs.save_model_path)
     return results
 

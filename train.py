@@ -8,11 +8,10 @@ from __future__ import annotations
 import time
 
 from configs import Configs
-from finetune.options import run_script
-from finetune.streams import protecting_output
+from finetune.options import run_script, script
 
 
-@protecting_output()
+@script
 def main(configs: Configs) -> dict:
     """Trains, alone or with the other processes of TF_CONFIG; returns the last epoch's figures and the best."""
     # Imported here, so that --help does not wait for TensorFlow.

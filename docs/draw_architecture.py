@@ -22,7 +22,7 @@ PICTURE = PROJECT / "docs" / "architecture.png"
 PACKAGE = "finetune"
 FLOORS: dict[str, tuple[str, ...]] = {
     "ground": (
-        *("finetune.values", "finetune.notices", "finetune.streams", "finetune.options"),
+        *("finetune.values", "finetune.notices", "finetune.streams", "finetune.options", "finetune.arguments"),
         *("finetune.texts", "finetune.progress"),
         *("finetune.files", "finetune.groups", "finetune.labels"),
     ),
@@ -56,7 +56,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         *("finetune.freezing", "finetune.losses", "finetune.optimizers", "model", "finetune.artefacts"),
-        "finetune.hdf5_attributes",
+        *("finetune.model_description", "finetune.hdf5_attributes"),
         *("finetune.safety", "finetune.compressed", "finetune.inference_model", "finetune.model_files"),
         *("finetune.trainer", "finetune.features", "finetune.probe"),
         *("finetune.feature_store", "finetune.speeds"),

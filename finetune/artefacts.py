@@ -40,6 +40,11 @@ def metadata_path(path: str) -> str:
     return os.path.join(os.path.dirname(os.path.abspath(path)), f"{artefact_stem(path)}_metadata.json")
 
 
+def labels_path(path: str) -> str:
+    """Returns where the class names of an artefact stand, a line each."""
+    return metadata_path(path).removesuffix("_metadata.json") + "_labels.txt"
+
+
 def is_exported(path: str) -> bool:
     """Tells whether a path is that of a model for another runtime than Keras."""
     return os.path.splitext(path)[1] in (".tflite", ".onnx") or os.path.isfile(os.path.join(path, GRAPH_FILE))

@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 from imgaug import augmenters as iaa
 
-from configs import MAX_IMAGE_PIXELS
+from configs import MAX_IMAGE_PIXELS, Configs
+from finetune.arguments import check_rows, take_size
 from finetune.caches import DiskCache, MemoryCache
 from finetune.crops import choose_shape, draw_crop, enlarge_for_crops
 from finetune.images import JPEG_HEADER, PAD_GREY, read_image, resize_image, shape_image
@@ -94,8 +95,19 @@ class ImageBatches:
     pixel_range: Sequence[float] = ()
 
     def __post_init__(self) -> None:
+        Configs.check_values(
+            batch_size=self.batch_size,
+            random_seed=self.seed,
+            max_image_pixels=self.max_pixels,
+            mixup_alpha=self.mixup_alpha,
+            cutmix_alpha=self.cutmix_alpha,
+            random_crop_area=self.crop_area,
+            resize_mode=self.resize_mode,
+        )
         self.paths = np.asarray(self.paths, dtype=object)
-        self.image_size = tuple(self.image_size)
+        self.labels = np.asarray(self.labels)
+        check_rows("labels", self.labels, self.paths)
+        self.image_size = take_size("image_size", self.image_size)
         self.gives_shares = self.shares is not None and self.shuffle
         self.shares = self.shares or Shares()
         self.crop_area = tuple(self.crop_area)

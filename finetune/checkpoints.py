@@ -285,7 +285,7 @@ class Checkpoint(keras.callbacks.Callback):
         state = self.state(epochs_completed, steps_completed)
         if not self.writes:
             return
-        save_checkpoint(self.saved_view, first, state if resumes else None)
+        save_checkpoint(self.saved_view, first, state if resumes else None, self.run_state["configs"])
         for path in others:
             duplicate_file(first, path)
 

@@ -12,6 +12,8 @@ import keras
 import numpy as np
 from keras import layers
 
+from finetune.arguments import argument_error, take_choice, take_path
+from finetune.artefacts import WEIGHTS_DTYPES
 from finetune.files import atomic_path, write_text
 from finetune.options import LARGEST_JSON_FILE, UserError
 from finetune.safety import check_arrays, check_layers, largest_content, limiting_weights, telling_damage
@@ -37,7 +39,16 @@ def custom_save_model(
 
     Returns:
         The paths of the HDF5 and the JSON file.
+
+    Raises:
+        UserError: an argument is not as described, or a file cannot be written.
     """
+    save_path, model_name = take_path("save_path", save_path), take_path("model_name", model_name)
+    take_choice("weights_dtype", weights_dtype, WEIGHTS_DTYPES)
+    if not model_name:
+        raise argument_error("model_name", "a file name without ending", model_name)
+    if not isinstance(model, keras.Model):
+        raise argument_error("model", "a Keras model", model)
     weights_path, layers_path = (os.path.join(save_path, model_name + suffix) for suffix in (".h5", ".json"))
     depthwise = {id(kernel) for kernel in _find_depthwise_kernels(model)}
     with atomic_path(weights_path) as temporary, h5py.File(temporary, "w") as file:
@@ -67,6 +78,7 @@ def custom_load_model(load_path: str, model_name: str) -> keras.Model:
     Raises:
         UserError: a file is missing or damaged, or the two do not belong together.
     """
+    load_path, model_name = take_path("load_path", load_path), take_path("model_name", model_name)
     weights_path, layers_path = (os.path.join(load_path, model_name + suffix) for suffix in (".h5", ".json"))
     with telling_damage(f"{weights_path} and {layers_path} are not a compressed model"):
         with open(layers_path, "rb") as file:

@@ -7,31 +7,31 @@ import os
 from typing import Any
 
 from configs import Configs
-from finetune.artefacts import metadata_path, name_accepted
+from finetune.artefacts import labels_path, metadata_path, name_accepted
 from finetune.decision import Decision
 from finetune.files import write_json, write_text
+from finetune.model_description import hash_model, select_described
 from finetune.parity import Subject
 from finetune.run_folder import COMPRESSION_FILE
-from finetune.stores import hash_file
 
 
 def write_metadata(model_path: str, configs: Configs, decision: Decision, has_exports: bool) -> None:
     """Writes beside the artefacts what they need where the run's folder is not: labels, options and decision."""
     if has_exports and not (decision.temperature_fitted_on or decision.thresholds_fitted_on):
         print("No temperature and no thresholds are shipped: test.py fits them where there is a validation set.")
-    described = {name for name, option in Configs.options().items() if option.metadata["describes_model"]}
+    # Of a model that no file describes, only what was given is known.
+    known = {name: value for name, value in configs.to_dict().items() if name in configs.given or name == "classes"}
     content = {
         "model": os.path.basename(model_path),
         "input": "RGB, float32, (batch, height, width, 3), pixels from 0 to 255; the preprocessing is inside; "
         "resize_mode of the options tells how a photo comes to this size",
         "output": "raw probabilities, float32, (batch, classes)",
-        "options": {name: value for name, value in configs.to_dict().items() if name in described},
+        "options": select_described(known),
         "decision": decision.to_dict(),
     }
-    path = metadata_path(model_path)
-    write_json(path, content)
+    write_json(metadata_path(model_path), content)
     lines = [" ".join(name.splitlines()) + "\n" for name in configs.classes]
-    write_text(path.removesuffix("_metadata.json") + "_labels.txt", "".join(lines))
+    write_text(labels_path(model_path), "".join(lines))
 
 
 def start_report(model_path: str, test_csv: str, tolerance: float, subject: Subject | None) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def start_report(model_path: str, test_csv: str, tolerance: float, subject: Subj
     return {
         "model": model_path,
         "model_bytes": os.path.getsize(model_path),
-        "model_sha256": hash_file(model_path).hex(),
+        "model_sha256": hash_model(model_path).hex(),
         "test_csv": test_csv or None,
         "images": len(subject.probabilities) if subject else None,
         "tolerance": tolerance,

@@ -14,6 +14,7 @@ from scipy import optimize, special
 from finetune.metrics import check_finite
 
 THRESHOLD_STEP = 0.01
+THRESHOLD_TYPES = ("exact_match", "best_f1")
 TEMPERATURE_RANGE = (0.05, 20.0)
 # Below float32's least positive number, so that 0 stays the lowest of a row and its logarithm finite.
 LEAST_PROBABILITY = 1e-46

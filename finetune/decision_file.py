@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -9,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from finetune.arguments import take_flag, take_names, take_path
 from finetune.artefacts import DECISION_FILE, artefact_stem, is_exported, metadata_path
 from finetune.decision import TEMPERATURE_RANGE, Decision, fit_decision
 from finetune.files import write_json
 from finetune.labels import look_the_same
+from finetune.model_description import CONFIGS_FILE, read_description
 from finetune.options import UserError
 from finetune.texts import join_names
 from finetune.values import convert
@@ -36,24 +39,30 @@ def get_decision(
     folder = os.path.dirname(os.path.abspath(model_path))
     if is_exported(model_path):
         return read_decision(folder, class_names, multi_label, model_path)
-    path = os.path.join(folder, DECISION_FILE)
-    if "validation" not in truths and (kept := _find_fitted(path, class_names, multi_label, model_path)):
-        print(f"There is no validation set here: {path} stays as it was fitted.")
-        return kept
+    if "validation" not in truths:
+        place, kept = _find_fitted(folder, class_names, multi_label, model_path)
+        if kept:
+            print(f"There is no validation set here: the decision in {place} stays as it was fitted.")
+            write_decision(folder, kept := dataclasses.replace(kept, model=os.path.basename(model_path)))
+            return kept
     decision = fit_decision(truths, predictions, class_names, multi_label, threshold_range, model_path)
     write_decision(folder, decision)
     return decision
 
 
-def _find_fitted(path: str, class_names: Sequence[str], multi_label: bool, model_path: str) -> Decision | None:
-    """Returns a model's stored decision if it was fitted on a validation set; None also where the file is damaged."""
+def _find_fitted(
+    folder: str, class_names: Sequence[str], multi_label: bool, model_path: str
+) -> tuple[str, Decision | None]:
+    """Returns where a model's stored decision is, and it, if it was fitted on a validation set and is not damaged."""
     try:
-        stored = _read_decision_file(path)
+        place, stored, _ = _find_stored(folder, model_path)
     except UserError:
-        return None
-    names = (list(class_names), multi_label, os.path.basename(model_path))
-    is_its = names == (stored.class_names, stored.multi_label, stored.model)
-    return stored if is_its and stored.temperature_fitted_on else None
+        return "", None
+    if stored is None or not stored.temperature_fitted_on:
+        return "", None
+    is_its = (list(class_names), multi_label) == (stored.class_names, stored.multi_label)
+    is_its &= place == model_path or stored.model == os.path.basename(model_path)
+    return (place, stored) if is_its else ("", None)
 
 
 def write_decision(folder: str, decision: Decision) -> str:
@@ -73,36 +82,69 @@ def read_decision(folder: str, class_names: Sequence[str], multi_label: bool, mo
         model_path: of the model in use; what `compress_weights.py` makes of `best_model.keras` counts as that.
 
     Returns:
-        The stored decision. An exported model keeps the one that it brings in its `_metadata.json`, if that was fitted:
-        it gives the same labels here as elsewhere. Where there is no stored one, that of the metadata counts for
-        compressed weights too. The defaults where there is neither, or where it is another model's, which is printed.
+        The stored decision: see `_find_stored`. The defaults where there is none, or only another model's, which is
+        printed.
 
     Raises:
         UserError: the file is not as `write_decision` writes it, or is of other classes.
     """
-    path, shipped_path = os.path.join(folder, DECISION_FILE), metadata_path(model_path)
-    default = Decision(list(class_names), multi_label)
-    stored = _read_decision_file(path) if os.path.lexists(path) else None
-    brings_own = is_exported(model_path) or (stored is None and not model_path.endswith(".keras"))
-    if brings_own and os.path.lexists(shipped_path):
-        shipped = _read_decision_file(shipped_path, "decision")
-        if stored is None or shipped.temperature_fitted_on or shipped.thresholds_fitted_on:
-            path, stored = shipped_path, shipped
+    folder, model_path = take_path("folder", folder), take_path("model_path", model_path)
+    class_names, multi_label = take_names(class_names), take_flag("multi_label", multi_label)
+    place, stored, notice = _find_stored(folder, model_path)
+    if notice:
+        print(notice)
     if stored is None:
-        return default
-    if stored.model and artefact_stem(stored.model) != artefact_stem(model_path):
-        print(
-            f"{path} was fitted for {stored.model}: {os.path.basename(model_path)} goes without it. "
-            "Run test.py on this model to fit its own."
-        )
-        return default
-    if not look_the_same(stored.class_names, default.class_names) or stored.multi_label != multi_label:
+        return Decision(class_names, multi_label)
+    if not look_the_same(stored.class_names, class_names) or stored.multi_label != multi_label:
         raise _decision_fault(
-            path,
+            place,
             f"expected the model's classes {join_names(class_names)} and multi_label {multi_label}",
             f"{join_names(stored.class_names)!r} and multi_label {stored.multi_label}",
         )
     return stored
+
+
+def _find_stored(folder: str, model_path: str) -> tuple[str, Decision | None, str]:
+    """Finds a model's decision in `decision.json`, or the one that the model brings itself.
+
+    A model brings its decision inside, or in its `_metadata.json`. Away from its run that one holds. In its run
+    `decision.json` does, which may be edited, but an exported model keeps the one that it brings if that was fitted:
+    it gives the same labels everywhere.
+
+    Returns:
+        Where the decision is, the decision or None, and what has to be said about it.
+    """
+    path = os.path.join(folder, DECISION_FILE)
+    is_at_home = os.path.isfile(os.path.join(os.path.dirname(os.path.abspath(model_path)), CONFIGS_FILE))
+    place, own = _read_own(model_path, is_at_home)
+    named = _read_decision_file(path) if os.path.lexists(path) else None
+    own_is_fitted = own is not None and bool(own.temperature_fitted_on or own.thresholds_fitted_on)
+    if named is None or (own_is_fitted and (is_exported(model_path) or not is_at_home)):
+        differs = named is not None and not is_exported(model_path) and named != own
+        return place, own, f"{path} is not used: {place} brings another decision." * differs
+    if named.model and artefact_stem(named.model) != artefact_stem(model_path):
+        if own_is_fitted:
+            return place, own, ""
+        name = os.path.basename(model_path)
+        return (
+            path,
+            None,
+            (f"{path} was fitted for {named.model}: {name} goes without it. Run test.py on this model to fit its own."),
+        )
+    differs = own_is_fitted and place == model_path and named != own
+    return path, named, f"The decision is that of {path}; the one inside {place} differs." * differs
+
+
+def _read_own(model_path: str, is_at_home: bool) -> tuple[str, Decision | None]:
+    """Returns where the decision is that a model brings, and that decision; None where it brings none."""
+    content = read_description(model_path)
+    if content is not None:
+        own = content["decision"]
+        return model_path, None if own is None else _check_decision(own, f"{model_path}, decision")
+    path = metadata_path(model_path)
+    # In the run, the decision that was fitted for a model of Keras may be older than the model.
+    is_its = os.path.lexists(path) and not (is_at_home and model_path.endswith(".keras"))
+    return path, _read_decision_file(path, "decision") if is_its else None
 
 
 def _read_decision_file(path: str, part: str = "") -> Decision:
@@ -118,6 +160,11 @@ def _read_decision_file(path: str, part: str = "") -> Decision:
         raise _decision_fault(path, "expected valid JSON", f"{error}") from error
     if part and isinstance(stored, dict):
         stored = stored.get(part)
+    return _check_decision(stored, path)
+
+
+def _check_decision(stored: Any, path: str) -> Decision:
+    """Returns the decision that a JSON object is; raises UserError where it has another form."""
     if not isinstance(stored, dict):
         raise _decision_fault(path, "expected a JSON object", repr(stored))
     if unknown := sorted(stored.keys() - _DECISION_FIELDS.keys()):

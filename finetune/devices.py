@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
+from configs import Configs
 from finetune.hardware import Gpu, count_cores, describe_hardware, explain_unused_gpu, hides_gpus
 from finetune.notices import hiding_notices
 from finetune.options import UserError
@@ -38,7 +39,11 @@ def set_gpu_usage(gpu_percentage: float) -> None:
 
     Args:
         gpu_percentage: in `[0, 1]`; 0 hides all GPUs.
+
+    Raises:
+        UserError: it is not.
     """
+    Configs.check_values(gpu_percentage=gpu_percentage)
     gpus = tf.config.list_physical_devices("GPU")
     if gpu_percentage == 0:
         tf.config.set_visible_devices([], "GPU")

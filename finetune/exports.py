@@ -161,8 +161,13 @@ def read_calibration_images(configs: Configs) -> list[np.ndarray]:
     """Reads up to `CALIBRATION_IMAGES` training images, drawn at random, uint8 RGB `(height, width, 3)`.
 
     Raises:
-        UserError: there is no training table, or an image cannot be read.
+        UserError: there is no training table, it is neither the run's nor given, or an image cannot be read.
     """
+    if "train_csv" not in configs.given:
+        raise UserError(
+            "train_csv: --export_quantization int8 takes its ranges from training images, and no configs.json names "
+            "those of this model. Give --train_csv."
+        )
     if not os.path.isfile(configs.train_csv):
         raise UserError(
             f"train_csv: --export_quantization int8 takes its ranges from training images. Expected a CSV file. "

@@ -14,6 +14,7 @@ import PIL.Image
 import simplejpeg
 
 from configs import MAX_IMAGE_PIXELS, Configs
+from finetune.arguments import take_path, take_size
 from finetune.findings import BadImage
 from finetune.headers import (
     JPEG_START,
@@ -98,8 +99,13 @@ def read_image(
         uint8 RGB `(height, width, 3)`; grey is repeated, 16 bits reduced to 8.
 
     Raises:
-        UserError: the file is missing, damaged, too large or cannot be decoded.
+        UserError: the file is missing, damaged, too large or cannot be decoded, or an argument is not as described.
     """
+    path = take_path("path", path)
+    if image_size is not None:
+        image_size = take_size("image_size", image_size)
+    if type(max_pixels) is not int or max_pixels < 1:
+        Configs.check_values(max_image_pixels=max_pixels)
     try:
         return decode_image(read_bytes(path), max_pixels, image_size, header, pixel_range)
     except OSError as error:

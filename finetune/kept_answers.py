@@ -26,9 +26,10 @@ import tensorflow as tf
 from configs import Configs
 from finetune.caches import digest_image
 from finetune.files import list_files
+from finetune.model_description import hash_model
 from finetune.options import UserError
 from finetune.run_folder import lock_file
-from finetune.stores import hash_file, is_url
+from finetune.stores import is_url
 from finetune.texts import show_count
 
 # To be raised when images are decoded or resized in another way.
@@ -218,5 +219,5 @@ def list_facts(configs: Configs, model_path: str) -> dict[str, Any]:
         "libraries": [tf.__version__, keras.__version__],
         "devices": devices,
         "options": options,
-        "files": [str(hash_file(path)) for path in files],
+        "files": [str(hash_model(path)) for path in files],
     }

@@ -32,7 +32,7 @@ from finetune.photo_groups import (
 from finetune.pixel_range import settle_tables, tell_assumed_range
 from finetune.probe import cross_validate, split_head
 from finetune.run_data import IMAGES_FILE, READING_OPTIONS, find_trained_images
-from finetune.run_folder import find_trained_model
+from finetune.run_folder import find_trained_model, name_model
 from finetune.stores import join_path
 from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table, resolve_class_names
 from finetune.texts import join_names
@@ -101,21 +101,20 @@ def get_judge(configs: Configs, csv_path: str) -> tuple[Judge, Configs]:
     Raises:
         UserError: there is no such model, or the table is not usable.
     """
-    configs = configs.replace(train_csv=csv_path)
     if configs.load_model_path:
         path, configs = find_trained_model(configs, READING_OPTIONS)
         model = load_fitting_model(path, configs.classes, get_input_size(configs))
         if [layer.name for layer in get_classifier(model).layers[-2:]] != ["backbone", "classifier"]:
             raise UserError(f"{path} has no parts 'backbone' and 'classifier'. Name a model that train.py has written.")
         refuse_one_label(configs.classes, csv_path)
-        print(f"Model: {path}")
-        return Judge(model, path), configs
+        print(name_model(configs, path))
+        return Judge(model, path), configs.replace(train_csv=csv_path)
     configs = settle_tables(configs, [csv_path])
     class_names = resolve_class_names(
         configs.classes, csv_path, configs.csv_label_column, configs.multi_label_classification
     )
     refuse_one_label(class_names, csv_path)
-    configs = configs.replace(classes=class_names)
+    configs = configs.replace(train_csv=csv_path, classes=class_names)
     set_seed(configs.random_seed)
     return Judge(ModelFactory().get_model(configs), ""), configs
 

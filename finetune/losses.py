@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from configs import Configs
+from finetune.arguments import take_flag, take_labels, take_number, take_table
 from finetune.options import UserError
 
 
@@ -144,7 +145,11 @@ def get_class_weights(labels: np.ndarray, number_of_classes: int) -> dict[int, f
 
     Returns:
         The weight, never under 1, of each class position.
+
+    Raises:
+        UserError: a label is no class position.
     """
+    labels = take_labels("labels", labels, take_number("number_of_classes", number_of_classes))
     counts = np.bincount(labels, minlength=number_of_classes)
     weights = damped_inverse(counts, np.full(number_of_classes, len(labels) / number_of_classes))
     return dict(enumerate(weights.tolist()))
@@ -162,7 +167,13 @@ def get_multilabel_class_weights(
 
     Returns:
         float32 `(2, classes)`: the weights of an absent and of a present label.
+
+    Raises:
+        UserError: the labels are not zeros and ones, or the factor is not above 0.
     """
+    labels = take_table("labels", labels, is_binary=True)
+    balance = take_flag("balance", balance)
+    Configs.check_values(positive_weights_multiply=positive_weights_multiply)
     positives = labels.sum(axis=0)
     negatives = len(labels) - positives
     if balance:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from sklearn import metrics as sk
 
+from finetune.arguments import check_rows, take_labels, take_names, take_share, take_table
 from finetune.confusions import count_confusions
 from finetune.options import UserError
 
@@ -39,7 +40,13 @@ def get_evaluation_metrics(y_true: np.ndarray, probabilities: np.ndarray, class_
         the classes that are true or predicted somewhere; `top_5_accuracy` where there are more than 10 classes;
         `per_class` precision, recall, f1 and support by class name, 0 where undefined; `confusion_matrix`, as
         `count_confusions` returns it.
+
+    Raises:
+        UserError: the arguments are not as described, or differ in the number of images or classes.
     """
+    class_names = take_names(class_names)
+    probabilities = take_table("probabilities", probabilities, len(class_names))
+    y_true = take_labels("y_true", y_true, len(class_names), len(probabilities))
     predicted, positions = probabilities.argmax(axis=1), np.arange(len(class_names))
     right, chosen, support = (
         np.bincount(labels, minlength=len(class_names)) for labels in (y_true[y_true == predicted], predicted, y_true)
@@ -94,7 +101,15 @@ def get_multilabel_evaluation_metrics(
         that are true or predicted somewhere), `threshold`; `per_class` by class name: precision, recall, f1 and
         support (0 where undefined), `auroc` and `average_precision` (None where a class has no positive, or for
         AUROC no negative, and then left out of the mean).
+
+    Raises:
+        UserError: the arguments are not as described, or differ in the number of images or classes.
     """
+    class_names, threshold = take_names(class_names), take_share("threshold", threshold)
+    probabilities = take_table("probabilities", probabilities, len(class_names))
+    y_true = take_table("y_true", y_true, len(class_names), is_binary=True)
+    check_rows("y_true", y_true, probabilities)
+    check_rows("ranking", probabilities if ranking is None else ranking, probabilities)
     truth, predicted = y_true.astype(bool), probabilities >= threshold
     scores = probabilities if ranking is None else ranking
     aurocs = get_aurocs(y_true, scores)

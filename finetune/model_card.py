@@ -17,11 +17,11 @@ from finetune.evaluation import find_worst
 from finetune.files import write_text
 from finetune.images import PAD_GREY
 from finetune.log_figures import LOG_METRICS, read_log
+from finetune.model_description import OF_BEFORE, hash_model
 from finetune.options import UserError
 from finetune.photo_groups import describe_group_count
-from finetune.run_folder import BEST_MODEL, CARD_FILE, CONFIGS_FILE, LATEST_MODEL, LOG_FILE, OF_BEFORE
+from finetune.run_folder import BEST_MODEL, CARD_FILE, CONFIGS_FILE, LATEST_MODEL, LOG_FILE
 from finetune.selection import describe_epoch
-from finetune.stores import hash_file
 from finetune.summaries import (
     CHOSEN_ON_TEST_SET,
     HEADLINES,
@@ -281,7 +281,7 @@ def _list_artefacts(folder: str, compression: dict[str, Any]) -> list[dict[str, 
     """Returns what was made of the model, with `name` and `bytes`; nothing where the folder has another model now."""
     model = os.path.join(folder, base_name(compression["model"]))
     if os.path.isfile(model):
-        digest = hash_file(model)
+        digest = hash_model(model)
         if not isinstance(digest, bytes) or digest.hex() != compression["model_sha256"]:
             return []
     return [

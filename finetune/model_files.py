@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import keras
 
+from finetune.arguments import take_flag, take_path
 from finetune.artefacts import is_exported
 from finetune.compressed import custom_load_model
 from finetune.options import UserError
@@ -24,6 +25,7 @@ def load_model(path: str, with_optimizer: bool = False) -> keras.Model:
     Raises:
         UserError: the file is no model, is damaged, holds code, or claims far more weights than it has bytes.
     """
+    path, with_optimizer = take_path("path", path), take_flag("with_optimizer", with_optimizer)
     if is_exported(path):
         raise UserError(
             f"{path} is an exported model, which predict.py and test.py take. This script needs the model that it was "

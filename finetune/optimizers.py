@@ -22,7 +22,7 @@ def get_optimizer(
 
     Args:
         optimizer_type: one of `OPTIMIZER_NAMES`.
-        learning_rate: above 0.
+        learning_rate: above 0, or a schedule of Keras.
         weight_decay: in `[0, 1)`. Each step takes it times the learning rate away from the weights, apart from the
             gradients: Loshchilov and Hutter, ICLR 2019 (arXiv:1711.05101). See `exclude_from_weight_decay`.
         ema_decay: in `[0, 1)`: of the moving average of the weights that the optimizer keeps; 0 keeps none.
@@ -30,7 +30,19 @@ def get_optimizer(
             alone: Kingma and Ba, ICLR 2015 (arXiv:1412.6980), algorithm 1.
         adam_epsilon: from 1e-12 on, what these add to the root of that average: the `epsilon hat` of section 2, which
             in the first steps holds back more than the epsilon of algorithm 1, and of PyTorch.
+
+    Raises:
+        UserError: a value is not as described.
     """
+    Configs.check_values(
+        optimizer_type=optimizer_type,
+        weight_decay=weight_decay,
+        ema_decay=ema_decay,
+        adam_beta_2=adam_beta_2,
+        adam_epsilon=adam_epsilon,
+    )
+    if not callable(learning_rate):
+        learning_rate = Configs.check_values(learning_rate=learning_rate)["learning_rate"]
     # Keras's AdamW has a decay of its own, and takes no None.
     options = {"weight_decay": weight_decay} if weight_decay or optimizer_type == "AdamW" else {}
     if optimizer_type in ADAM_NAMES:

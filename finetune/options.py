@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Self
 
 from finetune.notices import silence_libraries
-from finetune.streams import protect_output, restart_in_utf8
+from finetune.streams import protect_output, protecting_output, restart_in_utf8
 from finetune.values import (
     LONGEST_SHOWN,
     bound_fault,
@@ -123,7 +124,7 @@ class Options:
 
     def __post_init__(self) -> None:
         defaults = type(self).defaults()
-        self.given = {name for name, default in defaults.items() if getattr(self, name) != default}
+        self.given = {name for name, default in defaults.items() if differs(getattr(self, name), default)}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "given" and name not in self.options():
@@ -133,6 +134,7 @@ class Options:
             self.given.add(name)
 
     @classmethod
+    @functools.cache
     def options(cls) -> dict[str, dataclasses.Field]:
         """Returns the declared options by name, in the order of their declaration."""
         return {field.name: field for field in dataclasses.fields(cls)}
@@ -152,6 +154,12 @@ class Options:
         # The class that adds the first options is that of every script.
         common = cls.__mro__[cls.__mro__.index(Options) - 1]
         return [name for name in cls.options() if name not in common.options()]
+
+    @classmethod
+    @functools.cache
+    def types(cls) -> dict[str, Any]:
+        """Returns each option's type."""
+        return typing.get_type_hints(cls)
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -201,7 +209,7 @@ class Options:
         if not isinstance(stored, dict):
             place = f"{path}, {part}" if part else path
             raise UserError(f"{place}: expected a JSON object of option: value. Received: {type(stored).__name__}.")
-        return cls._convert_all(stored, is_text=False, source=path)
+        return cls.convert_all(stored, is_text=False, source=path)
 
     @classmethod
     def from_json(cls, path: str) -> Self:
@@ -229,7 +237,7 @@ class Options:
             raise UserError("\n".join(faults))
         flags = {name: value for name, value in vars(namespace).items() if name != "configs"}
         from_file = cls.read_json(namespace.configs) if "configs" in namespace else {}
-        return cls._build(from_file | cls._convert_all(flags, is_text=True, source="command line")).validate()
+        return cls._build(from_file | cls.convert_all(flags, is_text=True, source="command line")).validate()
 
     @classmethod
     def _build(cls, values: dict[str, Any]) -> Self:
@@ -238,8 +246,18 @@ class Options:
         return configs
 
     @classmethod
-    def _convert_all(cls, raw: dict[str, Any], is_text: bool, source: str) -> dict[str, Any]:
-        types = typing.get_type_hints(cls)
+    def convert_all(cls, raw: dict[str, Any], is_text: bool, source: str) -> dict[str, Any]:
+        """Converts raw values of options to their types.
+
+        Args:
+            raw: values by option.
+            is_text: they come from the command line, and not from JSON.
+            source: begins the line of each fault.
+
+        Raises:
+            UserError: an option is unknown, or its value of a wrong type.
+        """
+        types = cls.types()
         values, faults = {}, []
         for name, value in raw.items():
             if len(faults) == MOST_FAULTS:
@@ -265,24 +283,60 @@ class Options:
         Raises:
             UserError: one line for each fault: the option, what was expected, what was received.
         """
-        types = typing.get_type_hints(type(self))
         faults = []
-        for name, field in self.options().items():
-            value = getattr(self, name)
-            try:
-                value = convert(value, types[name], is_text=False)
-            except ValueError:
-                faults.append(type_fault(name, types[name], value))
-                continue
+        for name in self.options():
+            value, fault = self._check_value(name, getattr(self, name))
             super().__setattr__(name, value)
-            found = bound_fault(value, field.metadata, types[name])
-            if not found and field.metadata["check"]:
-                found = field.metadata["check"](value)
-            faults += [f"{name}: {found}"] * bool(found)
+            faults += [fault] * bool(fault)
         faults += self._find_contradictions() if not faults else []
         if faults:
             raise UserError("\n".join(faults))
         return self
+
+    @classmethod
+    def check(cls, configs: Any) -> Self:
+        """Validates the configs that a script or a user's own code passes.
+
+        Returns:
+            The same configs.
+
+        Raises:
+            UserError: they are not of this class, or as `validate` says.
+        """
+        if not isinstance(configs, cls):
+            raise UserError(f"configs: expected {cls.__name__}. Received: {quote_value(configs)}")
+        return configs.validate()
+
+    @classmethod
+    def check_values(cls, **values: Any) -> dict[str, Any]:
+        """Checks values as those of options, whatever the other options are.
+
+        Returns:
+            The values by the option's name, each in the option's type.
+
+        Raises:
+            UserError: one line for each fault.
+        """
+        found, faults = {}, []
+        for name, value in values.items():
+            found[name], fault = cls._check_value(name, value)
+            faults += [fault] * bool(fault)
+        if faults:
+            raise UserError("\n".join(faults))
+        return found
+
+    @classmethod
+    def _check_value(cls, name: str, value: Any) -> tuple[Any, str]:
+        """Returns a value in its option's type and the line that says what is wrong with it; empty if nothing is."""
+        kind, metadata = cls.types()[name], cls.options()[name].metadata
+        try:
+            value = convert(value, kind, is_text=False)
+        except ValueError:
+            return value, type_fault(name, kind, value)
+        found = bound_fault(value, metadata, kind)
+        if not found and metadata["check"]:
+            found = metadata["check"](value)
+        return value, f"{name}: {found}" if found else ""
 
     def _find_contradictions(self) -> list[str]:
         """Returns a line for each option that has no effect beside another one's value, or does not go with it."""
@@ -298,6 +352,14 @@ class Options:
             for needed, words in [field.metadata["needs"]] * bool(field.metadata["needs"])
             if getattr(self, name) != defaults[name] and not getattr(self, needed)
         ]
+
+
+def differs(value: Any, default: Any) -> bool:
+    """Tells whether a value is another one than the default, also where it cannot be compared, such as an array."""
+    try:
+        return bool(value != default)
+    except (TypeError, ValueError):
+        return True
 
 
 def unknown_option(name: str, known: Sequence[str]) -> str:
@@ -355,6 +417,21 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, kind: Any, cls: type[Op
     default = "empty" if default == "" else " ".join(map(str, default)) if is_list and default else default
     text = f"{metadata['description']} ({' '.join(filter(None, words))}; default {default})"
     group.add_argument(f"--{name}", metavar="VALUE", nargs="*" if is_list else None, help=text.replace("%", "%%"))
+
+
+def script(main: Callable[[Any], dict]) -> Callable[[Any], dict]:
+    """Makes a script's `main` safe to call from a user's own code: it checks its configs and protects its output.
+
+    Args:
+        main: takes `configs`, whose annotation is the class that they must be of.
+    """
+
+    @functools.wraps(main)
+    def run(configs: Any) -> dict:
+        with protecting_output():
+            return main(typing.get_type_hints(main)["configs"].check(configs))
+
+    return run
 
 
 def run_script(main: Callable[[Any], dict]) -> None:

@@ -18,6 +18,8 @@ from finetune.files import list_files
 from finetune.metrics import check_finite
 from finetune.model_files import load_fitting_model, load_model
 from finetune.predicting import predict
+from finetune.prediction_files import describe_decision
+from finetune.run_folder import name_model
 from finetune.runtimes import ExportedModel, compile_predictor, load_predictor
 from finetune.speeds import time_in_turns
 from finetune.values import get_input_size
@@ -50,10 +52,15 @@ def load_subject(model_path: str, configs: Configs) -> tuple[keras.Model, Decisi
     Before anything is written: what is wrong with an image shows here.
     """
     if configs.classes is None:
+        print(f"Model: {model_path}")
         return load_model(model_path), None, None
+    print(name_model(configs, model_path))
     model = load_fitting_model(model_path, configs.classes, get_input_size(configs))
     folder = os.path.dirname(model_path)
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
+    if decision.multi_label:
+        # Without fitted thresholds, exact matches are those at 0.5.
+        print(describe_decision(decision, "exact_match"))
     if not configs.test_csv:
         return model, decision, None
     sequence = get_generator(configs.test_csv, configs.classes, configs, training=False)

@@ -11,10 +11,12 @@ import numpy as np
 import tensorflow as tf
 
 from augmenter import build_augmenter
-from configs import MAX_IMAGE_PIXELS, Configs
-from finetune.decision import Decision
+from configs import MAX_IMAGE_PIXELS, RESIZE_MODES, Configs
+from finetune.arguments import argument_error, take_choice, take_flag, take_names, take_pixels, take_share
+from finetune.decision import THRESHOLD_TYPES, Decision
 from finetune.images import fit_image, read_image
 from finetune.kept_answers import KeptAnswers, identify
+from finetune.labels import look_the_same
 from finetune.metrics import check_finite
 from finetune.options import UserError
 from finetune.pixel_range import tell_assumed_range
@@ -78,8 +80,19 @@ def classify_image(
 
     Returns:
         The predicted class names (one, or multi-label any number) and the probability of each class.
+
+    Raises:
+        UserError: an argument is not as described, or does not fit the model.
     """
-    batch = fit_image(image, model.input_shape[1:3], resize_mode)[None]
+    class_names, size = take_names(class_names), _take_input_size(model, class_names)
+    take_choice("threshold_type", threshold_type, THRESHOLD_TYPES)
+    take_choice("resize_mode", resize_mode, RESIZE_MODES)
+    take_share("threshold", threshold)
+    multi_label = take_flag("multi_label", multi_label)
+    is_decision = isinstance(decision, Decision) and look_the_same(decision.class_names, class_names)
+    if decision is not None and not is_decision:
+        raise argument_error("decision", "a Decision for class_names, as read_decision returns it", decision)
+    batch = fit_image(take_pixels(image), size, resize_mode)[None]
     probabilities = np.asarray(model(batch, training=False))
     if decision is not None:
         probabilities = decision.calibrate(probabilities)
@@ -88,6 +101,16 @@ def classify_image(
         chosen = np.flatnonzero(probabilities[0] >= threshold) if multi_label else [int(probabilities[0].argmax())]
     by_class = dict(zip(class_names, probabilities[0].tolist(), strict=True))
     return [class_names[position] for position in chosen], by_class
+
+
+def _take_input_size(model: keras.Model | ExportedModel, class_names: Sequence[str]) -> tuple[int, int]:
+    """Returns the `(height, width)` of a model's images; raises UserError where it is no classifier into the names."""
+    shape, outputs = getattr(model, "input_shape", None), getattr(model, "output_shape", None)
+    if not isinstance(shape, tuple) or not isinstance(outputs, tuple) or len(shape) != 4 or None in shape[1:]:
+        raise argument_error("model", "a classifier of images of one size, such as load_model returns", model)
+    if len(class_names) != outputs[-1]:
+        raise argument_error("class_names", f"{outputs[-1]} names, one for each class of the model", class_names)
+    return shape[1:3]
 
 
 class ForgivingReader:

@@ -8,6 +8,7 @@ from typing import Any
 from configs import Configs
 from finetune.checkpoints import stops_early
 from finetune.labels import look_the_same
+from finetune.model_description import OF_BEFORE
 from finetune.options import UserError
 from finetune.phases import count_epochs
 from finetune.run_data import DATA_OPTIONS, locate_data
@@ -15,7 +16,6 @@ from finetune.run_folder import (
     BEST_MODEL,
     CONFIGS_FILE,
     LATEST_MODEL,
-    OF_BEFORE,
     find_start_model,
     fingerprint,
     refuse_other_run,
@@ -28,6 +28,7 @@ from generator import AugmentedImageSequence
 
 def find_start(configs: Configs) -> tuple[str, dict[str, Any] | None, Configs]:
     """Finds the model to continue from, if any, the state of its training, if it carries one, and the run's configs."""
+    Configs.check(configs)
     if not (configs.overwrite or configs.find_learning_rate):
         refuse_other_run(configs.save_model_path, configs.load_model_path)
     if not configs.load_model_path:

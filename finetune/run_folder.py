@@ -21,10 +21,17 @@ from finetune.artefacts import (
     MODEL_SUFFIXES,
     REJECTED,
     is_exported,
-    metadata_path,
 )
 from finetune.files import remove_stale_files, write_json
-from finetune.labels import look_the_same
+from finetune.model_description import (
+    CONFIGS_FILE,
+    NEEDED,
+    describe_model,
+    embed_decision,
+    find_description,
+    read_description,
+    require_description,
+)
 from finetune.options import UserError
 from finetune.run_data import (
     DATA_FILE,
@@ -38,7 +45,6 @@ from finetune.run_data import (
 )
 from finetune.stores import is_url
 from finetune.tables import count_labels, resolve_class_names
-from finetune.values import bound_fault, quote_difference
 
 if TYPE_CHECKING:
     from generator import AugmentedImageSequence
@@ -53,7 +59,6 @@ BEST_MODEL = "best_model.keras"
 LATEST_MODEL = "latest_model.keras"
 # What an interpolating run has started from.
 START_MODEL = "start_model.keras"
-CONFIGS_FILE = "configs.json"
 LOG_FILE = "training_log.csv"
 STATISTICS_FILE = ".training_stats.json"
 AUROC_FILE = "best_auroc.log"
@@ -63,9 +68,9 @@ METRICS_FILE = f"{EVALUATION_FOLDER}/metrics.json"
 MAPS_FOLDER = "cam_output"
 COMPRESSION_FILE = "compression_report.json"
 CARD_FILE = "MODEL_CARD.md"
-# What describes a model of before an option existed: its files do not say so.
-OF_BEFORE = {"resize_mode": "stretch", "test_image_size": []}
 LOCK_FILE = ".lock"
+# What test.py does without.
+OPTIONAL_TABLES = {"train_csv": "a training set", "validation_csv": "a validation set"}
 MODEL_STEMS = (*(name.removesuffix(".keras") for name in (BEST_MODEL, LATEST_MODEL, START_MODEL)), "model_epoch_*")
 # What a run writes, as patterns: a new run into the same folder may not mix with it.
 MODEL_FILES = tuple(f"{stem}.keras" for stem in MODEL_STEMS)
@@ -107,31 +112,62 @@ def resolve_model_path(path: str, preferred: Sequence[str] = (BEST_MODEL, LATEST
 
 
 def find_trained_model(configs: Configs, data_options: Sequence[str] = DATA_OPTIONS) -> tuple[str, Configs]:
-    """Finds the trained model that configs name, and what its own `configs.json` says of it.
+    """Finds the trained model that configs name, and what its files say of it.
 
     Args:
         configs: `load_model_path`, or where that is empty `save_model_path`, leads to the model.
         data_options: those that the script uses, of where the images are.
 
     Returns:
-        The model file, and `configs` with the options that describe a model taken from the file beside it, and with
-        the run's tables, image directory and label column where none are given. Where there is no such file the
-        classes come from the training CSV. Where `load_model_path` alone is given, `save_model_path` becomes the
-        model's folder: what is found out about a run belongs there, not into another one.
+        The model file, and `configs` with the options that describe a model taken from its files, and with the run's
+        tables, image directory and label column where none are given. Where no file names the classes and they are
+        not given, they come from a training CSV that is given, and do not count as given. Where `load_model_path`
+        alone is given, `save_model_path` becomes the model's folder: what is found out about a run belongs there,
+        not into another one.
 
     Raises:
-        UserError: there is no model, or a given option contradicts it.
+        UserError: there is no model, a given option contradicts it, or what describes it is neither known nor given.
     """
+    Configs.check(configs)
     model_path = resolve_model_path(configs.load_model_path or configs.save_model_path)
     configs = take_data_options(describe_model(configs, model_path), model_path, data_options)
+    require_description(configs, model_path)
+    if not read_run_configs(model_path):
+        configs = leave_out_default_tables(configs, data_options)
     if "save_model_path" not in configs.given:
         configs = configs.replace(save_model_path=os.path.dirname(model_path) or ".")
-    if configs.classes is None:
+    if configs.classes is None or "classes" not in configs.given:
         class_names = resolve_class_names(
             None, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
         )
         configs = configs.replace(classes=class_names)
+        configs.given.discard("classes")
     return model_path, configs
+
+
+def leave_out_default_tables(configs: Configs, names: Sequence[str]) -> Configs:
+    """Empties the paths of a training and a validation table that nobody gave: they needn't be this model's."""
+    for name, words in OPTIONAL_TABLES.items():
+        if name in names and name not in configs.given and getattr(configs, name):
+            print(f"No {CONFIGS_FILE} says which {name} is this model's, and it is not given: going without {words}.")
+            configs = configs.replace(**{name: ""})
+    return configs
+
+
+def name_model(configs: Configs, model_path: str) -> str:
+    """Returns the line that names a model and says where its class names come from.
+
+    Args:
+        configs: as `find_trained_model` returns them.
+        model_path: of the model.
+    """
+    options, sources = find_description(model_path)
+    given = "--classes" if "classes" in configs.given else f"--train_csv {configs.train_csv}"
+    source = f"its {sources['classes']}" if "classes" in sources else given
+    line = f"Model: {model_path} (class names from {source})"
+    if options.keys() <= {"classes"}:
+        line += "\nNo file says how it takes images: it gets RGB from 0 to 255, its preprocessing has to be inside."
+    return line
 
 
 def take_data_options(configs: Configs, model_path: str, names: Sequence[str] = DATA_OPTIONS) -> Configs:
@@ -141,9 +177,9 @@ def take_data_options(configs: Configs, model_path: str, names: Sequence[str] = 
     """
     stored = locate_run_data(model_path)
     taken = {name: stored[name] for name in names if name in stored and name not in configs.given}
-    for name, words in {"train_csv": "training", "validation_csv": "validation"}.items():
+    for name, words in OPTIONAL_TABLES.items():
         if (path := taken.get(name, "")) and not is_url(path) and not os.path.isfile(path):
-            print(f"{name} of the run, {path}, does not exist: going without a {words} set.")
+            print(f"{name} of the run, {path}, does not exist: going without {words}.")
             configs = configs.replace(**{name: ""})
             del taken[name]
     for name, value in taken.items():
@@ -221,41 +257,6 @@ def has_selected(model_path: str, test_csv: str) -> bool:
     return bool(selector) and os.path.realpath(selector) == os.path.realpath(test_csv)
 
 
-def describe_model(configs: Configs, model_path: str) -> Configs:
-    """Takes the options that describe a model from the `configs.json` beside it, or an artefact's `_metadata.json`.
-
-    Raises:
-        UserError: an option that the user gave contradicts it, or there is no such way of resizing.
-    """
-    stored_path = os.path.join(os.path.dirname(os.path.abspath(model_path)), CONFIGS_FILE)
-    if os.path.isfile(stored_path):
-        stored = Configs.read_json(stored_path)
-    elif os.path.isfile(stored_path := metadata_path(model_path)):
-        stored = Configs.read_json(stored_path, part="options")
-    else:
-        return configs
-    stored = OF_BEFORE | stored
-    if fault := bound_fault(stored["resize_mode"], Configs.options()["resize_mode"].metadata, str):
-        raise UserError(f"{stored_path}: resize_mode: {fault}. Put the run's own file back.")
-    described = {
-        name: stored[name]
-        for name, option in Configs.options().items()
-        # A run that has seen no TIFF which needs a range has none.
-        if option.metadata["describes_model"] and name in stored and (name != "pixel_range" or stored[name])
-    }
-    for name in sorted(described.keys() & configs.given):
-        given = getattr(configs, name)
-        # For the classes alone, none means that they are to be found.
-        if not look_the_same(given, described[name]) and not (name == "classes" and given is None):
-            source = os.path.basename(stored_path)
-            stored_words, given_words = quote_difference(described[name], given)
-            raise UserError(
-                f"{name} is {stored_words} for the model {model_path} (its {source} says so). "
-                f"Received: {given_words}. Leave {name} out, or name another model."
-            )
-    return configs.replace(**described)
-
-
 def read_run_configs(model_path: str) -> dict[str, Any]:
     """Returns the options of a model's run, from the `configs.json` beside it; empty where there is none."""
     path = os.path.join(os.path.dirname(model_path), CONFIGS_FILE)
@@ -284,9 +285,32 @@ def take_test_data(configs: Configs, model_path: str) -> Configs:
 
 
 def take_description(configs: Configs, model_path: str, needs_classes: bool) -> Configs:
-    """Takes what describes a model from the files beside it; its classes, where needed, from the training CSV."""
+    """Takes what describes a model as `find_trained_model` does; no classes where that is not known and not needed."""
     configs = configs.replace(load_model_path=model_path)
-    return find_trained_model(configs)[1] if needs_classes else describe_model(configs, model_path)
+    # The data are taken already.
+    is_known = {"classes", *NEEDED} <= find_description(model_path).options.keys()
+    if needs_classes or is_known or "classes" in configs.given:
+        return find_trained_model(configs, ())[1]
+    return configs.replace(classes=None)
+
+
+def keep_decision(model_path: str, decision: dict[str, Any]) -> dict[str, Any]:
+    """Writes a decision into the file of the model that it was fitted for as well, if that carries a description.
+
+    If that fails, it is printed: `decision.json` has the decision, which counts in the run.
+
+    Returns:
+        The decision.
+    """
+    if read_description(model_path) is None:
+        return decision
+    try:
+        # While train.py replaces the model, the next one may not get this one's decision.
+        with locked(os.path.dirname(os.path.abspath(model_path))):
+            embed_decision(model_path, decision)
+    except UserError as error:
+        print(f"{model_path} is without its new decision, which {DECISION_FILE} has: {error}")
+    return decision
 
 
 def find_log(path: str) -> str:

@@ -14,6 +14,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.framework import op_def_registry
 
+from finetune.arguments import take_path
 from finetune.artefacts import GRAPH_FILE, is_exported
 from finetune.model_files import check_fit, load_fitting_model
 from finetune.notices import hiding_notices
@@ -92,6 +93,7 @@ def load_exported_model(path: str) -> ExportedModel:
     Raises:
         UserError: the file is no such model or is damaged, or its runtime is not installed.
     """
+    path = take_path("path", path)
     suffix = os.path.splitext(path)[1]
     by_suffix = {".tflite": ("a TensorFlow Lite model", _load_tflite), ".onnx": ("an ONNX model", _load_onnx)}
     kind, load = by_suffix.get(suffix, ("a SavedModel", _load_saved_model))

@@ -133,7 +133,7 @@ def time_saving(model: keras.Model, folder: str) -> float:
     # By this name it is removed when the run goes on, if it is killed here.
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{TEMPORARY_PREFIX}{os.getpid()}-") as place:
         begin = time.monotonic()
-        save_checkpoint(model, os.path.join(place, "model.keras"), None)
+        save_checkpoint(model, os.path.join(place, "model.keras"), None, {})
         return time.monotonic() - begin
 
 

@@ -21,6 +21,7 @@ from finetune.head_fit import HeadFit
 from finetune.inference_model import get_classifier
 from finetune.interruption import Interruption
 from finetune.losses import Losses
+from finetune.model_description import hash_model
 from finetune.model_files import load_fitting_model
 from finetune.options import UserError
 from finetune.phases import (
@@ -37,7 +38,6 @@ from finetune.range_test import suggest_learning_rate
 from finetune.resuming import check_same_data
 from finetune.run_folder import CURVES_FOLDER, clear_folder, describe_run, fingerprint, leads_into, locked
 from finetune.selection import describe_epoch
-from finetune.stores import hash_file
 from finetune.tables import count_labels, resolve_class_names, warn_of_missing_classes
 from finetune.team import Team
 from finetune.texts import MOST_TELLING, join_names
@@ -140,7 +140,7 @@ def agree_on_start(
         UserError: in every process where that is not so.
     """
     if team.size > 1:
-        digest = str(hash_file(model_path)) if model_path else ""
+        digest = str(hash_model(model_path)) if model_path else ""
         values = {"the images and labels of train_csv": fingerprint(images.training)}
         values |= {"the images and labels of the validation set": fingerprint(images.validation)}
         team.agree(values | {"the model to start from": digest})

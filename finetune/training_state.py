@@ -12,13 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 from finetune.files import atomic_path
+from finetune.model_description import LARGEST_STATE, STATE_MEMBER, add_description, read_member
 from finetune.options import UserError
 from finetune.trainer import TrainingModel
 
-STATE_MEMBER = "training_state.json"
 STATE_PARTS = {"configs", "given", "data", "epochs_completed", "steps_completed", "best", "best_epoch", "best_aurocs"}
 STATE_PARTS |= {"plateau", "seed_states", "metrics", "log"}
-LARGEST_STATE = 2**28
 
 
 def read_state(path: str) -> dict[str, Any] | None:
@@ -27,15 +26,10 @@ def read_state(path: str) -> dict[str, Any] | None:
     Raises:
         UserError: the state is damaged: to start anew in its place would lose the run.
     """
-    if not zipfile.is_zipfile(path):
-        return None
     try:
-        with zipfile.ZipFile(path) as archive:
-            if STATE_MEMBER not in archive.namelist():
-                return None
-            if archive.getinfo(STATE_MEMBER).file_size > LARGEST_STATE:
-                raise ValueError("it is too large")
-            state = json.loads(archive.read(STATE_MEMBER))
+        state = read_member(path, STATE_MEMBER, LARGEST_STATE)
+        if state is None:
+            return None
         if not isinstance(state, dict) or not state.keys() >= STATE_PARTS:
             raise ValueError("it lacks parts")
     except Exception as error:
@@ -44,10 +38,18 @@ def read_state(path: str) -> dict[str, Any] | None:
     return state
 
 
-def save_checkpoint(model: keras.Model, path: str, state: dict[str, Any] | None) -> None:
-    """Writes a `.keras` file that carries the training's state, if there is one, as one more member of its archive."""
+def save_checkpoint(model: keras.Model, path: str, state: dict[str, Any] | None, options: dict[str, Any]) -> None:
+    """Writes a `.keras` file that carries, as further members of its archive, what describes it and its state.
+
+    Args:
+        model: to save.
+        path: of the file.
+        state: of the training; None where training cannot go on from this model.
+        options: of the run; those that describe the model are taken.
+    """
     with atomic_path(path) as temporary:
         model.save(temporary)
+        add_description(temporary, options)
         if state is not None:
             with zipfile.ZipFile(temporary, "a") as archive:
                 archive.writestr(STATE_MEMBER, json.dumps(state))

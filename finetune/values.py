@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 import os
 import re
 import typing
@@ -35,8 +36,8 @@ def convert(value: Any, kind: Any, is_text: bool) -> Any:
         return _convert_items(value, inner, origin, is_text)
     if is_text:
         value = _from_text(value, inner)
-    if inner is float and type(value) is int:
-        value = _from_text(str(value), float)
+    if isinstance(value, numbers.Number) and not isinstance(value, bool):
+        value = _from_number(value, inner)
     if inner is str and isinstance(value, str) and value.startswith("~/"):
         # A shell leaves it in --option=~/folder, and JSON has no shell.
         value = os.path.expanduser(value)
@@ -76,6 +77,15 @@ def unwrap_optional(kind: Any) -> tuple[Any, bool]:
     if type(None) not in options:
         return kind, False
     return next(option for option in options if option is not type(None)), True
+
+
+def _from_number(value: numbers.Number, kind: type) -> Any:
+    """Returns a number of another type, such as NumPy's, as a whole number or a float; otherwise as it is."""
+    if kind is int and isinstance(value, numbers.Integral):
+        return int(value)
+    if kind is float and isinstance(value, numbers.Real):
+        return _from_text(str(value), float) if type(value) is int else float(value)
+    return value
 
 
 def _single(value: Any) -> str:
@@ -250,7 +260,8 @@ def folder_fault(path: str) -> str:
 def quote_value(value: Any) -> str:
     """Returns a value as an error shows it: as Python writes it, and cut where it is long."""
     try:
-        text = repr(value)
+        # What Python shows of an array has several lines.
+        text = " ".join(repr(value).splitlines())
     except RecursionError:
         return "a deeply nested value"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."

@@ -35,9 +35,10 @@ from finetune.findings import KINDS
 from finetune.images import read_image
 from finetune.inspection import inspect_image
 from finetune.log_figures import read_log
+from finetune.model_description import describe_model
 from finetune.model_files import load_fitting_model, load_model
 from finetune.options import UserError
-from finetune.run_folder import describe_model, resolve_model_path
+from finetune.run_folder import resolve_model_path
 from finetune.runtimes import load_exported_model
 from finetune.tables import make_image_table, parse_table, resolve_class_names
 

@@ -33,6 +33,7 @@ from finetune.images import read_image
 from finetune.inspection import inspect_image
 from finetune.label_tables import convert_label_table
 from finetune.log_figures import read_log
+from finetune.model_description import DESCRIPTION_MEMBER, find_description
 from finetune.model_files import load_model
 from finetune.options import UserError
 from finetune.tables import encode_labels, read_table, resolve_class_names
@@ -317,7 +318,7 @@ def build_files():
     with tempfile.TemporaryDirectory() as folder:
         for suffix in (".keras", ".h5"):
             model.save(f"{folder}/model{suffix}")
-        save_checkpoint(model, f"{folder}/checkpoint.keras", STATE)
+        save_checkpoint(model, f"{folder}/checkpoint.keras", STATE, Configs(classes=["a", "b"]).to_dict())
         custom_save_model(model, folder, "pair")
         custom_save_model(model, folder, "int8", "int8")
         names = ("model.keras", "checkpoint.keras", "model.h5", "pair.h5", "pair.json", "int8.h5")
@@ -412,6 +413,19 @@ def test_states(folder, content):
     Path("latest_model.keras").write_bytes(content)
     state = attempt(read_state, "latest_model.keras")
     assert state is None or state == STATE
+
+
+@fuzz(
+    600,
+    content=json_files(
+        st.fixed_dictionaries({"options": st.dictionaries(NAMES, VALUES, max_size=4), "decision": VALUES})
+    ),
+)
+def test_descriptions(folder, content):
+    Path("model.keras").write_bytes(pack({DESCRIPTION_MEMBER: content}))
+    found = attempt(find_description, "model.keras")
+    assert found is None or found.options.keys() <= Configs.options().keys()
+    assert attempt(read_decision, ".", ["a", "b"], False, "model.keras") in (None, Decision(["a", "b"], False))
 
 
 # File names

@@ -28,9 +28,9 @@ from finetune.feature_store import find_features, get_features
 from finetune.gallery import draw_pictures
 from finetune.images import fit_image, place_image, read_image, resize_image
 from finetune.model_card import write_model_card
+from finetune.model_description import describe_model
 from finetune.options import UserError
 from finetune.probe import compute_features
-from finetune.run_folder import describe_model
 from generator import AugmentedImageSequence, get_generator
 from predict import PredictConfigs
 from utils import classify_image, load_model

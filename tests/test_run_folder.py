@@ -11,8 +11,12 @@ from small_runs import (
 from tiny_models import write_table
 
 from configs import Configs
+from finetune.model_description import describe_model
 from finetune.options import UserError
-from finetune.run_folder import describe_model, find_trained_model, locked, resolve_model_path
+from finetune.run_folder import find_trained_model, locked, resolve_model_path
+
+# What no file says of a model, and is given in its place.
+NEEDED = {"image_target_size": (96, 80, 3), "resize_mode": "stretch", "multi_label_classification": False}
 
 
 def write_configs(folder, **options):
@@ -132,7 +136,7 @@ def test_damaged_configs_beside_the_model_are_told(tmp_path):
 def test_classes_of_a_model_without_configs_come_from_the_training_table(tmp_path):
     (tmp_path / "best_model.keras").touch()
     train_csv = write_table(tmp_path, "path,class\na,owl\nb,cat\n")
-    path, configs = find_trained_model(Configs(load_model_path=str(tmp_path), train_csv=train_csv))
+    path, configs = find_trained_model(Configs(load_model_path=str(tmp_path), train_csv=train_csv).replace(**NEEDED))
     assert path == str(tmp_path / "best_model.keras")
     assert configs.classes == ["cat", "owl"]
 
@@ -140,9 +144,10 @@ def test_classes_of_a_model_without_configs_come_from_the_training_table(tmp_pat
 def test_what_is_written_about_a_model_goes_beside_it_unless_another_folder_is_given(tmp_path):
     (tmp_path / "best_model.keras").touch()
     train_csv = write_table(tmp_path, "path,class\na,owl\nb,cat\n")
-    _, configs = find_trained_model(Configs(load_model_path=str(tmp_path), train_csv=train_csv))
+    configs = Configs(load_model_path=str(tmp_path), train_csv=train_csv).replace(**NEEDED)
+    _, configs = find_trained_model(configs)
     assert configs.save_model_path == str(tmp_path)
-    given = Configs(load_model_path=str(tmp_path), train_csv=train_csv, save_model_path="elsewhere")
+    given = configs.replace(save_model_path="elsewhere")
     assert find_trained_model(given)[1].save_model_path == "elsewhere"
 
 
