@@ -62,6 +62,7 @@ DEFAULTS = [
     ("image_cache_path", "./data/image_cache"),
     ("verify_data", "quick"),
     ("max_image_pixels", 179_000_000),
+    ("pixel_range", []),
     ("skip_bad_images", False),
     ("allow_duplicates", False),
     ("cam_method", "gradcam"),
