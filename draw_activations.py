@@ -54,7 +54,8 @@ def main(configs: Configs) -> dict:
         probabilities = draw_all(batches, draw, progress.update)
     tell_bad_images(sequence)
     paths = [path for row, path in enumerate(paths) if row not in sequence.bad_images]
-    faithfulness = summarise_faithfulness(np.reshape(found, (-1, 3)), removal)
+    found = np.reshape(found, (-1, 4))
+    faithfulness = summarise_faithfulness(found[:, :3], removal, sequence.get_groups(found[:, 3].astype(int)))
     summary = describe_faithfulness(faithfulness, len(paths))
     images, labels = sequence.get_read_paths(), sequence.get_y_true()
     page = write_page(folder, paths, images, labels, probabilities, decision, model_path, summary)

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from finetune.backbone_comparison import TOLD_APART, show_size
 from finetune.figures import COLOURS, MUTED, PRINTED_DPI, style
 from finetune.files import atomic_path
+from finetune.photo_groups import describe_group_count
 from finetune.texts import join_names, show_duration
 
 FIGURES = {"accuracy": "Accuracy", "mean_average_precision": "Mean average precision"}
@@ -117,7 +118,8 @@ def describe_suggestion(ranking: pd.DataFrame) -> str:
         reason = (
             f"{kind} of those not told apart from the best, {names[0]}; it is behind by {show_gap(ranking, chosen)}"
         )
-    told = f"The {ranking['images'].iloc[0]} images do not tell it from {join_names(others, MOST_NAMED)}."
+    groups = describe_group_count(ranking["groups"].iloc[0] if "groups" in ranking else None)
+    told = f"The {ranking['images'].iloc[0]} images{groups} do not tell it from {join_names(others, MOST_NAMED)}."
     if not others:
         nearest = int(ranking["behind_best"].iloc[1:].to_numpy().argmin()) + 1
         told = f"All others are behind it by more than 1.96 standard errors, the nearest, {names[nearest]}, by "

@@ -153,8 +153,8 @@ def measure_some(
         predict: from images to calibrated probabilities `(batch, classes)`.
         removal: removes the parts.
         seed: of the random parts.
-        found: receives the probabilities that `summarise_faithfulness` takes, an item an image; images without a class
-            have none.
+        found: receives the probabilities that `summarise_faithfulness` takes, and the image's position, an item an
+            image; images without a class have none.
     """
     measured = np.zeros(number_of_images, bool)
     measured[_take_evenly(number_of_images, MOST_MEASURED)] = True
@@ -164,7 +164,8 @@ def measure_some(
         pairs = _find_first_pairs(batch)
         pairs = pairs[measured[batch.positions[batch.rows[pairs]]]]
         if len(pairs):
-            found += [*_measure(batch, pairs, predict, removal, rng)]
+            places = batch.positions[batch.rows[pairs]]
+            found += [*np.column_stack([_measure(batch, pairs, predict, removal, rng), places])]
 
 
 def _take_evenly(number: int, most: int) -> np.ndarray:

@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 from scipy import stats
 
+from finetune.photo_groups import count_groups, describe_group_count, is_single_group
+
 # Standard deviation of the blur, as a share of the image's longer side: 14 pixels of 224.
 BLUR_WIDTH = 1 / 16
 # Pixels around a hole that OpenCV's filling looks at.
@@ -150,16 +152,20 @@ def choose_removal(measure: Callable[[Removal], float], removals: Sequence[Remov
     return removals[int(np.argmax(kept))]
 
 
-def summarise_faithfulness(probabilities: np.ndarray, removal: Removal) -> dict[str, Any]:
+def summarise_faithfulness(
+    probabilities: np.ndarray, removal: Removal, groups: np.ndarray | None = None
+) -> dict[str, Any]:
     """Summarises what removing parts of images does to the class that each map explains.
 
     Args:
         probabilities: of that class, `(images, 3)`: of the whole image, without the highlighted part, and without a
             random part.
         removal: how the parts were removed.
+        groups: of the images, as `number_groups` gives them.
 
     Returns:
-        `images`, their number; `removal` and `share`, how much was removed in which way; `highlighted` and `random`,
+        `images`, their number, and `groups` where these are fewer;
+        `removal` and `share`, how much was removed in which way; `highlighted` and `random`,
         the mean drops; `kept`, the share of the probability that a random part leaves; `explained`, the share of the
         drop possible beyond a random part that the highlighted part causes, 1 where nothing of the class is left, with
         its 95 % confidence interval `low` and `high`; `verdict`: faithful, weakly faithful or not faithful. None where
@@ -168,6 +174,8 @@ def summarise_faithfulness(probabilities: np.ndarray, removal: Removal) -> dict[
     number = len(probabilities)
     names = ("highlighted", "random", "kept", "explained", "low", "high", "verdict")
     summary = {"images": number, "removal": removal.name, "share": removal.share} | dict.fromkeys(names)
+    if groups is not None:
+        summary["groups"] = count_groups(groups, number)
     if not number:
         return summary
     whole, without, random = probabilities.mean(axis=0).tolist()
@@ -177,8 +185,10 @@ def summarise_faithfulness(probabilities: np.ndarray, removal: Removal) -> dict[
     # A ratio of means, with its linearised standard error: Cochran, Sampling Techniques, 1977, section 6.3.
     explained = (random - without) / random if random else 0.0
     residuals = probabilities[:, 2] - probabilities[:, 1] - explained * probabilities[:, 2]
-    error = float(residuals.std(ddof=1)) / np.sqrt(number) / random if random else 0.0
-    margin = float(stats.t.ppf(0.975, number - 1) * error)
+    units = number if is_single_group(groups) else count_groups(groups, number)
+    sums = residuals if units == number else np.bincount(groups, residuals)
+    error = float(sums.std(ddof=1)) * np.sqrt(units) / number / random if random else 0.0
+    margin = float(stats.t.ppf(0.975, units - 1) * error)
     summary |= {"explained": explained, "low": explained - margin, "high": explained + margin}
     return summary | {"verdict": _judge(summary)}
 
@@ -199,7 +209,8 @@ def describe_faithfulness(summary: dict[str, Any], number_of_images: int) -> str
     ]
     share = f"{100 * summary['share']:.0f} %"
     what = summary["removal"].format(f"the highlighted {share}")
-    measured = f"Faithfulness ({summary['images']} of {number_of_images} images): {what} {effects[0]}, "
+    groups = describe_group_count(summary.get("groups"))
+    measured = f"Faithfulness ({summary['images']} of {number_of_images} images{groups}): {what} {effects[0]}, "
     measured += f"a random {share} {effects[1]}."
     if summary["verdict"] is None:
         return f"{measured} Too few images for a verdict on the maps: at least {FEWEST_IMAGES} are needed."

@@ -17,6 +17,7 @@ from finetune.decision_file import read_decision
 from finetune.files import list_files
 from finetune.metrics import check_finite
 from finetune.model_files import load_fitting_model, load_model
+from finetune.photo_groups import count_groups
 from finetune.predicting import predict
 from finetune.prediction_files import describe_decision
 from finetune.run_folder import name_model
@@ -89,12 +90,18 @@ def compare_artefact(path: str, subject: Subject) -> dict[str, Any]:
     model, sequence, before, decision = subject
     artefact = load_predictor(path, decision.class_names, sequence.image_size)
     after = predict(artefact, sequence, f"Verifying {os.path.basename(path)}")
-    comparison = compare(sequence.get_y_true(), before, after, decision)
+    comparison = compare(sequence.get_y_true(), before, after, decision, sequence.get_read_groups())
     speeds = measure_speeds((model, artefact), sequence)
     return comparison | {"images_per_second": dict(zip(SIDES, speeds, strict=True))}
 
 
-def compare(y_true: np.ndarray, before: np.ndarray, after: np.ndarray, decision: Decision) -> dict[str, Any]:
+def compare(
+    y_true: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+    decision: Decision,
+    groups: np.ndarray | None = None,
+) -> dict[str, Any]:
     """Compares the answers of a model with those of its compressed form.
 
     Args:
@@ -102,9 +109,11 @@ def compare(y_true: np.ndarray, before: np.ndarray, after: np.ndarray, decision:
         before: the original's raw probabilities, `(images, classes)`.
         after: those of the compressed model.
         decision: turns either into answers.
+        groups: of the images, as `number_groups` gives them.
 
     Returns:
-        `images`; `largest_difference` and `mean_difference` of the probabilities; `changed_predictions`, images with
+        `images`, and `groups` where these are fewer;
+        `largest_difference` and `mean_difference` of the probabilities; `changed_predictions`, images with
         another answer; `measure`, what `accuracy` is: the share of images with the right label, or multi-label with
         exactly their labels; `accuracy`, before and after; `accuracy_drop` in points, negative for a gain, and its 95 %
         confidence interval `accuracy_drop_interval`.
@@ -121,6 +130,7 @@ def compare(y_true: np.ndarray, before: np.ndarray, after: np.ndarray, decision:
     right = [int(images.sum()) for images in is_right]
     return {
         "images": len(y_true),
+        **({} if groups is None else {"groups": count_groups(groups, len(groups))}),
         "largest_difference": float(differences.max()),
         "mean_difference": float(differences.mean()),
         "changed_predictions": int((chosen[0] != chosen[1]).any(axis=1).sum()),
@@ -128,26 +138,29 @@ def compare(y_true: np.ndarray, before: np.ndarray, after: np.ndarray, decision:
         "accuracy": dict(zip(SIDES, [count / len(y_true) for count in right], strict=True)),
         # Of counts: a difference of shares is rounded, and 1 point may come out above 1.
         "accuracy_drop": 100 * (right[0] - right[1]) / len(y_true),
-        "accuracy_drop_interval": find_drop_interval(*is_right),
+        "accuracy_drop_interval": find_drop_interval(*is_right, groups),
     }
 
 
-def find_drop_interval(before: np.ndarray, after: np.ndarray) -> list[float]:
+def find_drop_interval(before: np.ndarray, after: np.ndarray, groups: np.ndarray | None = None) -> list[float]:
     """Returns the 95 % confidence interval of the accuracy that two sets of answers to the same images differ by.
 
     Half an image is added to each of the four outcomes of a pair, so that few images without a difference do not seem
-    to prove that there is none.
+    to prove that there is none. Images in groups count as many as there are groups.
 
     Source: Agresti and Min, Statistics in Medicine 24, 2005, section 3.
 
     Args:
         before: bool `(images,)`, whether the original is right.
         after: likewise.
+        groups: of the images, as `number_groups` gives them.
 
     Returns:
         `[low, high]` of the drop, in points.
     """
-    number, lost, won = len(before) + 2, (before & ~after).sum() + 0.5, (after & ~before).sum() + 0.5
+    units = count_groups(groups, len(before))
+    lost, won = (one.sum() * units / len(before) + 0.5 for one in (before & ~after, after & ~before))
+    number = units + 2
     difference = (lost - won) / number
     margin = 1.96 * np.sqrt(lost + won - (lost - won) ** 2 / number) / number
     return [float(100 * (difference - margin)), float(100 * (difference + margin))]

@@ -260,3 +260,14 @@ def test_the_sentence_states_what_was_done_and_the_size_of_the_effect():
 )
 def test_the_verdict_is_in_words(values, words):
     assert words in describe_faithfulness(make_summary(**values), 300)
+
+
+def test_copies_of_photos_make_no_map_more_faithful():
+    rng = np.random.default_rng(0)
+    probabilities = np.stack([np.full(40, 0.9), rng.uniform(0.2, 0.8, 40), rng.uniform(0.5, 0.9, 40)], axis=1)
+    alone = summarise_faithfulness(probabilities, BLUR_A_FIFTH)
+    copied = summarise_faithfulness(probabilities.repeat(5, axis=0), BLUR_A_FIFTH, np.arange(40).repeat(5))
+    assert (copied["images"], copied["groups"]) == (200, 40)
+    for name in ("explained", "low", "high"):
+        assert copied[name] == pytest.approx(alone[name])
+    assert "(200 of 200 images in 40 groups)" in describe_faithfulness(copied, 200)

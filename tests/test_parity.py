@@ -56,3 +56,12 @@ def test_the_interval_holds_the_true_drop_in_about_95_of_100_samples():
         low, high = find_drop_interval(before, after)
         held += low <= 4 <= high
     assert 0.93 < held / 1000 < 0.98
+
+
+def test_the_interval_of_a_drop_counts_groups_and_not_their_images():
+    before, after = np.arange(40) < 30, np.arange(40) < 26
+    alone = find_drop_interval(before, after)
+    copied = [one.repeat(5) for one in (before, after)]
+    assert find_drop_interval(*copied, np.arange(40).repeat(5)) == pytest.approx(alone)
+    low, high = find_drop_interval(*copied)
+    assert high - low < 0.5 * (alone[1] - alone[0])
