@@ -39,7 +39,6 @@ def main(configs: Configs) -> dict:
     print(name_model(configs, model_path), describe_decision(decision, "exact_match"), sep="\n")
     folder, sources = os.path.join(configs.save_model_path, MAPS_FOLDER), list(sequence.paths)
     paths = [os.path.join(folder, name) for name in name_outputs(sources)]
-
     choose = functools.partial(CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
     explainer = Explainer(GradCam(model, configs.cam_method, configs.cam_backbone_layer), decision, choose)
     shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
