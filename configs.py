@@ -37,7 +37,7 @@ OPTIMIZER_NAMES = (*ADAM_NAMES, "SGD", "RMSprop", "Adagrad", "Adadelta", "Lion")
 # Keras's own; the paper and PyTorch have an epsilon of 1e-8.
 ADAM_BETA_2, ADAM_EPSILON = 0.999, 1e-7
 EXPECTED_ADAM = f"expected an optimizer_type that has it, one of {', '.join(ADAM_NAMES)}: set it, or leave this out"
-VERIFY_MODES = ("quick", "full", "off")
+VERIFY_MODES = ("quick", "full", "headers", "off")
 MAX_IMAGE_PIXELS = 179_000_000
 DISTRIBUTION_STRATEGIES = ("none", "mirrored", "multi_worker")
 CAM_METHODS = ("gradcam", "gradcam++", "hirescam", "layercam")
@@ -262,8 +262,7 @@ class Configs(Options):
     )
     verify_data: str = define(
         "quick",
-        "What train.py checks before it starts: tables and the images' headers (quick), every pixel and near copies "
-        "too (full), or nothing (off)",
+        "Check images and find near copies: about a minute (quick), completely (full), headers only, or nothing (off)",
         choices=VERIFY_MODES,
         group="data",
     )

@@ -19,10 +19,10 @@ class SplitConfigs(Configs):
         0.0, "Share of every class that goes to validation_set.csv; 0 writes none", at_least=0, below=1
     )
     group_column: str = define(
-        "", "A column, such as that of a patient or a video, whose rows of one value stay in one set; empty: none"
+        "", "Rows with the same value in this column, such as patient or video, stay in one set; empty: group"
     )
     verify: bool = define(
-        False, "Decode every image, list what is wrong in data_report.csv, and keep copies of an image in one set"
+        False, "Check every image and find all copies, however long it takes; data_report.csv lists what is wrong"
     )
     shuffle: bool = define(True, "Draw the images at random; False takes the last ones of each class")
 
@@ -46,7 +46,8 @@ def main(configs: SplitConfigs) -> dict:
     folder = os.path.dirname(csv_path)
     written = {name: os.path.join(folder, file) for name, file in splitting.SET_FILES.items() if fractions[name]}
     splitting.refuse_own_input(csv_path, written)
-    table, groups = splitting.read_rows(csv_path, configs.group_column, configs.verify, configs)
+    mode = "full" if configs.verify else configs.verify_data
+    table, groups = splitting.read_rows(csv_path, configs.group_column, mode, configs)
     labels = table[configs.csv_label_column]
     rng = np.random.default_rng(configs.random_seed) if configs.shuffle else None
     if groups is None:

@@ -22,6 +22,7 @@ def main(configs: Configs) -> dict[str, Any]:
     from finetune.devices import start_devices
     from finetune.evaluation import check_report_by, evaluate_sets
     from finetune.gallery import build_explainer
+    from finetune.leaks import evaluate_leak
     from finetune.model_card import write_model_card
     from finetune.predicting import predict
     from finetune.report import write_evaluation
@@ -55,6 +56,7 @@ def main(configs: Configs) -> dict[str, Any]:
     decision = get_decision(model_path, truths, predictions, configs.classes, multi_label, threshold_range)
     sets = evaluate_sets(sequences, predictions, decision, threshold_range, configs.random_seed or 0, configs.report_by)
     sets = {name: one | {"csv": tables[name][0], "sha256": fingerprint(sequences[name])} for name, one in sets.items()}
+    sets["test"] |= evaluate_leak(sequences, predictions, decision, configs)
     sets["test"] |= {"images_trained_on": known} if known else {}
     sets["test"]["selected_the_model"] = has_selected(model_path, configs.test_csv)
     results = {"model": model_path, "classes": configs.classes, "multi_label": multi_label}

@@ -143,7 +143,7 @@ def leave_out_bad_images(
         make_image_table(name, csv_path, table, configs.csv_label_column)
         for name, (csv_path, table) in zip(set_names, tables.items(), strict=True)
     ]
-    bad_rows = get_bad_rows(check_tables(listed, configs, multi_label, skip_contradictions=True))
+    bad_rows = get_bad_rows(check_tables(listed, configs, multi_label, skip_contradictions=True).findings)
     kept = {path: table.drop(index=[row - 2 for row in bad_rows[path]]) for path, table in tables.items()}
     for path, table in kept.items():
         if table.empty:

@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import os
+import time
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from configs import MAX_IMAGE_PIXELS, Configs
-from finetune.copies import find_copies
+from finetune.contradictions import write_contradictions
+from finetune.copies import Copies, find_copies, list_findings
 from finetune.findings import KINDS, Finding, describe_fault, get_bad_rows, report_findings
-from finetune.inspection import Inspection, inspect_images
+from finetune.inspection import Inspection, estimate_seconds, inspect_images
 from finetune.missing_files import explain_missing
 from finetune.options import UserError
 from finetune.pixel_range import settle_files, settle_tables
 from finetune.tables import ImageTable, find_class_names, make_image_table, parse_table, split_label
-from finetune.texts import LONGEST_LIST, join_names, show_count
+from finetune.texts import LONGEST_LIST, join_names, show_count, show_duration
 
 SIZE_FACTOR, SHAPE_FACTOR, FEWEST_SIZES = 4, 3, 10
+# How long the quick check may take to decode images and to compare them.
+QUICK_SECONDS, LEAST_SECONDS = 60, 10
+
+
+class Reading(NamedTuple):
+    """How images are read: the pixels that one may have, threads, and what is black and white."""
+
+    max_pixels: int
+    workers: int
+    pixel_range: Sequence[float]
+
+    @classmethod
+    def of(cls, configs: Configs) -> Reading:
+        """Returns what the options say."""
+        return cls(configs.max_image_pixels, configs.generator_workers, configs.pixel_range)
+
+
+class DataCheck(NamedTuple):
+    """What is wrong with tables and their images, in the order of `KINDS`, and which images are copies."""
+
+    findings: list[Finding]
+    copies: Copies
 
 
 def list_sets(configs: Configs) -> dict[str, str]:
@@ -56,16 +81,20 @@ def check_sets(csv_paths: dict[str, str], configs: Configs, writes_report: bool 
     """
     if configs.verify_data == "off":
         return {path: set() for path in csv_paths.values()}
-    label_column = configs.csv_label_column
+    label_column, mode = configs.csv_label_column, configs.verify_data
+    if mode == "quick" and configs.distribution_strategy == "multi_worker":
+        # The processes of several hosts must agree on what they find, which a time limit does not ensure.
+        mode = "headers"
+        print("Near copies are not looked for on several hosts. --verify_data full does it.") if writes_report else None
     tables = [
         make_image_table(name, path, parse_table(path, label_column), label_column, configs.image_directory)
         for name, path in csv_paths.items()
         if name != "test" or os.path.realpath(path) != os.path.realpath(csv_paths["validation"])
     ]
-    findings = check_data(
+    check = check_data(
         tables,
         configs.multi_label_classification,
-        configs.verify_data,
+        mode,
         configs.image_target_size[:2],
         configs.max_image_pixels,
         configs.generator_workers,
@@ -73,6 +102,9 @@ def check_sets(csv_paths: dict[str, str], configs: Configs, writes_report: bool 
         configs.resize_mode,
         configs.pixel_range,
     )
+    findings = check.findings
+    if writes_report:
+        write_contradictions(configs.save_model_path, check.copies, configs.multi_label_classification, configs)
     report_findings(findings, configs.save_model_path, configs.skip_bad_images, writes_report)
     bad = get_bad_rows(findings)
     return {path: bad.get(path, set()) for path in csv_paths.values()}
@@ -80,7 +112,7 @@ def check_sets(csv_paths: dict[str, str], configs: Configs, writes_report: bool 
 
 def check_tables(
     tables: Sequence[ImageTable], configs: Configs, multi_label: bool, skip_contradictions: bool = False
-) -> list[Finding]:
+) -> DataCheck:
     """Checks tables and every image in them, prints what it finds and writes data_report.csv beside the first.
 
     Args:
@@ -93,7 +125,7 @@ def check_tables(
         UserError: there are errors; of images that cannot be read only where `skip_bad_images` is not set.
     """
     configs = settle_files(configs, {tables[0].csv_path: [file for table in tables for file in table.files]})
-    findings = check_data(
+    check = check_data(
         tables,
         multi_label,
         mode="full",
@@ -105,8 +137,9 @@ def check_tables(
         pixel_range=configs.pixel_range,
     )
     folder = os.path.dirname(tables[0].csv_path)
-    report_findings(findings, folder, configs.skip_bad_images, skip_contradictions=skip_contradictions)
-    return findings
+    write_contradictions(folder, check.copies, multi_label, configs)
+    report_findings(check.findings, folder, configs.skip_bad_images, skip_contradictions=skip_contradictions)
+    return check
 
 
 def check_data(
@@ -119,37 +152,64 @@ def check_data(
     allow_duplicates: bool = False,
     resize_mode: str = "stretch",
     pixel_range: Sequence[float] = (),
-) -> list[Finding]:
+) -> DataCheck:
     """Looks for everything in tables and their images that makes training fail, or wrong.
 
     Args:
         tables: of the sets, the training set first.
         multi_label: whether a label may hold several class names.
-        mode: `quick` reads headers, and whole files only where two may be the same; `full` decodes every image, and
-            also finds near copies.
+        mode: `headers` reads headers, and whole files only where two may be the same; `full` decodes every image and
+            finds near copies; `quick` does so as long as it takes about a minute, and near copies in two sets are
+            warnings.
         image_size: `(height, width)` that images are resized to.
         max_pixels: what an image may have.
         workers: threads.
         allow_duplicates: an image in two sets is a warning.
         resize_mode: how images come to `image_size`.
         pixel_range: what is black and white, as `read_image` takes it.
-
-    Returns:
-        The findings in the order of `KINDS`.
     """
     findings = [finding for table in tables for finding in check_labels(table, multi_label)]
     findings += find_unknown_classes(tables, multi_label)
-    files = list(dict.fromkeys(file for table in tables for file in table.files if file))
-    known = dict(zip(files, inspect_named(files, mode == "full", max_pixels, workers, pixel_range), strict=True))
+    known, copies = look_for_copies(tables, mode, Reading(max_pixels, workers, pixel_range))
     unusual = find_unusual_sizes(known, image_size, resize_mode)
     for table in tables:
         for row, (path, file) in enumerate(zip(table.paths, table.files, strict=True), start=2):
             if file and (known[file].fault or known[file].remarks or file in unusual):
                 found = [known[file].fault] if known[file].fault else [*known[file].remarks, *unusual.get(file, [])]
                 findings += [Finding(kind, table.set_name, table.csv_path, row, path, text) for kind, text in found]
-    findings += find_copies(tables, known, multi_label, allow_duplicates)
+    findings += list_findings(copies, multi_label, allow_duplicates, allow_near=mode == "quick")
     order = {kind: position for position, kind in enumerate(KINDS)}
-    return sorted(findings, key=lambda finding: order[finding.kind])
+    return DataCheck(sorted(findings, key=lambda finding: order[finding.kind]), copies)
+
+
+def look_for_copies(tables: Sequence[ImageTable], mode: str, reading: Reading) -> tuple[dict[str, Inspection], Copies]:
+    """Inspects the images of tables, in the way that `check_data` describes, and finds copies among them.
+
+    In the mode `quick` it prints what was left out for want of time.
+
+    Returns:
+        What is known of each file, and the copies.
+    """
+    files = list(dict.fromkeys(file for table in tables for file in table.files if file))
+    started, decode = time.monotonic(), mode == "full"
+    if mode == "quick":
+        estimate = estimate_seconds(files, *reading)
+        decode = estimate <= QUICK_SECONDS
+        if not decode:
+            print(
+                f"Near copies and damage were not looked for: decoding {len(files):,} images would take about "
+                f"{show_duration(estimate)}. --verify_data full does it."
+            )
+    known = dict(zip(files, inspect_named(files, decode, *reading), strict=True))
+    left = max(QUICK_SECONDS - (time.monotonic() - started), LEAST_SECONDS) if mode == "quick" else None
+    copies = find_copies(tables, known, reading.workers, left)
+    if copies.left_out:
+        more = " --verify_data full compares more." if mode == "quick" else ""
+        print(
+            f"Near copies: {copies.left_out:,} candidate pairs, the least similar ones, were not compared: "
+            f"too many for {'a minute' if mode == 'quick' else 'one check'}.{more}"
+        )
+    return known, copies
 
 
 def check_labels(table: ImageTable, multi_label: bool) -> list[Finding]:

@@ -264,6 +264,31 @@ def describe_temperature(decision: dict[str, Any], sets: dict[str, dict[str, Any
     )
 
 
+def describe_leak(test: dict[str, Any]) -> str:
+    """Returns one sentence or two on near copies of test images in the training set; empty if there are none.
+
+    Args:
+        test: the test set's part of metrics.json.
+    """
+    found = test.get("near_copies_in_training")
+    if not found or not found["images"]:
+        return ""
+    text = f"{found['images']:,} of {test['images']:,} test images have a near copy in the training set"
+    without = found["without"]
+    if without is None:
+        return (
+            f"{text}: these results are those of photos that the model has seen. Split again with split_train_test.py."
+        )
+    name = "accuracy" if "accuracy" in without else "mean_auroc"
+    value, interval = without[name], without["intervals"].get(name)
+    shown = f"{value:.4f}" if value is not None else "undefined"
+    shown += f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+    return (
+        f"{text}, so the results are optimistic. Without them, on {without['images']:,} images, the "
+        f"{name.replace('_', ' ').replace('auroc', 'AUROC')} is {shown}."
+    )
+
+
 def print_results(results: dict[str, Any]) -> None:
     """Prints what was fitted, and the figures of each set."""
     decision = results["decision"]
@@ -280,6 +305,8 @@ def print_results(results: dict[str, Any]) -> None:
     for name, figures in results["sets"].items():
         images = f"{figures['images']} images{describe_group_count(figures.get('groups'))}"
         print(f"\n{name} set: {images} of {figures['csv']}\n{format_evaluation(figures)}")
+        if sentence := describe_leak(figures):
+            print(sentence)
         counts = {label: row["support"] for label, row in figures["per_class"].items()}
         warn_of_missing_classes([*counts.values()], [*counts], name)
         if shared := describe_shared(name, figures):

@@ -68,17 +68,22 @@ KINDS = {
     ),
     "duplicate_across_sets": Kind(
         "error",
-        "The same image is in two sets: split again by split_train_test.py --verify True, drop one, or allow it by "
+        "The same image is in two sets: split again with split_train_test.py, drop one, or allow it with "
         "--allow_duplicates True.",
     ),
     "near_duplicate_across_sets": Kind(
         "error",
-        "Nearly the same image is in two sets: split again by split_train_test.py --verify True, drop one, or allow "
-        "it by --allow_duplicates True.",
+        "Nearly the same image is in two sets: split again with split_train_test.py, drop one, or allow it with "
+        "--allow_duplicates True.",
     ),
     "allowed_duplicate": Kind("warning", "The same image is in two sets: figures will be optimistic."),
-    "near_allowed_duplicate": Kind("warning", "Nearly the same image is in two sets: figures will be optimistic."),
-    "near_duplicate_with_other_label": Kind("warning", "Nearly the same image has two labels. Look at both."),
+    "near_allowed_duplicate": Kind(
+        "warning",
+        "Nearly the same image is in two sets, so results will be optimistic. Split again with split_train_test.py.",
+    ),
+    "near_duplicate_with_other_label": Kind(
+        "warning", "Nearly the same image has two labels. Look at both in data_report.html."
+    ),
     "white_space": Kind("warning", "White space at the ends of a class name is a part of the name."),
     "case_variant": Kind("warning", "Class names that differ only by case or width are two classes."),
     "doubled_label": Kind("warning", "A label names a class twice; it counts once."),

@@ -1,4 +1,4 @@
-"""Looking at image files: faults, what is unusual, and the hashes that find near copies."""
+"""Looking at image files: faults, what is unusual, and the thumbnails that find near copies."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import contextlib
 import io
 import os
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple
 
 import cv2
-import imagehash
 import numpy as np
 import PIL.Image
 
@@ -29,6 +29,7 @@ from finetune.headers import (
     read_header,
 )
 from finetune.images import decode_pixels
+from finetune.near_copies import THUMBNAIL_SIDE, make_thumbnail
 from finetune.numeric_tiffs import find_odd_values
 from finetune.progress import show_progress
 from finetune.stores import STORE_THREADS, is_url, open_url
@@ -44,9 +45,10 @@ FORMAT_SUFFIXES = {
     "HEIF": (".heic", ".heif"),
 }
 TAIL_BYTES = 4096
-HASHED_SIDE = 32
-# A JPEG is decoded at a fraction of its size for its hashes, not below this.
-SMALLEST_SIDES = (40, 40)
+# Files that are decoded to estimate how long all of them take.
+SAMPLE_FILES = 48
+# A JPEG is decoded at a fraction of its size, not below this.
+SMALLEST_SIDES = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
 # Grey values of 256 between the darkest and the lightest pixel: 12 bits in the place of 16 give at most 16.
 FEWEST_TONES = 16
 # Fewer may well be of one colour.
@@ -60,7 +62,7 @@ class Inspection(NamedTuple):
     remarks: list[tuple[str, str]]
     sides: tuple[int, int] = (0, 0)
     signature: tuple[int, int] = (0, 0)
-    near_hash: bytes | None = None
+    thumbnail: bytes | None = None
 
 
 def inspect_images(
@@ -84,6 +86,15 @@ def inspect_images(
             found += part
             progress.update(len(part))
     return found
+
+
+def estimate_seconds(files: Sequence[str], max_pixels: int, workers: int, pixel_range: Sequence[float] = ()) -> float:
+    """Returns how long `inspect_images` takes to decode all files, from a sample of them."""
+    sample = files[:: max(len(files) // SAMPLE_FILES, 1)][:SAMPLE_FILES]
+    started = time.monotonic()
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        list(pool.map(lambda file: inspect_image(file, True, max_pixels, pixel_range), sample))
+    return (time.monotonic() - started) / max(len(sample), 1) * len(files)
 
 
 def inspect_image(
@@ -121,7 +132,7 @@ def _inspect_open(path: str, file: BinaryIO, decode: bool, max_pixels: int, pixe
         raise BadImage("unsupported", f"it is a file of the kind {image.format}")
     file.seek(max(size - TAIL_BYTES, 0))
     tail = file.read()
-    remarks, sides, near_hash = [], (0, 0), None
+    remarks, sides, thumbnail = [], (0, 0), None
     if image is not None:
         remarks, sides = list(find_remarks(path, image, start)), image.size
     # Some cameras leave the end mark out: the pixels tell.
@@ -129,9 +140,9 @@ def _inspect_open(path: str, file: BinaryIO, decode: bool, max_pixels: int, pixe
         file.seek(0)
         encoded = file.read()
         picture = decode_pixels(np.frombuffer(encoded, np.uint8), image, SMALLEST_SIDES, pixel_range)
-        near_hash = hash_picture(picture) if decode else None
+        thumbnail = make_thumbnail(picture) if decode else None
         remarks += [*find_lack_of_tones(picture), *find_odd_values(encoded, pixel_range)] if decode else []
-    return Inspection(None, remarks, sides, (size, zlib.crc32(tail)), near_hash)
+    return Inspection(None, remarks, sides, (size, zlib.crc32(tail)), thumbnail)
 
 
 def is_known_to_opencv(path: str, file: BinaryIO) -> bool:
@@ -179,21 +190,3 @@ def find_lack_of_tones(image: np.ndarray) -> Iterator[tuple[str, str]]:
         and np.ptp(image, axis=(0, 1)).max() <= FEWEST_TONES
     ):
         yield "nearly_uniform", f"its grey values are from {darkest:.0f} to {lightest:.0f} of 255"
-
-
-def hash_picture(image: np.ndarray) -> bytes | None:
-    """Takes two perceptual hashes of ImageHash, whose bits stand for coarse shapes.
-
-    Args:
-        image: uint8 RGB `(height, width, 3)`.
-
-    Returns:
-        40 bytes, the difference hash and the DCT's; None for a picture of one colour, which has no shapes.
-    """
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    picture = cv2.resize(grey, (HASHED_SIDE, HASHED_SIDE), interpolation=cv2.INTER_AREA)
-    if picture.std() < 2:
-        return None
-    small = PIL.Image.fromarray(picture)
-    hashes = imagehash.dhash(small), imagehash.phash(small, hash_size=16, highfreq_factor=HASHED_SIDE // 16)
-    return b"".join(np.packbits(found.hash).tobytes() for found in hashes)

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from configs import Configs
-from finetune.corrections import COLUMNS
-from finetune.embedding import encode_photo
-from finetune.files import write_text
-from finetune.images import build_reader
 from finetune.label_errors import Evidence, find_neighbours
-from finetune.summaries import render_page
-from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR
-
-PHOTO_SIDE = 160
-NEIGHBOUR_SIDE = 80
-# Of the JPEGs: a page of 2,000 suspects has 30 MiB.
-QUALITY = 75
+from finetune.label_page import NEIGHBOUR_SIDE, PHOTO_SIDE, embed_photos, write_label_page
 
 
 def write_page(
@@ -48,23 +35,8 @@ def write_page(
     Raises:
         UserError: a photo can no longer be read, or the page not be written.
     """
-    page = render_page(
-        "label_errors",
-        ["report", "label_errors"],
-        table=csv_path,
-        cards=_make_cards(suspects, positions, evidence, configs),
-        summary=summary,
-        multi_label=configs.multi_label_classification,
-        # As they are in the table, for the page's own script: what people read may have escapes in it.
-        data={
-            "columns": list(COLUMNS),
-            "classes": list(configs.classes),
-            "separator": LABEL_SEPARATOR if configs.multi_label_classification else "",
-            "suspects": suspects[["row", IMAGE_COLUMN, "given_label", "likely_label"]].to_numpy().tolist(),
-        },
-        command=_apply_command(csv_path, configs),
-    )
-    write_text(path, page)
+    cards = _make_cards(suspects, positions, evidence, configs)
+    write_label_page(path, cards, summary, "those most like it, with their own labels", csv_path, configs)
 
 
 def _make_cards(
@@ -72,8 +44,8 @@ def _make_cards(
 ) -> list[dict[str, Any]]:
     """Returns what the page shows of each suspect: its columns, `photo`, and of `neighbours` photo, label and path."""
     neighbours = find_neighbours(evidence.features, positions)
-    photos = _embed_photos(positions, evidence.files, PHOTO_SIDE, configs)
-    small = _embed_photos(np.unique(neighbours), evidence.files, NEIGHBOUR_SIDE, configs)
+    photos = _embed(positions, evidence, PHOTO_SIDE, configs)
+    small = _embed(np.unique(neighbours), evidence, NEIGHBOUR_SIDE, configs)
     return [
         suspect
         | {
@@ -86,24 +58,5 @@ def _make_cards(
     ]
 
 
-def _embed_photos(positions: np.ndarray, files: Sequence[str], longest_side: int, configs: Configs) -> dict[int, str]:
-    """Returns small photos as data URIs by their positions, read by threads."""
-
-    read = build_reader(configs)
-
-    def embed(position: int) -> str:
-        photo = read(files[position], (longest_side, longest_side))
-        return encode_photo(photo, longest_side, QUALITY)
-
-    with ThreadPoolExecutor(max(configs.generator_workers, 1)) as pool:
-        return dict(zip(positions.tolist(), pool.map(embed, positions.tolist()), strict=True))
-
-
-def _apply_command(csv_path: str, configs: Configs) -> str:
-    """Returns the command line that applies the corrections which the page saves."""
-    words = ["python", "find_label_errors.py", "--csv_path", csv_path]
-    if configs.csv_label_column != Configs.defaults()["csv_label_column"]:
-        words += ["--csv_label_column", configs.csv_label_column]
-    if configs.multi_label_classification:
-        words += ["--multi_label_classification", "True"]
-    return shlex.join([*words, "--apply", "corrections.csv"])
+def _embed(positions: np.ndarray, evidence: Evidence, longest_side: int, configs: Configs) -> dict[int, str]:
+    return embed_photos({one: evidence.files[one] for one in positions.tolist()}, longest_side, configs)

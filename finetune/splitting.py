@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from configs import Configs
-from finetune.data_check import check_tables
-from finetune.findings import get_bad_rows
+from finetune.contradictions import write_contradictions
+from finetune.data_check import Reading, check_tables, look_for_copies
+from finetune.findings import Finding, describe_fault, get_bad_rows
 from finetune.groups import Groups
+from finetune.inspection import Inspection
 from finetune.labels import clean_label
 from finetune.options import UserError
-from finetune.tables import find_class_names, make_image_table, parse_table, read_table, split_label
+from finetune.tables import GROUP_COLUMN, find_class_names, make_image_table, parse_table, read_table, split_label
 from finetune.texts import MOST_LISTED, MOST_TELLING, join_names, show_count
 
 SET_FILES = {"training": "training_set.csv", "validation": "validation_set.csv", "testing": "testing_set.csv"}
@@ -26,43 +31,108 @@ def refuse_own_input(csv_path: str, written: dict[str, str]) -> None:
         raise UserError(f"{csv_path} would be replaced by what is made of it. Rename it first.")
 
 
-def read_rows(
-    csv_path: str, group_column: str, verify: bool, configs: Configs
-) -> tuple[pd.DataFrame, np.ndarray | None]:
-    """Reads the table, checks its images where `verify` is set, and finds which rows have to stay together.
+def read_rows(csv_path: str, group_column: str, mode: str, configs: Configs) -> tuple[pd.DataFrame, np.ndarray | None]:
+    """Reads the table, looks for copies among its images, and finds which rows have to stay together.
 
     Args:
         csv_path: the table.
-        group_column: the rows of one value in it stay together; empty: none.
-        verify: whether to decode every image; copies stay together then.
+        group_column: the rows of one value in it stay together; empty: those of the column `group`, if there is one.
+        mode: `full` checks every image, and its faults are errors; `quick` looks for copies for about a minute;
+            `headers` and `off` read no image.
         configs: the options of every script.
 
     Returns:
         The table, without the images that `skip_bad_images` leaves out, and the number of each row's group, int
-        `(rows,)`; None where no two rows belong together.
+        `(rows,)`; None if no two rows belong together. The column `group` then names the groups.
 
     Raises:
         UserError: the table, an image in it or `group_column` is not usable.
     """
-    label_column, multi_label, findings = configs.csv_label_column, configs.multi_label_classification, []
-    if verify:
-        table = parse_table(csv_path, label_column)
-        listed = make_image_table("", csv_path, table, label_column, configs.image_directory)
-        findings = check_tables([listed], configs, multi_label)
+    label_column, multi_label = configs.csv_label_column, configs.multi_label_classification
+    findings, numbers = _find_copies(csv_path, mode, configs)
     table = read_table(csv_path, label_column, multi_label)
-    groups = Groups(len(table))
-    if group_column:
-        join_by_column(groups, table, group_column, csv_path)
-    copies = [(finding.copy_of - 2, finding.row - 2) for finding in findings if finding.copy_of]
-    for first, second in copies:
-        groups.join(first, second)
-    if copies:
-        print(f"Copies, exact or near, that stay in one set with their original: {len(copies)}.")
+    groups, given = Groups(len(table)), group_column or GROUP_COLUMN * (GROUP_COLUMN in table.columns)
+    values = read_groups(table, given, csv_path) if given else [""] * len(table)
+    # In the column `group` an empty cell is a group of its own.
+    join_equal(groups, [value or row for row, value in enumerate(values)])
+    join_equal(groups, range(len(table)) if numbers is None else numbers)
     kept = np.setdiff1d(np.arange(len(table)), [row - 2 for row in get_bad_rows(findings)[csv_path]])
     if not kept.size:
         raise UserError(f"{csv_path}: none of the {len(table)} images can be used. Check image_directory.")
-    numbers = np.array([groups.find(int(row)) for row in kept])
-    return table.iloc[kept], numbers if copies or group_column else None
+    numbers, table = np.array([groups.find(int(row)) for row in kept]), table.iloc[kept]
+    if len(np.unique(numbers)) == len(numbers):
+        return table, None
+    return table.assign(**{GROUP_COLUMN: name_groups(numbers, [values[row] for row in kept])}), numbers
+
+
+def _find_copies(csv_path: str, mode: str, configs: Configs) -> tuple[list[Finding], np.ndarray | None]:
+    """Looks for copies among the images of a table and prints how many there are.
+
+    Returns:
+        The findings of a full check, and a number for each row, equal for copies; None if images are not looked at.
+    """
+    if mode not in ("quick", "full"):
+        return [], None
+    label_column, multi_label, findings = configs.csv_label_column, configs.multi_label_classification, []
+    listed = make_image_table("", csv_path, parse_table(csv_path, label_column), label_column, configs.image_directory)
+    if mode == "full":
+        findings, copies = check_tables([listed], configs, multi_label)
+    else:
+        known, copies = look_for_copies([listed], mode, Reading.of(configs))
+        report_unread(known)
+        write_contradictions(os.path.dirname(csv_path), copies, multi_label, configs)
+    numbers = copies.number_rows(listed)
+    report_copies(numbers)
+    return findings, numbers
+
+
+def join_equal(groups: Groups, numbers: Iterable[Any]) -> None:
+    """Joins the rows that have the same number."""
+    first_row = {}
+    for row, number in enumerate(numbers):
+        groups.join(first_row.setdefault(number, row), row)
+
+
+def name_groups(numbers: np.ndarray, values: Sequence[str]) -> list[str]:
+    """Returns the name of each row's group: its first value, or `copies 1`, `copies 2` if no row of it has a value.
+
+    Args:
+        numbers: of each row's group, `(rows,)`.
+        values: of the column that groups rows; empty if a row has none.
+
+    Returns:
+        A text for each row; empty for a row that is alone and has no value.
+    """
+    sizes, named = Counter(numbers.tolist()), {}
+    for number, value in zip(numbers.tolist(), values, strict=True):
+        if value:
+            named.setdefault(number, value)
+    taken, candidates = set(values), (f"copies {number}" for number in itertools.count(1))
+    for number, size in sizes.items():
+        if number not in named and size > 1:
+            named[number] = next(name for name in candidates if name not in taken)
+    return [named.get(number, "") for number in numbers.tolist()]
+
+
+def report_unread(known: dict[str, Inspection]) -> None:
+    """Prints how many images could not be read, so that copies of these were not found."""
+    faults = [(path, one.fault[1]) for path, one in known.items() if one.fault]
+    if faults:
+        print(
+            f"Warning: {show_count(len(faults), 'image')} of {len(known):,} cannot be read: "
+            f"{describe_fault(*faults[0])}. --verify True lists all."
+        )
+
+
+def report_copies(numbers: np.ndarray) -> None:
+    """Prints how many images are copies of each other, by the group number of each."""
+    sizes = np.unique(numbers, return_counts=True)[1]
+    sizes = sizes[sizes > 1]
+    if sizes.size:
+        print(
+            f"Copies, exact or near: {sizes.sum():,} of {len(numbers):,} images, in {show_count(sizes.size, 'group')} "
+            f"of up to {sizes.max()}. Each group stays in one set; the column '{GROUP_COLUMN}' names it."
+        )
 
 
 def split_rows(
@@ -246,8 +316,8 @@ def warn_of_missing_classes(counts: pd.DataFrame) -> None:
             print(f"Warning: {name} has {show_count(row.sum(), 'image')}, so the {set_name} set has none of it.")
 
 
-def join_by_column(groups: Groups, table: pd.DataFrame, column: str, csv_path: str) -> None:
-    """Joins the rows of a table that have the same value in a column.
+def read_groups(table: pd.DataFrame, column: str, csv_path: str) -> list[str]:
+    """Returns the values of the column that groups the rows of a table; only the column `group` may have empty cells.
 
     Raises:
         UserError: there is no such column, or a row has no value in it.
@@ -257,8 +327,7 @@ def join_by_column(groups: Groups, table: pd.DataFrame, column: str, csv_path: s
         raise UserError(
             f"{csv_path} has no column '{column}'. Its columns: {columns}. Set group_column to one of them."
         )
-    first_row = {}
-    for row, value in enumerate(table[column].map(clean_label).str.strip()):
-        if not value:
-            raise UserError(f"{csv_path}, row {row + 2}: the column '{column}' is empty. Fill it in.")
-        groups.join(first_row.setdefault(value, row), row)
+    values = table[column].map(clean_label).str.strip().tolist()
+    if "" in values and column != GROUP_COLUMN:
+        raise UserError(f"{csv_path}, row {values.index('') + 2}: the column '{column}' is empty. Fill it in.")
+    return values

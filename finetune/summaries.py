@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from configs import Configs
+from finetune.evaluation import describe_leak
 from finetune.photo_groups import describe_shared
 from finetune.texts import MOST_LISTED, MOST_TELLING, join_names, show
 
@@ -125,6 +126,8 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
             f"The model was trained on {trained_on} of the {test['images']} test images, or selected by them: the "
             "figures are too good."
         )
+    if sentence := describe_leak(test):
+        found.append(sentence)
     if decision["temperature_fitted_on"] is None:
         found.append("No temperature was fitted for want of a validation set: probabilities are the model's own.")
     if results["multi_label"] and decision["thresholds_fitted_on"] == "training":

@@ -51,7 +51,7 @@ def table_of(rows, set_name="training", folder=""):
 
 
 def check(*tables, multi_label=False, **options):
-    return check_data(tables, multi_label, **options)
+    return check_data(tables, multi_label, **options).findings
 
 
 def write_photo(path, seed, **options):

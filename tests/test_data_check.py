@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import sys
 
 import cv2
@@ -18,6 +19,7 @@ from corpus import BAD_TABLES, UNREADABLE, encode, photo
 from PIL import Image
 
 from configs import Configs
+from finetune import data_check
 from finetune.callbacks import BadImages
 from finetune.data_check import check_images, check_sets
 from finetune.findings import IMAGE_FAULTS
@@ -165,17 +167,28 @@ def test_files_of_one_length_and_end_are_told_apart_by_their_content(tmp_path):
     assert check(table_of([("a.bmp", "x"), ("b.bmp", "x")], folder=tmp_path)) == []
 
 
-def test_near_copies_across_sets_are_an_error_that_full_checking_alone_finds(tmp_path):
+def test_near_copies_across_sets_are_a_warning_and_in_the_full_check_an_error(tmp_path):
     picture = skimage.data.chelsea()
     for name, quality in (("a.jpg", 90), ("b.jpg", 60), ("c.jpg", 75)):
         Image.fromarray(picture).save(tmp_path / name, quality=quality)
     training = table_of([("a.jpg", "cat"), ("b.jpg", "cat")], folder=tmp_path)
     test = table_of([("c.jpg", "cat")], "test", folder=tmp_path)
-    assert check(training, test) == []
+    assert check(training, test, mode="headers") == []
     found = kinds_of(check(training, test, mode="full"))
     assert found == [("near_duplicate", "training", 3), ("near_duplicate_across_sets", "test", 2)]
-    allowed = kinds_of(check(training, test, mode="full", allow_duplicates=True))
-    assert allowed == [("near_allowed_duplicate", "test", 2), ("near_duplicate", "training", 3)]
+    warned = [("near_allowed_duplicate", "test", 2), ("near_duplicate", "training", 3)]
+    assert kinds_of(check(training, test)) == warned
+    assert kinds_of(check(training, test, mode="full", allow_duplicates=True)) == warned
+
+
+def test_a_check_that_would_take_longer_than_a_minute_reads_headers_alone_and_says_so(tmp_path, monkeypatch, capsys):
+    for name, quality in (("a.jpg", 90), ("b.jpg", 60)):
+        Image.fromarray(skimage.data.chelsea()).save(tmp_path / name, quality=quality)
+    table = table_of([("a.jpg", "cat"), ("b.jpg", "cat")], folder=tmp_path)
+    monkeypatch.setattr(data_check, "estimate_seconds", lambda *_: 600.0)
+    assert check(table) == []
+    assert re.search("decoding 2 images would take about 10 min.*--verify_data full", capsys.readouterr().out)
+    assert kinds_of(check(table, mode="full")) == [("near_duplicate", "training", 3)]
 
 
 def test_pictures_of_one_colour_are_no_copies_of_each_other(tmp_path):

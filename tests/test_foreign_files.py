@@ -334,7 +334,7 @@ def table_of(name):
         for number, image in enumerate(content["path"].unique()):
             write_image(folder / image.replace("\0", "0"), number)
         table = make_image_table("training", str(path), content, "class", str(folder))
-        found = check_data([table], multi_label)
+        found = check_data([table], multi_label).findings
         # Small tables have such classes all of them.
         found = [finding for finding in found if finding.kind != "class_of_one_image" or finding.kind == name]
         if not found:

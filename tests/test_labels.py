@@ -123,7 +123,7 @@ def test_the_test_set_may_spell_a_class_otherwise(tmp_path):
         (tmp_path / name).mkdir()
         path = write_table(tmp_path / name, f"path,class\na.jpg,ant\nb.jpg,{label}\n")
         tables.append(make_image_table(name, path, read_table(path, "class"), "class", str(tmp_path)))
-    assert "unknown_class" not in {finding.kind for finding in check_data(tables, False)}
+    assert "unknown_class" not in {finding.kind for finding in check_data(tables, False).findings}
 
 
 def test_class_folders_that_look_the_same_are_one_class(tmp_path, capsys):

@@ -86,17 +86,52 @@ def test_unusable_group_column_is_named(tmp_path, column, rows, message):
         split(tmp_path, rows, group_column=column)
 
 
-def test_copies_stay_in_one_set_with_their_original(tmp_path, capsys):
-    rows = []
-    for number in range(12):
-        path = write_photo(tmp_path / f"{number}.jpg", number, quality=90)
-        Image.open(path).resize((120, 90)).save(tmp_path / f"copy_{number}.jpg")
-        rows += [(path, "ab"[number % 2]), (str(tmp_path / f"copy_{number}.jpg"), "ab"[number % 2])]
-    _, sets = split(tmp_path, rows, ("path", "class"), verify=True)
+@pytest.mark.parametrize("options", [{}, {"verify": True}, {"verify_data": "full"}])
+def test_copies_stay_in_one_set_with_their_original(tmp_path, capsys, options):
+    rows = write_copies(tmp_path)
+    _, sets = split(tmp_path, rows, ("path", "class"), **options)
     for found in sets.values():
         names = [os.path.basename(row["path"]) for row in found]
         assert {name.removeprefix("copy_") for name in names} == {name for name in names if "copy_" not in name}
-    assert "stay in one set with their original: 12" in capsys.readouterr().out
+        groups = {row["path"].replace("copy_", ""): row["group"] for row in found}
+        assert all(row["group"] == groups[row["path"].replace("copy_", "")] for row in found)
+        assert len(set(groups.values())) == len(groups)
+    assert "24 of 24 images, in 12 groups of up to 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["off", "headers"])
+def test_copies_are_not_looked_for_where_that_is_turned_off(tmp_path, capsys, mode):
+    _, sets = split(tmp_path, write_copies(tmp_path), ("path", "class"), verify_data=mode)
+    assert "group" not in sets["training"][0]
+    assert "Copies" not in capsys.readouterr().out
+
+
+def write_copies(folder):
+    """Writes 12 photos, and a smaller copy of each; returns their rows."""
+    rows = []
+    for number in range(12):
+        path = write_photo(folder / f"{number}.jpg", number, quality=90)
+        Image.open(path).resize((120, 90)).save(folder / f"copy_{number}.jpg")
+        rows += [(path, "ab"[number % 2]), (str(folder / f"copy_{number}.jpg"), "ab"[number % 2])]
+    return rows
+
+
+def test_groups_of_a_column_and_of_copies_are_joined_and_named_by_the_column(tmp_path):
+    rows = [(path, label, f"p{number // 4}") for number, (path, label) in enumerate(write_copies(tmp_path))]
+    # The copy of photo 0, of patient p0, is said to be of patient p5.
+    rows[1] = (*rows[1][:2], "p5")
+    _, sets = split(tmp_path, rows, group_column="patient")
+    groups = {os.path.basename(row["path"]): row["group"] for found in sets.values() for row in found}
+    assert {groups[name] for name in ("0.jpg", "copy_0.jpg", "1.jpg", "10.jpg", "11.jpg")} == {"p0"}
+    assert {groups[name] for name in ("2.jpg", "copy_3.jpg")} == {"p1"}
+
+
+def test_column_group_of_the_table_is_kept_together_and_may_have_empty_cells(tmp_path):
+    rows = [(f"{number}.jpg", "a", f"g{number // 4}" * (number < 20)) for number in range(60)]
+    _, sets = split(tmp_path, rows, ("path", "class", "group"))
+    in_sets = [{row["group"] for row in found} - {""} for found in sets.values()]
+    assert not in_sets[0] & in_sets[1]
+    assert {row["path"]: row["group"] for found in sets.values() for row in found} == {row[0]: row[2] for row in rows}
 
 
 def test_splitting_verifies_what_is_in_a_store(tmp_path, store):

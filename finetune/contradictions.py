@@ -1,0 +1,106 @@
+"""data_report.html, the page that shows copies of one photo whose labels differ, side by side."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from configs import Configs
+from finetune.copies import Copies, Place
+from finetune.label_page import NEIGHBOUR_SIDE, PHOTO_SIDE, embed_photos, write_label_page
+from finetune.tables import ImageTable, find_class_names
+from finetune.texts import show_count
+
+PAGE_FILE = "data_report.html"
+MOST_NEIGHBOURS, MOST_CARDS = 3, 1000
+
+
+def write_contradictions(folder: str, copies: Copies, multi_label: bool, configs: Configs) -> None:
+    """Writes the page and prints where it is, if copies of one photo have different labels; else removes an old page.
+
+    The photos on it are those of one table, the first that has any, so that its corrections can be applied to that.
+
+    Args:
+        folder: receives the page.
+        copies: of the tables' images.
+        multi_label: whether a label may hold several class names.
+        configs: for reading the photos, and the options of the command that applies corrections.
+    """
+    path = os.path.join(folder, PAGE_FILE)
+    groups = [group for group in list_groups(copies) if len({place.names(multi_label) for place in group}) > 1]
+    if not groups:
+        if os.path.isfile(path):
+            os.remove(path)
+        return
+    table = groups[0][0].table
+    labels = [place.label for group in groups for place in group]
+    configs = configs.replace(
+        classes=configs.classes or find_class_names(labels, multi_label), multi_label_classification=multi_label
+    )
+    summary = (
+        f"{show_count(len(groups), 'photo')} with copies under different labels. At least one label of each is wrong, "
+        "unless the copies only look the same."
+    )
+    os.makedirs(folder or ".", exist_ok=True)
+    cards = _make_cards(_find_doubtful(groups, table), configs)
+    write_label_page(path, cards, summary, "copies of it, with their own labels", table.csv_path, configs)
+    print(f"{show_count(len(groups), 'photo')} with copies under different labels: {path} shows them side by side.")
+
+
+def list_groups(copies: Copies) -> list[list[Place]]:
+    """Returns the rows of each group of copies, exact or near, in the order of the tables."""
+    groups, members = copies.group(), defaultdict(list)
+    for position, places in enumerate(copies.places):
+        members[groups.find(position)] += places
+    return [places for places in members.values() if len(places) > 1]
+
+
+def _find_doubtful(
+    groups: Sequence[Sequence[Place]], table: ImageTable
+) -> list[tuple[Place, Sequence[Place], str, float]]:
+    """Returns the rows of a table whose label at least as many copies contradict as share it, the surest first.
+
+    Returns:
+        Of each the row, its group, the most frequent other label, and the share of the group that has that.
+    """
+    found = []
+    for group in groups:
+        counts = Counter(place.label for place in group)
+        for place in group:
+            likely, count = next(
+                ((label, count) for label, count in counts.most_common() if label != place.label), ("", 0)
+            )
+            if place.table is table and count >= counts[place.label]:
+                found.append((place, group, likely, count / len(group)))
+    return sorted(found, key=lambda one: -one[3])[:MOST_CARDS]
+
+
+def _make_cards(
+    doubtful: Sequence[tuple[Place, Sequence[Place], str, float]], configs: Configs
+) -> list[dict[str, Any]]:
+    """Returns what the page shows of each row."""
+    neighbours = [_choose_neighbours(place, group) for place, group, *_ in doubtful]
+    photos = embed_photos({row: place.file for row, (place, *_) in enumerate(doubtful)}, PHOTO_SIDE, configs)
+    files = dict.fromkeys(other.file for others in neighbours for other in others)
+    small = dict(zip(files, embed_photos(dict(enumerate(files)), NEIGHBOUR_SIDE, configs).values(), strict=True))
+    return [
+        {
+            "rank": row + 1,
+            "row": place.row,
+            "path": place.path,
+            "given_label": place.label,
+            "likely_label": likely,
+            "confidence": share,
+            "photo": photos[row],
+            "neighbours": [(small[other.file], other.label, other.path) for other in neighbours[row]],
+        }
+        for row, (place, _, likely, share) in enumerate(doubtful)
+    ]
+
+
+def _choose_neighbours(place: Place, group: Sequence[Place]) -> list[Place]:
+    """Returns the copies that are shown with a photo, those with another label first."""
+    others = [other for other in group if other is not place]
+    return sorted(others, key=lambda other: other.label == place.label)[:MOST_NEIGHBOURS]
