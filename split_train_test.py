@@ -34,6 +34,7 @@ def main(configs: SplitConfigs) -> dict:
     import numpy as np
 
     from finetune import splitting
+    from finetune.contradictions import write_contradictions
     from finetune.files import write_csv
     from finetune.tables import find_class_names
     from finetune.texts import show_count
@@ -47,7 +48,7 @@ def main(configs: SplitConfigs) -> dict:
     written = {name: os.path.join(folder, file) for name, file in splitting.SET_FILES.items() if fractions[name]}
     splitting.refuse_own_input(csv_path, written)
     mode = "full" if configs.verify else configs.verify_data
-    table, groups = splitting.read_rows(csv_path, configs.group_column, mode, configs)
+    table, groups = splitting.read_rows(csv_path, configs.group_column, mode, configs, write_contradictions)
     labels = table[configs.csv_label_column]
     rng = np.random.default_rng(configs.random_seed) if configs.shuffle else None
     if groups is None:

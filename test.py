@@ -48,7 +48,6 @@ def main(configs: Configs) -> dict[str, Any]:
     known = check_test_images(model_path, configs.test_csv, sequences["test"].paths, configs.allow_duplicates)
     model = load_predictor(model_path, configs.classes, get_input_size(configs))
     print(name_model(configs, model_path))
-    explain = build_explainer(model, configs)
     predictions = {name: predict(model, sequence, f"Predicting the {name} set") for name, sequence in sequences.items()}
     # After the images have been read: under skip_bad_images those that could not be have no part.
     truths = {name: sequence.get_y_true() for name, sequence in sequences.items()}
@@ -57,13 +56,15 @@ def main(configs: Configs) -> dict[str, Any]:
     sets = evaluate_sets(sequences, predictions, decision, threshold_range, configs.random_seed or 0, configs.report_by)
     sets = {name: one | {"csv": tables[name][0], "sha256": fingerprint(sequences[name])} for name, one in sets.items()}
     sets["test"] |= evaluate_leak(sequences, predictions, decision, configs)
+    sets["test"] |= {"selected_the_model": has_selected(model_path, configs.test_csv)}
     sets["test"] |= {"images_trained_on": known} if known else {}
-    sets["test"]["selected_the_model"] = has_selected(model_path, configs.test_csv)
-    results = {"model": model_path, "classes": configs.classes, "multi_label": multi_label}
-    results |= {"decision": keep_decision(model_path, decision.to_dict()), "sets": sets}
+    results = {"model": model_path, "classes": configs.classes, "multi_label": multi_label, "sets": sets}
+    results |= {"decision": keep_decision(model_path, decision.to_dict())}
     place, read = os.path.join(configs.save_model_path, name_evaluation(model_path)), sequences["test"].get_read_paths()
-    truth, probabilities = truths["test"], decision.calibrate(predictions["test"])
-    write_evaluation(place, read, truth, probabilities, decision, results, explain, list_options(configs, model_path))
+    answers = truths["test"], decision.calibrate(predictions["test"])
+    write_evaluation(
+        place, read, *answers, decision, results, build_explainer(model, configs), list_options(configs, model_path)
+    )
     write_model_card(configs.save_model_path)
     return results
 

@@ -16,6 +16,7 @@ def main(configs: Configs) -> dict:
     """Trains, alone or with the other processes of TF_CONFIG; returns the last epoch's figures and the best."""
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune import training
+    from finetune.contradictions import write_contradictions
     from finetune.data_check import check_sets, list_sets, settle_sets
     from finetune.devices import choose_devices, start_strategy
     from finetune.log_figures import report_learning_rate
@@ -38,7 +39,7 @@ def main(configs: Configs) -> dict:
             print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
             return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
         configs = settle_sets(configs)
-        bad_rows = check_sets(list_sets(configs), configs, team.is_chief)
+        bad_rows = check_sets(list_sets(configs), configs, team.is_chief, write_contradictions)
         strategy = start_strategy(configs.distribution_strategy)
         configs = training.settle(configs, team)
         shares = training.get_shares(configs, strategy.num_replicas_in_sync, team)

@@ -33,7 +33,13 @@ FLOORS: dict[str, tuple[str, ...]] = {
         *("finetune.photo_groups", "finetune.pixel_range"),
     ),
     "data": (
-        *("finetune.inspection", "finetune.copies", "finetune.data_check", "finetune.splitting"),
+        *(
+            "finetune.near_copies",
+            "finetune.inspection",
+            "finetune.copies",
+            "finetune.data_check",
+            "finetune.splitting",
+        ),
         *("finetune.class_folders", "finetune.set_folders", "finetune.label_tables"),
         "finetune.corrections",
         *(
@@ -64,6 +70,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "judgement": (
         *("finetune.confusions", "finetune.metrics", "finetune.curves", "finetune.decision"),
         *("finetune.decision_file", "finetune.intervals", "finetune.breakdown", "finetune.evaluation"),
+        "finetune.leaks",
         *("finetune.gradcam", "finetune.faithfulness", "finetune.explaining"),
     ),
     "run": (
@@ -82,6 +89,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "finetune.gallery",
         ),
         "finetune.cam_page",
+        *("finetune.label_page", "finetune.contradictions"),
         *("finetune.report", "finetune.card_parts", "finetune.model_card", "finetune.exports", "finetune.parity"),
         *("finetune.compression_report", "finetune.backbone_report", "finetune.label_errors"),
         "finetune.label_error_page",

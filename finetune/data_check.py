@@ -6,13 +6,12 @@ import os
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from configs import MAX_IMAGE_PIXELS, Configs
-from finetune.contradictions import write_contradictions
 from finetune.copies import Copies, find_copies, list_findings
 from finetune.findings import KINDS, Finding, describe_fault, get_bad_rows, report_findings
 from finetune.inspection import Inspection, estimate_seconds, inspect_images
@@ -25,6 +24,11 @@ from finetune.texts import LONGEST_LIST, join_names, show_count, show_duration
 SIZE_FACTOR, SHAPE_FACTOR, FEWEST_SIZES = 4, 3, 10
 # How long the quick check may take to decode images and to compare them.
 QUICK_SECONDS, LEAST_SECONDS = 60, 10
+
+
+# Shows copies whose labels differ: takes the folder to write to, the copies, whether an image may have several labels,
+# and the options.
+ShowCopies = Callable[[str, Copies, bool, Configs], None]
 
 
 class Reading(NamedTuple):
@@ -65,13 +69,16 @@ def settle_sets(configs: Configs) -> Configs:
     return settle_tables(configs, list(list_sets(configs).values()))
 
 
-def check_sets(csv_paths: dict[str, str], configs: Configs, writes_report: bool = True) -> dict[str, set[int]]:
+def check_sets(
+    csv_paths: dict[str, str], configs: Configs, writes_report: bool = True, show_copies: ShowCopies | None = None
+) -> dict[str, set[int]]:
     """Checks the tables of a run and their images, prints what it finds and writes data_report.csv.
 
     Args:
         csv_paths: by the set's name: training, validation, and where it is another one test.
         configs: the options.
         writes_report: False leaves the report to another process that finds the same.
+        show_copies: is called with the copies before anything is raised.
 
     Returns:
         The line numbers of each CSV file that `skip_bad_images` leaves out.
@@ -103,15 +110,19 @@ def check_sets(csv_paths: dict[str, str], configs: Configs, writes_report: bool 
         configs.pixel_range,
     )
     findings = check.findings
-    if writes_report:
-        write_contradictions(configs.save_model_path, check.copies, configs.multi_label_classification, configs)
+    if writes_report and show_copies:
+        show_copies(configs.save_model_path, check.copies, configs.multi_label_classification, configs)
     report_findings(findings, configs.save_model_path, configs.skip_bad_images, writes_report)
     bad = get_bad_rows(findings)
     return {path: bad.get(path, set()) for path in csv_paths.values()}
 
 
 def check_tables(
-    tables: Sequence[ImageTable], configs: Configs, multi_label: bool, skip_contradictions: bool = False
+    tables: Sequence[ImageTable],
+    configs: Configs,
+    multi_label: bool,
+    skip_contradictions: bool = False,
+    show_copies: ShowCopies | None = None,
 ) -> DataCheck:
     """Checks tables and every image in them, prints what it finds and writes data_report.csv beside the first.
 
@@ -120,6 +131,7 @@ def check_tables(
         configs: for the images' size and limits, and what is no error.
         multi_label: whether a label may hold several class names.
         skip_contradictions: whether an image that has two labels is left out, and no error.
+        show_copies: is called with the copies before anything is raised.
 
     Raises:
         UserError: there are errors; of images that cannot be read only where `skip_bad_images` is not set.
@@ -137,7 +149,8 @@ def check_tables(
         pixel_range=configs.pixel_range,
     )
     folder = os.path.dirname(tables[0].csv_path)
-    write_contradictions(folder, check.copies, multi_label, configs)
+    if show_copies:
+        show_copies(folder, check.copies, multi_label, configs)
     report_findings(check.findings, folder, configs.skip_bad_images, skip_contradictions=skip_contradictions)
     return check
 

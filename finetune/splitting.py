@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 
 from configs import Configs
-from finetune.contradictions import write_contradictions
-from finetune.data_check import Reading, check_tables, look_for_copies
+from finetune.data_check import Reading, ShowCopies, check_tables, look_for_copies
 from finetune.findings import Finding, describe_fault, get_bad_rows
 from finetune.groups import Groups
 from finetune.inspection import Inspection
@@ -31,7 +30,9 @@ def refuse_own_input(csv_path: str, written: dict[str, str]) -> None:
         raise UserError(f"{csv_path} would be replaced by what is made of it. Rename it first.")
 
 
-def read_rows(csv_path: str, group_column: str, mode: str, configs: Configs) -> tuple[pd.DataFrame, np.ndarray | None]:
+def read_rows(
+    csv_path: str, group_column: str, mode: str, configs: Configs, show_copies: ShowCopies
+) -> tuple[pd.DataFrame, np.ndarray | None]:
     """Reads the table, looks for copies among its images, and finds which rows have to stay together.
 
     Args:
@@ -40,6 +41,7 @@ def read_rows(csv_path: str, group_column: str, mode: str, configs: Configs) -> 
         mode: `full` checks every image, and its faults are errors; `quick` looks for copies for about a minute;
             `headers` and `off` read no image.
         configs: the options of every script.
+        show_copies: shows those whose labels differ.
 
     Returns:
         The table, without the images that `skip_bad_images` leaves out, and the number of each row's group, int
@@ -49,7 +51,7 @@ def read_rows(csv_path: str, group_column: str, mode: str, configs: Configs) -> 
         UserError: the table, an image in it or `group_column` is not usable.
     """
     label_column, multi_label = configs.csv_label_column, configs.multi_label_classification
-    findings, numbers = _find_copies(csv_path, mode, configs)
+    findings, numbers = _find_copies(csv_path, mode, configs, show_copies)
     table = read_table(csv_path, label_column, multi_label)
     groups, given = Groups(len(table)), group_column or GROUP_COLUMN * (GROUP_COLUMN in table.columns)
     values = read_groups(table, given, csv_path) if given else [""] * len(table)
@@ -65,7 +67,9 @@ def read_rows(csv_path: str, group_column: str, mode: str, configs: Configs) -> 
     return table.assign(**{GROUP_COLUMN: name_groups(numbers, [values[row] for row in kept])}), numbers
 
 
-def _find_copies(csv_path: str, mode: str, configs: Configs) -> tuple[list[Finding], np.ndarray | None]:
+def _find_copies(
+    csv_path: str, mode: str, configs: Configs, show_copies: ShowCopies
+) -> tuple[list[Finding], np.ndarray | None]:
     """Looks for copies among the images of a table and prints how many there are.
 
     Returns:
@@ -76,11 +80,11 @@ def _find_copies(csv_path: str, mode: str, configs: Configs) -> tuple[list[Findi
     label_column, multi_label, findings = configs.csv_label_column, configs.multi_label_classification, []
     listed = make_image_table("", csv_path, parse_table(csv_path, label_column), label_column, configs.image_directory)
     if mode == "full":
-        findings, copies = check_tables([listed], configs, multi_label)
+        findings, copies = check_tables([listed], configs, multi_label, show_copies=show_copies)
     else:
         known, copies = look_for_copies([listed], mode, Reading.of(configs))
         report_unread(known)
-        write_contradictions(os.path.dirname(csv_path), copies, multi_label, configs)
+        show_copies(os.path.dirname(csv_path), copies, multi_label, configs)
     numbers = copies.number_rows(listed)
     report_copies(numbers)
     return findings, numbers

@@ -14,8 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from configs import Configs
-from finetune.evaluation import describe_leak
-from finetune.photo_groups import describe_shared
+from finetune.photo_groups import describe_leak, describe_shared
 from finetune.texts import MOST_LISTED, MOST_TELLING, join_names, show
 
 TEMPLATES = Path(__file__).parent / "templates"
