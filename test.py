@@ -18,6 +18,7 @@ from finetune.values import get_input_size
 def main(configs: Configs) -> dict[str, Any]:
     """Loads the model, predicts each set, evaluates, prints and writes; returns the content of metrics.json."""
     # Imported here, so that --help does not wait for TensorFlow.
+    from finetune import run_folder
     from finetune.decision_file import get_decision
     from finetune.devices import start_devices
     from finetune.evaluation import check_report_by, evaluate_sets
@@ -26,45 +27,36 @@ def main(configs: Configs) -> dict[str, Any]:
     from finetune.model_card import write_model_card
     from finetune.predicting import predict
     from finetune.report import write_evaluation
-    from finetune.run_folder import (
-        check_test_images,
-        find_trained_model,
-        fingerprint,
-        has_selected,
-        keep_decision,
-        list_options,
-        list_tables,
-        name_evaluation,
-        name_model,
-    )
     from finetune.runtimes import load_predictor
     from generator import get_generator
 
     start_devices(configs.gpu_percentage)
-    model_path, configs = find_trained_model(configs)
-    tables = list_tables(configs, model_path)
+    model_path, configs = run_folder.find_trained_model(configs)
+    tables = run_folder.list_tables(configs, model_path)
     sequences = {name: get_generator(path, configs.classes, way, False) for name, (path, way) in tables.items()}
     check_report_by(sequences["test"].table, configs.report_by, configs.test_csv)
-    known = check_test_images(model_path, configs.test_csv, sequences["test"].paths, configs.allow_duplicates)
+    known = run_folder.check_test_images(
+        model_path, configs.test_csv, sequences["test"].paths, configs.allow_duplicates
+    )
     model = load_predictor(model_path, configs.classes, get_input_size(configs))
-    print(name_model(configs, model_path))
+    print(run_folder.name_model(configs, model_path))
     predictions = {name: predict(model, sequence, f"Predicting the {name} set") for name, sequence in sequences.items()}
     # After the images have been read: under skip_bad_images those that could not be have no part.
     truths = {name: sequence.get_y_true() for name, sequence in sequences.items()}
     threshold_range, multi_label = configs.multilabel_threshold_range, configs.multi_label_classification
     decision = get_decision(model_path, truths, predictions, configs.classes, multi_label, threshold_range)
     sets = evaluate_sets(sequences, predictions, decision, threshold_range, configs.random_seed or 0, configs.report_by)
-    sets = {name: one | {"csv": tables[name][0], "sha256": fingerprint(sequences[name])} for name, one in sets.items()}
+    for name, sequence in sequences.items():
+        sets[name] |= {"csv": tables[name][0], "sha256": run_folder.fingerprint(sequence)}
     sets["test"] |= evaluate_leak(sequences, predictions, decision, configs)
-    sets["test"] |= {"selected_the_model": has_selected(model_path, configs.test_csv)}
+    sets["test"] |= {"selected_the_model": run_folder.has_selected(model_path, configs.test_csv)}
     sets["test"] |= {"images_trained_on": known} if known else {}
     results = {"model": model_path, "classes": configs.classes, "multi_label": multi_label, "sets": sets}
-    results |= {"decision": keep_decision(model_path, decision.to_dict())}
-    place, read = os.path.join(configs.save_model_path, name_evaluation(model_path)), sequences["test"].get_read_paths()
-    answers = truths["test"], decision.calibrate(predictions["test"])
-    write_evaluation(
-        place, read, *answers, decision, results, build_explainer(model, configs), list_options(configs, model_path)
-    )
+    results |= {"decision": run_folder.keep_decision(model_path, decision.to_dict())}
+    folder = os.path.join(configs.save_model_path, run_folder.name_evaluation(model_path))
+    read, answers = sequences["test"].get_read_paths(), (truths["test"], decision.calibrate(predictions["test"]))
+    explain, options = build_explainer(model, configs), run_folder.list_options(configs, model_path)
+    write_evaluation(folder, read, *answers, decision, results, explain, options)
     write_model_card(configs.save_model_path)
     return results
 

@@ -44,6 +44,7 @@ DEFAULTS = [
     ("gpu_percentage", 0.95),
     ("batch_size", 16),
     ("multilabel_threshold_range", [0.01, 0.99]),
+    ("report_by", ""),
     ("generator_workers", 4),
     ("generator_queue_length", 12),
     ("show_model_summary", True),
