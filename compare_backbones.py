@@ -73,9 +73,11 @@ def main(configs: CompareConfigs) -> dict:
     configs.test_image_size = []
     probed, left_out = probe_backbones(configs, names, sizes, left_out_rows, number)
     ranking = rank(probed, configs.classes, configs.multi_label_classification, configs.random_seed)
-    write_csv(configs.write_path, ranking)
-    picture = draw_ranking(ranking, configs.write_path)
-    print_ranking(ranking, left_out, configs.num_epochs)
+    try:
+        write_csv(configs.write_path, ranking)
+        picture = draw_ranking(ranking, configs.write_path)
+    finally:
+        print_ranking(ranking, left_out, configs.num_epochs)
     print(f"Wrote {configs.write_path} and {picture}")
     return {"ranking": ranking, "left_out": left_out}
 

@@ -14,7 +14,7 @@ import sys
 from typing import Any, Self
 
 from configs import Configs
-from finetune.artefacts import EXPORTS, WEIGHTS_DTYPES, exports_fault, list_kinds, name_candidate
+from finetune.artefacts import EXPORTS, WEIGHTS_DTYPES, exports_fault, list_kinds
 from finetune.files import write_json
 from finetune.options import UserError, define, run_script, script
 
@@ -68,9 +68,9 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune import compression_report
     from finetune.devices import start_devices
-    from finetune.exports import WRITERS, read_calibration_images, require_packages
+    from finetune.exports import read_calibration_images, require_packages
     from finetune.model_card import write_model_card
-    from finetune.parity import judge, load_subject
+    from finetune.parity import load_subject
     from finetune.run_folder import (
         COMPRESSION_FILE,
         configure_table,
@@ -83,23 +83,22 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     start_devices(configs.gpu_percentage)
     require_packages(configs.export)
     configs = take_test_data(configs, model_path)
+    target = compression_report.choose_target(configs, model_path)
     configs = take_description(configs, model_path, needs_classes=bool(configs.test_csv or configs.export))
     model, decision, subject = load_subject(model_path, configs)
     report = compression_report.start_report(model_path, configs.test_csv, configs.tolerance, subject)
     calibrate = functools.partial(read_calibration_images, configure_table(configs, model_path, configs.train_csv))
-    for kind, precision in list_kinds(configs.weights_dtype, configs.export, configs.export_quantization):
-        path = name_candidate(model_path, kind, precision)
-        print(f"Writing {kind} ({precision}) to {path}", flush=True)
-        paths = WRITERS[kind](model, path, precision, calibrate)
-        artefact = {"kind": kind, "precision": precision} | judge(paths, subject, configs.tolerance)
-        report["artefacts"].append(artefact)
-    if configs.classes:
-        compression_report.write_metadata(model_path, configs, decision, bool(configs.export))
-    folder, own = os.path.dirname(model_path), dict(report)
+    kinds = list_kinds(configs.weights_dtype, configs.export, configs.export_quantization)
+    compression_report.write_artefacts(report, kinds, model, target, calibrate, subject)
+    folder, own = os.path.dirname(target), dict(report)
     report["artefacts"] = report["artefacts"] + compression_report.find_earlier(folder, report)
-    write_json(os.path.join(folder, COMPRESSION_FILE), report)
-    write_model_card(folder)
-    compression_report.print_report(own)
+    try:
+        if configs.classes:
+            compression_report.write_metadata(target, configs, decision, bool(configs.export))
+        write_json(os.path.join(folder, COMPRESSION_FILE), report)
+        write_model_card(folder)
+    finally:
+        compression_report.print_report(own)
     return report
 
 

@@ -69,10 +69,13 @@ def main(configs: LabelErrorConfigs) -> dict:
     multi_label, seed = configs.multi_label_classification, configs.random_seed or 0
     estimate = estimate_errors(evidence.labels, evidence.probabilities, multi_label, seed, evidence.groups)
     summary = summarize(estimate, len(evidence.rows), len(suspects), evidence.groups)
-    write_csv(configs.write_path, suspects)
     page_path = f"{os.path.splitext(configs.write_path)[0]}.html"
-    write_page(page_path, suspects, positions, evidence, summary, csv_path, configs)
-    print(f"{summary}\nWrote {configs.write_path} and the page to look at them, {page_path}")
+    try:
+        write_csv(configs.write_path, suspects)
+        write_page(page_path, suspects, positions, evidence, summary, csv_path, configs)
+    finally:
+        print(summary)
+    print(f"Wrote {configs.write_path} and the page to look at them, {page_path}")
     return {"suspects": suspects, "estimate": estimate}
 
 

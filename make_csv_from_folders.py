@@ -6,6 +6,7 @@ Where the folder holds train/, val/ and test/ with class folders inside, it keep
 from __future__ import annotations
 
 import dataclasses
+import os
 
 from configs import Configs
 from finetune.options import define, run_script, script
@@ -43,11 +44,7 @@ class FolderConfigs(Configs):
 
 @script
 def main(configs: FolderConfigs) -> dict:
-    """Lists the images, writes the table and prints the counts.
-
-    Returns:
-        The image count of each class; of a split that is kept, of each class in each set.
-    """
+    """Writes the table; prints and returns the image count of each class, and in each set of a split that is kept."""
     # Imported here, so that --help does not wait for pandas.
     from finetune.class_folders import (
         leave_out_bad_images,
@@ -56,7 +53,7 @@ def main(configs: FolderConfigs) -> dict:
         report_left_out,
         tabulate_images,
     )
-    from finetune.files import write_csv
+    from finetune.files import check_folder, write_csv
     from finetune.label_tables import convert_label_table, count_classes_of
     from finetune.labels import clean_label
     from finetune.set_folders import find_set_folders, write_sets
@@ -64,6 +61,7 @@ def main(configs: FolderConfigs) -> dict:
     from finetune.texts import show_count
 
     label_column, write_path = configs.csv_label_column, configs.write_path
+    check_folder(os.path.dirname(write_path) or os.curdir, "write_path")
     class_names, multi_label = [], bool(configs.table_path) and configs.multi_label_classification
     if configs.table_path:
         refuse_own_input(configs.table_path, {"": write_path})
@@ -87,9 +85,12 @@ def main(configs: FolderConfigs) -> dict:
         table = tabulate_images(photos.images, label_column, configs.folder_path)
     if configs.verify:
         table = leave_out_bad_images({write_path: table}, [""], configs, multi_label)[write_path]
-    write_csv(write_path, table)
     counts = count_classes_of(table[label_column], class_names, multi_label)
-    print(f"{format_class_counts(counts)}\nWrote {show_count(len(table), 'row')} to {write_path}")
+    try:
+        write_csv(write_path, table)
+    finally:
+        print(format_class_counts(counts))
+    print(f"Wrote {show_count(len(table), 'row')} to {write_path}")
     return counts
 
 

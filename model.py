@@ -15,11 +15,12 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import layers
+from keras.src.utils import file_utils
 
 from configs import BACKBONE_NAMES, Configs
 from finetune.arguments import take_names
@@ -205,7 +206,7 @@ def build_backbone(name: str, image_size: Sequence[int], use_imagenet_weights: b
     Raises:
         UserError: the weights cannot be had, or too many layers are dropped.
     """
-    with _explaining_missing_weights(name), _drawing_bars_in_terminals():
+    with _explaining_missing_weights(name), _drawing_bars_in_terminals(), _finding_stored_weights():
         application = getattr(keras.applications, name)(
             include_top=False,
             weights="imagenet" if use_imagenet_weights else None,
@@ -245,17 +246,46 @@ def _drawing_bars_in_terminals() -> Iterator[None]:
         keras.config.enable_interactive_logging()
 
 
+def _locate_weights() -> str:
+    """Returns the folder of Keras's ImageNet weights."""
+    return os.path.join(os.path.expanduser(os.environ.get("KERAS_HOME") or "~/.keras"), "models")
+
+
+@contextlib.contextmanager
+def _finding_stored_weights() -> Iterator[None]:
+    """Makes Keras use weights from a folder that it cannot write: it would ask the network for them."""
+    get_file = file_utils.get_file
+
+    def find_file(fname: str, origin: str, **options: Any) -> str:
+        path = os.path.join(_locate_weights(), fname)
+        digest = options.get("file_hash")
+        if os.path.isfile(path) and (digest is None or file_utils.validate_file(path, digest)):
+            return path
+        return get_file(fname, origin, **options)
+
+    file_utils.get_file = find_file
+    try:
+        yield
+    finally:
+        file_utils.get_file = get_file
+
+
 @contextlib.contextmanager
 def _explaining_missing_weights(name: str) -> Iterator[None]:
     """Turns Keras's failed download into the file that is missing and what to do."""
     try:
         yield
+    except PermissionError as error:
+        raise UserError(
+            f"The ImageNet weights of {name} cannot be read: you have no permission for {error.filename or 'the file'} "
+            f"in {_locate_weights()}. Change its permissions, or name another folder by KERAS_HOME."
+        ) from error
     except Exception as error:  # Keras raises a bare Exception where an address cannot be reached
         unreachable = re.search(r"URL fetch failure on (\S+): ", str(error))
         broken_off = isinstance(error, OSError | http.client.HTTPException) or "corrupted file" in str(error)
         if not unreachable and not broken_off:
             raise
-        folder = os.path.join(os.environ.get("KERAS_HOME", os.path.expanduser("~/.keras")), "models")
+        folder = _locate_weights()
         file_name = unreachable.group(1).rsplit("/", 1)[-1] if unreachable else f"of {name}"
         # Keras stores this family's files under another spelling than it downloads them.
         if file_name.startswith("NASNet-"):

@@ -1,4 +1,4 @@
-"""Plots loss and accuracy (or AUROC) over the epochs, training against validation, as a PNG beside the log."""
+"""Plots loss and accuracy (or AUROC) over the epochs, training against validation, as a picture next to the log."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ import os
 from configs import Configs
 from finetune.options import define, run_script, script
 
+PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
+
+
+def picture_fault(path: str) -> str:
+    """Returns what is wrong with the name of a picture; empty where nothing is."""
+    if not path or path.lower().endswith(PICTURE_SUFFIXES):
+        return ""
+    return f"expected a name that ends in {', '.join(PICTURE_SUFFIXES)}. Received: {path!r}"
+
 
 @dataclasses.dataclass
 class PlotConfigs(Configs):
@@ -16,13 +25,14 @@ class PlotConfigs(Configs):
     train_log_path: str = define(
         "", "The log to plot; empty takes that of the run of load_model_path, or of save_model_path"
     )
+    write_path: str = define("", "The picture to write; empty puts a PNG next to the log", check=picture_fault)
 
 
 @script
 def main(configs: PlotConfigs) -> dict:
     """Reads the log, draws it, shows it where there is a display; returns the picture's path."""
     # Imported here, so that --help does not wait for matplotlib.
-    from finetune.files import atomic_path
+    from finetune.files import atomic_path, check_folder
     from finetune.log_figures import draw_log, read_log, select_backend
     from finetune.run_folder import find_log
 
@@ -32,8 +42,9 @@ def main(configs: PlotConfigs) -> dict:
 
     import matplotlib.pyplot as plt
 
+    picture_path = configs.write_path or f"{os.path.splitext(log_path)[0]}.png"
+    check_folder(os.path.dirname(picture_path) or os.curdir, "write_path")
     figure = draw_log(log, plt.figure())
-    picture_path = f"{os.path.splitext(log_path)[0]}.png"
     with atomic_path(picture_path) as temporary:
         figure.savefig(temporary, dpi=120)
     print(f"Wrote {picture_path}")

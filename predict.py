@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 
 from configs import Configs
@@ -68,7 +67,7 @@ def main(configs: PredictConfigs) -> dict:
     paths = paths if is_given else prefer_existing(paths, names, notes.append)
     check_write_path(configs.write_path, configs.input)
 
-    from finetune.decision_file import read_decision
+    from finetune.decision_file import find_decision_folder, read_decision
     from finetune.devices import start_devices
     from finetune.kept_answers import KeptAnswers, list_facts
     from finetune.predicting import build_views, predict_missing
@@ -77,7 +76,7 @@ def main(configs: PredictConfigs) -> dict:
     start_devices(configs.gpu_percentage)
     check_top_k(configs.top_k, configs.classes)
     model = load_predictor(model_path, configs.classes, get_input_size(configs))
-    folder = os.path.dirname(os.path.abspath(model_path))
+    folder = find_decision_folder(model_path, configs.save_model_path)
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
     print(*notes, name_model(configs, model_path), describe_decision(decision, configs.threshold_type), sep="\n")
     facts = list_facts(configs, model_path)

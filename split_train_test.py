@@ -1,4 +1,4 @@
-"""Splits a CSV file of images into training_set.csv and testing_set.csv beside it, with every class in both."""
+"""Splits a CSV file of images into training_set.csv and testing_set.csv, with every class in both."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class SplitConfigs(Configs):
     """The options of this script, beside those of every script."""
 
     csv_path: str = define("./data/all_data.csv", "The CSV file to split")
+    write_folder: str = define("", "The folder for the tables; empty puts them next to csv_path")
     test_split_fraction: float = define(0.2, "Share of every class that goes to the test set", above=0, below=1)
     validation_split_fraction: float = define(
         0.0, "Share of every class that goes to validation_set.csv; 0 writes none", at_least=0, below=1
@@ -35,7 +36,7 @@ def main(configs: SplitConfigs) -> dict:
 
     from finetune import splitting
     from finetune.contradictions import write_contradictions
-    from finetune.files import write_csv
+    from finetune.files import check_folder, write_csv
     from finetune.tables import find_class_names
     from finetune.texts import show_count
 
@@ -44,11 +45,12 @@ def main(configs: SplitConfigs) -> dict:
     fractions["training"] = 1 - sum(fractions.values())
     if fractions["training"] <= 0:
         raise UserError("test_split_fraction and validation_split_fraction leave nothing to train on. Lower them.")
-    folder = os.path.dirname(csv_path)
+    folder = configs.write_folder or os.path.dirname(csv_path)
     written = {name: os.path.join(folder, file) for name, file in splitting.SET_FILES.items() if fractions[name]}
     splitting.refuse_own_input(csv_path, written)
+    check_folder(folder or os.curdir, "write_folder")
     mode = "full" if configs.verify else configs.verify_data
-    table, groups = splitting.read_rows(csv_path, configs.group_column, mode, configs, write_contradictions)
+    table, groups = splitting.read_rows(csv_path, configs.group_column, mode, configs, write_contradictions, folder)
     labels = table[configs.csv_label_column]
     rng = np.random.default_rng(configs.random_seed) if configs.shuffle else None
     if groups is None:

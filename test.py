@@ -6,7 +6,6 @@ decision.json the thresholds and the temperature that predict.py uses.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from configs import Configs
@@ -19,7 +18,7 @@ def main(configs: Configs) -> dict[str, Any]:
     """Loads the model, predicts each set, evaluates, prints and writes; returns the content of metrics.json."""
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune import run_folder
-    from finetune.decision_file import get_decision
+    from finetune.decision_file import get_decision, store_decision
     from finetune.devices import start_devices
     from finetune.evaluation import check_report_by, evaluate_sets
     from finetune.gallery import build_explainer
@@ -32,6 +31,7 @@ def main(configs: Configs) -> dict[str, Any]:
 
     start_devices(configs.gpu_percentage)
     model_path, configs = run_folder.find_trained_model(configs)
+    folder = run_folder.choose_evaluation_folder(configs.save_model_path, model_path)
     tables = run_folder.list_tables(configs, model_path)
     sequences = {name: get_generator(path, configs.classes, way, False) for name, (path, way) in tables.items()}
     check_report_by(sequences["test"].table, configs.report_by, configs.test_csv)
@@ -52,11 +52,11 @@ def main(configs: Configs) -> dict[str, Any]:
     sets["test"] |= {"selected_the_model": run_folder.has_selected(model_path, configs.test_csv)}
     sets["test"] |= {"images_trained_on": known} if known else {}
     results = {"model": model_path, "classes": configs.classes, "multi_label": multi_label, "sets": sets}
-    results |= {"decision": run_folder.keep_decision(model_path, decision.to_dict())}
-    folder = os.path.join(configs.save_model_path, run_folder.name_evaluation(model_path))
+    results |= {"decision": run_folder.keep_decision(model_path, decision.to_dict(), configs.save_model_path)}
     read, answers = sequences["test"].get_read_paths(), (truths["test"], decision.calibrate(predictions["test"]))
     explain, options = build_explainer(model, configs), run_folder.list_options(configs, model_path)
     write_evaluation(folder, read, *answers, decision, results, explain, options)
+    store_decision(configs.save_model_path, decision, model_path)
     write_model_card(configs.save_model_path)
     return results
 

@@ -23,7 +23,7 @@ def main(configs: Configs) -> dict:
     from finetune.losses import get_losses
     from finetune.model_card import write_model_card
     from finetune.phases import get_phases
-    from finetune.resuming import find_start, has_ended
+    from finetune.resuming import find_start, report_end
     from finetune.slurm import take_slurm_step
     from finetune.team import join_team, select_common
 
@@ -33,11 +33,11 @@ def main(configs: Configs) -> dict:
     continued_from = configs.load_model_path or configs.save_model_path
     with join_team(configs.distribution_strategy, configs.to_dict(), continued_from) as team:
         choose_devices(configs.gpu_percentage, configs.distribution_strategy)
-        model_path, state, configs = find_start(configs)
+        model_path, state, configs = find_start(configs, team.is_chief)
+        team.folder = configs.save_model_path
         team.agree(select_common(configs.to_dict()))
-        if state and has_ended(state, configs):
-            print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
-            return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
+        if ended := report_end(state, configs):
+            return ended
         configs = settle_sets(configs)
         bad_rows = check_sets(list_sets(configs), configs, team.is_chief, write_contradictions)
         strategy = start_strategy(configs.distribution_strategy)
@@ -56,11 +56,12 @@ def main(configs: Configs) -> dict:
             model, tried, loss = start.classifier, images.training, losses.training
             found = training.try_learning_rates(phases[0], configs, strategy, model, tried, loss)
             return report_learning_rate(configs.save_model_path, found, team.is_chief)
+        training.check_room(configs, start.classifier, phases[-1], state, team)
         with training.open_run(configs, images, team) as interruption:
             last = training.train_phases(phases, configs, strategy, start, images, losses, interruption, team, state)
-        if team.is_chief:
-            write_model_card(configs.save_model_path)
-        return training.report_best(last, configs.save_model_path)
+        results = training.report_best(last, configs.save_model_path)
+        write_model_card(configs.save_model_path) if team.is_chief else None
+        return results
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 
 from configs import Configs
+from finetune.files import write_fault
 from finetune.findings import BadImage
 from finetune.options import UserError
 from finetune.stores import is_url, read_version
@@ -103,7 +104,7 @@ class DiskCache:
             self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
             self._reserve(self._pixels_start + len(paths) * self._image_bytes)
         except OSError as error:
-            raise UserError(f"Cannot write the image cache {self.path}: {error.strerror}.") from error
+            raise write_fault(self.path, error, "image_cache_path") from error
         self._entries = np.memmap(self.path, self.ENTRY, "r", shape=len(paths))
         self._images = np.memmap(self.path, np.uint8, "r", offset=self._pixels_start, shape=(len(paths), *self._shape))
 
@@ -146,7 +147,7 @@ class DiskCache:
                     self._file.seek(start)
                     self._file.write(part.tobytes())
         except OSError as error:
-            raise UserError(f"Cannot write the image cache {self.path}: {error.strerror}. Free the space.") from error
+            raise write_fault(self.path, error, "image_cache_path") from error
         # A store is asked once a run: it takes longer to answer than a disk.
         self._checked[row] = is_url(self._paths[row])
 

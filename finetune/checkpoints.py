@@ -25,6 +25,7 @@ from finetune.metrics import none_if_undefined
 from finetune.model_files import load_model
 from finetune.options import UserError
 from finetune.phases import Phase
+from finetune.progress import begin_line
 from finetune.run_folder import (
     AUROC_FILE,
     BEST_MODEL,
@@ -36,7 +37,7 @@ from finetune.run_folder import (
     find_start_model,
     fingerprint,
 )
-from finetune.training_state import read_metrics, restore_metrics, save_checkpoint, seed_states
+from finetune.training_state import read_metrics, read_state, restore_metrics, save_checkpoint, seed_states
 from generator import AugmentedImageSequence
 
 
@@ -81,7 +82,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._take_options(configs)
         self.start_weights: list[np.ndarray] = []
         self.run_state = {
-            "configs": configs.to_dict(),
+            "configs": configs.to_stored(),
             "given": sorted(configs.given),
             "data": {"train_csv": fingerprint(training), "validation_csv": fingerprint(validation.sequence)},
             "devices": training.shares.devices,
@@ -147,6 +148,7 @@ class Checkpoint(keras.callbacks.Callback):
             for variable, value in zip(seed_states(self.model), self.to_restore["seed_states"], strict=True):
                 variable.assign(np.array(value, dtype="uint32"))
             self._write_logs()
+            self._bring_best()
             self.start_weights = self._read_start() if self.interpolates else []
         elif self.starts_good:
             self._keep_start()
@@ -185,6 +187,18 @@ class Checkpoint(keras.callbacks.Callback):
             }
         self.input_waits.append(round(self.input_wait.share, 4))
         self.log.append({"epoch": epoch + 1} | {name: float(value) for name, value in logs.items()})
+        try:
+            self._write_epoch(epoch, logs)
+        except UserError:
+            # The progress bar would show them after this callback.
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in self.log[-1].items() if name != "epoch")
+            print(f"{begin_line()}Epoch {epoch + 1}: {shown}", flush=True)
+            raise
+        self.model.stop_training = stops_early(epoch + 1, self.best_epoch, self.patience, self.head_epochs)
+        self._stop_if_interrupted()
+
+    def _write_epoch(self, epoch: int, logs: dict[str, float]) -> None:
+        """Writes the models and logs that an epoch gives."""
         is_best = self._choose(epoch + 1, logs)
         names = [BEST_MODEL] * is_best
         names += [f"model_epoch_{epoch + 1:03d}.keras"] * (not self.save_best_only)
@@ -196,8 +210,6 @@ class Checkpoint(keras.callbacks.Callback):
             self.averages.put_back()
             self._save([LATEST_MODEL], epoch + 1, 0)
         self._write_logs()
-        self.model.stop_training = stops_early(epoch + 1, self.best_epoch, self.patience, self.head_epochs)
-        self._stop_if_interrupted()
 
     def state(self, epochs_completed: int, steps_completed: int) -> dict[str, Any]:
         """Returns everything that resumes, beside the weights and the optimizer's variables in the model file.
@@ -239,6 +251,16 @@ class Checkpoint(keras.callbacks.Callback):
         if self.writes and not os.path.exists(own):
             duplicate_file(path, own)
         return get_classifier(load_model(path)).get_weights()
+
+    def _bring_best(self) -> None:
+        """Keeps the best model so far in the run's own folder too, where the run goes on in another one."""
+        folder = self.source if os.path.isdir(self.source) else os.path.dirname(self.source)
+        path, own = (os.path.join(place, BEST_MODEL) for place in (folder, self.folder))
+        if self.writes and self.best_epoch is not None and os.path.isfile(path) and not os.path.exists(own):
+            state = read_state(path)
+            # Averaged weights carry no state.
+            if state is None or state["epochs_completed"] == self.best_epoch:
+                duplicate_file(path, own)
 
     def _choose(self, epochs_completed: int, logs: dict[str, float]) -> bool:
         """Notes the model to keep, as far as it is known after an epoch; tells whether that is the epoch's own.

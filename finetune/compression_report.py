@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
+import keras
+
 from configs import Configs
-from finetune.artefacts import labels_path, metadata_path, name_accepted
+from finetune.artefacts import labels_path, metadata_path, name_accepted, name_candidate
 from finetune.decision import Decision
-from finetune.files import write_json, write_text
+from finetune.exports import WRITERS, Calibration
+from finetune.files import check_folder, write_json, write_text
 from finetune.model_description import hash_model, select_described
-from finetune.parity import Subject
-from finetune.run_folder import COMPRESSION_FILE
+from finetune.options import UserError
+from finetune.parity import Subject, judge
+from finetune.run_folder import COMPRESSION_FILE, find_output_folder
 
 
 def write_metadata(model_path: str, configs: Configs, decision: Decision, has_exports: bool) -> None:
@@ -34,6 +39,16 @@ def write_metadata(model_path: str, configs: Configs, decision: Decision, has_ex
     write_text(labels_path(model_path), "".join(lines))
 
 
+def choose_target(configs: Configs, model_path: str) -> str:
+    """Returns the path whose folder and name without ending the artefacts get: the model's own, or in another folder.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = check_folder(find_output_folder(configs, model_path), "save_model_path")
+    return os.path.join(folder, os.path.basename(model_path))
+
+
 def start_report(model_path: str, test_csv: str, tolerance: float, subject: Subject | None) -> dict[str, Any]:
     """Returns the report without an artefact; see `compress_weights.main`."""
     return {
@@ -45,6 +60,37 @@ def start_report(model_path: str, test_csv: str, tolerance: float, subject: Subj
         "tolerance": tolerance,
         "artefacts": [],
     }
+
+
+def write_artefacts(
+    report: dict[str, Any],
+    kinds: Sequence[tuple[str, str]],
+    model: keras.Model,
+    model_path: str,
+    calibrate: Calibration,
+    subject: Subject | None,
+) -> None:
+    """Writes each artefact and adds its comparison to the report, which is printed if a later one fails.
+
+    Args:
+        report: of `start_report`.
+        kinds: kind and precision of each.
+        model: the original.
+        model_path: the artefacts are written next to it and named after it.
+        calibrate: reads images for the ranges of 8-bit activations.
+        subject: what they are compared with; None compares nothing.
+    """
+    try:
+        for kind, precision in kinds:
+            path = name_candidate(model_path, kind, precision)
+            print(f"Writing {kind} ({precision}) to {path}", flush=True)
+            paths = WRITERS[kind](model, path, precision, calibrate)
+            artefact = {"kind": kind, "precision": precision} | judge(paths, subject, report["tolerance"])
+            report["artefacts"].append(artefact)
+    except UserError:
+        if report["artefacts"]:
+            print_report(report)
+        raise
 
 
 def find_earlier(folder: str, report: dict[str, Any]) -> list[dict[str, Any]]:

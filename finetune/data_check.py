@@ -123,13 +123,15 @@ def check_tables(
     multi_label: bool,
     skip_contradictions: bool = False,
     show_copies: ShowCopies | None = None,
+    folder: str = "",
 ) -> DataCheck:
-    """Checks tables and every image in them, prints what it finds and writes data_report.csv beside the first.
+    """Checks tables and every image in them, prints what it finds and writes data_report.csv.
 
     Args:
         tables: of the sets, the training set first, or one of no set's name.
         configs: for the images' size and limits, and what is no error.
         multi_label: whether a label may hold several class names.
+        folder: receives data_report.csv; empty: that of the first table.
         skip_contradictions: whether an image that has two labels is left out, and no error.
         show_copies: is called with the copies before anything is raised.
 
@@ -148,7 +150,7 @@ def check_tables(
         resize_mode=configs.resize_mode,
         pixel_range=configs.pixel_range,
     )
-    folder = os.path.dirname(tables[0].csv_path)
+    folder = folder or os.path.dirname(tables[0].csv_path)
     if show_copies:
         show_copies(folder, check.copies, multi_label, configs)
     report_findings(check.findings, folder, configs.skip_bad_images, skip_contradictions=skip_contradictions)

@@ -31,7 +31,7 @@ def get_decision(
     multi_label: bool,
     threshold_range: Sequence[float],
 ) -> Decision:
-    """Fits temperature and thresholds, as `fit_decision` does, and writes them into `decision.json`.
+    """Fits temperature and thresholds, as `fit_decision` does.
 
     An exported model keeps those that it ships with, and so gives the labels of the model that it was made of. Where
     there is no validation set now, those that were fitted on one before stay.
@@ -43,11 +43,20 @@ def get_decision(
         place, kept = _find_fitted(folder, class_names, multi_label, model_path)
         if kept:
             print(f"There is no validation set here: the decision in {place} stays as it was fitted.")
-            write_decision(folder, kept := dataclasses.replace(kept, model=os.path.basename(model_path)))
-            return kept
-    decision = fit_decision(truths, predictions, class_names, multi_label, threshold_range, model_path)
-    write_decision(folder, decision)
-    return decision
+            return dataclasses.replace(kept, model=os.path.basename(model_path))
+    return fit_decision(truths, predictions, class_names, multi_label, threshold_range, model_path)
+
+
+def store_decision(folder: str, decision: Decision, model_path: str) -> None:
+    """Writes a model's decision into a folder, unless it is an exported one's or would replace a better fitted one."""
+    stored = _find_fitted(folder, decision.class_names, decision.multi_label, model_path)[1]
+    if not is_exported(model_path) and (decision.temperature_fitted_on or stored is None):
+        write_decision(folder, decision)
+
+
+def find_decision_folder(model_path: str, folder: str) -> str:
+    """Returns the folder whose `decision.json` counts: the one for a script's output if it has one, or the model's."""
+    return folder if os.path.isfile(os.path.join(folder, DECISION_FILE)) else os.path.dirname(model_path) or os.curdir
 
 
 def _find_fitted(

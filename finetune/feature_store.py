@@ -13,7 +13,7 @@ import numpy as np
 
 from finetune.caches import digest_image, name_resizing
 from finetune.features import select_rows
-from finetune.options import UserError
+from finetune.files import check_folder, write_fault
 from finetune.probe import build_extractor, compute_features
 from finetune.progress import show_progress
 from generator import AugmentedImageSequence, naming_bad_images
@@ -87,10 +87,7 @@ class FeatureStore:
                 file.truncate(file.tell() // self._record.itemsize * self._record.itemsize)
                 file.write(records.tobytes())
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(
-                f"Cannot write {self.path}: {reason}. Free the space or choose another image_cache_path."
-            ) from error
+            raise write_fault(self.path, error, "image_cache_path") from error
 
 
 def _digest_backbone(model: keras.Model) -> str:
@@ -141,6 +138,8 @@ def get_features(
     digests = [digest_image(path, sequence.pixel_range) for path in sequence.paths]
     features, is_known = store.read(digests)
     missing = np.flatnonzero(~is_known)
+    if len(missing):
+        check_folder(folder, "image_cache_path")
     with show_progress(len(digests), title, len(digests) - len(missing), delay=1) as progress:
         extractor = build_extractor(model, mirrored) if len(missing) else None
         for rows in _split_rows(missing, sequence.batch_size):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +22,63 @@ if TYPE_CHECKING:
 TEMPORARY_PREFIX = ".tmp-"
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png")
 IMAGE_SUFFIXES += (".tif", ".tiff", ".webp")
+FREE_SPACE, CHANGE_PERMISSIONS = "Free space or choose", "Change the permissions or choose"
+# Why a path cannot be written, and what to do, in front of "another ...".
+WRITE_FAULTS = {
+    errno.ENOSPC: ("there is no space left on the disk", FREE_SPACE),
+    errno.EROFS: ("the file system is read-only", "Choose"),
+    errno.EACCES: ("you have no permission to write there", CHANGE_PERMISSIONS),
+    errno.EPERM: ("you have no permission to write there", CHANGE_PERMISSIONS),
+    errno.EFBIG: ("the file is larger than the system allows", "Choose"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", "Choose"),
+    errno.EEXIST: ("a part of the path is a file, not a folder", "Choose"),
+}
+if hasattr(errno, "EDQUOT"):
+    WRITE_FAULTS[errno.EDQUOT] = ("your disk quota is used up", FREE_SPACE)
+
+
+def write_fault(path: str, error: OSError, option: str = "path") -> UserError:
+    """Returns the error for a path that cannot be written: no space, a read-only disk and no permission differ.
+
+    Args:
+        path: as the user knows it.
+        error: the system's. HDF5's libraries name its number in their text alone.
+        option: what to change.
+    """
+    number = error.errno
+    if found := re.search(r"errno = (\d+)", str(error)):
+        number = int(found[1])
+    reason, remedy = WRITE_FAULTS.get(number, (error.strerror or str(error), "Choose"))
+    return UserError(f"Cannot write {path}: {reason}. {remedy} another {option}.")
+
+
+def find_existing(folder: str) -> str:
+    """Returns a folder or, if it has yet to be made, the nearest one around it that exists."""
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    return place
+
+
+def check_folder(folder: str, option: str) -> str:
+    """Returns a folder after checking, before any work, that files can be written into it.
+
+    Args:
+        folder: one that has yet to be made is not made.
+        option: the one that names it.
+
+    Raises:
+        UserError: says why not.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=find_existing(folder), prefix=f"{TEMPORARY_PREFIX}{os.getpid()}-") as file:
+            # Some file systems notice only here that they are full.
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise write_fault(folder, error, option) from error
+    return folder
 
 
 @contextlib.contextmanager
@@ -47,9 +106,7 @@ def atomic_path(path: str) -> Iterator[str]:
         os.replace(temporary, path)
         sync_folder(folder)
     except OSError as error:
-        raise UserError(
-            f"Cannot write {path}: {error.strerror or error}. Free the space or choose another path."
-        ) from error
+        raise write_fault(path, error) from error
     finally:
         shutil.rmtree(temporary_folder, ignore_errors=True)
 

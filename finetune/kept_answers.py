@@ -25,7 +25,7 @@ import tensorflow as tf
 
 from configs import Configs
 from finetune.caches import digest_image
-from finetune.files import list_files
+from finetune.files import list_files, write_fault
 from finetune.model_description import hash_model
 from finetune.options import UserError
 from finetune.run_folder import lock_file
@@ -77,6 +77,7 @@ class KeptAnswers:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             try:
+                os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
                 self._file = stack.enter_context(open(self.path, "a+b"))
                 lock_file(self._file)
                 self._read()
@@ -85,7 +86,7 @@ class KeptAnswers:
                     f"Another process predicts into {self._write_path}. Wait, or choose another write_path."
                 ) from error
             except OSError as error:
-                raise self._explain(error) from error
+                raise write_fault(self.path, error, "write_path") from error
             # It stays open as long as the work goes on.
             stack.pop_all()
         return self
@@ -127,7 +128,7 @@ class KeptAnswers:
             # To the system, which has it then, though this process is killed.
             self._file.flush()
         except OSError as error:
-            raise self._explain(error) from error
+            raise write_fault(self.path, error, "write_path") from error
 
     def _take(self, rows: np.ndarray, probabilities: np.ndarray, errors: dict[int, str]) -> None:
         self.probabilities[rows] = probabilities
@@ -174,10 +175,6 @@ class KeptAnswers:
         if record["images"] == self._digest_images(rows, [*pool.map(identify, [self.paths[row] for row in rows])]):
             self._take(rows, found.reshape(len(rows), -1), errors)
         return rows
-
-    def _explain(self, error: OSError) -> UserError:
-        reason = error.strerror or error
-        return UserError(f"Cannot write {self.path}: {reason}. Free the space or choose another write_path.")
 
 
 def _to_line(content: dict[str, Any]) -> bytes:

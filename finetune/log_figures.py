@@ -104,14 +104,17 @@ def report_learning_rate(folder: str, found: dict[str, Any], draws: bool = True)
         draws: False leaves the picture to another process.
     """
     path = os.path.join(folder, "learning_rate.png")
-    if draws:
-        draw_learning_rate(found["rates"], found["losses"], found["suggestion"], path)
     smooth = smooth_losses(np.array(found["losses"])[np.isfinite(found["losses"])])
     highest, lowest = smooth[[*find_fall(smooth)]]
-    print(
-        f"Suggested learning_rate: {found['suggestion']:.2g}. Up to the best rate the smoothed loss falls from "
-        f"{highest:.3g} to {lowest:.3g}. The curve is in {path}"
-    )
+    try:
+        if draws:
+            draw_learning_rate(found["rates"], found["losses"], found["suggestion"], path)
+    finally:
+        print(
+            f"Suggested learning_rate: {found['suggestion']:.2g}. Up to the best rate the smoothed loss falls from "
+            f"{highest:.3g} to {lowest:.3g}."
+        )
+    print(f"The curve is in {path}")
     return found
 
 

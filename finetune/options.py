@@ -118,19 +118,32 @@ def define(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class Provenance(NamedTuple):
+    """The JSON file that was read, and the options that it alone gave; the values to store in place of those in use,
+    and the folder that the paths among these are relative to, empty for the working directory.
+    """
+
+    file: str = ""
+    in_file: frozenset[str] = frozenset()
+    home: str = ""
+    stored: tuple[tuple[str, Any], ...] = ()
+
+
 @dataclasses.dataclass
 class Options:
     """The base of a class of options. Building one reads no file; `validate` checks all at once."""
 
     def __post_init__(self) -> None:
         defaults = type(self).defaults()
+        self.provenance = Provenance()
         self.given = {name for name, default in defaults.items() if differs(getattr(self, name), default)}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "given" and name not in self.options():
+        is_option = name not in ("given", "provenance")
+        if is_option and name not in self.options():
             raise AttributeError(unknown_option(name, list(self.options())))
         super().__setattr__(name, value)
-        if "given" in vars(self) and name != "given":
+        if "given" in vars(self) and is_option:
             self.given.add(name)
 
     @classmethod
@@ -173,10 +186,16 @@ class Options:
         """Returns the options as JSON can hold them."""
         return {name: copy.deepcopy(getattr(self, name)) for name in self.options()}
 
+    def to_stored(self) -> dict[str, Any]:
+        """Returns the options as `to_dict` does, with the values that are to be written down."""
+        return self.to_dict() | dict(self.provenance.stored)
+
     def replace(self, **values: Any) -> Self:
         """Returns a copy with some options changed; they count as given by the user, as those of this one do."""
         changed = dataclasses.replace(self, **values)
         changed.given = self.given | values.keys()
+        stored = tuple(pair for pair in self.provenance.stored if pair[0] not in values)
+        changed.provenance = self.provenance._replace(stored=stored)
         return changed
 
     @classmethod
@@ -214,7 +233,8 @@ class Options:
     @classmethod
     def from_json(cls, path: str) -> Self:
         """Builds configs from a JSON file over the defaults; raises UserError as `read_json` does."""
-        return cls._build(cls.read_json(path))
+        values = cls.read_json(path)
+        return cls._build(values, Provenance(path, frozenset(values)))
 
     @classmethod
     def from_command_line(cls, description: str | None = None, arguments: Sequence[str] | None = None) -> Self:
@@ -236,13 +256,16 @@ class Options:
             faults = [unknown_flag(flag.split("=")[0], list(cls.options())) for flag in flags[:MOST_FAULTS]]
             raise UserError("\n".join(faults))
         flags = {name: value for name, value in vars(namespace).items() if name != "configs"}
-        from_file = cls.read_json(namespace.configs) if "configs" in namespace else {}
-        return cls._build(from_file | cls.convert_all(flags, is_text=True, source="command line")).validate()
+        file = getattr(namespace, "configs", "")
+        from_file = cls.read_json(file) if "configs" in namespace else {}
+        values = from_file | cls.convert_all(flags, is_text=True, source="command line")
+        return cls._build(values, Provenance(file, frozenset(from_file.keys() - flags.keys()))).validate()
 
     @classmethod
-    def _build(cls, values: dict[str, Any]) -> Self:
+    def _build(cls, values: dict[str, Any], provenance: Provenance) -> Self:
         configs = cls(**values)
         configs.given |= values.keys()
+        configs.provenance = provenance
         return configs
 
     @classmethod

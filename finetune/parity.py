@@ -13,7 +13,7 @@ import numpy as np
 from configs import Configs
 from finetune.artefacts import accept
 from finetune.decision import Decision
-from finetune.decision_file import read_decision
+from finetune.decision_file import find_decision_folder, read_decision
 from finetune.files import list_files
 from finetune.metrics import check_finite
 from finetune.model_files import load_fitting_model, load_model
@@ -57,7 +57,7 @@ def load_subject(model_path: str, configs: Configs) -> tuple[keras.Model, Decisi
         return load_model(model_path), None, None
     print(name_model(configs, model_path))
     model = load_fitting_model(model_path, configs.classes, get_input_size(configs))
-    folder = os.path.dirname(model_path)
+    folder = find_decision_folder(model_path, configs.save_model_path)
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
     if decision.multi_label:
         # Without fitted thresholds, exact matches are those at 0.5.

@@ -70,6 +70,24 @@ def prepare_phase(
         optimizer: that of the state.
         state: of the checkpoint to continue from, which may be of this phase.
     """
+    set_trainable(classifier, phase, configs)
+    continues = is_within(state, phase)
+    part = classifier
+    if trains_on_features(classifier, changes_images(configs)):
+        part = split_head(classifier)
+    model = get_training_model(part, configs, loss, optimizer if continues else None)
+    # Checkpoints of before the option head_epochs have the one rate of their configs.
+    if not continues or phase.learning_rate != state.get("learning_rate", state["configs"]["learning_rate"]):
+        model.optimizer.learning_rate = phase.learning_rate
+    return model
+
+
+def set_trainable(classifier: keras.Model, phase: Phase, configs: Configs) -> None:
+    """Makes the layers of the whole model trainable that learn in a phase.
+
+    Raises:
+        UserError: the phase trains the head alone, and the model has no part of that name.
+    """
     names = [layer.name for layer in classifier.layers]
     if "backbone" in names:
         convolutions = 0 if phase.trains_head_only else configs.conv_layers_to_train
@@ -82,15 +100,6 @@ def prepare_phase(
         )
     if "downscaling" in names:
         classifier.get_layer("downscaling").trainable = not phase.trains_head_only
-    continues = is_within(state, phase)
-    part = classifier
-    if trains_on_features(classifier, changes_images(configs)):
-        part = split_head(classifier)
-    model = get_training_model(part, configs, loss, optimizer if continues else None)
-    # Checkpoints of before the option head_epochs have the one rate of their configs.
-    if not continues or phase.learning_rate != state.get("learning_rate", state["configs"]["learning_rate"]):
-        model.optimizer.learning_rate = phase.learning_rate
-    return model
 
 
 def describe_phase(phase: Phase, classifier: keras.Model, training: AugmentedImageSequence) -> str:

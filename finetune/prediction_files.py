@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from finetune.decision import Decision
-from finetune.files import IMAGE_SUFFIXES, check_file_name, list_visible, report_closed
+from finetune.files import IMAGE_SUFFIXES, check_file_name, check_folder, list_visible, report_closed
 from finetune.missing_files import explain_missing, find_meant
 from finetune.options import UserError
 from finetune.stores import is_url, join_path
@@ -122,13 +122,7 @@ def check_write_path(write_path: str, given: str) -> None:
         raise UserError(f"write_path: expected the name of a CSV file. Received: {write_path!r}")
     if os.path.isfile(write_path) and os.path.isfile(given) and os.path.samefile(write_path, given):
         raise UserError(f"write_path: {write_path} is the input itself. Choose another file.")
-    folder = os.path.dirname(os.path.abspath(write_path))
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"write_path: cannot make the folder {folder}: {error.strerror}. Choose another.") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"write_path: the folder {folder} is not writable. Choose another.")
+    check_folder(os.path.dirname(write_path) or os.curdir, "write_path")
 
 
 def check_top_k(top_k: int, class_names: Sequence[str]) -> None:

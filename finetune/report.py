@@ -153,7 +153,7 @@ def write_evaluation(
         curves = get_curves(y_true, probabilities, decision.class_names)
         save_figures(folder, results, curves)
         gallery = build_gallery(explain, images, y_true, probabilities, decision)
-        write_report(path, results, curves, gallery, read_training_log(os.path.dirname(folder)), options)
+        write_report(path, results, curves, gallery, read_training_log(os.path.dirname(results["model"])), options)
     finally:
         print_results(results)
     print(f"\nThe report is {path}")

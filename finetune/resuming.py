@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Set
 from typing import Any
 
 from configs import Configs
 from finetune.checkpoints import stops_early
+from finetune.files import check_folder
 from finetune.labels import look_the_same
 from finetune.model_description import OF_BEFORE
 from finetune.options import UserError
 from finetune.phases import count_epochs
-from finetune.run_data import DATA_OPTIONS, locate_data
+from finetune.run_data import TABLE_OPTIONS, disown_paths, find_home, is_fixed, locate_paths, relate_path
 from finetune.run_folder import (
     BEST_MODEL,
     CONFIGS_FILE,
@@ -26,18 +28,38 @@ from finetune.values import quote_difference
 from generator import AugmentedImageSequence
 
 
-def find_start(configs: Configs) -> tuple[str, dict[str, Any] | None, Configs]:
-    """Finds the model to continue from, if any, the state of its training, if it carries one, and the run's configs."""
+def find_start(configs: Configs, writes: bool = True) -> tuple[str, dict[str, Any] | None, Configs]:
+    """Finds the model to continue from, if any, the state of its training, if it carries one, and the run's configs.
+
+    Args:
+        configs: as given.
+        writes: False if another process of the run writes into its folder.
+
+    Raises:
+        UserError: there is no such model, the run cannot go on with these configs, or its folder cannot be written.
+    """
     Configs.check(configs)
-    if not (configs.overwrite or configs.find_learning_rate):
-        refuse_other_run(configs.save_model_path, configs.load_model_path)
-    if not configs.load_model_path:
-        return "", None, configs
-    path = resolve_model_path(configs.load_model_path, preferred=(LATEST_MODEL, BEST_MODEL))
-    state = read_state(path)
-    if state is None:
+    path, state = "", None
+    if configs.load_model_path:
+        path = resolve_model_path(configs.load_model_path, preferred=(LATEST_MODEL, BEST_MODEL))
+        state = read_state(path)
+    if state:
+        configs = continue_run(configs, state, path)
+    elif path:
         print(f"{path} carries no training state: its weights are the start of a new run, at epoch 0.")
-        return path, None, configs
+    if not (configs.overwrite or configs.find_learning_rate):
+        refuse_other_run(configs.save_model_path, path if state else "")
+    if writes and not (state and has_ended(state, configs)):
+        check_folder(configs.save_model_path, "save_model_path")
+    return path, state, configs
+
+
+def continue_run(configs: Configs, state: dict[str, Any], path: str) -> Configs:
+    """Returns the configs that a checkpoint's run goes on with, and prints where it stands.
+
+    Raises:
+        UserError: it cannot go on with these configs, or the weights that it started from are missing.
+    """
     steps = f" and {state['steps_completed']} steps" * bool(state["steps_completed"])
     print(f"Continuing {path} after {state['epochs_completed']} epochs{steps}.")
     configs = configs_to_continue(configs, state, path)
@@ -47,7 +69,7 @@ def find_start(configs: Configs) -> tuple[str, dict[str, Any] | None, Configs]:
             f"model_selection interpolate: expected {start_path}, the weights that this run has started from. There is "
             "no such file. Put it back beside the checkpoint, or start a new run."
         )
-    return path, state, configs
+    return configs
 
 
 def has_ended(state: dict[str, Any], configs: Configs) -> bool:
@@ -55,6 +77,14 @@ def has_ended(state: dict[str, Any], configs: Configs) -> bool:
     epochs = state["epochs_completed"]
     stopped = stops_early(epochs, state["best_epoch"], configs.early_stopping_patience, configs.head_epochs)
     return epochs >= configs.num_epochs or (stopped and not state["steps_completed"])
+
+
+def report_end(state: dict[str, Any] | None, configs: Configs) -> dict[str, Any]:
+    """Returns the figures of a run that has nothing left to do, and prints that; empty if it goes on."""
+    if not state or not has_ended(state, configs):
+        return {}
+    print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
+    return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
 
 
 def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str) -> Configs:
@@ -75,7 +105,9 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
         UserError: names the options that cannot change.
     """
     stored, options = OF_BEFORE | state["configs"], Configs.options()
-    kept, faults = locate_from_here(configs, state, model_path), []
+    configs = disown_paths(configs, model_path)
+    kept, home = locate_from_here(configs, state, model_path)
+    faults = []
     epochs, source = refit_epochs(configs, state)
     if "num_epochs" in configs.given and epochs != configs.num_epochs:
         kept["num_epochs"] = epochs
@@ -101,6 +133,8 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
     given = configs.given
     configs = configs.replace(**kept)
     configs.given = given | set(state["given"])
+    written = tuple(list_stored(configs, given, stored, home).items())
+    configs.provenance = configs.provenance._replace(home=home, stored=written)
     return configs
 
 
@@ -125,22 +159,48 @@ def refit_epochs(configs: Configs, state: dict[str, Any]) -> tuple[int, str]:
     return min(epochs, max(configs.num_epochs, stored["num_epochs"])), "min_steps"
 
 
-def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -> dict[str, Any]:
-    """Returns the run's folder and the paths of its data, as they are from here, that go on as they were.
+def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -> tuple[dict[str, Any], str]:
+    """Finds the folder of a run that goes on, and its data as they are from here.
 
-    Empty where this process was started where the run was: its paths are right as they are.
+    Returns:
+        The paths that are not given now, by option: the run goes on where its checkpoint is. And the folder that the
+        run's relative paths start at, if it is not the working directory.
     """
     stored, folder = state["configs"], os.path.dirname(os.path.abspath(model_path))
-    located = locate_data(stored, folder, stored["save_model_path"])
-    if located is stored:
-        return {}
-    located |= {"save_model_path": os.path.dirname(model_path)}
-    goes_on = [
-        name
-        for name in (*DATA_OPTIONS, "save_model_path")
+    home = find_home(stored, folder, stored["save_model_path"])
+    located = locate_paths(stored, home)
+    kept = {
+        name: path
+        for name, path in located.items()
         if name not in configs.given and (name in state["given"] or getattr(configs, name) == stored[name])
-    ]
-    return {name: located[name] for name in goes_on}
+    }
+    if "save_model_path" not in configs.given:
+        kept["save_model_path"] = os.path.dirname(model_path) or os.curdir
+    return kept, home if located else ""
+
+
+def list_stored(configs: Configs, given: Set[str], before: dict[str, Any], home: str) -> dict[str, Any]:
+    """Returns what a run that goes on writes down in place of the values in use, by option.
+
+    What was found here is found again wherever the run goes on next: written down is what the user gave.
+
+    Args:
+        configs: to go on with.
+        given: the options that the user gives now.
+        before: the options as the run has stored them.
+        home: the folder that the run's relative paths start at; empty: the working directory.
+    """
+    # What the run began with: by now it is the start of itself.
+    stored, located = {"load_model_path": before.get("load_model_path", "")}, locate_paths(before, home)
+    for name in (*TABLE_OPTIONS, "image_directory"):
+        path = getattr(configs, name)
+        if path == located.get(name):
+            stored[name] = before[name]
+        elif home and not is_fixed(path) and (path or name == "image_directory"):
+            stored[name] = relate_path(path, home)
+    if "save_model_path" not in given or (home and not os.path.isabs(configs.save_model_path)):
+        stored["save_model_path"] = relate_path(configs.save_model_path, home or os.getcwd())
+    return stored
 
 
 def check_same_data(

@@ -11,7 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from finetune.files import write_csv
+from configs import Configs
+from finetune.files import lies_around, write_csv
+from finetune.model_description import CONFIGS_FILE
 from finetune.options import UserError
 from finetune.stores import hash_file, is_url
 from finetune.texts import join_names
@@ -23,46 +25,113 @@ TABLE_OPTIONS = ("train_csv", "validation_csv", "test_csv")
 # How a table is read.
 READING_OPTIONS = ("image_directory", "csv_label_column")
 DATA_OPTIONS = (*TABLE_OPTIONS, *READING_OPTIONS)
+# What may lead elsewhere from another working directory.
+PATH_OPTIONS = (*TABLE_OPTIONS, "image_directory", "save_model_path")
 SAMPLE_BYTES = 4096
 READERS = 8
 
 
 def locate_data(options: dict[str, Any], folder: str, save_model_path: str) -> dict[str, Any]:
-    """Returns a run's options with the paths of its data as they are from here.
-
-    They were written relative to the folder that the run was started in. Where that is another one than this
-    process's, they become absolute; it is the one that the run has noted or, where the run was moved together with
-    its data, the one that its own folder lies in as it did.
+    """Returns a run's options with the paths of its data as they are from here: absolute, unless the run started here.
 
     Args:
         options: of the run, any of them.
         folder: the run's, absolute.
-        save_model_path: as the run was given it.
+        save_model_path: as the run has stored it.
     """
-    inside = os.path.normpath(save_model_path)
-    moved = folder.removesuffix(os.sep + inside) if folder.endswith(os.sep + inside) else ""
-    train_csv = options.get("train_csv", "")
-    homes = [home for home in (read_home(folder), moved) if home]
-    home = next((home for home in homes if os.path.isfile(os.path.join(home, train_csv))), "")
+    home = find_home(options, folder, save_model_path)
+    return options | locate_paths(options, home)
+
+
+def locate_paths(options: dict[str, Any], home: str) -> dict[str, Any]:
+    """Returns the paths among a run's data options that are other ones from here, where its paths start at `home`."""
     if not home or os.path.realpath(home) == os.path.realpath(os.curdir):
-        return options
-    located = {
+        return {}
+    return {
         name: os.path.normpath(os.path.join(home, options[name]))
         for name in (*TABLE_OPTIONS, "image_directory")
         # Without an image directory, the paths in the tables are relative to the same folder.
         if name in options and not is_url(options[name]) and (options[name] or name == "image_directory")
     }
-    return options | located
 
 
-def read_home(folder: str) -> str:
-    """Returns the folder that a run was started in, as it has noted it; empty where it has not."""
+def find_home(options: dict[str, Any], folder: str, save_model_path: str) -> str:
+    """Returns the folder that a run's relative paths start at; empty if that is not known.
+
+    That is the folder that the run has noted. A run that was moved or copied with its data has the same training table
+    in a folder around its own, which then counts.
+
+    Args:
+        options: as for `locate_data`.
+        folder: as for `locate_data`.
+        save_model_path: as for `locate_data`.
+    """
+    train_csv, (noted, digest) = options.get("train_csv", ""), read_note(folder)
+    if os.path.isabs(train_csv):
+        inside = os.sep + os.path.normpath(save_model_path)
+        around = folder.removesuffix(inside) if folder.endswith(inside) else ""
+        homes = [home for home in (noted, around) if os.path.isdir(home) and os.path.isfile(train_csv)]
+        return next(iter(homes), "")
+    homes = [noted] if noted and os.path.isfile(os.path.join(noted, train_csv)) else []
+    if around := find_around(folder, train_csv) or find_around(os.path.realpath(folder), train_csv):
+        homes.append(around)
+    if noted and not digest:
+        digest = digest_file(os.path.join(noted, train_csv))
+    # Of a project that was copied as a whole both match: the copy goes with its own data.
+    same = [home for home in homes if digest and digest_file(os.path.join(home, train_csv)) == digest]
+    return same[-1] if same else next(iter(homes), "")
+
+
+def find_around(folder: str, path: str) -> str:
+    """Returns the nearest folder that holds a file at a relative path, of a folder and those around it; empty: none."""
+    while not os.path.isfile(os.path.join(folder, path)):
+        folder, before = os.path.dirname(folder), folder
+        if folder == before:
+            return ""
+    return folder
+
+
+def digest_file(path: str) -> str:
+    """Returns a digest of a file's bytes in hexadecimal; empty where it cannot be read."""
+    digest = hash_file(path)
+    return digest.hex() if isinstance(digest, bytes) else ""
+
+
+def is_fixed(path: str) -> bool:
+    """Returns whether a path is the same from every folder: an absolute one or a URL."""
+    return is_url(path) or os.path.isabs(path)
+
+
+def relate_path(path: str, home: str) -> str:
+    """Returns a local path as seen from a folder: relative if it leads into it, so that both can be moved."""
+    path = os.path.abspath(path)
+    return os.path.relpath(path, home) if lies_around(home, path) else path
+
+
+def disown_paths(configs: Configs, model_path: str) -> Configs:
+    """Returns configs whose paths don't count as given where they come from the run's own `configs.json`.
+
+    Read by `--configs`, that file names the folder and the tables that the run had before it was copied or moved.
+    """
+    file, in_file = configs.provenance.file, configs.provenance.in_file
+    own = os.path.join(os.path.dirname(model_path), CONFIGS_FILE)
+    if not (file and os.path.isfile(own) and os.path.samefile(file, own)):
+        return configs
+    given = configs.given - (in_file & set(PATH_OPTIONS))
+    configs = configs.replace()
+    configs.given = given
+    return configs
+
+
+def read_note(folder: str) -> tuple[str, str]:
+    """Returns what a run has noted: the folder that its paths start at, and its training table's digest; or empty."""
     try:
         with open(os.path.join(folder, DATA_FILE), encoding="utf-8") as file:
-            home = json.load(file)["working_directory"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ""
-    return home if isinstance(home, str) else ""
+            content = json.load(file)
+        home, digest = content["working_directory"], content.get("training", {}).get("csv_sha256", "")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "", ""
+    return (home, digest) if isinstance(home, str) and isinstance(digest, str) else ("", "")
 
 
 def sign_file(path: str) -> tuple[int, int] | None:

@@ -22,7 +22,7 @@ from finetune.artefacts import (
     REJECTED,
     is_exported,
 )
-from finetune.files import remove_stale_files, write_json
+from finetune.files import check_folder, remove_stale_files, write_fault, write_json
 from finetune.model_description import (
     CONFIGS_FILE,
     NEEDED,
@@ -39,6 +39,8 @@ from finetune.run_data import (
     IMAGES_FILE,
     READING_OPTIONS,
     TABLE_OPTIONS,
+    digest_file,
+    disown_paths,
     locate_data,
     refuse_trained_images,
     write_trained_images,
@@ -134,8 +136,7 @@ def find_trained_model(configs: Configs, data_options: Sequence[str] = DATA_OPTI
     require_description(configs, model_path)
     if not read_run_configs(model_path):
         configs = leave_out_default_tables(configs, data_options)
-    if "save_model_path" not in configs.given:
-        configs = configs.replace(save_model_path=os.path.dirname(model_path) or ".")
+    configs = configs.replace(save_model_path=find_output_folder(configs, model_path))
     if configs.classes is None or "classes" not in configs.given:
         class_names = resolve_class_names(
             None, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
@@ -175,7 +176,7 @@ def take_data_options(configs: Configs, model_path: str, names: Sequence[str] = 
 
     A training or validation table that is no longer there is left out: figures of the test set need none.
     """
-    stored = locate_run_data(model_path)
+    configs, stored = disown_paths(configs, model_path), locate_run_data(model_path)
     taken = {name: stored[name] for name in names if name in stored and name not in configs.given}
     for name, words in OPTIONAL_TABLES.items():
         if (path := taken.get(name, "")) and not is_url(path) and not os.path.isfile(path):
@@ -294,15 +295,16 @@ def take_description(configs: Configs, model_path: str, needs_classes: bool) -> 
     return configs.replace(classes=None)
 
 
-def keep_decision(model_path: str, decision: dict[str, Any]) -> dict[str, Any]:
+def keep_decision(model_path: str, decision: dict[str, Any], folder: str) -> dict[str, Any]:
     """Writes a decision into the file of the model that it was fitted for as well, if that carries a description.
 
-    If that fails, it is printed: `decision.json` has the decision, which counts in the run.
+    If that fails, it is printed: `decision.json` has the decision, which counts in the run. If scripts write into
+    another folder than the model's, the model stays as it is.
 
     Returns:
         The decision.
     """
-    if read_description(model_path) is None:
+    if read_description(model_path) is None or not leads_into(model_path, folder):
         return decision
     try:
         # While train.py replaces the model, the next one may not get this one's decision.
@@ -313,6 +315,12 @@ def keep_decision(model_path: str, decision: dict[str, Any]) -> dict[str, Any]:
     return decision
 
 
+def find_output_folder(configs: Configs, model_path: str) -> str:
+    """Returns the folder for what a script makes of a model: a given `save_model_path`, or else the model's own."""
+    is_given = "save_model_path" in configs.given
+    return configs.save_model_path if is_given else os.path.dirname(model_path) or os.curdir
+
+
 def find_log(path: str) -> str:
     """Returns where the training log of a run is, named by its folder or by a model file in it."""
     return os.path.join(os.path.dirname(path) if os.path.isfile(path) else path, LOG_FILE)
@@ -321,6 +329,11 @@ def find_log(path: str) -> str:
 def name_evaluation(model_path: str) -> str:
     """Returns the name of the folder for a model's evaluation: an exported one leaves that of the run as it is."""
     return f"{EVALUATION_FOLDER}_{os.path.basename(model_path)}" if is_exported(model_path) else EVALUATION_FOLDER
+
+
+def choose_evaluation_folder(folder: str, model_path: str) -> str:
+    """Returns the folder for a model's evaluation inside another one; raises UserError if it cannot be written."""
+    return check_folder(os.path.join(folder, name_evaluation(model_path)), "save_model_path")
 
 
 def refuse_other_run(folder: str, load_model_path: str) -> None:
@@ -351,28 +364,31 @@ def describe_run(
     options: dict[str, Any],
     sets: dict[str, tuple[str, AugmentedImageSequence]],
     class_names: Sequence[str],
+    home: str = "",
 ) -> None:
     """Writes a run's configs and what its data are into its folder.
 
     Args:
         folder: of the run.
-        options: as `Configs.to_dict` gives them.
+        options: as `Configs.to_stored` gives them.
         sets: the CSV file and the images of each set, by its name.
         class_names: in the model's order.
+        home: the folder that the paths among the options are relative to; empty: the working directory.
     """
-    write_json(os.path.join(folder, CONFIGS_FILE), options)
+    # Repeated by --configs, the options of a run must not remove it.
+    write_json(os.path.join(folder, CONFIGS_FILE), options | {"overwrite": False})
     described = {name: describe_set(csv_path, images, class_names) for name, (csv_path, images) in sets.items()}
-    # The paths among the options are relative to it.
-    write_json(os.path.join(folder, DATA_FILE), described | {"working_directory": os.getcwd()})
+    write_json(os.path.join(folder, DATA_FILE), described | {"working_directory": home or os.getcwd()})
     # Without a validation table of its own, the run is selected by test images.
     names = {"validation": "validation" if options["validation_csv"] else "test"}
     write_trained_images(folder, {names.get(name, name): images.paths for name, (_, images) in sets.items()})
 
 
 def describe_set(csv_path: str, sequence: AugmentedImageSequence, class_names: Sequence[str]) -> dict[str, Any]:
-    """Returns a set's `csv`, `images`, images of each of its `classes` and the `sha256` of `fingerprint`."""
+    """Returns a set's `csv`, its `csv_sha256`, `images`, images of each of its `classes`, and its `fingerprint`."""
     classes = dict(zip(class_names, count_labels(sequence.labels, len(class_names)).tolist(), strict=True))
-    return {"csv": csv_path, "images": len(sequence.labels), "classes": classes, "sha256": fingerprint(sequence)}
+    digests = {"csv_sha256": digest_file(csv_path), "sha256": fingerprint(sequence)}
+    return {"csv": csv_path, "images": len(sequence.labels), "classes": classes} | digests
 
 
 def clear_folder(folder: str, overwrites: bool) -> None:
@@ -425,9 +441,12 @@ def locked(folder: str, is_needed: bool = True) -> Iterator[None]:
     path = os.path.join(folder, LOCK_FILE)
     try:
         os.makedirs(folder, exist_ok=True)
+        if os.path.islink(path):
+            # A copy that is made of links would lock the original.
+            os.remove(path)
         file = open(path, "a")  # noqa: SIM115 - closed below, after the lock's work is done
     except OSError as error:
-        raise UserError(f"Cannot write into {folder}: {error.strerror}. Choose another save_model_path.") from error
+        raise write_fault(folder, error, "save_model_path") from error
     try:
         lock_file(file)
         yield

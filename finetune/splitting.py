@@ -31,7 +31,7 @@ def refuse_own_input(csv_path: str, written: dict[str, str]) -> None:
 
 
 def read_rows(
-    csv_path: str, group_column: str, mode: str, configs: Configs, show_copies: ShowCopies
+    csv_path: str, group_column: str, mode: str, configs: Configs, show_copies: ShowCopies, folder: str = ""
 ) -> tuple[pd.DataFrame, np.ndarray | None]:
     """Reads the table, looks for copies among its images, and finds which rows have to stay together.
 
@@ -42,6 +42,7 @@ def read_rows(
             `headers` and `off` read no image.
         configs: the options of every script.
         show_copies: shows those whose labels differ.
+        folder: receives what the check writes; empty: that of the table.
 
     Returns:
         The table, without the images that `skip_bad_images` leaves out, and the number of each row's group, int
@@ -51,7 +52,7 @@ def read_rows(
         UserError: the table, an image in it or `group_column` is not usable.
     """
     label_column, multi_label = configs.csv_label_column, configs.multi_label_classification
-    findings, numbers = _find_copies(csv_path, mode, configs, show_copies)
+    findings, numbers = _find_copies(csv_path, mode, configs, show_copies, folder)
     table = read_table(csv_path, label_column, multi_label)
     groups, given = Groups(len(table)), group_column or GROUP_COLUMN * (GROUP_COLUMN in table.columns)
     values = read_groups(table, given, csv_path) if given else [""] * len(table)
@@ -68,7 +69,7 @@ def read_rows(
 
 
 def _find_copies(
-    csv_path: str, mode: str, configs: Configs, show_copies: ShowCopies
+    csv_path: str, mode: str, configs: Configs, show_copies: ShowCopies, folder: str
 ) -> tuple[list[Finding], np.ndarray | None]:
     """Looks for copies among the images of a table and prints how many there are.
 
@@ -80,11 +81,11 @@ def _find_copies(
     label_column, multi_label, findings = configs.csv_label_column, configs.multi_label_classification, []
     listed = make_image_table("", csv_path, parse_table(csv_path, label_column), label_column, configs.image_directory)
     if mode == "full":
-        findings, copies = check_tables([listed], configs, multi_label, show_copies=show_copies)
+        findings, copies = check_tables([listed], configs, multi_label, show_copies=show_copies, folder=folder)
     else:
         known, copies = look_for_copies([listed], mode, Reading.of(configs))
         report_unread(known)
-        show_copies(os.path.dirname(csv_path), copies, multi_label, configs)
+        show_copies(folder or os.path.dirname(csv_path), copies, multi_label, configs)
     numbers = copies.number_rows(listed)
     report_copies(numbers)
     return findings, numbers

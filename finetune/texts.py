@@ -24,6 +24,11 @@ def show_count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def show_bytes(number: int) -> str:
+    """Returns a number of bytes in the unit that suits it: `12.5 MiB`, `1.2 GiB`."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
 def show_text(text: str) -> str:
     """Returns a text on one line: as it is, or with escapes where it holds what cannot be printed."""
     return text if text.isprintable() else ascii(text)

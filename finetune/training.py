@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from configs import Configs
 from finetune.callbacks import AveragedWeights, BadImages, EpochOrder, InputWait, RangeTest, Schedule, Validation
 from finetune.checkpoints import BeforeValidation, Checkpoint, advising_on_bad_images
 from finetune.devices import set_seed
+from finetune.files import find_existing
 from finetune.freezing import has_fixed_features
 from finetune.head_fit import HeadFit
 from finetune.inference_model import get_classifier
@@ -23,6 +26,7 @@ from finetune.interruption import Interruption
 from finetune.losses import Losses
 from finetune.model_description import hash_model
 from finetune.model_files import load_fitting_model
+from finetune.optimizers import build_optimizer
 from finetune.options import UserError
 from finetune.phases import (
     Phase,
@@ -33,14 +37,26 @@ from finetune.phases import (
     prepare_phase,
     refits_head,
     run_phase,
+    set_trainable,
 )
 from finetune.range_test import suggest_learning_rate
 from finetune.resuming import check_same_data
-from finetune.run_folder import CURVES_FOLDER, clear_folder, describe_run, fingerprint, leads_into, locked
+from finetune.run_folder import (
+    BEST_MODEL,
+    CURVES_FOLDER,
+    LATEST_MODEL,
+    MODEL_FILES,
+    START_MODEL,
+    clear_folder,
+    describe_run,
+    fingerprint,
+    leads_into,
+    locked,
+)
 from finetune.selection import describe_epoch
 from finetune.tables import count_labels, resolve_class_names, warn_of_missing_classes
 from finetune.team import Team
-from finetune.texts import MOST_TELLING, join_names
+from finetune.texts import MOST_TELLING, join_names, show_bytes
 from finetune.time_budget import TimeEstimate, count_views, fit_epochs
 from finetune.values import get_input_size
 from generator import AugmentedImageSequence, Shares, get_generator, naming_bad_images
@@ -224,6 +240,60 @@ def settle_epochs(
     return configs.replace(num_epochs=epochs)
 
 
+def check_room(
+    configs: Configs, classifier: keras.Model, phase: Phase, state: dict[str, Any] | None, team: Team
+) -> None:
+    """Checks, before the first epoch, that the disk has room for the checkpoints of a run.
+
+    Args:
+        configs: of the run, with the number of epochs settled.
+        classifier: the whole model.
+        phase: the last one, which trains the most.
+        state: of the checkpoint that training continues from.
+        team: its chief alone writes.
+
+    Raises:
+        UserError: says how much is needed and how much there is.
+    """
+    if not team.is_chief:
+        return
+    set_trainable(classifier, phase, configs)
+    size, folder = estimate_checkpoint(configs, classifier), configs.save_model_path
+    epochs = 0 if configs.save_best_model_only else configs.num_epochs - (state["epochs_completed"] if state else 0)
+    names = [BEST_MODEL, LATEST_MODEL, *[START_MODEL] * (configs.model_selection == "interpolate")]
+    # Each file is written whole before it takes the place of the one before.
+    number = max(len(names), epochs) + 1
+    is_removed = configs.overwrite and not leads_into(configs.load_model_path, folder)
+    needed = number * size - measure_files(folder, MODEL_FILES if is_removed else names)
+    free = shutil.disk_usage(find_existing(folder)).free
+    if needed > free:
+        fewer = ", or keep only the best model by --save_best_model_only True" if epochs > len(names) else ""
+        raise UserError(
+            f"{folder}: the checkpoints of this run need {show_bytes(needed)}: up to {number} files of "
+            f"{show_bytes(size)}. The disk has {show_bytes(free)} left. Free space, choose another "
+            f"save_model_path{fewer}."
+        )
+
+
+def estimate_checkpoint(configs: Configs, classifier: keras.Model) -> int:
+    """Returns about how many bytes a checkpoint has: the weights, and what the optimizer keeps of those that learn."""
+    optimizer, probe = build_optimizer(configs), keras.Variable(np.zeros((2, 3), np.float32))
+    optimizer.build([probe])
+    slots = sum(variable.shape == probe.shape for variable in optimizer.variables)
+    weights, learning = (
+        sum(int(np.prod(weight.shape)) * np.dtype(weight.dtype).itemsize for weight in part)
+        for part in (classifier.weights, classifier.trainable_weights)
+    )
+    return weights + slots * learning
+
+
+def measure_files(folder: str, patterns: list[str] | tuple[str, ...]) -> int:
+    """Returns the bytes that files of a folder take; several names of one file count once."""
+    paths = [path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
+    found = {(status.st_dev, status.st_ino): status.st_size for status in map(os.lstat, paths)}
+    return sum(found.values())
+
+
 @contextlib.contextmanager
 def open_run(configs: Configs, images: Images, team: Team) -> Iterator[Interruption]:
     """Holds the run's folder while it is entered, made ready: cleared, and with the run's configs and data described.
@@ -239,7 +309,7 @@ def open_run(configs: Configs, images: Images, team: Team) -> Iterator[Interrupt
         if team.is_chief:
             clear_folder(folder, configs.overwrite and not leads_into(configs.load_model_path, folder))
             sets = dict(zip(Images._fields, zip(csv_paths, images, strict=True), strict=True))
-            describe_run(folder, configs.to_dict(), sets, configs.classes)
+            describe_run(folder, configs.to_stored(), sets, configs.classes, configs.provenance.home)
         yield interruption
 
 

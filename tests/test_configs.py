@@ -155,6 +155,7 @@ def test_list_default_is_not_shared_between_configs():
             SplitConfigs,
             {
                 "csv_path": "./data/all_data.csv",
+                "write_folder": "",
                 "test_split_fraction": 0.2,
                 "validation_split_fraction": 0.0,
                 "group_column": "",
@@ -162,7 +163,7 @@ def test_list_default_is_not_shared_between_configs():
                 "shuffle": True,
             },
         ),
-        (PlotConfigs, {"train_log_path": ""}),
+        (PlotConfigs, {"train_log_path": "", "write_path": ""}),
     ],
 )
 def test_script_has_the_shared_options_and_its_own(configs_class, own):

@@ -225,7 +225,7 @@ def test_full_disk_is_told_and_what_was_kept_stays(folder, table, partial, monke
     content, read = partial.read_bytes(), KeptAnswers._read
     with open("/dev/full", "ab", buffering=0) as full:
         monkeypatch.setattr(KeptAnswers, "_read", lambda self: (read(self), setattr(self, "_file", full)))
-        with pytest.raises(UserError, match="Cannot write .*partial: No space left"):
+        with pytest.raises(UserError, match="Cannot write .*partial: there is no space left"):
             answer(table, folder)
     assert partial.read_bytes() == content
 

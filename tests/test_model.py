@@ -327,6 +327,29 @@ def test_a_download_that_breaks_off_is_explained(no_download, tmp_path, error):
     assert str(tmp_path / "models") in str(caught.value)
 
 
+def test_imagenet_weights_in_a_folder_that_cannot_be_written_are_used(no_download, tmp_path, monkeypatch):
+    targets = no_download(FAILURES["offline"])
+    stored = keras.applications.MobileNet(weights=None, include_top=False, input_shape=(32, 32, 3))
+    (tmp_path / "models").mkdir()
+    stored.save(tmp_path / "models" / "mobilenet_1_0_224_tf_no_top.h5")
+    access = os.access
+    # As root, who may write anywhere, finds a disk that is read-only.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    backbone = build_backbone("MobileNet", (32, 32), True, 0)
+    np.testing.assert_array_equal(backbone.get_weights()[0], stored.get_weights()[0])
+    assert not targets
+
+
+def test_imagenet_weights_that_may_not_be_read_are_explained(no_download, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(keras.applications, "MobileNet", refuse)
+    with pytest.raises(UserError, match="weights of MobileNet cannot be read: you have no permission") as caught:
+        build_backbone("MobileNet", (32, 32), True, 0)
+    assert str(tmp_path / "models") in str(caught.value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALLEST_OF_FAMILY)
 def test_missing_imagenet_weights_of_every_family_are_explained(no_download, name):

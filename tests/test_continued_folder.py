@@ -1,0 +1,239 @@
+"""A run goes on in the folder that load_model_path names, wherever that was copied or moved to."""
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+from small_runs import options_of, start, tables  # noqa: F401
+
+from configs import Configs
+from finetune.options import UserError
+from finetune.resuming import find_start
+from finetune.run_data import locate_data
+from finetune.run_folder import CONFIGS_FILE, describe_run, find_trained_model
+from finetune.training_state import STATE_PARTS
+
+TABLES = {"train_csv": "./data/train.csv", "validation_csv": "data/validation.csv", "test_csv": "data/test.csv"}
+
+
+def write_state(path, options, **changes):
+    """Writes a file that carries a training state and nothing else."""
+    state = dict.fromkeys(STATE_PARTS) | {"configs": Configs().to_dict() | options, "given": sorted(options)}
+    state |= {"epochs_completed": 1, "steps_completed": 0, "best_epoch": 1} | changes
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("training_state.json", json.dumps(state))
+
+
+def write_run(folder, home, **options):
+    """Writes what a run leaves that was started in a folder."""
+    folder.mkdir(parents=True)
+    options = TABLES | {"classes": ["a", "b"]} | options
+    write_state(folder / "latest_model.keras", options)
+    write_state(folder / "best_model.keras", options)
+    (folder / "configs.json").write_text(json.dumps(Configs().to_dict() | options))
+    digest = hashlib.sha256((home / "data" / "train.csv").read_bytes()).hexdigest()
+    note = {"working_directory": str(home), "training": {"csv_sha256": digest}}
+    (folder / "data.json").write_text(json.dumps(note))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A project with tables and a run; this process is in it."""
+    home = tmp_path / "home"
+    (home / "data").mkdir(parents=True)
+    for name in ("train", "validation", "test"):
+        (home / "data" / f"{name}.csv").write_text(f"path,class\n{name}.jpg,a\n")
+    write_run(home / "runs" / "base", home, save_model_path="runs/base")
+    monkeypatch.chdir(home)
+    return home
+
+
+def go_on(path, **options):
+    """Returns the model and the configs that train.py goes on with."""
+    model, state, configs = find_start(Configs(load_model_path=str(path), num_epochs=9, **options).validate())
+    assert state
+    return model, configs
+
+
+@pytest.mark.parametrize("name", ["", "/", "/latest_model.keras", "/best_model.keras", "/best_model.h5"])
+@pytest.mark.parametrize("folder", ["runs/copy", "../home/runs/copy", "{home}/runs/copy"])
+def test_a_copied_run_goes_on_in_its_own_folder(home, folder, name):
+    shutil.copytree("runs/base", "runs/copy")
+    model, configs = go_on(folder.format(home=home) + name)
+    assert Path(configs.save_model_path).resolve() == home / "runs" / "copy"
+    assert Path(model).resolve().parent == home / "runs" / "copy"
+    assert (configs.train_csv, configs.image_directory) == ("./data/train.csv", "")
+    assert configs.to_stored()["save_model_path"] == "runs/copy"
+
+
+@pytest.mark.parametrize("place", ["runs/other name", "../archive/2026/base", "base"])
+def test_a_moved_or_renamed_run_does_not_bring_its_old_folder_back(home, place):
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    os.rename("runs/base", place)
+    configs = go_on(place)[1]
+    assert (configs.save_model_path, configs.train_csv) == (place, "./data/train.csv")
+
+
+def test_a_linked_folder_is_the_folder_and_a_linked_file_is_not(home):
+    os.symlink("base", "runs/link")
+    assert go_on("runs/link")[1].save_model_path == "runs/link"
+    Path("runs/files").mkdir()
+    os.symlink("../base/latest_model.keras", "runs/files/latest_model.keras")
+    assert go_on("runs/files")[1].save_model_path == "runs/files"
+
+
+def test_a_checkpoint_alone_goes_on_beside_itself(home, monkeypatch):
+    Path("alone").mkdir()
+    shutil.copy("runs/base/latest_model.keras", "alone/m.keras")
+    assert go_on("alone/m.keras")[1].save_model_path == "alone"
+    monkeypatch.chdir("alone")
+    assert go_on("m.keras")[1].save_model_path == "."
+
+
+def test_a_given_folder_holds_and_may_not_hold_another_run(home):
+    shutil.copytree("runs/base", "runs/copy")
+    assert go_on("runs/copy", save_model_path="runs/new")[1].save_model_path == "runs/new"
+    assert go_on("runs/copy", save_model_path="../home/runs/copy")[1].save_model_path == "../home/runs/copy"
+    with pytest.raises(UserError, match="runs/base holds the models of another run"):
+        go_on("runs/copy", save_model_path="runs/base")
+
+
+def test_the_default_folder_may_hold_another_run_than_the_one_that_goes_on(home):
+    shutil.copytree("runs/base", "saved_model")
+    assert go_on("runs/base")[1].save_model_path == "runs/base"
+
+
+def test_weights_without_a_state_are_a_new_run_that_removes_none(home):
+    (home / "runs" / "base" / "best_model_compressed.h5").touch()
+    given = {"load_model_path": "runs/base/best_model_compressed.h5", "save_model_path": "runs/base"}
+    with pytest.raises(UserError, match="runs/base holds the models of another run"):
+        find_start(Configs(**given))
+    assert find_start(Configs(**given, overwrite=True))[1] is None
+
+
+@pytest.mark.parametrize("folder", ["runs/copy", "../home/runs/copy/latest_model.keras"])
+def test_the_runs_own_configs_file_names_no_other_folder(home, folder):
+    shutil.copytree("runs/base", "runs/copy")
+    words = ["--configs", "runs/copy/configs.json", "--load_model_path", folder, "--num_epochs", "9"]
+    configs = find_start(Configs.from_command_line(arguments=words))[2]
+    assert Path(configs.save_model_path).resolve() == home / "runs" / "copy"
+    assert find_trained_model(Configs.from_command_line(arguments=words))[1].save_model_path == configs.save_model_path
+    words += ["--save_model_path", "runs/new"]
+    assert find_start(Configs.from_command_line(arguments=words))[2].save_model_path == "runs/new"
+    # Of another file it counts as given.
+    words[1] = "runs/base/configs.json"
+    with pytest.raises(UserError, match="runs/base holds the models of another run"):
+        find_start(Configs.from_command_line(arguments=words[:-2]))
+
+
+def test_from_elsewhere_a_run_writes_down_what_was_given(home, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    configs = go_on("../home/runs/base")[1]
+    located = {name: str(home / path) for name, path in TABLES.items()} | {"image_directory": str(home)}
+    assert {name: getattr(configs, name) for name in located} == located
+    given = TABLES | {"image_directory": "", "save_model_path": "runs/base", "load_model_path": ""}
+    stored = configs.to_stored()
+    assert {name: stored[name] for name in given} == given
+    assert configs.provenance.home == str(home)
+    assert "image_directory" not in configs.given
+
+
+def test_after_that_it_may_be_moved_with_its_data_again(home, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    configs = go_on("../home/runs/base")[1]
+    write_state(home / "runs" / "base" / "latest_model.keras", configs.to_stored(), given=sorted(configs.given))
+    describe_run(str(home / "runs" / "base"), configs.to_stored(), {}, ["a"], configs.provenance.home)
+    os.rename(home, tmp_path / "moved")
+    moved = tmp_path / "moved"
+    for folder in (tmp_path / "elsewhere", moved, moved / "runs" / "base"):
+        monkeypatch.chdir(folder)
+        configs = go_on(os.path.relpath(moved / "runs" / "base"))[1]
+        assert Path(configs.train_csv).resolve() == moved / "data" / "train.csv"
+        assert Path(configs.image_directory).resolve() == moved
+        assert Path(configs.save_model_path).resolve() == moved / "runs" / "base"
+        assert configs.to_stored()["train_csv"] == "./data/train.csv"
+
+
+def test_paths_given_from_elsewhere_are_written_down_as_seen_from_the_runs_home(home, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    given = {"train_csv": "../home/more/train.csv", "test_csv": "mine.csv", "image_directory": "/photos"}
+    stored = go_on("../home/runs/base", **given, save_model_path="out")[1].to_stored()
+    assert (stored["train_csv"], stored["test_csv"]) == ("more/train.csv", str(tmp_path / "elsewhere" / "mine.csv"))
+    assert (stored["image_directory"], stored["validation_csv"]) == ("/photos", "data/validation.csv")
+    assert stored["save_model_path"] == str(tmp_path / "elsewhere" / "out")
+
+
+def test_absolute_paths_that_were_given_stay(home, tmp_path, monkeypatch):
+    folder = home / "runs" / "absolute"
+    write_run(folder, home, train_csv=str(home / "data" / "train.csv"), save_model_path=str(folder))
+    monkeypatch.chdir(tmp_path)
+    configs = go_on(folder)[1]
+    assert configs.to_stored()["train_csv"] == str(home / "data" / "train.csv")
+    assert (configs.image_directory, configs.to_stored()["image_directory"]) == (str(home), "")
+
+
+@pytest.mark.parametrize("name", ["runs/base", "old/renamed"])
+def test_a_project_that_was_copied_as_a_whole_uses_its_own_data(home, tmp_path, monkeypatch, name):
+    second = tmp_path / "copy"
+    shutil.copytree(home, second)
+    (second / name).parent.mkdir(exist_ok=True)
+    os.rename(second / "runs" / "base", second / name)
+    monkeypatch.chdir(tmp_path)
+    assert go_on(second / name)[1].train_csv == str(second / "data" / "train.csv")
+    # The original goes on being edited; its table is no longer that of the run.
+    (home / "data" / "train.csv").write_text("path,class\nanother.jpg,a\n")
+    for folder in (tmp_path, second):
+        monkeypatch.chdir(folder)
+        assert Path(go_on(second / name)[1].train_csv).resolve() == second / "data" / "train.csv"
+
+
+def test_a_run_among_other_data_keeps_to_its_own(home, tmp_path, monkeypatch):
+    other = tmp_path / "other" / "data"
+    other.mkdir(parents=True)
+    (other / "train.csv").write_text("path,class\nanother.jpg,b\n")
+    shutil.copytree(home / "runs" / "base", tmp_path / "other" / "base")
+    monkeypatch.chdir(tmp_path)
+    assert go_on("other/base")[1].train_csv == str(home / "data" / "train.csv")
+    # The same without a digest, in a run of an older version.
+    (tmp_path / "other" / "base" / "data.json").write_text(json.dumps({"working_directory": str(home)}))
+    assert locate_data(TABLES, str(tmp_path / "other" / "base"), "runs/base")["test_csv"] == str(home / "data/test.csv")
+
+
+def test_configs_can_be_copied_and_pickled_whatever_they_were_read_from(home):
+    configs = Configs.from_json("runs/base/configs.json").replace(num_epochs=9)
+    for copied in (copy.deepcopy(configs), pickle.loads(pickle.dumps(configs))):
+        assert (copied, copied.given, copied.provenance) == (configs, configs.given, configs.provenance)
+
+
+def test_a_stored_run_cannot_remove_itself_when_it_is_repeated(tmp_path):
+    describe_run(str(tmp_path), Configs(overwrite=True).to_stored(), {}, ["a"])
+    assert Configs.from_json(str(tmp_path / CONFIGS_FILE)).overwrite is False
+
+
+@pytest.mark.slow
+def test_a_copy_is_trained_and_the_original_stays_as_it_is(tables, tmp_path):
+    base, copied, new = tmp_path / "base", tmp_path / "copy", tmp_path / "new"
+    start(**options_of(tables, base, num_epochs=2, learning_rate=1e-9))
+    before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    shutil.copytree(base, copied)
+    options = options_of(tables, "", num_epochs=3, learning_rate=1e-9)
+    del options["save_model_path"]
+    start(**options, load_model_path=str(copied / "latest_model.keras"))
+    # The best of the run is from before: where it goes on elsewhere, it has to come with it.
+    start(**options, load_model_path=str(base), save_model_path=str(new))
+    assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
+    for folder in (copied, new):
+        assert len((folder / "training_log.csv").read_text().splitlines()) == 4
+        best = json.loads((folder / ".training_stats.json").read_text())["best_epoch"]
+        assert best < 3
+        assert (folder / "best_model.keras").read_bytes() == (base / "best_model.keras").read_bytes()
+    assert json.loads((copied / CONFIGS_FILE).read_text())["save_model_path"] == str(copied)
