@@ -13,15 +13,15 @@ from finetune.values import get_input_size
 @script
 def main(configs: Configs) -> dict:
     """Loads the model, explains the test images batch by batch, writes the pictures; returns paths and faithfulness."""
-    # Imported here, so that --help does not wait for TensorFlow.
     import numpy as np
 
     from finetune.cam_page import write_page
     from finetune.cam_pictures import draw_all, draw_batch, name_outputs, overlay_heatmap
-    from finetune.decision_file import read_decision
+    from finetune.decision_file import find_decision_folder, read_decision
     from finetune.devices import start_devices
     from finetune.explaining import CHOOSERS, Explainer, choose_removal_on, measure_some
     from finetune.faithfulness import describe_faithfulness, summarise_faithfulness
+    from finetune.files import check_folder
     from finetune.gradcam import GradCam
     from finetune.images import build_reader
     from finetune.model_files import load_fitting_model
@@ -33,17 +33,17 @@ def main(configs: Configs) -> dict:
     start_devices(configs.gpu_percentage)
     model_path, configs = find_trained_model(configs, ("test_csv", "image_directory", "csv_label_column"))
     names, multi_label = configs.classes, configs.multi_label_classification
-    decision = read_decision(os.path.dirname(os.path.abspath(model_path)), names, multi_label, model_path)
+    folder = check_folder(os.path.join(configs.save_model_path, MAPS_FOLDER), "save_model_path")
+    decision = read_decision(find_decision_folder(model_path, configs.save_model_path), names, multi_label, model_path)
     sequence = get_generator(configs.test_csv, names, configs, training=False)
     model = load_fitting_model(model_path, names, get_input_size(configs))
     print(name_model(configs, model_path), describe_decision(decision, "exact_match"), sep="\n")
-    folder, sources = os.path.join(configs.save_model_path, MAPS_FOLDER), list(sequence.paths)
-    paths = [os.path.join(folder, name) for name in name_outputs(sources)]
+    paths = [os.path.join(folder, name) for name in name_outputs(sequence.paths)]
     choose = functools.partial(CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
     explainer = Explainer(GradCam(model, configs.cam_method, configs.cam_backbone_layer), decision, choose)
     shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
-    facts = {"sources": sources, "targets": paths, "class_names": names, "overlay": overlay}
+    facts = {"sources": list(sequence.paths), "targets": paths, "class_names": names, "overlay": overlay}
     draw = functools.partial(draw_batch, **facts, longest_side=configs.cam_picture_size, read=build_reader(configs))
     found, seed = [], configs.random_seed or 0
     removal = choose_removal_on(explainer, sequence, seed)
