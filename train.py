@@ -14,7 +14,6 @@ from finetune.options import run_script, script
 @script
 def main(configs: Configs) -> dict:
     """Trains, alone or with the other processes of TF_CONFIG; returns the last epoch's figures and the best."""
-    # Imported here, so that --help does not wait for TensorFlow.
     from finetune import training
     from finetune.contradictions import write_contradictions
     from finetune.data_check import check_sets, list_sets, settle_sets
@@ -30,8 +29,8 @@ def main(configs: Configs) -> dict:
     started = time.monotonic()
     if configs.distribution_strategy == "multi_worker":
         take_slurm_step()
-    continued_from = configs.load_model_path or configs.save_model_path
-    with join_team(configs.distribution_strategy, configs.to_dict(), continued_from) as team:
+    source = configs.load_model_path or configs.save_model_path
+    with join_team(configs.distribution_strategy, configs.to_dict(), source) as team:
         choose_devices(configs.gpu_percentage, configs.distribution_strategy)
         model_path, state, configs = find_start(configs, team.is_chief)
         team.folder = configs.save_model_path
