@@ -54,7 +54,8 @@ def read_rows(
     label_column, multi_label = configs.csv_label_column, configs.multi_label_classification
     findings, numbers = _find_copies(csv_path, mode, configs, show_copies, folder)
     table = read_table(csv_path, label_column, multi_label)
-    groups, given = Groups(len(table)), group_column or GROUP_COLUMN * (GROUP_COLUMN in table.columns)
+    names_groups = label_column != GROUP_COLUMN
+    groups, given = Groups(len(table)), group_column or GROUP_COLUMN * (names_groups and GROUP_COLUMN in table.columns)
     values = read_groups(table, given, csv_path) if given else [""] * len(table)
     # In the column `group` an empty cell is a group of its own.
     join_equal(groups, [value or row for row, value in enumerate(values)])
@@ -65,6 +66,11 @@ def read_rows(
     numbers, table = np.array([groups.find(int(row)) for row in kept]), table.iloc[kept]
     if len(np.unique(numbers)) == len(numbers):
         return table, None
+    if not names_groups:
+        print(
+            f"The column '{GROUP_COLUMN}' holds the labels, so no column names the groups of rows that stay together."
+        )
+        return table, numbers
     return table.assign(**{GROUP_COLUMN: name_groups(numbers, [values[row] for row in kept])}), numbers
 
 

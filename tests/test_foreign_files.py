@@ -703,10 +703,13 @@ def test_every_script_ends_in_a_line_on_a_foreign_model(script, model, photo_fol
     else:
         layers = [keras.layers.Lambda(lambda x: x * 2)] if model == "lambda" else []
         build_model(*layers).save(folder / "best_model.keras")
-    configs = small_run(tmp_path / "photos.csv", tmp_path / "photos.csv", load_model_path=str(folder))
+    # What no file says of the model is given.
+    known = {"resize_mode": "stretch", "multi_label_classification": False}
+    configs = small_run(tmp_path / "photos.csv", tmp_path / "photos.csv", load_model_path=str(folder)).replace(**known)
     if script is predict:
         options = {name: getattr(configs, name) for name in configs.given}
-        configs = predict.PredictConfigs(**options, input=str(photo_folder), write_path=str(tmp_path / "out.csv"))
+        paths = {"input": str(photo_folder), "write_path": str(tmp_path / "out.csv")}
+        configs = predict.PredictConfigs(**options, **paths).replace(**known)
     with pytest.raises(UserError, match=r"best_model\.keras (is not|takes)") as raised:
         script.main(configs.replace(allow_duplicates=True))
     assert "\n" not in str(raised.value)

@@ -191,7 +191,7 @@ def test_corrections_of_an_older_page_fit(tmp_path):
 
 def test_a_group_is_one_however_it_is_spelt(tmp_path):
     path = write_table(tmp_path, f"path,class,site\na.jpg,ant,{NFC}\nb.jpg,ant,x\nc.jpg,bee,{NFD}\n")
-    _, groups = read_rows(path, "site", False, Configs().validate())
+    _, groups = read_rows(path, "site", "off", Configs().validate(), print)
     assert groups[0] == groups[2] != groups[1]
 
 

@@ -296,12 +296,12 @@ def test_the_full_check_tells_infinities_and_what_is_beyond_the_range(tmp_path):
     odd[0, :3] = np.inf
     files = write_tiffs(tmp_path, right=ramp, odd=odd, beyond=ramp * 4)
     table = ImageTable("training", "train.csv", files, files, ["a", "b", "a"])
-    found = check_data([table], False, "full", pixel_range=(0, 1))
+    found = check_data([table], False, "full", pixel_range=(0, 1)).findings
     found = [one for one in found if one.kind == "odd_values"]
     assert [one.row for one in found] == [3, 4]
     assert "3 values" in found[0].detail
     assert "75 %" in found[1].detail
-    found = check_data([table], False, "full", pixel_range=(0, 4))
+    found = check_data([table], False, "full", pixel_range=(0, 4)).findings
     assert [one.row for one in found if one.kind == "odd_values"] == [3]
 
 

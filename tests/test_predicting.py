@@ -13,6 +13,7 @@ from tiny_models import (
 )
 
 from finetune.decision import Decision
+from finetune.options import UserError
 from finetune.predicting import classify_image
 
 
@@ -75,5 +76,5 @@ def test_a_decision_takes_the_place_of_mode_and_threshold(images, threshold_type
 
 
 def test_names_that_do_not_number_the_outputs_are_refused(trained_model, images):
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(UserError, match=r"class_names: expected 3 names.*\['cat', 'dog'\]"):
         classify_image(trained_model, images[0], ["cat", "dog"])

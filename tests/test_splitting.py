@@ -126,6 +126,13 @@ def test_groups_of_a_column_and_of_copies_are_joined_and_named_by_the_column(tmp
     assert {groups[name] for name in ("2.jpg", "copy_3.jpg")} == {"p1"}
 
 
+def test_labels_in_a_column_group_stay_as_they_are(tmp_path):
+    rows = write_copies(tmp_path)
+    counts, sets = split(tmp_path, rows, ("path", "group"), csv_label_column="group")
+    assert {row["path"]: row["group"] for found in sets.values() for row in found} == dict(rows)
+    assert sum(counts["training"].values()) + sum(counts["testing"].values()) == 24
+
+
 def test_column_group_of_the_table_is_kept_together_and_may_have_empty_cells(tmp_path):
     rows = [(f"{number}.jpg", "a", f"g{number // 4}" * (number < 20)) for number in range(60)]
     _, sets = split(tmp_path, rows, ("path", "class", "group"))

@@ -128,11 +128,11 @@ def test_timing_a_checkpoint_leaves_nothing_and_may_be_killed(tmp_path, monkeypa
     assert time_saving(model, str(tmp_path / "run")) > 0
     assert not list((tmp_path / "run").iterdir())
 
-    def be_killed(model, path, state):
+    def be_killed(model, path, state, *more):
         # A process of that number runs no more.
         folder = Path(path).parent
         shutil.copytree(folder, folder.with_name(folder.name.replace(f"-{os.getpid()}-", "-99999999-")))
-        return save_checkpoint(model, path, state)
+        return save_checkpoint(model, path, state, *more)
 
     monkeypatch.setattr("finetune.time_budget.save_checkpoint", be_killed)
     time_saving(model, str(tmp_path / "run"))
