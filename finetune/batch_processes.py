@@ -59,7 +59,7 @@ class BatchProcesses:
 
     def __init__(self, batches: ImageBatches, number: int) -> None:
         self._batches = batches
-        self._size = batches.batch_size * batches.shares.local * math.prod(batches.image_size) * 3
+        self._size = batches.largest_share * math.prod(batches.image_size) * 3
         self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         workers: list[Worker] = []
         # Before Python waits for its processes at its end: by then they have to know that nothing more will come.

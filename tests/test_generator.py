@@ -42,6 +42,23 @@ def test_batches_are_uint8_rgb_in_the_order_of_the_csv(pictures):
     np.testing.assert_array_equal(labels, np.arange(10))
 
 
+@pytest.mark.parametrize(
+    ("images", "batch_size", "sizes"),
+    # A rest of a quarter of a batch stays a batch of its own; there is no other batch for 3 of 16.
+    [(33, 16, [16, 17]), (35, 16, [17, 18]), (36, 16, [16, 16, 4]), (65, 16, [16, 16, 16, 17]), (3, 16, [3])],
+)
+@pytest.mark.parametrize("workers", [0, 5])
+def test_a_small_rest_of_an_epoch_is_spread_over_the_other_batches(pictures, images, batch_size, sizes, workers):
+    paths = [pictures[0][row % len(pictures[0])] for row in range(images)]
+    labels = np.arange(images)
+    sequence = sequence_of(paths, labels=labels, shuffle=True, seed=1, batch_size=batch_size, workers=workers)
+    batches = [sequence[index] for index in range(len(sequence))]
+    assert [len(batch[0]) for batch in batches] == sizes
+    assert sorted(np.concatenate([batch[1] for batch in batches])) == [*range(images)]
+    still = sequence_of(paths, labels=labels, batch_size=batch_size)
+    assert [len(still[index][0]) for index in range(len(still))][:-1] == [batch_size] * (len(still) - 1)
+
+
 @pytest.mark.parametrize(("batch_size", "sizes"), [(4, [4, 4, 2]), (5, [5, 5]), (10, [10]), (16, [10]), (1, [1] * 10)])
 def test_the_last_batch_may_be_short(pictures, batch_size, sizes):
     sequence = sequence_of(pictures[0], batch_size=batch_size)
@@ -557,12 +574,15 @@ def test_every_image_is_read_by_one_process_once_an_epoch(monkeypatch, devices, 
     )
     paths = [f"{number}.png" for number in range(images)]
     whole = sequence_of(paths, batch_size=batch_size * devices, shuffle=shuffle, seed=3)
+    steps = -(-images // (batch_size * devices))
+    if shuffle and images > batch_size * devices and 0 < images % (batch_size * devices) < batch_size * devices / 4:
+        steps -= 1
     parts = sequences_of(paths, devices, processes, batch_size=batch_size, shuffle=shuffle, seed=3)
     for epoch in (0, 1):
         labels, read_by = [], []
         for part in parts:
             part.epoch = epoch
-            assert len(part) == part.steps == -(-images // (batch_size * devices))
+            assert len(part) == part.steps == steps
             labels.append([part[step][1].tolist() for step in range(len(part))])
             read_by.append(read.copy())
             read.clear()
