@@ -197,10 +197,13 @@ def check_data(
     return DataCheck(sorted(findings, key=lambda finding: order[finding.kind]), copies)
 
 
-def look_for_copies(tables: Sequence[ImageTable], mode: str, reading: Reading) -> tuple[dict[str, Inspection], Copies]:
+def look_for_copies(
+    tables: Sequence[ImageTable], mode: str, reading: Reading, needs_headers: bool = True
+) -> tuple[dict[str, Inspection], Copies]:
     """Inspects the images of tables, in the way that `check_data` describes, and finds copies among them.
 
-    In the mode `quick` it prints what was left out for want of time.
+    In the mode `quick` it prints what was left out for want of time. Headers are then read only if `needs_headers` is
+    set.
 
     Returns:
         What is known of each file, and the copies.
@@ -215,6 +218,8 @@ def look_for_copies(tables: Sequence[ImageTable], mode: str, reading: Reading) -
                 f"Near copies and damage were not looked for: decoding {len(files):,} images would take about "
                 f"{show_duration(estimate)}. --verify_data full does it."
             )
+        if not decode and not needs_headers:
+            return {}, Copies([], [])
     known = dict(zip(files, inspect_named(files, decode, *reading), strict=True))
     left = max(QUICK_SECONDS - (time.monotonic() - started), LEAST_SECONDS) if mode == "quick" else None
     copies = find_copies(tables, known, reading.workers, left)

@@ -89,7 +89,7 @@ def _find_copies(
     if mode == "full":
         findings, copies = check_tables([listed], configs, multi_label, show_copies=show_copies, folder=folder)
     else:
-        known, copies = look_for_copies([listed], mode, Reading.of(configs))
+        known, copies = look_for_copies([listed], mode, Reading.of(configs), needs_headers=False)
         report_unread(known)
         show_copies(folder or os.path.dirname(csv_path), copies, multi_label, configs)
     numbers = copies.number_rows(listed)
