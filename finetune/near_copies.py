@@ -50,6 +50,9 @@ STRONG_CORRELATION = 0.94
 # Grey values outside are clipped in one of the two exposures; they show nothing where enough others remain.
 DARKEST, LIGHTEST, LEAST_UNCLIPPED = 4, 248, 0.3
 LEAST_OVERLAP = 0.5
+# How far the alignment may differ from the view that it starts from, in each entry of its matrix (1 is the whole side):
+# a tenth more cropped, or turned by 5 degrees. More would align any two brick walls.
+MOST_CHANGE = 0.12
 ALIGNMENT, ALIGNMENT_BLUR = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 30, 1e-3), 5
 
 
@@ -195,7 +198,8 @@ def correlate(viewed: np.ndarray, other: np.ndarray, view: tuple[int, int, int] 
         _, warp = cv2.findTransformECC(*images, start.copy(), cv2.MOTION_AFFINE, ALIGNMENT, None, ALIGNMENT_BLUR)
     except cv2.error:  # The two are so different that the alignment does not converge.
         return unaligned
-    return max(unaligned, _correlate_warped(viewed, other, warp))
+    change = np.abs(warp - start) / (1, 1, THUMBNAIL_SIDE)
+    return max(unaligned, _correlate_warped(viewed, other, warp)) if change.max() <= MOST_CHANGE else unaligned
 
 
 def _correlate_warped(viewed: np.ndarray, other: np.ndarray, warp: np.ndarray) -> float:
