@@ -18,7 +18,7 @@ MOST_NEIGHBOURS, MOST_CARDS = 3, 1000
 
 
 def write_contradictions(folder: str, copies: Copies, multi_label: bool, configs: Configs) -> None:
-    """Writes the page and prints where it is, if copies of one photo have different labels; else removes an old page.
+    """Writes the page and prints its path, if copies of one photo have different labels; else removes an old page.
 
     The photos on it are those of one table, the first that has any, so that its corrections can be applied to that.
 

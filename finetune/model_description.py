@@ -106,7 +106,7 @@ def read_description(path: str) -> dict[str, Any] | None:
 
 
 def read_member(path: str, name: str, largest: int) -> Any:
-    """Returns what a JSON member of a `.keras` file holds; None where the file is no archive or has no such member.
+    """Returns what a JSON member of a `.keras` file holds; None if the file is no archive or has no such member.
 
     Raises:
         Exception: of any kind, where it is damaged.

@@ -15,13 +15,13 @@ from finetune.texts import join_names, show_count
 
 
 def read_groups(table: pd.DataFrame, label_column: str) -> np.ndarray | None:
-    """Returns the groups of a table's images as `number_groups` does; None where it names none beside its labels."""
+    """Returns the groups of a table's images as `number_groups` does; None if it names none."""
     names = read_group_names(table, label_column)
     return number_groups(names) if len(names) else None
 
 
 def read_group_names(table: pd.DataFrame, label_column: str) -> np.ndarray:
-    """Returns what a table calls each image's group, text `(images,)`; nothing where it has no such column."""
+    """Returns what a table calls each image's group, text `(images,)`; nothing if it has no such column."""
     if GROUP_COLUMN not in table or label_column == GROUP_COLUMN:
         return np.zeros(0, object)
     return table[GROUP_COLUMN].str.strip().to_numpy(object)
@@ -99,7 +99,7 @@ def count_groups(groups: np.ndarray | None, images: int) -> int:
 
 
 def is_single_group(groups: np.ndarray | None) -> bool:
-    """Tells whether all images are one group."""
+    """Returns whether all images are one group."""
     return groups is not None and count_groups(groups, len(groups)) == 1
 
 
@@ -138,7 +138,7 @@ def find_lone_classes(labels: np.ndarray, groups: np.ndarray | None, number: int
 
 
 def describe_lone_classes(class_names: Sequence[str]) -> str:
-    """Says that classes cannot be cross-validated; nothing where there are none."""
+    """Says that classes cannot be cross-validated; nothing without any."""
     if not len(class_names):
         return ""
     return f"Not cross-validated, as all their images lie in one group: {join_names(class_names)}."
