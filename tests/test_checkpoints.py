@@ -18,9 +18,9 @@ def test_checkpoints_between_epochs_carry_their_step(tables, tmp_path, monkeypat
     written = []
     original = save_checkpoint
 
-    def save(model, path, state):
+    def save(model, path, state, *more):
         written.append((state["epochs_completed"], state["steps_completed"]))
-        original(model, path, state)
+        original(model, path, state, *more)
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", save)
     start(**options_of(tables, tmp_path / "run", num_epochs=2, checkpoint_every_steps=3))

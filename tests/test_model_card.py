@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -557,9 +558,11 @@ def test_training_records_its_data(trained):
     run, parts, configs, _ = trained
     stored = json.loads((run / "data.json").read_text())
     for name, counts in {"training": [8, 8, 8], "validation": [1, 2, 2]}.items():
+        csv_path = configs.train_csv if name == "training" else configs.validation_csv
         labels = parts[name]["class"].map({"blue": 0, "green": 1, "red": 2}).to_numpy(np.int32)
         assert stored[name] == {
-            "csv": configs.train_csv if name == "training" else configs.validation_csv,
+            "csv": csv_path,
+            "csv_sha256": hashlib.sha256(Path(csv_path).read_bytes()).hexdigest(),
             "images": len(labels),
             "classes": dict(zip(["blue", "green", "red"], counts, strict=True)),
             "sha256": digest(labels, parts[name]["path"]),
