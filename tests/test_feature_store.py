@@ -173,7 +173,7 @@ def test_an_image_of_which_its_store_tells_nothing_is_computed_each_time(
 
 def test_a_folder_that_cannot_be_written_is_named(model, photos, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"Cannot write .*features_32x32_.*choose another image_cache_path"):
+    with pytest.raises(UserError, match=r"Cannot write .*below.*Choose another image_cache_path"):
         get_features(model, make_sequence(photos), str(tmp_path / "file" / "below"))
 
 

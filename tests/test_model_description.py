@@ -110,7 +110,7 @@ def test_a_decision_goes_into_the_file_and_leaves_the_rest(model_path):
 def test_other_files_are_left_as_they_are(bare):
     before = Path(bare).read_bytes()
     assert not embed_decision(bare, FITTED.to_dict())
-    keep_decision(bare, FITTED.to_dict())
+    keep_decision(bare, FITTED.to_dict(), os.path.dirname(bare))
     assert Path(bare).read_bytes() == before
     assert hash_model(bare) == hash_file(bare)
     assert os.listdir(os.path.dirname(bare)) == ["best_model.keras"]
@@ -118,10 +118,10 @@ def test_other_files_are_left_as_they_are(bare):
 
 def test_a_model_that_is_being_replaced_keeps_what_it_carries(model_path, capsys):
     with locked(os.path.dirname(model_path)):
-        keep_decision(model_path, FITTED.to_dict())
+        keep_decision(model_path, FITTED.to_dict(), os.path.dirname(model_path))
     assert read_description(model_path)["decision"] is None
     assert "is without its new decision, which decision.json has: Another process" in capsys.readouterr().out
-    keep_decision(model_path, FITTED.to_dict())
+    keep_decision(model_path, FITTED.to_dict(), os.path.dirname(model_path))
     assert read_description(model_path)["decision"] == FITTED.to_dict()
 
 
