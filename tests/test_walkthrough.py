@@ -497,6 +497,9 @@ def test_every_script_command_of_the_readme_runs_in_order(tmp_path):
             words += [*small.split(), "--num_epochs", str(epochs), "--min_steps", "0", "--overwrite", "True"]
         if words[0] in ("compare_backbones.py", "find_label_errors.py"):
             words += small.split()
+        if words[0] == "compress_weights.py":
+            # One epoch leaves answers that a rounding changes.
+            words += ["--tolerance", "100"]
         if words[0] == "compare_backbones.py":
             words += ["--backbones", "MobileNet", "--max_images", "20"]
         found = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=600)
