@@ -7,8 +7,7 @@ from collections.abc import Callable
 from imgaug import augmenters as iaa
 
 from configs import Configs
-from finetune.colours import Saturation
-from finetune.warps import FusedAugmenter
+from finetune.loading.kernels import FusedAugmenter, Saturation
 
 
 def build_augmenter(strength: str = "default") -> FusedAugmenter | None:

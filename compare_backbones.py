@@ -9,8 +9,8 @@ import dataclasses
 import math
 
 from configs import BACKBONE_NAMES, Configs
-from finetune.options import define, run_script, script
-from finetune.values import bound_fault
+from finetune.core.options import define, run_script, script
+from finetune.core.values import bound_fault
 
 ALL = "all"
 # Of each family one or two that a machine without a GPU bears.
@@ -48,14 +48,14 @@ def main(configs: CompareConfigs) -> dict:
         `ranking`, the table as written, and `left_out`, why backbones are not in it, by their names and sizes.
     """
     # Imported here, so that --help does not wait for TensorFlow.
-    from finetune.backbone_comparison import draw_images, probe_backbones, rank
-    from finetune.backbone_report import draw_ranking, print_ranking
-    from finetune.devices import set_seed, start_devices
-    from finetune.files import write_csv
-    from finetune.phases import count_epochs
-    from finetune.pixel_range import settle_tables
-    from finetune.prediction_files import check_write_path
-    from finetune.tables import resolve_class_names
+    from finetune.core.devices import set_seed, start_devices
+    from finetune.core.files import write_csv
+    from finetune.data.pixel_range import settle_tables
+    from finetune.data.tables import resolve_class_names
+    from finetune.predicting.prediction_files import check_write_path
+    from finetune.studies.backbone_comparison import draw_images, probe_backbones, rank
+    from finetune.studies.backbone_report import draw_ranking, print_ranking
+    from finetune.training.phases import count_epochs
 
     check_write_path(configs.write_path, configs.train_csv)
     configs.classes = resolve_class_names(

@@ -14,9 +14,9 @@ import sys
 from typing import Any, Self
 
 from configs import Configs
-from finetune.artefacts import EXPORTS, WEIGHTS_DTYPES, exports_fault, list_kinds
-from finetune.files import write_json
-from finetune.options import UserError, define, run_script, script
+from finetune.core.files import write_json
+from finetune.core.options import UserError, define, run_script, script
+from finetune.models.artefacts import EXPORTS, WEIGHTS_DTYPES, exports_fault, list_kinds
 
 
 @dataclasses.dataclass
@@ -66,12 +66,12 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
             images cannot be used or are not the model's.
     """
     # Imported here, so that --help does not wait for TensorFlow.
-    from finetune import compression_report
-    from finetune.devices import start_devices
-    from finetune.exports import read_calibration_images, require_packages
-    from finetune.model_card import write_model_card
-    from finetune.parity import load_subject
-    from finetune.run_folder import (
+    from finetune.core.devices import start_devices
+    from finetune.exporting import compression_report
+    from finetune.exporting.exports import read_calibration_images, require_packages
+    from finetune.exporting.parity import load_subject
+    from finetune.reporting.model_card import write_model_card
+    from finetune.training.run_folder import (
         COMPRESSION_FILE,
         configure_table,
         resolve_model_path,

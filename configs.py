@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from finetune.options import Exclusion, Options, define
-from finetune.values import (
+from finetune.core.options import Exclusion, Options, define
+from finetune.core.values import (
     classes_fault,
     crop_area_fault,
     duration_fault,

@@ -6,8 +6,8 @@ import functools
 import os
 
 from configs import Configs
-from finetune.options import run_script, script
-from finetune.values import get_input_size
+from finetune.core.options import run_script, script
+from finetune.core.values import get_input_size
 
 
 @script
@@ -15,19 +15,18 @@ def main(configs: Configs) -> dict:
     """Loads the model, explains the test images batch by batch, writes the pictures; returns paths and faithfulness."""
     import numpy as np
 
-    from finetune.cam_page import write_page
-    from finetune.cam_pictures import draw_all, draw_batch, name_outputs, overlay_heatmap
-    from finetune.decision_file import find_decision_folder, read_decision
-    from finetune.devices import start_devices
-    from finetune.explaining import CHOOSERS, Explainer, choose_removal_on, measure_some
-    from finetune.faithfulness import describe_faithfulness, summarise_faithfulness
-    from finetune.files import check_folder
-    from finetune.gradcam import GradCam
-    from finetune.images import build_reader
-    from finetune.model_files import load_fitting_model
-    from finetune.prediction_files import describe_decision
-    from finetune.progress import show_progress
-    from finetune.run_folder import MAPS_FOLDER, find_trained_model, name_model
+    from finetune.core.devices import start_devices
+    from finetune.core.files import check_folder
+    from finetune.core.texts import show_progress
+    from finetune.data.images import build_reader
+    from finetune.evaluation.decision_file import find_decision_folder, read_decision
+    from finetune.evaluation.explaining import CHOOSERS, Explainer, choose_removal_on, measure_some
+    from finetune.evaluation.faithfulness import describe_faithfulness, summarise_faithfulness
+    from finetune.evaluation.gradcam import GradCam
+    from finetune.models.model_files import load_fitting_model
+    from finetune.predicting.prediction_files import describe_decision
+    from finetune.reporting.cam_pictures import draw_all, draw_batch, name_outputs, overlay_heatmap, write_page
+    from finetune.training.run_folder import MAPS_FOLDER, find_trained_model, name_model
     from generator import get_generator, naming_bad_images, tell_bad_images
 
     start_devices(configs.gpu_percentage)

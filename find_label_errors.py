@@ -10,7 +10,7 @@ import dataclasses
 import os
 
 from configs import Configs
-from finetune.options import define, run_script, script
+from finetune.core.options import define, run_script, script
 
 MOST_SUSPECTS = 2000
 
@@ -40,27 +40,27 @@ def main(configs: LabelErrorConfigs) -> dict:
         many rows are marked in each way.
     """
     # Imported here, so that --help does not wait for pandas, nor a mistake for TensorFlow.
-    from finetune.corrections import apply_corrections, name_corrected
+    from finetune.data.corrections import apply_corrections, name_corrected
 
     csv_path, multi_label = configs.csv_path, configs.multi_label_classification
     if configs.apply:
         write_path = configs.write_path if "write_path" in configs.given else name_corrected(csv_path)
         return apply_corrections(csv_path, configs.apply, write_path, configs.csv_label_column, multi_label)
 
-    from finetune.files import write_csv
-    from finetune.prediction_files import check_write_path
-    from finetune.run_data import READING_OPTIONS
-    from finetune.run_folder import resolve_model_path, take_data_options
-    from finetune.tables import read_table
+    from finetune.core.files import write_csv
+    from finetune.data.tables import read_table
+    from finetune.predicting.prediction_files import check_write_path
+    from finetune.training.run_data import READING_OPTIONS
+    from finetune.training.run_folder import resolve_model_path, take_data_options
 
     check_write_path(configs.write_path, csv_path)
     if configs.load_model_path:
         configs = take_data_options(configs, resolve_model_path(configs.load_model_path), READING_OPTIONS)
     read_table(csv_path, configs.csv_label_column, multi_label)
 
-    from finetune.devices import start_devices
-    from finetune.label_error_page import write_page
-    from finetune.label_errors import estimate_errors, gather_evidence, get_judge, list_suspects, summarize
+    from finetune.core.devices import start_devices
+    from finetune.studies.label_error_page import write_page
+    from finetune.studies.label_errors import estimate_errors, gather_evidence, get_judge, list_suspects, summarize
 
     start_devices(configs.gpu_percentage)
     judge, configs = get_judge(configs, csv_path)

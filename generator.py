@@ -17,18 +17,18 @@ import tensorflow as tf
 
 from augmenter import build_augmenter
 from configs import Configs
-from finetune.arguments import take_flag, take_names, take_path
-from finetune.batch_processes import BatchProcesses
-from finetune.batches import ImageBatches, Shares
-from finetune.caches import build_cache
-from finetune.data_check import check_images
-from finetune.options import UserError
-from finetune.photo_groups import pick_groups, read_group_names, read_groups
-from finetune.pixel_range import tell_assumed_range
-from finetune.stores import join_path
-from finetune.tables import IMAGE_COLUMN, encode_labels, read_table
-from finetune.texts import join_names, show_count
-from finetune.values import get_input_size
+from finetune.core.arguments import take_flag, take_names, take_path
+from finetune.core.options import UserError
+from finetune.core.texts import join_names, show_count
+from finetune.core.values import get_input_size
+from finetune.data.data_check import check_images
+from finetune.data.groups import pick_groups, read_group_names, read_groups
+from finetune.data.pixel_range import tell_assumed_range
+from finetune.data.stores import join_path
+from finetune.data.tables import IMAGE_COLUMN, encode_labels, read_table
+from finetune.loading.batch_processes import BatchProcesses
+from finetune.loading.batches import ImageBatches, Shares
+from finetune.loading.caches import build_cache
 
 # More threads would wait for Python's lock, which each image needs for an eighth of its time: benchmarks/lock.py.
 MOST_THREADS = 4

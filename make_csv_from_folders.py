@@ -9,7 +9,7 @@ import dataclasses
 import os
 
 from configs import Configs
-from finetune.options import define, run_script, script
+from finetune.core.options import define, run_script, script
 
 
 def separator_fault(separator: str) -> str:
@@ -46,19 +46,20 @@ class FolderConfigs(Configs):
 def main(configs: FolderConfigs) -> dict:
     """Writes the table; prints and returns the image count of each class, and in each set of a split that is kept."""
     # Imported here, so that --help does not wait for pandas.
-    from finetune.class_folders import (
+    from finetune.core.files import check_folder, write_csv
+    from finetune.core.labels import clean_label
+    from finetune.core.texts import show_count
+    from finetune.data.folders import (
+        find_set_folders,
         leave_out_bad_images,
         list_photos,
         refuse_a_level_above,
         report_left_out,
         tabulate_images,
+        write_sets,
     )
-    from finetune.files import check_folder, write_csv
-    from finetune.label_tables import convert_label_table, count_classes_of
-    from finetune.labels import clean_label
-    from finetune.set_folders import find_set_folders, write_sets
-    from finetune.splitting import format_class_counts, refuse_own_input
-    from finetune.texts import show_count
+    from finetune.data.label_tables import convert_label_table, count_classes_of
+    from finetune.data.splitting import format_class_counts, refuse_own_input
 
     label_column, write_path = configs.csv_label_column, configs.write_path
     check_folder(os.path.dirname(write_path) or os.curdir, "write_path")

@@ -23,13 +23,13 @@ from keras import layers
 from keras.src.utils import file_utils
 
 from configs import BACKBONE_NAMES, Configs
-from finetune.arguments import take_names
-from finetune.devices import precision_policy
-from finetune.freezing import prepare_backbone
-from finetune.optimizers import build_optimizer, compile_model
-from finetune.options import UserError
-from finetune.progress import draws_bars
-from finetune.values import get_input_size
+from finetune.core.arguments import take_names
+from finetune.core.devices import precision_policy
+from finetune.core.options import UserError
+from finetune.core.texts import draws_bars
+from finetune.core.values import get_input_size
+from finetune.models.freezing import prepare_backbone
+from finetune.models.optimizers import build_optimizer, compile_model
 
 
 class Backbone(NamedTuple):

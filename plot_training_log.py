@@ -6,7 +6,7 @@ import dataclasses
 import os
 
 from configs import Configs
-from finetune.options import define, run_script, script
+from finetune.core.options import define, run_script, script
 
 PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -32,9 +32,9 @@ class PlotConfigs(Configs):
 def main(configs: PlotConfigs) -> dict:
     """Reads the log, draws it, shows it where there is a display; returns the picture's path."""
     # Imported here, so that --help does not wait for matplotlib.
-    from finetune.files import atomic_path, check_folder
-    from finetune.log_figures import draw_log, read_log, select_backend
-    from finetune.run_folder import find_log
+    from finetune.core.files import atomic_path, check_folder
+    from finetune.reporting.log_figures import draw_log, read_log, select_backend
+    from finetune.training.run_folder import find_log
 
     log_path = configs.train_log_path or find_log(configs.load_model_path or configs.save_model_path)
     log = read_log(log_path)

@@ -6,8 +6,8 @@ import dataclasses
 import re
 
 from configs import Configs
-from finetune.options import define, run_script, script
-from finetune.values import get_input_size
+from finetune.core.options import define, run_script, script
+from finetune.core.values import get_input_size
 
 MOST_COPIES = 100
 
@@ -47,8 +47,8 @@ def main(configs: PredictConfigs) -> dict:
         `predictions`, the table as written, and `failed`, how many of its images could not be read.
     """
     # Imported here, so that --help does not wait for pandas, nor a mistake for TensorFlow.
-    from finetune.files import write_csv
-    from finetune.prediction_files import (
+    from finetune.core.files import write_csv
+    from finetune.predicting.prediction_files import (
         check_top_k,
         check_write_path,
         describe_decision,
@@ -58,7 +58,7 @@ def main(configs: PredictConfigs) -> dict:
         prefer_existing,
         summarize,
     )
-    from finetune.run_folder import find_trained_model, name_model
+    from finetune.training.run_folder import find_trained_model, name_model
 
     is_given = "image_directory" in configs.given
     model_path, configs = find_trained_model(configs, ("image_directory",))
@@ -67,11 +67,11 @@ def main(configs: PredictConfigs) -> dict:
     paths = paths if is_given else prefer_existing(paths, names, notes.append)
     check_write_path(configs.write_path, configs.input)
 
-    from finetune.decision_file import find_decision_folder, read_decision
-    from finetune.devices import start_devices
-    from finetune.kept_answers import KeptAnswers, list_facts
-    from finetune.predicting import build_views, predict_missing
-    from finetune.runtimes import load_predictor
+    from finetune.core.devices import start_devices
+    from finetune.evaluation.decision_file import find_decision_folder, read_decision
+    from finetune.predicting.kept_answers import KeptAnswers, list_facts
+    from finetune.predicting.predicting import build_views, predict_missing
+    from finetune.predicting.runtimes import load_predictor
 
     start_devices(configs.gpu_percentage)
     check_top_k(configs.top_k, configs.classes)

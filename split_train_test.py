@@ -6,7 +6,7 @@ import dataclasses
 import os
 
 from configs import Configs
-from finetune.options import UserError, define, run_script, script
+from finetune.core.options import UserError, define, run_script, script
 
 
 @dataclasses.dataclass
@@ -34,11 +34,11 @@ def main(configs: SplitConfigs) -> dict:
     # Imported here, so that --help does not wait for pandas.
     import numpy as np
 
-    from finetune import splitting
-    from finetune.contradictions import write_contradictions
-    from finetune.files import check_folder, write_csv
-    from finetune.tables import find_class_names
-    from finetune.texts import show_count
+    from finetune.core.files import check_folder, write_csv
+    from finetune.core.texts import show_count
+    from finetune.data import splitting
+    from finetune.data.tables import find_class_names
+    from finetune.reporting.label_page import write_contradictions
 
     csv_path, multi_label = configs.csv_path, configs.multi_label_classification
     fractions = {"testing": configs.test_split_fraction, "validation": configs.validation_split_fraction}

@@ -9,24 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 from configs import Configs
-from finetune.options import run_script, script
-from finetune.values import get_input_size
+from finetune.core.options import run_script, script
+from finetune.core.values import get_input_size
 
 
 @script
 def main(configs: Configs) -> dict[str, Any]:
     """Loads the model, predicts each set, evaluates, prints and writes; returns the content of metrics.json."""
     # Imported here, so that --help does not wait for TensorFlow.
-    from finetune import run_folder
-    from finetune.decision_file import get_decision, store_decision
-    from finetune.devices import start_devices
-    from finetune.evaluation import check_report_by, evaluate_sets
-    from finetune.gallery import build_explainer
-    from finetune.leaks import evaluate_leak
-    from finetune.model_card import write_model_card
-    from finetune.predicting import predict
-    from finetune.report import write_evaluation
-    from finetune.runtimes import load_predictor
+    from finetune.core.devices import start_devices
+    from finetune.evaluation.decision_file import get_decision, store_decision
+    from finetune.evaluation.evaluation import check_report_by, evaluate_leak, evaluate_sets
+    from finetune.predicting.predicting import predict
+    from finetune.predicting.runtimes import load_predictor
+    from finetune.reporting.gallery import build_explainer
+    from finetune.reporting.model_card import write_model_card
+    from finetune.reporting.report import write_evaluation
+    from finetune.training import run_folder
     from generator import get_generator
 
     start_devices(configs.gpu_percentage)

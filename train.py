@@ -8,23 +8,22 @@ from __future__ import annotations
 import time
 
 from configs import Configs
-from finetune.options import run_script, script
+from finetune.core.options import run_script, script
 
 
 @script
 def main(configs: Configs) -> dict:
     """Trains, alone or with the other processes of TF_CONFIG; returns the last epoch's figures and the best."""
-    from finetune import training
-    from finetune.contradictions import write_contradictions
-    from finetune.data_check import check_sets, list_sets, settle_sets
-    from finetune.devices import choose_devices, start_strategy
-    from finetune.log_figures import report_learning_rate
-    from finetune.losses import get_losses
-    from finetune.model_card import write_model_card
-    from finetune.phases import get_phases
-    from finetune.resuming import find_start, report_end
-    from finetune.slurm import take_slurm_step
-    from finetune.team import join_team, select_common
+    from finetune.core.devices import choose_devices, start_strategy
+    from finetune.data.data_check import check_sets, list_sets, settle_sets
+    from finetune.models.losses import get_losses
+    from finetune.reporting.label_page import write_contradictions
+    from finetune.reporting.log_figures import report_learning_rate
+    from finetune.reporting.model_card import write_model_card
+    from finetune.training import training
+    from finetune.training.phases import get_phases
+    from finetune.training.resuming import find_start, report_end
+    from finetune.training.workers import join_team, select_common, take_slurm_step
 
     started = time.monotonic()
     if configs.distribution_strategy == "multi_worker":

@@ -1,15 +1,15 @@
 """The names that a user's own code imports, each brought from the room that owns it."""
 
-from finetune.compressed import custom_load_model, custom_save_model
-from finetune.decision_file import read_decision
-from finetune.devices import set_gpu_usage
-from finetune.images import read_image
-from finetune.losses import get_class_weights, get_multilabel_class_weights
-from finetune.metrics import get_evaluation_metrics, get_multilabel_evaluation_metrics
-from finetune.model_files import load_model
-from finetune.optimizers import get_optimizer
-from finetune.predicting import classify_image
-from finetune.runtimes import load_exported_model
+from finetune.core.devices import set_gpu_usage
+from finetune.data.images import read_image
+from finetune.evaluation.decision_file import read_decision
+from finetune.evaluation.metrics import get_evaluation_metrics, get_multilabel_evaluation_metrics
+from finetune.models.compressed import custom_load_model, custom_save_model
+from finetune.models.losses import get_class_weights, get_multilabel_class_weights
+from finetune.models.model_files import load_model
+from finetune.models.optimizers import get_optimizer
+from finetune.predicting.predicting import classify_image
+from finetune.predicting.runtimes import load_exported_model
 from generator import get_generator
 
 __all__ = [

@@ -28,9 +28,9 @@ sys.path.insert(0, str(PROJECT))
 
 from benchmarks.recipe_photos import Photos, read_photos, select_truth, vary_size, write_tables  # noqa: E402
 from benchmarks.recipes import FIGURES, Place, parse_data, run_script  # noqa: E402
-from finetune.backbone_comparison import TOLD_APART  # noqa: E402
-from finetune.files import write_csv  # noqa: E402
-from finetune.selection import compare_scores, score_images  # noqa: E402
+from finetune.core.files import write_csv  # noqa: E402
+from finetune.evaluation.paired_comparison import compare_scores, score_images  # noqa: E402
+from finetune.studies.backbone_comparison import TOLD_APART  # noqa: E402
 
 BACKBONE = "MobileNet"
 RECOMMENDED = PROJECT / "data" / "recommended.json"

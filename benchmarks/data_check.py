@@ -31,8 +31,8 @@ def main() -> None:
     import cv2
 
     from configs import MAX_IMAGE_PIXELS
-    from finetune.images import read_image
-    from finetune.inspection import inspect_images
+    from finetune.data.images import read_image
+    from finetune.data.inspection import inspect_images
 
     cv2.setNumThreads(1)
     files = sorted(str(path) for path in Path(sys.argv[1]).glob("*/*"))

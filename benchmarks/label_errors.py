@@ -31,7 +31,7 @@ CLASSES = 20
 def read_photos(folders: list[str], size: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Returns the features of all photos, their class positions and the class names."""
     from configs import Configs
-    from finetune.feature_store import get_features
+    from finetune.training.feature_store import get_features
     from generator import AugmentedImageSequence
     from model import ModelFactory
 
@@ -60,8 +60,8 @@ def change_labels(labels: np.ndarray, number: int, rng: np.random.Generator) -> 
 
 def measure_shares(size: int, folders: list[str]) -> None:
     """Prints the share that is found, draw by draw, and the means."""
-    from finetune.label_errors import answer_out_of_fold, estimate_errors, rank_suspects
-    from finetune.probe import cross_validate
+    from finetune.studies.label_errors import answer_out_of_fold, estimate_errors, rank_suspects
+    from finetune.training.probe import cross_validate
 
     features, truth, names = read_photos(folders, size)
     shares, bars = [], []
@@ -88,7 +88,7 @@ def measure_shares(size: int, folders: list[str]) -> None:
 
 def measure_memory(images: int, channels: int) -> None:
     """Prints the seconds and the memory that judging takes."""
-    from finetune.label_errors import answer_out_of_fold, estimate_errors, find_neighbours, rank_suspects
+    from finetune.studies.label_errors import answer_out_of_fold, estimate_errors, find_neighbours, rank_suspects
 
     rng, names = np.random.default_rng(0), [str(number) for number in range(CLASSES)]
     truth = rng.integers(CLASSES, size=images).astype(np.int32)

@@ -38,7 +38,7 @@ def decode_full(folder: str, cores: int) -> Iterator[int]:
 
 def decode_scaled(folder: str, cores: int) -> Iterator[int]:
     """The stricter limit: the decoder alone, at the scale that the generator asks it for."""
-    from finetune.images import read_image
+    from finetune.data.images import read_image
 
     for path in itertools.cycle(list_images(folder)):
         read_image(path, (SIZE, SIZE))
@@ -190,8 +190,8 @@ def ours(folder: str, cores: int, augmented: bool = True, cache: str = "none", k
         known: every image has been cached.
     """
     from augmenter import build_augmenter
-    from finetune.caches import DiskCache, MemoryCache
-    from finetune.devices import keep_freed_memory
+    from finetune.core.devices import keep_freed_memory
+    from finetune.loading.caches import DiskCache, MemoryCache
     from generator import AugmentedImageSequence
 
     keep_freed_memory()  # as every script does

@@ -23,8 +23,8 @@ import numpy as np
 import simplejpeg
 
 from augmenter import build_augmenter
-from finetune.batches import ImageBatches
-from finetune.devices import keep_freed_memory
+from finetune.core.devices import keep_freed_memory
+from finetune.loading.batches import ImageBatches
 
 SIZE, BATCH, EPOCHS = 224, 16, 4
 # By stage, the calls that let go of the lock.

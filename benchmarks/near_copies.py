@@ -21,8 +21,14 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from finetune.images import read_image
-from finetune.near_copies import THUMBNAIL_SIDE, find_near_pairs, group_near_pairs, make_thumbnail, stack_thumbnails
+from finetune.data.images import read_image
+from finetune.data.near_copies import (
+    THUMBNAIL_SIDE,
+    find_near_pairs,
+    group_near_pairs,
+    make_thumbnail,
+    stack_thumbnails,
+)
 
 PLANTED = 300
 Alteration = Callable[[np.ndarray, np.random.Generator], np.ndarray]

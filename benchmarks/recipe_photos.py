@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from finetune.files import IMAGE_SUFFIXES, write_csv
-from finetune.options import UserError
-from finetune.stores import hash_file
-from finetune.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table
+from finetune.core.files import IMAGE_SUFFIXES, write_csv
+from finetune.core.options import UserError
+from finetune.data.stores import hash_file
+from finetune.data.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table
 
 LABEL_COLUMN = "class"
 POOL_SEED = 77

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from finetune.selection import compare_scores
+from finetune.evaluation.paired_comparison import compare_scores
 
 # By data set and recipe the `scores`, `seconds` and `photos` of each run.
 Figures = dict[str, dict[str, dict[str, list]]]

@@ -74,9 +74,9 @@ from benchmarks.recipe_tables import (  # noqa: E402
     list_targets,
 )
 from configs import BACKBONE_NAMES, Configs  # noqa: E402
-from finetune.files import write_json  # noqa: E402
-from finetune.options import UserError  # noqa: E402
-from finetune.selection import score_images  # noqa: E402
+from finetune.core.files import write_json  # noqa: E402
+from finetune.core.options import UserError  # noqa: E402
+from finetune.evaluation.paired_comparison import score_images  # noqa: E402
 
 FASTAI = "fastai_peer.py"
 # By script, which recipe's probabilities are in which of its files.
@@ -217,7 +217,7 @@ def read_epochs(recipe: str, images: int) -> int:
     Raises:
         UserError: the file cannot be read.
     """
-    from finetune.phases import count_epochs
+    from finetune.training.phases import count_epochs
 
     options = Configs(**Configs.read_json(recipe))
     steps = math.ceil(images / (options.batch_size * options.gradient_accumulation_steps))
@@ -329,8 +329,8 @@ def run_peer(script: str, photos: Photos, seed: int, folder: str, arguments: arg
     Returns:
         By recipe the runs of one training. fastai's seconds leave out turning Keras's weights into PyTorch's.
     """
-    from finetune.decision import Decision
-    from finetune.evaluation import evaluate_set
+    from finetune.evaluation.decision import Decision
+    from finetune.evaluation.evaluation import evaluate_set
 
     truth = photos.truth if photos.multi_label else photos.truth.argmax(axis=1)
     rows = select(photos, seed)

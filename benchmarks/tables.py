@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from finetune.tables import encode_labels, find_class_names, read_table
+from finetune.data.tables import encode_labels, find_class_names, read_table
 
 CLASSES = [f"class_{number:02d}" for number in range(100)]
 

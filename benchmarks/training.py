@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from finetune.checkpoints import Checkpoint
+from finetune.training.checkpoints import Checkpoint
 
 EPOCHS, STEPS = 4, 24
 # What a GPU is fed: these backbones in mixed precision, in batches of so many.
@@ -77,7 +77,7 @@ def measure_checkpoint_cost(images: str) -> dict[str, float]:
 def build_model(backbone: str = "MobileNet", mixed_precision: bool = False) -> object:
     """Returns a model of two classes, from random weights."""
     from configs import Configs
-    from finetune.devices import keep_freed_memory
+    from finetune.core.devices import keep_freed_memory
     from model import ModelFactory
 
     keep_freed_memory()
@@ -103,9 +103,8 @@ def measure_fit(
 
     from augmenter import build_augmenter
     from configs import Configs
-    from finetune.callbacks import InputWait
-    from finetune.interruption import Interruption
-    from finetune.trainer import get_training_model
+    from finetune.training.callbacks import InputWait
+    from finetune.training.trainer import Interruption, get_training_model
     from generator import AugmentedImageSequence, Shares
 
     network = build_model(backbone, mixed_precision)
@@ -142,7 +141,7 @@ def measure_grad_cam() -> dict[str, float]:
     import keras
     import tensorflow as tf
 
-    from finetune.gradcam import GradCam
+    from finetune.evaluation.gradcam import GradCam
 
     model = build_model()
     images = np.random.default_rng(0).integers(0, 256, (128, 224, 224, 3), np.uint8)

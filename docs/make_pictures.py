@@ -46,7 +46,7 @@ def cut_crops(folder: str) -> None:
 def draw_augmentations() -> None:
     """Writes docs/augmentations.png: each photograph, and beside it what training makes of it."""
     from augmenter import build_augmenter
-    from finetune.images import resize_image
+    from finetune.data.images import resize_image
 
     augmenter = build_augmenter()
     augmenter.seed_(0)

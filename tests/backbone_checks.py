@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from built_models import build_alive, random_images
 
-from finetune.freezing import freeze_layers
-from finetune.gradcam import GradCam
+from finetune.evaluation.gradcam import GradCam
+from finetune.models.freezing import freeze_layers
 from model import LAST_LAYER_OF_FAMILY, ModelFactory
 
 # Of backbones that take no 64x64 images.

@@ -5,9 +5,9 @@ import os
 import pytest
 from corpus import build_corpus, encode, photo
 
-from finetune.data_check import check_data
-from finetune.stores import is_url
-from finetune.tables import ImageTable
+from finetune.data.data_check import check_data
+from finetune.data.stores import is_url
+from finetune.data.tables import ImageTable
 
 # What full checking finds in each file of the corpus; quick checking does not see into the pixels of `DEEP`.
 EXPECTED = {

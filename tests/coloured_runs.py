@@ -8,7 +8,7 @@ import pandas as pd
 
 import predict
 from configs import Configs
-from finetune.files import write_json
+from finetune.core.files import write_json
 from predict import PredictConfigs
 
 CLASSES = ["blue", "green", "red"]

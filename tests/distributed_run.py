@@ -21,7 +21,7 @@ def main(path: str) -> None:
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * job["devices"])
     import train
     from configs import Configs
-    from finetune import training
+    from finetune.training import training
 
     fit, digests = training.run_phase, []
 
@@ -44,7 +44,7 @@ def main(path: str) -> None:
 
     sys.argv = sys.argv[:1]
     run_all.__module__ = "train"
-    from finetune.options import run_script
+    from finetune.core.options import run_script
 
     run_script(run_all)
 

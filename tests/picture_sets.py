@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.caches import DiskCache, MemoryCache
+from finetune.loading.caches import DiskCache, MemoryCache
 from generator import AugmentedImageSequence
 
 SIZE = (12, 16)

@@ -4,8 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from finetune.interruption import Interruption
-from finetune.trainer import TrainingModel
+from finetune.training.trainer import Interruption, TrainingModel
 
 
 def flat_model(optimizer, **attributes):

@@ -12,7 +12,7 @@ import pytest
 
 import train
 from configs import Configs
-from finetune.training_state import read_state
+from finetune.training.training_state import read_state
 from generator import AugmentedImageSequence
 
 # A backbone cut to its first layers: what is tested is the training around it.

@@ -10,11 +10,11 @@ import pytest
 
 import compress_weights
 from compress_weights import CompressConfigs
-from finetune import exports
-from finetune.artefacts import WEIGHTS_DTYPES
-from finetune.compressed import custom_save_model
-from finetune.model_files import load_model
-from finetune.options import UserError
+from finetune.core.options import UserError
+from finetune.exporting import exports
+from finetune.models.artefacts import WEIGHTS_DTYPES
+from finetune.models.compressed import custom_save_model
+from finetune.models.model_files import load_model
 
 CLASSES = ["blue", "green", "red"]
 

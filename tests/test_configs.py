@@ -6,7 +6,7 @@ import pytest
 from config_files import PROJECT, run_python
 
 from configs import BACKBONE_NAMES, Configs
-from finetune.options import UserError
+from finetune.core.options import UserError
 from make_csv_from_folders import FolderConfigs
 from plot_training_log import PlotConfigs
 from split_train_test import SplitConfigs

@@ -13,11 +13,11 @@ import pytest
 from small_runs import options_of, start, tables  # noqa: F401
 
 from configs import Configs
-from finetune.options import UserError
-from finetune.resuming import find_start
-from finetune.run_data import locate_data
-from finetune.run_folder import CONFIGS_FILE, describe_run, find_trained_model
-from finetune.training_state import STATE_PARTS
+from finetune.core.options import UserError
+from finetune.training.resuming import find_start
+from finetune.training.run_data import locate_data
+from finetune.training.run_folder import CONFIGS_FILE, describe_run, find_trained_model
+from finetune.training.training_state import STATE_PARTS
 
 TABLES = {"train_csv": "./data/train.csv", "validation_csv": "data/validation.csv", "test_csv": "data/test.csv"}
 

@@ -14,13 +14,14 @@ from drawn_runs import CLASS_NAMES, SIZE
 
 import draw_activations
 from configs import Configs
-from finetune import cam_pictures, explaining, gradcam
-from finetune.cam_pictures import name_outputs, overlay_heatmap
-from finetune.decision import Decision
-from finetune.decision_file import write_decision
-from finetune.faithfulness import REMOVALS
-from finetune.files import write_json
-from finetune.options import UserError
+from finetune.core.files import write_json
+from finetune.core.options import UserError
+from finetune.evaluation import explaining, gradcam
+from finetune.evaluation.decision import Decision
+from finetune.evaluation.decision_file import write_decision
+from finetune.evaluation.faithfulness import REMOVALS
+from finetune.reporting import cam_pictures
+from finetune.reporting.cam_pictures import name_outputs, overlay_heatmap
 from generator import get_generator
 from model import ModelFactory
 

@@ -24,23 +24,23 @@ import test as evaluation
 import train
 from compress_weights import CompressConfigs
 from configs import Configs
-from finetune import cam_pictures
-from finetune.cam_pictures import name_outputs
-from finetune.compressed import custom_save_model
-from finetune.data_check import check_data, inspect_named
-from finetune.decision import Decision
-from finetune.decision_file import read_decision, write_decision
-from finetune.files import TEMPORARY_PREFIX
-from finetune.findings import KINDS
-from finetune.images import read_image
-from finetune.inspection import inspect_image
-from finetune.log_figures import read_log
-from finetune.model_description import describe_model
-from finetune.model_files import load_fitting_model, load_model
-from finetune.options import UserError
-from finetune.run_folder import resolve_model_path
-from finetune.runtimes import load_exported_model
-from finetune.tables import make_image_table, parse_table, resolve_class_names
+from finetune.core.files import TEMPORARY_PREFIX
+from finetune.core.options import UserError
+from finetune.data.data_check import check_data, inspect_named
+from finetune.data.findings import KINDS
+from finetune.data.images import read_image
+from finetune.data.inspection import inspect_image
+from finetune.data.tables import make_image_table, parse_table, resolve_class_names
+from finetune.evaluation.decision import Decision
+from finetune.evaluation.decision_file import read_decision, write_decision
+from finetune.models.compressed import custom_save_model
+from finetune.models.description import describe_model
+from finetune.models.model_files import load_fitting_model, load_model
+from finetune.predicting.runtimes import load_exported_model
+from finetune.reporting import cam_pictures
+from finetune.reporting.cam_pictures import name_outputs
+from finetune.reporting.log_figures import read_log
+from finetune.training.run_folder import resolve_model_path
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["cat", "dog", "owl"]
@@ -804,7 +804,7 @@ FORBIDDEN_CALLS = {"os.system", "os.popen", "pd.read_pickle", "np.load", "pd.eva
 RUN_PROGRAMS = {"hardware.py": {"subprocess", "importlib"}, "notices.py": {"subprocess", "importlib"}}
 RUN_PROGRAMS["hdf5_attributes.py"] = {"subprocess"}
 
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("finetune/*.py")])
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("finetune/**/*.py")])
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

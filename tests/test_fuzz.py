@@ -24,20 +24,20 @@ from odd_images import oriented_files
 
 from compress_weights import CompressConfigs
 from configs import Configs
-from finetune import hdf5_attributes
-from finetune.cam_pictures import name_outputs, write_image
-from finetune.compressed import custom_save_model
-from finetune.decision import Decision
-from finetune.decision_file import read_decision
-from finetune.images import read_image
-from finetune.inspection import inspect_image
-from finetune.label_tables import convert_label_table
-from finetune.log_figures import read_log
-from finetune.model_description import DESCRIPTION_MEMBER, find_description
-from finetune.model_files import load_model
-from finetune.options import UserError
-from finetune.tables import encode_labels, read_table, resolve_class_names
-from finetune.training_state import STATE_MEMBER, STATE_PARTS, read_state, save_checkpoint
+from finetune.core.options import UserError
+from finetune.data.images import read_image
+from finetune.data.inspection import inspect_image
+from finetune.data.label_tables import convert_label_table
+from finetune.data.tables import encode_labels, read_table, resolve_class_names
+from finetune.evaluation.decision import Decision
+from finetune.evaluation.decision_file import read_decision
+from finetune.models import hdf5_attributes
+from finetune.models.compressed import custom_save_model
+from finetune.models.description import DESCRIPTION_MEMBER, find_description
+from finetune.models.model_files import load_model
+from finetune.reporting.cam_pictures import name_outputs, write_image
+from finetune.reporting.log_figures import read_log
+from finetune.training.training_state import STATE_MEMBER, STATE_PARTS, read_state, save_checkpoint
 from make_csv_from_folders import FolderConfigs
 from plot_training_log import PlotConfigs
 from predict import PredictConfigs

@@ -25,12 +25,11 @@ from PIL import Image
 
 from augmenter import build_augmenter
 from configs import Configs
-from finetune.callbacks import EpochOrder, InputWait
-from finetune.interruption import Interruption
-from finetune.options import UserError
-from finetune.predicting import predict
-from finetune.stores import read_version
-from finetune.trainer import TrainingModel
+from finetune.core.options import UserError
+from finetune.data.stores import read_version
+from finetune.predicting.predicting import predict
+from finetune.training.callbacks import EpochOrder, InputWait
+from finetune.training.trainer import Interruption, TrainingModel
 from generator import AugmentedImageSequence, Shares, get_generator, naming_bad_images
 
 
@@ -354,7 +353,7 @@ def test_a_cache_gives_the_same_batches_without_reading_again(pictures, tmp_path
     expected = augmented_sequence(paths)
     cached = augmented_sequence(paths, cache=cache_of(kind, paths, tmp_path / "cache"), workers=2)
     list(cached.to_dataset().as_numpy_iterator())
-    monkeypatch.setattr("finetune.batches.read_image", lambda *_: pytest.fail("an image was read again"))
+    monkeypatch.setattr("finetune.loading.batches.read_image", lambda *_: pytest.fail("an image was read again"))
     cached.epoch = 1
     batches = [images for images, _ in cached.to_dataset().as_numpy_iterator()]
     monkeypatch.undo()
@@ -570,7 +569,7 @@ def sequences_of(paths, devices, processes, **options):
 def test_every_image_is_read_by_one_process_once_an_epoch(monkeypatch, devices, processes, batch_size, images, shuffle):
     read = []
     monkeypatch.setattr(
-        "finetune.batches.read_image", lambda path, *_: read.append(path) or np.zeros((*SIZE, 3), np.uint8)
+        "finetune.loading.batches.read_image", lambda path, *_: read.append(path) or np.zeros((*SIZE, 3), np.uint8)
     )
     paths = [f"{number}.png" for number in range(images)]
     whole = sequence_of(paths, batch_size=batch_size * devices, shuffle=shuffle, seed=3)

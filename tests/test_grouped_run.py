@@ -11,8 +11,8 @@ import find_label_errors
 import test
 import train
 from configs import Configs
-from finetune.options import UserError
-from finetune.probe import initialize_head
+from finetune.core.options import UserError
+from finetune.training.probe import initialize_head
 
 SMALL = {**TINY, "image_target_size": (32, 32, 3), "use_imagenet_weights": False, "show_model_summary": False}
 
@@ -45,7 +45,7 @@ def test_every_script_says_how_many_groups_its_results_rest_on(tables, capsys, m
         given.append(facts[-1])
         return initialize_head(*facts)
 
-    monkeypatch.setattr("finetune.head_fit.initialize_head", note)
+    monkeypatch.setattr("finetune.training.head_fit.initialize_head", note)
     options = {"head_initialization": "linear_probe", "model_selection": "interpolate", "num_epochs": 1}
     train.main(configs_of(tables, **options).validate())
     shown = capsys.readouterr().out
@@ -82,8 +82,10 @@ def test_a_column_to_report_by_that_is_not_there_is_told(tables, trained_elsewhe
 @pytest.fixture
 def trained_elsewhere(tables, monkeypatch):
     """Configs of a run that is only said to be there: what is wrong with them is told before it is loaded."""
-    monkeypatch.setattr("finetune.run_folder.find_trained_model", lambda configs: ("run/best_model.keras", configs))
-    monkeypatch.setattr("finetune.run_folder.check_test_images", lambda *facts: 0)
+    monkeypatch.setattr(
+        "finetune.training.run_folder.find_trained_model", lambda configs: ("run/best_model.keras", configs)
+    )
+    monkeypatch.setattr("finetune.training.run_folder.check_test_images", lambda *facts: 0)
     return lambda **options: configs_of(tables, classes=["blue", "green", "red"], **options)
 
 

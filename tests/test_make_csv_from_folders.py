@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from finetune.options import UserError
+from finetune.core.options import UserError
 from make_csv_from_folders import FolderConfigs, main
 
 

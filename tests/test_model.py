@@ -17,10 +17,10 @@ from built_models import (
 from keras import layers
 
 from configs import BACKBONE_NAMES, Configs
-from finetune.freezing import freeze_layers
-from finetune.gradcam import GradCam
-from finetune.optimizers import compile_model, get_optimizer
-from finetune.options import UserError
+from finetune.core.options import UserError
+from finetune.evaluation.gradcam import GradCam
+from finetune.models.freezing import freeze_layers
+from finetune.models.optimizers import compile_model, get_optimizer
 from model import (
     BACKBONES,
     ModelFactory,
@@ -387,7 +387,7 @@ def test_a_saved_model_loads_without_this_project(tmp_path, name, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 def test_mixed_precision_computes_in_16_bits_and_answers_in_32(monkeypatch, tmp_path, kind):
-    monkeypatch.setattr("finetune.devices.choose_mixed_policy", lambda: f"mixed_{kind}")
+    monkeypatch.setattr("finetune.core.devices.choose_mixed_policy", lambda: f"mixed_{kind}")
     options = {"visual_model_name": "MobileNet", "use_imagenet_weights": False, "image_target_size": (32, 32, 3)}
     configs = Configs(**options, classes=["a", "b", "c"], mixed_precision=True)
     model = ModelFactory().get_model(configs)

@@ -23,14 +23,15 @@ import split_train_test
 import test as evaluation
 import train
 from configs import Configs
-from finetune import report, training
-from finetune.decision import Decision
-from finetune.decision_file import find_decision_folder, read_decision, store_decision, write_decision
-from finetune.files import check_folder, write_fault
-from finetune.options import UserError
-from finetune.phases import Phase
-from finetune.team import Team
-from finetune.training_state import read_state
+from finetune.core.files import check_folder, write_fault
+from finetune.core.options import UserError
+from finetune.evaluation.decision import Decision
+from finetune.evaluation.decision_file import find_decision_folder, read_decision, store_decision, write_decision
+from finetune.reporting import report
+from finetune.training import training
+from finetune.training.phases import Phase
+from finetune.training.training_state import read_state
+from finetune.training.workers import Team
 
 PROJECT = Path(__file__).parent.parent
 FAULTS = {
@@ -74,8 +75,8 @@ def test_a_folder_is_looked_at_without_being_made(tmp_path):
 
 ON_REAL_DISKS = """
 import os, subprocess, sys
-from finetune.files import check_folder, write_text
-from finetune.options import UserError
+from finetune.core.files import check_folder, write_text
+from finetune.core.options import UserError
 full, fixed = sys.argv[1:]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", full], check=True)
 subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", fixed], check=True)
@@ -247,7 +248,7 @@ def test_the_figures_of_an_epoch_that_cannot_be_kept_are_printed(tables, tmp_pat
     def fail(path, content):
         raise write_fault(path, OSError(errno.EROFS, ""))
 
-    monkeypatch.setattr("finetune.checkpoints.write_csv", fail)
+    monkeypatch.setattr("finetune.training.checkpoints.write_csv", fail)
     with pytest.raises(UserError, match=r"training_log\.csv: the file system is read-only"):
         start(**options_of(tables, tmp_path / "run", num_epochs=1))
     log = read_state(str(tmp_path / "run" / "latest_model.keras"))["log"]

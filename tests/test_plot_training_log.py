@@ -5,7 +5,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 
-from finetune.options import UserError
+from finetune.core.options import UserError
 from plot_training_log import PlotConfigs, main
 
 matplotlib.use("agg")

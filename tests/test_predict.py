@@ -13,13 +13,13 @@ import pytest
 from coloured_runs import CLASSES, SIZE, WEIGHTS, build_run, run
 from imgaug import augmenters as iaa
 
-from finetune import predicting
-from finetune.decision_file import read_decision
-from finetune.images import read_image
-from finetune.model_files import load_model
-from finetune.options import UserError
-from finetune.predicting import classify_image
-from finetune.warps import FusedAugmenter
+from finetune.core.options import UserError
+from finetune.data.images import read_image
+from finetune.evaluation.decision_file import read_decision
+from finetune.loading.kernels import FusedAugmenter
+from finetune.models.model_files import load_model
+from finetune.predicting import predicting
+from finetune.predicting.predicting import classify_image
 from predict import PredictConfigs
 
 PROJECT = Path(__file__).parent.parent

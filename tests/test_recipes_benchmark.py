@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import recipe_photos, recipe_tables, recipes
-from finetune.options import UserError
+from finetune.core.options import UserError
 
 FLOWERS = np.repeat(np.eye(5), 100, axis=0)
 SEEDS = range(10)

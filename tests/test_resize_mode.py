@@ -20,17 +20,17 @@ import predict
 import test
 import train
 from configs import Configs
-from finetune.caches import DiskCache
-from finetune.cam_pictures import overlay_heatmap, place_heatmap
-from finetune.crops import choose_shape, draw_crop, enlarge_for_crops
-from finetune.exports import read_calibration_images
-from finetune.feature_store import find_features, get_features
-from finetune.gallery import draw_pictures
-from finetune.images import fit_image, place_image, read_image, resize_image
-from finetune.model_card import write_model_card
-from finetune.model_description import describe_model
-from finetune.options import UserError
-from finetune.probe import compute_features
+from finetune.core.options import UserError
+from finetune.data.images import fit_image, place_image, read_image, resize_image
+from finetune.exporting.exports import read_calibration_images
+from finetune.loading.caches import DiskCache
+from finetune.loading.mixing import choose_shape, draw_crop, enlarge_for_crops
+from finetune.models.description import describe_model
+from finetune.reporting.cam_pictures import overlay_heatmap, place_heatmap
+from finetune.reporting.gallery import draw_pictures
+from finetune.reporting.model_card import write_model_card
+from finetune.training.feature_store import find_features, get_features
+from finetune.training.probe import compute_features
 from generator import AugmentedImageSequence, get_generator
 from predict import PredictConfigs
 from utils import classify_image, load_model

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from finetune.options import UserError
+from finetune.core.options import UserError
 from split_train_test import SplitConfigs, main
 
 SETS = ("training", "validation", "testing")

@@ -23,12 +23,12 @@ import split_train_test
 import test as evaluation
 import train
 from configs import Configs
-from finetune.cam_pictures import name_outputs
-from finetune.compressed import custom_load_model
-from finetune.images import read_image, resize_image
-from finetune.model_files import load_model
-from finetune.options import UserError
-from finetune.predicting import predict
+from finetune.core.options import UserError
+from finetune.data.images import read_image, resize_image
+from finetune.models.compressed import custom_load_model
+from finetune.models.model_files import load_model
+from finetune.predicting.predicting import predict
+from finetune.reporting.cam_pictures import name_outputs
 from generator import get_generator
 
 PROJECT = Path(__file__).parent.parent

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from finetune.compressed import custom_load_model, custom_save_model
+from finetune.models.compressed import custom_load_model, custom_save_model
 
 
 @pytest.fixture(scope="module")

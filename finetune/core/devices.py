@@ -1,0 +1,350 @@
+"""What a script computes on: cores, GPUs, precision, seeds and strategies, and why a GPU goes unused."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from finetune.core.arguments import take_share
+from finetune.core.notices import hiding_notices
+from finetune.core.options import UserError
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
+AMD_DRIVER = Path("/dev/kfd")
+DRIVER_LIBRARY = "libcuda.so.1"
+# One of the packages that requirements-gpu.txt installs, and what it holds.
+CUDA_PACKAGE = "nvidia.cudnn"
+CUDA_LIBRARY = "libcudnn.so.9"
+# Hide GPUs where they name none.
+HIDING_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+SECONDS_OF_A_TOOL = 10.0
+
+
+class Gpu(NamedTuple):
+    """A GPU that TensorFlow sees: what it is called, and the bytes of its memory, 0 where nothing tells."""
+
+    name: str
+    memory: int
+
+
+def count_cores(cgroups: Path = CGROUPS, own_cgroups: Path = OWN_CGROUPS) -> float:
+    """Returns how many cores this process may use: those that it is bound to, or fewer where its container has fewer.
+
+    Args:
+        cgroups: where Linux shows the limits of groups of processes, of version 1 or 2.
+        own_cgroups: the file that names the groups of this process.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limits = [read_cpu_limit(folder) for folder in list_cgroups(cgroups, own_cgroups)]
+    return min([cores, *(limit for limit in limits if limit)])
+
+
+def list_cgroups(cgroups: Path, own_cgroups: Path) -> list[Path]:
+    """Returns the folders whose limits hold for this process: its own groups', and those of all around them."""
+    folders = {cgroups: None, cgroups / "cpu": None}
+    with contextlib.suppress(OSError, ValueError):
+        for line in own_cgroups.read_text(encoding="utf-8").splitlines():
+            # Version 2 names no controllers.
+            _, controllers, name = line.split(":", 2)
+            if not controllers or "cpu" in controllers.split(","):
+                top = cgroups / "cpu" if controllers else cgroups
+                group = top / name.strip("/")
+                folders |= dict.fromkeys((group, *group.parents[: len(group.parts) - len(top.parts)]))
+    return list(folders)
+
+
+def read_cpu_limit(folder: Path) -> float:
+    """Returns how many cores a group of processes may use at a time; 0 where nothing limits it."""
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        return int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = (int((folder / f"cpu.cfs_{part}_us").read_text()) for part in ("quota", "period"))
+        return max(quota, 0) / period
+    return 0.0
+
+
+def describe_hardware(gpus: Sequence[Gpu], share: float, trains_on_all: bool, cores: float) -> str:
+    """Returns the line that says what a script runs on: `Running on NVIDIA H100 (76.0 of 80 GiB).`
+
+    Args:
+        gpus: those that TensorFlow may use.
+        share: of each one's memory, in `[0, 1]`.
+        trains_on_all: all work together; otherwise only the first one does.
+        cores: for where there is no GPU.
+    """
+    if not gpus:
+        number = math.floor(cores * 10) / 10
+        return f"Running on {number:g} CPU core{'s' * (number != 1)}."
+    if len(gpus) == 1 or not trains_on_all:
+        first = f"the first of {len(gpus)} GPUs, " if len(gpus) > 1 else ""
+        return f"Running on {first}{gpus[0].name}{_describe_memory(gpus[0], share)}."
+    parts = [
+        f"{number} x {gpu.name}{_describe_memory(gpu, share, ' each' * (number > 1))}"
+        for gpu, number in Counter(gpus).items()
+    ]
+    return f"Running on {len(gpus)} GPUs: {', '.join(parts)}."
+
+
+def _describe_memory(gpu: Gpu, share: float, each: str = "") -> str:
+    size = gpu.memory / 2**30
+    return f" ({size * share:.1f} of {size:.0f} GiB{each})" if gpu.memory else ""
+
+
+def hides_gpus(environment: Mapping[str, str]) -> bool:
+    """Tells whether a variable hides all GPUs on purpose: it is set and names none, as `-1` does."""
+    values = [environment[name].strip() for name in HIDING_VARIABLES if name in environment]
+    # Slurm writes the second into jobs that have asked for no GPU.
+    return any(not value or value.startswith("-") or value == "NoDevFiles" for value in values)
+
+
+def explain_unused_gpu(
+    nvidia_driver: Path = NVIDIA_DRIVER, amd_driver: Path = AMD_DRIVER, platform: str = sys.platform
+) -> str:
+    """Returns why TensorFlow, which sees no GPU, does not use the one that this machine has, and what helps.
+
+    Args:
+        nvidia_driver: the folder in which NVIDIA's driver for Linux shows itself.
+        amd_driver: the device by which AMD's driver is asked to compute.
+        platform: as `sys.platform`.
+
+    Returns:
+        One line; empty where there is no GPU.
+    """
+    if has_nvidia_gpu(nvidia_driver):
+        return f"Warning: this machine has an NVIDIA GPU that TensorFlow does not use: {_explain_nvidia(platform)}"
+    if amd_driver.exists():
+        return (
+            "Warning: this machine has an AMD GPU that TensorFlow does not use: it needs TensorFlow's ROCm build. "
+            "How to install that: https://rocm.docs.amd.com, under TensorFlow"
+        )
+    return ""
+
+
+def _explain_nvidia(platform: str) -> str:
+    if platform == "win32":
+        return "on Windows it has not been able to since version 2.11. Run this in WSL2."
+    if not can_load(DRIVER_LIBRARY):
+        return (
+            f"the driver's library {DRIVER_LIBRARY} is missing. Start a container with its GPUs "
+            "(docker run --gpus all), or install NVIDIA's driver."
+        )
+    if not is_installed(CUDA_PACKAGE) and not can_load(CUDA_LIBRARY):
+        return "CUDA's libraries are missing. Install them: pip install -r requirements-gpu.txt"
+    return "CUDA's libraries are there. See whether nvidia-smi shows the GPU, and a driver of version 525 or later."
+
+
+def has_nvidia_gpu(driver: Path) -> bool:
+    """Tells whether a machine has a GPU of NVIDIA: its driver lists one, or nvidia-smi does."""
+    if (driver / "gpus").is_dir():
+        return any((driver / "gpus").iterdir())
+    return (driver / "version").exists() or asks_nvidia_smi()
+
+
+def asks_nvidia_smi() -> bool:
+    """Tells whether nvidia-smi is on the PATH and lists a GPU: the tool may be there without one."""
+    tool = shutil.which("nvidia-smi")
+    if not tool:
+        return False
+    try:
+        answer = subprocess.run([tool, "-L"], capture_output=True, timeout=SECONDS_OF_A_TOOL, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return answer.returncode == 0 and answer.stdout.startswith(b"GPU ")
+
+
+def can_load(library: str) -> bool:
+    """Tells whether the system finds a library."""
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def is_installed(package: str) -> bool:
+    """Tells whether a package of Python is there, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def set_seed(random_seed: int | None, deterministic: bool = False) -> int:
+    """Seeds Python, NumPy and Keras; None draws a seed.
+
+    Args:
+        random_seed: below 2**32.
+        deterministic: also make TensorFlow's operations give the same bits every time, where they can.
+
+    Returns:
+        The seed in use.
+    """
+    seed = int.from_bytes(os.urandom(4), "little") if random_seed is None else random_seed
+    keras.utils.set_random_seed(seed)
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
+    return seed
+
+
+def set_gpu_usage(gpu_percentage: float) -> None:
+    """Limits TensorFlow to a share of every visible GPU's memory; to be called before TensorFlow uses one.
+
+    Args:
+        gpu_percentage: in `[0, 1]`; 0 hides all GPUs.
+
+    Raises:
+        UserError: it is not.
+    """
+    gpu_percentage = take_share("gpu_percentage", gpu_percentage)
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpu_percentage == 0:
+        tf.config.set_visible_devices([], "GPU")
+        return
+    if not tf.test.is_built_with_cuda():
+        # AMD's and Apple's drivers are not asked for their memory: TensorFlow takes of it what it needs.
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        return
+    for gpu, memory in zip(gpus, gpu_memory_sizes(len(gpus)), strict=True):
+        limit = tf.config.LogicalDeviceConfiguration(memory_limit=int(memory * gpu_percentage) // 2**20)
+        tf.config.set_logical_device_configuration(gpu, [limit])
+
+
+def build_strategy(name: str) -> tf.distribute.Strategy:
+    """Builds the strategy that makes devices train together; to be called before TensorFlow computes anything.
+
+    Args:
+        name: `mirrored` for the visible GPUs of this machine, or where it has none for its logical CPUs;
+            `multi_worker` for those of every host in TF_CONFIG; `none` for one device.
+    """
+    if name == "none":
+        return tf.distribute.get_strategy()
+    if name == "multi_worker":
+        # Left alone, TensorFlow takes its own ring over gRPC for GPUs as well.
+        kinds = tf.distribute.experimental.CommunicationImplementation
+        kind = kinds.NCCL if tf.config.list_physical_devices("GPU") else kinds.AUTO
+        options = tf.distribute.experimental.CommunicationOptions(implementation=kind)
+        return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    return tf.distribute.MirroredStrategy([device.name for device in devices])
+
+
+def choose_devices(gpu_percentage: float, distribution_strategy: str = "none") -> None:
+    """Prints what is computed on, and why not on a GPU that is there; then limits TensorFlow as `set_gpu_usage` does.
+
+    Args:
+        gpu_percentage: in `[0, 1]`; 0 hides all GPUs.
+        distribution_strategy: `none` computes on the first of several GPUs.
+    """
+    # The first look at the GPUs brings notices.
+    with hiding_notices():
+        found = tf.config.list_physical_devices("GPU")
+    gpus = describe_gpus(found) if gpu_percentage else []
+    print(describe_hardware(gpus, gpu_percentage, distribution_strategy != "none", count_cores()))
+    if gpu_percentage and not gpus and not hides_gpus(os.environ) and (warning := explain_unused_gpu()):
+        print(warning)
+    # Before what may take long: a GPU that goes unused is to be known at once.
+    sys.stdout.flush()
+    set_gpu_usage(gpu_percentage)
+
+
+def describe_gpus(found: list[tf.config.PhysicalDevice]) -> list[Gpu]:
+    """Returns what TensorFlow's GPUs are called, and their memory, which a build for AMD or Apple does not tell."""
+    sizes = gpu_memory_sizes(len(found)) if tf.test.is_built_with_cuda() else [0] * len(found)
+    names = [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in found]
+    return [Gpu(name, size) for name, size in zip(names, sizes, strict=True)]
+
+
+def start_devices(gpu_percentage: float, distribution_strategy: str = "none") -> tf.distribute.Strategy:
+    """Makes the devices ready, and says which; returns the strategy that they train by."""
+    choose_devices(gpu_percentage, distribution_strategy)
+    return start_strategy(distribution_strategy)
+
+
+def start_strategy(name: str) -> tf.distribute.Strategy:
+    """Builds a strategy, in the order that TensorFlow wants: after `choose_devices`, and before anything else."""
+    strategy = build_strategy(name)
+    keep_freed_memory()
+    return strategy
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library reuse the memory that TensorFlow frees, where it is glibc.
+
+    The first `tf.data` generator of TensorFlow 2.21 tells glibc to give freed memory back to the system at once, and
+    every training step then asks for it anew: on 2 cores an epoch of MobileNet took 7.5 s instead of 2.9 s.
+    """
+    for _ in tf.data.Dataset.from_generator(lambda: iter([0]), output_signature=tf.TensorSpec((), tf.int32)):
+        pass
+    trim_threshold, mmap_threshold, largest_mmap_threshold = -1, -3, 2**25
+    with contextlib.suppress(OSError, AttributeError):
+        c_library = ctypes.CDLL(None)
+        c_library.mallopt(trim_threshold, 2**31 - 1)
+        c_library.mallopt(mmap_threshold, largest_mmap_threshold)
+
+
+def gpu_memory_sizes(number_of_gpus: int) -> list[int]:
+    """Asks the CUDA driver for the memory of its GPUs, in its own order, which TensorFlow shares.
+
+    Returns:
+        Bytes of each GPU.
+
+    Raises:
+        UserError: the driver does not answer.
+    """
+    if not number_of_gpus:
+        return []
+    sizes = []
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        status = cuda.cuInit(0)
+        for position in range(number_of_gpus):
+            device, size = ctypes.c_int(), ctypes.c_size_t()
+            status = status or cuda.cuDeviceGet(ctypes.byref(device), position)
+            status = status or cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+            sizes.append(size.value)
+    except (OSError, AttributeError) as error:
+        raise UserError(
+            f"Cannot ask the CUDA driver for the GPUs' memory: {error}. Set gpu_percentage to 0."
+        ) from error
+    if status:
+        raise UserError(f"The CUDA driver answered with error {status}. Check nvidia-smi, or set gpu_percentage to 0.")
+    return sizes
+
+
+@contextlib.contextmanager
+def precision_policy(mixed: bool) -> Iterator[None]:
+    """Makes the layers built inside it compute in 16 bits, where `mixed` says so; weights stay float32."""
+    before = keras.config.dtype_policy()
+    if mixed:
+        keras.config.set_dtype_policy(choose_mixed_policy())
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def choose_mixed_policy() -> str:
+    """Returns `mixed_bfloat16` where every visible GPU computes in bfloat16 (or there is none), else `mixed_float16`.
+
+    NVIDIA's GPUs do from compute capability 8.0 (Ampere) on.
+    """
+    details = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
+    is_new = all(gpu.get("compute_capability", (8, 0)) >= (8, 0) for gpu in details)
+    return "mixed_bfloat16" if is_new else "mixed_float16"

@@ -1,0 +1,497 @@
+"""Options: how one is declared, converted, checked, and read from JSON and the command line; running a script."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+import json
+import os
+import signal
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NamedTuple, Self
+
+from finetune.core.notices import silence_libraries
+from finetune.core.streams import protect_output, protecting_output, restart_in_utf8
+from finetune.core.values import (
+    LONGEST_SHOWN,
+    bound_fault,
+    convert,
+    describe_bounds,
+    describe_choices,
+    describe_type,
+    find_nearest,
+    quote_value,
+    type_fault,
+    unwrap_optional,
+)
+
+# The parts of --help and of docs/options.md, in their order.
+GROUPS = {
+    "common": "Most used",
+    "data": "Data",
+    "model": "Model",
+    "training": "Training",
+    "recipe": "Recipe of the training",
+    "speed": "Input and speed",
+    "explaining": "Testing and explaining",
+    "machine": "Machine",
+    "": "Others",
+}
+LARGEST_JSON_FILE = 2**24
+MOST_FAULTS = 20
+
+
+class UserError(Exception):
+    """A mistake that its user can mend: shown as its message alone, with exit status 2."""
+
+
+class Exclusion(NamedTuple):
+    """Another option that one does not go with.
+
+    Attributes:
+        off: the value of the option itself that goes with all.
+        other: the name of the other option.
+        harmless: the values of that one that go with all.
+        reason: why, and what was expected, in words.
+    """
+
+    off: Any
+    other: str
+    harmless: Sequence[Any]
+    reason: str
+
+
+def define(
+    default: Any,
+    description: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    choices: Sequence[str] | None = None,
+    check: Callable[[Any], str] | None = None,
+    needs: tuple[str, str] | None = None,
+    excludes: Exclusion | None = None,
+    describes_model: bool = False,
+    fixed_in_run: bool = False,
+    group: str = "",
+) -> Any:
+    """Declares one option.
+
+    Args:
+        default: value where nothing else is given.
+        description: one sentence, shown by `--help`.
+        above: exclusive lower bound; of each element where the option is a list.
+        at_least: inclusive lower bound, likewise.
+        below: exclusive upper bound, likewise.
+        at_most: inclusive upper bound, likewise.
+        choices: the only texts allowed.
+        check: returns what is wrong with a value of the right type and within its bounds; empty where nothing is.
+        needs: the name of another option without which this one has no effect, and what that has to be, in words.
+        excludes: another option that this one does not go with.
+        describes_model: the option says what a trained model is; a model's own `configs.json` then decides it.
+        fixed_in_run: a run cannot go on with another value, for it would not be the same run.
+        group: a key of `GROUPS`: where `--help` has the option; a script's own options are a group of themselves.
+    """
+    if group not in GROUPS:
+        raise ValueError(f"group: expected one of {', '.join(filter(None, GROUPS))}. Received: {quote_value(group)}")
+    bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    metadata = {
+        "description": description,
+        "bounds": {word: bound for word, bound in bounds.items() if bound is not None},
+        "choices": choices,
+        "check": check,
+        "needs": needs,
+        "excludes": excludes,
+        "describes_model": describes_model,
+        "fixed_in_run": fixed_in_run,
+        "group": group,
+    }
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Provenance(NamedTuple):
+    """The JSON file that was read, and the options that it alone gave; the values to store in place of those in use,
+    and the folder that the paths among these are relative to, empty for the working directory.
+    """
+
+    file: str = ""
+    in_file: frozenset[str] = frozenset()
+    home: str = ""
+    stored: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass
+class Options:
+    """The base of a class of options. Building one reads no file; `validate` checks all at once."""
+
+    def __post_init__(self) -> None:
+        defaults = type(self).defaults()
+        self.provenance = Provenance()
+        self.given = {name for name, default in defaults.items() if differs(getattr(self, name), default)}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_option = name not in ("given", "provenance")
+        if is_option and name not in self.options():
+            raise AttributeError(unknown_option(name, list(self.options())))
+        super().__setattr__(name, value)
+        if "given" in vars(self) and is_option:
+            self.given.add(name)
+
+    @classmethod
+    @functools.cache
+    def options(cls) -> dict[str, dataclasses.Field]:
+        """Returns the declared options by name, in the order of their declaration."""
+        return {field.name: field for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def grouped_options(cls) -> dict[str, list[str]]:
+        """Returns the names of the options of every script by the title of their group, in the order of `GROUPS`."""
+        common = cls.__mro__[cls.__mro__.index(Options) - 1]
+        members: dict[str, list[str]] = {title: [] for title in GROUPS.values()}
+        for name, field in common.options().items():
+            members[GROUPS[field.metadata["group"]]].append(name)
+        return {title: names for title, names in members.items() if names}
+
+    @classmethod
+    def own_options(cls) -> list[str]:
+        """Returns the names of the options that a script has beside those of every script."""
+        # The class that adds the first options is that of every script.
+        common = cls.__mro__[cls.__mro__.index(Options) - 1]
+        return [name for name in cls.options() if name not in common.options()]
+
+    @classmethod
+    @functools.cache
+    def types(cls) -> dict[str, Any]:
+        """Returns each option's type."""
+        return typing.get_type_hints(cls)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Returns each option's default."""
+        return {
+            name: field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            for name, field in cls.options().items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the options as JSON can hold them."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in self.options()}
+
+    def to_stored(self) -> dict[str, Any]:
+        """Returns the options as `to_dict` does, with the values that are to be written down."""
+        return self.to_dict() | dict(self.provenance.stored)
+
+    def replace(self, **values: Any) -> Self:
+        """Returns a copy with some options changed; they count as given by the user, as those of this one do."""
+        changed = dataclasses.replace(self, **values)
+        changed.given = self.given | values.keys()
+        stored = tuple(pair for pair in self.provenance.stored if pair[0] not in values)
+        changed.provenance = self.provenance._replace(stored=stored)
+        return changed
+
+    @classmethod
+    def read_json(cls, path: str, part: str = "") -> dict[str, Any]:
+        """Reads options from a JSON file.
+
+        Args:
+            path: of the file.
+            part: the member of its object that holds the options; empty where that is the object itself.
+
+        Returns:
+            The converted values of the options that the file holds.
+
+        Raises:
+            UserError: the file is missing, too large or no JSON object, or an option in it is unknown, there twice
+                or of a wrong type.
+        """
+        try:
+            with open(path, "rb") as file:
+                content = file.read(LARGEST_JSON_FILE + 1)
+            if len(content) > LARGEST_JSON_FILE:
+                raise UserError(f"{path} is no configs file: expected at most {LARGEST_JSON_FILE} bytes. It has more.")
+            stored = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_refuse_repeated)
+        except OSError as error:
+            raise UserError(f"Cannot read the configs file {path}: {error.strerror}. Check the path.") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON: {error}. Expected an object of option: value.") from error
+        if part and isinstance(stored, dict):
+            stored = stored.get(part)
+        if not isinstance(stored, dict):
+            place = f"{path}, {part}" if part else path
+            raise UserError(f"{place}: expected a JSON object of option: value. Received: {type(stored).__name__}.")
+        return cls.convert_all(stored, is_text=False, source=path)
+
+    @classmethod
+    def from_json(cls, path: str) -> Self:
+        """Builds configs from a JSON file over the defaults; raises UserError as `read_json` does."""
+        values = cls.read_json(path)
+        return cls._build(values, Provenance(path, frozenset(values)))
+
+    @classmethod
+    def from_command_line(cls, description: str | None = None, arguments: Sequence[str] | None = None) -> Self:
+        """Builds and validates configs from the defaults, then `--configs FILE.json`, then the flags.
+
+        Args:
+            description: shown at the top of `--help`.
+            arguments: the command line without the program's name; by default this process's own.
+
+        Raises:
+            UserError: an option is unknown, has no value, or has one of a wrong type or out of range.
+            SystemExit: after `--help`.
+        """
+        parser = _argument_parser(cls, description)
+        namespace, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            # What else is there may be the value of an unknown flag.
+            flags = [word for word in unknown if word.startswith("--")] or unknown[:1]
+            faults = [unknown_flag(flag.split("=")[0], list(cls.options())) for flag in flags[:MOST_FAULTS]]
+            raise UserError("\n".join(faults))
+        flags = {name: value for name, value in vars(namespace).items() if name != "configs"}
+        file = getattr(namespace, "configs", "")
+        from_file = cls.read_json(file) if "configs" in namespace else {}
+        values = from_file | cls.convert_all(flags, is_text=True, source="command line")
+        return cls._build(values, Provenance(file, frozenset(from_file.keys() - flags.keys()))).validate()
+
+    @classmethod
+    def _build(cls, values: dict[str, Any], provenance: Provenance) -> Self:
+        configs = cls(**values)
+        configs.given |= values.keys()
+        configs.provenance = provenance
+        return configs
+
+    @classmethod
+    def convert_all(cls, raw: dict[str, Any], is_text: bool, source: str) -> dict[str, Any]:
+        """Converts raw values of options to their types.
+
+        Args:
+            raw: values by option.
+            is_text: they come from the command line, and not from JSON.
+            source: begins the line of each fault.
+
+        Raises:
+            UserError: an option is unknown, or its value of a wrong type.
+        """
+        types = cls.types()
+        values, faults = {}, []
+        for name, value in raw.items():
+            if len(faults) == MOST_FAULTS:
+                faults.append("and more")
+                break
+            if name not in cls.options():
+                faults.append(unknown_option(name, list(cls.options())))
+                continue
+            try:
+                values[name] = convert(value, types[name], is_text)
+            except ValueError:
+                faults.append(type_fault(name, types[name], value))
+        if faults:
+            raise UserError("\n".join(f"{source}: {fault}" for fault in faults))
+        return values
+
+    def validate(self) -> Self:
+        """Checks types, bounds and combinations.
+
+        Returns:
+            These configs.
+
+        Raises:
+            UserError: one line for each fault: the option, what was expected, what was received.
+        """
+        faults = []
+        for name in self.options():
+            value, fault = self._check_value(name, getattr(self, name))
+            super().__setattr__(name, value)
+            faults += [fault] * bool(fault)
+        faults += self._find_contradictions() if not faults else []
+        if faults:
+            raise UserError("\n".join(faults))
+        return self
+
+    @classmethod
+    def check(cls, configs: Any) -> Self:
+        """Validates the configs that a script or a user's own code passes.
+
+        Returns:
+            The same configs.
+
+        Raises:
+            UserError: they are not of this class, or as `validate` says.
+        """
+        if not isinstance(configs, cls):
+            raise UserError(f"configs: expected {cls.__name__}. Received: {quote_value(configs)}")
+        return configs.validate()
+
+    @classmethod
+    def check_values(cls, **values: Any) -> dict[str, Any]:
+        """Checks values as those of options, whatever the other options are.
+
+        Returns:
+            The values by the option's name, each in the option's type.
+
+        Raises:
+            UserError: one line for each fault.
+        """
+        found, faults = {}, []
+        for name, value in values.items():
+            found[name], fault = cls._check_value(name, value)
+            faults += [fault] * bool(fault)
+        if faults:
+            raise UserError("\n".join(faults))
+        return found
+
+    @classmethod
+    def _check_value(cls, name: str, value: Any) -> tuple[Any, str]:
+        """Returns a value in its option's type and the line that says what is wrong with it; empty if nothing is."""
+        kind, metadata = cls.types()[name], cls.options()[name].metadata
+        try:
+            value = convert(value, kind, is_text=False)
+        except ValueError:
+            return value, type_fault(name, kind, value)
+        found = bound_fault(value, metadata, kind)
+        if not found and metadata["check"]:
+            found = metadata["check"](value)
+        return value, f"{name}: {found}" if found else ""
+
+    def _find_contradictions(self) -> list[str]:
+        """Returns a line for each option that has no effect beside another one's value, or does not go with it."""
+        defaults = self.defaults()
+        excluding = {name: field.metadata["excludes"] for name, field in self.options().items()}
+        return [
+            f"{name}: {rule.reason}. Received: {getattr(self, name)} with {rule.other} {getattr(self, rule.other)}."
+            for name, rule in excluding.items()
+            if rule and getattr(self, name) != rule.off and getattr(self, rule.other) not in rule.harmless
+        ] + [
+            f"{name}: {getattr(self, name)} has no effect without {words}. Set that too, or leave {name} out."
+            for name, field in self.options().items()
+            for needed, words in [field.metadata["needs"]] * bool(field.metadata["needs"])
+            if getattr(self, name) != defaults[name] and not getattr(self, needed)
+        ]
+
+
+def differs(value: Any, default: Any) -> bool:
+    """Tells whether a value is another one than the default, also where it cannot be compared, such as an array."""
+    try:
+        return bool(value != default)
+    except (TypeError, ValueError):
+        return True
+
+
+def unknown_option(name: str, known: Sequence[str]) -> str:
+    """Returns the message for an option that does not exist, naming the nearest one that does."""
+    nearest = find_nearest(name, known, alikeness=0.5)
+    shown = name if name.isprintable() and len(name) <= LONGEST_SHOWN else quote_value(name)
+    return f"Unknown option {shown}. " + (f"Did you mean {nearest}?" if nearest else "See --help for all options.")
+
+
+def unknown_flag(flag: str, known: Sequence[str]) -> str:
+    """Returns the message for a word on the command line that is no flag, as it was typed."""
+    flags = [f"--{name}" for name in known]
+    if flag.startswith("-") or find_nearest(flag, flags, alikeness=0.5):
+        return unknown_option(flag, flags)
+    return f"Expected --OPTION VALUE. Received {quote_value(flag)} without an option in front of it. See --help."
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"it has {quote_value(name)} twice")
+        content[name] = value
+    return content
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}. See --help for all options.")
+
+
+def _argument_parser(cls: type[Options], description: str | None) -> argparse.ArgumentParser:
+    # A list of all flags would fill a screen before the first word about one.
+    usage = "%(prog)s [--configs FILE.json] [--OPTION VALUE ...]"
+    parser = _Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    types = typing.get_type_hints(cls)
+    groups = {"Options of this script": cls.own_options()} if cls.own_options() else {}
+    groups |= cls.grouped_options()
+    for position, (title, names) in enumerate(groups.items()):
+        group = parser.add_argument_group(title)
+        if position == len(groups) - len(cls.grouped_options()):
+            group.add_argument("--configs", metavar="FILE.json", help="A JSON file of options, read before the flags")
+        for name in names:
+            _add_flag(group, name, types[name], cls)
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, name: str, kind: Any, cls: type[Options]) -> None:
+    metadata = cls.options()[name].metadata
+    is_list = typing.get_origin(unwrap_optional(kind)[0]) in (list, tuple)
+    words = [describe_type(kind), describe_bounds(metadata)]
+    if metadata["choices"]:
+        words = [describe_choices(metadata, kind)]
+    default = cls.defaults()[name]
+    default = "empty" if default == "" else " ".join(map(str, default)) if is_list and default else default
+    text = f"{metadata['description']} ({' '.join(filter(None, words))}; default {default})"
+    group.add_argument(f"--{name}", metavar="VALUE", nargs="*" if is_list else None, help=text.replace("%", "%%"))
+
+
+def script(main: Callable[[Any], dict]) -> Callable[[Any], dict]:
+    """Makes a script's `main` safe to call from a user's own code: it checks its configs and protects its output.
+
+    Args:
+        main: takes `configs`, whose annotation is the class that they must be of.
+    """
+
+    @functools.wraps(main)
+    def run(configs: Any) -> dict:
+        with protecting_output():
+            return main(typing.get_type_hints(main)["configs"].check(configs))
+
+    return run
+
+
+def run_script(main: Callable[[Any], dict]) -> None:
+    """Runs a script's `main` on the command line's configs.
+
+    A user's mistake ends in its message on stderr and exit status 2, Ctrl-C in 130; a bug keeps its traceback. Output
+    that fails ends nothing.
+
+    Args:
+        main: takes `configs`, whose annotation says which options there are; the docstring of its module is the head
+            of `--help`.
+    """
+    restart_in_utf8()
+    protect_output()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        configs = typing.get_type_hints(main)["configs"].from_command_line(sys.modules[main.__module__].__doc__)
+        silence_libraries(configs.verbose)
+        # OpenCV reads it when it is imported.
+        os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(configs.max_image_pixels))
+        main(configs)
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt on Ctrl-C; within an import, where libraries make other errors of it, ends at once."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            sys.stdout.flush()
+            print("Interrupted.", file=sys.stderr, flush=True)
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt

@@ -1,0 +1,398 @@
+"""Everything in tables and their images that makes training fail, or wrong."""
+
+from __future__ import annotations
+
+import os
+import time
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from configs import MAX_IMAGE_PIXELS, Configs
+from finetune.core.options import UserError
+from finetune.core.texts import LONGEST_LIST, join_names, show_count, show_duration
+from finetune.data.copies import Copies, find_copies, list_findings
+from finetune.data.findings import KINDS, Finding, describe_fault, get_bad_rows, report_findings
+from finetune.data.inspection import Inspection, estimate_seconds, inspect_images
+from finetune.data.pixel_range import settle_files, settle_tables
+from finetune.data.table_faults import explain_missing
+from finetune.data.tables import ImageTable, find_class_names, make_image_table, parse_table, split_label
+
+SIZE_FACTOR, SHAPE_FACTOR, FEWEST_SIZES = 4, 3, 10
+# How long the quick check may take to decode images and to compare them.
+QUICK_SECONDS, LEAST_SECONDS = 60, 10
+
+
+# Shows copies whose labels differ: takes the folder to write to, the copies, whether an image may have several labels,
+# and the options.
+ShowCopies = Callable[[str, Copies, bool, Configs], None]
+
+
+class Reading(NamedTuple):
+    """How images are read: the pixels that one may have, threads, and what is black and white."""
+
+    max_pixels: int
+    workers: int
+    pixel_range: Sequence[float]
+
+    @classmethod
+    def of(cls, configs: Configs) -> Reading:
+        """Returns what the options say."""
+        return cls(configs.max_image_pixels, configs.generator_workers, configs.pixel_range)
+
+
+class DataCheck(NamedTuple):
+    """What is wrong with tables and their images, in the order of `KINDS`, and which images are copies."""
+
+    findings: list[Finding]
+    copies: Copies
+
+
+def list_sets(configs: Configs) -> dict[str, str]:
+    """Returns the CSV files of a run's sets by name.
+
+    The test set counts where it is also the validation set, or where its name is the user's choice as that of the
+    training set is: an old data/testing_set.csv may be of other images.
+    """
+    sets = {"training": configs.train_csv, "validation": configs.validation_csv or configs.test_csv}
+    is_chosen = "test_csv" in configs.given or "train_csv" not in configs.given
+    if configs.validation_csv and is_chosen and os.path.isfile(configs.test_csv):
+        sets["test"] = configs.test_csv
+    return sets
+
+
+def settle_sets(configs: Configs) -> Configs:
+    """Returns the options with the training images' `pixel_range`, as `settle_tables` finds it."""
+    return settle_tables(configs, list(list_sets(configs).values()))
+
+
+def check_sets(
+    csv_paths: dict[str, str], configs: Configs, writes_report: bool = True, show_copies: ShowCopies | None = None
+) -> dict[str, set[int]]:
+    """Checks the tables of a run and their images, prints what it finds and writes data_report.csv.
+
+    Args:
+        csv_paths: by the set's name: training, validation, and where it is another one test.
+        configs: the options.
+        writes_report: False leaves the report to another process that finds the same.
+        show_copies: is called with the copies before anything is raised.
+
+    Returns:
+        The line numbers of each CSV file that `skip_bad_images` leaves out.
+
+    Raises:
+        UserError: a table is not usable, or something makes training wrong: the summary of that.
+    """
+    if configs.verify_data == "off":
+        return {path: set() for path in csv_paths.values()}
+    label_column, mode = configs.csv_label_column, configs.verify_data
+    if mode == "quick" and configs.distribution_strategy == "multi_worker":
+        # The processes of several hosts must agree on what they find, which a time limit does not ensure.
+        mode = "headers"
+        print("Near copies are not looked for on several hosts. --verify_data full does it.") if writes_report else None
+    tables = [
+        make_image_table(name, path, parse_table(path, label_column), label_column, configs.image_directory)
+        for name, path in csv_paths.items()
+        if name != "test" or os.path.realpath(path) != os.path.realpath(csv_paths["validation"])
+    ]
+    check = check_data(
+        tables,
+        configs.multi_label_classification,
+        mode,
+        configs.image_target_size[:2],
+        configs.max_image_pixels,
+        configs.generator_workers,
+        configs.allow_duplicates,
+        configs.resize_mode,
+        configs.pixel_range,
+    )
+    findings = check.findings
+    if writes_report and show_copies:
+        show_copies(configs.save_model_path, check.copies, configs.multi_label_classification, configs)
+    report_findings(findings, configs.save_model_path, configs.skip_bad_images, writes_report)
+    bad = get_bad_rows(findings)
+    return {path: bad.get(path, set()) for path in csv_paths.values()}
+
+
+def check_tables(
+    tables: Sequence[ImageTable],
+    configs: Configs,
+    multi_label: bool,
+    skip_contradictions: bool = False,
+    show_copies: ShowCopies | None = None,
+    folder: str = "",
+) -> DataCheck:
+    """Checks tables and every image in them, prints what it finds and writes data_report.csv.
+
+    Args:
+        tables: of the sets, the training set first, or one of no set's name.
+        configs: for the images' size and limits, and what is no error.
+        multi_label: whether a label may hold several class names.
+        folder: receives data_report.csv; empty: that of the first table.
+        skip_contradictions: whether an image that has two labels is left out, and no error.
+        show_copies: is called with the copies before anything is raised.
+
+    Raises:
+        UserError: there are errors; of images that cannot be read only where `skip_bad_images` is not set.
+    """
+    configs = settle_files(configs, {tables[0].csv_path: [file for table in tables for file in table.files]})
+    check = check_data(
+        tables,
+        multi_label,
+        mode="full",
+        image_size=configs.image_target_size[:2],
+        max_pixels=configs.max_image_pixels,
+        workers=configs.generator_workers,
+        allow_duplicates=configs.allow_duplicates,
+        resize_mode=configs.resize_mode,
+        pixel_range=configs.pixel_range,
+    )
+    folder = folder or os.path.dirname(tables[0].csv_path)
+    if show_copies:
+        show_copies(folder, check.copies, multi_label, configs)
+    report_findings(check.findings, folder, configs.skip_bad_images, skip_contradictions=skip_contradictions)
+    return check
+
+
+def check_data(
+    tables: Sequence[ImageTable],
+    multi_label: bool,
+    mode: str = "quick",
+    image_size: Sequence[int] = (1, 1),
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    workers: int = 4,
+    allow_duplicates: bool = False,
+    resize_mode: str = "stretch",
+    pixel_range: Sequence[float] = (),
+) -> DataCheck:
+    """Looks for everything in tables and their images that makes training fail, or wrong.
+
+    Args:
+        tables: of the sets, the training set first.
+        multi_label: whether a label may hold several class names.
+        mode: `headers` reads headers, and whole files only where two may be the same; `full` decodes every image and
+            finds near copies; `quick` does so as long as it takes about a minute, and near copies in two sets are
+            warnings.
+        image_size: `(height, width)` that images are resized to.
+        max_pixels: what an image may have.
+        workers: threads.
+        allow_duplicates: an image in two sets is a warning.
+        resize_mode: how images come to `image_size`.
+        pixel_range: what is black and white, as `read_image` takes it.
+    """
+    findings = [finding for table in tables for finding in check_labels(table, multi_label)]
+    findings += find_unknown_classes(tables, multi_label)
+    known, copies = look_for_copies(tables, mode, Reading(max_pixels, workers, pixel_range))
+    unusual = find_unusual_sizes(known, image_size, resize_mode)
+    for table in tables:
+        for row, (path, file) in enumerate(zip(table.paths, table.files, strict=True), start=2):
+            if file and (known[file].fault or known[file].remarks or file in unusual):
+                found = [known[file].fault] if known[file].fault else [*known[file].remarks, *unusual.get(file, [])]
+                findings += [Finding(kind, table.set_name, table.csv_path, row, path, text) for kind, text in found]
+    findings += list_findings(copies, multi_label, allow_duplicates, allow_near=mode == "quick")
+    order = {kind: position for position, kind in enumerate(KINDS)}
+    return DataCheck(sorted(findings, key=lambda finding: order[finding.kind]), copies)
+
+
+def look_for_copies(
+    tables: Sequence[ImageTable], mode: str, reading: Reading, needs_headers: bool = True
+) -> tuple[dict[str, Inspection], Copies]:
+    """Inspects the images of tables, in the way that `check_data` describes, and finds copies among them.
+
+    In the mode `quick` it prints what was left out for want of time. Headers are then read only if `needs_headers` is
+    set.
+
+    Returns:
+        What is known of each file, and the copies.
+    """
+    files = list(dict.fromkeys(file for table in tables for file in table.files if file))
+    started, decode = time.monotonic(), mode == "full"
+    if mode == "quick":
+        estimate = estimate_seconds(files, *reading)
+        decode = estimate <= QUICK_SECONDS
+        if not decode:
+            print(
+                f"Near copies and damage were not looked for: decoding {len(files):,} images would take about "
+                f"{show_duration(estimate)}. --verify_data full does it."
+            )
+        if not decode and not needs_headers:
+            return {}, Copies([], [])
+    known = dict(zip(files, inspect_named(files, decode, *reading), strict=True))
+    left = max(QUICK_SECONDS - (time.monotonic() - started), LEAST_SECONDS) if mode == "quick" else None
+    copies = find_copies(tables, known, reading.workers, left)
+    if copies.left_out:
+        more = " --verify_data full compares more." if mode == "quick" else ""
+        print(
+            f"Near copies: {copies.left_out:,} candidate pairs, the least similar ones, were not compared: "
+            f"too many for {'a minute' if mode == 'quick' else 'one check'}.{more}"
+        )
+    return known, copies
+
+
+def check_labels(table: ImageTable, multi_label: bool) -> list[Finding]:
+    """Finds empty, doubled and suspicious labels in one table."""
+    rows_of = defaultdict(list)
+    for row, label in enumerate(table.labels, start=2):
+        rows_of[label].append(row)
+    found, names, first_row = [], Counter(), {}
+
+    def add(kind: str, row: int, detail: str) -> None:
+        found.append(Finding(kind, table.set_name, table.csv_path, row, table.paths[row - 2], detail))
+
+    for row, file in enumerate(table.files, start=2):
+        if not file:
+            add("empty_path", row, "the path is empty")
+    for label, rows in rows_of.items():
+        parts = split_label(label, multi_label)
+        for name in set(parts):
+            names[name] += len(rows)
+            first_row[name] = min(rows[0], first_row.get(name, rows[0]))
+        faults = [("empty_label", "the label is empty")] * (not label.strip())
+        if label.strip() and not all(part.strip() for part in parts):
+            faults.append(("empty_label_part", f"the label {label!r}"))
+        if len(set(parts)) < len(parts):
+            faults.append(("doubled_label", f"the label {label!r}"))
+        for kind, detail in faults:
+            for row in rows:
+                add(kind, row, detail)
+    named = {name: count for name, count in names.items() if name.strip()}
+    for name, kind, detail in compare_names(named):
+        for label, rows in rows_of.items():
+            if name in split_label(label, multi_label):
+                for row in rows:
+                    add(kind, row, detail)
+    if table.set_name in ("", "training"):
+        for name in sorted(name for name, count in named.items() if count == 1):
+            add("class_of_one_image", first_row[name], f"the class {name!r}")
+    return found
+
+
+def compare_names(counts: dict[str, int]) -> list[tuple[str, str, str]]:
+    """Finds class names that are variants of another one, or have white space at their ends.
+
+    Args:
+        counts: images of each class name.
+
+    Returns:
+        For each, the name, a key of `KINDS` and what was found.
+    """
+    found, variants = [], defaultdict(list)
+    for name in sorted(counts, key=lambda name: (-counts[name], name)):
+        plain = " ".join(name.split())
+        if plain != name and plain in counts:
+            found.append((name, "white_space_variant", f"{name!r} beside {plain!r}"))
+        elif name != name.strip():
+            found.append((name, "white_space", f"the label {name!r}"))
+        if plain == name or plain not in counts:
+            variants[unicodedata.normalize("NFKC", plain).casefold()].append(name)
+    for common, *others in variants.values():
+        for name in others:
+            text = f"{name!r} ({counts[name]} images) beside {common!r} ({counts[common]})"
+            found.append((name, "case_variant", text))
+    return found
+
+
+def find_unknown_classes(tables: Sequence[ImageTable], multi_label: bool) -> list[Finding]:
+    """Finds the labels of other sets that the training set has no image of."""
+    training = next((table for table in tables if table.set_name == "training"), None)
+    if training is None:
+        return []
+    known, found = set(find_class_names(training.labels, multi_label)), []
+    for table in tables:
+        unknown = {label: sorted(set(split_label(label, multi_label)) - known) for label in set(table.labels)}
+        for row, label in enumerate(table.labels, start=2):
+            if unknown[label] and label.strip():
+                names = join_names([repr(name) for name in unknown[label]])
+                text = f"the label {names} is none of the {len(known)} classes of the training set"
+                path = table.paths[row - 2]
+                found.append(Finding("unknown_class", table.set_name, table.csv_path, row, path, text))
+    return found
+
+
+def find_unusual_sizes(
+    known: dict[str, Inspection], image_size: Sequence[int], resize_mode: str
+) -> dict[str, list[tuple[str, str]]]:
+    """Finds images that will be enlarged, or whose size or shape is far from the median.
+
+    Far is a mean side 4 times as long or as short, or sides' ratio 3 times as large or as small.
+
+    Args:
+        known: the inspected files.
+        image_size: `(height, width)` that images are resized to.
+        resize_mode: in which way: padding enlarges only what is smaller both ways.
+
+    Returns:
+        The kinds and details of each such file.
+    """
+    files = [file for file, inspection in known.items() if min(inspection.sides)]
+    if not files:
+        return {}
+    sides = np.array([known[file].sides for file in files], float)
+    logs = np.stack([np.log(sides).mean(axis=1), np.log(sides[:, 0] / sides[:, 1])], axis=1)
+    distance = np.abs(logs - np.median(logs, axis=0))
+    far = (distance > np.log([SIZE_FACTOR, SHAPE_FACTOR])).any(axis=1) & (len(files) >= FEWEST_SIZES)
+    is_less = sides < [image_size[1], image_size[0]]
+    small = is_less.all(axis=1) if resize_mode == "pad" else is_less.any(axis=1)
+    typical = np.median(sides, axis=0)
+    found = defaultdict(list)
+    for kind, rows, beside in (
+        ("small", small, f"the target is {image_size[1]}x{image_size[0]}"),
+        ("unusual_size", far, f"the median is {typical[0]:.0f}x{typical[1]:.0f}"),
+    ):
+        for row in np.flatnonzero(rows):
+            found[files[row]].append((kind, f"{sides[row, 0]:.0f}x{sides[row, 1]:.0f}, {beside}"))
+    return found
+
+
+def inspect_named(
+    files: Sequence[str], decode: bool, max_pixels: int, workers: int, pixel_range: Sequence[float] = ()
+) -> list[Inspection]:
+    """Inspects images as `inspect_images` does; of a file that is missing it tells which one may be meant."""
+    inspections = inspect_images(files, decode, max_pixels, workers, pixel_range)
+    missing = [row for row, one in enumerate(inspections) if one.fault and one.fault[0] == "missing"]
+    reasons = explain_missing(files[row] for row in missing)
+    for row in missing:
+        if files[row] in reasons:
+            inspections[row] = inspections[row]._replace(fault=("missing", reasons[files[row]]))
+    return inspections
+
+
+def check_images(
+    paths: Sequence[str],
+    csv_path: str,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    workers: int = 4,
+    skip_bad_images: bool = False,
+    rows: Sequence[int] | None = None,
+) -> list[int]:
+    """Checks that every path is a file that starts and ends as an image does; decoding waits until it is read.
+
+    Args:
+        paths: image files or URLs.
+        csv_path: the table that they are from.
+        max_pixels: what an image may have.
+        workers: threads.
+        skip_bad_images: print what is wrong in the place of raising it.
+        rows: the line number of each path in the table; None where the paths are those of all its lines.
+
+    Returns:
+        The line numbers of those that are not, where `skip_bad_images` is set; they are printed.
+
+    Raises:
+        UserError: names the first few files that are missing, empty or no images, with their rows.
+    """
+    inspections = inspect_named(paths, False, max_pixels, workers)
+    listed = zip(range(2, len(paths) + 2) if rows is None else rows, paths, inspections, strict=True)
+    faults = {row: describe_fault(path, one.fault[1]) for row, path, one in listed if one.fault}
+    if not faults:
+        return []
+    shown = [f"row {row}: {detail}" for row, detail in list(faults.items())[:LONGEST_LIST]]
+    more = f" (and {len(faults) - LONGEST_LIST} more rows)" if len(faults) > LONGEST_LIST else ""
+    if skip_bad_images:
+        print(f"{csv_path}: left out {show_count(len(faults), 'image')}: {'; '.join(shown)}{more}.")
+        return list(faults)
+    remedy = "Correct image_directory, the paths or the files, or leave the rows out by --skip_bad_images True."
+    raise UserError(f"{csv_path}: {'; '.join(shown)}{more}. {remedy}")

@@ -1,0 +1,259 @@
+"""What can be wrong with tables and images, and the report of what was found: data_report.csv."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import pandas as pd
+
+from finetune.core.files import write_csv
+from finetune.core.options import UserError
+from finetune.core.texts import LONGEST_LIST, show_count, show_text
+
+
+class BadImage(Exception):
+    """An image that cannot be used: a key of `KINDS`, and what was found."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+
+
+class Finding(NamedTuple):
+    """One thing that the data check has found; the fields are the columns of data_report.csv.
+
+    `row` is a line number in the CSV file, of which the header is line 1, None where a whole file is meant; `copy_of`
+    the line that holds the image of which this one is a copy, and `copy_in` the CSV file of that line.
+    """
+
+    kind: str
+    set_name: str
+    csv_path: str
+    row: int | None
+    path: str
+    detail: str
+    copy_of: int | None = None
+    copy_in: str = ""
+
+
+class Kind(NamedTuple):
+    """How much a finding matters, `error`, `warning` or `note`, and what it means."""
+
+    severity: str
+    meaning: str
+
+
+KINDS = {
+    "missing": Kind("error", "There is no such file. Correct image_directory or the paths, or drop the rows."),
+    "unreachable": Kind("error", "The store does not give it. Check address, network and permissions, or drop it."),
+    "empty": Kind("error", "The file has no bytes. Copy it again, or drop the row."),
+    "truncated": Kind("error", "The end of the file is missing. Copy it again, or drop the row."),
+    "unreadable": Kind("error", "The image cannot be decoded. Replace it, or drop the row."),
+    "unsupported": Kind("error", "The image is of a kind that is not read. Save it as JPEG or PNG, or drop the row."),
+    "needs_package": Kind("error", "Reading it takes another package. Install it, or save the image as JPEG."),
+    "not_an_image": Kind("error", "The file is no image, whatever its name says. Replace it, or drop the row."),
+    "too_many_pixels": Kind("error", "Decoding it would fill the memory. Shrink it, or raise max_image_pixels."),
+    "empty_path": Kind("error", "The row names no image. Fill it in, or drop the row."),
+    "empty_label": Kind("error", "The image has no label. Fill it in, or drop the row."),
+    "empty_label_part": Kind("error", "A '$' stands without a class name beside it. Correct the label."),
+    "unknown_class": Kind("error", "The training set has no image of the class. Correct the label, or drop the row."),
+    "white_space_variant": Kind("error", "Two class names differ by white space alone. Remove it from the label."),
+    "duplicate_with_other_label": Kind(
+        "error", "The same image has two labels. Keep the right row, or leave out all by --skip_bad_images True."
+    ),
+    "duplicate_across_sets": Kind(
+        "error",
+        "The same image is in two sets: split again with split_train_test.py, drop one, or allow it with "
+        "--allow_duplicates True.",
+    ),
+    "near_duplicate_across_sets": Kind(
+        "error",
+        "Nearly the same image is in two sets: split again with split_train_test.py, drop one, or allow it with "
+        "--allow_duplicates True.",
+    ),
+    "allowed_duplicate": Kind("warning", "The same image is in two sets: figures will be optimistic."),
+    "near_allowed_duplicate": Kind(
+        "warning",
+        "Nearly the same image is in two sets, so results will be optimistic. Split again with split_train_test.py.",
+    ),
+    "near_duplicate_with_other_label": Kind(
+        "warning", "Nearly the same image has two labels. Look at both in data_report.html."
+    ),
+    "white_space": Kind("warning", "White space at the ends of a class name is a part of the name."),
+    "case_variant": Kind("warning", "Class names that differ only by case or width are two classes."),
+    "doubled_label": Kind("warning", "A label names a class twice; it counts once."),
+    "duplicate_path": Kind("warning", "The table names the same file twice; it counts twice."),
+    "duplicate": Kind("warning", "The same image is twice in a set; it counts twice."),
+    "near_duplicate": Kind("warning", "Nearly the same image is twice in a set."),
+    "class_of_one_image": Kind("warning", "One image is hardly enough to learn a class from."),
+    "wrong_extension": Kind("warning", "The file's content is not what its ending says; it is read by its content."),
+    "nearly_uniform": Kind("warning", "The image is nearly one tone. Are its values of fewer bits than the file's?"),
+    "odd_values": Kind("warning", "Infinities and values beyond pixel_range are clipped. Are they meant?"),
+    "small": Kind("warning", "The image is smaller than image_target_size and will be enlarged."),
+    "unusual_size": Kind("warning", "The image's size or shape is far from that of the rest."),
+    "rotated": Kind("note", "turned upright by EXIF or XMP"),
+    "animated": Kind("note", "animated or of several pages, of which the first is taken"),
+    "deep": Kind("note", "of 16 bits, reduced to 8"),
+    "cmyk": Kind("note", "CMYK, converted to RGB"),
+    "palette": Kind("note", "with a palette, converted to RGB"),
+    "alpha": Kind("note", "with transparency, laid over white"),
+}
+IMAGE_FAULTS = ("missing", "unreachable", "empty", "truncated", "unreadable", "unsupported", "needs_package")
+IMAGE_FAULTS += ("not_an_image", "too_many_pixels")
+EXACT_COPIES = (
+    "duplicate_with_other_label",
+    "duplicate_across_sets",
+    "allowed_duplicate",
+    "duplicate_path",
+    "duplicate",
+)
+REPORT_FILE = "data_report.csv"
+
+
+def get_bad_rows(findings: Sequence[Finding]) -> dict[str, set[int]]:
+    """Returns the line numbers of the images that cannot be used, or that have two labels, by CSV file."""
+    rows = defaultdict(set)
+    for finding in findings:
+        if finding.kind in IMAGE_FAULTS:
+            rows[finding.csv_path].add(finding.row)
+    for csv_path, row in find_contradictions(findings):
+        rows[csv_path].add(row)
+    return rows
+
+
+def find_contradictions(findings: Sequence[Finding]) -> list[tuple[str, int]]:
+    """Returns the CSV file and the line of each image that has another label in another line: of all those lines."""
+    wrong = [one for one in findings if one.kind == "duplicate_with_other_label"]
+    if not wrong:
+        return []
+    pairs = [((one.csv_path, one.row), (one.copy_in, one.copy_of)) for one in findings if one.kind in EXACT_COPIES]
+    places = sorted({place for pair in pairs for place in pair})
+    positions = {place: position for position, place in enumerate(places)}
+    groups = Groups(len(places))
+    for first, second in pairs:
+        groups.join(positions[first], positions[second])
+    found = {groups.find(positions[one.csv_path, one.row]) for one in wrong}
+    return [place for place in places if groups.find(positions[place]) in found]
+
+
+def describe_fault(path: str, detail: str) -> str:
+    """Joins a path and what is said of its image: `a.jpg does not exist`, `a.jpg: its end is missing`."""
+    colon = ":" if detail.startswith(("it ", "its ")) else ""
+    return f"{show_text(path)}{colon} {show_text(detail)}"
+
+
+def format_findings(
+    findings: Sequence[Finding], severities: Collection[str] = ("error", "warning", "note"), heading: str = ""
+) -> str:
+    """Returns findings as text: a paragraph for each kind with its number and the first few, all notes in one line.
+
+    Args:
+        findings: in any order.
+        severities: of those that are shown.
+        heading: what a paragraph begins with in the place of its severity.
+    """
+    groups = defaultdict(list)
+    for finding in findings:
+        groups[finding.kind].append(finding)
+    lines, notes = [], []
+    for name, kind in KINDS.items():
+        if not groups[name] or kind.severity not in severities:
+            continue
+        if kind.severity == "note":
+            notes.append(f"{len(groups[name])} {kind.meaning}")
+            continue
+        lines.append(f"{heading or kind.severity}, {name.replace('_', ' ')} ({len(groups[name])}): {kind.meaning}")
+        for finding in groups[name][:LONGEST_LIST]:
+            row = f", row {finding.row}" if finding.row else ""
+            lines.append(f"  {finding.csv_path}{row}: {describe_fault(finding.path, finding.detail)}")
+        lines += [f"  and {len(groups[name]) - LONGEST_LIST} more rows"] * (len(groups[name]) > LONGEST_LIST)
+    lines += [f"Images that are decoded right: {'; '.join(notes)}."] * bool(notes)
+    return "\n".join(lines)
+
+
+def write_data_report(folder: str, findings: Sequence[Finding], is_more: bool = False) -> str:
+    """Writes findings into data_report.csv in a folder, or adds them to it where `is_more` is set.
+
+    Returns:
+        Its path.
+    """
+    path = os.path.join(folder, REPORT_FILE)
+    rows = [(KINDS[finding.kind].severity, *finding) for finding in findings]
+    table = pd.DataFrame(rows, columns=["severity", *Finding._fields]).astype({"row": "Int64", "copy_of": "Int64"})
+    if is_more and os.path.isfile(path):
+        table = pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False), table.astype(str).replace("<NA>", "")])
+    write_csv(path, table)
+    return path
+
+
+def report_findings(
+    findings: Sequence[Finding],
+    folder: str,
+    skip_bad_images: bool,
+    writes_report: bool = True,
+    skip_contradictions: bool = False,
+) -> None:
+    """Prints what the data check has found, and writes data_report.csv where that is anything.
+
+    Args:
+        findings: from `check_data`.
+        folder: receives the report.
+        skip_bad_images: images that cannot be used, or that have two labels, are left out, not errors.
+        writes_report: False leaves the report to another process that finds the same.
+        skip_contradictions: images that have two labels are left out in any case.
+
+    Raises:
+        UserError: there are errors; the text lists them.
+    """
+    unreadable = [finding for finding in findings if finding.kind in IMAGE_FAULTS and skip_bad_images]
+    contradictions = {*find_contradictions(findings)} if skip_bad_images or skip_contradictions else set()
+    # What is left out of every set is no longer in two.
+    kinds = "duplicate_with_other_label", "duplicate_across_sets"
+    settled = [one for one in findings if one.kind in kinds and (one.csv_path, one.row) in contradictions]
+    left_out = {*unreadable, *settled}
+    skipped = [finding for finding in findings if finding in left_out]
+    errors = [one for one in findings if KINDS[one.kind].severity == "error" and one not in left_out]
+    if not findings and not os.path.exists(os.path.join(folder, REPORT_FILE)):
+        return
+    path = write_data_report(folder, findings) if writes_report else os.path.join(folder, REPORT_FILE)
+    others = [one for one in findings if KINDS[one.kind].severity != "error"]
+    for text in (format_findings(skipped, heading="left out"), format_findings(others)):
+        print(text) if text else None
+    if unreadable:
+        print(f"Left out {show_count(len(unreadable), 'image')} that cannot be read; {path} lists them.")
+    if contradictions:
+        print(f"Left out {len(contradictions)} rows whose images have two labels; {path} lists them.")
+    if errors:
+        counts = Counter(KINDS[finding.kind].severity for finding in findings)
+        remedy = " --skip_bad_images True leaves out images that cannot be read."
+        remedy *= any(finding.kind in IMAGE_FAULTS[1:] for finding in errors)
+        raise UserError(
+            f"The data check found errors: {counts['error'] - len(skipped)}, warnings: {counts['warning']}. "
+            f"{path} lists them all.{remedy}\n{format_findings(errors)}"
+        )
+    if any(KINDS[finding.kind].severity == "warning" for finding in findings):
+        print(f"{path} lists everything that the data check found.")
+
+
+class Groups:
+    """Sets of things that belong together, by their positions."""
+
+    def __init__(self, number: int) -> None:
+        self._parents = list(range(number))
+
+    def find(self, position: int) -> int:
+        """Returns the position that stands for the group of this one."""
+        while self._parents[position] != position:
+            self._parents[position] = self._parents[self._parents[position]]
+            position = self._parents[position]
+        return position
+
+    def join(self, first: int, second: int) -> bool:
+        """Makes one group of two; returns whether they were two."""
+        first, second = sorted((self.find(first), self.find(second)))
+        self._parents[second] = first
+        return first != second

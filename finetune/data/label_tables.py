@@ -1,0 +1,334 @@
+"""Tables of labels as competitions ship them, with ids or a column of 0 and 1 a class, as tables of images."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from finetune.core.files import IMAGE_SUFFIXES, list_visible
+from finetune.core.labels import clean_label, clean_labels
+from finetune.core.options import UserError
+from finetune.core.texts import join_names, show_text
+from finetune.data.table_faults import (
+    IMAGE_COLUMN,
+    MARKS_AROUND,
+    SAMPLED_BYTES,
+    TRUE_WORDS,
+    UNNAMED,
+    describe_parser_error,
+    find_encoding,
+    find_kind_fault,
+    find_separator_line,
+    is_binary,
+    is_image_path,
+)
+from finetune.data.tables import LABEL_SEPARATOR, describe_encoding, find_class_names, split_label
+
+SEPARATORS = ",;\t|"
+
+
+def convert_label_table(
+    table_path: str,
+    folder_path: str,
+    label_column: str,
+    is_label_column_given: bool,
+    image_column: str,
+    multi_label: bool,
+    separator: str,
+    leave_out_missing: bool,
+) -> pd.DataFrame:
+    """Makes a table of images from a table of labels and the folder of its images.
+
+    Args:
+        table_path: a CSV file, its fields separated by commas, semicolons, tabs or bars.
+        folder_path: holds the images, at any depth.
+        label_column: the column with the labels, in the table where it has that, and in the result.
+        is_label_column_given: whether the table has to have that column.
+        image_column: the column that names the images; empty finds it by its values.
+        multi_label: whether an image may have several labels.
+        separator: what joins them in the table.
+        leave_out_missing: whether rows whose image is not there are left out, and no error.
+
+    Returns:
+        The columns `path` and `label_column`, a row an image, in the order of the table.
+
+    Raises:
+        UserError: the table or the folder cannot be used, or it cannot be told what a row means.
+    """
+    table = read_label_table(table_path)
+    images = ImageNames(folder_path)
+    image_column = find_image_column(table, images, image_column, table_path)
+    labels = find_labels(table.drop(columns=image_column), label_column, is_label_column_given, multi_label, table_path)
+    if multi_label and separator != LABEL_SEPARATOR:
+        labels = [replace_separator(label, separator, table_path) for label in labels]
+    labels = clean_labels(labels, table_path)
+    files = pick_files(table[image_column], images, table_path, leave_out_missing)
+    used = {file for file in files if file}
+    if unused := [path for path in images.paths if path not in used]:
+        print(f"Left out {len(unused)} images that no row of {table_path} names: {join_names(unused)}")
+    if unlabelled := [f"row {row}" for row, label in zip(table.index, labels, strict=True) if not label]:
+        print(f"Left out {len(unlabelled)} rows without a label: {join_names(unlabelled)}")
+    found = pd.DataFrame({IMAGE_COLUMN: files, label_column: labels})
+    found = found[(found[IMAGE_COLUMN] != "") & (found[label_column] != "")]
+    if found.empty:
+        raise UserError(f"{table_path}: no row has both an image in {folder_path} and a label. Check --folder_path.")
+    return join_rows(found, label_column) if multi_label else found.reset_index(drop=True)
+
+
+def read_label_table(table_path: str) -> pd.DataFrame:
+    """Reads a table of texts, whose index are the lines; columns without a name are left out, and blanks around fields.
+
+    Raises:
+        UserError: it cannot be read, or is no table with a header and rows.
+    """
+    text = read_text(table_path)
+    first, _, rest = text.partition("\n")
+    separator = find_separator_line(first)
+    if separator and separator not in SEPARATORS:
+        raise UserError(
+            f"{table_path} begins with '{show_text(first)}'. Expected commas, semicolons, tabs or bars. Save it so."
+        )
+    start = 2 if separator else 1
+    text = rest if separator else text
+    header = text.partition("\n")[0]
+    separator = separator or max(SEPARATORS, key=header.count)
+    options = {"header": None, "dtype": str, "keep_default_na": False, "skip_blank_lines": False}
+    try:
+        rows = pd.read_csv(io.StringIO(text), sep=separator, **options)
+    except ValueError as error:
+        raise UserError(f"{table_path}: {describe_parser_error(error)}.") from error
+    rows = rows.fillna("").apply(lambda column: column.str.strip())
+    rows.index += start
+    names, table = [name.strip(MARKS_AROUND) for name in rows.iloc[0]], rows.iloc[1:]
+    table = table[(table != "").any(axis=1)]
+    if table.empty or not any(names) or any(map(is_image_path, names)):
+        raise UserError(
+            f"{table_path}: expected a line with the names of the columns, and a line for each image below it. "
+            f"Received: {show_text(join_names(names))}, and {len(table)} lines. Add what is missing."
+        )
+    if doubled := sorted({name for name in names if name and names.count(name) > 1}):
+        raise UserError(f"{table_path} has several columns {show_text(join_names(doubled))}. Rename or remove them.")
+    table.columns = names
+    return table[[name for name in names if name and not re.fullmatch(UNNAMED, name)]]
+
+
+def read_text(table_path: str) -> str:
+    """Returns the text of a file in UTF-8 or UTF-16; raises UserError where it has none."""
+    try:
+        with open(table_path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise UserError(f"Cannot read the table {table_path}: {error.strerror}. Check --table_path.") from error
+    encoding = find_encoding(content)
+    fault = "" if encoding else find_kind_fault(content[:SAMPLED_BYTES])
+    try:
+        text = content.decode(encoding or "utf-8-sig").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        described = "its encoding is damaged" if encoding else describe_encoding(table_path)
+        raise UserError(f"{table_path} is not a UTF-8 CSV file: {described}. Save it as UTF-8.") from error
+    if fault or "\0" in text:
+        raise UserError(f"{table_path} is not a UTF-8 CSV file: {fault or 'it is no text. Name the table'}.")
+    if not text.strip():
+        raise UserError(f"{table_path} is empty. Expected a column with images and one or more with labels.")
+    return text
+
+
+class ImageNames:
+    """The images below a folder, and which of them a text names.
+
+    Args:
+        folder_path: the folder.
+
+    Raises:
+        UserError: it holds no image.
+    """
+
+    def __init__(self, folder_path: str) -> None:
+        if not os.path.isdir(folder_path):
+            raise UserError(f"Cannot read the folder {folder_path}: there is none. Check --folder_path.")
+        folder_path = os.path.normpath(folder_path)
+        self.folder_path = folder_path
+        # Of a path below it, the separators more are the parts below it.
+        self._depth = -1 if folder_path == "." else folder_path.rstrip(os.sep).count(os.sep)
+        paths = map(os.path.normpath, list_visible(folder_path).files)
+        self.paths = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+        if not self.paths:
+            raise UserError(f"{folder_path} holds no image ({', '.join(IMAGE_SUFFIXES)}). Check --folder_path.")
+        self._by_name = defaultdict(list)
+        for path in self.paths:
+            name = os.path.basename(path)
+            for key in map(clean_label, (name, os.path.splitext(name)[0])):
+                self._by_name[key].append(path)
+
+    def find(self, text: str) -> list[str]:
+        """Returns the images that a text names: a path or the end of one, with or without the ending of the name.
+
+        Other folders in front of `folder_path` do no harm. The longest agreement counts, and of those names with their
+        endings, and paths that begin in `folder_path`, before others.
+        """
+        given = [part for part in re.split(r"[\\/]", text.strip(MARKS_AROUND)) if part not in ("", ".")]
+        parts, ranks = [*map(clean_label, given)], {}
+        for path in self._by_name.get(parts[-1], ()) if parts else ():
+            whole, depth = clean_label(os.path.abspath(path)).split(os.sep), path.count(os.sep) - self._depth
+            folders = zip(parts[-2::-1], whole[-2::-1], strict=False)
+            agreeing = 1 + sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], folders))
+            if agreeing == len(parts) or agreeing > depth:
+                is_exact = os.path.basename(path).startswith(given[-1])
+                ranks[path] = agreeing, whole[-1] == parts[-1], depth == len(parts), is_exact
+        return [path for path, rank in ranks.items() if rank == max(ranks.values())]
+
+
+def find_image_column(table: pd.DataFrame, images: ImageNames, image_column: str, table_path: str) -> str:
+    """Returns the column that names images: the given one, or the one that names most of them.
+
+    Raises:
+        UserError: there is no such column, none of its values is an image, or its name is one.
+    """
+    if image_column and image_column not in table.columns:
+        columns = join_names(table.columns)
+        raise UserError(f"{table_path} has no column {image_column!r}. Its columns: {columns}. Correct --image_column.")
+    columns = [image_column] if image_column else list(table.columns)
+    numbers = {name: [len(images.find(value)) for value in table[name].unique()] for name in columns}
+    column = max(columns, key=lambda name: (numbers[name].count(1), sum(map(bool, numbers[name]))))
+    if not any(numbers[column]):
+        row = ", ".join(f"{name} {table[name].iloc[0]!r}" for name in columns[:3])
+        raise UserError(
+            f"{table_path}: no column names images in {images.folder_path}. Its first row has {show_text(row)}, the "
+            f"folder {os.path.relpath(images.paths[0], images.folder_path)}. Correct folder_path or image_column."
+        )
+    if images.find(column):
+        raise UserError(
+            f"{table_path}: its first line is no header: it names the image {show_text(column)}. Put a line of column "
+            "names in front of it, such as id,class."
+        )
+    return column
+
+
+def pick_files(names: pd.Series, images: ImageNames, table_path: str, leave_out_missing: bool) -> list[str]:
+    """Returns the image that each row names, empty where there is none.
+
+    Raises:
+        UserError: a row names several, or none and these are not left out.
+    """
+    found = [images.find(name) for name in names]
+    for row, name, paths in zip(names.index, names, found, strict=True):
+        if len(paths) > 1:
+            raise UserError(
+                f"{table_path}, row {row}: {show_text(name)} names {len(paths)} images: {join_names(paths)}. Write the "
+                "whole name with its folder and ending, or set --folder_path to the folder that is meant."
+            )
+    if missing := [row for row, paths in zip(names.index, found, strict=True) if not paths]:
+        shown = join_names([f"row {row} ({show_text(names[row])})" for row in missing])
+        if not leave_out_missing:
+            raise UserError(
+                f"{table_path}: {len(missing)} of {len(names)} rows name no image in {images.folder_path}: {shown}. "
+                "Check --folder_path, drop them, or leave them out by --skip_bad_images True."
+            )
+        print(f"Left out {len(missing)} rows that name no image in {images.folder_path}: {shown}")
+    return [paths[0] if paths else "" for paths in found]
+
+
+def find_labels(
+    others: pd.DataFrame, label_column: str, is_given: bool, multi_label: bool, table_path: str
+) -> list[str]:
+    """Returns the label of each row, empty where it has none.
+
+    Args:
+        others: the columns beside that of the images.
+        label_column: the column with the labels, where there is one of that name.
+        is_given: whether there has to be.
+        multi_label: whether an image may have several labels.
+        table_path: where the table is.
+
+    Raises:
+        UserError: there is no such column, and the others are neither a single one nor of 0 and 1.
+    """
+    columns = list(others.columns)
+    if label_column in columns or len(columns) == 1:
+        column = label_column if label_column in columns else columns[0]
+        if column == label_column or not is_given:
+            return others[column].tolist()
+    if not columns:
+        raise UserError(
+            f"{table_path} has one column, that of the images. Expected a second one, with the labels. Add it."
+        )
+    if is_given:
+        raise UserError(
+            f"{table_path} has no column {label_column!r} beside that of the images. Its others: "
+            f"{join_names(columns)}. Set --csv_label_column to the one with the labels."
+        )
+    if wrong := [name for name in columns if not is_binary(others[name])]:
+        raise UserError(
+            f"{table_path} has {len(columns)} columns beside that of the images, not one of labels, nor one of 0 and 1 "
+            f"for each class: {show_text(join_names(wrong))}. Set --csv_label_column to the one with the labels, or "
+            "remove what is no class."
+        )
+    return join_classes(others, multi_label, table_path)
+
+
+def join_classes(others: pd.DataFrame, multi_label: bool, table_path: str) -> list[str]:
+    """Returns the label of each row of a table that has a column of 0 and 1 for each class.
+
+    Raises:
+        UserError: a class name holds the separator of labels, or a row has several labels where it may not.
+    """
+    if wrong := [name for name in others.columns if LABEL_SEPARATOR in name]:
+        raise UserError(
+            f"{table_path}: the column {wrong[0]} contains '{LABEL_SEPARATOR}', which separates labels. Rename it."
+        )
+    marked, given = others.isin(TRUE_WORDS).to_numpy(), np.array(others.columns, dtype=object)
+    clean_labels(given[np.nonzero(marked)[1]].tolist(), table_path)
+    columns_of = defaultdict(list)
+    for position, name in enumerate(given):
+        columns_of[clean_label(name)].append(position)
+    # Columns whose names look the same are one class.
+    present = np.stack([marked[:, columns].any(axis=1) for columns in columns_of.values()], axis=1)
+    names = np.array([*columns_of], dtype=object)
+    several = np.flatnonzero(present.sum(axis=1) > 1)
+    if several.size and not multi_label:
+        raise UserError(
+            f"{table_path}, row {others.index[several[0]]}: {join_names(names[present[several[0]]])} are 1 at once; "
+            f"{several.size} rows are so. Expected one class an image. Correct them, or set multi_label_classification."
+        )
+    return [LABEL_SEPARATOR.join(names[row]) for row in present]
+
+
+def replace_separator(label: str, separator: str, table_path: str) -> str:
+    """Returns a label whose class names another mark joins as this project writes it; a blank stands for any number.
+
+    Raises:
+        UserError: the label holds the separator of this project.
+    """
+    if LABEL_SEPARATOR in label:
+        raise UserError(
+            f"{table_path}: the label {show_text(label)} contains '{LABEL_SEPARATOR}'. Leave out label_separator."
+        )
+    names = [name.strip() for name in label.split(separator)]
+    return LABEL_SEPARATOR.join(name for name in names if name)
+
+
+def join_rows(table: pd.DataFrame, label_column: str) -> pd.DataFrame:
+    """Joins the labels of rows that have the same image, each label once, and says so."""
+    labels = defaultdict(dict)
+    for path, label in zip(table[IMAGE_COLUMN], table[label_column], strict=True):
+        labels[path] |= dict.fromkeys(label.split(LABEL_SEPARATOR))
+    if len(labels) < len(table):
+        print(f"Joined the labels of {len(table)} rows by their images: {len(labels)}.")
+    joined = [LABEL_SEPARATOR.join(names) for names in labels.values()]
+    return pd.DataFrame({IMAGE_COLUMN: list(labels), label_column: joined})
+
+
+def count_classes_of(labels: Sequence[str], class_names: Sequence[str], multi_label: bool) -> dict[str, int]:
+    """Returns the image count of each class, those of `class_names` that no label has included."""
+    counts = dict.fromkeys([*class_names, *find_class_names(labels, multi_label)], 0)
+    for label, count in Counter(labels).items():
+        for name in set(split_label(label, multi_label)):
+            counts[name] += count
+    return counts

@@ -1,0 +1,303 @@
+"""Near copies: pairs of photos that show the same shot, and groups of them.
+
+A near copy is the same shot saved again, resized, cropped, turned by a few degrees, mirrored, or taken again at
+another exposure, as in a burst or in the frames of a video. Two photos of the same kind of thing are not near copies.
+
+Three steps, each on fewer pairs than the one before. A matrix product compares coarse descriptors of all pairs, of
+whole photos and of parts that a cropped copy may show. Finer descriptors then drop most of these candidates. Last,
+the two thumbnails are aligned by an affine warp (Evangelidis and Psarakis, PAMI 2008) and their pixels correlated.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from finetune.core.texts import show_progress
+from finetune.data.findings import Groups
+
+THUMBNAIL_SIDE = 64
+# Standard deviation of the grey values below which a thumbnail shows nothing to compare.
+LEAST_CONTRAST = 2
+# Parts of a thumbnail that a cropped copy may show, as top, left and side: all, the middle, the four corners.
+VIEWS = ((0, 0, 64), (3, 3, 58), (0, 0, 58), (0, 6, 58), (6, 0, 58), (6, 6, 58))
+
+
+class _Scale(NamedTuple):
+    """A descriptor: its side, the blur that removes the local mean, and the similarity that a candidate needs."""
+
+    side: int
+    blur: float
+    least: float
+
+
+COARSE, FINE = _Scale(8, 1.5, 0.75), _Scale(16, 2.0, 0.65)
+# Bounds on sets whose photos all look alike: candidates an image keeps for each view, the mean number that pass the
+# coarse step, candidates an image keeps in the end, and pairs that are aligned (2 to 5 ms each).
+ROW_CANDIDATES, MEAN_CANDIDATES, MOST_CANDIDATES, MOST_ALIGNMENTS = 32, 200, 8, 150_000
+BLOCK = 256
+# The pixels are correlated at this side, less the local mean. Photos of different things stay below 0.7 (flowers,
+# street scenes, faces), hands that make the same sign below 0.9; of altered copies 98 % exceed 0.9.
+COMPARED = _Scale(48, 3.0, 0.9)
+# Pairs above this join groups by themselves; weaker ones need half of the pairs between two groups.
+STRONG_CORRELATION = 0.94
+# Grey values outside are clipped in one of the two exposures; they show nothing where enough others remain.
+DARKEST, LIGHTEST, LEAST_UNCLIPPED = 4, 248, 0.3
+LEAST_OVERLAP = 0.5
+# How far the alignment may differ from the view that it starts from, in each entry of its matrix (1 is the whole side):
+# a tenth more cropped, or turned by 5 degrees. More would align any two brick walls.
+MOST_CHANGE = 0.12
+ALIGNMENT, ALIGNMENT_BLUR = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 30, 1e-3), 5
+
+
+class NearPair(NamedTuple):
+    """Two near copies: their positions, the earlier one first, and the correlation of their pixels."""
+
+    first: int
+    second: int
+    correlation: float
+
+
+class NearSearch(NamedTuple):
+    """Pairs of near copies, sorted by position: all that are needed to group them.
+
+    Attributes:
+        pairs: those found.
+        left_out: candidate pairs that were not compared.
+    """
+
+    pairs: list[NearPair]
+    left_out: int = 0
+
+
+class _Candidates(NamedTuple):
+    """Pairs that may be near copies: `viewed` in the view `view` looks like `other`, or like its mirror image."""
+
+    viewed: np.ndarray
+    other: np.ndarray
+    view: np.ndarray
+    mirrored: np.ndarray
+    similarity: np.ndarray
+
+    def take(self, rows: np.ndarray) -> _Candidates:
+        return _Candidates(*(column[rows] for column in self))
+
+
+def make_thumbnail(image: np.ndarray) -> bytes | None:
+    """Returns the grey thumbnail by which an image is compared with others.
+
+    Args:
+        image: uint8 RGB `(height, width, 3)`.
+
+    Returns:
+        The bytes of uint8 `(THUMBNAIL_SIDE, THUMBNAIL_SIDE)`; None for an image of one tone, which shows nothing to
+        compare.
+    """
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    thumbnail = cv2.resize(grey, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=cv2.INTER_AREA)
+    return thumbnail.tobytes() if thumbnail.std() >= LEAST_CONTRAST else None
+
+
+def stack_thumbnails(thumbnails: Sequence[bytes]) -> np.ndarray:
+    """Returns thumbnails from `make_thumbnail` as uint8 `(images, THUMBNAIL_SIDE, THUMBNAIL_SIDE)`."""
+    return np.frombuffer(b"".join(thumbnails), np.uint8).reshape(-1, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+
+
+def find_near_pairs(thumbnails: np.ndarray, workers: int = 2, seconds: float | None = None) -> NearSearch:
+    """Finds pairs of near copies, those of the most similar descriptors first.
+
+    Args:
+        thumbnails: uint8 `(images, THUMBNAIL_SIDE, THUMBNAIL_SIDE)`, from `stack_thumbnails`.
+        workers: threads.
+        seconds: when to stop; None compares all candidates.
+    """
+    started = time.monotonic()
+    if len(thumbnails) < 2:
+        return NearSearch([])
+    candidates, left_out = _keep_best(_find_candidates(thumbnails))
+    number = len(candidates.viewed)
+
+    def compare(row: int) -> float:
+        viewed, other, view, mirrored, _ = (column[row] for column in candidates)
+        second = thumbnails[other]
+        return correlate(thumbnails[viewed], second[:, ::-1].copy() if mirrored else second, VIEWS[view])
+
+    found, joined, done = [], Groups(len(thumbnails)), 0
+    pairs = [*zip(candidates.viewed.tolist(), candidates.other.tolist(), strict=True)]
+    with (
+        show_progress(number, "Comparing images", delay=1) as progress,
+        ThreadPoolExecutor(max(workers, 1)) as pool,
+    ):
+        while done < number and (seconds is None or time.monotonic() - started < seconds):
+            rows = range(done, min(done + BLOCK, number))
+            # What strong pairs have joined needs no further comparison.
+            rows_left = [row for row in rows if joined.find(pairs[row][0]) != joined.find(pairs[row][1])]
+            for row, correlation in zip(rows_left, pool.map(compare, rows_left), strict=True):
+                if correlation >= COMPARED.least:
+                    found.append(NearPair(min(pairs[row]), max(pairs[row]), correlation))
+                if correlation >= STRONG_CORRELATION:
+                    joined.join(*pairs[row])
+            done += len(rows)
+            progress.update(len(rows))
+    return NearSearch(sorted(found), left_out + number - done)
+
+
+def group_near_pairs(number: int, pairs: Sequence[NearPair]) -> Groups:
+    """Returns groups of near copies.
+
+    Strong pairs join their groups. A weaker pair joins two groups only where at least half of the pairs between them
+    are near copies, so that chains of chance resemblances don't grow into large groups.
+
+    Args:
+        number: of images.
+        pairs: from `find_near_pairs`.
+    """
+    groups = Groups(number)
+    members: dict[int, list[int]] = {}
+    linked = defaultdict(set)
+    for pair in pairs:
+        linked[pair.first].add(pair.second)
+        linked[pair.second].add(pair.first)
+    for pair in sorted(pairs, key=lambda pair: (-pair.correlation, pair.first, pair.second)):
+        first, second = groups.find(pair.first), groups.find(pair.second)
+        if first == second:
+            continue
+        ours, theirs = members.get(first, [first]), members.get(second, [second])
+        shared = sum(len(linked[one].intersection(theirs)) for one in ours)
+        if pair.correlation >= STRONG_CORRELATION or 2 * shared >= len(ours) * len(theirs):
+            groups.join(first, second)
+            members[groups.find(first)] = ours + theirs
+    return groups
+
+
+def correlate(viewed: np.ndarray, other: np.ndarray, view: tuple[int, int, int] = VIEWS[0]) -> float:
+    """Returns how well two thumbnails agree, pixel by pixel, less their local means, after they have been aligned.
+
+    Args:
+        viewed: uint8 `(THUMBNAIL_SIDE, THUMBNAIL_SIDE)`.
+        other: of the same shape; looks like the view of `viewed`.
+        view: one of `VIEWS`, from which the alignment starts.
+
+    Returns:
+        The correlation, from -1 to 1: the higher one with the view as it is, and aligned.
+    """
+    top, left, side = view
+    scale = side / THUMBNAIL_SIDE
+    start = np.float32([[scale, 0, left + (scale - 1) / 2], [0, scale, top + (scale - 1) / 2]])
+    unaligned = _correlate_warped(viewed, other, start)
+    if unaligned >= STRONG_CORRELATION:
+        return unaligned
+    images = other.astype(np.float32), viewed.astype(np.float32)
+    try:
+        _, warp = cv2.findTransformECC(*images, start.copy(), cv2.MOTION_AFFINE, ALIGNMENT, None, ALIGNMENT_BLUR)
+    except cv2.error:  # The two are so different that the alignment does not converge.
+        return unaligned
+    change = np.abs(warp - start) / (1, 1, THUMBNAIL_SIDE)
+    return max(unaligned, _correlate_warped(viewed, other, warp)) if change.max() <= MOST_CHANGE else unaligned
+
+
+def _correlate_warped(viewed: np.ndarray, other: np.ndarray, warp: np.ndarray) -> float:
+    size = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    warped = cv2.warpAffine(viewed, warp, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    inside = cv2.warpAffine(np.full(size, 255, np.uint8), warp, size, flags=flags)
+    first, second, inside = (_shrink(image, COMPARED.side) for image in (warped, other, inside))
+    used = inside > 127
+    if used.mean() < LEAST_OVERLAP:
+        return 0.0
+    clipped = (np.minimum(first, second) < DARKEST) | (np.maximum(first, second) > LIGHTEST)
+    unclipped = used & (cv2.dilate(clipped.astype(np.uint8), np.ones((3, 3), np.uint8)) == 0)
+    if unclipped.mean() > LEAST_UNCLIPPED:
+        used = unclipped
+    values = [remove_local_mean(image, COMPARED.blur)[used] for image in (first, second)]
+    values = [value - value.mean() for value in values]
+    norm = np.sqrt(np.prod([value @ value for value in values]))
+    return float(values[0] @ values[1] / norm) if norm else 0.0
+
+
+def remove_local_mean(image: np.ndarray, blur: float) -> np.ndarray:
+    """Returns an image as float32, less its Gaussian blur of that standard deviation, in pixels."""
+    image = image.astype(np.float32)
+    return image - cv2.GaussianBlur(image, (0, 0), blur)
+
+
+def _shrink(image: np.ndarray, side: int) -> np.ndarray:
+    return cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+
+
+def _describe(thumbnails: np.ndarray, view: tuple[int, int, int], scale: _Scale, mirrored: bool = False) -> np.ndarray:
+    """Returns float32 `(images, side * side)`, of unit length: a view of each thumbnail less its local mean."""
+    top, left, side = view
+    rows = np.empty((len(thumbnails), scale.side**2), np.float32)
+    for row, thumbnail in zip(rows, thumbnails, strict=True):
+        part = thumbnail[top : top + side, left : left + side]
+        small = _shrink(np.ascontiguousarray(part), scale.side)
+        row[:] = remove_local_mean(small[:, ::-1] if mirrored else small, scale.blur).ravel()
+    rows -= rows.mean(axis=1, keepdims=True)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+
+
+def _find_candidates(thumbnails: np.ndarray) -> _Candidates:
+    """Returns the pairs whose descriptors are similar at both scales, for each view and for mirror images."""
+    coarse, fine = (_describe(thumbnails, VIEWS[0], scale) for scale in (COARSE, FINE))
+    parts = []
+    for view, mirrored in [*((view, False) for view in range(len(VIEWS))), (0, True)]:
+        descriptors = [_describe(thumbnails, VIEWS[view], scale, mirrored) for scale in (COARSE, FINE)]
+        for viewed, other in _find_similar(descriptors[0], coarse, is_symmetric=view == 0):
+            similarity = np.einsum("ij,ij->i", descriptors[1][viewed], fine[other])
+            kept = similarity >= FINE.least
+            count = kept.sum()
+            columns = viewed[kept], other[kept], np.full(count, view), np.full(count, mirrored), similarity[kept]
+            parts.append(_Candidates(*columns))
+    return _Candidates(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def _find_similar(views: np.ndarray, whole: np.ndarray, is_symmetric: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields positions of similar pairs, int `(pairs,)` each, a block of views at a time.
+
+    Args:
+        views: float32 `(images, values)`, of unit length.
+        whole: of the same shape.
+        is_symmetric: both orders of a pair are equally similar: only the one with the earlier view is wanted.
+    """
+    number = len(views)
+    sample = np.random.default_rng(0).choice(number, min(number, BLOCK), replace=False)
+    share = min(1, MEAN_CANDIDATES / number)
+    least = max(COARSE.least, float(np.quantile(views[sample] @ whole.T, 1 - share)))
+    for start in range(0, number, BLOCK):
+        similarity = views[start : start + BLOCK] @ whole.T
+        rows, columns = np.nonzero(similarity >= least)
+        kept = columns > rows + start if is_symmetric else columns != rows + start
+        rows, columns = rows[kept], columns[kept]
+        order = np.lexsort((columns, -similarity[rows, columns], rows))
+        rows, columns = rows[order], columns[order]
+        rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        yield rows[rank < ROW_CANDIDATES] + start, columns[rank < ROW_CANDIDATES]
+
+
+def _keep_best(candidates: _Candidates) -> tuple[_Candidates, int]:
+    """Returns each pair once, in its most similar view, the most similar pairs of each image and of all first.
+
+    Returns:
+        The candidates, and how many pairs are beyond `MOST_ALIGNMENTS`.
+    """
+    first = np.minimum(candidates.viewed, candidates.other)
+    second = np.maximum(candidates.viewed, candidates.other)
+    order = np.lexsort((candidates.view, -candidates.similarity, second, first))
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (np.diff(first[order]) != 0) | (np.diff(second[order]) != 0)
+    best = candidates.take(order[is_new])
+    best = best.take(np.lexsort((best.other, best.viewed, -best.similarity)))
+    counts, kept = defaultdict(int), []
+    for row, pair in enumerate(zip(best.viewed.tolist(), best.other.tolist(), strict=True)):
+        if min(counts[image] for image in pair) < MOST_CANDIDATES:
+            kept.append(row)
+            for image in pair:
+                counts[image] += 1
+    return best.take(np.array(kept[:MOST_ALIGNMENTS], int)), max(len(kept) - MOST_ALIGNMENTS, 0)

@@ -1,0 +1,236 @@
+"""decision.json: the temperature and thresholds that test.py fits and predict.py uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune.core.arguments import take_flag, take_names, take_path
+from finetune.core.files import write_json
+from finetune.core.labels import look_the_same
+from finetune.core.options import UserError
+from finetune.core.texts import join_names
+from finetune.core.values import convert
+from finetune.evaluation.decision import TEMPERATURE_RANGE, Decision, fit_decision
+from finetune.models.artefacts import DECISION_FILE, artefact_stem, is_exported, metadata_path
+from finetune.models.description import CONFIGS_FILE, read_description
+
+LARGEST_DECISION_FILE = 2**22
+
+
+def get_decision(
+    model_path: str,
+    truths: dict[str, np.ndarray],
+    predictions: dict[str, np.ndarray],
+    class_names: Sequence[str],
+    multi_label: bool,
+    threshold_range: Sequence[float],
+) -> Decision:
+    """Fits temperature and thresholds, as `fit_decision` does.
+
+    An exported model keeps those that it ships with, and so gives the labels of the model that it was made of. Where
+    there is no validation set now, those that were fitted on one before stay.
+    """
+    folder = os.path.dirname(os.path.abspath(model_path))
+    if is_exported(model_path):
+        return read_decision(folder, class_names, multi_label, model_path)
+    if "validation" not in truths:
+        place, kept = _find_fitted(folder, class_names, multi_label, model_path)
+        if kept:
+            print(f"There is no validation set here: the decision in {place} stays as it was fitted.")
+            return dataclasses.replace(kept, model=os.path.basename(model_path))
+    return fit_decision(truths, predictions, class_names, multi_label, threshold_range, model_path)
+
+
+def store_decision(folder: str, decision: Decision, model_path: str) -> None:
+    """Writes a model's decision into a folder, unless it is an exported one's or would replace a better fitted one."""
+    stored = _find_fitted(folder, decision.class_names, decision.multi_label, model_path)[1]
+    if not is_exported(model_path) and (decision.temperature_fitted_on or stored is None):
+        write_decision(folder, decision)
+
+
+def find_decision_folder(model_path: str, folder: str) -> str:
+    """Returns the folder whose `decision.json` counts: the one for a script's output if it has one, or the model's."""
+    return folder if os.path.isfile(os.path.join(folder, DECISION_FILE)) else os.path.dirname(model_path) or os.curdir
+
+
+def _find_fitted(
+    folder: str, class_names: Sequence[str], multi_label: bool, model_path: str
+) -> tuple[str, Decision | None]:
+    """Returns where a model's stored decision is, and it, if it was fitted on a validation set and is not damaged."""
+    try:
+        place, stored, _ = _find_stored(folder, model_path)
+    except UserError:
+        return "", None
+    if stored is None or not stored.temperature_fitted_on:
+        return "", None
+    is_its = (list(class_names), multi_label) == (stored.class_names, stored.multi_label)
+    is_its &= place == model_path or stored.model == os.path.basename(model_path)
+    return (place, stored) if is_its else ("", None)
+
+
+def write_decision(folder: str, decision: Decision) -> str:
+    """Writes `decision.json` into a run's folder and returns its path."""
+    path = os.path.join(folder, DECISION_FILE)
+    write_json(path, decision.to_dict())
+    return path
+
+
+def read_decision(folder: str, class_names: Sequence[str], multi_label: bool, model_path: str) -> Decision:
+    """Reads the decision that `test.py` fitted for a model.
+
+    Args:
+        folder: of the run.
+        class_names: the model's.
+        multi_label: whether the model's labels are independent.
+        model_path: of the model in use; what `compress_weights.py` makes of `best_model.keras` counts as that.
+
+    Returns:
+        The stored decision: see `_find_stored`. The defaults where there is none, or only another model's, which is
+        printed.
+
+    Raises:
+        UserError: the file is not as `write_decision` writes it, or is of other classes.
+    """
+    folder, model_path = take_path("folder", folder), take_path("model_path", model_path)
+    class_names, multi_label = take_names(class_names), take_flag("multi_label", multi_label)
+    place, stored, notice = _find_stored(folder, model_path)
+    if notice:
+        print(notice)
+    if stored is None:
+        return Decision(class_names, multi_label)
+    if not look_the_same(stored.class_names, class_names) or stored.multi_label != multi_label:
+        raise _decision_fault(
+            place,
+            f"expected the model's classes {join_names(class_names)} and multi_label {multi_label}",
+            f"{join_names(stored.class_names)!r} and multi_label {stored.multi_label}",
+        )
+    return stored
+
+
+def _find_stored(folder: str, model_path: str) -> tuple[str, Decision | None, str]:
+    """Finds a model's decision in `decision.json`, or the one that the model brings itself.
+
+    A model brings its decision inside, or in its `_metadata.json`. Away from its run that one holds. In its run
+    `decision.json` does, which may be edited, but an exported model keeps the one that it brings if that was fitted:
+    it gives the same labels everywhere.
+
+    Returns:
+        Where the decision is, the decision or None, and what has to be said about it.
+    """
+    path = os.path.join(folder, DECISION_FILE)
+    is_at_home = os.path.isfile(os.path.join(os.path.dirname(os.path.abspath(model_path)), CONFIGS_FILE))
+    place, own = _read_own(model_path, is_at_home)
+    named = _read_decision_file(path) if os.path.lexists(path) else None
+    own_is_fitted = own is not None and bool(own.temperature_fitted_on or own.thresholds_fitted_on)
+    if named is None or (own_is_fitted and (is_exported(model_path) or not is_at_home)):
+        differs = named is not None and not is_exported(model_path) and named != own
+        return place, own, f"{path} is not used: {place} brings another decision." * differs
+    if named.model and artefact_stem(named.model) != artefact_stem(model_path):
+        if own_is_fitted:
+            return place, own, ""
+        name = os.path.basename(model_path)
+        return (
+            path,
+            None,
+            (f"{path} was fitted for {named.model}: {name} goes without it. Run test.py on this model to fit its own."),
+        )
+    differs = own_is_fitted and place == model_path and named != own
+    return path, named, f"The decision is that of {path}; the one inside {place} differs." * differs
+
+
+def _read_own(model_path: str, is_at_home: bool) -> tuple[str, Decision | None]:
+    """Returns where the decision is that a model brings, and that decision; None where it brings none."""
+    content = read_description(model_path)
+    if content is not None:
+        own = content["decision"]
+        return model_path, None if own is None else _check_decision(own, f"{model_path}, decision")
+    path = metadata_path(model_path)
+    # In the run, the decision that was fitted for a model of Keras may be older than the model.
+    is_its = os.path.lexists(path) and not (is_at_home and model_path.endswith(".keras"))
+    return path, _read_decision_file(path, "decision") if is_its else None
+
+
+def _read_decision_file(path: str, part: str = "") -> Decision:
+    """Reads `decision.json`, or that part of another file, and checks its form; raises UserError."""
+    try:
+        if os.path.getsize(path) > LARGEST_DECISION_FILE:
+            raise _decision_fault(path, f"expected at most {LARGEST_DECISION_FILE} bytes", "a larger file")
+        with open(path, encoding="utf-8") as file:
+            stored = json.load(file)
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}. Check the file.") from error
+    except (ValueError, RecursionError) as error:
+        raise _decision_fault(path, "expected valid JSON", f"{error}") from error
+    if part and isinstance(stored, dict):
+        stored = stored.get(part)
+    return _check_decision(stored, path)
+
+
+def _check_decision(stored: Any, path: str) -> Decision:
+    """Returns the decision that a JSON object is; raises UserError where it has another form."""
+    if not isinstance(stored, dict):
+        raise _decision_fault(path, "expected a JSON object", repr(stored))
+    if unknown := sorted(stored.keys() - _DECISION_FIELDS.keys()):
+        raise _decision_fault(path, f"expected no fields but {', '.join(_DECISION_FIELDS)}", repr(unknown[0]))
+    if missing := sorted(_DECISION_FIELDS.keys() - stored.keys()):
+        raise _decision_fault(path, f"expected a field {missing[0]}", "none")
+    values = {}
+    for name, (kind, is_allowed, words) in _DECISION_FIELDS.items():
+        value = stored[name]
+        try:
+            if name == "best_f1_thresholds":
+                value = _in_order(value, values["classes"])
+            values[name] = convert(value, kind, is_text=False)
+            if not is_allowed(values[name]):
+                raise ValueError(value)
+        except ValueError as error:
+            raise _decision_fault(path, f"{name}: expected {words}", repr(stored[name])) from error
+    return Decision(class_names=values.pop("classes"), **values)
+
+
+def _in_order(by_class: Any, class_names: Sequence[str]) -> list | None:
+    """Returns the values of a JSON object in the order of the classes, None for null; else raises ValueError."""
+    if by_class is None:
+        return None
+    if not isinstance(by_class, dict) or by_class.keys() != set(class_names):
+        raise ValueError(by_class)
+    return [by_class[name] for name in class_names]
+
+
+def _decision_fault(path: str, expected: str, received: str) -> UserError:
+    shown = received if len(received) <= 200 else f"{received[:200]}..."
+    return UserError(f"{path}: {expected}. Received: {shown}. Run test.py again, or delete the file.")
+
+
+def _is_probability(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+_DECISION_FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "classes": (list[str], lambda names: 0 < len(set(names)) == len(names), "a list of different class names"),
+    "multi_label": (bool, lambda _: True, "true or false"),
+    "temperature": (
+        float,
+        lambda value: TEMPERATURE_RANGE[0] <= value <= TEMPERATURE_RANGE[1],
+        "a number from {} to {}".format(*TEMPERATURE_RANGE),
+    ),
+    "temperature_fitted_on": (str | None, lambda name: name in (None, "validation"), "validation or null"),
+    "exact_match_threshold": (float, _is_probability, "a number from 0 to 1"),
+    "best_f1_thresholds": (
+        list[float] | None,
+        lambda values: values is None or all(map(_is_probability, values)),
+        "a number from 0 to 1 for each of classes, or null",
+    ),
+    "thresholds_fitted_on": (
+        str | None,
+        lambda name: name in (None, "validation", "training"),
+        "validation, training or null",
+    ),
+    "model": (str, lambda name: name.isprintable() and name == os.path.basename(name), "the file name of a model"),
+}

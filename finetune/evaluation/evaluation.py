@@ -1,0 +1,354 @@
+"""Evaluates the predictions of each set, and the test set without near copies of training images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from configs import Configs
+from finetune.core.options import UserError
+from finetune.core.texts import MOST_LISTED, MOST_TELLING, join_names
+from finetune.data.data_check import Reading, look_for_copies
+from finetune.data.groups import (
+    count_groups,
+    count_groups_of_classes,
+    describe_group_count,
+    describe_leak,
+    describe_shared,
+    find_shared,
+    pick_groups,
+)
+from finetune.data.tables import LABEL_SEPARATOR, ImageTable, warn_of_missing_classes
+from finetune.evaluation.breakdown import evaluate_by, format_breakdown
+from finetune.evaluation.decision import Decision, find_exact_match_threshold
+from finetune.evaluation.intervals import get_intervals
+from finetune.evaluation.metrics import (
+    check_finite,
+    class_metrics,
+    get_calibration,
+    get_evaluation_metrics,
+    get_multilabel_evaluation_metrics,
+)
+from generator import AugmentedImageSequence
+
+if TYPE_CHECKING:
+    from generator import AugmentedImageSequence
+
+# What a set is to be independent of: what the model has learnt from, or was selected by.
+SETS_BEFORE = {"validation": ("training",), "test": ("training", "validation")}
+# Of the column that metrics are reported by: each takes about 20 ms.
+MOST_VALUES = 1000
+
+
+def check_report_by(table: pd.DataFrame, column: str, csv_path: str) -> None:
+    """Raises UserError where a table has no such column, or one with as many values as only names of images have."""
+    if column and column not in table.columns:
+        raise UserError(
+            f"{csv_path} has no column '{column}'. Its columns: {join_names(table.columns, MOST_TELLING)}. "
+            "Set report_by to one of them."
+        )
+    if column and (number := table[column].str.strip().nunique()) > MOST_VALUES:
+        raise UserError(
+            f"{csv_path}: report_by expects a column with at most {MOST_VALUES} different values. "
+            f"Received: {number} in the column '{column}'. Set it to a column such as that of the site or camera."
+        )
+
+
+def evaluate_set(
+    y_true: np.ndarray,
+    raw_probabilities: np.ndarray,
+    decision: Decision,
+    seed: int | None = None,
+    threshold_range: Sequence[float] | None = None,
+    groups: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Evaluates one set of images under a decision.
+
+    Args:
+        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
+        raw_probabilities: of the model, `(images, classes)`.
+        decision: as fitted; the set's own labels have no part in it.
+        seed: of the bootstrap; one adds `intervals`, as `get_intervals` returns them.
+        threshold_range: multi-label, for the test set: add `optimistic`, the best exact-match threshold in this
+            range by the set's own labels.
+        groups: of the images, as `number_groups` gives them; adds `groups`, their number, of each class too.
+
+    Returns:
+        `images`, the figures of `get_evaluation_metrics` or `get_multilabel_evaluation_metrics` and `calibration`;
+        multi-label: `best_f1_threshold` and `f1_at_best_f1_threshold` of each class as well. JSON can hold it.
+
+    Raises:
+        UserError: a probability is not finite.
+    """
+    check_finite(raw_probabilities)
+    raw_probabilities = np.asarray(raw_probabilities, np.float32)
+    calibrated = decision.calibrate(raw_probabilities)
+    figures: dict[str, Any] = {"images": len(y_true)}
+    if decision.multi_label:
+        threshold = decision.exact_match_threshold
+        figures |= get_multilabel_evaluation_metrics(
+            y_true, calibrated, decision.class_names, threshold, ranking=raw_probabilities
+        )
+        _add_best_f1(figures["per_class"], y_true, calibrated, decision)
+        if threshold_range is not None:
+            best, accuracy = find_exact_match_threshold(y_true, calibrated, threshold_range)
+            note = "chosen on the test set itself: optimistic"
+            figures["optimistic"] = {"threshold": best, "exact_match_accuracy": accuracy, "note": note}
+    else:
+        figures |= get_evaluation_metrics(y_true, raw_probabilities, decision.class_names)
+    figures["calibration"] = _evaluate_calibration(y_true, raw_probabilities, calibrated, decision.multi_label)
+    if groups is not None:
+        _add_groups(figures, y_true, groups)
+    if seed is not None:
+        figures["intervals"] = get_intervals(y_true, raw_probabilities, decision, seed, groups=groups)
+    return figures
+
+
+def _add_groups(figures: dict[str, Any], y_true: np.ndarray, groups: np.ndarray) -> None:
+    """Adds the number of groups, and of those with each class, beside the numbers of images."""
+    figures["groups"] = count_groups(groups, len(groups))
+    numbers = count_groups_of_classes(y_true, groups, len(figures["per_class"]))
+    for row, number in zip(figures["per_class"].values(), numbers.tolist(), strict=True):
+        after = {key: row.pop(key) for key in [*row][[*row].index("support") + 1 :]}
+        row |= {"groups": number, **after}
+
+
+def _add_best_f1(per_class: dict[str, dict], y_true: np.ndarray, calibrated: np.ndarray, decision: Decision) -> None:
+    truth, chosen = y_true.astype(bool), decision.choose(calibrated, "best_f1")
+    rows = class_metrics((truth & chosen).sum(axis=0), chosen.sum(axis=0), truth.sum(axis=0))
+    for name, threshold, row in zip(decision.class_names, decision.thresholds("best_f1").tolist(), rows, strict=True):
+        per_class[name] |= {"best_f1_threshold": threshold, "f1_at_best_f1_threshold": row["f1"]}
+
+
+def _evaluate_calibration(
+    y_true: np.ndarray, raw: np.ndarray, calibrated: np.ndarray, multi_label: bool
+) -> dict[str, Any]:
+    """Compares the top class with being right, or multi-label every probability with the label's presence."""
+    results = {}
+    for suffix, probabilities in (("", calibrated), ("_uncalibrated", raw)):
+        if multi_label:
+            confidences, outcomes = probabilities.ravel(), y_true.astype(bool).ravel()
+        else:
+            confidences, outcomes = probabilities.max(axis=1), probabilities.argmax(axis=1) == y_true
+        error, bins = get_calibration(confidences, outcomes)
+        results |= {f"expected_calibration_error{suffix}": error, f"bins{suffix}": bins}
+    return results
+
+
+def format_evaluation(metrics: dict[str, Any]) -> str:
+    """Lays out what `evaluate_set` or either evaluation function returned as a text table.
+
+    Of more than `MOST_LISTED` classes it has the worst ones, and no confusion matrix.
+    """
+    per_class, intervals = metrics["per_class"], metrics.get("intervals", {})
+    columns, lines, number = list(next(iter(per_class.values()))), [], len(per_class)
+    if number > MOST_LISTED:
+        per_class = find_worst(per_class)
+        lines = [f"The {len(per_class)} worst of {number} classes by F1; metrics.json beside the report has them all."]
+    width = max(map(len, ["class", *per_class]))
+    widths = {column: max(len(column), 9) + 2 for column in columns}
+    lines.append(f"{'class':<{width}}" + "".join(f"{column.replace('_', ' '):>{widths[column]}}" for column in columns))
+    for name, row in per_class.items():
+        lines.append(f"{name:<{width}}" + "".join(f"{_format(row[column]):>{widths[column]}}" for column in columns))
+    if "confusion_matrix" in metrics and number <= MOST_LISTED:
+        lines += ["", *_format_confusion_matrix(metrics["confusion_matrix"], list(per_class))]
+    lines.append("")
+    for name, value in metrics.items():
+        if isinstance(value, float | None):
+            lines.append(f"{name.replace('_', ' ')}: {_format(value)}{_format_interval(intervals.get(name))}")
+    if "calibration" in metrics:
+        after, before = (
+            metrics["calibration"][f"expected_calibration_error{suffix}"] for suffix in ("", "_uncalibrated")
+        )
+        without = f" ({_format(before)} without the temperature)" * (before != after)
+        lines.append(f"expected calibration error: {_format(after)}{without}")
+    if "optimistic" in metrics:
+        best = metrics["optimistic"]
+        accuracy, threshold = _format(best["exact_match_accuracy"]), _format(best["threshold"])
+        lines.append(f"best exact match accuracy: {accuracy} at threshold {threshold} ({best['note']})")
+    return "\n".join(lines)
+
+
+def find_worst(per_class: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the classes of lowest F1, the worst first, of equal ones that of more images; without an image, none."""
+    known = [name for name, row in per_class.items() if row["support"]]
+    worst = sorted(known, key=lambda name: (per_class[name]["f1"], -per_class[name]["support"], name))
+    return {name: per_class[name] for name in worst[:MOST_TELLING]}
+
+
+def _format_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[str]:
+    head = "true, predicted ->"
+    rows = [f"{position} {name}" for position, name in enumerate(class_names)]
+    width = max(len(head), *map(len, rows))
+    cell = 1 + max(4, *(len(str(max(row))) for row in matrix))
+    return [
+        "confusion matrix",
+        f"{head:<{width}}" + "".join(f"{position:>{cell}}" for position in range(len(class_names))),
+        *(
+            f"{name:<{width}}" + "".join(f"{count:>{cell}}" for count in row)
+            for name, row in zip(rows, matrix, strict=True)
+        ),
+    ]
+
+
+def _format(value: float | int | None) -> str:
+    if value is None:
+        return "undefined"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _format_interval(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else " (95 % interval {:.4f} to {:.4f})".format(*interval)
+
+
+def evaluate_sets(
+    sequences: dict[str, AugmentedImageSequence],
+    predictions: dict[str, np.ndarray],
+    decision: Decision,
+    threshold_range: Sequence[float],
+    seed: int,
+    report_by: str,
+) -> dict[str, dict[str, Any]]:
+    """Evaluates each set, the test set with intervals and, multi-label, beside the optimum by its own labels.
+
+    Args:
+        sequences: by set, their images read.
+        predictions: the model's raw probabilities by set, `(images, classes)`.
+        decision: fitted without the test set.
+        threshold_range: lowest and highest threshold of that optimum.
+        seed: of the bootstrap.
+        report_by: a column of the test table; `by` of the test set is what `evaluate_by` returns of it. Empty: none.
+    """
+    sets = {}
+    for name, sequence in sequences.items():
+        facts = sequence.get_y_true(), predictions[name], decision
+        groups = sequence.get_read_groups()
+        extras = {"seed": seed, "threshold_range": threshold_range} if name == "test" else {}
+        sets[name] = evaluate_set(*facts, groups=groups, **extras)
+        earlier = [sequences[other].group_names for other in SETS_BEFORE.get(name, ()) if other in sequences]
+        shared = np.setdiff1d(find_shared(sequence.group_names, earlier), [*sequence.bad_images])
+        sets[name] |= {"images_of_known_groups": len(shared)} if shared.size else {}
+        if report_by and name == "test":
+            sets[name]["by"] = evaluate_by(sequence.get_read_table()[report_by], *facts, seed, groups)
+    return sets
+
+
+def list_predictions(
+    paths: Sequence[str], y_true: np.ndarray, probabilities: np.ndarray, decision: Decision
+) -> pd.DataFrame:
+    """Returns a row per image: path, true and predicted labels, and the probability of each class."""
+    labels = {"true": y_true, "predicted": decision.choose(probabilities)}
+    names = {column: name_labels(values, decision.class_names) for column, values in labels.items()}
+    table = pd.DataFrame({"path": paths} | {key: [*map(LABEL_SEPARATOR.join, rows)] for key, rows in names.items()})
+    columns = {f"probability_{name}": probabilities[:, row] for row, name in enumerate(decision.class_names)}
+    return pd.concat([table, pd.DataFrame(columns)], axis=1)
+
+
+def name_labels(labels: np.ndarray, class_names: Sequence[str]) -> list[list[str]]:
+    """Returns the class names of labels, positions `(images,)` or zeros and ones `(images, classes)`."""
+    if labels.ndim == 1:
+        return [[class_names[position]] for position in labels]
+    return [[class_names[position] for position in row.nonzero()[0]] for row in labels]
+
+
+def describe_temperature(decision: dict[str, Any], sets: dict[str, dict[str, Any]]) -> str:
+    """Returns the line that names the temperature, and what it does to the calibration error of each set."""
+    fitted_on = decision["temperature_fitted_on"]
+    errors = {name: figures["calibration"] for name, figures in sets.items() if name in (fitted_on, "test")}
+    changes = [
+        f"{_format(error['expected_calibration_error_uncalibrated'])} to "
+        f"{_format(error['expected_calibration_error'])} on the {name} set"
+        for name, error in errors.items()
+    ]
+    return (
+        f"Temperature {decision['temperature']:.3f}, fitted on the {fitted_on} set: it changes the expected "
+        f"calibration error from {' and from '.join(changes)}."
+    )
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Prints what was fitted, and the figures of each set."""
+    decision = results["decision"]
+    if decision["temperature_fitted_on"]:
+        print(describe_temperature(decision, results["sets"]))
+    else:
+        print("No temperature is fitted, for want of a validation set: probabilities stay as they are.")
+    fitted_on, threshold = decision["thresholds_fitted_on"], decision["exact_match_threshold"]
+    if results["multi_label"] and fitted_on in results["sets"]:
+        accuracy = results["sets"][fitted_on]["exact_match_accuracy"]
+        print(f"Threshold {threshold:.2f} gives the best exact-match accuracy on the {fitted_on} set, {accuracy:.4f}.")
+    elif results["multi_label"]:
+        print(f"Threshold {threshold:.2f}, fitted on {f'the {fitted_on} set' if fitted_on else 'no set'}.")
+    for name, figures in results["sets"].items():
+        images = f"{figures['images']} images{describe_group_count(figures.get('groups'))}"
+        print(f"\n{name} set: {images} of {figures['csv']}\n{format_evaluation(figures)}")
+        if sentence := describe_leak(figures):
+            print(sentence)
+        counts = {label: row["support"] for label, row in figures["per_class"].items()}
+        warn_of_missing_classes([*counts.values()], [*counts], name)
+        if shared := describe_shared(name, figures):
+            print(f"Warning: {shared}")
+        if "by" in figures:
+            print(f"\n{format_breakdown(figures['by'])}")
+
+
+def evaluate_leak(
+    sequences: dict[str, AugmentedImageSequence],
+    predictions: dict[str, np.ndarray],
+    decision: Decision,
+    configs: Configs,
+) -> dict[str, Any]:
+    """Evaluates the test set without the images that have a near copy in the training set.
+
+    Args:
+        sequences: by set, their images read; there may be no training set.
+        predictions: the model's raw probabilities by set, `(images, classes)`.
+        decision: as fitted.
+        configs: `verify_data` says how thoroughly to look; the seed of the bootstrap.
+
+    Returns:
+        `near_copies_in_training`: of it `images` is how many test images have a near copy, `without` the metrics of the
+        others with `intervals`, None if there are no others. Empty if near copies are not looked for.
+    """
+    test = sequences["test"]
+    leaked = (
+        find_leaked(sequences["training"].paths, test.get_read_paths(), configs) if "training" in sequences else None
+    )
+    if leaked is None:
+        return {}
+    found: dict[str, Any] = {"images": int(leaked.sum()), "without": None}
+    if leaked.any() and not leaked.all():
+        rest, seed = ~leaked, configs.random_seed or 0
+        groups = pick_groups(test.get_read_groups(), rest)
+        metrics = evaluate_set(test.get_y_true()[rest], predictions["test"][rest], decision, seed=seed, groups=groups)
+        scalars = {name: value for name, value in metrics.items() if isinstance(value, float | int)}
+        intervals = {name: value for name, value in metrics["intervals"].items() if name in scalars}
+        found["without"] = scalars | {"intervals": intervals}
+    return {"near_copies_in_training": found}
+
+
+def find_leaked(training: Sequence[str], tested: Sequence[str], configs: Configs) -> np.ndarray | None:
+    """Returns which test images have an exact or near copy among the training images.
+
+    Args:
+        training: image files.
+        tested: image files.
+        configs: `verify_data` says how thoroughly to look.
+
+    Returns:
+        bool `(tested,)`; None if `verify_data` leaves near copies out or the search would take too long, which is
+        printed.
+    """
+    if configs.verify_data not in ("quick", "full"):
+        return None
+    tables = [
+        ImageTable(name, name, [*files], [*files], [""] * len(files))
+        for name, files in (("training", training), ("test", tested))
+    ]
+    known, copies = look_for_copies(tables, configs.verify_data, Reading.of(configs))
+    if all(one.thumbnail is None for one in known.values()):
+        return None
+    return copies.find_shared(tables[1], tables[0])

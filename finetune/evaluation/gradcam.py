@@ -1,0 +1,219 @@
+"""Class activation maps: where in an image a model finds its evidence for a class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from finetune.core.options import UserError
+from finetune.core.texts import join_names
+from finetune.core.values import find_nearest, quote_value
+from finetune.models.model_files import get_classifier, has_views
+
+
+def weigh_by_mean_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
+    """Grad-CAM: one weight a channel.
+
+    Source: Selvaraju et al., ICCV 2017, eq. 1 (arXiv:1610.02391).
+    """
+    return tf.reduce_mean(gradients, axis=(1, 2), keepdims=True)
+
+
+def weigh_by_positive_gradients(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
+    """Grad-CAM++: one weight a channel, the sum of its positive gradients, each damped by the channel's total.
+
+    The score is the exponential of the logit, and what lies between features and logit is piecewise linear: the
+    second and third derivative are then powers of the logit's gradient `g`, all times the exponential, which
+    normalising the map cancels. Eq. 19's `g^2 / (2 g^2 + sum(A) g^3)` is `1 / (2 + sum(A) g)` wherever `g` is not 0,
+    and written so it does not underflow. The derivation takes features of at least 0.
+
+    Source: Chattopadhay et al., WACV 2018, eq. 19 (arXiv:1710.11063).
+    """
+    totals = tf.reduce_sum(features, axis=(1, 2), keepdims=True)
+    damped = tf.math.divide_no_nan(tf.nn.relu(gradients), 2 + totals * gradients)
+    return tf.reduce_sum(damped, axis=(1, 2), keepdims=True)
+
+
+def weigh_by_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
+    """HiResCAM: each place and channel by its own gradient.
+
+    Source: Draelos and Carin, 2020 (arXiv:2011.08891).
+    """
+    return gradients
+
+
+def weigh_by_positive_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
+    """LayerCAM: each place and channel by its own gradient where that is positive.
+
+    Source: Jiang et al., IEEE Transactions on Image Processing 30, 2021.
+    """
+    return tf.nn.relu(gradients)
+
+
+# Of features and gradients, float32 `(batch, h, w, channels)`; returns weights that broadcast to the same shape.
+METHODS: dict[str, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = {
+    "gradcam": weigh_by_mean_gradient,
+    "gradcam++": weigh_by_positive_gradients,
+    "hirescam": weigh_by_gradient,
+    "layercam": weigh_by_positive_gradient,
+}
+
+
+class GradCam:
+    """Locates the image regions that raise a class's score: the positive part of the weighted sum of the features.
+
+    The network up to the backbone's last spatial layer runs once an image, whatever the number of classes; the
+    gradient crosses the classifier only. Scores are logits, which do not saturate as probabilities do. Of a model that
+    answers with the mean over an image and its mirror image, the map is that of the image as it is.
+
+    Of another layer the network cannot always be cut in two: what leads around it, as in residual blocks, would be
+    lost. Every explanation then runs all of it, and the gradient goes from the logits back to that layer.
+
+    Args:
+        model: a model of this collection, whose classifier has the parts `backbone` and `classifier`.
+        method: a key of `METHODS`.
+        layer_name: of a spatial layer of the backbone; empty for its last one.
+
+    Raises:
+        UserError: the model lacks these parts, or the backbone that layer.
+    """
+
+    def __init__(self, model: keras.Model, method: str = "gradcam", layer_name: str = "") -> None:
+        self._mirrors = has_views(model)
+        model = get_classifier(model)
+        names = [layer.name for layer in model.layers]
+        if not {"backbone", "classifier"} <= set(names):
+            raise UserError(
+                f"Grad-CAM needs a model with the parts 'backbone' and 'classifier'. Received: {', '.join(names)}. "
+                "Train one with train.py."
+            )
+        self._features = keras.Model(model.inputs, _input_of_classifier(model))
+        self._maps = _build_maps(model, layer_name) if layer_name else None
+        *to_logits, self._to_probabilities = model.get_layer("classifier").layers
+        self._logits = keras.Sequential(to_logits)
+        self._weigh = METHODS[method]
+        self._read = tf.function(self._read_batch)
+        self._explain = tf.function(self._explain_pairs)
+
+    def __call__(self, images: np.ndarray, class_indices: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Explains a batch.
+
+        Args:
+            images: RGB `(batch, height, width, 3)`, pixels in `[0, 255]`.
+            class_indices: int `(batch,)`, the class to explain, or `(batch, k)`, several an image; by default the
+                most probable one.
+
+        Returns:
+            Heatmaps, float32 `(batch, h, w)` or `(batch, k, h, w)`, unitless in `[0, 1]`, zeros where nothing supports
+            the class; and probabilities, float32 `(batch, classes)`.
+        """
+        features, probabilities = self.read(images)
+        chosen = probabilities.argmax(axis=1) if class_indices is None else np.asarray(class_indices)
+        rows = np.arange(len(images)).repeat(chosen.size // len(images))
+        heatmaps = self.explain(features, rows, chosen.ravel())
+        return heatmaps.reshape(*chosen.shape, *heatmaps.shape[1:]), probabilities
+
+    def read(self, images: np.ndarray) -> tuple[tf.Tensor, np.ndarray]:
+        """Runs the network on a batch.
+
+        Args:
+            images: RGB `(batch, height, width, 3)`, pixels in `[0, 255]`.
+
+        Returns:
+            What `explain` starts from, and the model's probabilities, float32 `(batch, classes)`.
+        """
+        # One trace for every number of images: the last batch is often a smaller one.
+        read = self._read.get_concrete_function(tf.TensorSpec((None, *images.shape[1:]), images.dtype))
+        start, probabilities = read(tf.convert_to_tensor(images))
+        return start, probabilities.numpy()
+
+    def explain(self, start: tf.Tensor, rows: np.ndarray, class_indices: np.ndarray) -> np.ndarray:
+        """Explains pairs of an image and a class, any number of them, in memory that the batch's own size bounds.
+
+        Args:
+            start: of a batch, from `read`.
+            rows: int `(pairs,)`, positions in that batch.
+            class_indices: int `(pairs,)`, the class to explain of each.
+
+        Returns:
+            Heatmaps, float32 `(pairs, h, w)` as from calling this object.
+        """
+        integers = tf.TensorSpec((None,), tf.int32)
+        signature = tf.TensorSpec((None, *start.shape[1:]), start.dtype), integers, integers
+        explain = self._explain.get_concrete_function(*signature)
+        pairs = np.stack([rows, class_indices]).astype(np.int32)
+        heatmaps = [np.empty((0, *explain.outputs[0].shape[1:]), np.float32)]
+        for first in range(0, len(rows), len(start)):
+            part = tf.convert_to_tensor(pairs[:, first : first + len(start)])
+            heatmaps.append(explain(start, part[0], part[1]).numpy())
+        return np.concatenate(heatmaps)
+
+    def _read_batch(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        features = self._features(images, training=False)
+        probabilities = self._answer(features)
+        if self._mirrors:
+            mirrored = self._features(tf.reverse(images, axis=[2]), training=False)
+            probabilities = (probabilities + self._answer(mirrored)) / 2
+        return images if self._maps else features, probabilities
+
+    def _answer(self, features: tf.Tensor) -> tf.Tensor:
+        return self._to_probabilities(self._logits(tf.cast(features, tf.float32), training=False))
+
+    def _explain_pairs(self, start: tf.Tensor, rows: tf.Tensor, class_indices: tf.Tensor) -> tf.Tensor:
+        start = tf.cast(tf.gather(start, rows), tf.float32)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(start)
+            maps, features = self._maps(start, training=False) if self._maps else (start, start)
+            logits = self._logits(tf.cast(features, tf.float32), training=False)
+            # Images do not mix in inference mode: the gradient of the sum holds each one's own.
+            score = tf.reduce_sum(tf.gather(logits, class_indices, batch_dims=1))
+        gradients = tf.cast(tape.gradient(score, maps), tf.float32)
+        maps = tf.cast(maps, tf.float32)
+        heatmaps = tf.nn.relu(tf.reduce_sum(self._weigh(maps, gradients) * maps, axis=-1))
+        return tf.math.divide_no_nan(heatmaps, tf.reduce_max(heatmaps, axis=(1, 2), keepdims=True))
+
+
+def _input_of_classifier(model: keras.Model) -> keras.KerasTensor:
+    """Returns the tensor that a model's graph feeds its classifier."""
+    images = model.inputs[0]
+    for layer in model.layers[1:-1]:
+        images = layer(images)
+    return images
+
+
+def _build_maps(model: keras.Model, layer_name: str) -> keras.Model:
+    """Returns a model from images to what a layer of the backbone gives, and to what the classifier is fed."""
+    backbone = model.get_layer("backbone")
+    outputs = [find_spatial_layer(backbone, layer_name).output, backbone.output]
+    maps = images = model.inputs[0]
+    for layer in model.layers[1:-1]:
+        if layer is backbone:
+            maps, images = keras.Model(backbone.inputs, outputs)(images)
+        else:
+            images = layer(images)
+    return keras.Model(model.inputs, [maps, images])
+
+
+def find_spatial_layer(backbone: keras.Model, name: str) -> keras.Layer:
+    """Returns the layer of a backbone that has a name and whose output has places, `(batch, h, w, channels)`.
+
+    Layers inside attention blocks have none: their output is smaller than the backbone's own.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    height, width = backbone.output.shape[1:3]
+    shapes = {layer.name: layer.output.shape for layer in backbone.layers[1:]}
+    spatial = [key for key, shape in shapes.items() if len(shape) == 4 and shape[1] >= height and shape[2] >= width]
+    if name in spatial:
+        return backbone.get_layer(name)
+    what = "has no places" if name in shapes else "does not exist"
+    nearest = find_nearest(name, spatial, alikeness=0.4)
+    hint = f"; did you mean {nearest}?" if nearest else "."
+    raise UserError(
+        f"cam_backbone_layer: expected a spatial layer of the backbone. Received: {quote_value(name)}, which {what}"
+        f"{hint} The last ones: {join_names(spatial[::-1])}."
+    )

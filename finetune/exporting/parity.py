@@ -1,0 +1,180 @@
+"""Whether an artefact still answers as its model does."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from configs import Configs
+from finetune.core.files import list_files
+from finetune.core.values import get_input_size
+from finetune.data.groups import count_groups
+from finetune.evaluation.decision import Decision
+from finetune.evaluation.decision_file import find_decision_folder, read_decision
+from finetune.evaluation.metrics import check_finite
+from finetune.models.artefacts import accept
+from finetune.models.model_files import load_fitting_model, load_model
+from finetune.predicting.predicting import predict
+from finetune.predicting.prediction_files import describe_decision
+from finetune.predicting.runtimes import ExportedModel, compile_predictor, load_predictor
+from finetune.training.run_folder import name_model
+from finetune.training.speeds import time_in_turns
+from generator import AugmentedImageSequence, get_generator
+
+SIDES = ("before", "after")
+# Seconds that the comparison of two speeds may take.
+TIMING_LIMIT = 20.0
+
+
+class Subject(NamedTuple):
+    """A model on its test set: what each artefact is compared with.
+
+    Attributes:
+        model: the original.
+        sequence: the test images.
+        probabilities: the original's, raw, `(images, classes)`.
+        decision: turns them into answers.
+    """
+
+    model: keras.Model
+    sequence: AugmentedImageSequence
+    probabilities: np.ndarray
+    decision: Decision
+
+
+def load_subject(model_path: str, configs: Configs) -> tuple[keras.Model, Decision | None, Subject | None]:
+    """Loads the model, reads its decision and, where there is a test set, predicts that.
+
+    Before anything is written: what is wrong with an image shows here.
+    """
+    if configs.classes is None:
+        print(f"Model: {model_path}")
+        return load_model(model_path), None, None
+    print(name_model(configs, model_path))
+    model = load_fitting_model(model_path, configs.classes, get_input_size(configs))
+    folder = find_decision_folder(model_path, configs.save_model_path)
+    decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
+    if decision.multi_label:
+        # Without fitted thresholds, exact matches are those at 0.5.
+        print(describe_decision(decision, "exact_match"))
+    if not configs.test_csv:
+        return model, decision, None
+    sequence = get_generator(configs.test_csv, configs.classes, configs, training=False)
+    return model, decision, Subject(model, sequence, predict(model, sequence), decision)
+
+
+def judge(paths: Sequence[str], subject: Subject | None, tolerance: float) -> dict[str, Any]:
+    """Compares an artefact with the original, and gives it the name that ships unless it costs too much.
+
+    Returns:
+        Its part of the report but for its kind and precision.
+    """
+    comparison = compare_artefact(paths[0], subject) if subject else None
+    rejected = comparison is not None and comparison["accuracy_drop"] > tolerance
+    paths = tuple(paths) if rejected else accept(paths)
+    files = {file: os.path.getsize(file) for path in paths for file in list_files(path)}
+    return {"path": paths[0], "files": files, "rejected": rejected, "comparison": comparison}
+
+
+def compare_artefact(path: str, subject: Subject) -> dict[str, Any]:
+    """Loads an artefact in its own runtime and runs it on the test set.
+
+    Returns:
+        What `compare` found, with `images_per_second` of both.
+    """
+    model, sequence, before, decision = subject
+    artefact = load_predictor(path, decision.class_names, sequence.image_size)
+    after = predict(artefact, sequence, f"Verifying {os.path.basename(path)}")
+    comparison = compare(sequence.get_y_true(), before, after, decision, sequence.get_read_groups())
+    speeds = measure_speeds((model, artefact), sequence)
+    return comparison | {"images_per_second": dict(zip(SIDES, speeds, strict=True))}
+
+
+def compare(
+    y_true: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+    decision: Decision,
+    groups: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Compares the answers of a model with those of its compressed form.
+
+    Args:
+        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
+        before: the original's raw probabilities, `(images, classes)`.
+        after: those of the compressed model.
+        decision: turns either into answers.
+        groups: of the images, as `number_groups` gives them.
+
+    Returns:
+        `images`, and `groups` where these are fewer;
+        `largest_difference` and `mean_difference` of the probabilities; `changed_predictions`, images with
+        another answer; `measure`, what `accuracy` is: the share of images with the right label, or multi-label with
+        exactly their labels; `accuracy`, before and after; `accuracy_drop` in points, negative for a gain, and its 95 %
+        confidence interval `accuracy_drop_interval`.
+
+    Raises:
+        UserError: a probability is not finite.
+    """
+    for probabilities in (before, after):
+        check_finite(probabilities)
+    differences = np.abs(before.astype(np.float64) - after)
+    chosen = [decision.choose(decision.calibrate(probabilities)) for probabilities in (before, after)]
+    truth = y_true.astype(bool) if decision.multi_label else y_true[:, None] == np.arange(before.shape[1])
+    is_right = [(labels == truth).all(axis=1) for labels in chosen]
+    right = [int(images.sum()) for images in is_right]
+    return {
+        "images": len(y_true),
+        **({} if groups is None else {"groups": count_groups(groups, len(groups))}),
+        "largest_difference": float(differences.max()),
+        "mean_difference": float(differences.mean()),
+        "changed_predictions": int((chosen[0] != chosen[1]).any(axis=1).sum()),
+        "measure": "exact match" if decision.multi_label else "accuracy",
+        "accuracy": dict(zip(SIDES, [count / len(y_true) for count in right], strict=True)),
+        # Of counts: a difference of shares is rounded, and 1 point may come out above 1.
+        "accuracy_drop": 100 * (right[0] - right[1]) / len(y_true),
+        "accuracy_drop_interval": find_drop_interval(*is_right, groups),
+    }
+
+
+def find_drop_interval(before: np.ndarray, after: np.ndarray, groups: np.ndarray | None = None) -> list[float]:
+    """Returns the 95 % confidence interval of the accuracy that two sets of answers to the same images differ by.
+
+    Half an image is added to each of the four outcomes of a pair, so that few images without a difference do not seem
+    to prove that there is none. Images in groups count as many as there are groups.
+
+    Source: Agresti and Min, Statistics in Medicine 24, 2005, section 3.
+
+    Args:
+        before: bool `(images,)`, whether the original is right.
+        after: likewise.
+        groups: of the images, as `number_groups` gives them.
+
+    Returns:
+        `[low, high]` of the drop, in points.
+    """
+    units = count_groups(groups, len(before))
+    lost, won = (one.sum() * units / len(before) + 0.5 for one in (before & ~after, after & ~before))
+    number = units + 2
+    difference = (lost - won) / number
+    margin = 1.96 * np.sqrt(lost + won - (lost - won) ** 2 / number) / number
+    return [float(100 * (difference - margin)), float(100 * (difference + margin))]
+
+
+def measure_speeds(models: Sequence[keras.Model | ExportedModel], sequence: AugmentedImageSequence) -> list[float]:
+    """Returns the images a second that each model predicts of the first batch, at its best of several runs in turns."""
+    images, predictors = sequence[0][0], [compile_predictor(model) for model in models]
+    steps = [functools.partial(_predict_batch, predictor, images) for predictor in predictors]
+    for step in steps:
+        # The first run compiles.
+        step()
+    return (len(images) / time_in_turns(steps, TIMING_LIMIT).min(axis=0)).tolist()
+
+
+def _predict_batch(predictor: Callable[[np.ndarray], Any], images: np.ndarray) -> np.ndarray:
+    return np.asarray(predictor(images))

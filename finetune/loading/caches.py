@@ -1,0 +1,202 @@
+"""Decoded, resized images kept after their first use, in memory or on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from configs import Configs
+from finetune.core.files import write_fault
+from finetune.core.options import UserError
+from finetune.data.findings import BadImage
+from finetune.data.stores import is_url, read_version
+
+
+class MemoryCache:
+    """Keeps resized images in memory, which it takes at once: what does not fit is told before training starts.
+
+    Args:
+        number: of images.
+        image_size: `(height, width)`.
+
+    Raises:
+        UserError: the memory that is free does not suffice.
+    """
+
+    def __init__(self, number: int, image_size: Sequence[int]) -> None:
+        shape = (number, *image_size, 3)
+        needed, free = math.prod(shape), free_memory()
+        if needed > free:
+            raise UserError(
+                f"image_cache: {number} images of {image_size[0]}x{image_size[1]} need {needed / 2**30:.1f} GiB of "
+                f"memory. Free are {free / 2**30:.1f} GiB. Set image_cache to disk or none."
+            )
+        self._images = np.full(shape, 0, np.uint8)
+        self._is_known = np.zeros(number, bool)
+
+    def get(self, row: int) -> np.ndarray | None:
+        """Returns the image of a row, uint8 `(height, width, 3)`; None where it is not known yet."""
+        return self._images[row] if self._is_known[row] else None
+
+    def put(self, row: int, image: np.ndarray) -> None:
+        """Keeps the image of a row."""
+        self._images[row] = image
+        self._is_known[row] = True
+
+
+class DiskCache:
+    """Keeps resized images in a file that is mapped into memory, for this run, later ones and other processes.
+
+    The file holds an entry per image (a digest of its path, size and modification time, or of its URL and what the
+    store tells without sending it, and a checksum of its pixels) and after the entries the pixels. Pixels are written
+    before their entry, and both are checked at an image's first use: what changed meanwhile, or was half written when
+    a process or the machine stopped, is decoded anew. Processes that share the file write the same bytes.
+
+    Args:
+        paths: image files or URLs.
+        image_size: `(height, width)`.
+        folder: where the file is, or will be.
+        resize_mode: how pictures come to that size; each has a file of its own.
+        pixel_range: what is black and white in some TIFFs; likewise.
+
+    Raises:
+        UserError: the folder cannot be written, or has too little room.
+    """
+
+    ENTRY = np.dtype([("digest", "V16"), ("checksum", "<u4")])
+    # To be raised when images are decoded or resized in another way.
+    VERSION = 3
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        image_size: Sequence[int],
+        folder: str,
+        resize_mode: str = "stretch",
+        pixel_range: Sequence[float] = (),
+    ) -> None:
+        self._paths = [path if is_url(path) else os.path.abspath(path) for path in paths]
+        self._shape = (*image_size, 3)
+        self._image_bytes = math.prod(self._shape)
+        self._pixels_start = len(paths) * self.ENTRY.itemsize
+        self._checked = np.zeros(len(paths), bool)
+        self._digests: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+        height, width = image_size
+        key = "\0".join([str(self.VERSION), *map(repr, pixel_range), *self._paths])
+        digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+        kind = name_resizing(resize_mode)
+        self.path = os.path.join(folder, f"images_{height}x{width}{kind}_{digest}.cache")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - open as long as the cache
+            self._file.close()
+            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
+            self._reserve(self._pixels_start + len(paths) * self._image_bytes)
+        except OSError as error:
+            raise write_fault(self.path, error, "image_cache_path") from error
+        self._entries = np.memmap(self.path, self.ENTRY, "r", shape=len(paths))
+        self._images = np.memmap(self.path, np.uint8, "r", offset=self._pixels_start, shape=(len(paths), *self._shape))
+
+    def _reserve(self, size: int) -> None:
+        status = os.fstat(self._file.fileno())
+        missing = size - getattr(status, "st_blocks", status.st_size // 512) * 512
+        free = shutil.disk_usage(os.path.dirname(self.path)).free
+        if missing > free:
+            raise UserError(
+                f"image_cache: {self.path} needs {missing / 2**30:.1f} GiB more. Free are {free / 2**30:.1f} GiB. "
+                "Choose another image_cache_path, or set image_cache to none."
+            )
+        if status.st_size != size:
+            self._file.truncate(size)
+
+    def get(self, row: int) -> np.ndarray | None:
+        """Returns the image of a row, uint8 `(height, width, 3)`; None where it is not known, or no longer right."""
+        if not self._checked[row]:
+            entry, image, digest = self._entries[row], self._images[row], self._digest(row)
+            if entry["digest"].tobytes() != digest or entry["checksum"] != zlib.crc32(image):
+                # Kept for `put`: the file may change while it is being read.
+                self._digests[row] = digest
+                return None
+            self._checked[row] = True
+        return self._images[row]
+
+    def put(self, row: int, image: np.ndarray) -> None:
+        """Keeps the image of a row, which was read after `get` did not have it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        digest = self._digests.pop(row, None) or self._digest(row)
+        entry = np.zeros((), self.ENTRY)
+        entry["digest"], entry["checksum"] = np.void(digest), zlib.crc32(np.ascontiguousarray(image))
+        parts = (self._pixels_start + row * self._image_bytes, image), (row * self.ENTRY.itemsize, entry)
+        try:
+            with self._lock:
+                for start, part in parts:
+                    self._file.seek(start)
+                    self._file.write(part.tobytes())
+        except OSError as error:
+            raise write_fault(self.path, error, "image_cache_path") from error
+        # A store is asked once a run: it takes longer to answer than a disk.
+        self._checked[row] = is_url(self._paths[row])
+
+    def _digest(self, row: int) -> bytes:
+        return digest_image(self._paths[row])
+
+
+def digest_image(path: str, pixel_range: Sequence[float] = ()) -> bytes:
+    """Returns 16 bytes that change with an image file's path, size and time, or with what the store tells of a URL.
+
+    They also change with `pixel_range`, by which some TIFFs are read. Where it cannot be read they are none: reading
+    the image tells what is wrong with it.
+    """
+    path = path if is_url(path) else os.path.abspath(path)
+    try:
+        if is_url(path):
+            version = read_version(path)
+        else:
+            status = os.stat(path)
+            version = f"{status.st_size}\0{status.st_mtime_ns}"
+    except (OSError, BadImage):
+        return b""
+    version = "\0".join([version, *map(repr, pixel_range)])
+    return hashlib.blake2b(f"{path}\0{version}".encode("utf-8", "surrogateescape"), digest_size=16).digest()
+
+
+def name_resizing(resize_mode: str) -> str:
+    """Returns the part of a file's name that tells how pictures in it were resized; files of before have none."""
+    return "" if resize_mode == "stretch" else f"_{resize_mode}"
+
+
+def build_cache(configs: Configs, paths: Sequence[str], image_size: Sequence[int]) -> MemoryCache | DiskCache | None:
+    """Builds the cache that the option `image_cache` names: `memory`, `disk`, or `none`.
+
+    Raises:
+        UserError: there is too little memory, or the folder cannot be written.
+    """
+    if configs.image_cache == "memory":
+        return MemoryCache(len(paths), image_size)
+    if configs.image_cache == "none":
+        return None
+    return DiskCache(paths, image_size, configs.image_cache_path, configs.resize_mode, configs.pixel_range)
+
+
+def free_memory() -> int:
+    """Returns the bytes of memory that can still be taken, within a container's limit where there is one."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    return free

@@ -1,0 +1,121 @@
+"""Loading and saving model files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import keras
+
+from finetune.core.arguments import take_flag, take_path
+from finetune.core.options import UserError
+from finetune.core.texts import join_names
+from finetune.models.artefacts import is_exported
+from finetune.models.compressed import custom_load_model
+from finetune.models.safety import check_model_file, largest_content, limiting_weights, telling_damage
+
+MEAN_OF_VIEWS = "mean_of_views"
+
+
+def load_model(path: str, with_optimizer: bool = False) -> keras.Model:
+    """Loads a model file, `.keras` or HDF5, or a compressed one; never runs code that the file brings.
+
+    Args:
+        path: the file.
+        with_optimizer: also restore the optimizer and its state, to go on training.
+
+    Raises:
+        UserError: the file is no model, is damaged, holds code, or claims far more weights than it has bytes.
+    """
+    path, with_optimizer = take_path("path", path), take_flag("with_optimizer", with_optimizer)
+    if is_exported(path):
+        raise UserError(
+            f"{path} is an exported model, which predict.py and test.py take. This script needs the model that it was "
+            "made of, a .keras or .h5 file."
+        )
+    stem, suffix = os.path.splitext(path)
+    if suffix != ".keras" and os.path.isfile(f"{stem}.json"):
+        return custom_load_model(os.path.dirname(path), os.path.basename(stem))
+    with telling_damage(f"{path} is not a model that Keras reads"):
+        check_model_file(path)
+        with limiting_weights(largest_content(path)):
+            model = keras.models.load_model(path, compile=with_optimizer, safe_mode=True)
+        if not isinstance(model, keras.Model):
+            raise ValueError(f"It holds a {type(model).__name__}.")
+    return model
+
+
+def load_fitting_model(
+    path: str, class_names: Sequence[str], image_size: Sequence[int], with_optimizer: bool = False
+) -> keras.Model:
+    """Loads a model file as `load_model` does, and checks its input and output against configs.
+
+    Raises:
+        UserError: the file is no model, or it does not fit; names what differs.
+    """
+    model = load_model(path, with_optimizer)
+    # A model of another kind than a graph of layers has neither.
+    if any(len(getattr(model, ends, None) or ()) != 1 for ends in ("inputs", "outputs")):
+        raise UserError(f"{path} is no classifier of images: expected one input and one output.")
+    check_fit(path, model.inputs[0].shape, model.outputs[0].shape, class_names, image_size)
+    return model
+
+
+def check_fit(
+    path: str,
+    input_shape: Sequence[int | None],
+    output_shape: Sequence[int | None],
+    class_names: Sequence[str],
+    image_size: Sequence[int],
+) -> None:
+    """Raises UserError where a model's shapes are not those of a classifier of such images into these classes."""
+    (batch, *inputs), expected = input_shape, (*image_size, 3)
+    if len(output_shape) != 2 or output_shape[-1] != len(class_names):
+        raise UserError(
+            f"{path} tells {output_shape[-1]} classes apart, but the configs name {len(class_names)}: "
+            f"{join_names(class_names)}. Use the CSV files and classes that it was trained with."
+            if len(output_shape) == 2
+            else f"{path} gives outputs of shape {tuple(output_shape[1:])}. Expected one number a class, "
+            f"{len(class_names)}."
+        )
+    fits = len(inputs) == 3 and all(size in (None, wanted) for size, wanted in zip(inputs, expected, strict=True))
+    if not fits or batch is not None:
+        shown = tuple(inputs) if batch is None else (batch, *inputs)
+        raise UserError(
+            f"{path} takes inputs of shape {shown}. Expected images of image_target_size or test_image_size, "
+            f"{expected}."
+        )
+
+
+def build_inference_model(classifier: keras.Model, test_time_augmentation: str) -> keras.Model:
+    """Builds what a file holds: whatever reads it then answers as the run's validation did.
+
+    Source: Krizhevsky et al., NIPS 2012, section 4.1, of the mirror images.
+
+    Args:
+        classifier: from images `(batch, height, width, 3)` to probabilities `(batch, classes)`; it is shared.
+        test_time_augmentation: `none` or `flip`.
+
+    Returns:
+        A model of stock layers with the classifier's shapes and weights; its `optimizer` is not set.
+    """
+    if test_time_augmentation == "none":
+        return keras.Model(classifier.inputs, classifier.outputs, name=classifier.name)
+    (image,) = classifier.inputs
+    images = keras.Input(image.shape[1:], dtype=image.dtype, name=image.name)
+    # A model that was read from a file may give its one output in a list.
+    views = keras.tree.flatten([classifier(images), classifier(keras.ops.flip(images, axis=2))])
+    return keras.Model(images, keras.layers.Average(name="mean")(views), name=MEAN_OF_VIEWS)
+
+
+def get_classifier(model: keras.Model) -> keras.Model:
+    """Returns the classifier, which answers to an image as it is, of a model as it is saved; any other model itself."""
+    if model.name != MEAN_OF_VIEWS:
+        return model
+    (classifier,) = (layer for layer in model.layers if isinstance(layer, keras.Model))
+    return classifier
+
+
+def has_views(model: keras.Model) -> bool:
+    """Tells whether a model answers with the mean over an image and its mirror image."""
+    return get_classifier(model) is not model

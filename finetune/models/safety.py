@@ -1,0 +1,177 @@
+"""What a model file claims, checked before Keras reads it: no code, no more weights than bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import h5py
+import keras
+
+from finetune.core.options import LARGEST_JSON_FILE, UserError
+from finetune.core.texts import shorten
+from finetune.models.artefacts import MODEL_SUFFIXES
+from finetune.models.hdf5_attributes import check_attributes
+
+LAYERS_MEMBER = "config.json"
+WEIGHTS_MEMBER = "model.weights.h5"
+# What holds program code in a model file, by the name of its class there.
+CODE_LAYERS = {"Lambda": "Lambda layer", "__lambda__": "Python lambda"}
+CODE_LAYERS |= {"TFSMLayer": "TFSMLayer", "TorchModuleWrapper": "TorchModuleWrapper"}
+
+
+@contextlib.contextmanager
+def telling_damage(sentence: str) -> Iterator[None]:
+    """Raises UserError in the place of whatever reading a file raises: the sentence, and the reason on one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # Keras, h5py, zipfile and json fail in any way on a damaged file: all of it is the file's fault.
+        # Keras quotes all layers before it says what is wrong with one of them.
+        reason = str(error).split("Exception encountered:")[-1].strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{sentence}: {shorten(reason).rstrip('.')}. Copy it again, or name another.") from error
+
+
+def check_model_file(path: str) -> None:
+    """Checks what a model file claims before Keras reads it.
+
+    Raises:
+        UserError: it needs code, or has no model.
+        Exception: of any kind, where it is damaged.
+    """
+    limit, (stem, suffix) = largest_content(path), os.path.splitext(path)
+    if suffix not in MODEL_SUFFIXES:
+        raise ValueError(f"Expected a file that ends in {', '.join(MODEL_SUFFIXES)}.")
+    if not os.path.getsize(path):
+        raise ValueError("It is empty.")
+    if suffix == ".keras":
+        with zipfile.ZipFile(path) as archive:
+            _check_archive(archive, path, limit)
+        return
+    with h5py.File(path) as file:
+        if "model_config" not in file.attrs:
+            raise UserError(f"{path} holds weights but no model, and {stem}.json is not beside it.")
+        check_arrays(file, limit)
+        check_attributes(path)
+        for name in ("model_config", "training_config"):
+            if name in file.attrs:
+                check_layers(json.loads(file.attrs[name]), path)
+
+
+def _check_archive(archive: zipfile.ZipFile, path: str, limit: int) -> None:
+    members = {member.filename: member for member in archive.infolist()}
+    for name, member in members.items():
+        if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
+            raise ValueError(f"Its part {name} lies outside of it.")
+        # Python unpacks the other kinds without a limit.
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"Its part {name} is packed in a way that Keras does not use.")
+    if missing := [name for name in (LAYERS_MEMBER, WEIGHTS_MEMBER) if name not in members]:
+        raise ValueError(f"It has no part {missing[0]}.")
+    _check_claim(sum(member.file_size for member in archive.infolist()), limit)
+    if members[LAYERS_MEMBER].file_size > LARGEST_JSON_FILE:
+        raise ValueError(f"Its layers take more than {LARGEST_JSON_FILE} bytes.")
+    check_layers(json.loads(archive.read(LAYERS_MEMBER)), path)
+    # In memory, as Keras does it: HDF5 seeks a lot, and seeking in an archive is slow.
+    with h5py.File(io.BytesIO(archive.read(WEIGHTS_MEMBER))) as file:
+        check_arrays(file, limit)
+
+
+def check_arrays(file: h5py.File, limit: int) -> None:
+    """Raises ValueError where an HDF5 file leads to other files, or its arrays claim more than `limit` bytes."""
+    claimed = 0
+
+    def find_outside(name: str, link: Any) -> str | None:
+        """Returns the name of a link to another file, and counts what an array claims."""
+        # What is returned ends the visit; an error in here would reach nobody.
+        nonlocal claimed
+        item = file[name] if isinstance(link, h5py.HardLink) else None
+        is_array = isinstance(item, h5py.Dataset)
+        if is_array:
+            claimed += max(item.size or 0, math.prod(item.chunks or ())) * item.dtype.itemsize
+        return name if item is None or (is_array and (item.external or item.is_virtual)) else None
+
+    if name := file.visititems_links(find_outside):
+        raise ValueError(f"Its part {name} lies outside of it.")
+    _check_claim(claimed, limit)
+
+
+def check_layers(layers: Any, path: str) -> None:
+    """Checks that a model's layers need no code, neither in the file itself nor of another package than Keras.
+
+    Args:
+        layers: a model's description, as JSON holds it.
+        path: of the model.
+
+    Raises:
+        UserError: they do.
+        ValueError: it is no description of layers.
+    """
+    if not isinstance(layers, dict):
+        raise ValueError("It describes no layers.")
+    pending = [layers]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, list):
+            pending += part
+        if not isinstance(part, dict):
+            continue
+        pending += part.values()
+        name, module = part.get("class_name"), part.get("module")
+        name = part.get("config") if name == "function" else name
+        if name in CODE_LAYERS:
+            raise UserError(
+                f"{path} is not loaded: it holds a {CODE_LAYERS[name]}, program code of whoever made the file, which "
+                "would run on this computer. Build the model again with Keras's own layers, such as Rescaling, copy "
+                "its weights with set_weights, and save that."
+            )
+        if isinstance(module, str) and module.split(".")[0] not in ("keras", "builtins"):
+            raise UserError(
+                f"{path} is not loaded: it needs {shorten(f'{module}.{name}')}, code that is not Keras's own. Build "
+                "the model again with Keras's own layers, copy its weights with set_weights, and save that."
+            )
+
+
+def largest_content(path: str) -> int:
+    """Returns how many bytes of weights a file may claim: packed weights are smaller, but not by more than that."""
+    return max(2**28, 10 * os.path.getsize(path))
+
+
+def _check_claim(claimed: int, limit: int) -> None:
+    if claimed > limit:
+        raise ValueError(f"It claims more weights than the {limit >> 20} MiB that a file of its size can hold.")
+
+
+@contextlib.contextmanager
+def limiting_weights(limit: int, initialize: bool = True) -> Iterator[None]:
+    """Raises ValueError before a model takes more than `limit` bytes for its weights, whatever its layers claim.
+
+    Args:
+        limit: in bytes.
+        initialize: draw the initial weights. Where all are to be replaced, zeros take less time.
+    """
+    claimed, add_weight = 0, keras.Layer.add_weight
+
+    def add_counted(
+        layer: keras.Layer, shape: Sequence[int] | None = None, initializer: Any = None, *values: Any, **options: Any
+    ) -> Any:
+        """Adds a weight, after the bytes that it claims are found to be few enough."""
+        nonlocal claimed
+        claimed += 4 * math.prod(shape or ())
+        _check_claim(claimed, limit)
+        return add_weight(layer, shape, initializer if initialize else "zeros", *values, **options)
+
+    # Keras has no hook for this, and TensorFlow's is told of a variable, but not how large it will be.
+    keras.Layer.add_weight = add_counted
+    try:
+        yield
+    finally:
+        keras.Layer.add_weight = add_weight

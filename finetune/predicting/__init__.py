@@ -1,0 +1,4 @@
+"""From image files to answers, in every runtime: Keras, LiteRT, ONNX and SavedModel.
+
+Start with `predicting.py`; `runtimes.py` loads a model of any format.
+"""

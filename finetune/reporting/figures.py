@@ -1,0 +1,304 @@
+"""Figures of an evaluation, for paper and for light and dark pages."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from finetune.core.files import atomic_path
+from finetune.core.texts import MOST_LISTED, show
+from finetune.evaluation.metrics import ConfusionMatrix, list_confusions, read_cells
+
+# Wong, Nature Methods 8:441, 2011: distinct for the colour-blind, and legible on white and on near black.
+COLOURS = ("#0f7fc4", "#e0701c", "#129e78", "#c765a0", "#b58900", "#4aa8d8", "#8c6bd1", "#7a7f85", "#d1495b", "#5b9a32")
+COUNT_COLOUR = (0.06, 0.42, 0.74)
+MUTED = "#8b949e"
+# With Chinese, Japanese and Korean, on Linux, Windows and macOS.
+FALLBACK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "Yu Gothic")
+FALLBACK_FONTS += ("Malgun Gothic", "PingFang SC", "Hiragino Sans", "Arial Unicode MS")
+PRINTED_DPI = 150
+LONGEST_NAME = 24
+MOST_COLOURED_CURVES = 10
+WORST_CURVES = 5
+# Of more curves than MOST_LISTED, the shares of classes below and above the band that stands for them.
+BAND = (10, 90)
+PAIRS_LISTED = 30
+# Cells a side of the heat map: each still has two pixels on the page.
+MOST_BLOCKS = 200
+LEAST_SHARE = 0.001
+NAMES_AT_HEAT_MAP = 12
+SHORT_NAME = 18
+
+
+def draw_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
+    """Draws counts, coloured by their share of the row; the figure grows with the classes.
+
+    Args:
+        matrix: int `(classes, classes)`, rows true and columns predicted.
+        class_names: in the order of the rows.
+    """
+    counts = np.asarray(matrix)
+    number, labels = len(counts), [label_text(name) for name in class_names]
+    cell = float(np.clip(4.2 / number, 0.24, 0.9))
+    label_size = 10 if number <= 12 else 8
+    label_width = 0.62 * label_size / 72 * max(map(len, labels))
+    rotation = 0 if label_width < 0.9 * cell else 40 if number <= 12 else 90
+    label_height = 0.2 + label_width * np.sin(np.radians(rotation))
+    sides = number * cell + 0.65 + np.array([label_width, label_height])
+    figure = Figure(figsize=sides, layout="constrained")
+    axes = figure.add_subplot()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # Opacity, not a colour scale that ends in white: the empty cells then suit a dark page as well.
+    colours = np.empty((number, number, 4), np.float32)
+    colours[..., :3], colours[..., 3] = COUNT_COLOUR, shares
+    axes.imshow(colours, aspect="equal")
+    anchor = {"rotation_mode": "anchor", "ha": "right"} if rotation == 40 else {}
+    axes.set_xticks(range(number), labels, rotation=rotation, **anchor)
+    axes.set_yticks(range(number), labels)
+    axes.tick_params(labelsize=label_size, length=0)
+    for draw_lines in (axes.hlines, axes.vlines):
+        draw_lines(np.arange(1, number) - 0.5, -0.5, number - 0.5, color=MUTED, linewidth=0.4, alpha=0.5)
+    axes.set(xlabel="Predicted", ylabel="True")
+    _write_counts(axes, counts, shares, cell)
+    return figure
+
+
+def _write_counts(axes: Axes, counts: np.ndarray, shares: np.ndarray, cell: float) -> None:
+    """Writes the counts above 0 into cells of `cell` inches, where the digits fit legibly."""
+    points, digits = 72 * cell, len(str(counts.max()))
+    size = min(10, 0.85 * points / (0.65 * digits))
+    if size < 4:
+        return
+    for row, column in np.argwhere(counts):
+        colour = "white" if shares[row, column] > 0.55 else matplotlib.rcParams["text.color"]
+        text = axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=size, color=colour)
+        # Thousands of texts would make the layout take seconds.
+        text.set_in_layout(False)
+
+
+def draw_heat_map(stored: ConfusionMatrix, class_names: Sequence[str], pairs_listed: int = PAIRS_LISTED) -> Figure:
+    """Draws a confusion matrix of many classes as a heat map, and lists the most frequent confusions beside it.
+
+    Args:
+        stored: as `confusions.count_confusions` returns it.
+        class_names: in the order of the positions.
+        pairs_listed: the most pairs listed; 0 draws the map alone.
+    """
+    cells, number = read_cells(stored, class_names), len(class_names)
+    # Where cells are smaller than what can be seen, a block of them shows its highest: no confusion is lost.
+    side = -(-number // MOST_BLOCKS)
+    blocks = np.zeros((-(-number // side),) * 2)
+    np.maximum.at(blocks, (cells.rows // side, cells.columns // side), cells.shares)
+    pairs = list_confusions(stored, class_names, pairs_listed)
+    figure = Figure(figsize=(12, 6.8) if pairs else (5.8, 6.4), layout="constrained")
+    axes, *beside = figure.subplots(1, 2 if pairs else 1, squeeze=False, width_ratios=(1, 1) if pairs else None)[0]
+    lowest = float(np.clip(blocks[blocks > 0].min(initial=1), LEAST_SHARE, 0.1))
+    fading = LinearSegmentedColormap.from_list("counts", [(*COUNT_COLOUR, 0.3), (*COUNT_COLOUR, 1)])
+    image = axes.imshow(
+        np.ma.masked_equal(blocks, 0),
+        cmap=fading,
+        norm=LogNorm(lowest, 1, clip=True),
+        interpolation="none",
+        extent=(-0.5, len(blocks) * side - 0.5, len(blocks) * side - 0.5, -0.5),
+    )
+    positions = np.unique(np.linspace(0, number - 1, NAMES_AT_HEAT_MAP).astype(int))
+    names = [label_text(class_names[position], SHORT_NAME) for position in positions]
+    axes.set_xticks(positions, names, rotation=90)
+    axes.set_yticks(positions, names)
+    axes.tick_params(labelsize=7)
+    axes.set(xlabel="Predicted", ylabel="True", xlim=(-0.5, number - 0.5), ylim=(number - 0.5, -0.5))
+    bar = figure.colorbar(image, ax=axes, location="top", shrink=0.8, aspect=40, format=PercentFormatter(1))
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(labelsize=8)
+    highest = f"; each dot is the highest of {side} x {side} cells" if side > 1 else ""
+    bar.set_label(f"Share of the true class's images{highest}", fontsize=8)
+    for list_axes in beside:
+        _write_pairs(list_axes, pairs)
+    return figure
+
+
+def _write_pairs(axes: Axes, pairs: Sequence[dict[str, Any]]) -> None:
+    """Writes confusions into a place of their own, a row each."""
+    axes.set_axis_off()
+    axes.set_title(f"The {len(pairs)} most frequent confusions", fontsize=10, pad=14)
+    rows = [("Images", "Of the class", "True", "Predicted")]
+    rows += [
+        (str(pair["count"]), f"{pair['share']:.1%}", label_text(pair["true"]), label_text(pair["predicted"]))
+        for pair in pairs
+    ]
+    columns = ((0.12, "right"), (0.32, "right"), (0.37, "left"), (0.7, "left"))
+    for place, row in enumerate(rows):
+        for (x, side), text in zip(columns, row, strict=True):
+            weight = "normal" if place else "bold"
+            axes.text(x, 1 - place / PAIRS_LISTED, text, ha=side, va="center", fontsize=8, weight=weight)
+
+
+def draw_roc_curves(curves: dict[str, dict[str, Any]]) -> Figure:
+    """Draws the true over the false positive rate of each class, with its area.
+
+    Args:
+        curves: by class name, as `curves.get_curves` gives them; a class without an area is left out.
+    """
+    figure, axes = _square_figure("False positive rate", "True positive rate")
+    axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
+    _draw_curves(axes, curves, ("false_positive_rate", "true_positive_rate"), "auroc", "AUROC")
+    return figure
+
+
+def draw_precision_recall_curves(curves: dict[str, dict[str, Any]]) -> Figure:
+    """Draws precision over recall of each class, with its average precision.
+
+    Args:
+        curves: by class name, as `curves.get_curves` gives them; a class without positives is left out.
+    """
+    figure, axes = _square_figure("Recall", "Precision")
+    _draw_curves(axes, curves, ("recall", "precision"), "average_precision", "Average precision")
+    return figure
+
+
+def _square_figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.2, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _draw_curves(
+    axes: Axes, curves: dict[str, dict[str, Any]], keys: tuple[str, str], area_key: str, area_name: str
+) -> None:
+    """Draws a few classes in colours; of many only the worst ones and the mean.
+
+    The others are in thin grey, or more than `MOST_LISTED` a grey band.
+    """
+    known = {name: curve for name, curve in curves.items() if curve[area_key] is not None}
+    if not known:
+        axes.text(0.5, 0.5, f"{area_name} is undefined for every class", ha="center", color=MUTED)
+        return
+    many = len(known) > MOST_COLOURED_CURVES
+    worst_first = sorted(known, key=lambda name: known[name][area_key])
+    coloured = worst_first[:WORST_CURVES] if many else list(known)
+    for name in worst_first[WORST_CURVES:] if many and len(known) <= MOST_LISTED else []:
+        axes.plot(*(known[name][key] for key in keys), color=MUTED, linewidth=0.6, alpha=0.5)
+    lines = {}
+    for name, colour in zip(coloured, COLOURS, strict=False):
+        (line,) = axes.plot(*(known[name][key] for key in keys), color=colour, linewidth=1.6)
+        lines[f"{known[name][area_key]:.3f}  {label_text(name)}"] = line
+    if many:
+        x, heights = _resample([tuple(np.asarray(curve[key]) for key in keys) for curve in known.values()])
+        (line,) = axes.plot(x, heights.mean(axis=0), color=matplotlib.rcParams["text.color"], linewidth=2.4)
+        mean = np.mean([curve[area_key] for curve in known.values()])
+        lines = {f"{mean:.3f}  mean of {len(known)} classes": line} | lines
+    if len(known) > MOST_LISTED:
+        band = axes.fill_between(x, *np.percentile(heights, BAND, axis=0), color=MUTED, alpha=0.35, linewidth=0)
+        lines[f"the middle {BAND[1] - BAND[0]} % of classes"] = band
+    title = f"{area_name}, worst {WORST_CURVES} classes" if many else area_name
+    axes.legend(lines.values(), lines.keys(), loc="best", title=title, fontsize=8.5, title_fontsize=8.5)
+
+
+def _resample(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns 201 positions from 0 to 1, and the heights of curves `(x, y)` there, `(curves, 201)`."""
+    grid = np.linspace(0, 1, 201)
+    ordered = [(x, y) if x[0] <= x[-1] else (x[::-1], y[::-1]) for x, y in curves]
+    return grid, np.array([np.interp(grid, x, y) for x, y in ordered])
+
+
+def draw_reliability(calibration: dict[str, Any]) -> Figure:
+    """Draws how often predictions hold against their probability, before and after the temperature.
+
+    Source: DeGroot and Fienberg, The Statistician 32, 1983; Guo et al., ICML 2017, section 2 (arXiv:1706.04599).
+
+    Args:
+        calibration: `bins` and `bins_uncalibrated`, non-empty ones with `confidence`, `accuracy` and `count`, and the
+            `expected_calibration_error` of both.
+    """
+    figure = Figure(figsize=(5.2, 5.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1, label="perfect calibration")
+    series = {"before the temperature": ("_uncalibrated", COLOURS[1]), "after the temperature": ("", COLOURS[0])}
+    if calibration["bins"] == calibration["bins_uncalibrated"]:
+        series = {"this model": ("", COLOURS[0])}
+    for position, (words, (suffix, colour)) in enumerate(series.items()):
+        bins = calibration[f"bins{suffix}"]
+        confidences, accuracies, counts = (
+            np.array([one[key] for one in bins]) for key in ("confidence", "accuracy", "count")
+        )
+        label = f"{words}: error {calibration[f'expected_calibration_error{suffix}']:.3f}"
+        upper.plot(confidences, accuracies, marker="o", markersize=4, color=colour, label=label)
+        width = 0.028 if len(series) > 1 else 0.05
+        offset = (position - (len(series) - 1) / 2) * width
+        lower.bar(confidences + offset, counts / max(counts.sum(), 1), width=width, color=colour)
+    upper.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="Share that holds")
+    upper.legend(loc="upper left", fontsize=8.5)
+    lower.set(xlabel="Probability", ylabel="Share of\npredictions", ylim=(0, None))
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    return figure
+
+
+@contextlib.contextmanager
+def style(options: dict[str, Any]) -> Iterator[None]:
+    """Applies matplotlib's options for a while, with an installed font for every script that it can."""
+    installed = set(font_manager.get_font_names())
+    fonts = ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)]
+    with matplotlib.rc_context({"font.family": fonts} | options), warnings.catch_warnings():
+        # A box stands for a character that no font has; the tables of the page show it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
+
+
+def label_text(name: str, longest: int = LONGEST_NAME) -> str:
+    """Returns a name as matplotlib may draw it: not too long, and a dollar sign is no formula."""
+    text = show(name)
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[-(longest - longest // 2 - 1) :]}"
+    return text.replace("$", r"\$")
+
+
+def save_figures(folder: str, results: dict[str, Any], curves: dict[str, dict[str, Any]]) -> list[str]:
+    """Writes the test set's figures as PNG files.
+
+    Args:
+        folder: receives `confusion_matrix.png` (one label an image), `roc_curves.png`,
+            `precision_recall_curves.png` and `reliability_diagram.png`.
+        results: the content of metrics.json.
+        curves: of the test set, as `curves.get_curves` gives them.
+
+    Returns:
+        The files' paths.
+    """
+    paths = []
+    for name, draw in figures_of(results, curves).items():
+        paths.append(os.path.join(folder, f"{name}.png"))
+        with style({}), atomic_path(paths[-1]) as temporary:
+            draw().savefig(temporary, dpi=PRINTED_DPI, facecolor="white")
+    return paths
+
+
+def figures_of(
+    results: dict[str, Any], curves: dict[str, dict[str, Any]], pairs_listed: int = PAIRS_LISTED
+) -> dict[str, Callable[[], Figure]]:
+    """Returns what draws each figure of the test set, by name; beside a heat map that many pairs are listed."""
+    test, names = results["sets"]["test"], results["classes"]
+    figures = {
+        "roc_curves": lambda: draw_roc_curves(curves),
+        "precision_recall_curves": lambda: draw_precision_recall_curves(curves),
+        "reliability_diagram": lambda: draw_reliability(test["calibration"]),
+    }
+    if "confusion_matrix" in test and len(names) > MOST_LISTED:
+        figures["confusion_matrix"] = lambda: draw_heat_map(test["confusion_matrix"], names, pairs_listed)
+    elif "confusion_matrix" in test:
+        figures["confusion_matrix"] = lambda: draw_confusion_matrix(test["confusion_matrix"], names)
+    return figures

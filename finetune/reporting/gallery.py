@@ -1,0 +1,162 @@
+"""The images that are worth a look: the worst mistakes and the least confident ones."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from configs import Configs
+from finetune.core.options import UserError
+from finetune.core.values import get_input_size
+from finetune.data.images import build_reader, fit_image, resize_image
+from finetune.evaluation.decision import Decision
+from finetune.evaluation.evaluation import name_labels
+from finetune.evaluation.gradcam import GradCam
+from finetune.predicting.runtimes import ExportedModel
+from finetune.reporting.cam_pictures import overlay_heatmap
+
+GALLERIES = ("mistakes", "least_confident")
+GALLERY_IMAGES = 12
+PHOTO_SIDE = 320
+LEAST_PROBABILITY = 1e-7
+
+
+def choose_gallery(
+    y_true: np.ndarray, probabilities: np.ndarray, chosen: np.ndarray, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses the images that are worth a look.
+
+    Args:
+        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
+        probabilities: `(images, classes)`.
+        chosen: bool `(images, classes)`, the classes that are predicted.
+        number: the most images of either kind.
+
+    Returns:
+        Rows of the wrongly predicted images with the highest loss, the worst first; multi-label: with any label
+        wrong. And rows of the images, right or wrong, whose prediction is least probable, the least first.
+    """
+    truth = y_true.astype(bool) if y_true.ndim == 2 else np.arange(chosen.shape[1]) == y_true[:, None]
+    wrong = np.flatnonzero((truth != chosen).any(axis=1))
+    losses = get_image_losses(y_true, probabilities)
+    # The loss that the prediction itself would have if it were the truth: high where the model half believes it.
+    doubts = get_image_losses(chosen if y_true.ndim == 2 else chosen.argmax(axis=1), probabilities)
+    return wrong[np.argsort(-losses[wrong], kind="stable")][:number], np.argsort(-doubts, kind="stable")[:number]
+
+
+def get_image_losses(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Returns the cross-entropy of each image, multi-label the mean of its binary ones; nats, float64 `(images,)`.
+
+    Args:
+        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
+        probabilities: `(images, classes)`; taken as at least 1e-7 from 0, multi-label from 1 as well.
+    """
+    probabilities = np.asarray(probabilities, np.float64)
+    if y_true.ndim == 1:
+        return -np.log(np.maximum(probabilities[np.arange(len(y_true)), y_true], LEAST_PROBABILITY))
+    clipped = np.clip(probabilities, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+    return -np.log(np.where(y_true.astype(bool), clipped, 1 - clipped)).mean(axis=1)
+
+
+def build_gallery(
+    draw: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]],
+    paths: Sequence[str],
+    y_true: np.ndarray,
+    probabilities: np.ndarray,
+    decision: Decision,
+) -> dict[str, list[dict[str, Any]]]:
+    """Collects the worst mistakes and the least confident images, as `report.write_report` takes them.
+
+    Args:
+        draw: from paths to each one's photo and the same with its heatmap.
+        paths: of the images.
+        y_true: their labels, `(images,)` or multi-label `(images, classes)`.
+        probabilities: calibrated, `(images, classes)`.
+        decision: chooses the predicted labels.
+    """
+    chosen = decision.choose(probabilities)
+    rows = dict(zip(GALLERIES, choose_gallery(y_true, probabilities, chosen, GALLERY_IMAGES), strict=True))
+    shown = np.unique(np.concatenate(list(rows.values())))
+    photos = dict(zip(shown.tolist(), draw([paths[row] for row in shown]), strict=True))
+    columns = {
+        "path": list(paths),
+        "true": name_labels(y_true, decision.class_names),
+        "predicted": name_labels(chosen, decision.class_names),
+        "probability": decision.measure_confidence(probabilities).tolist(),
+        "loss": get_image_losses(y_true, probabilities).tolist(),
+    }
+    return {
+        name: [
+            {column: values[row] for column, values in columns.items()}
+            | dict(zip(("photo", "heatmap"), photos[row], strict=True))
+            for row in gallery.tolist()
+        ]
+        for name, gallery in rows.items()
+    }
+
+
+def build_grad_cam(model: keras.Model | ExportedModel, cam_method: str, layer_name: str) -> GradCam | None:
+    """Builds what explains a model; None, and a line, where it has not the parts for that.
+
+    Raises:
+        UserError: a layer is named, and the model lacks it.
+    """
+    if isinstance(model, ExportedModel):
+        print("The report's photos have no heatmaps: Grad-CAM needs the Keras model that this one was made of.")
+        return None
+    try:
+        return GradCam(model, cam_method, layer_name)
+    except UserError as error:
+        if layer_name:
+            raise
+        print(f"The report's photos have no heatmaps: {error}")
+        return None
+
+
+def build_explainer(
+    model: keras.Model | ExportedModel, configs: Configs
+) -> Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]]:
+    """Builds what draws photos by their paths, with the model's heatmaps as the configs want them."""
+    shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
+    overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
+    grad_cam = build_grad_cam(model, configs.cam_method, configs.cam_backbone_layer)
+    return functools.partial(draw_pictures, grad_cam, *shape.values(), build_reader(configs), overlay)
+
+
+def draw_pictures(
+    grad_cam: GradCam | None,
+    image_size: Sequence[int],
+    resize_mode: str,
+    read: Callable[..., np.ndarray],
+    overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    paths: Sequence[str],
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Reads photos and lays over each the heatmap of its most probable class.
+
+    Args:
+        grad_cam: explains, or None.
+        image_size: `(height, width)` of the model's input.
+        resize_mode: how photos come to that size.
+        read: reads a photo, as `read_image` does.
+        overlay: colours a photo by a heatmap.
+        paths: of the photos.
+
+    Returns:
+        Of each photo uint8 RGB `(height, width, 3)`, its longer side at most `PHOTO_SIDE`, and the same under its
+        heatmap, or None.
+    """
+    pictures = []
+    for path in paths:
+        image = read(path)
+        scale = min(1, PHOTO_SIDE / max(image.shape[:2]))
+        photo = resize_image(image, [max(1, round(side * scale)) for side in image.shape[:2]])
+        heatmap = None
+        if grad_cam is not None:
+            heatmaps, _ = grad_cam(fit_image(read(path, image_size), image_size, resize_mode)[None])
+            heatmap = overlay(photo, heatmaps[0])
+        pictures.append((photo, heatmap))
+    return pictures

@@ -1,0 +1,435 @@
+"""The model card: what a model is, what it was trained on, and how well it does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from configs import Configs
+from finetune.core.files import write_text
+from finetune.core.options import UserError
+from finetune.core.texts import MOST_LISTED, MOST_TELLING, show
+from finetune.data.groups import describe_group_count
+from finetune.data.images import PAD_GREY
+from finetune.evaluation.evaluation import find_worst
+from finetune.evaluation.paired_comparison import describe_epoch
+from finetune.models.artefacts import DECISION_FILE, MODEL_SUFFIXES
+from finetune.models.description import OF_BEFORE, hash_model
+from finetune.reporting.log_figures import LOG_METRICS, read_log
+from finetune.reporting.summaries import (
+    CHOSEN_ON_TEST_SET,
+    HEADLINES,
+    base_name,
+    compile_template,
+    list_class_columns,
+    list_class_intervals,
+    list_headlines,
+    list_options,
+    list_warnings,
+    show_value,
+)
+from finetune.training.run_data import DATA_FILE
+from finetune.training.run_folder import (
+    BEST_MODEL,
+    CARD_FILE,
+    COMPRESSION_FILE,
+    CONFIGS_FILE,
+    LATEST_MODEL,
+    LOG_FILE,
+    METRICS_FILE,
+    STATISTICS_FILE,
+)
+
+# Figures that Hugging Face's metadata knows: name in metrics.json, and there.
+METRIC_TYPES = {"accuracy": "accuracy", "exact_match_accuracy": "accuracy", "macro_f1": "f1", "mean_auroc": "roc_auc"}
+PATH_ENDINGS = ("_csv", "_directory", "_path")
+# The card warns from there on: points between an interval's ends, and images of the largest class to the smallest.
+WIDE_INTERVAL = 5
+IMBALANCE = 3
+# By heading: options that are always told, and those that are where they differ from their default.
+RECIPE: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "Optimizer": (
+        ("optimizer_type", "learning_rate"),
+        ("fine_tune_learning_rate", "weight_decay", "ema_decay", "adam_beta_2", "adam_epsilon"),
+    ),
+    "Batches": (("batch_size",), ("gradient_accumulation_steps", "distribution_strategy", "scale_learning_rate")),
+    "Schedule": (
+        ("learning_rate_schedule",),
+        ("warmup_epochs", "early_stopping_patience", "model_selection", "min_steps", "time_budget"),
+    ),
+    "Loss": (("loss", "use_class_balancing"), ("positive_weights_multiply", "label_smoothing")),
+    "Resizing": (("resize_mode",), ()),
+    "Augmentation": (("augmentation_strength",), ("random_crop_area", "mixup_alpha", "cutmix_alpha")),
+    "Test-time augmentation": (("test_time_augmentation",), ()),
+    "Seed": (("random_seed", "deterministic"), ()),
+}
+# By resize_mode: what becomes of a photo, and how Pillow does it.
+FITTING = {
+    "stretch": ("stretched to that size", "photo.resize(({width}, {height}))"),
+    "crop": ("cropped to that shape around the middle, then resized", "ImageOps.fit(photo, ({width}, {height}))"),
+    "pad": (
+        f"resized to fit that size, in the middle of grey ({PAD_GREY})",
+        f"ImageOps.pad(photo, ({{width}}, {{height}}), color=({PAD_GREY}, {PAD_GREY}, {PAD_GREY}))",
+    ),
+}
+# By kind of file: which runtime loads it, and how.
+LOADING = {
+    "keras": (
+        "Keras",
+        "import keras\n\nmodel = keras.models.load_model({path})\nprobabilities = model.predict(image[None])",
+    ),
+    "weights": (
+        "Keras and this project on the path",
+        'from utils import custom_load_model\n\nmodel = custom_load_model(".", {stem})\n'
+        "probabilities = model.predict(image[None])",
+    ),
+    "tflite": (
+        "ai_edge_litert, one image at a time",
+        "from ai_edge_litert.interpreter import Interpreter\n\n"
+        "model = Interpreter({path}).get_signature_runner()\n"
+        'probabilities = model(image=image[None].astype("float32"))["output_0"]',
+    ),
+    "onnx": (
+        "onnxruntime",
+        "import onnxruntime\n\nsession = onnxruntime.InferenceSession({path})\n"
+        'probabilities = session.run(None, {{"image": image[None].astype("float32")}})[0]',
+    ),
+    "saved_model": (
+        "TensorFlow",
+        "import tensorflow as tf\n\nmodel = tf.saved_model.load({path})\n"
+        "probabilities = model.serve(tf.constant(image[None], tf.float32)).numpy()",
+    ),
+}
+
+
+def read_part(folder: str, name: str) -> dict[str, Any] | None:
+    """Returns the content of one of the files of `CARD_FORMS`; None where there is none or, printed, a damaged one."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if fits(content, CARD_FORMS[name]):
+            return content
+        fault = "its content is not as this version writes it"
+    except (OSError, ValueError, RecursionError) as error:
+        fault = str(error)
+    print(f"The model card goes without {path}: {fault}. Write it again, or delete it.")
+    return None
+
+
+def fits(value: Any, form: Any) -> bool:
+    """Tells whether the content of a JSON file has a form.
+
+    Args:
+        value: the content.
+        form: a type, where float means any finite number; None; a tuple of forms of which any will do; a list with
+            the form of each item, or of all; an object's members by name, one that is missing counting as None, where
+            `str` stands for all others and for at least one.
+    """
+    if isinstance(form, tuple):
+        return any(fits(value, one) for one in form)
+    if isinstance(form, list) and isinstance(value, list):
+        forms = form * len(value) if len(form) == 1 else form
+        return len(value) == len(forms) and all(map(fits, value, forms))
+    if isinstance(form, dict) and isinstance(value, dict):
+        forms = dict.fromkeys(value, form[str]) | form if str in form else form
+        return (bool(value) or str not in form) and all(
+            fits(value.get(name), one) for name, one in forms.items() if name is not str
+        )
+    if form is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return value is None if form is None else type(value) is form
+
+
+_NUMBER = (float, None)
+_INTERVAL = ([_NUMBER, _NUMBER], None)
+_CALIBRATION = {"expected_calibration_error": float, "expected_calibration_error_uncalibrated": float}
+_FIGURES = dict.fromkeys(HEADLINES, _NUMBER) | {
+    "images": int,
+    "groups": (int, None),
+    "images_of_known_groups": (int, None),
+    "csv": (str, None),
+}
+_FIGURES |= {"sha256": (str, None), "calibration": _CALIBRATION}
+_FIGURES |= {"per_class": {str: {str: _NUMBER, "f1": float, "support": int}}}
+_INTERVALS = {str: _INTERVAL, "per_class": ({str: {str: _INTERVAL}}, None)}
+_INTERVALS |= dict.fromkeys(("accuracy", "exact_match_accuracy"), ([float, float], None))
+_DECISION = {"temperature": float, "temperature_fitted_on": (str, None), "thresholds_fitted_on": (str, None)}
+_DECISION |= {"exact_match_threshold": float, "best_f1_thresholds": ({str: float}, None)}
+_DATA = {"csv": str, "images": int, "classes": {str: int}, "sha256": str}
+_PAIR = {"before": float, "after": float}
+_COMPARISON = {"images": int, "largest_difference": float, "changed_predictions": int, "accuracy": _PAIR}
+_COMPARISON |= {"images_per_second": _PAIR}
+_ARTEFACT = {"kind": str, "precision": str, "path": str, "files": {str: int}, "rejected": bool}
+CARD_FORMS: dict[str, dict[str, Any]] = {
+    DATA_FILE: {"training": _DATA, "validation": _DATA},
+    STATISTICS_FILE: {
+        "epochs_completed": int,
+        "monitor": str,
+        "best": _NUMBER,
+        "best_epoch": (int, None),
+        "kept_share": _NUMBER,
+        "has_refitted_head": (bool, None),
+    },
+    DECISION_FILE: _DECISION,
+    METRICS_FILE: {
+        "model": str,
+        "multi_label": bool,
+        "decision": _DECISION,
+        "sets": {str: _FIGURES, "test": _FIGURES | {"intervals": _INTERVALS}},
+    },
+    COMPRESSION_FILE: {
+        "model": str,
+        "model_bytes": int,
+        "model_sha256": str,
+        "tolerance": float,
+        "artefacts": [_ARTEFACT | {"comparison": (_COMPARISON, None)}],
+    },
+}
+
+
+def write_model_card(folder: str) -> str:
+    """Writes MODEL_CARD.md, in Hugging Face's format, from what a run has written into its folder; atomically.
+
+    A file that is damaged, which is printed, or that belongs to an earlier model has no part in it.
+
+    Source: Mitchell et al., FAT* 2019 (arXiv:1810.03993).
+
+    Args:
+        folder: has `configs.json` and, as far as the run has come, training_log.csv and the files of `CARD_FORMS`.
+
+    Returns:
+        The card's path; empty where there is no `configs.json`, and then no card is written.
+
+    Raises:
+        UserError: `configs.json` is damaged, or the card cannot be written.
+    """
+    configs_path, path = os.path.join(folder, CONFIGS_FILE), os.path.join(folder, CARD_FILE)
+    if not os.path.isfile(configs_path):
+        return ""
+    stored = Configs.read_json(configs_path)
+    configs = Configs.defaults() | OF_BEFORE | stored
+    data, stats, decision, results, compression = (read_part(folder, name) for name in CARD_FORMS)
+    # test.py writes both; train.py removes the decision of a model that it is about to replace.
+    results = results if results and results["decision"] == decision else None
+    if results:
+        _note_selection(results["sets"]["test"], data, configs)
+    template = compile_template("model_card.md", finalize=_escape_markdown, keep_trailing_newline=True)
+    artefacts = _list_artefacts(folder, compression) if compression else []
+    card = template.render(
+        configs=configs,
+        class_names=configs["classes"] or [],
+        most_listed=MOST_LISTED,
+        **_describe_fitting(configs),
+        **_describe_results(results),
+        decision=decision,
+        data=data,
+        **_describe_counts(configs["classes"] or [], data, results),
+        recipe=_list_recipe(configs) | _list_progress(folder, configs, stats),
+        goes_on=_goes_on(configs),
+        options=[option for option in list_options(stored)["changed"] if option["name"] != "classes"],
+        path_endings=PATH_ENDINGS,
+        compression=compression,
+        artefacts=artefacts,
+        loading=_list_loading(folder, results, artefacts),
+        limits=_list_limits(configs, data, results),
+    )
+    write_text(path, card)
+    return path
+
+
+def _note_selection(test: dict[str, Any], data: dict[str, Any] | None, configs: dict[str, Any]) -> None:
+    """Notes with a test set's figures whether it selected the model: under whichever name, its content tells."""
+    is_same = bool(data) and test.get("sha256") == data["validation"]["sha256"]
+    # Figures of before test.py told have no such field.
+    test["selected_the_model"] = is_same or test.get("selected_the_model", not configs["validation_csv"])
+
+
+def _escape_markdown(value: Any) -> Any:
+    """Returns a text such that Markdown, a table of it too, shows it as it is; leaves Markup and all else alone."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    # An underscore between letters has no meaning, and is easier to read as it is.
+    return re.sub(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", show(value))
+
+
+def _describe_fitting(configs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the model's size and how a photo comes to it, in words and as code, by the names in the template."""
+    height, width = configs.get("test_image_size") or configs["image_target_size"][:2]
+    fitting, code = FITTING[configs["resize_mode"]]
+    return {
+        "fitting": fitting,
+        "resizing": Markup(code.format(height=height, width=width)),
+        "height": height,
+        "width": width,
+    }
+
+
+def _describe_results(results: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns what the card tells of an evaluation, by the names in its template."""
+    return {
+        "measured": _list_measured(results),
+        "results": results,
+        "chosen_on_test_set": CHOSEN_ON_TEST_SET,
+        "headlines": list_headlines(results) if results else [],
+        "columns": list_class_columns(results) if results else {},
+        "class_intervals": list_class_intervals(results) if results else {},
+        "per_class": _choose_rows(results["sets"]["test"]["per_class"]) if results else {},
+    }
+
+
+def _choose_rows(per_class: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the figures of the classes that the card lists: all, or of many the worst."""
+    return per_class if len(per_class) <= MOST_LISTED else find_worst(per_class)
+
+
+def _list_measured(results: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Lists the test figures that Hugging Face's metadata knows: `type`, `title` and `value`."""
+    test = results["sets"]["test"] if results else {}
+    found = {name: test[name] for name in METRIC_TYPES if test.get(name) is not None}
+    # With a fixed number of digits: YAML takes 1e-05 for a text.
+    return [
+        {"type": METRIC_TYPES[name], "title": HEADLINES[name][0], "value": f"{value:.6f}"}
+        for name, value in found.items()
+    ]
+
+
+def _count_images(data: dict[str, Any] | None, results: dict[str, Any] | None) -> dict[str, dict[str, int]]:
+    """Returns the images of each class, by set and class."""
+    counts = {name: data[name]["classes"] for name in ("training", "validation")} if data else {}
+    if results:
+        counts["test"] = {name: row["support"] for name, row in results["sets"]["test"]["per_class"].items()}
+    return counts
+
+
+def _describe_counts(
+    class_names: Sequence[str], data: dict[str, Any] | None, results: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Returns the images of each class by set, and the classes that the card lists: all, or of many the smallest."""
+    counts = _count_images(data, results)
+    if len(class_names) > MOST_LISTED:
+        totals = {name: sum(images.get(name, 0) for images in counts.values()) for name in class_names}
+        class_names = sorted(class_names, key=totals.__getitem__)[:MOST_TELLING]
+    return {"counts": counts, "counted": class_names}
+
+
+def _list_recipe(configs: dict[str, Any]) -> dict[str, str]:
+    """Returns what train.py was told, in words by heading; of `RECIPE` what is not switched off."""
+    weights = "ImageNet" if configs["use_imagenet_weights"] else "random"
+    start = f"{configs['visual_model_name']} with {weights} weights"
+    if configs["load_model_path"] and not _goes_on(configs):
+        start = f"the model {base_name(configs['load_model_path'])}"
+    elif configs["head_initialization"] == "linear_probe":
+        start += ", its classifier from a logistic regression on the training images"
+    layers, head_epochs = configs["conv_layers_to_train"], configs["head_epochs"]
+    parts = {-1: "the whole network", 0: "the classifier; the backbone is frozen"}
+    trained = parts.get(layers, f"the classifier and the backbone from its last {layers} convolutions on")
+    rows = {"Start": start, "Trained": f"the classifier for {head_epochs} epochs, then " * bool(head_epochs) + trained}
+    defaults = Configs.defaults()
+    for heading, (always, changed) in RECIPE.items():
+        names = [*always, *(name for name in changed if configs[name] != defaults[name])]
+        values = {name.replace("_", " "): configs[name] for name in names}
+        rows[heading] = "; ".join(
+            value if isinstance(value, str) else f"{name} {show_value(value)}" for name, value in values.items()
+        )
+    return rows
+
+
+def _goes_on(configs: dict[str, Any]) -> bool:
+    """Tells whether the last start of a run went on from a checkpoint of its own."""
+    path = configs["load_model_path"]
+    source = os.path.dirname(path) if path.endswith(MODEL_SUFFIXES) else path
+    return bool(path) and os.path.abspath(source) == os.path.abspath(configs["save_model_path"])
+
+
+def _list_progress(folder: str, configs: dict[str, Any], stats: dict[str, Any] | None) -> dict[str, str]:
+    """Returns how far training has come, in words by heading; nothing where it does not say."""
+    if stats is None:
+        return {}
+    rows, epoch = {"Epochs": f"{stats['epochs_completed']} of {configs['num_epochs']}"}, stats["best_epoch"]
+    if stats["best"] is None or epoch is None:
+        return rows
+    is_refitted = bool(stats.get("has_refitted_head"))
+    place = describe_epoch(epoch, stats.get("kept_share"), is_refitted) + ", the start" * (epoch == 0)
+    rows["Best epoch"] = f"{place}: {stats['monitor']} {stats['best']:.4f}"
+    if place != str(epoch):
+        # The log has the figures of no start and of no average.
+        return rows
+    path = os.path.join(folder, LOG_FILE)
+    try:
+        log = read_log(path) if os.path.isfile(path) else None
+    except UserError as error:
+        print(f"The model card has no figures of the best epoch: {error}")
+        return rows
+    for row in [] if log is None else log[log["epoch"] == epoch].to_dict("records"):
+        figures = {name: value for name, value in row.items() if name.removeprefix("val_") in LOG_METRICS}
+        rows["Its figures"] = "; ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    return rows
+
+
+def _list_artefacts(folder: str, compression: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns what was made of the model, with `name` and `bytes`; nothing where the folder has another model now."""
+    model = os.path.join(folder, base_name(compression["model"]))
+    if os.path.isfile(model):
+        digest = hash_model(model)
+        if not isinstance(digest, bytes) or digest.hex() != compression["model_sha256"]:
+            return []
+    return [
+        artefact | {"name": base_name(artefact["path"]), "bytes": sum(artefact["files"].values())}
+        for artefact in compression["artefacts"]
+    ]
+
+
+def _list_loading(
+    folder: str, results: dict[str, Any] | None, artefacts: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns how to load each kind of file that is there and not rejected: `names`, `runtime` and `code`."""
+    models = [base_name(results["model"])] if results else []
+    models += [BEST_MODEL, LATEST_MODEL]
+    files = {"keras": [name for name in models if os.path.isfile(os.path.join(folder, name))][:1]}
+    for artefact in artefacts:
+        if not artefact["rejected"] and os.path.exists(os.path.join(folder, artefact["name"])):
+            files.setdefault(artefact["kind"], []).append(artefact["name"])
+    rows = []
+    for kind, names in files.items():
+        if names and kind in LOADING:
+            runtime, code = LOADING[kind]
+            path, stem = json.dumps(names[0]), json.dumps(os.path.splitext(names[0])[0])
+            rows.append({"names": names, "runtime": runtime, "code": Markup(code.format(path=path, stem=stem))})
+    return rows
+
+
+def _list_limits(configs: dict[str, Any], data: dict[str, Any] | None, results: dict[str, Any] | None) -> list[str]:
+    """Lists what the figures do not tell and what the model cannot do, in sentences."""
+    found = list_warnings(results, configs) if results else ["Nothing has been measured on a test set yet."]
+    test, several = results["sets"]["test"] if results else {}, configs["multi_label_classification"]
+    measure = "exact_match_accuracy" if several else "accuracy"
+    low, high = test.get("intervals", {}).get(measure) or (0, 0)
+    if 100 * (high - low) >= WIDE_INTERVAL:
+        title, what = HEADLINES[measure][0], "groups of test images" if "groups" in test else "test images"
+        found.append(f"{title} has an interval of {100 * (high - low):.1f} points, for want of more {what}.")
+    if test.get(measure) == 1:
+        # Hanley and Lippman-Hand, JAMA 249:1743, 1983: none in n leaves up to 3/n, at 95 % confidence.
+        groups = test.get("groups")
+        share = min(100, 300 / (groups or test["images"]))
+        what = f"{test['images']} test images{describe_group_count(groups)}"
+        found.append(f"No answer was wrong on {what}: on others up to {share:.1f} % may be.")
+    counts = data["training"]["classes"] if data else {"": 1}
+    least, most = (choose(counts, key=counts.__getitem__) for choose in (min, max))
+    if counts[most] >= IMBALANCE * counts[least]:
+        found.append(f"Classes are imbalanced: {counts[most]} training images of {most}, {counts[least]} of {least}.")
+    answers = "none, one or several" if several else "one"
+    return [
+        *found,
+        f"Whatever an image shows, the answer is {answers} of the classes named above.",
+        "Nothing was measured on photos of another origin: other cameras, places, times or people.",
+        "Licence and intended use are for the author to add; the metadata at the top has no licence.",
+    ]

@@ -1,0 +1,168 @@
+"""report.html, the page that shows an evaluation."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from configs import Configs
+from finetune.core.files import write_csv, write_json, write_text
+from finetune.core.options import UserError
+from finetune.core.texts import MOST_LISTED
+from finetune.evaluation.breakdown import list_breakdown
+from finetune.evaluation.decision import Decision
+from finetune.evaluation.evaluation import list_predictions, print_results
+from finetune.evaluation.metrics import get_curves, list_confusions
+from finetune.reporting.data_uris import embed_figures, embed_gallery, embed_log
+from finetune.reporting.figures import PAIRS_LISTED, save_figures
+from finetune.reporting.gallery import build_gallery
+from finetune.reporting.log_figures import read_log
+from finetune.reporting.summaries import (
+    list_class_columns,
+    list_class_intervals,
+    list_headlines,
+    list_options,
+    list_warnings,
+    render_page,
+    show_value,
+)
+from finetune.training.run_folder import LOG_FILE
+
+CONFUSIONS_LISTED = 8
+FILES = {
+    "metrics.json": "every figure of this page, with intervals, for programs",
+    "predictions.csv": "each test image's labels, prediction and probabilities",
+    "confusion_matrix.png": "the confusion matrix",
+    "roc_curves.png": "the ROC curves",
+    "precision_recall_curves.png": "the precision-recall curves",
+    "reliability_diagram.png": "the reliability diagram",
+    "report.html": "this page",
+    "decision.json": "beside the model: temperature and thresholds, which predict.py uses",
+}
+# The options that test.py's figures depend on, beside those that the model's own configs.json knows.
+REPRODUCING = ("train_csv", "validation_csv", "test_csv", "image_directory", "csv_label_column")
+REPRODUCING += ("multilabel_threshold_range", "report_by", "random_seed", "cam_method", "cam_classes", "cam_top_k")
+REPRODUCING += ("cam_alpha", "cam_colormap", "cam_backbone_layer")
+
+
+def write_report(
+    path: str,
+    results: dict[str, Any],
+    curves: dict[str, dict[str, Any]],
+    gallery: dict[str, list[dict[str, Any]]],
+    training_log: pd.DataFrame | None,
+    configs: dict[str, Any],
+) -> None:
+    """Writes the page that shows an evaluation, atomically.
+
+    Args:
+        path: the HTML file; it loads nothing else.
+        results: the content of metrics.json.
+        curves: of the test set, as `curves.get_curves` gives them.
+        gallery: `mistakes` and `least_confident`, lists of images: `path`; `true` and `predicted`, class names;
+            `probability` of the predicted class (multi-label: of the answer to the least certain label); `loss` in
+            nats; `photo`, uint8 RGB `(height, width, 3)`; `heatmap`, the same with Grad-CAM over it, or None.
+        training_log: as `read_log` gives it, or None.
+        configs: every option of the run by name.
+    """
+    page = render_page(
+        "report",
+        ["report"],
+        results=results,
+        test=results["sets"]["test"],
+        headlines=list_headlines(results),
+        warnings=list_warnings(results, configs),
+        columns=list_class_columns(results),
+        class_intervals=list_class_intervals(results),
+        confusions=_list_confusions(results),
+        figures=embed_figures(results, curves),
+        training_curves=embed_log(training_log),
+        galleries=embed_gallery(gallery),
+        breakdown=list_breakdown(by) if (by := results["sets"]["test"].get("by")) else [],
+        options=list_options(configs),
+        files={name: words for name, words in FILES.items() if _is_written(name, results)},
+        command=_list_command("test.py", results["model"], configs, REPRODUCING),
+        label_command=_list_command(
+            *("find_label_errors.py", results["model"], configs | {"csv_path": configs["test_csv"]}),
+            ("csv_path", "image_directory", "csv_label_column"),
+            ("--write_path", os.path.join(os.path.dirname(path), "label_errors.csv")),
+        ),
+    )
+    write_text(path, page)
+
+
+def _list_confusions(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Lists the most frequent confusions of the test set, as `list_confusions` does; multi-label none."""
+    stored, names = results["sets"]["test"].get("confusion_matrix"), results["classes"]
+    if stored is None:
+        return []
+    return list_confusions(stored, names, CONFUSIONS_LISTED if len(names) <= MOST_LISTED else PAIRS_LISTED)
+
+
+def _list_command(
+    script: str, model_path: str, configs: dict[str, Any], names: Sequence[str], more: Sequence[str] = ()
+) -> str:
+    """Returns the command line that runs a script on the model with the options of these names that are no defaults."""
+    words, defaults = ["python", script, "--load_model_path", model_path], Configs.defaults()
+    for name in names:
+        value = configs.get(name)
+        if name in configs and show_value(value) != show_value(defaults.get(name)):
+            values = value if isinstance(value, list | tuple) else ["none" if value is None else value]
+            words += [f"--{name}", *map(str, values)]
+    return shlex.join([*words, *more])
+
+
+def _is_written(name: str, results: dict[str, Any]) -> bool:
+    return name != "confusion_matrix.png" or "confusion_matrix" in results["sets"]["test"]
+
+
+def write_evaluation(
+    folder: str,
+    images: Sequence[str],
+    y_true: np.ndarray,
+    probabilities: np.ndarray,
+    decision: Decision,
+    results: dict[str, Any],
+    explain: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]],
+    options: dict[str, Any],
+) -> None:
+    """Writes metrics.json, predictions.csv, the figures and report.html of the test set, then prints the results.
+
+    Results that cannot be written are printed too.
+
+    Args:
+        folder: where to write, in that of the run.
+        images: paths.
+        y_true: their labels, `(images,)` or multi-label `(images, classes)`.
+        probabilities: calibrated, `(images, classes)`.
+        decision: chooses.
+        results: the content of metrics.json.
+        explain: from paths to each one's photo and the same with its heatmap.
+        options: of the run, which the report lists.
+    """
+    path = os.path.join(folder, "report.html")
+    try:
+        write_json(os.path.join(folder, "metrics.json"), results)
+        write_csv(os.path.join(folder, "predictions.csv"), list_predictions(images, y_true, probabilities, decision))
+        curves = get_curves(y_true, probabilities, decision.class_names)
+        save_figures(folder, results, curves)
+        gallery = build_gallery(explain, images, y_true, probabilities, decision)
+        write_report(path, results, curves, gallery, read_training_log(os.path.dirname(results["model"])), options)
+    finally:
+        print_results(results)
+    print(f"\nThe report is {path}")
+
+
+def read_training_log(folder: str) -> pd.DataFrame | None:
+    """Returns the run's training log; None where there is none."""
+    path = os.path.join(folder, LOG_FILE)
+    try:
+        return read_log(path) if os.path.isfile(path) else None
+    except UserError as error:
+        print(f"The report has no training curves: {error}")
+        return None

@@ -1,0 +1,233 @@
+"""What the report and the model card both tell: headlines, classes, options, reasons to doubt."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import ntpath
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from configs import Configs
+from finetune.core.texts import MOST_LISTED, MOST_TELLING, join_names, show
+from finetune.data.groups import describe_leak, describe_shared
+
+TEMPLATES = Path(__file__).parent / "templates"
+# Name in metrics.json: title, whether it is a share shown in per cent, meaning.
+HEADLINES = {
+    "accuracy": ("Accuracy", True, "Images whose most probable class is right"),
+    "balanced_accuracy": ("Balanced accuracy", True, "Mean of the classes' recall: rare classes count as much"),
+    "mean_auroc": ("Mean AUROC", False, "Chance that an image with a label scores above one without"),
+    "mean_average_precision": ("Mean average precision", False, "Area under precision over recall"),
+    "exact_match_accuracy": ("Exact match", True, "Images with all their labels right and no other"),
+    "hamming_loss": ("Hamming loss", False, "Share of wrong answers over all images and labels; lower is better"),
+    "macro_f1": ("Macro F1", False, "Mean of the classes' F1"),
+    "top_5_accuracy": ("Top-5 accuracy", True, "Images whose class is among the five most probable"),
+}
+CALIBRATION_HEADLINE = (
+    "Calibration error",
+    False,
+    "Distance of probabilities from how often they hold; lower is better",
+)
+CLASS_COLUMNS = {
+    "precision": "Precision",
+    "recall": "Recall",
+    "f1": "F1",
+    "support": "Images",
+    "groups": "Groups",
+    "auroc": "AUROC",
+    "average_precision": "Average precision",
+    "best_f1_threshold": "Best-F1 threshold",
+    "f1_at_best_f1_threshold": "F1 at it",
+}
+CHOSEN_ON_TEST_SET = (
+    "There was no validation set, so the test set chose the epoch of the best model: its figures are optimistic. "
+    "Train with validation_csv for honest ones."
+)
+FEW_IMAGES = 10
+FEW_GROUPS = 10
+
+
+def read_template(name: str) -> str:
+    """Returns the text of a file of `templates/`."""
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def compile_template(name: str, **options: Any) -> jinja2.Template:
+    """Returns a template of `templates/`; the options tell how it escapes what is put into it."""
+    options |= {"loader": jinja2.FunctionLoader(read_template), "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **options)
+    environment.filters |= {
+        "fixed": format_fixed,
+        "percent": format_percent,
+        "yaml": quote_yaml,
+        "base_name": base_name,
+        "first_names": join_names,
+    }
+    return environment.get_template(name)
+
+
+def render_page(name: str, styles: Sequence[str], **content: Any) -> str:
+    """Returns a page that loads nothing and runs its own script alone: `NAME.html` with `NAME.js`, and its styles."""
+    script = read_template(f"{name}.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return compile_template(f"{name}.html", autoescape=True, finalize=show_all_text).render(
+        style=Markup("".join(read_template(f"{style}.css") for style in styles)),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+        **content,
+    )
+
+
+def show_all_text(value: Any) -> Any:
+    return show(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def format_fixed(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def format_percent(value: float | None) -> str:
+    # A space that does not break.
+    return "undefined" if value is None else f"{100 * value:.1f}\u00a0%"
+
+
+def base_name(path: str) -> str:
+    """Returns the last part of a path of any system: the card shall not tell about its author's computer."""
+    return ntpath.basename(path.rstrip("/\\"))
+
+
+def quote_yaml(text: str) -> Markup:
+    # YAML has Python's escapes.
+    return Markup('"' + text.encode("unicode_escape").decode().replace('"', '\\"') + '"')
+
+
+def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]:
+    """Lists the reasons to doubt the figures, in sentences.
+
+    Args:
+        results: the content of metrics.json.
+        configs: every option of the run by name.
+    """
+    test, decision = results["sets"]["test"], results["decision"]
+    found = []
+    # Figures of before test.py told have no such field.
+    if test.get("selected_the_model", not configs.get("validation_csv")):
+        found.append(CHOSEN_ON_TEST_SET)
+    if trained_on := test.get("images_trained_on"):
+        found.append(
+            f"The model was trained on {trained_on} of the {test['images']} test images, or selected by them: the "
+            "figures are too good."
+        )
+    if sentence := describe_leak(test):
+        found.append(sentence)
+    if decision["temperature_fitted_on"] is None:
+        found.append("No temperature was fitted for want of a validation set: probabilities are the model's own.")
+    if results["multi_label"] and decision["thresholds_fitted_on"] == "training":
+        found.append("The thresholds were fitted on the training set, where the model is surer than on new images.")
+    elif results["multi_label"] and decision["thresholds_fitted_on"] is None:
+        found.append("No thresholds were fitted.")
+    found += _list_warnings_of_groups(test)
+    found += filter(None, (describe_shared(name, results["sets"].get(name, {})) for name in ("test", "validation")))
+    supports = {name: row["support"] for name, row in test["per_class"].items()}
+    faults = {
+        "No test image has the label of these classes, so that nothing is known of them": [
+            name for name, support in supports.items() if not support
+        ],
+        f"Fewer than {FEW_IMAGES} test images have the label of these classes, so that their figures are rough": [
+            name for name, support in supports.items() if 0 < support < FEW_IMAGES
+        ],
+        "AUROC is undefined for these classes and left out of the mean": [
+            name for name, row in test["per_class"].items() if "auroc" in row and row["auroc"] is None
+        ],
+    }
+    longest = MOST_LISTED if len(supports) <= MOST_LISTED else MOST_TELLING
+    return found + [f"{fault}: {join_names(names, longest)}." for fault, names in faults.items() if names]
+
+
+def _list_warnings_of_groups(test: dict[str, Any]) -> list[str]:
+    """Lists the reasons to doubt figures of images that lie in groups, in sentences; none without groups."""
+    number = test.get("groups")
+    if number is None:
+        return []
+    if number == 1:
+        return ["All test images are one group: how metrics differ from group to group is not known."]
+    if number < FEW_GROUPS:
+        return [f"The test images lie in {number} groups only, so that intervals are rough and often too narrow."]
+    names = [
+        name for name, row in test["per_class"].items() if row["groups"] < FEW_GROUPS and row["support"] >= FEW_IMAGES
+    ]
+    longest = MOST_LISTED if len(test["per_class"]) <= MOST_LISTED else MOST_TELLING
+    what = f"The test images of these classes lie in fewer than {FEW_GROUPS} groups, so that their metrics are rough"
+    return [f"{what}: {join_names(names, longest)}."] if names else []
+
+
+def list_headlines(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Lists the headline figures: title, meaning, value by set, and the test set's interval where it has one."""
+    sets = results["sets"]
+    intervals = sets["test"].get("intervals", {})
+    rows = [
+        (*HEADLINES[name], {key: figures.get(name) for key, figures in sets.items()}, intervals.get(name))
+        for name in HEADLINES
+        if name in sets["test"]
+    ]
+    errors = {key: figures["calibration"]["expected_calibration_error"] for key, figures in sets.items()}
+    rows.append((*CALIBRATION_HEADLINE, errors, intervals.get("expected_calibration_error")))
+    return [
+        {
+            "title": title,
+            "meaning": meaning,
+            "format": format_percent if is_share else format_fixed,
+            "values": values,
+            "interval": interval if interval and None not in interval else None,
+        }
+        for title, is_share, meaning, values, interval in rows
+    ]
+
+
+def list_class_columns(results: dict[str, Any]) -> dict[str, str]:
+    """Returns the titles of the columns that the per-class table has, by name."""
+    row = next(iter(results["sets"]["test"]["per_class"].values()))
+    return {name: title for name, title in CLASS_COLUMNS.items() if name in row}
+
+
+def list_class_intervals(results: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Returns the intervals of each class that has any, by class and column; those that are undefined are left out."""
+    per_class = results["sets"]["test"].get("intervals", {}).get("per_class") or {}
+    return {
+        name: {column: interval for column, interval in row.items() if interval and None not in interval}
+        for name, row in per_class.items()
+    }
+
+
+def list_options(configs: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
+    """Lists the options in two groups, `changed` from the default and `default`: name, value, default, description."""
+    options, defaults = Configs.options(), Configs.defaults()
+    groups = {"changed": [], "default": []}
+    for name, value in configs.items():
+        known = name in defaults
+        is_default = known and show_value(value) == show_value(defaults[name])
+        groups["default" if is_default else "changed"].append(
+            {
+                "name": name,
+                "value": show_value(value, MOST_LISTED),
+                "default": show_value(defaults[name]) if known else "",
+                "description": options[name].metadata["description"] if known else "",
+            }
+        )
+    return groups
+
+
+def show_value(value: Any, most: int | None = None) -> str:
+    """Returns a value in words; of a list of more than `most` items, the first ones and where all are."""
+    if isinstance(value, list | tuple):
+        items = [show_value(item) for item in value]
+        is_long = most is not None and len(items) > most
+        return f"{join_names(items)}: all are in configs.json" if is_long else ", ".join(items)
+    return {None: "none", "": "empty"}.get(value) or str(value)

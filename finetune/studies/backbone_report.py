@@ -1,0 +1,287 @@
+"""What a comparison of backbones shows: a table, lines that say what to make of it, and a picture."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from finetune.core.files import atomic_path
+from finetune.core.texts import join_names, show_duration
+from finetune.data.groups import describe_group_count
+from finetune.reporting.figures import COLOURS, MUTED, PRINTED_DPI, style
+from finetune.studies.backbone_comparison import TOLD_APART, show_size
+
+FIGURES = {"accuracy": "Accuracy", "mean_average_precision": "Mean average precision"}
+LONGEST_REASON = 160
+# From this difference of accuracy and balanced accuracy on, both are shown.
+LEAST_IMBALANCE = 0.02
+MOST_NAMED = 20
+# Where a label may stand, in points from its candidate's point, the preferred place first.
+ANGLES = np.radians([0, 180, 90, 270, 45, 135, 315, 225, 22, 158, 338, 202, 67, 113, 247, 293])
+DISTANCES = (9, 18, 30, 44, 60, 80)
+# Points from a candidate's middle that its mark covers.
+DOT = 6
+
+
+def get_figure_name(ranking: pd.DataFrame) -> str:
+    """Returns the column that a ranking is ordered by."""
+    return next(name for name in FIGURES if name in ranking)
+
+
+def name_candidates(ranking: pd.DataFrame) -> list[str]:
+    """Returns the candidates' names with their sizes, in the ranking's order."""
+    columns = zip(ranking["backbone"], ranking["height"], ranking["width"], strict=True)
+    return [f"{backbone} at {show_size(height, width)}" for backbone, height, width in columns]
+
+
+def print_ranking(ranking: pd.DataFrame, left_out: dict[str, str], epochs: int) -> None:
+    """Prints the table, which one is suggested, and what could not be compared.
+
+    Args:
+        ranking: as `backbone_comparison.rank` gives it.
+        left_out: why others are not in it, by their names.
+        epochs: that the seconds of training are for.
+    """
+    print(f"\n{format_ranking(ranking)}\n")
+    print(f"Training: {epochs} epochs on all images of train_csv on this machine, estimated from the speed.")
+    for reason in dict.fromkeys(left_out.values()):
+        names = join_names([name for name, other in left_out.items() if other == reason], MOST_NAMED)
+        print(f"Left out: {names}: {textwrap.shorten(reason, LONGEST_REASON, placeholder=' ...')}")
+    if is_imbalanced(ranking):
+        print(describe_balance(ranking))
+    print(describe_suggestion(ranking))
+    chosen = ranking[ranking["suggested"]].iloc[0]
+    size = f"{chosen['height']} {chosen['width']} 3"
+    print(f"Its options: --visual_model_name {chosen['backbone']} --image_target_size {size}")
+    print("This ranks frozen backbones by a probe, a regression on their features: fine-tuning may change the order.")
+
+
+def is_imbalanced(ranking: pd.DataFrame) -> bool:
+    """Returns True if accuracy hides how the classes differ: it's not the balanced accuracy of each candidate."""
+    if "balanced_accuracy" not in ranking:
+        return False
+    return bool((ranking["accuracy"] - ranking["balanced_accuracy"]).abs().max() >= LEAST_IMBALANCE)
+
+
+def describe_balance(ranking: pd.DataFrame) -> str:
+    """Returns the line that says what the table is ordered by, and the order by balanced accuracy."""
+    order = np.argsort(ranking["balanced_rank"], kind="stable")
+    names, values = name_candidates(ranking), ranking["balanced_accuracy"].tolist()
+    shown = join_names([f"{names[place]} ({values[place]:.3f})" for place in order], MOST_NAMED)
+    same = " (the same order)" * (len(names) > 1 and ranking["balanced_rank"].is_monotonic_increasing)
+    return (
+        f"{ranking['largest_share'].iloc[0]:.0%} of the images are of one class. The table is ordered by accuracy, and "
+        f"the suggestion rests on it. By balanced accuracy, the mean over the classes{same}: {shown}."
+    )
+
+
+def format_ranking(ranking: pd.DataFrame) -> str:
+    """Lays a ranking out, a line a candidate."""
+    figure, balanced = get_figure_name(ranking), is_imbalanced(ranking)
+    quality = (figure.replace("_", " "), "95 % interval", *["balanced accuracy"] * balanced)
+    rows = [("", "size", *quality, "images/s", "training", "parameters", "MB", "")]
+    for row in ranking.to_dict("records"):
+        note = "suggested" if row["suggested"] else "not told apart from it" if row["not_told_apart"] else ""
+        costs = (f"{row['images_per_second']:.1f}", show_duration(row["training_seconds"]))
+        costs += (f"{row['parameters'] / 1e6:.1f} M", f"{row['megabytes']:.1f}")
+        if balanced:
+            costs = (f"{row['balanced_accuracy']:.3f}", *costs)
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        size = show_size(row["height"], row["width"])
+        rows.append((row["backbone"], size, f"{row[figure]:.3f}", interval, *costs, note))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]).rstrip() for row in rows
+    )
+
+
+def describe_suggestion(ranking: pd.DataFrame) -> str:
+    """Returns the lines that suggest a candidate, with what it is behind by, and name those not told from it."""
+    names = name_candidates(ranking)
+    chosen = int(np.flatnonzero(ranking["suggested"])[0])
+    others = [names[place] for place in np.flatnonzero(ranking["not_told_apart"])]
+    if len(names) == 1:
+        return f"Suggestion: {names[0]}, the only one that could be compared."
+    reason = "the best"
+    if chosen:
+        kind = "the fastest" if ranking["measured_fastest"].iloc[chosen] else "by its computation the fastest"
+        reason = (
+            f"{kind} of those not told apart from the best, {names[0]}; it is behind by {show_gap(ranking, chosen)}"
+        )
+    groups = describe_group_count(ranking["groups"].iloc[0] if "groups" in ranking else None)
+    told = f"The {ranking['images'].iloc[0]} images{groups} do not tell it from {join_names(others, MOST_NAMED)}."
+    if not others:
+        nearest = int(ranking["behind_best"].iloc[1:].to_numpy().argmin()) + 1
+        told = f"All others are behind it by more than 1.96 standard errors, the nearest, {names[nearest]}, by "
+        told += f"{show_gap(ranking, nearest)}."
+    return f"Suggestion: {names[chosen]}, {reason}. {told}{describe_contradiction(ranking)}"
+
+
+def show_gap(ranking: pd.DataFrame, place: int) -> str:
+    """Returns by how much a candidate is behind the best one, with the 95 % interval, in points."""
+    gap, error = (100 * float(ranking[name].iloc[place]) for name in ("behind_best", "standard_error"))
+    margin = TOLD_APART * error
+    return f"{gap:.1f} points (95 % interval {gap - margin:.1f} to {gap + margin:.1f})"
+
+
+def describe_contradiction(ranking: pd.DataFrame) -> str:
+    """Returns the sentence on a speed that contradicts the computation; empty where the suggestion is the fastest."""
+    chosen, fastest = (int(np.flatnonzero(ranking[name])[0]) for name in ("suggested", "measured_fastest"))
+    if chosen == fastest:
+        return ""
+    names = name_candidates(ranking)
+    speeds, computation = ranking["images_per_second"], ranking["multiply_adds"] / 1e9
+    return (
+        f"\nThe speeds contradict the computation, as on a busy machine: {names[fastest]} was measured at "
+        f"{speeds.iloc[fastest]:.1f} images/s, {names[chosen]} at {speeds.iloc[chosen]:.1f}, but an image takes "
+        f"{computation.iloc[fastest]:.2f} and {computation.iloc[chosen]:.2f} billion multiply-adds. The choice rests "
+        "on these."
+    )
+
+
+def draw_ranking(ranking: pd.DataFrame, write_path: str) -> str:
+    """Draws the figure over the speed beside a table's file, as a PNG file.
+
+    Args:
+        ranking: as `backbone_comparison.rank` gives it.
+        write_path: of the table.
+
+    Returns:
+        The picture's path.
+    """
+    path = f"{os.path.splitext(write_path)[0]}.png"
+    with style({}), atomic_path(path) as temporary:
+        draw_front(ranking).savefig(temporary, dpi=PRINTED_DPI, facecolor="white")
+    return path
+
+
+def draw_front(ranking: pd.DataFrame) -> Figure:
+    """Draws each figure, with its interval, over the speed, and the front of those that none beats in both."""
+    column = get_figure_name(ranking)
+    figure = Figure(figsize=(8.6, 5.6), layout="constrained")
+    axes = figure.add_subplot()
+    speeds, values = ranking["images_per_second"].to_numpy(), ranking[column].to_numpy()
+    is_on_front = ranking["on_front"].to_numpy()
+    spread = np.abs(ranking[["low", "high"]].to_numpy().T - values)
+    axes.errorbar(speeds, values, spread, fmt="none", ecolor=MUTED, elinewidth=1, alpha=0.45, zorder=1)
+    front = np.flatnonzero(is_on_front)[np.argsort(speeds[is_on_front], kind="stable")]
+    axes.plot(speeds[front], values[front], color=COLOURS[1], linewidth=1.6, zorder=2, label="_")
+    kinds = (
+        (~is_on_front, "o", COLOURS[0], 46, "another is better and faster"),
+        (is_on_front, "D", COLOURS[1], 52, "none is better and faster"),
+        (ranking["suggested"].to_numpy(), "*", "#1b2128", 170, "suggested"),
+    )
+    for chosen, marker, colour, size, label in kinds:
+        if chosen.any():
+            points = (speeds[chosen], values[chosen])
+            axes.scatter(*points, s=size, marker=marker, color=colour, edgecolor="white", label=label, zorder=3)
+    axes.set(xscale="log", xlabel="Images a second, features alone", ylabel=FIGURES[column])
+    axes.margins(x=0.16, y=0.08)
+    set_speed_ticks(axes, speeds)
+    axes.grid(alpha=0.3)
+    # Beneath the picture it covers no point.
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    axes.set_title("Frozen backbones by a probe; grey lines are 95 % intervals", fontsize=10)
+    place_labels(axes, np.stack([speeds, values], axis=1), name_points(ranking), front)
+    return figure
+
+
+def name_points(ranking: pd.DataFrame) -> list[str]:
+    """Returns the candidates' names, with their sizes where these differ."""
+    names = name_candidates(ranking)
+    several = len(ranking[["height", "width"]].drop_duplicates()) > 1
+    return [name.replace(" at ", " ") for name in names] if several else ranking["backbone"].tolist()
+
+
+def set_speed_ticks(axes: Axes, speeds: np.ndarray) -> None:
+    """Writes speeds below a logarithmic axis as numbers, enough of them within a narrow range too."""
+    steps = (1, 2, 5) if speeds.max() > 4 * speeds.min() else range(1, 10)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def place_labels(axes: Axes, points: np.ndarray, names: Sequence[str], front: np.ndarray) -> list[Text]:
+    """Writes names where they cover least of other names, points, the front and the margin; far ones have a line.
+
+    Args:
+        axes: with all points drawn.
+        points: `(points, 2)`, in the data's own units.
+        names: of the points.
+        front: positions of the points that a line joins.
+    """
+    # The layout decides where points are; labels have no part in it.
+    axes.figure.draw_without_rendering()
+    scale = axes.figure.dpi / 72
+    centres = axes.transData.transform(points)
+    dots = np.concatenate([centres - DOT * scale, centres + DOT * scale], axis=1)
+    line = find_line_boxes(centres[front], scale)
+    frame, taken, texts = axes.get_window_extent().extents, [], []
+    # From the top down, so that a crowd's labels stand in the order of its points.
+    for number in np.argsort(-centres[:, 1], kind="stable"):
+        look = {"fontsize": 8.5, "zorder": 4, "in_layout": False, "ha": "center", "va": "center"}
+        text = axes.annotate(names[number], points[number], **look)
+        box = text.get_window_extent()
+        text.remove()
+        half = np.array([box.width, box.height]) / 2
+        others = np.concatenate([np.delete(dots, number, axis=0), np.reshape(taken, (-1, 4)), line])
+        shifts = list_shifts(half, scale)
+        boxes = [np.concatenate([centres[number] + shift - half, centres[number] + shift + half]) for shift in shifts]
+        costs = [measure_overlap(corners, others, frame) for corners in boxes] + np.arange(len(boxes)) * scale**2
+        best = int(np.argmin(costs))
+        taken.append(boxes[best])
+        is_far = np.hypot(*np.maximum(np.abs(shifts[best]) - half, 0)) > DISTANCES[0] * scale
+        leader = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4} if is_far else None
+        place = {"xytext": shifts[best] / scale, "textcoords": "offset points", "arrowprops": leader}
+        texts.append(axes.annotate(names[number], points[number], **look, **place))
+        # What crosses a name, as an interval may, leaves it legible.
+        texts[-1].set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+    return texts
+
+
+def find_line_boxes(corners: np.ndarray, scale: float) -> np.ndarray:
+    """Returns small boxes along a line through points, `(boxes, 4)`: left, bottom, right and top, in pixels.
+
+    Args:
+        corners: `(points, 2)`, in pixels.
+        scale: pixels a point.
+    """
+    steps = np.linspace(0, 1, 60)[:, None]
+    middles = [start + (end - start) * steps for start, end in itertools.pairwise(corners)]
+    middles = np.concatenate([np.zeros((0, 2)), *middles])
+    return np.concatenate([middles - 2 * scale, middles + 2 * scale], axis=1)
+
+
+def list_shifts(half: np.ndarray, scale: float) -> list[np.ndarray]:
+    """Returns how far from its point a label's middle may stand, in pixels, the preferred place first.
+
+    Args:
+        half: of the label's width and height, in pixels.
+        scale: pixels a point.
+    """
+    directions = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)
+    return [turn * distance * scale + np.round(turn, 1) * half for distance in DISTANCES for turn in directions]
+
+
+def measure_overlap(corners: np.ndarray, others: np.ndarray, frame: np.ndarray) -> float:
+    """Returns the area that a box shares with others, or has outside of a frame, in pixels.
+
+    Args:
+        corners: left, bottom, right and top.
+        others: likewise, `(boxes, 4)`.
+        frame: likewise.
+    """
+    sides = np.minimum(corners[2:], others[:, 2:]) - np.maximum(corners[:2], others[:, :2])
+    shared = np.prod(np.maximum(sides, 0), axis=1).sum()
+    inside = np.prod(np.maximum(np.minimum(corners[2:], frame[2:]) - np.maximum(corners[:2], frame[:2]), 0))
+    return float(shared + 2 * (np.prod(corners[2:] - corners[:2]) - inside))

@@ -1,0 +1,261 @@
+"""What happens around steps and epochs: order, learning rate, averages, validation, bad images."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+from finetune.core.texts import begin_line, join_names, show_count
+from finetune.data.findings import Finding, write_data_report
+from finetune.evaluation.metrics import get_aurocs, mean_of_defined
+from finetune.evaluation.paired_comparison import get_log_losses
+from finetune.models.optimizers import find_averages
+from finetune.training.phases import Phase
+from finetune.training.workers import Team
+from generator import AugmentedImageSequence
+
+# Of one cycle's steps.
+RISING_SHARE = 0.25
+
+
+class Validation(keras.callbacks.Callback):
+    """Measures the model on the validation images after each epoch, in one pass, and adds what it finds to the logs.
+
+    `val_loss`, and `val_accuracy`, or multi-label `val_auroc`: the mean AUROC over classes with both positive and
+    negative images.
+
+    Args:
+        sequence: the validation images, in order.
+        loss: of probabilities, as the training's.
+        multi_label: which of the two metrics.
+
+    Attributes:
+        aurocs: multi-label: of each class in the last epoch.
+        y_true: the labels of the images that could be read.
+        probabilities: of these in the last epoch.
+        is_read: which of all images these are.
+    """
+
+    def __init__(self, sequence: AugmentedImageSequence, loss: Callable, multi_label: bool) -> None:
+        super().__init__()
+        self.sequence = sequence
+        self.loss = loss
+        self.multi_label = multi_label
+        self.aurocs: np.ndarray | None = None
+        self.y_true = self.probabilities = np.zeros(0)
+        self.is_read = np.zeros(0, bool)
+
+    def get_losses(self) -> np.ndarray:
+        """Returns each image's log loss in the last epoch, float64 `(images,)`; NaN of what could not be read."""
+        losses = np.full(len(self.is_read), np.nan)
+        losses[self.is_read] = get_log_losses(self.y_true, self.probabilities)
+        return losses
+
+    def get_groups(self) -> np.ndarray | None:
+        """Returns the groups of all images, as `number_groups` does."""
+        return self.sequence.get_groups()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Predicts the validation images and adds their figures to `logs`, which the callbacks after this one see."""
+        probabilities, is_read = self.model.predict_sequence(self.sequence)
+        y_true = self.sequence.get_labels(np.flatnonzero(is_read))
+        self.y_true, self.probabilities, self.is_read = y_true, probabilities, is_read
+        logs["val_loss"] = float(np.mean(self.loss(y_true, probabilities)))
+        if self.multi_label:
+            self.aurocs = get_aurocs(y_true, probabilities)
+            logs["val_auroc"] = mean_of_defined(self.aurocs)
+        else:
+            logs["val_accuracy"] = float(np.mean(probabilities.argmax(axis=1) == y_true))
+
+
+class InputWait(keras.callbacks.Callback):
+    """Measures the share of an epoch's training time that the model waits for batches: `share`, in `[0, 1]`.
+
+    Args:
+        advise_above: the share from which on it is printed, with what to do about it.
+    """
+
+    def __init__(self, advise_above: float = 0.1) -> None:
+        super().__init__()
+        self.advise_above = advise_above
+        self.share = 0.0
+        self._start = 0.0
+        self._end = 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Starts to count."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Notes when the training part of the epoch has ended, should this be its last step."""
+        self._end = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Computes the share, and where it is large prints what to do about it."""
+        waited = self.model.seconds_waited
+        self.share = waited / max(self._end - self._start, waited, 1e-9)
+        if self.share > self.advise_above:
+            print(
+                f"{begin_line()}input_wait: {self.share:.1%} of the epoch went by waiting for images. Raise "
+                "generator_workers up to the number of cores, or set image_cache to memory or disk."
+            )
+
+
+class Schedule(keras.callbacks.Callback):
+    """Sets the learning rate of every step, as far as a plateau does not decide it: warm-up, cosine, constant.
+
+    Each phase has a schedule of its own. What it sets follows from epoch and step alone.
+
+    Args:
+        phase: its epochs and its highest rate.
+        sequence: the training images, for the steps of an epoch.
+        kind: `plateau` (after the warm-up it leaves the rate alone), `cosine` (Loshchilov and Hutter, 2017, without
+            restarts), `one_cycle` (a cosine up in the first quarter and another one down: Smith and Topin, 2018,
+            arXiv:1708.07120, in fastai's form) or `constant`.
+        warmup_epochs: in which the rate rises linearly from 0; `one_cycle` has a rise of its own.
+        minimum: the rate of the cosine's end.
+    """
+
+    def __init__(
+        self, phase: Phase, sequence: AugmentedImageSequence, kind: str, warmup_epochs: float, minimum: float
+    ) -> None:
+        super().__init__()
+        self.phase = phase
+        self.sequence = sequence
+        self.kind = kind
+        self.warmup_epochs = warmup_epochs
+        self.minimum = minimum
+        self._epoch = 0
+
+    def get_rate(self, step: int) -> float | None:
+        """Returns the learning rate of a step, counted from the phase's first; None where a plateau decides it."""
+        first_epoch, end, highest, _ = self.phase
+        warmup = self.warmup_epochs * self.sequence.steps
+        if self.kind == "one_cycle":
+            warmup = RISING_SHARE * (end - first_epoch) * self.sequence.steps
+        if step < warmup:
+            progress = min((step + 1) / warmup, 1)
+            return highest * ((1 - math.cos(math.pi * progress)) / 2 if self.kind == "one_cycle" else progress)
+        if self.kind == "plateau":
+            return None
+        if self.kind == "constant":
+            return highest
+        progress = (step - warmup) / max((end - first_epoch) * self.sequence.steps - warmup - 1, 1)
+        lowest = min(self.minimum, highest)
+        return lowest + (highest - lowest) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Notes the epoch."""
+        self._epoch = epoch
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Sets the rate."""
+        step = (self._epoch - self.phase.first_epoch) * self.sequence.steps + self.sequence.first_step + batch
+        rate = self.get_rate(step)
+        if rate is not None:
+            self.model.optimizer.learning_rate = rate
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+        """Adds the rate to the logs."""
+        logs["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
+
+
+class RangeTest(keras.callbacks.Callback):
+    """Raises the learning rate in every step, by the same factor, and notes the losses: `rates` and `losses`.
+
+    It stops training after `steps`, or where the loss is not finite or four times that of the first steps.
+    """
+
+    def __init__(self, lowest: float = 1e-7, highest: float = 1.0, steps: int = 100) -> None:
+        super().__init__()
+        self.steps = steps
+        self.rates: list[float] = []
+        self.losses: list[float] = []
+        self._all_rates = np.geomspace(lowest, highest, steps).tolist()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Starts from sums of zero."""
+        self._sums = np.zeros(2)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Sets the rate."""
+        self.model.optimizer.learning_rate = self._all_rates[len(self.rates)]
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Notes rate and loss of the step."""
+        loss, images = self.model.loss_sums - self._sums
+        self._sums = self.model.loss_sums
+        self.rates.append(self._all_rates[len(self.rates)])
+        self.losses.append(float(loss / images))
+        has_grown = self.losses[-1] > 4 * np.median(self.losses[:5])
+        is_over = len(self.rates) == self.steps
+        self.model.stop_training = bool(is_over or has_grown or not np.isfinite(self.losses[-1]))
+
+
+class AveragedWeights(keras.callbacks.Callback):
+    """Gives the model the moving average of its weights, as the optimizer keeps it, for as long as it is tested.
+
+    `put_back` gives it its own weights again. Batch normalisation's statistics stay those of its own weights.
+    """
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Runs before validation."""
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        self._own = [variable.numpy() for variable in self.model.trainable_variables]
+        variables = self.model.trainable_variables
+        for variable, average in zip(variables, find_averages(optimizer, variables), strict=True):
+            variable.assign(average.numpy())
+
+    def put_back(self) -> None:
+        """Runs after what holds the averages has been saved."""
+        for variable, value in zip(self.model.trainable_variables, self._own, strict=True):
+            variable.assign(value)
+
+
+class EpochOrder(keras.callbacks.Callback):
+    """Tells the training sequence which epoch it is in: order and augmentation follow from it."""
+
+    def __init__(self, sequence: AugmentedImageSequence) -> None:
+        super().__init__()
+        self.sequence = sequence
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Runs before the epoch's workers start."""
+        self.sequence.epoch = epoch
+
+
+class BadImages(keras.callbacks.Callback):
+    """Says after each epoch which images could not be read for the first time, and adds them to data_report.csv.
+
+    Args:
+        sequences: the training and the validation images, by their name.
+        folder: that of the run.
+        team: whose images these are; its chief tells of all.
+    """
+
+    def __init__(self, sequences: dict[str, AugmentedImageSequence], folder: str, team: Team) -> None:
+        super().__init__()
+        self.sequences = sequences
+        self.folder = folder
+        self.team = team
+        self._told: set[tuple[str, int]] = set()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Tells of each image once."""
+        bad = [[name, *image] for name, images in self.sequences.items() for image in images.bad_images.items()]
+        if all(not images.skip_bad_images for images in self.sequences.values()):
+            return
+        found = []
+        for name, row, reason in sorted(itertools.chain.from_iterable(self.team.exchange(bad))):
+            if (name, row) not in self._told:
+                self._told.add((name, row))
+                found.append(Finding("unreadable", "", name, None, self.sequences[name].paths[row], reason))
+        if found and self.team.is_chief:
+            number, paths = show_count(len(found), "image"), join_names([finding.path for finding in found])
+            print(f"{begin_line()}Left out {number} that could not be read: {paths}")
+            write_data_report(self.folder, found, is_more=True)

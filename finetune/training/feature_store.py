@@ -1,0 +1,169 @@
+"""A frozen backbone's features of images, kept on the disk so that they are computed once for all scripts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+
+from finetune.core.files import check_folder, write_fault
+from finetune.core.texts import show_progress
+from finetune.loading.caches import digest_image, name_resizing
+from finetune.models.features import select_rows
+from finetune.training.probe import build_extractor, compute_features
+from generator import AugmentedImageSequence, naming_bad_images
+
+# To be raised when images are decoded or resized in another way.
+VERSION = 2
+# Images after which what is known is written, and the bar moves.
+CHUNK = 256
+
+
+class FeatureStore:
+    """Features of images by one backbone at one size, in a file that grows; it may be deleted at any time.
+
+    A record is a digest of the image's path, size and modification time, a checksum, and the features, float32. What
+    was half written when a process was killed is left out; of two records of an image the later one counts.
+
+    Args:
+        folder: where the file is, or will be.
+        model: of this collection; its backbone's weights, input and preprocessing are in the file's name.
+        mirrored: features of the mirror images.
+        resize_mode: how the images come to the model's size; each has a file of its own.
+    """
+
+    def __init__(self, folder: str, model: keras.Model, mirrored: bool, resize_mode: str = "stretch") -> None:
+        self._channels = model.layers[-1].layers[0].compute_output_shape(model.layers[-2].output_shape)[-1]
+        height, width = model.input_shape[1:3]
+        size = f"{height}x{width}{name_resizing(resize_mode)}"
+        kind = "mirrored" if mirrored else "plain"
+        self.path = os.path.join(folder, f"features_{size}_{_digest_backbone(model)}_{kind}.bin")
+        self._record = np.dtype([("digest", "V16"), ("checksum", "<u4"), ("features", "<f4", (self._channels,))])
+
+    def read(self, digests: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what is known of images.
+
+        Args:
+            digests: of each, as `digest_image` gives them; an empty one is of an image that cannot be read.
+
+        Returns:
+            float32 `(images, channels)`, NaN where nothing is known, and where something is, bool `(images,)`.
+        """
+        features = np.full((len(digests), self._channels), np.nan, np.float32)
+        is_known = np.zeros(len(digests), bool)
+        if not os.path.isfile(self.path) or not (number := os.path.getsize(self.path) // self._record.itemsize):
+            return features, is_known
+        records = np.memmap(self.path, self._record, "r", shape=number)
+        places = {digest.tobytes(): place for place, digest in enumerate(records["digest"])}
+        for row, digest in enumerate(digests):
+            place = places.get(digest)
+            if place is not None and records[place]["checksum"] == zlib.crc32(records[place]["features"].tobytes()):
+                features[row], is_known[row] = records[place]["features"], True
+        return features, is_known
+
+    def add(self, digests: Sequence[bytes], features: np.ndarray) -> None:
+        """Writes the features of more images, float32 `(images, channels)`.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        # An image that gives no digest, of a store that tells nothing but its bytes, is computed each time.
+        kept = [row for row, digest in enumerate(digests) if digest]
+        digests, features = [digests[row] for row in kept], features[kept]
+        records = np.zeros(len(digests), self._record)
+        records["features"] = features
+        for row, digest in enumerate(digests):
+            records[row]["digest"] = np.void(digest)
+            records[row]["checksum"] = zlib.crc32(records[row]["features"].tobytes())
+        try:
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            with open(self.path, "ab") as file:
+                # A record that a killed process left half written would shift all that follow.
+                file.truncate(file.tell() // self._record.itemsize * self._record.itemsize)
+                file.write(records.tobytes())
+        except OSError as error:
+            raise write_fault(self.path, error, "image_cache_path") from error
+
+
+def _digest_backbone(model: keras.Model) -> str:
+    """Returns 16 hexadecimal digits of all that features depend on beside the image."""
+    digest = hashlib.blake2b(digest_size=8)
+    *before, backbone, classifier = model.layers[1:]
+    pooling = classifier.layers[0]
+    settings = ("scale", "offset", "mode")
+    described = [
+        [type(layer).__name__, [layer.get_config().get(name) for name in settings]] for layer in (*before, pooling)
+    ]
+    precision = backbone.layers[-1].compute_dtype
+    facts = [VERSION, model.input_shape, backbone.output_shape, precision, described]
+    digest.update(json.dumps(facts, default=str).encode())
+    for layer in (*before, backbone):
+        for weight in layer.weights:
+            values = np.ascontiguousarray(keras.ops.convert_to_numpy(weight))
+            digest.update(f"{weight.name}{values.shape}{values.dtype}".encode())
+            digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def get_features(
+    model: keras.Model,
+    sequence: AugmentedImageSequence,
+    folder: str,
+    mirrored: bool = False,
+    title: str = "Features",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns features as `compute_features` does, those that the store knows without computing them.
+
+    What is computed is written every few images: stopped and started again it goes on.
+
+    Args:
+        model: a model of this collection, whose backbone has the weights to use.
+        sequence: of the images, in one process.
+        folder: of the store.
+        mirrored: take the mirror images.
+        title: of the progress bar.
+
+    Returns:
+        float32 `(images, channels)` in the order of `paths`, NaN where an image could not be read, and which could.
+
+    Raises:
+        UserError: an image cannot be read and `skip_bad_images` is not set, or the file cannot be written.
+    """
+    store = FeatureStore(folder, model, mirrored, sequence.resize_mode)
+    digests = [digest_image(path, sequence.pixel_range) for path in sequence.paths]
+    features, is_known = store.read(digests)
+    missing = np.flatnonzero(~is_known)
+    if len(missing):
+        check_folder(folder, "image_cache_path")
+    with show_progress(len(digests), title, len(digests) - len(missing), delay=1) as progress:
+        extractor = build_extractor(model, mirrored) if len(missing) else None
+        for rows in _split_rows(missing, sequence.batch_size):
+            chunk = select_rows(sequence, rows)
+            with naming_bad_images(chunk):
+                found, is_read = extractor.predict_sequence(chunk)
+            sequence.bad_images.update({int(rows[place]): reason for place, reason in chunk.bad_images.items()})
+            store.add([digests[row] for row in rows[is_read]], found)
+            features[rows[is_read]], is_known[rows[is_read]] = found, True
+            progress.update(len(rows))
+    return features, is_known
+
+
+def _split_rows(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Splits rows into chunks; the first has a whole batch and the one that is not: each has its own graph."""
+    step = max(1, CHUNK // batch_size) * batch_size
+    starts = range(batch_size + len(rows) % batch_size, len(rows), step)
+    return np.split(rows, starts) if len(rows) else []
+
+
+def find_features(
+    model: keras.Model, sequence: AugmentedImageSequence, folder: str, mirrored: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns features as `compute_features` does: from the store where that knows all of them. It writes nothing."""
+    digests = [digest_image(path, sequence.pixel_range) for path in sequence.paths]
+    features, is_known = FeatureStore(folder, model, mirrored, sequence.resize_mode).read(digests)
+    return (features, is_known) if is_known.all() else compute_features(model, sequence, mirrored)

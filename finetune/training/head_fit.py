@@ -1,0 +1,100 @@
+"""The classifier's head fitted to a run's training images: where training starts, and anew where it has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+from configs import Configs
+from finetune.data.groups import describe_groups, describe_lone_classes, find_lone_classes
+from finetune.models.losses import get_class_weights
+from finetune.training.feature_store import find_features
+from finetune.training.probe import (
+    FeaturesNotFinite,
+    build_extractor,
+    compute_features,
+    extract_features,
+    initialize_head,
+)
+from finetune.training.trainer import TrainingModel
+from finetune.training.workers import Team
+from generator import AugmentedImageSequence
+
+
+class HeadFit:
+    """Makes a classifier's head the logistic regression on the features that the training images have now.
+
+    Where training changes images, their mirror images count too, and as training balances the classes, so does this.
+
+    Args:
+        configs: of the run.
+        classifier: its head is changed, in the scope of the run's strategy.
+        training: the training images.
+        team: has the chief's weights in the end.
+    """
+
+    def __init__(self, configs: Configs, classifier: keras.Model, training: AugmentedImageSequence, team: Team) -> None:
+        self.multi_label = configs.multi_label_classification
+        self.seed = configs.random_seed
+        self.mirrors = configs.augmentation_strength != "none"
+        self.class_weights = None
+        if configs.use_class_balancing and not self.multi_label:
+            self.class_weights = np.array([*get_class_weights(training.labels, len(configs.classes)).values()])
+        self.class_names = configs.classes
+        self.classifier = classifier
+        self.training = training
+        self.team = team
+        # Their graphs take seconds to build, and give the features of whatever weights there are.
+        self._get_extractor: Callable[[bool], TrainingModel] = functools.cache(
+            functools.partial(build_extractor, classifier)
+        )
+
+    def start(self, store: str) -> tuple[np.ndarray, np.ndarray]:
+        """Fits the head, and says so.
+
+        Args:
+            store: the folder where other scripts have left features, or none; several processes compute their own.
+
+        Returns:
+            The features, and which images could be read, as `compute_features` does.
+        """
+        find = functools.partial(find_features, folder=store) if self.team.size == 1 and store else compute_features
+        features, is_read, strength = self._fit(
+            lambda mirrored: find(self.classifier, self.training, mirrored=mirrored)
+        )
+        groups, number = self.training.get_groups(is_read), len(self.class_names)
+        images = f"{is_read.sum()} images{describe_groups(groups)}"
+        print(f"The head starts from a logistic regression on {images}, C = {strength:.3g}.")
+        lone = find_lone_classes(self.training.labels[is_read], groups, number)
+        if lone.size:
+            print(describe_lone_classes([self.class_names[position] for position in lone]))
+        return features, is_read
+
+    def refit(self) -> None:
+        """Fits the head to what the backbone sees by now; where that is not finite the head stays as it is."""
+        with contextlib.suppress(FeaturesNotFinite):
+            self._fit(lambda mirrored: extract_features(self._get_extractor(mirrored), self.training, mirrored))
+
+    def _fit(self, find: Callable[[bool], tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, float]:
+        """Fits the head to features that are found, of images or mirror images; returns them, and the strength."""
+        features, is_read = find(False)
+        mirrored = find(True)[0][is_read] if self.mirrors else None
+        strength = initialize_head(
+            self.classifier,
+            features[is_read],
+            self.training.labels[is_read],
+            self.multi_label,
+            self.seed,
+            mirrored,
+            self.class_weights,
+            self.training.get_groups(is_read),
+        )
+        # Libraries of other hosts may round otherwise: the chief's weights are those of all.
+        logits = self.classifier.get_layer("classifier").get_layer("logits")
+        weights = self.team.exchange([weight.tolist() for weight in logits.get_weights()])[0]
+        logits.set_weights([np.array(weight) for weight in weights])
+        return features, is_read, strength

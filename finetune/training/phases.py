@@ -1,0 +1,203 @@
+"""What is trained when, on images or on features, and the epochs of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from configs import Configs
+from finetune.core.options import UserError
+from finetune.models.features import FeatureSequence
+from finetune.models.freezing import has_fixed_features, prepare_backbone
+from finetune.training.probe import compute_features, has_only_logits, split_head
+from finetune.training.trainer import Interruption, TrainingModel, get_training_model
+from generator import AugmentedImageSequence, naming_bad_images
+
+
+class Phase(NamedTuple):
+    """Epochs that train the same layers in the same way.
+
+    Attributes:
+        first_epoch: counted from 0.
+        end: the first epoch after them.
+        learning_rate: the highest one.
+        trains_head_only: the classifier alone learns.
+    """
+
+    first_epoch: int
+    end: int
+    learning_rate: float
+    trains_head_only: bool
+
+
+def count_epochs(num_epochs: int, min_steps: int, steps: int) -> int:
+    """Returns how many epochs of `steps` training steps a run has: `num_epochs`, or as many as hold `min_steps`."""
+    return max(num_epochs, math.ceil(min_steps / steps))
+
+
+def get_phases(configs: Configs, devices: int) -> list[Phase]:
+    """Divides a run into the epochs that train the head alone, if any, and those that train all."""
+    factor = devices if configs.scale_learning_rate else 1
+    if factor > 1:
+        print(f"learning_rate is {configs.learning_rate} times {factor} devices: {configs.learning_rate * factor:g}.")
+    border = min(configs.head_epochs, configs.num_epochs)
+    rate = configs.learning_rate * factor
+    later = rate if configs.fine_tune_learning_rate is None else configs.fine_tune_learning_rate * factor
+    phases = [Phase(0, border, rate, True), Phase(border, configs.num_epochs, later if border else rate, False)]
+    return [phase for phase in phases if phase.end > phase.first_epoch]
+
+
+def prepare_phase(
+    classifier: keras.Model,
+    phase: Phase,
+    configs: Configs,
+    loss: Callable,
+    optimizer: keras.optimizers.Optimizer | None,
+    state: dict[str, Any] | None,
+) -> TrainingModel:
+    """Makes the layers trainable that learn in a phase, and builds what trains them.
+
+    Args:
+        classifier: the whole model.
+        phase: of the run.
+        configs: the options.
+        loss: of the training images.
+        optimizer: that of the state.
+        state: of the checkpoint to continue from, which may be of this phase.
+    """
+    set_trainable(classifier, phase, configs)
+    continues = is_within(state, phase)
+    part = classifier
+    if trains_on_features(classifier, changes_images(configs)):
+        part = split_head(classifier)
+    model = get_training_model(part, configs, loss, optimizer if continues else None)
+    # Checkpoints of before the option head_epochs have the one rate of their configs.
+    if not continues or phase.learning_rate != state.get("learning_rate", state["configs"]["learning_rate"]):
+        model.optimizer.learning_rate = phase.learning_rate
+    return model
+
+
+def set_trainable(classifier: keras.Model, phase: Phase, configs: Configs) -> None:
+    """Makes the layers of the whole model trainable that learn in a phase.
+
+    Raises:
+        UserError: the phase trains the head alone, and the model has no part of that name.
+    """
+    names = [layer.name for layer in classifier.layers]
+    if "backbone" in names:
+        convolutions = 0 if phase.trains_head_only else configs.conv_layers_to_train
+        backbone = classifier.get_layer("backbone")
+        prepare_backbone(backbone, convolutions, configs.batch_norm_momentum, configs.freeze_batch_norm)
+    elif phase.trains_head_only:
+        raise UserError(
+            f"head_epochs: expected a model with a part named 'backbone'. Received: {', '.join(names)}. Set "
+            "head_epochs to 0."
+        )
+    if "downscaling" in names:
+        classifier.get_layer("downscaling").trainable = not phase.trains_head_only
+
+
+def describe_phase(phase: Phase, classifier: keras.Model, training: AugmentedImageSequence) -> str:
+    """Returns the line that says what a phase does: its epochs, their steps, and how many parameters learn.
+
+    Args:
+        phase: of the run.
+        classifier: the whole model, as `prepare_phase` leaves it.
+        training: the training images, or their features.
+    """
+    first, count = phase.first_epoch + 1, classifier.count_params()
+    epochs = f"Epoch {first}" if phase.end == first else f"Epochs {first} to {phase.end}"
+    learning = sum(int(np.prod(weight.shape)) for weight in classifier.trainable_weights)
+    steps, images = training.steps, training.batch_size * training.shares.devices
+    return f"{epochs}: {steps} steps of {images} images each; {learning:,} of {count:,} parameters learn."
+
+
+def is_within(state: dict[str, Any] | None, phase: Phase) -> bool:
+    """Tells whether a checkpoint was written after the first step of a phase: its optimizer is that of the phase."""
+    return bool(state) and (state["epochs_completed"], state["steps_completed"]) > (phase.first_epoch, 0)
+
+
+def changes_images(configs: Configs) -> bool:
+    """Tells whether training shows an image otherwise in every epoch."""
+    crops = configs.random_crop_area != [1.0, 1.0]
+    return bool(configs.augmentation_strength != "none" or crops or configs.mixup_alpha or configs.cutmix_alpha)
+
+
+def refits_head(configs: Configs, classifier: keras.Model) -> bool:
+    """Tells whether averages of a run's weights are compared with heads fitted anew.
+
+    A frozen backbone's features stay as they are, and so does their regression. On photos of several labels such heads
+    were worse by a point: their regularisation is weak, for the photos that they learn from have trained the features.
+    """
+    if configs.model_selection != "interpolate" or configs.multi_label_classification:
+        return False
+    return has_only_logits(classifier) and not has_fixed_features(classifier)
+
+
+def trains_on_features(classifier: keras.Model, images_change: bool) -> bool:
+    """Tells whether what comes before the head gives each image the same features in every epoch of a phase."""
+    return not images_change and has_fixed_features(classifier)
+
+
+def get_sets(
+    classifier: keras.Model,
+    images_change: bool,
+    training: AugmentedImageSequence,
+    validation: AugmentedImageSequence,
+    features: tuple[np.ndarray, np.ndarray] | None = None,
+    mirrors: bool = False,
+) -> tuple[AugmentedImageSequence, AugmentedImageSequence]:
+    """Returns the images of a phase, or their features where those stay the same: they are computed once.
+
+    Args:
+        classifier: in the scope of the run's strategy.
+        images_change: from epoch to epoch.
+        training: the training images.
+        validation: the validation images.
+        features: those of the training images, and which of these could be read, where they are known.
+        mirrors: a validation image's mirror image is validated with it.
+    """
+    if not trains_on_features(classifier, images_change):
+        return training, validation
+    print("The backbone is frozen and the images do not change: their features are computed once.")
+    features = features or compute_features(classifier, training)
+    others, is_read = compute_features(classifier, validation)
+    if mirrors:
+        others = np.stack([others, compute_features(classifier, validation, mirrored=True)[0]], axis=1)
+    return FeatureSequence.of(training, *features), FeatureSequence.of(validation, others, is_read)
+
+
+def run_phase(
+    model: TrainingModel,
+    training: AugmentedImageSequence,
+    validation: AugmentedImageSequence,
+    phase: Phase,
+    state: dict[str, Any] | None,
+    callbacks: list[keras.callbacks.Callback],
+    interruption: Interruption,
+) -> None:
+    """Runs the epochs of a phase with a progress bar, from the state's step on.
+
+    Raises:
+        UserError: an image turns out to be unreadable, or the loss is not finite.
+    """
+
+    def run(first_epoch: int, end: int) -> None:
+        """Trains the epochs from `first_epoch` to before `end`, counted from 0."""
+        model.fit(training.to_dataset(), end, first_epoch, callbacks, interruption)
+
+    first_epoch, first_step = phase.first_epoch, 0
+    if is_within(state, phase):
+        first_epoch, first_step = state["epochs_completed"], state["steps_completed"]
+    with naming_bad_images(training, validation):
+        if first_step:
+            # The rest of an epoch has fewer steps than those after it.
+            training.first_step = first_step
+            run(first_epoch, first_epoch + 1)
+            training.first_step, first_epoch = 0, first_epoch + 1
+        if first_epoch < phase.end and not model.stop_training:
+            run(first_epoch, phase.end)

@@ -1,0 +1,223 @@
+"""Going on with a run: from which checkpoint, with which options, on the same data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Set
+from typing import Any
+
+from configs import Configs
+from finetune.core.files import check_folder
+from finetune.core.labels import look_the_same
+from finetune.core.options import UserError
+from finetune.core.values import quote_difference
+from finetune.models.description import OF_BEFORE
+from finetune.training.checkpoints import stops_early
+from finetune.training.phases import count_epochs
+from finetune.training.run_data import TABLE_OPTIONS, disown_paths, find_home, is_fixed, locate_paths, relate_path
+from finetune.training.run_folder import (
+    BEST_MODEL,
+    CONFIGS_FILE,
+    LATEST_MODEL,
+    find_start_model,
+    fingerprint,
+    refuse_other_run,
+    resolve_model_path,
+)
+from finetune.training.training_state import read_state
+from generator import AugmentedImageSequence
+
+
+def find_start(configs: Configs, writes: bool = True) -> tuple[str, dict[str, Any] | None, Configs]:
+    """Finds the model to continue from, if any, the state of its training, if it carries one, and the run's configs.
+
+    Args:
+        configs: as given.
+        writes: False if another process of the run writes into its folder.
+
+    Raises:
+        UserError: there is no such model, the run cannot go on with these configs, or its folder cannot be written.
+    """
+    Configs.check(configs)
+    path, state = "", None
+    if configs.load_model_path:
+        path = resolve_model_path(configs.load_model_path, preferred=(LATEST_MODEL, BEST_MODEL))
+        state = read_state(path)
+    if state:
+        configs = continue_run(configs, state, path)
+    elif path:
+        print(f"{path} carries no training state: its weights are the start of a new run, at epoch 0.")
+    if not (configs.overwrite or configs.find_learning_rate):
+        refuse_other_run(configs.save_model_path, path if state else "")
+    if writes and not (state and has_ended(state, configs)):
+        check_folder(configs.save_model_path, "save_model_path")
+    return path, state, configs
+
+
+def continue_run(configs: Configs, state: dict[str, Any], path: str) -> Configs:
+    """Returns the configs that a checkpoint's run goes on with, and prints where it stands.
+
+    Raises:
+        UserError: it cannot go on with these configs, or the weights that it started from are missing.
+    """
+    steps = f" and {state['steps_completed']} steps" * bool(state["steps_completed"])
+    print(f"Continuing {path} after {state['epochs_completed']} epochs{steps}.")
+    configs = configs_to_continue(configs, state, path)
+    start_path = find_start_model(path)
+    if configs.model_selection == "interpolate" and not has_ended(state, configs) and not os.path.isfile(start_path):
+        raise UserError(
+            f"model_selection interpolate: expected {start_path}, the weights that this run has started from. There is "
+            "no such file. Put it back beside the checkpoint, or start a new run."
+        )
+    return configs
+
+
+def has_ended(state: dict[str, Any], configs: Configs) -> bool:
+    """Tells whether a run has nothing left to do: its epochs are over, or it stopped early."""
+    epochs = state["epochs_completed"]
+    stopped = stops_early(epochs, state["best_epoch"], configs.early_stopping_patience, configs.head_epochs)
+    return epochs >= configs.num_epochs or (stopped and not state["steps_completed"])
+
+
+def report_end(state: dict[str, Any] | None, configs: Configs) -> dict[str, Any]:
+    """Returns the figures of a run that has nothing left to do, and prints that; empty if it goes on."""
+    if not state or not has_ended(state, configs):
+        return {}
+    print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
+    return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
+
+
+def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str) -> Configs:
+    """Settles each option of a continued run: as it was, or as the user wants it now.
+
+    What the user gives now holds, unless it would change the model or the order of the data; what was given when
+    the run began and is not given now holds on; the rest comes from `configs.py`.
+
+    Args:
+        configs: those of now.
+        state: of the checkpoint.
+        model_path: of the checkpoint.
+
+    Returns:
+        The configs to go on with; what has changed is printed.
+
+    Raises:
+        UserError: names the options that cannot change.
+    """
+    stored, options = OF_BEFORE | state["configs"], Configs.options()
+    configs = disown_paths(configs, model_path)
+    kept, home = locate_from_here(configs, state, model_path)
+    faults = []
+    epochs, source = refit_epochs(configs, state)
+    if "num_epochs" in configs.given and epochs != configs.num_epochs:
+        kept["num_epochs"] = epochs
+        print(f"num_epochs {configs.num_epochs} is {epochs} here, by the run's {source}.")
+    for name, option in options.items():
+        before = tuple(stored[name]) if isinstance(getattr(configs, name), tuple) else stored.get(name)
+        now = getattr(configs, name)
+        if look_the_same(now, before) or name not in stored or name in kept or name in ("load_model_path", "overwrite"):
+            continue
+        is_free_choice = name in ("classes", "random_seed", "pixel_range") and now in (None, [])
+        if is_free_choice or (name in state["given"] and name not in configs.given):
+            kept[name] = before
+        elif option.metadata["describes_model"] or option.metadata["fixed_in_run"]:
+            faults.append("{} was {}, now {}".format(name, *quote_difference(before, now)))
+        else:
+            print(f"{name} changes from {before!r} to {now!r}.")
+    if faults:
+        raise UserError(
+            f"{model_path} cannot go on with other options: {'; '.join(faults)}. "
+            f"Take the run's own with --configs {os.path.join(os.path.dirname(model_path), CONFIGS_FILE)}, or "
+            "start a new run from its weights alone, which compress_weights.py writes."
+        )
+    given = configs.given
+    configs = configs.replace(**kept)
+    configs.given = given | set(state["given"])
+    written = tuple(list_stored(configs, given, stored, home).items())
+    configs.provenance = configs.provenance._replace(home=home, stored=written)
+    return configs
+
+
+def refit_epochs(configs: Configs, state: dict[str, Any]) -> tuple[int, str]:
+    """Returns how many epochs a run has that goes on with `num_epochs`, and the option that they are fitted to.
+
+    Raises:
+        UserError: they would have to be fitted to another time.
+    """
+    stored = state["configs"]
+    before = stored.get("time_budget", "")
+    budget = configs.time_budget if "time_budget" in configs.given else before
+    if budget and budget != before:
+        raise UserError(
+            f"time_budget: expected {before!r}, for the {stored['num_epochs']} epochs of a run that goes on are fitted "
+            f"already. Received: {budget!r}. Leave it out, or give the epochs by --num_epochs and --time_budget ''."
+        )
+    if budget:
+        return stored["num_epochs"], "time_budget"
+    epochs = count_epochs(configs.num_epochs, stored.get("min_steps", 0), state.get("steps", 1))
+    # On more devices an epoch has fewer steps: that is no reason for more epochs than the run has.
+    return min(epochs, max(configs.num_epochs, stored["num_epochs"])), "min_steps"
+
+
+def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -> tuple[dict[str, Any], str]:
+    """Finds the folder of a run that goes on, and its data as they are from here.
+
+    Returns:
+        The paths that are not given now, by option: the run goes on where its checkpoint is. And the folder that the
+        run's relative paths start at, if it is not the working directory.
+    """
+    stored, folder = state["configs"], os.path.dirname(os.path.abspath(model_path))
+    home = find_home(stored, folder, stored["save_model_path"])
+    located = locate_paths(stored, home)
+    kept = {
+        name: path
+        for name, path in located.items()
+        if name not in configs.given and (name in state["given"] or getattr(configs, name) == stored[name])
+    }
+    if "save_model_path" not in configs.given:
+        kept["save_model_path"] = os.path.dirname(model_path) or os.curdir
+    return kept, home if located else ""
+
+
+def list_stored(configs: Configs, given: Set[str], before: dict[str, Any], home: str) -> dict[str, Any]:
+    """Returns what a run that goes on writes down in place of the values in use, by option.
+
+    What was found here is found again wherever the run goes on next: written down is what the user gave.
+
+    Args:
+        configs: to go on with.
+        given: the options that the user gives now.
+        before: the options as the run has stored them.
+        home: the folder that the run's relative paths start at; empty: the working directory.
+    """
+    # What the run began with: by now it is the start of itself.
+    stored, located = {"load_model_path": before.get("load_model_path", "")}, locate_paths(before, home)
+    for name in (*TABLE_OPTIONS, "image_directory"):
+        path = getattr(configs, name)
+        if path == located.get(name):
+            stored[name] = before[name]
+        elif home and not is_fixed(path) and (path or name == "image_directory"):
+            stored[name] = relate_path(path, home)
+    if "save_model_path" not in given or (home and not os.path.isabs(configs.save_model_path)):
+        stored["save_model_path"] = relate_path(configs.save_model_path, home or os.getcwd())
+    return stored
+
+
+def check_same_data(
+    state: dict[str, Any], training: AugmentedImageSequence, validation: AugmentedImageSequence
+) -> None:
+    """Raises UserError where the tables are not those that a run began with."""
+    for option, sequence in (("train_csv", training), ("validation_csv", validation)):
+        if state["data"][option] != fingerprint(sequence):
+            raise UserError(
+                f"The images or labels of {option} are not those that the run began with. Restore the table, "
+                "or start a new run from the model's weights in another save_model_path."
+            )
+    before, now = state.get("devices", 1), training.shares.devices
+    if before != now and state["steps_completed"]:
+        raise UserError(
+            f"The run stopped within an epoch on {before} devices, whose steps are not those of {now}. Go on with "
+            f"{before} until the epoch is over, or start a new run from the model's weights."
+        )
+    if before != now:
+        print(f"The number of devices changes from {before} to {now}, and with it the images of a step.")

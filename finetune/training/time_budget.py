@@ -1,0 +1,185 @@
+"""How many epochs end in a given time, measured on the run's own model and images."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+
+from configs import Configs
+from finetune.core.files import TEMPORARY_PREFIX
+from finetune.core.texts import begin_line, show_duration, show_moment
+from finetune.core.values import get_input_size, parse_duration
+from finetune.training.callbacks import EpochOrder
+from finetune.training.phases import changes_images, get_phases, get_sets, prepare_phase, refits_head
+from finetune.training.trainer import Interruption
+from finetune.training.training_state import save_checkpoint, seed_states
+from finetune.training.weight_averaging import SHARES
+from generator import AugmentedImageSequence, naming_bad_images
+
+# Steps that an estimate of the time is made from, and a validation batch's time of that of a training step: it goes
+# through the network once, and not back.
+TIMED_STEPS = 3
+VALIDATION_SHARE = 0.4
+# An epoch ends in a checkpoint; copying it as the best one, the logs and what validation starts take as long again.
+SAVES = 2
+# The graph of training is built again when it begins; those of validation and of features, without the way back, take
+# about as long together.
+BUILDS = 2
+# What is left free of a budget for building, the first step's graph and the probe's comparison.
+RESERVE = 0.1
+
+
+class StepTimes(keras.callbacks.Callback):
+    """Times the first steps, but for the very first, which builds the graph.
+
+    Attributes:
+        seconds: of a step; 0 until enough of them are timed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+        self._times: list[float] = []
+        self._begun = 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Notes when the first step begins: what was between two epochs is no part of a step."""
+        self._begun = time.monotonic()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Notes the end of a step, and tells `on_timed` once."""
+        if self.seconds:
+            return
+        now = time.monotonic()
+        self._times.append(now - self._begun)
+        self._begun = now
+        if len(self._times) > TIMED_STEPS:
+            # Not their mean: the epoch's last batch, of fewer images, builds a graph of its own in the first epoch.
+            self.seconds = statistics.median(self._times[1:])
+            self.on_timed(batch)
+
+    def on_timed(self, batch: int) -> None:
+        """Stops training: the time is all that is asked for."""
+        self.model.stop_training = True
+
+
+def count_views(
+    configs: Configs, training: AugmentedImageSequence, validation: AugmentedImageSequence, refits: bool
+) -> tuple[float, float]:
+    """Returns what validating once costs, in training steps, and what choosing costs at the end of the run.
+
+    Args:
+        configs: of the run.
+        training: the training images.
+        validation: the validation images.
+        refits: the averages that are compared get heads fitted anew.
+    """
+    larger = math.prod(get_input_size(configs)) / math.prod(configs.image_target_size[:2])
+    share = VALIDATION_SHARE * larger
+    once = share * (2 if configs.test_time_augmentation == "flip" else 1) * validation.steps
+    if configs.model_selection != "interpolate":
+        return once, 0.0
+    # The last epoch's weights, which are validated already, get a new head too, and the start's keep theirs.
+    refitting = once + share * (1 if configs.augmentation_strength == "none" else 2) * training.steps * len(SHARES)
+    return once, len(SHARES) * once + refits * refitting
+
+
+class TimeEstimate(StepTimes):
+    """Prints after the first steps how long an epoch and the whole run will take, and when it will end.
+
+    Args:
+        epochs: of the whole run.
+        training: the training images.
+        validating: what `count_views` returns first.
+        choosing: what it returns then.
+    """
+
+    def __init__(self, epochs: int, training: AugmentedImageSequence, validating: float, choosing: float) -> None:
+        super().__init__()
+        self.epochs = epochs
+        self.training = training
+        self.validating = validating
+        self.choosing = choosing
+        self._epoch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Notes the epoch, and when it begins."""
+        super().on_epoch_begin(epoch, logs)
+        self._epoch = epoch
+
+    def on_timed(self, batch: int) -> None:
+        """Prints what is left."""
+        epochs = self.epochs - self._epoch
+        steps = epochs * self.training.steps - self.training.first_step - batch - 1
+        left = self.seconds * (steps + epochs * self.validating + self.choosing)
+        epoch = self.seconds * (self.training.steps + self.validating)
+        print(
+            f"{begin_line()}About {show_duration(epoch)} an epoch, {show_duration(left)} to go for {self.epochs} "
+            f"epochs, until {show_moment(left)}."
+        )
+
+
+def time_saving(model: keras.Model, folder: str) -> float:
+    """Returns the seconds that writing a checkpoint into a folder takes."""
+    os.makedirs(folder, exist_ok=True)
+    # By this name it is removed when the run goes on, if it is killed here.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{TEMPORARY_PREFIX}{os.getpid()}-") as place:
+        begin = time.monotonic()
+        save_checkpoint(model, os.path.join(place, "model.keras"), None, {})
+        return time.monotonic() - begin
+
+
+def fit_epochs(
+    configs: Configs,
+    started: float,
+    strategy: tf.distribute.Strategy,
+    classifier: keras.Model,
+    training: AugmentedImageSequence,
+    validation: AugmentedImageSequence,
+    loss: Callable,
+) -> int:
+    """Returns how many epochs fit into `time_budget`, at least one; prints it.
+
+    A few steps are trained of the phase that trains the most layers; the model gets its weights back.
+
+    Args:
+        configs: with `time_budget`.
+        started: when the run began, of `time.monotonic`.
+        strategy: of the devices.
+        classifier: in the scope of the strategy; is as it was in the end.
+        training: the training images.
+        validation: the validation images.
+        loss: of the training images.
+    """
+    phase = get_phases(configs, 1)[-1]
+    with strategy.scope():
+        model = prepare_phase(classifier, phase, configs, loss, None, None)
+        images = get_sets(classifier, changes_images(configs), training, training)[0]
+        weights, seeds = classifier.get_weights(), [variable.numpy() for variable in seed_states(model)]
+    timed = StepTimes()
+    epochs = 1 + math.ceil(TIMED_STEPS / images.steps)
+    begin = time.monotonic()
+    with naming_bad_images(images):
+        model.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), timed], Interruption())
+    building = max(0.0, time.monotonic() - begin - timed.seconds * (TIMED_STEPS + 1))
+    saving = time_saving(model, configs.save_model_path)
+    with strategy.scope():
+        classifier.set_weights(weights)
+        for variable, seed in zip(seed_states(model), seeds, strict=True):
+            variable.assign(seed)
+    validating, choosing = count_views(configs, training, validation, refits_head(configs, classifier))
+    epoch = timed.seconds * (images.steps + validating) + SAVES * saving
+    budget = parse_duration(configs.time_budget)
+    left = budget * (1 - RESERVE) - (time.monotonic() - started) - timed.seconds * choosing
+    left -= BUILDS * building
+    epochs = max(1, int(left / epoch))
+    note = "" if left >= epoch else ", which is more than the budget holds"
+    print(f"time_budget {configs.time_budget}: {epochs} epochs of about {show_duration(epoch)}{note}.")
+    return epochs

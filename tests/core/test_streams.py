@@ -1,0 +1,249 @@
+"""Output that fails ends nothing: what cannot be shown is escaped, and what is lost is ignored."""
+
+import io
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from config_files import PROJECT
+from small_runs import options_of, start, tables  # noqa: F401
+
+import split_train_test
+from finetune.core.files import write_json
+from finetune.core.streams import LastingStream, protecting_output
+from finetune.core.texts import choose_keras_verbosity, show_progress
+from split_train_test import SplitConfigs
+
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such terminals and signals")
+
+# A script that prints more than a pipe holds before its result, notes what it writes, and prints again.
+SCRIPT = f"""\
+import contextlib, os, sys
+sys.path.insert(1, {str(PROJECT)!r})
+from configs import Configs
+from finetune.core.options import run_script
+
+def main(configs: Configs):
+    first = open("first", "wb", buffering=0)
+    for line in range(20_000):
+        print("line", line)
+    print("on stderr", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        os.write(2, b"of a library's C++")
+    first.write(b"result")
+    print("end")
+
+run_script(main)
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    (tmp_path / "tiny.py").write_text(SCRIPT)
+    return [sys.executable, str(tmp_path / "tiny.py")]
+
+
+def test_characters_that_the_output_lacks_are_escaped():
+    output = io.BytesIO()
+    stream = LastingStream(io.TextIOWrapper(output, encoding="cp1252", newline=""))
+    print("été", "蚂蚁", "蜜蜂🐝", "━━", "\udcff", file=stream, flush=True)
+    assert output.getvalue() == b"\xe9t\xe9 \\u8682\\u8681 \\u871c\\u8702\\U0001f41d == \\udcff\n"
+
+
+class Broken(io.StringIO):
+    """A window that is closed: whatever is done with it raises an error of its own."""
+
+    def write(self, text):
+        raise RuntimeError("the window is closed")
+
+    flush = isatty = write
+
+
+def test_no_stream_a_closed_one_and_a_broken_one_show_nothing():
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed, Broken()):
+        lasting = LastingStream(stream)
+        assert lasting.write("text") == 4
+        print("text", file=lasting, flush=True)
+        assert not lasting.isatty()
+
+
+def test_streams_are_those_of_before_again(monkeypatch, capsys):
+    @protecting_output()
+    def main():
+        print("seen")
+        sys.stdout.flush()
+
+    main()
+    assert capsys.readouterr().out == "seen\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", Broken())
+    before = sys.stderr
+    main()
+    assert sys.stdout is None
+    assert sys.stderr is before
+
+
+def test_progress_without_a_stream_is_none(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert choose_keras_verbosity() == 2
+    with show_progress(2, "Predicting") as shown:
+        shown.update()
+
+
+# Programs
+
+
+@posix
+@pytest.mark.parametrize("redirection", ["| head -2 >shown", "2>&-", "<&- >&- 2>&-", ">/dev/full"])
+def test_lost_output_costs_nothing(tmp_path, command, redirection):
+    line = f"set -o pipefail; {sys.executable} tiny.py {redirection}"
+    result = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    # Nothing else is in it, though its descriptor may be that of a standard stream.
+    assert (tmp_path / "first").read_bytes() == b"result"
+    assert b"Traceback" not in result.stderr
+    assert b"BrokenPipe" not in result.stderr
+    if "head" in redirection:
+        assert (tmp_path / "shown").read_text() == "line 0\nline 1\n"
+
+
+@posix
+def test_closed_terminal_of_a_disowned_program_costs_nothing(tmp_path, command):
+    ours, theirs = pty.openpty()
+    disown = f"import os, signal; os.setsid(); signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv({command[0]!r}"
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    program = subprocess.Popen([sys.executable, "-c", f"{disown}, {command!r})"], cwd=tmp_path, **streams)
+    os.close(theirs)
+    assert os.read(ours, 4) == b"line"
+    os.close(ours)
+    assert program.wait(60) == 0
+    assert (tmp_path / "first").read_bytes() == b"result"
+
+
+# Scripts
+
+
+def run(script, *arguments, cwd, **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LC_", "LANG"))}
+    command = [sys.executable, str(PROJECT / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, timeout=60, env=clean | environment)
+
+
+ASCII_NAMES = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [ASCII_NAMES, {"PYTHONIOENCODING": "cp1252"}])
+def test_names_of_all_scripts_work_in_any_environment(photo_folder, tmp_path, environment):
+    names = {"blue": "蚂蚁", "green": "蜜蜂🐝", "red": "été"}
+    for colour, name in names.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / "photos" / name / f"фото {number}.jpg").symlink_to(photo_folder / colour / f"{number:02d}.jpg")
+    made = run(
+        "make_csv_from_folders.py", "--folder_path", "photos", "--write_path", "é.csv", cwd=tmp_path, **environment
+    )
+    assert (made.returncode, made.stderr) == (0, b"")
+    split = run(
+        "split_train_test.py", "--csv_path", "é.csv", "--test_split_fraction", 0.25, cwd=tmp_path, **environment
+    )
+    assert (split.returncode, split.stderr) == (0, b"")
+    training, testing = (pd.read_csv(tmp_path / f"{name}_set.csv") for name in ("training", "testing"))
+    assert sorted(training["class"]) == sorted([*names.values()] * 3)
+    assert sorted(testing["class"]) == sorted(names.values())
+    assert all((tmp_path / path).exists() for path in (*training["path"], *testing["path"]))
+    expected = "蚂蚁" if environment is ASCII_NAMES else r"\u8682\u8681"
+    assert expected.encode() in split.stdout
+
+
+@posix
+def test_option_of_python_that_keeps_names_ascii_starts_no_endless_chain(tmp_path, command):
+    line = [command[0], "-X", "utf8=0", command[1]]
+    result = subprocess.run(line, cwd=tmp_path, capture_output=True, timeout=60, env={"LC_ALL": "C", "PYTHONUTF8": "0"})
+    assert (result.returncode, (tmp_path / "first").read_bytes()) == (0, b"result")
+
+
+@posix
+def test_own_code_under_ascii_names_is_told_what_to_set(tmp_path):
+    (tmp_path / "photos" / "été").mkdir(parents=True)
+    (tmp_path / "photos" / "été" / "1.jpg").touch()
+    (tmp_path / "own.py").write_text(
+        f"import sys\nsys.path.insert(1, {str(PROJECT)!r})\nfrom make_csv_from_folders import FolderConfigs, main\n"
+        "main(FolderConfigs(folder_path='photos'))\n"
+    )
+    command = [sys.executable, "own.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ASCII_NAMES, timeout=60)
+    first, *_, last = result.stderr.splitlines()
+    assert first.startswith("Warning: Python takes file names as ASCII here.")
+    assert "is not ASCII" in last
+    assert "PYTHONUTF8=1" in last
+
+
+def test_tables_are_written_before_anything_is_printed(photo_folder, tmp_path, monkeypatch):
+    rows = [(str(path), path.parent.name) for path in sorted(photo_folder.glob("*/*.jpg"))]
+    pd.DataFrame(rows, columns=["path", "class"]).to_csv(tmp_path / "all.csv", index=False)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.print", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        split_train_test.main(SplitConfigs(csv_path=str(tmp_path / "all.csv")))
+    assert {path.name for path in tmp_path.iterdir()} == {"all.csv", "training_set.csv", "testing_set.csv"}
+
+
+# Real runs
+
+
+def start_run(tables, folder, **options):
+    write_json(str(folder / "small.json"), options_of(tables, folder / "run", **options))
+    return [sys.executable, str(PROJECT / "train.py"), "--configs", str(folder / "small.json")]
+
+
+@pytest.mark.slow
+def test_run_of_own_code_needs_no_streams(tables, tmp_path, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    results = start(**options_of(tables, tmp_path / "run", num_epochs=1))
+    assert sys.stdout is None
+    assert results["epoch"] == 1
+
+
+@posix
+@pytest.mark.slow
+def test_run_goes_on_where_nobody_reads_its_output(tables, tmp_path):
+    words = " ".join(start_run(tables, tmp_path, num_epochs=2))
+    line = f"set -o pipefail; {words} | head -2"
+    result = subprocess.run(["bash", "-c", line], capture_output=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert len(result.stdout.splitlines()) == 2
+    assert pd.read_csv(tmp_path / "run" / "training_log.csv")["epoch"].tolist() == [1, 2]
+
+
+@posix
+@pytest.mark.slow
+def test_run_whose_terminal_closes_ends_with_a_checkpoint(tables, tmp_path):
+    command = start_run(tables, tmp_path, num_epochs=1000, generator_workers=1)
+    ours, theirs = pty.openpty()
+    lead = "import fcntl, os, signal, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    # The tests may run under nohup.
+    lead += f"signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv({command[0]!r}"
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    training = subprocess.Popen([sys.executable, "-c", f"{lead}, {command!r})"], **streams)
+    os.close(theirs)
+    shown = b""
+    while b"Epoch 2/1000" not in shown:
+        shown += os.read(ours, 65536)
+    os.close(ours)
+    assert training.wait(60) == 128 + signal.SIGHUP
+    assert (tmp_path / "run" / "latest_model.keras").exists()
+    log = pd.read_csv(tmp_path / "run" / "training_log.csv")
+    assert log["epoch"].tolist() == [*range(1, len(log) + 1)]

@@ -1,0 +1,146 @@
+"""Which file is meant by the name of one that does not exist; what is said of each kind is in docs/bad_input.md."""
+
+import os
+
+import pandas as pd
+import pytest
+
+from finetune.core.options import UserError
+from finetune.core.values import convert
+from finetune.data.data_check import check_images
+from finetune.data.stores import join_path
+from finetune.data.table_faults import (
+    explain_missing,
+    find_class_columns,
+    find_encoding,
+    find_kind_fault,
+    find_start_fault,
+)
+from finetune.data.tables import parse_table
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_each_folder_is_listed_once_and_only_where_a_file_is_missing(tmp_path, monkeypatch):
+    touch(tmp_path, *(f"{folder}/{number}.jpg" for folder in "ab" for number in range(50)))
+    listed, list_folder = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: [listed.append(path), list_folder(path)][1])
+    files = [str(tmp_path / folder / str(number)) for folder in "ab" for number in range(50)]
+    assert len(explain_missing(files)) == 100
+    assert sorted(listed) == [str(tmp_path / folder) for folder in "ab"]
+
+
+@pytest.mark.parametrize("file", ["none.jpg", "nowhere/1", "1.jpg/2", "a\0b", "s3://bucket/1", "", "notes"])
+def test_nothing_is_said_where_no_image_is_like_it(tmp_path, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "1.jpg", "notes.txt")
+    assert explain_missing([file]) == {}
+
+
+def test_scripts_that_take_a_table_name_the_file_that_is_meant(tmp_path):
+    touch(tmp_path, "1.jpg")
+    with pytest.raises(UserError, match=r"row 2: .*1 does not exist, but .*1\.jpg does: add the ending, as make_csv"):
+        check_images([str(tmp_path / "1")], "t.csv")
+    assert check_images([str(tmp_path / "1")], "t.csv", skip_bad_images=True) == [2]
+
+
+def test_accents_that_are_encoded_otherwise_lead_to_the_file(tmp_path):
+    for written, asked in (("cafe\u0301.jpg", "caf\u00e9.jpg"), ("u\u0308/1.jpg", "\u00fc/1.jpg")):
+        touch(tmp_path, written)
+        for name, other in ((written, asked), (asked, written)):
+            assert join_path(str(tmp_path), other) == str(tmp_path / written)
+            assert join_path(str(tmp_path), name) == str(tmp_path / written)
+
+
+def test_the_exact_spelling_takes_precedence(tmp_path):
+    touch(tmp_path, "cafe\u0301.jpg", "caf\u00e9.jpg")
+    for name in os.listdir(tmp_path):
+        assert join_path(str(tmp_path), name) == str(tmp_path / name)
+
+
+def test_a_path_in_the_home_folder_leads_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    touch(tmp_path, "photos/1.jpg")
+    assert join_path("images", "~/photos/1.jpg") == str(tmp_path / "photos/1.jpg")
+    assert convert("~/photos", str, is_text=True) == convert("~/photos", str, is_text=False) == str(tmp_path / "photos")
+
+
+@pytest.mark.parametrize(
+    ("file", "meant", "reason"),
+    [
+        ("images/C:\\Users\\me\\images\\cat\\1.jpg", "images/cat/1.jpg", "its path here has no C:"),
+        ("D:/work/images/cat/1.jpg", "images/cat/1.jpg", "its path here has no D:"),
+        ("Images/Cat/1.jpg", "images/cat/1.jpg", "its capitals differ"),
+        ("images/cat\u200b/1.jpg", "images/cat/1.jpg", r"'cat\u200b' and 'cat' differ by invisible characters"),
+        # One part of it in each encoding, so that neither is that of the whole.
+        ("images/caf\u00e9/e\u0301.jpg", "images/cafe\u0301/\u00e9.jpg", "its accents are encoded otherwise"),
+        ("images/~\\photos\\2.jpg", "home/photos/2.jpg", "write the home folder for ~"),
+    ],
+)
+def test_the_file_is_found_by_another_spelling(tmp_path, monkeypatch, file, meant, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    touch(tmp_path, "images/cat/1.jpg", "images/cafe\u0301/\u00e9.jpg", "home/photos/2.jpg")
+    explained = explain_missing([file])[file].replace(r"\\", "\\")
+    assert f"{meant} does: " in explained
+    assert reason in explained
+
+
+def test_a_drive_of_windows_without_such_a_file_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = "images/C:\\Users\\me\\1.jpg"
+    assert "C: is a drive of Windows. Write paths below image_directory" in explain_missing([file])[file]
+
+
+def test_a_table_is_found_by_another_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    touch(tmp_path, "data/all.csv")
+    for path in ("data\\all.csv", "C:\\me\\data\\all.csv", "Data/all.csv", "data/all\u200b.csv"):
+        with pytest.raises(UserError, match=r"There is data/all\.csv: write that"):
+            parse_table(path, "class")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "expected"),
+    [
+        ("path,class\n", "utf-8", ""),
+        ("path,class\n", "utf-8-sig", ""),
+        ("path,class\n", "utf-16", "utf-16-le"),
+        ("path,class\na,Ärmel\n", "utf-16-le", "utf-16-le"),
+        ("path,class\n花.jpg,花\n", "utf-16-be", "utf-16-be"),
+        ("path,class\n", "utf-32", "utf-32-le"),
+        ("path,class\n花.jpg,花\n", "utf-8", ""),
+        ("a\0b\0", "utf-8", "utf-16-le"),
+        ("path,class\na\0.jpg,cat\n", "utf-8", ""),
+        ("", "utf-8", ""),
+        ("a", "utf-8", ""),
+    ],
+)
+def test_wide_encodings_are_known_by_their_mark_or_zeros(text, encoding, expected):
+    assert find_encoding(text.encode(encoding)) == expected
+
+
+@pytest.mark.parametrize(
+    "start", [b"path,class\n", b"PKU,class\n", b"<a>.jpg,class\n", b"", b"separate,class\n", b"sep=\n"]
+)
+def test_what_may_be_a_table_is_taken_for_one(start):
+    assert find_kind_fault(start) == ""
+    assert find_start_fault(start, ("path", "class")) == ""
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"id": "xy", "a": "01", "b": "10"}, ["a", "b"]),
+        ({"id": "01", "a": "01", "b": "10"}, []),
+        ({"id": "xy", "a": "01"}, []),
+        ({"id": "xy", "a": "01", "b": "12"}, []),
+        ({"Unnamed: 0": "56", "id": "xy", "a": "01", "b": "00"}, ["a", "b"]),
+    ],
+)
+def test_columns_of_classes_are_two_or_more_beside_one_other(columns, expected):
+    assert find_class_columns(pd.DataFrame({name: list(values) for name, values in columns.items()})) == expected

@@ -1,0 +1,273 @@
+"""A model's class names, image size and the like come from its own files or from who runs a script, never a default."""
+
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from exported_runs import CLASSES, build_colour_model
+from tiny_models import write_table
+
+import predict
+from configs import Configs
+from finetune.core.options import UserError
+from finetune.data.stores import hash_file
+from finetune.evaluation.decision import Decision
+from finetune.evaluation.decision_file import get_decision, read_decision, write_decision
+from finetune.models.description import (
+    add_description,
+    embed_decision,
+    find_description,
+    hash_model,
+    read_description,
+)
+from finetune.training.run_folder import find_trained_model, keep_decision, locked, name_model
+from finetune.training.training_state import read_state, save_checkpoint
+from predict import PredictConfigs
+
+OPTIONS = {"classes": CLASSES, "image_target_size": [32, 32, 3], "test_image_size": [], "resize_mode": "crop"}
+OPTIONS |= {"multi_label_classification": False}
+NEEDED = ["--image_target_size", "32", "32", "3", "--resize_mode", "crop", "--multi_label_classification", "False"]
+FITTED = Decision(CLASSES, False, 2.0, "validation", model="best_model.keras")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model with a description and one without, to be copied."""
+    folder = tmp_path_factory.mktemp("models")
+    save_checkpoint(
+        build_colour_model(), str(folder / "described.keras"), None, OPTIONS | {"train_csv": "no part of it"}
+    )
+    build_colour_model().save(folder / "bare.keras")
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder to start scripts in, whose `data/training_set.csv` is of three other classes than the model's."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "training_set.csv").write_text("path,class\na,brick\nb,grass\nc,gravel\n")
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def model_path(project, saved):
+    """A model that carries its description."""
+    return shutil.copy(saved / "described.keras", str(project / "model" / "best_model.keras"))
+
+
+@pytest.fixture
+def bare(project, saved):
+    """A model without any description."""
+    return shutil.copy(saved / "bare.keras", str(project / "model" / "best_model.keras"))
+
+
+def read_flags(*flags):
+    return PredictConfigs.from_command_line(arguments=[*flags])
+
+
+def run_predict(path, photo_folder, *flags):
+    asked = ["--load_model_path", path, "--input", str(photo_folder / "red"), "--write_path", "answers.csv"]
+    return predict.main(read_flags(*asked, *flags))["predictions"]
+
+
+def test_a_keras_file_says_what_it_is_and_loads_without_this_project(model_path):
+    assert read_description(model_path) == {"options": OPTIONS, "decision": None}
+    images = np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)).astype(np.float32)
+    before = build_colour_model().predict(images, verbose=0)
+    assert embed_decision(model_path, FITTED.to_dict())
+    loaded = keras.models.load_model(model_path, safe_mode=True)
+    np.testing.assert_array_equal(loaded.predict(images, verbose=0), before)
+
+
+def test_a_decision_goes_into_the_file_and_leaves_the_rest(model_path):
+    state = {"configs": {}, "given": []}
+    with zipfile.ZipFile(model_path, "a") as archive:
+        archive.writestr("training_state.json", json.dumps(state))
+    digest, of_all = hash_model(model_path), hash_file(model_path)
+    with zipfile.ZipFile(model_path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist() if name != "description.json"}
+    for temperature in (2.0, 3.0):
+        decision = Decision(CLASSES, False, temperature, "validation").to_dict()
+        embed_decision(model_path, decision)
+        assert read_description(model_path) == {"options": OPTIONS, "decision": decision}
+    with zipfile.ZipFile(model_path) as archive:
+        assert len(archive.namelist()) == len(set(archive.namelist())) == len(members) + 1
+        assert {name: archive.read(name) for name in members} == members
+    assert hash_model(model_path) == digest
+    assert hash_file(model_path) != of_all
+    written = os.stat(model_path)
+    embed_decision(model_path, decision)
+    assert os.stat(model_path).st_ino == written.st_ino
+
+
+def test_other_files_are_left_as_they_are(bare):
+    before = Path(bare).read_bytes()
+    assert not embed_decision(bare, FITTED.to_dict())
+    keep_decision(bare, FITTED.to_dict(), os.path.dirname(bare))
+    assert Path(bare).read_bytes() == before
+    assert hash_model(bare) == hash_file(bare)
+    assert os.listdir(os.path.dirname(bare)) == ["best_model.keras"]
+
+
+def test_a_model_that_is_being_replaced_keeps_what_it_carries(model_path, capsys):
+    with locked(os.path.dirname(model_path)):
+        keep_decision(model_path, FITTED.to_dict(), os.path.dirname(model_path))
+    assert read_description(model_path)["decision"] is None
+    assert "is without its new decision, which decision.json has: Another process" in capsys.readouterr().out
+    keep_decision(model_path, FITTED.to_dict(), os.path.dirname(model_path))
+    assert read_description(model_path)["decision"] == FITTED.to_dict()
+
+
+def test_a_model_copied_elsewhere_answers_as_in_its_run(model_path, photo_folder, project, capsys):
+    embed_decision(model_path, FITTED.to_dict())
+    copy = str(project / "data" / "mine.keras")
+    shutil.copy(model_path, copy)
+    answers = run_predict(copy, photo_folder)
+    assert set(answers["predicted"]) == {"red"}
+    assert list(answers.filter(like="probability_").columns) == [f"probability_{name}" for name in CLASSES]
+    printed = capsys.readouterr().out
+    assert f"Model: {copy} (class names from its own metadata)" in printed
+    assert "calibrated with temperature 2.00" in printed
+
+
+def test_the_state_of_older_checkpoints_names_the_classes(bare):
+    with zipfile.ZipFile(bare, "a") as archive:
+        archive.writestr("training_state.json", json.dumps({"configs": OPTIONS | {"of_old_times": 1}}))
+    described = find_description(bare)
+    assert described.options == OPTIONS | {"image_target_size": (32, 32, 3)}
+    assert set(described.sources.values()) == {"own metadata"}
+    with pytest.raises(UserError, match="damaged"):
+        read_state(bare)
+
+
+def test_without_a_description_nothing_is_guessed(bare, photo_folder):
+    with pytest.raises(UserError, match="classes, image_target_size, resize_mode, multi_label") as caught:
+        run_predict(bare, photo_folder)
+    for words in (bare, "--classes", "--train_csv", "--resize_mode stretch|crop|pad", "best_model_metadata.json"):
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="says its classes. Give --classes"):
+        run_predict(bare, photo_folder, *NEEDED)
+    assert not os.path.exists("answers.csv")
+
+
+@pytest.mark.parametrize("missing", ["image_target_size", "resize_mode", "multi_label_classification"])
+def test_one_option_that_is_missing_is_named_alone(bare, missing):
+    start = NEEDED.index(f"--{missing}")
+    end = next((place for place in range(start + 1, len(NEEDED)) if NEEDED[place].startswith("--")), len(NEEDED))
+    flags = NEEDED[:start] + NEEDED[end:]
+    with pytest.raises(UserError, match=f"says its {missing}. Give --{missing}"):
+        find_trained_model(read_flags("--load_model_path", bare, "--classes", *CLASSES, *flags))
+
+
+def test_labels_beside_the_model_come_before_what_is_given(bare, photo_folder, capsys):
+    labels = Path(bare).with_name("best_model_labels.txt")
+    labels.write_text("Blau\nGrün\nRot\n", encoding="utf-8")
+    assert set(run_predict(bare, photo_folder, *NEEDED)["predicted"]) == {"Rot"}
+    printed = capsys.readouterr().out
+    assert "(class names from its best_model_labels.txt)" in printed
+    assert "its preprocessing has to be inside" in printed
+    with pytest.raises(UserError, match=r"classes is .*Blau.* \(its best_model_labels.txt says so\)"):
+        run_predict(bare, photo_folder, *NEEDED, "--classes", *CLASSES)
+
+
+@pytest.mark.parametrize("content", [b"", b"a\n\nb\n", b"a\nb\na\n", b"\xff\xfe\xfa"])
+def test_labels_that_are_none_are_told(bare, content):
+    Path(bare).with_name("best_model_labels.txt").write_bytes(content)
+    with pytest.raises(UserError, match="best_model_labels.txt: expected a class name a line") as caught:
+        find_description(bare)
+    assert "\n" not in str(caught.value)
+
+
+def test_given_names_and_a_given_table_hold(bare, photo_folder, project, capsys):
+    assert set(run_predict(bare, photo_folder, *NEEDED, "--classes", "x", "y", "z")["predicted"]) == {"z"}
+    assert "(class names from --classes)" in capsys.readouterr().out
+    table = write_table(project, "path,class\na,one\nb,two\nc,three\n")
+    assert set(run_predict(bare, photo_folder, *NEEDED, "--train_csv", table)["predicted"]) == {"two"}
+    assert f"(class names from --train_csv {table})" in capsys.readouterr().out
+
+
+def test_a_run_still_says_what_its_models_are(bare, photo_folder, capsys):
+    Path(bare).with_name("configs.json").write_text(json.dumps(OPTIONS))
+    assert set(run_predict(bare, photo_folder)["predicted"]) == {"red"}
+    assert "(class names from its configs.json)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["classes", "resize_mode"])
+def test_a_model_in_the_folder_of_another_run_is_told(model_path, name):
+    other = {"classes": ["brick", "grass", "gravel"], "resize_mode": "pad"}[name]
+    Path(model_path).with_name("configs.json").write_text(json.dumps(OPTIONS | {name: other}))
+    with pytest.raises(UserError, match=rf"configs.json are of different models: {name} is"):
+        find_trained_model(Configs(load_model_path=model_path))
+
+
+def test_labels_of_another_model_in_a_run_are_told(bare):
+    labels = Path(bare).with_name("best_model_labels.txt")
+    Path(bare).with_name("configs.json").write_text(json.dumps(OPTIONS | {"classes": ["bl\nue", "green", "red"]}))
+    labels.write_text("bl ue\ngreen\nred\n")
+    assert find_description(bare).options["classes"] == ["bl\nue", "green", "red"]
+    labels.write_text("brick\ngrass\ngravel\n")
+    with pytest.raises(UserError, match=r"best_model_labels.txt and .*configs.json are of different models"):
+        find_description(bare)
+
+
+@pytest.mark.parametrize("content", ["{", "null", "[]", '{"options": []}', '{"options": {}}'])
+def test_a_damaged_description_is_told(bare, content):
+    with zipfile.ZipFile(bare, "a") as archive:
+        archive.writestr("description.json", content)
+    with pytest.raises(UserError, match=r"description.json that is damaged") as caught:
+        find_description(bare)
+    assert bare in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("classes", ["a", "a"]), ("image_target_size", [0, 32, 3])])
+def test_a_description_with_impossible_values_is_told(bare, name, value):
+    add_description(bare, OPTIONS | {name: value})
+    with pytest.raises(UserError, match=rf"best_model.keras: {name}: expected"):
+        find_description(bare)
+
+
+def test_away_from_the_run_the_models_own_decision_holds(model_path, capsys):
+    folder = os.path.dirname(model_path)
+    embed_decision(model_path, FITTED.to_dict())
+    assert read_decision(folder, CLASSES, False, model_path) == FITTED
+    assert capsys.readouterr().out == ""
+    edited = Decision(CLASSES, False, 3.0, "validation", model="best_model.keras")
+    write_decision(folder, edited)
+    assert read_decision(folder, CLASSES, False, model_path) == FITTED
+    assert "decision.json is not used: " in capsys.readouterr().out
+    # In the run what test.py has written may be edited.
+    Path(folder, "configs.json").write_text(json.dumps(OPTIONS))
+    assert read_decision(folder, CLASSES, False, model_path) == edited
+    assert "the one inside" in capsys.readouterr().out
+    write_decision(folder, Decision(CLASSES, False, 3.0, "validation", model="latest_model.keras"))
+    assert read_decision(folder, CLASSES, False, model_path) == FITTED
+
+
+def test_a_decision_inside_stays_where_there_is_no_validation_set(model_path, project):
+    embed_decision(model_path, FITTED.to_dict())
+    copy = str(project / "data" / "mine.keras")
+    shutil.copy(model_path, copy)
+    truths, answers = {"test": np.arange(3)}, {"test": np.eye(3)}
+    kept = get_decision(copy, truths, answers, CLASSES, False, (0.1, 0.9))
+    assert (kept.temperature, kept.temperature_fitted_on, kept.model) == (2.0, "validation", "mine.keras")
+
+
+def test_tables_that_nobody_gave_are_not_taken_for_the_models(model_path, capsys):
+    configs = find_trained_model(Configs(load_model_path=model_path))[1]
+    assert configs.train_csv == ""
+    assert "it is not given: going without a training set" in capsys.readouterr().out
+    given = read_flags("--load_model_path", model_path, "--train_csv", "./data/training_set.csv")
+    assert find_trained_model(given)[1].train_csv == "./data/training_set.csv"
+
+
+def test_the_line_without_class_names_to_tell_of(bare):
+    configs = Configs(load_model_path=bare, classes=CLASSES)
+    assert name_model(configs, bare).startswith(f"Model: {bare} (class names from --classes)\n")

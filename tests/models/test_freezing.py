@@ -1,0 +1,109 @@
+"""Which layers learn."""
+
+import keras
+import numpy as np
+import pytest
+from built_models import (
+    flatten_layers,
+    random_images,
+)
+from keras import layers
+from small_runs import (
+    options_of,
+    start,
+    tables,  # noqa: F401
+)
+
+from configs import Configs
+from finetune.core.options import UserError
+from finetune.models.freezing import (
+    freeze_layers,
+    has_fixed_features,
+    leaf_layers,
+    prepare_backbone,
+    set_batch_norm_momentum,
+)
+from model import (
+    ModelFactory,
+)
+
+
+def moving_statistics(model: keras.Model) -> dict[str, np.ndarray]:
+    return {
+        layer.name: np.concatenate([layer.moving_mean.numpy(), layer.moving_variance.numpy()])
+        for layer in flatten_layers(model)
+        if isinstance(layer, layers.BatchNormalization)
+    }
+
+
+def convolutions_and_norms() -> keras.Model:
+    inputs = outputs = keras.Input((8, 8, 3))
+    for position, kind in enumerate([layers.Conv2D, layers.SeparableConv2D, layers.DepthwiseConv2D]):
+        outputs = (kind(3, 3, name=f"conv{position}") if position < 2 else kind(3, name="conv2"))(outputs)
+        outputs = layers.BatchNormalization(name=f"norm{position}")(outputs)
+    return keras.Model(inputs, outputs)
+
+
+@pytest.mark.parametrize(
+    ("conv_layers_to_train", "trained"),
+    [(-1, "conv0 norm0 conv1 norm1 conv2 norm2"), (0, ""), (1, "conv2 norm2"), (2, "conv1 norm1 conv2 norm2")],
+)
+def test_freezing_trains_the_last_convolutions_and_what_follows(conv_layers_to_train, trained):
+    backbone = convolutions_and_norms()
+    freeze_layers(backbone, conv_layers_to_train)
+    assert [layer.name for layer in backbone.layers if layer.trainable_weights] == trained.split()
+    before, weights = moving_statistics(backbone), [weight.numpy() for weight in backbone.weights]
+    backbone.compile("sgd", loss="mse")
+    backbone.train_on_batch(random_images(4, 8, 8, 3), backbone(random_images(4, 8, 8, 3)) + 1)
+    after = moving_statistics(backbone)
+    moved = [name for name in before if not np.array_equal(before[name], after[name])]
+    assert moved == [name for name in trained.split() if name.startswith("norm")]
+    if not trained:
+        assert all(np.array_equal(old, new.numpy()) for old, new in zip(weights, backbone.weights, strict=True))
+
+
+def test_all_convolutions_may_be_trained_but_not_more():
+    backbone = convolutions_and_norms()
+    freeze_layers(backbone, 3)
+    assert all(layer.trainable for layer in backbone.layers if layer.weights)
+    with pytest.raises(UserError, match="conv_layers_to_train.*3 convolutions.*Received: 4"):
+        freeze_layers(backbone, 4)
+
+
+@pytest.mark.parametrize(("momentum", "expected"), [(0.8, 0.8), (0.0, 0.0), (None, 0.99)])
+def test_batch_norm_momentum_is_set_or_kept(momentum, expected):
+    backbone = convolutions_and_norms()
+    set_batch_norm_momentum(backbone, momentum)
+    norms = [layer for layer in backbone.layers if isinstance(layer, layers.BatchNormalization)]
+    assert {layer.momentum for layer in norms} == {expected}
+
+
+@pytest.mark.slow
+def test_freeze_batch_norm_leaves_its_weights_and_statistics(tables, tmp_path):
+    options = options_of(tables, tmp_path / "run", num_epochs=1, freeze_batch_norm=True)
+    start(**options)
+    configs = Configs(**options | {"classes": ["blue", "green", "red"]})
+    keras.utils.set_random_seed(0)
+    fresh = ModelFactory().get_model(configs)
+    trained = keras.models.load_model(tmp_path / "run" / "latest_model.keras")
+    norms = [
+        [layer for layer in leaf_layers(model.get_layer("backbone")) if "BatchNorm" in type(layer).__name__]
+        for model in (fresh, trained)
+    ]
+    assert len(norms[0]) == len(norms[1]) > 2
+    for one, other in zip(*norms, strict=True):
+        for before, after in zip(one.weights, other.weights, strict=True):
+            np.testing.assert_array_equal(before.numpy(), after.numpy())
+
+
+def test_only_a_backbone_that_is_frozen_and_without_dropout_has_fixed_features():
+    def classifier(name, layers):
+        configs = Configs(visual_model_name=name, use_imagenet_weights=False, classes=["a", "b"])
+        configs.image_target_size = (64, 64, 3)
+        model = ModelFactory().get_model(configs)
+        prepare_backbone(model.get_layer("backbone"), layers, None)
+        return model
+
+    assert has_fixed_features(classifier("MobileNet", 0))
+    assert not has_fixed_features(classifier("MobileNet", 1))
+    assert not has_fixed_features(classifier("EfficientNetB0", 0))

@@ -1,0 +1,305 @@
+"""A prediction that was stopped goes on, and ends as if it had not been."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from coloured_runs import CLASSES, build_run, run
+
+from finetune.core.options import UserError
+from finetune.predicting import kept_answers, predicting
+from finetune.predicting.kept_answers import KeptAnswers, identify, list_facts
+from predict import PredictConfigs
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def folder(photo_folder, tmp_path):
+    """12 photos and 4 files that are none, in an order that mixes them: 4 batches of 4."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(12):
+        shutil.copy(photo_folder / CLASSES[number % 3] / f"{number:02d}.jpg", folder / f"{number:02d}.jpg")
+    for number in (1, 5, 6, 11):
+        (folder / f"{number:02d}_text.jpg").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The names of the files that are read."""
+    names, read = [], predicting.read_image
+
+    def note(path, *arguments, **options):
+        names.append(os.path.basename(path))
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(predicting, "read_image", note)
+    return names
+
+
+def predict_in_one_go(run_folder, given, **options):
+    path = run_folder / "whole.csv"
+    run(run_folder, given, **{"batch_size": 4, **options, "write_path": str(path)})
+    return path.read_bytes()
+
+
+def stop(run_folder, given, batches, **options):
+    """Starts a prediction that Ctrl-C ends once so many batches are kept; returns the file that holds them."""
+    add, number = KeptAnswers.add, []
+
+    def add_some(self, *arguments):
+        add(self, *arguments)
+        number.append(1)
+        if len(number) == batches:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeptAnswers, "add", add_some)
+        with pytest.raises(KeyboardInterrupt):
+            run(run_folder, given, **{"batch_size": 4, **options})
+    assert not (run_folder / "predictions.csv").exists()
+    return run_folder / ".predictions.csv.partial"
+
+
+def go_on(run_folder, given, **options):
+    run(run_folder, given, **{"batch_size": 4, **options})
+    assert not (run_folder / ".predictions.csv.partial").exists()
+    return (run_folder / "predictions.csv").read_bytes()
+
+
+WAYS = [(False, {"tta": "2", "random_seed": 3}), (True, {"top_k": 3, "threshold_type": "best_f1", "tta": "flip"})]
+
+
+@pytest.mark.parametrize(("multi_label", "options"), WAYS)
+def test_stopped_prediction_goes_on_to_the_same_file(tmp_path, folder, seen, capsys, multi_label, options):
+    run_folder = build_run(tmp_path / "run", multi_label)
+    expected = predict_in_one_go(run_folder, folder, **options)
+    stop(run_folder, folder, 3, **options)
+    told = capsys.readouterr().err
+    assert told.endswith("The answers for 12 of 16 images are kept: the same command goes on from there.\n")
+    seen.clear()
+    assert go_on(run_folder, folder, **options) == expected
+    assert "Predicted before: 12 of 16 images.\n" in capsys.readouterr().out
+    assert sorted(seen) == [path.name for path in sorted(folder.iterdir())[12:]]
+
+
+# The file alone: what stands for a model's answer here is the sum of an image's bytes
+
+
+def answer(table, folder, batches=None, facts=(), batch_size=4):
+    """Answers for a folder's files, as a prediction does that ends after so many batches.
+
+    Returns:
+        The answers, of which those that are missing are NaN, the errors, and how many were computed.
+    """
+    paths = [str(path) for path in sorted(folder.iterdir())]
+    kept = KeptAnswers(str(table), paths, batch_size, 1, dict.fromkeys(facts))
+    with contextlib.suppress(KeyboardInterrupt), kept:
+        missing = kept.missing
+        kept.probabilities[missing] = np.nan
+        for number, start in enumerate(range(0, len(missing), batch_size)):
+            if number == batches:
+                raise KeyboardInterrupt
+            rows = missing[start : start + batch_size]
+            identities = [identify(paths[row]) for row in rows]
+            values = [[sum(Path(paths[row]).read_bytes()) if os.path.exists(paths[row]) else 0] for row in rows]
+            kept.add(rows, np.array(values), {int(row): "bad" for row in rows if "text" in paths[row]}, identities)
+    return kept.probabilities.ravel().tolist(), kept.errors, len(missing)
+
+
+@pytest.fixture
+def table(tmp_path):
+    return tmp_path / "predictions.csv"
+
+
+@pytest.fixture
+def partial(tmp_path):
+    return tmp_path / ".predictions.csv.partial"
+
+
+def replace_unseen(folder):
+    """Replaces a photo by another one of its size and time."""
+    path, status = folder / "05.jpg", (folder / "05.jpg").stat()
+    (folder.parent / "new").write_bytes(path.read_bytes()[:-1] + b"x")
+    os.utime(folder.parent / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(folder.parent / "new", path)
+
+
+CHANGES = {
+    "replaced": (replace_unseen, 8),
+    "mended": (lambda folder: shutil.copy(folder / "00.jpg", folder / "05_text.jpg"), 8),
+    "added at the end": (lambda folder: shutil.copy(folder / "00.jpg", folder / "12.jpg"), 12),
+    "added in front": (lambda folder: shutil.copy(folder / "07.jpg", folder / "000.jpg"), 0),
+    "removed": (lambda folder: (folder / "05.jpg").unlink(), 4),
+    "link that leads nowhere any more": (lambda folder: (folder.parent / "linked").unlink(), 12),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_images_that_have_changed_are_predicted_again(tmp_path, folder, table, partial, capsys, change):
+    (tmp_path / "linked").write_bytes(b"an image")
+    (folder / "13.jpg").symlink_to(tmp_path / "linked")
+    answer(table, folder, 3)
+    alter, number = CHANGES[change]
+    alter(folder)
+    capsys.readouterr()
+    answers, errors, computed = answer(table, folder)
+    assert (answers, errors) == answer(tmp_path / "whole.csv", folder)[:2]
+    assert computed == len(answers) - number
+    more = f" {12 - number} more were too, but have changed since." if number < 12 else ""
+    assert f"Predicted before: {number} of {len(answers)} images.{more}\n" in capsys.readouterr().out
+    assert not partial.exists()
+
+
+def test_files_that_were_missing_are_read_once_they_are_there(folder, table):
+    gone = folder.parent / "gone"
+    (folder / "05.jpg").rename(gone)
+    (folder / "05.jpg").symlink_to(gone.parent / "nowhere")
+    answer(table, folder, 3)
+    assert answer(table, folder, 0)[2] == 4
+    gone.rename(gone.parent / "nowhere")
+    assert answer(table, folder)[2] == 8
+
+
+@pytest.mark.parametrize("options", [{"facts": ["another model"]}, {"batch_size": 3}])
+def test_another_model_or_other_options_start_over(folder, table, partial, capsys, options):
+    answer(table, folder, 3)
+    capsys.readouterr()
+    # A script has the size of the batches among the options.
+    options = {"facts": ["another size"]} | options
+    assert answer(table, folder, **options)[2] == 16
+    assert (
+        capsys.readouterr().out == f"Starting over: {partial} holds answers of another model or with other options.\n"
+    )
+
+
+DAMAGES = {
+    "cut": (lambda content: content[:-9], 12),
+    "line without its end": (lambda content: content[:-1], 12),
+    "zeros": (lambda content: content + b"\0" * 50, 8),
+    "list": (lambda content: content + b"[]\n", 8),
+    "empty": (lambda content: b"", 16),
+    "cut header": (lambda content: content[:20], 16),
+    "beyond the images": (lambda content: content.replace(b'"batch": 1', b'"batch": 9'), 12),
+    "below the images": (lambda content: content.replace(b'"batch": 1', b'"batch": -1'), 12),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_file_is_used_up_to_the_damage(folder, tmp_path, table, partial, damage):
+    answer(table, folder, 2)
+    alter, number = DAMAGES[damage]
+    partial.write_bytes(alter(partial.read_bytes()))
+    # What is written behind the damage can be read.
+    assert answer(table, folder, 1)[2] == number
+    answers, errors, computed = answer(table, folder)
+    assert (answers, errors) == answer(tmp_path / "whole.csv", folder)[:2]
+    assert computed == number - 4
+
+
+def test_error_before_the_first_answer_leaves_nothing(folder, table, partial):
+    answer(table, folder, 0)
+    assert not partial.exists()
+
+
+def test_two_predictions_into_one_file_are_refused(folder, table, partial):
+    with KeptAnswers(str(table), ["a.jpg"], 4, 1, {}):
+        with pytest.raises(UserError, match="Another process predicts into .*predictions.csv. Wait, or"):
+            answer(table, folder)
+        assert partial.exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_full_disk_is_told_and_what_was_kept_stays(folder, table, partial, monkeypatch):
+    answer(table, folder, 2)
+    content, read = partial.read_bytes(), KeptAnswers._read
+    with open("/dev/full", "ab", buffering=0) as full:
+        monkeypatch.setattr(KeptAnswers, "_read", lambda self: (read(self), setattr(self, "_file", full)))
+        with pytest.raises(UserError, match="Cannot write .*partial: there is no space left"):
+            answer(table, folder)
+    assert partial.read_bytes() == content
+
+
+def test_images_in_a_store_go_on_unless_they_change(store):
+    store.put("memory://bucket/a", b"1")
+    first = identify("memory://bucket/a")
+    assert identify("memory://bucket/a") == first
+    store.put("memory://bucket/a", b"2")
+    assert None not in (first, identify("memory://bucket/a"))
+    assert identify("memory://bucket/a") != first
+    # What the store does not tell may be another time.
+    assert identify("memory://bucket/b") is None
+
+
+def test_answer_without_identity_is_not_kept(table):
+    with contextlib.suppress(KeyboardInterrupt), KeptAnswers(str(table), ["a", "b"], 1, 1, {}) as kept:
+        kept.add(np.array([0]), np.ones((1, 1)), {}, [None])
+        kept.add(np.array([1]), np.ones((1, 1)), {}, ["missing"])
+        raise KeyboardInterrupt
+    with KeptAnswers(str(table), ["a", "b"], 1, 1, {}) as kept:
+        assert kept.missing.tolist() == [0]
+
+
+def test_facts_are_the_model_and_the_options_that_count(tmp_path, monkeypatch):
+    model = tmp_path / "model.keras"
+    model.write_bytes(b"1")
+    configs = PredictConfigs(input="a")
+    facts = list_facts(configs, str(model))
+    assert list_facts(configs.replace(generator_workers=9, top_k=3, write_path="b", verbose=True), str(model)) == facts
+    for options in ({"tta": "flip"}, {"batch_size": 3}, {"classes": ["a", "b"]}, {"input": "b"}, {"random_seed": 1}):
+        assert list_facts(configs.replace(**options), str(model)) != facts
+    (tmp_path / "augmenter.py").write_bytes(b"other augmentations")
+    copies = list_facts(configs.replace(tta="2"), str(model))
+    monkeypatch.setattr(kept_answers, "AUGMENTER", str(tmp_path / "augmenter.py"))
+    assert list_facts(configs, str(model)) == facts
+    assert list_facts(configs.replace(tta="2"), str(model)) != copies
+    status = model.stat()
+    model.write_bytes(b"2")
+    os.utime(model, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert list_facts(configs, str(model)) != facts
+    facts = list_facts(configs, str(model))
+    (tmp_path / "model.json").write_bytes(b"other layers")
+    assert list_facts(configs, str(model)) != facts
+    folder = tmp_path / "saved_model"
+    folder.mkdir()
+    (folder / "saved_model.pb").write_bytes(b"1")
+    facts = list_facts(configs, str(folder))
+    (folder / "saved_model.pb").write_bytes(b"2")
+    assert list_facts(configs, str(folder)) != facts
+
+
+# Real runs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
+def test_killed_prediction_goes_on(tmp_path, folder):
+    run_folder = build_run(tmp_path / "run", False)
+    pd.DataFrame({"path": [str(path) for path in sorted(folder.iterdir())] * 1000}).to_csv(tmp_path / "list.csv")
+    command = [sys.executable, str(PROJECT / "predict.py"), "--load_model_path", run_folder, "--batch_size", "4"]
+    command = [*map(str, command), "--input", str(tmp_path / "list.csv"), "--write_path"]
+    partial = tmp_path / ".out.csv.partial"
+    for number, kind in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)):
+        before = partial.stat().st_size if partial.exists() else 0
+        started = subprocess.Popen([*command, str(tmp_path / "out.csv")], stdout=subprocess.PIPE, text=True)
+        while not partial.exists() or partial.stat().st_size < before + 20_000:
+            assert started.poll() is None
+            time.sleep(0.01)
+        started.send_signal(kind)
+        assert started.wait(60) in (-kind, 130)
+        told = started.stdout.read()
+        assert ("Predicted before: " in told) == bool(number)
+    subprocess.run([*command, str(tmp_path / "out.csv")], check=True, timeout=120)
+    subprocess.run([*command, str(tmp_path / "whole.csv")], check=True, timeout=120)
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert not partial.exists()

@@ -1,0 +1,80 @@
+"""From images to probabilities and answers."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+from tiny_models import (
+    CLASSES,
+    images,  # noqa: F401
+    predict,
+    trained_model,  # noqa: F401
+)
+
+from finetune.core.options import UserError
+from finetune.evaluation.decision import Decision
+from finetune.predicting.predicting import classify_image
+
+
+@pytest.fixture
+def photo():
+    return np.random.default_rng(2).integers(0, 256, (32, 40, 3)).astype(np.uint8)
+
+
+def test_single_label_image_gets_the_most_probable_class(trained_model, photo):
+    blocks = photo.reshape(8, 4, 10, 4, 3).mean(axis=(1, 3))
+    resized = np.rint(blocks).astype(np.uint8)
+    expected = predict(trained_model, resized[None])[0]
+    names, probabilities = classify_image(trained_model, photo, CLASSES)
+    assert names == [CLASSES[expected.argmax()]]
+    assert list(probabilities) == CLASSES
+    assert list(probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_image_of_the_model_s_size_is_taken_as_it_is(trained_model, images):
+    _, probabilities = classify_image(trained_model, images[0], CLASSES)
+    assert list(probabilities.values()) == pytest.approx(predict(trained_model, images[:1])[0].tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "names"), [(0.5, ["owl", "dog"]), (0.75, ["owl"]), (0.95, []), (0.0, ["owl", "dog", "cat"])]
+)
+def test_multi_label_image_gets_every_class_from_the_threshold_on(images, threshold, names):
+    model = keras.Sequential(
+        [
+            keras.Input((8, 10, 3)),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(3, "sigmoid", kernel_initializer="zeros"),
+        ]
+    )
+    model.layers[-1].bias.assign([math.log(9), 0.0, -math.log(9)])
+    chosen, probabilities = classify_image(model, images[0], ["owl", "dog", "cat"], True, threshold)
+    assert chosen == names
+    assert probabilities == pytest.approx({"owl": 0.9, "dog": 0.5, "cat": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("threshold_type", "names"), [("exact_match", ["owl"]), ("best_f1", ["owl", "dog", "cat"])], ids=["one", "each"]
+)
+def test_a_decision_takes_the_place_of_mode_and_threshold(images, threshold_type, names):
+    model = keras.Sequential(
+        [
+            keras.Input((8, 10, 3)),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(3, "sigmoid", kernel_initializer="zeros"),
+        ]
+    )
+    model.layers[-1].bias.assign([math.log(9), 0.0, -math.log(9)])
+    # Temperature 2 halves the logits: odds of 9 become odds of 3.
+    decision = Decision(["owl", "dog", "cat"], True, 2.0, "validation", 0.7, [0.6, 0.4, 0.2], "validation")
+    chosen, probabilities = classify_image(
+        model, images[0], ["owl", "dog", "cat"], threshold=0.99, decision=decision, threshold_type=threshold_type
+    )
+    assert chosen == names
+    assert probabilities == pytest.approx({"owl": 0.75, "dog": 0.5, "cat": 0.25})
+
+
+def test_names_that_do_not_number_the_outputs_are_refused(trained_model, images):
+    with pytest.raises(UserError, match=r"class_names: expected 3 names.*\['cat', 'dog'\]"):
+        classify_image(trained_model, images[0], ["cat", "dog"])

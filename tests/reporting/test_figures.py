@@ -1,0 +1,159 @@
+"""Figures of an evaluation."""
+
+import warnings
+
+import cv2
+import numpy as np
+import pytest
+from evaluations import BINS, CALIBRATION, CURVE, NAMES, make_curves, multi_label, single_label
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from finetune.reporting.figures import (
+    draw_confusion_matrix,
+    draw_heat_map,
+    draw_precision_recall_curves,
+    draw_reliability,
+    draw_roc_curves,
+    save_figures,
+)
+
+UNDEFINED = {key: [] for key in CURVE} | {"auroc": None, "average_precision": None}
+
+
+def test_confusion_matrix_shows_counts_and_shares_of_the_row():
+    (axes,) = draw_confusion_matrix([[9, 1, 2], [0, 1, 0], [0, 0, 0]], NAMES).axes
+    counts = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in axes.texts}
+    assert counts == {(0, 0): "9", (0, 1): "1", (0, 2): "2", (1, 1): "1"}
+    np.testing.assert_allclose(
+        axes.images[0].get_array()[..., 3], [[0.75, 1 / 12, 1 / 6], [0, 1, 0], [0, 0, 0]], rtol=1e-6
+    )
+    assert [label.get_text() for label in axes.get_yticklabels()] == NAMES
+    assert [label.get_text() for label in axes.get_xticklabels()] == NAMES
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("True", "Predicted")
+
+
+@pytest.mark.parametrize("number", [2, 5, 20, 100])
+def test_names_at_the_confusion_matrix_are_legible(number):
+    names = [f"a class with a long name {position}" for position in range(number)]
+    figure = draw_confusion_matrix(np.eye(number, dtype=int) * 40, names)
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    page = figure.bbox.padded(1)
+    for labels, side in ((axes.get_yticklabels(), "y"), (axes.get_xticklabels(), "x")):
+        boxes = [label.get_window_extent() for label in labels]
+        assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1 for box in boxes)
+        centres = [getattr(box, f"{side}1") for box in boxes]
+        points = np.abs(np.diff(centres)) / figure.dpi * 72
+        assert min(label.get_fontsize() for label in labels) >= 8
+        assert points.min() > 1.2 * 8
+    assert len(axes.texts) == number
+    assert min(text.get_fontsize() for text in axes.texts) >= 5
+
+
+def test_counts_that_do_not_fit_are_left_out():
+    (axes,) = draw_confusion_matrix(np.full((100, 100), 1_000_000), [str(number) for number in range(100)]).axes
+    assert not axes.texts
+
+
+def test_heat_map_of_many_classes_shows_every_confusion_and_lists_the_most_frequent():
+    # 401 classes make blocks of 3 x 3 cells. Class 400 has a single image among 1,000 confused.
+    names = [f"class {number}" for number in range(401)]
+    stored = {name: {name: 2} for name in names} | {"class 400": {"class 400": 999, "class 7": 1}}
+    stored["class 9"] = {"class 9": 1, "class 10": 3}
+    axes, beside, bar = draw_heat_map(stored, names).axes
+    blocks = axes.images[0].get_array()
+    expected = {(place, place): 1 for place in range(134)} | {(133, 2): 0.001}
+    assert {tuple(place): blocks[tuple(place)] for place in np.argwhere(~blocks.mask).tolist()} == pytest.approx(
+        expected
+    )
+    colours = axes.images[0].to_rgba(blocks)
+    assert colours[133, 2, 3] >= 0.3
+    assert colours[0, 1, 3] == 0
+    assert len(axes.get_yticklabels()) <= 12
+    assert [text.get_text() for text in beside.texts] == [
+        *("Images", "Of the class", "True", "Predicted"),
+        *("3", "75.0%", "class 9", "class 10"),
+        *("1", "0.1%", "class 400", "class 7"),
+    ]
+    assert "3 x 3" in bar.get_xlabel()
+    assert len(draw_heat_map(stored, names, pairs_listed=0).axes) == 2
+
+
+def test_heat_map_of_101_classes_has_a_cell_each():
+    names = [f"class {number}" for number in range(101)]
+    axes, _ = draw_heat_map({name: {name: 1} for name in names}, names).axes
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(0), np.eye(101))
+
+
+def test_roc_curves_name_each_class_with_its_area():
+    (axes,) = draw_roc_curves({"cat": CURVE, "none": UNDEFINED, "_dog": CURVE | {"auroc": 0.5}}).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["0.750  cat", "0.500  _dog"]
+    assert [line.get_xydata().tolist() for line in axes.lines[1:]] == [[[0, 0], [0, 0.5], [1, 1]]] * 2
+
+
+def test_curves_of_many_classes_name_the_mean_and_the_worst():
+    curves = {f"class {number}": CURVE | {"average_precision": number / 20} for number in range(11, -1, -1)}
+    (axes,) = draw_precision_recall_curves(curves).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "0.275  mean of 12 classes",
+        *(f"{number / 20:.3f}  class {number}" for number in range(5)),
+    ]
+    assert len(axes.lines) == 13
+    mean = axes.lines[-1].get_xydata()
+    # All twelve are the same curve, which falls from (0.5, 1) to (1, 0.5).
+    np.testing.assert_allclose(mean[:, 1], np.minimum(1, 1.5 - mean[:, 0]), atol=1e-9)
+
+
+def test_curves_of_more_than_a_hundred_classes_are_a_band():
+    low = CURVE | {"true_positive_rate": [0.0, 0.0, 1.0], "auroc": 0.5}
+    curves = {f"class {number:03d}": low if number < 20 else CURVE for number in range(101)}
+    (axes,) = draw_roc_curves(curves).axes
+    assert len(axes.lines) == 7
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == [
+        "0.700  mean of 101 classes",
+        *(f"0.500  class {number:03d}" for number in range(5)),
+        "the middle 80 % of classes",
+    ]
+    (band,) = axes.collections
+    points = {tuple(point) for point in band.get_paths()[0].vertices.round(6)}
+    # Of the lower curve and of the higher one, in the middle: every tenth class is below the one, none above the other.
+    assert {(0.5, 0.5), (0.5, 0.75)} <= points
+
+
+def test_curves_that_are_all_undefined_say_so():
+    (axes,) = draw_roc_curves({"cat": UNDEFINED}).axes
+    assert [text.get_text() for text in axes.texts] == ["AUROC is undefined for every class"]
+
+
+def test_reliability_diagram_shows_before_and_after():
+    upper, lower = draw_reliability(CALIBRATION).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in upper.lines}
+    assert lines["before the temperature: error 0.095"] == [[0.97, 0.875]]
+    assert lines["after the temperature: error 0.100"] == [[0.6, 0.5], [0.9, 1.0]]
+    assert [bar.get_height() for bar in lower.patches] == [1, 0.25, 0.75]
+
+
+def test_reliability_diagram_without_a_temperature_shows_one_line():
+    upper, _ = draw_reliability(CALIBRATION | {"bins_uncalibrated": BINS}).axes
+    assert [line.get_label() for line in upper.lines] == ["perfect calibration", "this model: error 0.100"]
+
+
+@pytest.mark.parametrize(("results", "extra"), [(single_label(), {"confusion_matrix"}), (multi_label(), set())])
+def test_figures_are_written_as_png(tmp_path, results, extra):
+    paths = save_figures(str(tmp_path), results, make_curves())
+    expected = {"roc_curves", "precision_recall_curves", "reliability_diagram"} | extra
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.png" for name in expected)
+    for path in paths:
+        image = cv2.imread(path, cv2.IMREAD_UNCHANGED)
+        assert min(image.shape[:2]) > 400
+        assert (image[0, 0] == 255).all()
+
+
+def test_names_that_matplotlib_could_stumble_over(tmp_path):
+    names = ["$\\frac$ $1", "_hidden", "花\n\x00"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paths = save_figures(str(tmp_path), single_label(names), make_curves(names))
+    assert sorted(map(str, tmp_path.iterdir())) == sorted(paths)
+    assert len(paths) == 4

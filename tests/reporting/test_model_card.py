@@ -1,0 +1,706 @@
+"""The model card says what a run's files say, in Hugging Face's format, whatever the names in them are."""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from evaluations import multi_label, single_label
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from PIL import Image
+from sklearn.metrics import accuracy_score, f1_score
+
+import compress_weights
+import test
+import train
+from configs import Configs
+from finetune.core.options import UserError
+from finetune.core.texts import show
+from finetune.reporting.model_card import write_model_card
+from finetune.training.run_folder import LOCK_FILE, clear_folder
+from finetune.training.training import open_run
+from finetune.training.workers import Team
+
+HOSTILE = [
+    "a|b`c",
+    "- x: #y",
+    "<img src=x onerror=alert(1)>",
+    "\"'---\n---\u202e",
+    "[l](http://x) *b* _i_ ~~s~~ &lt; \\",
+]
+STATS = {"epochs_completed": 7, "monitor": "val_accuracy", "best": 0.901, "best_epoch": 2}
+LOG = "epoch,accuracy,loss,val_accuracy,learning_rate\n1,0.5,1.1,0.4,0.001\n2,0.75,0.9,0.901,0.001\n"
+
+
+def make_data(counts):
+    sets = {"training": counts, "validation": [1] * len(counts)}
+    names = ["cat", "dog", "owl"]
+    return {
+        name: {
+            "csv": f"/home/alice/{name}.csv",
+            "images": sum(values),
+            "classes": dict(zip(names, values, strict=True)),
+            "sha256": hashlib.sha256(name.encode()).hexdigest(),
+        }
+        for name, values in sets.items()
+    }
+
+
+def make_artefact(kind, precision, name, rejected=False, comparison=True):
+    """An artefact of 3 MB in two files that costs 2 points on 50 images, or one that was not compared."""
+    found = {
+        "images": 50,
+        "largest_difference": 0.0321,
+        "mean_difference": 0.004,
+        "changed_predictions": 3,
+        "measure": "accuracy",
+        "accuracy": {"before": 0.88, "after": 0.86},
+        "accuracy_drop": 2.0,
+        "images_per_second": {"before": 20.0, "after": 41.26},
+    }
+    path = f"/home/alice/runs/{name}"
+    return {
+        "kind": kind,
+        "precision": precision,
+        "path": path,
+        "files": {path: 2_500_000, f"{path}.json": 500_000},
+        "rejected": rejected,
+        "comparison": found if comparison else None,
+    }
+
+
+def make_compression(folder, artefacts, model=b"model"):
+    """Writes a model file and the artefacts that are not rejected; returns the report of them."""
+    (folder / "best_model.keras").write_bytes(b"model")
+    for artefact in artefacts:
+        if not artefact["rejected"]:
+            (folder / os.path.basename(artefact["path"])).write_bytes(b"")
+    return {
+        "model": "/home/alice/runs/best_model.keras",
+        "model_bytes": 12_340_000,
+        "model_sha256": hashlib.sha256(model).hexdigest(),
+        "test_csv": None,
+        "images": 50,
+        "tolerance": 1.5,
+        "artefacts": artefacts,
+    }
+
+
+def write_run(folder, results=None, files=(), **options):
+    """Writes what a run would have written: `results` with their decision, and other files by name."""
+    values = {"classes": ["cat", "dog", "owl"], "validation_csv": "validation.csv"}
+    contents = {"configs.json": Configs(**(values | options)).to_dict(), **dict(files)}
+    if results:
+        contents |= {"decision.json": results["decision"], "evaluation/metrics.json": results}
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+class Tables(HTMLParser):
+    """The tags of a rendered card, its text by the heading before it, and its tables as rows of cells."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.texts, self.tables, self.heading, self.level = [], {}, [], "", None
+        self.feed(MarkdownIt("commonmark", {"html": True}).enable("table").render(source))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "h2":
+            self.heading = ""
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        self.level = tag
+
+    def handle_endtag(self, tag):
+        self.level = None if tag in ("h2", "td", "th") else self.level
+
+    def handle_data(self, text):
+        if self.level == "h2":
+            self.heading += text
+        elif self.level in ("td", "th"):
+            self.tables[-1][-1][-1] += text
+        self.texts[self.heading] = self.texts.get(self.heading, "") + text
+
+
+def read_card(folder):
+    """Writes the card; returns Hugging Face's reading of it, and its text as Markdown's readers see it."""
+    path = write_model_card(str(folder))
+    assert path == str(folder / "MODEL_CARD.md")
+    with open(path, encoding="utf-8") as file:
+        card = ModelCard(file.read())
+    return card.data, Tables(card.text)
+
+
+def find_table(tables, *headings):
+    """Returns the rows of the table whose first headings are these, by their first cell."""
+    (table,) = [rows for rows in tables.tables if tuple(rows[0][: len(headings)]) == headings]
+    assert {len(row) for row in table} == {len(table[0])}
+    return {row[0]: [cell.replace("\u00a0", " ") for cell in row[1:]] for row in table[1:]}
+
+
+# Metadata
+
+
+def test_metadata_is_hugging_faces(tmp_path):
+    write_run(tmp_path, single_label(), visual_model_name="MobileNet")
+    data, _ = read_card(tmp_path)
+    assert (data.library_name, data.pipeline_tag) == ("keras", "image-classification")
+    assert data.tags == ["keras", "tensorflow", "MobileNet"]
+    assert data.metrics == ["accuracy", "f1"]
+    assert data.license is None
+    assert data.model_name == "MobileNet image classifier"
+    found = [(one.metric_type, one.metric_name, one.metric_value) for one in data.eval_results]
+    assert found == [("accuracy", "Accuracy", 0.875), ("f1", "Macro F1", 0.545)]
+    assert {(one.task_type, one.dataset_split) for one in data.eval_results} == {("image-classification", "test")}
+
+
+def test_metadata_of_several_labels(tmp_path):
+    write_run(tmp_path, multi_label(), multi_label_classification=True)
+    data, _ = read_card(tmp_path)
+    found = {one.metric_type: one.metric_value for one in data.eval_results}
+    assert found == {"accuracy": 0.55, "f1": 0.46, "roc_auc": 0.91}
+
+
+def test_small_figure_is_a_number_and_an_undefined_one_is_left_out(tmp_path):
+    results = multi_label()
+    results["sets"]["test"] |= {"exact_match_accuracy": 2e-05, "macro_f1": None}
+    write_run(tmp_path, results, multi_label_classification=True)
+    data, _ = read_card(tmp_path)
+    assert {one.metric_type: one.metric_value for one in data.eval_results} == {"accuracy": 2e-05, "roc_auc": 0.91}
+
+
+def test_untested_model_has_no_figures_in_its_metadata(tmp_path):
+    write_run(tmp_path)
+    data, _ = read_card(tmp_path)
+    assert data.eval_results is None
+    assert data.metrics is None
+
+
+# Sections
+
+
+def test_figures_stand_with_their_intervals_and_the_other_sets(tmp_path):
+    write_run(tmp_path, single_label())
+    _, card = read_card(tmp_path)
+    figures = find_table(card, "Figure", "Test", "95 % interval", "Validation", "Training")
+    assert figures["Accuracy"][:4] == ["87.5 %", "75.0 % to 100.0 %", "90.1 %", "99.9 %"]
+    assert figures["Macro F1"][:4] == ["0.545", "0.400 to 0.700", "0.545", "0.545"]
+    assert figures["Calibration error"][:2] == ["0.100", ""]
+    assert find_table(card, "Class on the test set")["dog"] == ["0.500", "1.000", "0.667", "1"]
+    assert "best_model.keras on 16 test images" in card.texts["Results"]
+    assert "1.500, fitted on the validation set" in card.texts["Decision"]
+    assert "calibration error is 0.100 with it, 0.095 without" in card.texts["Decision"]
+
+
+def test_several_labels_have_thresholds_and_intervals(tmp_path):
+    write_run(tmp_path, multi_label(), multi_label_classification=True, validation_csv="")
+    _, card = read_card(tmp_path)
+    row = find_table(card, "Class on the test set", "Precision")["cat"]
+    assert row[0] == "0.800 (0.700 to 0.900)"
+    assert row[-2:] == ["0.370", "0.700"]
+    assert find_table(card, "Class on the test set")["owl"][4] == "undefined"
+    assert "1.000, not fitted, for there was no validation set" in card.texts["Decision"]
+    assert "Threshold of every class: 0.410, for the most exact matches on the training set" in card.texts["Decision"]
+    assert "cat 0.370, dog 0.370, owl 0.370." in card.texts["Decision"]
+    assert "none, one or several" in card.texts["Limits"]
+    assert "nothing is known of them: owl" in card.texts["Limits"]
+
+
+def test_data_are_counted_by_set(tmp_path):
+    write_run(tmp_path, single_label(), {"data.json": make_data([20, 8, 4])})
+    _, card = read_card(tmp_path)
+    assert find_table(card, "Set", "Table", "Images") == {
+        "Training": ["training.csv", "32", hashlib.sha256(b"training").hexdigest()],
+        "Validation": ["validation.csv", "3", hashlib.sha256(b"validation").hexdigest()],
+    }
+    counts = find_table(card, "Class", "Training", "Validation", "Test")
+    assert counts == {"cat": ["20", "1", "12"], "dog": ["8", "1", "1"], "owl": ["4", "1", "3"]}
+
+
+def test_recipe_names_what_was_done(tmp_path):
+    options = {"head_epochs": 2, "conv_layers_to_train": 3, "optimizer_type": "AdamW", "weight_decay": 0.01}
+    files = {".training_stats.json": STATS, "training_log.csv": LOG}
+    write_run(tmp_path, None, files, num_epochs=20, warmup_epochs=1.5, mixup_alpha=0.2, random_seed=5, **options)
+    _, card = read_card(tmp_path)
+    recipe = find_table(card, "Part", "Options")
+    assert recipe["Start"] == ["DenseNet121 with ImageNet weights"]
+    assert recipe["Trained"] == [
+        "the classifier for 2 epochs, then the classifier and the backbone from its last 3 convolutions on"
+    ]
+    assert recipe["Optimizer"] == ["AdamW; learning rate 0.001; weight decay 0.01"]
+    assert recipe["Schedule"] == ["plateau; warmup epochs 1.5"]
+    assert recipe["Augmentation"] == ["default; mixup alpha 0.2"]
+    assert recipe["Seed"] == ["random seed 5; deterministic False"]
+    assert recipe["Epochs"] == ["7 of 20"]
+    assert recipe["Best epoch"] == ["2: val_accuracy 0.9010"]
+    assert recipe["Its figures"] == ["accuracy 0.7500; loss 0.9000; val_accuracy 0.9010"]
+    options = find_table(card, "Option", "Value", "Default")
+    assert options["num_epochs"] == ["20", "100"]
+    assert "learning_rate" not in options
+
+
+@pytest.mark.parametrize(
+    ("load_model_path", "start", "is_own"),
+    [
+        ("", "MobileNet with random weights, its classifier from a logistic regression on the training images", False),
+        (
+            "runs/this",
+            "MobileNet with random weights, its classifier from a logistic regression on the training images",
+            True,
+        ),
+        ("runs/this/latest_model.keras", None, True),
+        ("runs/other/best_model.keras", "the model best_model.keras", False),
+    ],
+)
+def test_command_repeats_the_run_beside_it_from_its_start(tmp_path, load_model_path, start, is_own):
+    options = {"visual_model_name": "MobileNet", "use_imagenet_weights": False, "head_initialization": "linear_probe"}
+    write_run(tmp_path, save_model_path="runs/this/", load_model_path=load_model_path, **options)
+    _, card = read_card(tmp_path)
+    if start:
+        assert find_table(card, "Part", "Options")["Start"] == [start]
+    (command,) = re.findall(r"python train.py (.*)", card.texts["Recipe"])
+    given = Configs.from_command_line(
+        arguments=shlex.split(command.replace("configs.json", f"{tmp_path}/configs.json"))
+    )
+    assert given.save_model_path != "runs/this/"
+    assert given.load_model_path == ("" if is_own else load_model_path)
+    assert given.head_initialization == "linear_probe"
+
+
+def test_each_artefact_has_its_sizes_speeds_and_how_to_load_it(tmp_path):
+    artefacts = [
+        make_artefact("weights", "int8", "best_model_compressed.h5"),
+        make_artefact("tflite", "int8", "best_model_int8.rejected.tflite", rejected=True),
+        make_artefact("onnx", "float32", "best_model.onnx", comparison=False),
+        make_artefact("saved_model", "float32", "best_model_saved_model"),
+    ]
+    compression = make_compression(tmp_path, artefacts)
+    (tmp_path / "best_model_saved_model").unlink()
+    write_run(tmp_path, None, {"compression_report.json": compression})
+    _, card = read_card(tmp_path)
+    files = find_table(card, "File", "Holds", "MB", "Accuracy")
+    assert files["best_model.keras"][:3] == ["the trained model", "12.34", ""]
+    assert files["best_model_compressed.h5"] == [
+        *("weights, int8", "3.00", "88.0 % → 86.0 %", "0.032", "3 of 50", "20.0 → 41.3", "accepted")
+    ]
+    assert files["best_model_int8.rejected.tflite"][-1] == "rejected"
+    assert files["best_model.onnx"] == ["onnx, float32", "3.00", "", "", "", "", "not compared"]
+    assert "may fall by 1.5 (points)" in card.texts["Files, sizes and speeds"]
+    loading = card.texts["How to load it"]
+    # The one is rejected, the other is no longer there.
+    for words, is_there in {
+        "keras.models": 1,
+        "custom_load_model(": 1,
+        "onnxruntime": 1,
+        "Interpreter": 0,
+        "tf.": 0,
+    }.items():
+        assert (words in loading) == bool(is_there)
+    for kind in ("tflite", "saved_model"):
+        assert kind not in loading
+
+
+def test_snippets_of_other_runtimes_are_python(tmp_path):
+    names = {"weights": "m_compressed.h5", "tflite": "m.tflite", "onnx": "m.onnx", "saved_model": "m_saved_model"}
+    artefacts = [make_artefact(kind, "float32", f'"{name}') for kind, name in names.items()]
+    write_run(tmp_path, None, {"compression_report.json": make_compression(tmp_path, artefacts)})
+    write_model_card(str(tmp_path))
+    blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "MODEL_CARD.md").read_text(), re.DOTALL)
+    constants = [constant for block in blocks for constant in compile(block, "card", "exec").co_consts]
+    assert len(blocks) == 6
+    for name in ('"m_compressed', '"m.tflite', '"m.onnx', '"m_saved_model'):
+        assert name in constants
+
+
+# Limits
+
+
+def test_limits_are_those_of_the_facts(tmp_path):
+    results = single_label()
+    write_run(tmp_path, results, {"data.json": make_data([24, 8, 8])})
+    limits = read_card(tmp_path)[1].texts["Limits"]
+    assert "figures are rough: dog, owl." in limits
+    assert "Accuracy has an interval of 25.0 points" in limits
+    assert "24 training images of cat, 8 of dog" in limits
+    assert "optimistic" not in limits
+    assert "No answer was wrong" not in limits
+    results["sets"]["test"] |= {"images": 600, "accuracy": 1.0, "intervals": {"accuracy": [1.0, 1.0]}}
+    for row in results["sets"]["test"]["per_class"].values():
+        row["support"] = 200
+    write_run(tmp_path, results, {"data.json": make_data([23, 8, 8])})
+    limits = read_card(tmp_path)[1].texts["Limits"]
+    # Three in 600.
+    assert "No answer was wrong on 600 test images: on others up to 0.5 % may be." in limits
+    for words in ("rough", "has an interval", "imbalanced"):
+        assert words not in limits
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_test_set_that_chose_the_model_is_told(tmp_path, is_named):
+    results, data = single_label(), make_data([9, 9, 9])
+    if is_named:
+        results["sets"]["test"]["sha256"] = data["validation"]["sha256"]
+    write_run(tmp_path, results, {"data.json": data}, validation_csv="test.csv" if is_named else "")
+    _, card = read_card(tmp_path)
+    for section in ("Results", "Limits"):
+        assert "the test set chose the epoch of the best model: its figures are optimistic" in card.texts[section]
+
+
+def test_other_images_than_those_that_chose_the_model_are_not_said_to_have_chosen_it(tmp_path):
+    results = single_label()
+    results["sets"]["test"]["selected_the_model"] = False
+    write_run(tmp_path, results, {"data.json": make_data([9, 9, 9])}, validation_csv="")
+    assert "chose the epoch" not in read_card(tmp_path)[1].texts["Results"]
+
+
+# Parts that are missing, damaged or of another model
+
+
+def test_missing_parts_say_which_script_to_run(tmp_path):
+    write_run(tmp_path, validation_csv="")
+    _, card = read_card(tmp_path)
+    assert "python test.py" in card.texts["Results"]
+    assert "python test.py" in card.texts["Decision"]
+    assert "train.py" in card.texts["Data"]
+    assert "python compress_weights.py" in card.texts["Files, sizes and speeds"]
+    assert "no model in this folder" in card.texts["How to load it"]
+    assert "Nothing has been measured" in card.texts["Limits"]
+
+
+def test_foreign_model_has_no_card(tmp_path):
+    (tmp_path / "best_model.keras").write_bytes(b"")
+    assert write_model_card(str(tmp_path)) == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["best_model.keras"]
+
+
+def test_damaged_configs_are_an_error(tmp_path):
+    (tmp_path / "configs.json").write_text("{")
+    with pytest.raises(UserError, match=r"configs.json is not valid JSON"):
+        write_model_card(str(tmp_path))
+    assert not (tmp_path / "MODEL_CARD.md").exists()
+
+
+PARTS = ["data.json", ".training_stats.json", "decision.json", "evaluation/metrics.json", "compression_report.json"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"model": "m"}', "[" * 100_000, "\udcff"])
+def test_damaged_part_is_left_out_and_told(tmp_path, capsys, name, damage):
+    files = {"data.json": make_data([9, 9, 9]), ".training_stats.json": STATS}
+    files["compression_report.json"] = make_compression(tmp_path, [make_artefact("onnx", "float32", "best_model.onnx")])
+    write_run(tmp_path, single_label(), files)
+    (tmp_path / name).write_bytes(damage.encode("utf-8", "surrogateescape"))
+    read_card(tmp_path)
+    printed = capsys.readouterr().out
+    assert re.findall("The model card goes without (.*?):", printed) == [str(tmp_path / name)]
+
+
+def list_values(content, path=()):
+    """Yields the path of every member of JSON content."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from list_values(value, (*path, key))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_no_wrong_value_of_a_part_makes_an_error(tmp_path, name):
+    results = multi_label()
+    del results["sets"]["training"]
+    parts = {"data.json": make_data([9, 9, 9]), ".training_stats.json": STATS, "decision.json": results["decision"]}
+    parts |= {"compression_report.json": make_compression(tmp_path, [make_artefact("onnx", "float32", "m.onnx")])}
+    parts |= {"evaluation/metrics.json": results, "training_log.csv": LOG}
+    write_run(tmp_path, results, parts, multi_label_classification=True)
+    whole = (tmp_path / name).read_text()
+    others = itertools.cycle(["a", [], {}, float("nan"), True, 1e999])
+    for path in list_values(json.loads(whole)):
+        for wrong in (None, next(others)):
+            content = part = json.loads(whole)
+            for key in path[:-1]:
+                part = part[key]
+            part[path[-1]] = wrong
+            (tmp_path / name).write_text(json.dumps(content))
+            write_model_card(str(tmp_path))
+
+
+def test_damaged_training_log_is_left_out_and_told(tmp_path, capsys):
+    write_run(tmp_path, None, {".training_stats.json": STATS, "training_log.csv": "nothing"})
+    assert "Best epoch" in find_table(read_card(tmp_path)[1], "Part")
+    assert "training_log.csv is not a training log" in capsys.readouterr().out
+
+
+def test_evaluation_of_an_earlier_model_is_left_out(tmp_path):
+    write_run(tmp_path, single_label())
+    (tmp_path / "decision.json").unlink()
+    data, card = read_card(tmp_path)
+    assert data.eval_results is None
+    assert "Not tested yet" in card.texts["Results"]
+
+
+def test_artefacts_of_an_earlier_model_are_left_out(tmp_path):
+    artefacts = [make_artefact("onnx", "float32", "best_model.onnx")]
+    compression = make_compression(tmp_path, artefacts, model=b"the model before")
+    write_run(tmp_path, None, {"compression_report.json": compression})
+    _, card = read_card(tmp_path)
+    assert "Not compressed yet" in card.texts["Files, sizes and speeds"]
+    assert "onnx" not in card.texts["How to load it"]
+
+
+# What names and paths hold
+
+
+@pytest.mark.parametrize("results", [single_label(HOSTILE[:3]), multi_label(HOSTILE[2:])])
+def test_hostile_names_are_shown_as_they_are(tmp_path, results):
+    names = results["classes"]
+    data = make_data([3, 9, 3])
+    for part in data.values():
+        part["classes"] = dict(zip(names, part["classes"].values(), strict=True))
+        part["csv"] = part["sha256"] = names[0].replace("/", "")
+    options = {"csv_label_column": names[1], "image_directory": names[2].replace("/", "")}
+    write_run(
+        tmp_path,
+        results,
+        {"data.json": data},
+        classes=names,
+        multi_label_classification="threshold" in results["sets"]["test"],
+        **options,
+    )
+    stored = json.loads((tmp_path / "configs.json").read_text())
+    stored["visual_model_name"] = 'x"\n---\n<b>: \x07\u202e花\U0001f600'
+    (tmp_path / "configs.json").write_text(json.dumps(stored))
+    data, card = read_card(tmp_path)
+    assert data.tags[-1] == stored["visual_model_name"]
+    assert data.model_name == f"{stored['visual_model_name']} image classifier"
+    assert not set(card.tags) & {"img", "b", "a", "em", "strong", "s"} - {"a"}
+    assert card.tags.count("a") == 1
+    shown = [show(name) for name in names]
+    assert list(find_table(card, "Class on the test set")) == shown
+    assert f": {', '.join(shown)}." in card.texts[""]
+    assert find_table(card, "Option")["csv_label_column"][0] == shown[1]
+    assert find_table(card, "Set")["Training"][0] == show(names[0].replace("/", ""))
+
+
+def test_no_folder_of_the_computer_is_told(tmp_path):
+    results = single_label()
+    results["model"] = "/home/alice/runs/best_model.keras"
+    paths = {"train_csv": "/home/alice/cats.csv", "image_directory": "s3://alice:secret@bucket/photos/"}
+    paths |= {"validation_csv": r"C:\Users\alice\dogs.csv", "load_model_path": "/home/alice/other/latest_model.keras"}
+    paths |= {"save_model_path": "/home/alice/runs/last", "image_cache_path": "../alice/cache"}
+    compression = make_compression(tmp_path, [make_artefact("onnx", "float32", "best_model.onnx")])
+    files = {"data.json": make_data([9, 9, 9]), "compression_report.json": compression, ".training_stats.json": STATS}
+    write_run(tmp_path, results, files, **paths)
+    _, card = read_card(tmp_path)
+    text = (tmp_path / "MODEL_CARD.md").read_text()
+    for words in ("alice", "home", "Users", "secret", "bucket", str(tmp_path)):
+        assert words not in text
+    options = find_table(card, "Option")
+    assert options["validation_csv"][0] == "dogs.csv"
+    assert options["image_directory"][0] == "photos"
+    assert options["save_model_path"][0] == "last"
+
+
+# A run
+
+
+@pytest.fixture(scope="module")
+def trained(photo_folder, tmp_path_factory):
+    """A run that was trained for an epoch, tested and compressed; and its tables."""
+    folder = tmp_path_factory.mktemp("card")
+    rows = [(str(path), path.parent.name) for path in sorted(photo_folder.glob("*/*.jpg"))]
+    table = pd.DataFrame(rows, columns=["path", "class"])
+    parts = {"training": table[table.index % 3 > 0], "validation": table[table.index % 6 == 0][1:]}
+    parts["testing"] = table[table.index % 6 == 3]
+    for name, part in parts.items():
+        part.to_csv(folder / f"{name}.csv", index=False)
+    configs = Configs(
+        train_csv=str(folder / "training.csv"),
+        validation_csv=str(folder / "validation.csv"),
+        test_csv=str(folder / "testing.csv"),
+        visual_model_name="MobileNet",
+        pop_conv_layers=66,
+        image_target_size=(32, 32, 3),
+        use_imagenet_weights=False,
+        num_epochs=1,
+        show_model_summary=False,
+        save_model_path=str(folder / "run"),
+    )
+    train.main(configs)
+    untested = (folder / "run" / "MODEL_CARD.md").read_text()
+    test.main(configs)
+    compress_weights.main(compress_weights.CompressConfigs(model_path=str(folder / "run")))
+    return folder / "run", parts, configs, untested
+
+
+def digest(labels, paths):
+    """The SHA-256 of labels, as bytes, and of file names that each end in a zero byte."""
+    names = b"".join(os.path.basename(path).encode() + b"\0" for path in paths)
+    return hashlib.sha256(np.asarray(labels).tobytes() + names).hexdigest()
+
+
+@pytest.mark.slow
+def test_training_records_its_data(trained):
+    run, parts, configs, _ = trained
+    stored = json.loads((run / "data.json").read_text())
+    for name, counts in {"training": [8, 8, 8], "validation": [1, 2, 2]}.items():
+        csv_path = configs.train_csv if name == "training" else configs.validation_csv
+        labels = parts[name]["class"].map({"blue": 0, "green": 1, "red": 2}).to_numpy(np.int32)
+        assert stored[name] == {
+            "csv": csv_path,
+            "csv_sha256": hashlib.sha256(Path(csv_path).read_bytes()).hexdigest(),
+            "images": len(labels),
+            "classes": dict(zip(["blue", "green", "red"], counts, strict=True)),
+            "sha256": digest(labels, parts[name]["path"]),
+        }
+
+
+def test_card_of_a_run_has_the_figures_of_its_predictions(trained):
+    run, _, _, untested = trained
+    assert "Not tested yet" in untested
+    assert ModelCard(untested).data.eval_results is None
+    data, card = read_card(run)
+    predictions = pd.read_csv(run / "evaluation" / "predictions.csv")
+    found = {one.metric_type: one.metric_value for one in data.eval_results}
+    truth, predicted = predictions["true"], predictions["predicted"]
+    assert found["accuracy"] == pytest.approx(accuracy_score(truth, predicted), abs=1e-6)
+    assert found["f1"] == pytest.approx(f1_score(truth, predicted, average="macro"), abs=1e-6)
+    assert find_table(card, "Class", "Training", "Validation", "Test")["blue"] == ["8", "1", "2"]
+    assert find_table(card, "File")["best_model_compressed.h5"][0] == "weights, float32"
+    assert str(run.parent) not in (run / "MODEL_CARD.md").read_text()
+
+
+def test_snippets_of_the_card_load_the_models(trained, tmp_path, monkeypatch):
+    run, parts, _, _ = trained
+    write_model_card(str(run))
+    photo = parts["testing"]["path"].iloc[0]
+    blocks = re.findall(r"```python\n(.*?)```", (run / "MODEL_CARD.md").read_text(), re.DOTALL)
+    shutil.copy(photo, run / "photo.jpg")
+    monkeypatch.chdir(run)
+    answers = []
+    for block in blocks[1:]:
+        names = {}
+        exec(blocks[0] + block, names)
+        answers.append(names["probabilities"])
+    assert len(answers) == 2
+    assert np.asarray(Image.open(photo)).shape == (48, 64, 3)
+    np.testing.assert_allclose(answers[0].sum(), 1, rtol=1e-5)
+    np.testing.assert_allclose(answers[0], answers[1], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_run_that_goes_on_gets_a_new_card(trained, tmp_path):
+    run, _, configs, _ = trained
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    train.main(configs.replace(save_model_path=str(folder), load_model_path=str(folder), num_epochs=2))
+    data, card = read_card(folder)
+    assert data.eval_results is None
+    assert find_table(card, "Part")["Epochs"] == ["2 of 2"]
+    # It is repeated from its own beginning.
+    assert "--load_model_path" not in card.texts["Recipe"]
+    assert json.loads((folder / "data.json").read_text()) == json.loads((run / "data.json").read_text())
+
+
+def test_folder_of_a_run_that_goes_on_is_told_its_data_and_loses_what_is_of_the_model_before(tmp_path, capsys):
+    names = ["best_model.keras", "best_model.onnx", "compression_report.json", "decision.json", "MODEL_CARD.md"]
+    for name in names:
+        (tmp_path / name).write_text("")
+    labels = np.array([[1, 0, 1], [0, 0, 1]], np.float32)
+    training = SimpleNamespace(labels=labels, paths=["photos/a.jpg", "photos/b.jpg"])
+    validation = SimpleNamespace(labels=labels[:1], paths=["photos/c.jpg"])
+    folders = {"save_model_path": str(tmp_path), "load_model_path": str(tmp_path)}
+    configs = Configs(**folders, train_csv="a.csv", test_csv="b.csv", classes=["cat", "dog", "owl"], overwrite=True)
+    with open_run(configs, (training, validation), Team()):
+        os.remove(tmp_path / LOCK_FILE)
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[:3], "configs.json", "data.json", "trained_images.csv"])
+    assert capsys.readouterr().out.count("it belongs to the model before") == 2
+    assert json.loads((tmp_path / "data.json").read_text()) == {
+        "training": {
+            "csv": "a.csv",
+            "csv_sha256": "",
+            "images": 2,
+            "classes": {"cat": 1, "dog": 0, "owl": 2},
+            "sha256": digest(labels, ["a.jpg", "b.jpg"]),
+        },
+        "validation": {
+            "csv": "b.csv",
+            "csv_sha256": "",
+            "images": 1,
+            "classes": {"cat": 1, "dog": 0, "owl": 1},
+            "sha256": digest(labels[:1], ["c.jpg"]),
+        },
+        "working_directory": os.getcwd(),
+    }
+
+
+def test_new_run_leaves_nothing_of_the_model_before(tmp_path):
+    stems = ["best_model", "latest_model", "model_epoch_012"]
+    endings = [".keras", "_compressed.h5", "_compressed.json", "_compressed.rejected.h5", "_compressed.rejected.json"]
+    endings += [".tflite", ".rejected.tflite", "_dynamic.tflite", "_int8.tflite", "_int8.rejected.tflite", ".onnx"]
+    endings += [".rejected.onnx", "_labels.txt", "_metadata.json"]
+    files = [f"{stem}{ending}" for stem in stems for ending in endings]
+    files += [
+        "training_log.csv",
+        "training_log.png",
+        ".training_stats.json",
+        "configs.json",
+        "data.json",
+        "trained_images.csv",
+    ]
+    files += ["MODEL_CARD.md", "compression_report.json", "decision.json", "best_auroc.log"]
+    folders = ["logs", "evaluation", "cam_output", "best_model_saved_model", "best_model_saved_model.rejected"]
+    folders += ["evaluation_best_model_int8.tflite", "evaluation_best_model_saved_model", "evaluation_best_model.onnx"]
+    mine = ["notes.txt", "best_model_of_2019.onnx", "evaluation_notes.txt", "data_report.csv", "my_best_model.tflite"]
+    for name in files + mine:
+        (tmp_path / name).write_text("")
+    for name in folders:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text("")
+    clear_folder(str(tmp_path), overwrites=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
+
+
+def test_a_link_in_the_runs_folder_is_removed_and_not_what_it_leads_to(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "events").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "logs").symlink_to(tmp_path / "elsewhere")
+    clear_folder(str(tmp_path / "run"), overwrites=True)
+    assert os.listdir(tmp_path / "run") == []
+    assert (tmp_path / "elsewhere" / "events").read_text() == "kept"
+
+
+def test_card_of_many_classes_lists_the_worst_and_the_smallest(tmp_path):
+    names = [f"class {number:03d}" for number in range(101)]
+    results = single_label() | {"classes": names}
+    row = {"precision": 0.5, "recall": 0.5, "f1": 0.9, "support": 30}
+    per_class = {name: row | {"f1": 0.5 if number % 5 == 0 else 0.9} for number, name in enumerate(names)}
+    results["sets"] = {"test": results["sets"]["test"] | {"per_class": per_class}}
+    counts = {name: 100 - number for number, name in enumerate(names)}
+    data = make_data([1, 1, 1])
+    data = {name: part | {"classes": counts} for name, part in data.items()}
+    write_run(tmp_path, results, {"data.json": data}, classes=names)
+    write_model_card(str(tmp_path))
+    tables = Tables((tmp_path / "MODEL_CARD.md").read_text(encoding="utf-8")).tables
+    worst, smallest = (
+        [line[0] for line in table[1:]] for table in tables if table[0][0] in ("Class on the test set", "Class")
+    )
+    assert worst == [f"class {number:03d}" for number in range(0, 100, 5)]
+    assert smallest == [f"class {number:03d}" for number in range(100, 80, -1)]
+    text = (tmp_path / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "class 000, class 001, class 002, class 003, class 004 and 96 more; all are in `configs.json`." in text

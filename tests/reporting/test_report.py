@@ -1,0 +1,395 @@
+"""Figures hold what was measured, and report.html shows all of it: offline, escaped, sortable, without an error."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+import shlex
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import cv2
+import numpy as np
+import pytest
+from browsers import browse
+from evaluations import LOG, NAMES, make_curves, multi_label, single_label
+
+from configs import Configs
+from finetune.reporting.report import write_report
+from finetune.reporting.summaries import list_warnings
+
+
+def make_item(**changes):
+    photo = np.full((120, 90, 3), (200, 30, 40), np.uint8)
+    item = {"path": "data/images/cat/7.jpg", "true": ["cat"], "predicted": ["owl"], "probability": 0.934, "loss": 3.5}
+    return item | {"photo": photo, "heatmap": photo[::-1]} | changes
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and its text below any element that has an id."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.texts, self.scripts, self.styles = [], {}, [], []
+        self._section, self._inside = "", ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.texts = {key: re.sub(r"\s+", " ", text) for key, text in self.texts.items()}
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._inside = tag
+        self._section = dict(attributes).get("id", self._section)
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, text):
+        if self._inside in ("script", "style"):
+            {"script": self.scripts, "style": self.styles}[self._inside].append(text)
+        else:
+            self.texts[self._section] = self.texts.get(self._section, "") + text
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def write_page(folder, results, names=NAMES, gallery=None, log=LOG, **options):
+    path = folder / "report.html"
+    gallery = gallery or {"mistakes": [make_item()], "least_confident": [make_item(heatmap=None)]}
+    configs = Configs(validation_csv="validation.csv", classes=list(names)).replace(**options).to_dict()
+    write_report(str(path), results, make_curves(names), gallery, log, configs)
+    return path
+
+
+@pytest.fixture(scope="module")
+def single_path(tmp_path_factory):
+    return write_page(tmp_path_factory.mktemp("single"), single_label())
+
+
+@pytest.fixture(scope="module")
+def multi_path(tmp_path_factory):
+    return write_page(tmp_path_factory.mktemp("multi"), multi_label(), validation_csv="")
+
+
+@pytest.fixture
+def single_page(single_path):
+    return Page(single_path)
+
+
+@pytest.fixture
+def multi_page(multi_path):
+    return Page(multi_path)
+
+
+# Page
+
+
+def test_page_loads_nothing_from_outside(single_page, multi_page):
+    for page in (single_page, multi_page):
+        sources = [
+            value
+            for _, attributes in page.tags
+            for name, value in attributes.items()
+            if name in ("src", "srcset", "href", "action", "data", "poster", "background")
+        ]
+        assert sources
+        # The page of suspect labels lies beside it, once the user has run the command that is shown.
+        known = r"data:image/(jpeg|png|svg\+xml);base64,|#\w+$|label_errors\.html$"
+        assert all(re.match(known, source) for source in sources)
+        assert not {"link", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.tags}
+        assert not re.search(r"https?:|@import|url\(", re.sub(r"base64,[\w+/=]+", "", page.source))
+
+
+def test_only_the_page_s_own_script_may_run(single_page):
+    (policy,) = [attributes["content"] for attributes in single_page.all("meta") if "http-equiv" in attributes]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    digest = base64.b64encode(hashlib.sha256(single_page.scripts[0].encode()).digest()).decode()
+    assert len(single_page.scripts) == 1
+    assert rules["script-src"] == f"'sha256-{digest}'"
+    assert rules["default-src"] == "'none'"
+    assert rules["img-src"] == "data:"
+
+
+def test_every_link_leads_to_a_section(single_page, multi_page):
+    for page in (single_page, multi_page):
+        targets = {attributes["href"].removeprefix("#") for attributes in page.all("a")} - {"label_errors.html"}
+        assert targets == {attributes["id"] for attributes in page.all("section")}
+    assert "#confusion" in str(single_page.all("a"))
+    assert "#confusion" not in str(multi_page.all("a"))
+
+
+def test_every_figure_is_there_for_both_themes_and_described(single_page):
+    sources, images = single_page.all("source"), single_page.all("img")
+    assert len(sources) == 6
+    assert {attributes["media"] for attributes in sources} == {"screen and (prefers-color-scheme: dark)"}
+    assert all(attributes["alt"] for attributes in images)
+    descriptions = " ".join(attributes["alt"] for attributes in images)
+    for words in ("Confusion matrix", "ROC", "Precision", "Reliability", "Accuracy over", "Loss over", "Grad-CAM"):
+        assert words in descriptions
+    for attributes in [*sources, *images]:
+        kind, content = (attributes.get("src") or attributes["srcset"]).split(";base64,")
+        content = base64.b64decode(content, validate=True)
+        if kind == "data:image/svg+xml":
+            assert ElementTree.fromstring(content).tag.endswith("svg")
+        else:
+            assert cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) is not None
+    for light, dark in zip(images[:6], sources, strict=True):
+        assert light["src"] != dark["srcset"]
+
+
+def test_headlines_have_their_intervals_and_the_other_sets_beside(single_page):
+    text = single_page.texts["figures"].replace("\u00a0", " ")
+    assert "Accuracy87.5 % 75.0 % to 100.0 %" in text
+    assert "Macro F10.545 0.400 to 0.700" in text
+    assert re.search(r"AccuracyImages whose most probable class is right *87.5 % *90.1 % *99.9 %", text)
+    assert "Calibration errorDistance of probabilities from how often they hold; lower is better 0.100" in text
+    assert "16 test, 16 validation, 1,234 training images." in single_page.texts[""]
+
+
+def test_undefined_figures_are_shown_as_such(multi_page):
+    assert "0.910" in multi_page.texts["figures"]
+    assert multi_page.texts["classes"].count("undefined") == 2
+    values = [attributes["data-value"] for attributes in multi_page.all("td") if "data-value" in attributes]
+    assert values.count("") == 2
+    # The undefined interval of macro F1 makes no tile.
+    assert len(multi_page.all("svg")) == 2
+
+
+def test_decision_says_what_was_fitted_where(single_page, multi_page):
+    assert "Temperature1.500 fitted on the validation set" in single_page.texts["decision"]
+    text = multi_page.texts["decision"].replace("\u00a0", " ")
+    assert "Temperature1.000 not fitted: there is no validation set" in text
+    assert "Threshold0.410 best exact match on the training set; 55.0 % on the test set" in text
+    assert "Optimistic threshold0.530 60.0 % exact match: chosen on the test set itself: optimistic" in text
+    assert "0.600 to 0.750" in multi_page.texts["classes"]
+
+
+def test_warnings_are_honest():
+    found = " ".join(list_warnings(multi_label(), {"validation_csv": ""}))
+    for words in (
+        "the test set chose the epoch",
+        "No temperature was fitted",
+        "The thresholds were fitted on the training set",
+        "nothing is known of them: owl.",
+        "figures are rough: dog.",
+        "AUROC is undefined for these classes and left out of the mean: owl.",
+    ):
+        assert words in found
+    fine = single_label()
+    for row in fine["sets"]["test"]["per_class"].values():
+        row["support"] = 10
+    assert list_warnings(fine, {"validation_csv": "validation.csv"}) == []
+    # Other images than those that the run was tested on: they chose nothing, whatever the run had.
+    fine["sets"]["test"]["selected_the_model"] = False
+    assert list_warnings(fine, {"validation_csv": ""}) == []
+    fine["sets"]["test"]["selected_the_model"] = True
+    assert "the test set chose the epoch" in list_warnings(fine, {"validation_csv": "validation.csv"})[0]
+
+
+def test_few_groups_are_a_reason_to_doubt():
+    results = single_label()
+    test = results["sets"]["test"] | {"selected_the_model": False}
+    test["per_class"] = {name: row | {"support": 10, "groups": 10} for name, row in test["per_class"].items()}
+    test["per_class"]["owl"]["groups"] = 3
+    for groups, words in {1: "are one group", 9: "in 9 groups only", 20: "fewer than 10 groups"}.items():
+        results["sets"]["test"] = test | {"groups": groups}
+        (found,) = list_warnings(results, {})
+        assert words in found
+    assert found.endswith(": owl.")
+
+
+def test_page_tells_groups_and_has_a_line_for_each_value(tmp_path):
+    results = single_label()
+    row = {"images": 8, "accuracy": 0.5, "balanced_accuracy": 0.25}
+    values = {"north": row | {"intervals": {"accuracy": [0.25, 0.75], "balanced_accuracy": None}}}
+    values["<south>"] = values["north"] | {"groups": 3}
+    results["sets"]["test"] |= {"groups": 11, "by": {"column": "site", "values": values}}
+    for row in results["sets"]["test"]["per_class"].values():
+        row["groups"] = 1
+    page = Page(write_page(tmp_path, results))
+    text = page.texts["breakdown"].replace("\u00a0", " ")
+    assert "The test images lie in 11 groups." in page.texts[""]
+    assert "as many groups of images" in page.texts["figures"]
+    assert re.search(r"north *8 *8 *50.0 % *25.0 % to 75.0 % *25.0 %", text)
+    assert re.search(r"<south> *8 *3 *50.0 %", text)
+
+
+def test_most_frequent_confusions_come_first(single_page):
+    text = single_page.texts["confusion"].replace("\u00a0", " ")
+    assert re.search(r"cat ?owl ?2 ?16.7 % ?cat ?dog ?1 ?8.3 %", text)
+
+
+@pytest.mark.slow
+def test_page_of_many_classes_lists_confusions_but_not_every_name_over_again(tmp_path):
+    names = [f"class {number:03d}" for number in range(101)]
+    results = single_label() | {"classes": names}
+    row = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    cells = {name: {name: 1, names[0]: 1} for name in names[1:]} | {names[0]: {names[0]: 2}}
+    test = results["sets"]["test"] | {"per_class": dict.fromkeys(names, row), "confusion_matrix": cells}
+    results["sets"] = {"test": test}
+    page = Page(write_page(tmp_path, results, names))
+    assert len(re.findall(r"class \d+ ?class 000 ?1 ?50.0", page.texts["confusion"].replace("\u00a0", " "))) == 30
+    assert "class 000, class 001, class 002, class 003, class 004 and 96 more: all are in" in page.texts["options"]
+    assert "class 019 and 81 more." in page.texts["figures"]
+    assert len(re.findall(r"class \d", page.texts["classes"])) == 101
+
+
+def test_tables_are_described(single_page, multi_page):
+    for page in (single_page, multi_page):
+        assert len(page.all("caption")) == len(page.all("table"))
+        assert len(page.all("h1")) == 1
+        assert all("scope" in attributes for attributes in page.all("th"))
+        buttons = page.all("button")
+        assert buttons
+        assert all(attributes["type"] == "button" for attributes in buttons)
+
+
+def test_what_a_name_or_path_holds_is_shown_not_run(tmp_path):
+    names = ["<script>alert(1)</script>", "\"'><img src=x onerror=alert(2)>", "a\x00b\x1b\n\u202ec"]
+    path = "photos/{{ 7 * 7 }}</p><script>alert(3)</script>\udcff.jpg"
+    item = make_item(path=path, true=[names[0]], predicted=[names[1], names[2]])
+    for results in (single_label(names), multi_label(names)):
+        results["model"] = f"runs/{names[0]}/best_model.keras"
+        page = Page(
+            write_page(tmp_path, results, names, {"mistakes": [item], "least_confident": []}, image_directory=names[1])
+        )
+        assert len(page.scripts) == 1
+        assert not [attributes for _, attributes in page.tags if "onerror" in attributes]
+        for section in ("classes", "mistakes", "options"):
+            assert names[0] in page.texts[section]
+            assert names[1] in page.texts[section]
+            assert "a\\x00b\\x1b\\n\\u202ec" in page.texts[section]
+        assert "photos/{{ 7 * 7 }}</p><script>alert(3)</script>\\udcff.jpg" in page.texts["mistakes"]
+        assert not {"\x00", "\x1b", "\u202e"} & set(page.source)
+
+
+def test_gallery_shows_each_image_with_its_answer(tmp_path):
+    large = np.zeros((500, 1000, 3), np.uint8)
+    large[..., 0] = 255
+    gallery = {
+        "mistakes": [make_item(photo=large, heatmap=None)],
+        "least_confident": [make_item(true=["cat", "dog"], predicted=[]), make_item(true=["owl"])],
+    }
+    page = Page(write_page(tmp_path, multi_label(), gallery=gallery))
+    assert "data/images/cat/7.jpg" in page.texts["mistakes"]
+    text = page.texts["doubts"].replace("\u00a0", " ")
+    assert "Predictedno label ✗ wrong Truecat, dog Missedcat, dog Least certain93.4 % Loss3.500" in text
+    assert "Predictedowl ✓ right Trueowl Least certain93.4 %" in text
+    photos = [attributes for attributes in page.all("img") if "jpeg" in attributes["src"]]
+    assert len(photos) == 5
+    first = base64.b64decode(photos[0]["src"].split(",")[1])
+    decoded = cv2.imdecode(np.frombuffer(first, np.uint8), cv2.IMREAD_COLOR)
+    assert decoded.shape == (160, 320, 3)
+    # OpenCV reads blue, green, red: the photo is still red.
+    np.testing.assert_allclose(decoded[80, 160], [0, 0, 254], atol=3)
+
+
+def test_empty_gallery_and_no_log(tmp_path):
+    page = Page(
+        write_page(tmp_path, single_label(), gallery={"mistakes": [], "least_confident": []}, log=None, num_epochs=7)
+    )
+    assert "None." in page.texts["mistakes"]
+    assert "training" not in page.texts
+    assert re.search(r"num_epochsEpochs in total, those before a resume included ?7 ?100", page.texts["options"])
+    assert f"The other {len(Configs.options()) - 3} options" in page.texts["options"]
+
+
+def test_command_makes_the_evaluation_again(tmp_path):
+    options = {"test_csv": "my data/test's.csv", "multilabel_threshold_range": [0.1, 0.9], "random_seed": None}
+    page = Page(write_page(tmp_path, multi_label(), **options))
+    command = page.texts["files"].partition("python test.py ")[2]
+    configs = Configs.from_command_line(arguments=shlex.split(command))
+    assert configs.load_model_path == "saved_model/best_model.keras"
+    assert configs.test_csv == "my data/test's.csv"
+    assert configs.multilabel_threshold_range == [0.1, 0.9]
+    assert configs.random_seed is None
+
+
+def test_same_input_makes_the_same_page(tmp_path, single_path):
+    # It names its own folder, where the page of suspect labels is to be written.
+    found = write_page(tmp_path, single_label()).read_text().replace(str(tmp_path), str(single_path.parent))
+    assert found == single_path.read_text()
+    assert f"--write_path {single_path.parent}/label_errors.csv" in found
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+# In a browser
+
+PROBE = """<script>
+addEventListener("load", () => {
+  const table = document.querySelector("table.sortable");
+  const order = () => Array.from(table.tBodies[0].rows, row => row.cells[0].textContent);
+  const sort = title => {
+    const button = Array.from(table.querySelectorAll("button")).find(one => one.textContent === title);
+    button.click();
+    return [button.parentElement.getAttribute("aria-sort"), order()];
+  };
+  const figure = document.querySelector("picture");
+  const found = {
+    "broken": Array.from(document.images).filter(image => !image.naturalWidth).length,
+    "dark": figure.querySelector("img").currentSrc === figure.querySelector("source").srcset,
+    "overflow": document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    "sorted": [sort("COLUMN"), sort("COLUMN"), sort("Class")],
+  };
+  document.title = JSON.stringify(found);
+});
+</script></body>"""
+
+
+def probe(page, folder, column, *flags):
+    """Opens a copy of a page with a script of the test in it; returns what that found."""
+    source = page.read_text(encoding="utf-8")
+    loosened = re.sub(r"script-src [^;]+", "script-src 'unsafe-inline'", source, count=1)
+    (folder / "probed.html").write_text(loosened.replace("</body>", PROBE.replace("COLUMN", column)), encoding="utf-8")
+    document, console = browse(folder / "probed.html", *flags)
+    assert console == []
+    return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", document, re.DOTALL)[1]))
+
+
+def test_browser_opens_the_page_without_an_error(single_path):
+    document, console = browse(single_path)
+    assert "How good is it?" in document
+    assert console == []
+
+
+def test_what_the_page_s_policy_forbids_shows_on_the_console(tmp_path, single_path):
+    faults = '<script>missing()</script><img src="http://127.0.0.1:9/a.png" alt=""><b onclick="missing()">b</b>'
+    source = single_path.read_text(encoding="utf-8")
+    (tmp_path / "page.html").write_text(source.replace("</main>", f"{faults}</main>"), encoding="utf-8")
+    _, console = browse(tmp_path / "page.html")
+    assert len(console) == 3
+    assert all("Content Security Policy" in line for line in console)
+
+
+def test_error_in_a_script_shows_on_the_console(tmp_path):
+    (tmp_path / "page.html").write_text("<script>missing()</script>")
+    _, console = browse(tmp_path / "page.html")
+    assert "missing is not defined" in " ".join(console)
+
+
+def test_click_sorts_on_a_desktop(tmp_path, single_path):
+    assert probe(single_path, tmp_path, "Precision", "--window-size=1280,900") == {
+        "broken": 0,
+        "dark": False,
+        "overflow": 0,
+        "sorted": [
+            ["ascending", ["owl", "dog", "cat"]],
+            ["descending", ["cat", "dog", "owl"]],
+            ["ascending", ["cat", "dog", "owl"]],
+        ],
+    }
+
+
+def test_click_sorts_on_a_dark_phone_with_the_undefined_last(tmp_path, multi_path):
+    assert probe(multi_path, tmp_path, "AUROC", "--window-size=390,800", "--force-dark-mode") == {
+        "broken": 0,
+        "dark": True,
+        "overflow": 0,
+        "sorted": [
+            ["ascending", ["dog", "cat", "owl"]],
+            ["descending", ["cat", "dog", "owl"]],
+            ["ascending", ["cat", "dog", "owl"]],
+        ],
+    }
