@@ -49,15 +49,7 @@ def main(configs: FolderConfigs) -> dict:
     from finetune.core.files import check_folder, write_csv
     from finetune.core.labels import clean_label
     from finetune.core.texts import show_count
-    from finetune.data.folders import (
-        find_set_folders,
-        leave_out_bad_images,
-        list_photos,
-        refuse_a_level_above,
-        report_left_out,
-        tabulate_images,
-        write_sets,
-    )
+    from finetune.data import folders
     from finetune.data.label_tables import convert_label_table, count_classes_of
     from finetune.data.splitting import format_class_counts, refuse_own_input
 
@@ -77,15 +69,15 @@ def main(configs: FolderConfigs) -> dict:
             configs.skip_bad_images,
         )
     else:
-        photos = list_photos(configs.folder_path)
-        if folders := find_set_folders(photos, configs.folder_path):
-            return write_sets(folders, photos, configs, write_path, configs.verify)
-        refuse_a_level_above(photos.images, configs.folder_path)
-        report_left_out(photos)
+        photos = folders.list_photos(configs.folder_path)
+        if sets := folders.find_set_folders(photos, configs.folder_path):
+            return folders.write_sets(sets, photos, configs, write_path, configs.verify)
+        folders.refuse_a_level_above(photos.images, configs.folder_path)
+        folders.report_left_out(photos)
         class_names = [clean_label(name) for name in photos.images]
-        table = tabulate_images(photos.images, label_column, configs.folder_path)
+        table = folders.tabulate_images(photos.images, label_column, configs.folder_path)
     if configs.verify:
-        table = leave_out_bad_images({write_path: table}, [""], configs, multi_label)[write_path]
+        table = folders.leave_out_bad_images({write_path: table}, [""], configs, multi_label)[write_path]
     counts = count_classes_of(table[label_column], class_names, multi_label)
     try:
         write_csv(write_path, table)

@@ -23,11 +23,11 @@ def main(configs: Configs) -> dict:
     from finetune.training import training
     from finetune.training.phases import get_phases
     from finetune.training.resuming import find_start, report_end
-    from finetune.training.workers import join_team, select_common, take_slurm_step
+    from finetune.training.slurm import take_slurm_step
+    from finetune.training.workers import join_team, select_common
 
     started = time.monotonic()
-    if configs.distribution_strategy == "multi_worker":
-        take_slurm_step()
+    take_slurm_step(configs.distribution_strategy)
     source = configs.load_model_path or configs.save_model_path
     with join_team(configs.distribution_strategy, configs.to_dict(), source) as team:
         choose_devices(configs.gpu_percentage, configs.distribution_strategy)
@@ -40,8 +40,9 @@ def main(configs: Configs) -> dict:
         bad_rows = check_sets(list_sets(configs), configs, team.is_chief, write_contradictions)
         strategy = start_strategy(configs.distribution_strategy)
         configs = training.settle(configs, team)
-        shares = training.get_shares(configs, strategy.num_replicas_in_sync, team)
-        images = training.get_images(configs, bad_rows, shares)
+        images = training.get_images(
+            configs, bad_rows, training.get_shares(configs, strategy.num_replicas_in_sync, team)
+        )
         training.agree_on_start(team, images, model_path, state)
         losses = get_losses(configs, images.training.labels)
         with strategy.scope():

@@ -4,8 +4,11 @@ import json
 
 import keras
 import numpy as np
+import onnxruntime
 import pandas as pd
 import pytest
+import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
 
 import compress_weights
 from compress_weights import CompressConfigs
@@ -52,3 +55,26 @@ def run_folder(photo_folder, tmp_path):
 
 def export(folder, *kinds, **options):
     return compress_weights.main(CompressConfigs(model_path=str(folder), export=list(kinds), **options))
+
+
+def run_tflite(path, images):
+    interpreter = Interpreter(str(path))
+    interpreter.allocate_tensors()
+    found = []
+    for image in images:
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image[None])
+        interpreter.invoke()
+        found.append(interpreter.get_tensor(interpreter.get_output_details()[0]["index"])[0])
+    return np.array(found)
+
+
+def run_onnx(path, images):
+    return onnxruntime.InferenceSession(str(path)).run(None, {"image": images})[0]
+
+
+def run_saved_model(path, images):
+    model = tf.saved_model.load(str(path))
+    return model.serve(tf.constant(images)).numpy()
+
+
+RUNTIMES = dict(zip(ARTEFACTS, (run_tflite, run_onnx, run_saved_model), strict=True))

@@ -8,19 +8,19 @@ import sys
 
 import keras
 import numpy as np
-import onnxruntime
 import pandas as pd
 import pytest
-import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 from exported_runs import (
     ARTEFACTS,
     CLASSES,
     EXPORTS,
+    RUNTIMES,
     answer,
     build_colour_model,
     export,
     run_folder,  # noqa: F401
+    run_tflite,
 )
 
 import compress_weights
@@ -34,30 +34,6 @@ from finetune.evaluation.decision_file import read_decision
 from finetune.exporting import exports
 from finetune.exporting.exports import WRITERS
 from finetune.models.artefacts import artefact_stem
-
-
-def run_tflite(path, images):
-    interpreter = Interpreter(str(path))
-    interpreter.allocate_tensors()
-    found = []
-    for image in images:
-        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image[None])
-        interpreter.invoke()
-        found.append(interpreter.get_tensor(interpreter.get_output_details()[0]["index"])[0])
-    return np.array(found)
-
-
-def run_onnx(path, images):
-    return onnxruntime.InferenceSession(str(path)).run(None, {"image": images})[0]
-
-
-def run_saved_model(path, images):
-    model = tf.saved_model.load(str(path))
-    return model.serve(tf.constant(images)).numpy()
-
-
-RUNTIMES = dict(zip(ARTEFACTS, (run_tflite, run_onnx, run_saved_model), strict=True))
-
 
 # What is written
 

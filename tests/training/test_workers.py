@@ -15,15 +15,14 @@ from team_settings import STEP, config_of, slurm_step
 
 from finetune.core.options import UserError
 from finetune.training import workers as teams
+from finetune.training.slurm import SLURM_PORT, take_slurm_step
 from finetune.training.workers import (
     LOST_AFTER_SECONDS,
     OWN_OPTIONS,
     PING_SECONDS,
-    SLURM_PORT,
     WAIT_SECONDS,
     join_team,
     read_cluster,
-    take_slurm_step,
 )
 
 ADDRESSES = ["a:2222", "b:2222", "c:2222"]
