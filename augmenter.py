@@ -7,14 +7,15 @@ from collections.abc import Callable
 from imgaug import augmenters as iaa
 
 from configs import Configs
-from finetune.loading.kernels import FusedAugmenter, Saturation
+from finetune.loading.kernels import AugmentationFunction, FusedAugmenter, Saturation
 
 
 def build_augmenter(strength: str = "default") -> FusedAugmenter | None:
     """Builds the pipeline for uint8 RGB batches `(batch, height, width, 3)`; it keeps shape and type.
 
     To remove a change, delete its line below; to add one, add a line with any augmenter of imgaug that keeps an image's
-    size (https://imgaug.readthedocs.io/en/latest/source/overview_of_augmenters.html), or change a range.
+    size (https://imgaug.readthedocs.io/en/latest/source/overview_of_augmenters.html), or with a function from uint8
+    images `(batch, height, width, 3)` and a `numpy.random.Generator` to changed images.
 
     Args:
         strength: a key of `STRENGTHS`.
@@ -92,7 +93,7 @@ def _photo() -> list[iaa.Augmenter]:
     ]
 
 
-STRENGTHS: dict[str, Callable[[], list[iaa.Augmenter]]] = {
+STRENGTHS: dict[str, Callable[[], list[iaa.Augmenter | AugmentationFunction]]] = {
     "none": list,
     "light": _light,
     "default": _default,

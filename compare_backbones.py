@@ -8,9 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from configs import BACKBONE_NAMES, Configs
+from configs import Configs
 from finetune.core.options import define, run_script, script
-from finetune.core.values import bound_fault
 
 ALL = "all"
 # Of each family one or two that a machine without a GPU bears.
@@ -22,8 +21,7 @@ USUAL_BACKBONES = [
 
 def backbones_fault(names: list[str]) -> str:
     """Returns what is wrong with names of backbones; empty where nothing is."""
-    faults = (bound_fault(name, {"choices": (ALL, *BACKBONE_NAMES), "bounds": {}}, str) for name in names)
-    return next(filter(None, faults), "" if names else "expected at least one backbone, or all. Received: none")
+    return "" if names else "expected at least one backbone, or all. Received: none"
 
 
 @dataclasses.dataclass
@@ -48,16 +46,20 @@ def main(configs: CompareConfigs) -> dict:
         `ranking`, the table as written, and `left_out`, why backbones are not in it, by their names and sizes.
     """
     # Imported here, so that --help does not wait for TensorFlow.
+    from finetune.core.arguments import look_up
     from finetune.core.devices import set_seed, start_devices
     from finetune.core.files import write_csv
     from finetune.data.pixel_range import settle_tables
     from finetune.data.tables import resolve_class_names
+    from finetune.models.backbones import BACKBONES
     from finetune.predicting.prediction_files import check_write_path
     from finetune.studies.backbone_comparison import draw_images, probe_backbones, rank
     from finetune.studies.backbone_report import draw_ranking, print_ranking
     from finetune.training.phases import count_epochs
 
     check_write_path(configs.write_path, configs.train_csv)
+    for name in {*configs.backbones} - {ALL}:
+        look_up(BACKBONES, "backbones", name)
     configs.classes = resolve_class_names(
         configs.classes, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
     )
@@ -67,7 +69,7 @@ def main(configs: CompareConfigs) -> dict:
     left_out_rows, number = draw_images(configs, configs.max_images)
     steps = math.ceil(number / (configs.batch_size * configs.gradient_accumulation_steps))
     configs.num_epochs = count_epochs(configs.num_epochs, configs.min_steps, steps)
-    names = BACKBONE_NAMES if ALL in configs.backbones else dict.fromkeys(configs.backbones)
+    names = BACKBONES if ALL in configs.backbones else dict.fromkeys(configs.backbones)
     sizes = [(side, side) for side in dict.fromkeys(configs.image_sizes)] or [configs.image_target_size[:2]]
     # Each is probed at the size that is compared.
     configs.test_image_size = []

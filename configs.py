@@ -21,22 +21,8 @@ from finetune.core.values import (
     threshold_range_fault,
 )
 
-BACKBONE_NAMES = (
-    *("VGG16", "VGG19", "DenseNet121", "DenseNet169", "DenseNet201", "Xception"),
-    *("ResNet50", "ResNet101", "ResNet152", "ResNet50V2", "ResNet101V2", "ResNet152V2"),
-    *("InceptionV3", "InceptionResNetV2", "NASNetMobile", "NASNetLarge"),
-    *("MobileNet", "MobileNetV2", "MobileNetV3Small", "MobileNetV3Large"),
-    *("EfficientNetB0", "EfficientNetB1", "EfficientNetB2", "EfficientNetB3"),
-    *("EfficientNetB4", "EfficientNetB5", "EfficientNetB6", "EfficientNetB7"),
-    *("EfficientNetV2B0", "EfficientNetV2B1", "EfficientNetV2B2", "EfficientNetV2B3"),
-    *("EfficientNetV2S", "EfficientNetV2M", "EfficientNetV2L"),
-    *("ConvNeXtTiny", "ConvNeXtSmall", "ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtXLarge"),
-)
-ADAM_NAMES = ("Adam", "Adamax", "Nadam", "AdamW")
-OPTIMIZER_NAMES = (*ADAM_NAMES, "SGD", "RMSprop", "Adagrad", "Adadelta", "Lion")
 # Keras's own; the paper and PyTorch have an epsilon of 1e-8.
 ADAM_BETA_2, ADAM_EPSILON = 0.999, 1e-7
-EXPECTED_ADAM = f"expected an optimizer_type that has it, one of {', '.join(ADAM_NAMES)}: set it, or leave this out"
 VERIFY_MODES = ("quick", "full", "headers", "off")
 MAX_IMAGE_PIXELS = 179_000_000
 DISTRIBUTION_STRATEGIES = ("none", "mirrored", "multi_worker")
@@ -56,7 +42,7 @@ class Configs(Options):
     )
     image_directory: str = define("", "Put in front of the paths in the CSV files", group="data")
     visual_model_name: str = define(
-        "DenseNet121", "The backbone", choices=BACKBONE_NAMES, describes_model=True, group="common"
+        "DenseNet121", "The backbone: a name listed in docs/options.md", describes_model=True, group="common"
     )
     image_target_size: tuple[int, int, int] = define(
         (224, 224, 3),
@@ -109,6 +95,7 @@ class Configs(Options):
         check=layer_sizes_fault,
         group="model",
     )
+    head: str = define("dense", "The head: a name in finetune/models/heads.py", describes_model=True, group="model")
     conv_layers_to_train: int = define(
         -1,
         "Convolutions of the backbone to train: -1 all, 0 none, n the last n and what follows them",
@@ -154,7 +141,12 @@ class Configs(Options):
     minimum_learning_rate: float = define(
         1e-7, "The learning rate is never reduced below this", at_least=0, group="training"
     )
-    optimizer_type: str = define("Adam", "The optimizer", choices=OPTIMIZER_NAMES, fixed_in_run=True, group="training")
+    optimizer_type: str = define(
+        "Adam",
+        "The optimizer: Adam, Adamax, Nadam, AdamW, SGD, RMSprop, Adagrad, Adadelta or Lion",
+        fixed_in_run=True,
+        group="training",
+    )
     gpu_percentage: float = define(
         0.95,
         "Share of each visible GPU's memory to use; 0 runs on the CPU",
@@ -371,7 +363,6 @@ class Configs(Options):
         "The decay of the squared gradients' average by whose root Adam divides a step: 0.99 forgets ten times as fast",
         at_least=0,
         at_most=0.9999,
-        excludes=Exclusion(ADAM_BETA_2, "optimizer_type", ADAM_NAMES, EXPECTED_ADAM),
         fixed_in_run=True,
         group="recipe",
     )
@@ -379,7 +370,6 @@ class Configs(Options):
         ADAM_EPSILON,
         "What Adam adds to the root of that average: a weight whose gradients are usually smaller hardly moves",
         at_least=1e-12,
-        excludes=Exclusion(ADAM_EPSILON, "optimizer_type", ADAM_NAMES, EXPECTED_ADAM),
         fixed_in_run=True,
         group="recipe",
     )
@@ -406,8 +396,6 @@ class Configs(Options):
     loss: str = define(
         "cross_entropy",
         "The training loss; multi-label also focal or asymmetric, which look less at what is easy",
-        choices=("cross_entropy", "focal", "asymmetric"),
-        needs=("multi_label_classification", "multi_label_classification True"),
         group="recipe",
     )
     gradient_accumulation_steps: int = define(

@@ -10,8 +10,9 @@ sys.path.insert(0, str(PROJECT))
 
 from compare_backbones import CompareConfigs  # noqa: E402
 from compress_weights import CompressConfigs  # noqa: E402
-from configs import BACKBONE_NAMES, Configs  # noqa: E402
+from configs import Configs  # noqa: E402
 from find_label_errors import LabelErrorConfigs  # noqa: E402
+from finetune.models.backbones import BACKBONES  # noqa: E402
 from make_csv_from_folders import FolderConfigs  # noqa: E402
 from plot_training_log import PlotConfigs  # noqa: E402
 from predict import PredictConfigs  # noqa: E402
@@ -45,7 +46,7 @@ def make_page() -> str:
     parts = [INTRODUCTION, "## Options of every script"]
     for title, names in Configs.grouped_options().items():
         parts += [f"### {title}", make_table(Configs, names)]
-    parts += ["## Backbones", f"Backbones: {', '.join(BACKBONE_NAMES)}."]
+    parts += ["## Backbones", f"Backbones: {', '.join(BACKBONES)}."]
     without_own = []
     for script, configs_class in SCRIPTS.items():
         if own := configs_class.own_options():

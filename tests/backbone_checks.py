@@ -12,8 +12,9 @@ import pytest
 from built_models import build_alive, random_images
 
 from finetune.evaluation.gradcam import GradCam
+from finetune.models.backbones import BACKBONES
 from finetune.models.freezing import freeze_layers
-from model import LAST_LAYER_OF_FAMILY, ModelFactory
+from model import ModelFactory
 
 # Of backbones that take no 64x64 images.
 LARGER_SIZES = {"Xception": (71, 96), "InceptionV3": (107, 139), "InceptionResNetV2": (107, 139)}
@@ -66,7 +67,7 @@ def test_last_conv_layer_is_the_backbones_last(built):
     assert last.output.shape == backbone.output_shape
     assert len(last.output.shape) == 4
     assert last.name.startswith("last_") or last.name == built.own_last_name
-    assert last.name in LAST_LAYER_OF_FAMILY.values()
+    assert last.name == BACKBONES[built.name].last_layer
 
 
 @pytest.mark.slow

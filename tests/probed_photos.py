@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 
+from finetune.models.backbones import build_preprocessing
+from finetune.models.heads import HeadOptions, build_head
 from generator import AugmentedImageSequence
-from model import build_classifier, build_preprocessing
 
 CLASSES = ["blue", "green", "red"]
 
@@ -38,5 +39,5 @@ def build(size: int = 32, channels: int = 6, number: int = 3, multi_label: bool 
     inputs, backbone_inputs = keras.Input((size, size, 3)), keras.Input((size, size, 3))
     maps = keras.layers.Conv2D(channels, 3, strides=2, activation="relu")(backbone_inputs)
     backbone = keras.Model(backbone_inputs, maps, name="backbone")
-    classifier = build_classifier(number, multi_label, **fixed | options)
-    return keras.Model(inputs, classifier(backbone(build_preprocessing("tf")(inputs))))
+    head = build_head("dense", HeadOptions(number, multi_label, **fixed | options))
+    return keras.Model(inputs, head(backbone(build_preprocessing("tf")(inputs))))

@@ -16,19 +16,14 @@ from built_models import (
 )
 from keras import layers
 
-from configs import BACKBONE_NAMES, Configs
+from configs import Configs
 from finetune.core.options import UserError
 from finetune.evaluation.gradcam import GradCam
+from finetune.models.backbones import BACKBONES, build_backbone, build_preprocessing
 from finetune.models.freezing import freeze_layers
+from finetune.models.heads import HeadOptions, build_head
 from finetune.models.optimizers import compile_model, get_optimizer
-from model import (
-    BACKBONES,
-    ModelFactory,
-    build_backbone,
-    build_classifier,
-    build_preprocessing,
-    downscale,
-)
+from model import ModelFactory, downscale
 
 PARTS = ("downscaling", "preprocessing", "backbone", "classifier")
 SMALLEST_OF_FAMILY = (
@@ -73,7 +68,7 @@ def ask_keras_for_sizes(name: str) -> tuple[int, int]:
     return caught.value.args
 
 
-@pytest.mark.parametrize("name", BACKBONE_NAMES)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_preprocessing_is_keras_own(name):
     images = random_images(2, 5, 7, 3).astype(np.float32)
     own = sys.modules[getattr(keras.applications, name).__module__].preprocess_input
@@ -82,14 +77,14 @@ def test_preprocessing_is_keras_own(name):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", BACKBONE_NAMES)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_sizes_are_keras_own(name):
     default_size, minimum_size = ask_keras_for_sizes(name)
     assert ModelFactory().get_input_size(name) == (default_size, default_size)
     assert BACKBONES[name].minimum_size == minimum_size
 
 
-@pytest.mark.parametrize("name", BACKBONE_NAMES)
+@pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("turned", [False, True])
 def test_too_small_an_image_is_refused(name, turned):
     smallest = BACKBONES[name].minimum_size
@@ -157,7 +152,7 @@ def test_caffe_preprocessing_takes_any_numeric_type():
     ],
 )
 def test_classifier_layer_sizes(layer_sizes, expected):
-    classifier = build_classifier(3, False, layer_sizes, "avg")
+    classifier = build_head("dense", HeadOptions(3, False, layer_sizes))
     hidden = classifier.layers[1:-2]
     assert [(type(layer).__name__, getattr(layer, "units", getattr(layer, "rate", None))) for layer in hidden] == (
         expected
@@ -171,7 +166,7 @@ def test_classifier_layer_sizes(layer_sizes, expected):
     ("pooling", "pooled"), [("avg", [[2.5, 25]]), ("max", [[4, 40]]), (None, [[1, 10, 2, 20, 3, 30, 4, 40]])]
 )
 def test_pooling(pooling, pooled):
-    classifier = build_classifier(2, False, [], pooling)
+    classifier = build_head("dense", HeadOptions(2, False, [], pooling))
     features = np.array([[[[1, 10], [2, 20]], [[3, 30], [4, 40]]]], np.float32)
     classifier(features)
     np.testing.assert_allclose(classifier.layers[0](features), pooled)
@@ -183,7 +178,7 @@ def test_pooling(pooling, pooled):
     ids=["sigmoid", "softmax"],
 )
 def test_probabilities_from_logits(multi_label, probabilities):
-    classifier = build_classifier(3, multi_label, [], "avg")
+    classifier = build_head("dense", HeadOptions(3, multi_label))
     features = np.ones((1, 2, 2, 1), np.float32)
     classifier(features)
     classifier.get_layer("logits").set_weights([np.zeros((1, 3)), np.log([1, 3, 0.25])])
@@ -272,7 +267,7 @@ def test_popping_onto_no_feature_map_suggests_what_works():
 @pytest.mark.parametrize("optimizer_type", ["Adam", "SGD"])
 def test_compiling_uses_the_configs(multi_label, metric, optimizer_type):
     inputs = keras.Input((2, 2, 1))
-    model = keras.Model(inputs, build_classifier(3, multi_label, [], "avg")(inputs))
+    model = keras.Model(inputs, build_head("dense", HeadOptions(3, multi_label))(inputs))
     assert compile_model(model, get_optimizer(optimizer_type, 0.125), multi_label) is model
     assert type(model.optimizer).__name__ == optimizer_type
     assert float(model.optimizer.learning_rate) == 0.125

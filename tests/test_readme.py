@@ -10,8 +10,9 @@ import pytest
 
 from compare_backbones import CompareConfigs
 from compress_weights import CompressConfigs
-from configs import BACKBONE_NAMES, Configs
+from configs import Configs
 from find_label_errors import LabelErrorConfigs
+from finetune.models.backbones import BACKBONES
 from make_csv_from_folders import FolderConfigs
 from plot_training_log import PlotConfigs
 from predict import PredictConfigs
@@ -142,7 +143,7 @@ def test_options_tables_hold_the_scripts_own_options():
 
 def test_every_backbone_is_listed():
     listed = re.search(r"^Backbones: (.*)\.$", read(OPTIONS), re.M).group(1)
-    assert listed.split(", ") == list(BACKBONE_NAMES)
+    assert listed.split(", ") == list(BACKBONES)
 
 
 @each_page

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from finetune.core.options import UserError
-from finetune.core.values import convert, quote_value
+from finetune.core.values import bound_fault, convert, quote_value
 
 LARGEST_SIDE = 16384
 
@@ -61,6 +61,15 @@ def take_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     if not isinstance(value, str) or value not in choices:
         raise argument_error(name, f"one of {', '.join(choices)}", value)
     return value
+
+
+def look_up(registry: Mapping[str, Any], option: str, name: str) -> Any:
+    """Returns the entry of a registry that an option names; raises UserError where there is none."""
+    if not isinstance(name, str):
+        raise argument_error(option, "a name", name)
+    if name not in registry:
+        raise UserError(f"{option}: {bound_fault(name, {'choices': tuple(registry), 'bounds': {}}, str)}")
+    return registry[name]
 
 
 def take_flag(name: str, value: Any) -> bool:

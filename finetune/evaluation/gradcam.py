@@ -11,6 +11,7 @@ import tensorflow as tf
 from finetune.core.options import UserError
 from finetune.core.texts import join_names
 from finetune.core.values import find_nearest, quote_value
+from finetune.models.heads import BACKBONE, split_model
 from finetune.models.model_files import get_classifier, has_views
 
 
@@ -66,14 +67,14 @@ class GradCam:
     """Locates the image regions that raise a class's score: the positive part of the weighted sum of the features.
 
     The network up to the backbone's last spatial layer runs once an image, whatever the number of classes; the
-    gradient crosses the classifier only. Scores are logits, which do not saturate as probabilities do. Of a model that
+    gradient crosses the head only. Scores are logits, which do not saturate as probabilities do. Of a model that
     answers with the mean over an image and its mirror image, the map is that of the image as it is.
 
     Of another layer the network cannot always be cut in two: what leads around it, as in residual blocks, would be
     lost. Every explanation then runs all of it, and the gradient goes from the logits back to that layer.
 
     Args:
-        model: a model of this collection, whose classifier has the parts `backbone` and `classifier`.
+        model: a model of this collection.
         method: a key of `METHODS`.
         layer_name: of a spatial layer of the backbone; empty for its last one.
 
@@ -84,16 +85,11 @@ class GradCam:
     def __init__(self, model: keras.Model, method: str = "gradcam", layer_name: str = "") -> None:
         self._mirrors = has_views(model)
         model = get_classifier(model)
-        names = [layer.name for layer in model.layers]
-        if not {"backbone", "classifier"} <= set(names):
-            raise UserError(
-                f"Grad-CAM needs a model with the parts 'backbone' and 'classifier'. Received: {', '.join(names)}. "
-                "Train one with train.py."
-            )
-        self._features = keras.Model(model.inputs, _input_of_classifier(model))
+        parts = split_model(model, "Grad-CAM", "Train one with train.py.")
+        self._features = keras.Model(model.inputs, _input_of_head(model))
         self._maps = _build_maps(model, layer_name) if layer_name else None
-        *to_logits, self._to_probabilities = model.get_layer("classifier").layers
-        self._logits = keras.Sequential(to_logits)
+        self._to_probabilities = parts.probabilities
+        self._logits = keras.Sequential([parts.pooling, *parts.hidden, parts.logits])
         self._weigh = METHODS[method]
         self._read = tf.function(self._read_batch)
         self._explain = tf.function(self._explain_pairs)
@@ -176,8 +172,8 @@ class GradCam:
         return tf.math.divide_no_nan(heatmaps, tf.reduce_max(heatmaps, axis=(1, 2), keepdims=True))
 
 
-def _input_of_classifier(model: keras.Model) -> keras.KerasTensor:
-    """Returns the tensor that a model's graph feeds its classifier."""
+def _input_of_head(model: keras.Model) -> keras.KerasTensor:
+    """Returns the tensor that a model's graph feeds its head."""
     images = model.inputs[0]
     for layer in model.layers[1:-1]:
         images = layer(images)
@@ -185,8 +181,8 @@ def _input_of_classifier(model: keras.Model) -> keras.KerasTensor:
 
 
 def _build_maps(model: keras.Model, layer_name: str) -> keras.Model:
-    """Returns a model from images to what a layer of the backbone gives, and to what the classifier is fed."""
-    backbone = model.get_layer("backbone")
+    """Returns a model from images to what a layer of the backbone gives, and to what the head is fed."""
+    backbone = model.get_layer(BACKBONE)
     outputs = [find_spatial_layer(backbone, layer_name).output, backbone.output]
     maps = images = model.inputs[0]
     for layer in model.layers[1:-1]:

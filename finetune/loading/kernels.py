@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,9 +14,11 @@ import numpy as np
 from imgaug import augmenters as iaa
 from imgaug import parameters
 from imgaug.augmenters import meta
+from imgaug.random import RNG
 
 from finetune.loading.random_parameters import AFFINE, draw_maps, draw_values
 
+AugmentationFunction = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 FLAGS = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 # These give each value of a channel a new one, wherever in the image it stands.
 BY_VALUE = (iaa.Add, iaa.Multiply, iaa.LinearContrast, iaa.GammaContrast, iaa.LogContrast, iaa.SigmoidContrast)
@@ -101,11 +104,12 @@ class FusedAugmenter:
     also blurs an image once only; those that change values become one look-up table. All others run as they are.
 
     Args:
-        augmenters: in the order of their use; each keeps an image's size.
+        augmenters: in the order of their use; each keeps an image's size. A function takes uint8 images
+            `(batch, height, width, 3)` and a `numpy.random.Generator`, and returns changed images.
     """
 
-    def __init__(self, augmenters: Iterable[iaa.Augmenter]) -> None:
-        self._all = iaa.Sequential(list(augmenters))
+    def __init__(self, augmenters: Iterable[iaa.Augmenter | AugmentationFunction]) -> None:
+        self._all = iaa.Sequential([one if isinstance(one, iaa.Augmenter) else _wrap(one) for one in augmenters])
         groups = itertools.groupby(self._all, key=_way_of_running)
         # Groups hold the same augmenters as `_all`: seeding that seeds them.
         self._groups = [(run, list(members)) for run, members in groups]
@@ -145,6 +149,17 @@ class FusedAugmenter:
         for run, augmenters in groups:
             images = run(augmenters, images)
         return images
+
+
+def _wrap(function: AugmentationFunction) -> iaa.Lambda:
+    """Makes an augmenter of imgaug of a function."""
+    return iaa.Lambda(func_images=functools.partial(_call, function))
+
+
+def _call(
+    function: AugmentationFunction, images: np.ndarray, random_state: RNG, parents: Any, hooks: Any
+) -> np.ndarray:
+    return function(images, random_state.generator)
 
 
 def _way_of_running(augmenter: iaa.Augmenter) -> Callable[[list[iaa.Augmenter], np.ndarray], np.ndarray]:

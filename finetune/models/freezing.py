@@ -6,6 +6,7 @@ import keras
 from keras import layers
 
 from finetune.core.options import UserError
+from finetune.models.heads import has_parts
 
 CONVOLUTIONS = (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D)
 
@@ -29,9 +30,9 @@ def prepare_backbone(
 
 def has_fixed_features(classifier: keras.Model) -> bool:
     """Tells whether what comes before the head is frozen, and gives an image the same features in training."""
-    *before, head = classifier.layers
-    if head.name != "classifier" or "backbone" not in [layer.name for layer in before]:
+    if not has_parts(classifier):
         return False
+    before = classifier.layers[:-1]
     leaves = [leaf for layer in before for leaf in ([layer] if not hasattr(layer, "layers") else leaf_layers(layer))]
     # Frozen or not, dropout drops.
     is_random = any(isinstance(leaf, layers.Dropout) and leaf.rate for leaf in leaves)

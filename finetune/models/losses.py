@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import keras
 import numpy as np
 
 from configs import Configs
-from finetune.core.arguments import take_flag, take_labels, take_number, take_table
+from finetune.core.arguments import look_up, take_flag, take_labels, take_number, take_table
 from finetune.core.options import UserError
 
 
@@ -25,12 +26,20 @@ class Losses(NamedTuple):
     validation: Callable
 
 
-# What `weighted_binary_crossentropy` takes for each choice of the option `loss`; the values are the papers'.
-MULTILABEL_LOSSES = {
-    "cross_entropy": {},
-    "focal": {"gamma_present": 2.0, "gamma_absent": 2.0},
-    "asymmetric": {"gamma_absent": 4.0, "margin": 0.05},
-}
+def find_loss(name: str, multi_label: bool) -> Callable[[np.ndarray, float], Callable]:
+    """Returns what builds a loss of the registry in one of the modes.
+
+    Raises:
+        UserError: there is no such loss, or not in this mode.
+    """
+    entry = look_up(LOSSES, "loss", name)
+    build = entry.multi_label if multi_label else entry.single_label
+    if build is None:
+        raise UserError(
+            f"loss: {name} is only for multi_label_classification {not multi_label}. Received: {name} with "
+            f"multi_label_classification {multi_label}. Choose cross_entropy, or change that."
+        )
+    return build
 
 
 def get_losses(configs: Configs, labels: np.ndarray) -> Losses:
@@ -45,22 +54,16 @@ def get_losses(configs: Configs, labels: np.ndarray) -> Losses:
         single-label mode, and in multi-label mode the one weighted by class.
 
     Raises:
-        UserError: `loss` is one of multi-label mode only.
+        UserError: `loss` is one of the other mode.
     """
+    build = find_loss(configs.loss, configs.multi_label_classification)
     if configs.multi_label_classification:
         weights = get_multilabel_class_weights(labels, configs.positive_weights_multiply, configs.use_class_balancing)
-        training = weighted_binary_crossentropy(weights, configs.label_smoothing, **MULTILABEL_LOSSES[configs.loss])
-        return Losses(training, weighted_binary_crossentropy(weights))
-    if configs.loss != "cross_entropy":
-        raise UserError(
-            f"loss: expected cross_entropy, for single labels are told apart by it alone. Received: {configs.loss}. "
-            "Choose cross_entropy, or set multi_label_classification."
-        )
+        return Losses(build(weights, configs.label_smoothing), weighted_binary_crossentropy(weights))
     class_weights = np.ones(len(configs.classes), np.float32)
     if configs.use_class_balancing:
         class_weights[:] = list(get_class_weights(labels, len(configs.classes)).values())
-    training = weighted_crossentropy(class_weights, configs.label_smoothing)
-    return Losses(training, keras.losses.sparse_categorical_crossentropy)
+    return Losses(build(class_weights, configs.label_smoothing), keras.losses.sparse_categorical_crossentropy)
 
 
 def weighted_crossentropy(class_weights: np.ndarray, label_smoothing: float = 0.0) -> Callable:
@@ -132,6 +135,24 @@ def weighted_binary_crossentropy(
         return -keras.ops.mean(present + absent, axis=-1)
 
     return loss
+
+
+class Loss(NamedTuple):
+    """An entry of the registry: functions from class weights and label smoothing to a loss `(batch,)`, by mode.
+
+    None where a mode has no such loss.
+    """
+
+    single_label: Callable[[np.ndarray, float], Callable] | None
+    multi_label: Callable[[np.ndarray, float], Callable] | None
+
+
+# The numbers are those of the papers.
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": Loss(weighted_crossentropy, weighted_binary_crossentropy),
+    "focal": Loss(None, functools.partial(weighted_binary_crossentropy, gamma_present=2.0, gamma_absent=2.0)),
+    "asymmetric": Loss(None, functools.partial(weighted_binary_crossentropy, gamma_absent=4.0, margin=0.05)),
+}
 
 
 def get_class_weights(labels: np.ndarray, number_of_classes: int) -> dict[int, float]:

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import keras
+from keras import optimizers
 
-from configs import ADAM_BETA_2, ADAM_EPSILON, ADAM_NAMES, Configs
+from configs import ADAM_BETA_2, ADAM_EPSILON, Configs
+from finetune.core.arguments import look_up
+from finetune.core.options import UserError
 from finetune.models.freezing import leaf_layers
+
+
+class Optimizer(NamedTuple):
+    """An entry of the registry.
+
+    Attributes:
+        build: takes `learning_rate`, `weight_decay` where that is not 0, and what `takes` names.
+        takes: the arguments of `build` by the options that only some optimizers have.
+    """
+
+    build: Callable[..., optimizers.Optimizer]
+    takes: Mapping[str, str] = {}
+
+
+ADAM_OPTIONS = {"adam_beta_2": "beta_2", "adam_epsilon": "epsilon"}
+OPTIMIZERS: dict[str, Optimizer] = {
+    "Adam": Optimizer(optimizers.Adam, ADAM_OPTIONS),
+    "Adamax": Optimizer(optimizers.Adamax, ADAM_OPTIONS),
+    "Nadam": Optimizer(optimizers.Nadam, ADAM_OPTIONS),
+    "AdamW": Optimizer(optimizers.AdamW, ADAM_OPTIONS),
+    "SGD": Optimizer(optimizers.SGD),
+    "RMSprop": Optimizer(optimizers.RMSprop),
+    "Adagrad": Optimizer(optimizers.Adagrad),
+    "Adadelta": Optimizer(optimizers.Adadelta),
+    "Lion": Optimizer(optimizers.Lion),
+}
 
 
 def get_optimizer(
@@ -21,12 +51,12 @@ def get_optimizer(
     """Builds the Keras optimizer of that name.
 
     Args:
-        optimizer_type: one of `OPTIMIZER_NAMES`.
+        optimizer_type: a key of `OPTIMIZERS`.
         learning_rate: above 0, or a schedule of Keras.
         weight_decay: in `[0, 1)`. Each step takes it times the learning rate away from the weights, apart from the
             gradients: Loshchilov and Hutter, ICLR 2019 (arXiv:1711.05101). See `exclude_from_weight_decay`.
         ema_decay: in `[0, 1)`: of the moving average of the weights that the optimizer keeps; 0 keeps none.
-        adam_beta_2: in `[0, 0.9999]`, the decay of the squared gradients' average, of the optimizers `ADAM_NAMES`
+        adam_beta_2: in `[0, 0.9999]`, the decay of the squared gradients' average, of the Adam family
             alone: Kingma and Ba, ICLR 2015 (arXiv:1412.6980), algorithm 1.
         adam_epsilon: from 1e-12 on, what these add to the root of that average: the `epsilon hat` of section 2, which
             in the first steps holds back more than the epsilon of algorithm 1, and of PyTorch.
@@ -34,8 +64,8 @@ def get_optimizer(
     Raises:
         UserError: a value is not as described.
     """
-    Configs.check_values(
-        optimizer_type=optimizer_type,
+    entry = look_up(OPTIMIZERS, "optimizer_type", optimizer_type)
+    values = Configs.check_values(
         weight_decay=weight_decay,
         ema_decay=ema_decay,
         adam_beta_2=adam_beta_2,
@@ -44,12 +74,23 @@ def get_optimizer(
     if not callable(learning_rate):
         learning_rate = Configs.check_values(learning_rate=learning_rate)["learning_rate"]
     # Keras's AdamW has a decay of its own, and takes no None.
-    options = {"weight_decay": weight_decay} if weight_decay or optimizer_type == "AdamW" else {}
-    if optimizer_type in ADAM_NAMES:
-        options |= {"beta_2": adam_beta_2, "epsilon": adam_epsilon}
+    options = {"weight_decay": weight_decay} if weight_decay or entry.build is optimizers.AdamW else {}
+    options |= {argument: values[option] for option, argument in entry.takes.items()}
     if ema_decay:
         options |= {"use_ema": True, "ema_momentum": ema_decay, "ema_overwrite_frequency": None}
-    return getattr(keras.optimizers, optimizer_type)(learning_rate=learning_rate, **options)
+    return entry.build(learning_rate=learning_rate, **options)
+
+
+def check_optimizer(configs: Configs) -> None:
+    """Raises UserError where there is no such optimizer, or an option is set that it does not take."""
+    takes = look_up(OPTIMIZERS, "optimizer_type", configs.optimizer_type).takes
+    for option in ADAM_OPTIONS.keys() - takes.keys():
+        if (value := getattr(configs, option)) != Configs.defaults()[option]:
+            having = ", ".join(name for name, other in OPTIMIZERS.items() if option in other.takes)
+            raise UserError(
+                f"{option}: expected an optimizer_type that has it, one of {having}: set it, or leave this out. "
+                f"Received: {value} with optimizer_type {configs.optimizer_type}."
+            )
 
 
 def build_optimizer(configs: Configs) -> keras.optimizers.Optimizer:

@@ -31,6 +31,7 @@ from finetune.data.pixel_range import settle_tables, tell_assumed_range
 from finetune.data.stores import join_path
 from finetune.data.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table, resolve_class_names
 from finetune.evaluation.decision_file import read_decision
+from finetune.models.heads import has_parts
 from finetune.models.model_files import get_classifier, has_views, load_fitting_model
 from finetune.training.feature_store import get_features
 from finetune.training.probe import cross_validate, split_head
@@ -103,7 +104,7 @@ def get_judge(configs: Configs, csv_path: str) -> tuple[Judge, Configs]:
     if configs.load_model_path:
         path, configs = find_trained_model(configs, READING_OPTIONS)
         model = load_fitting_model(path, configs.classes, get_input_size(configs))
-        if [layer.name for layer in get_classifier(model).layers[-2:]] != ["backbone", "classifier"]:
+        if not has_parts(get_classifier(model)):
             raise UserError(f"{path} has no parts 'backbone' and 'classifier'. Name a model that train.py has written.")
         refuse_one_label(configs.classes, csv_path)
         print(name_model(configs, path))

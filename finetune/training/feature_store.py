@@ -15,6 +15,7 @@ from finetune.core.files import check_folder, write_fault
 from finetune.core.texts import show_progress
 from finetune.loading.caches import digest_image, name_resizing
 from finetune.models.features import select_rows
+from finetune.models.heads import Parts, split_model
 from finetune.training.probe import build_extractor, compute_features
 from generator import AugmentedImageSequence, naming_bad_images
 
@@ -38,11 +39,12 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str, model: keras.Model, mirrored: bool, resize_mode: str = "stretch") -> None:
-        self._channels = model.layers[-1].layers[0].compute_output_shape(model.layers[-2].output_shape)[-1]
+        parts = split_model(model, "Features", "Name a model that train.py has written.")
+        self._channels = parts.pooling.compute_output_shape(parts.backbone.output_shape)[-1]
         height, width = model.input_shape[1:3]
         size = f"{height}x{width}{name_resizing(resize_mode)}"
         kind = "mirrored" if mirrored else "plain"
-        self.path = os.path.join(folder, f"features_{size}_{_digest_backbone(model)}_{kind}.bin")
+        self.path = os.path.join(folder, f"features_{size}_{_digest_backbone(model, parts)}_{kind}.bin")
         self._record = np.dtype([("digest", "V16"), ("checksum", "<u4"), ("features", "<f4", (self._channels,))])
 
     def read(self, digests: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -90,11 +92,10 @@ class FeatureStore:
             raise write_fault(self.path, error, "image_cache_path") from error
 
 
-def _digest_backbone(model: keras.Model) -> str:
+def _digest_backbone(model: keras.Model, parts: Parts) -> str:
     """Returns 16 hexadecimal digits of all that features depend on beside the image."""
     digest = hashlib.blake2b(digest_size=8)
-    *before, backbone, classifier = model.layers[1:]
-    pooling = classifier.layers[0]
+    before, backbone, pooling = parts.before, parts.backbone, parts.pooling
     settings = ("scale", "offset", "mode")
     described = [
         [type(layer).__name__, [layer.get_config().get(name) for name in settings]] for layer in (*before, pooling)

@@ -11,6 +11,7 @@ import numpy as np
 
 from configs import Configs
 from finetune.data.groups import describe_groups, describe_lone_classes, find_lone_classes
+from finetune.models.heads import HEAD, LOGITS
 from finetune.models.losses import get_class_weights
 from finetune.training.feature_store import find_features
 from finetune.training.probe import (
@@ -94,7 +95,7 @@ class HeadFit:
             self.training.get_groups(is_read),
         )
         # Libraries of other hosts may round otherwise: the chief's weights are those of all.
-        logits = self.classifier.get_layer("classifier").get_layer("logits")
+        logits = self.classifier.get_layer(HEAD).get_layer(LOGITS)
         weights = self.team.exchange([weight.tolist() for weight in logits.get_weights()])[0]
         logits.set_weights([np.array(weight) for weight in weights])
         return features, is_read, strength

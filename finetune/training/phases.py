@@ -13,7 +13,8 @@ from configs import Configs
 from finetune.core.options import UserError
 from finetune.models.features import FeatureSequence
 from finetune.models.freezing import has_fixed_features, prepare_backbone
-from finetune.training.probe import compute_features, has_only_logits, split_head
+from finetune.models.heads import BACKBONE
+from finetune.training.probe import compute_features, split_head, takes_probe
 from finetune.training.trainer import Interruption, TrainingModel, get_training_model
 from generator import AugmentedImageSequence, naming_bad_images
 
@@ -88,9 +89,9 @@ def set_trainable(classifier: keras.Model, phase: Phase, configs: Configs) -> No
         UserError: the phase trains the head alone, and the model has no part of that name.
     """
     names = [layer.name for layer in classifier.layers]
-    if "backbone" in names:
+    if BACKBONE in names:
         convolutions = 0 if phase.trains_head_only else configs.conv_layers_to_train
-        backbone = classifier.get_layer("backbone")
+        backbone = classifier.get_layer(BACKBONE)
         prepare_backbone(backbone, convolutions, configs.batch_norm_momentum, configs.freeze_batch_norm)
     elif phase.trains_head_only:
         raise UserError(
@@ -135,7 +136,7 @@ def refits_head(configs: Configs, classifier: keras.Model) -> bool:
     """
     if configs.model_selection != "interpolate" or configs.multi_label_classification:
         return False
-    return has_only_logits(classifier) and not has_fixed_features(classifier)
+    return takes_probe(classifier) and not has_fixed_features(classifier)
 
 
 def trains_on_features(classifier: keras.Model, images_change: bool) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import layers
 from scipy import special
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -20,6 +19,7 @@ from finetune.core.options import UserError
 from finetune.core.texts import show_progress
 from finetune.data.groups import deal_groups, find_lone_classes, pick_groups, refuse_lone_classes
 from finetune.models.features import read_plainly
+from finetune.models.heads import Parts, compute_logit_inputs, has_parts, list_kernels, split_model
 from finetune.training.trainer import TrainingModel
 from generator import AugmentedImageSequence, naming_bad_images
 
@@ -42,7 +42,7 @@ class FeaturesNotFinite(UserError):
 def compute_features(
     model: keras.Model, sequence: AugmentedImageSequence, mirrored: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Computes once what the classifier sees of each image, while the backbone is frozen; in the scope of a strategy.
+    """Computes once what the head sees of each image, while the backbone is frozen; in the scope of a strategy.
 
     Args:
         model: a model of this collection.
@@ -55,7 +55,7 @@ def compute_features(
         bool `(images,)`; the rows of the others are NaN. The devices that train together share the work.
 
     Raises:
-        UserError: an image cannot be read, or the model has no `classifier`.
+        UserError: an image cannot be read, or the model has no head.
     """
     return extract_features(build_extractor(model, mirrored), sequence, mirrored)
 
@@ -74,15 +74,15 @@ def extract_features(
 
 
 def build_extractor(model: keras.Model, mirrored: bool = False) -> TrainingModel:
-    """Returns the part of a model that gives what its classifier sees, `(batch, channels)`, of images or mirror images.
+    """Returns the part of a model that gives what its head sees, `(batch, channels)`, of images or mirror images.
 
     Raises:
-        UserError: the model has no `classifier`.
+        UserError: the model has no head.
     """
-    pooling = _get_classifier(model).layers[0]
+    parts = _split(model)
     inputs = keras.Input(model.input_shape[1:])
     outputs = keras.ops.flip(inputs, axis=2) if mirrored else inputs
-    for layer in (*model.layers[1:-1], pooling):
+    for layer in (*parts.before, parts.backbone, parts.pooling):
         outputs = layer(outputs)
     return TrainingModel(inputs, outputs)
 
@@ -93,19 +93,19 @@ def split_head(model: keras.Model) -> keras.Model:
     It shares the model's layers: to train it is to train them.
 
     Raises:
-        UserError: the model has no `classifier`.
+        UserError: the model has no head.
     """
-    pooling, *head = _get_classifier(model).layers
-    outputs = inputs = keras.Input(pooling.compute_output_shape(model.layers[-2].output_shape)[1:], name="features")
-    for layer in head:
+    parts = _split(model)
+    shape = parts.pooling.compute_output_shape(parts.backbone.output_shape)
+    outputs = inputs = keras.Input(shape[1:], name="features")
+    for layer in (*parts.hidden, parts.logits, parts.probabilities):
         outputs = layer(outputs)
     return keras.Model(inputs, outputs, name="head")
 
 
-def has_only_logits(model: keras.Model) -> bool:
-    """Tells whether a model's classifier is what `initialize_head` takes: without hidden layers."""
-    head = model.layers[-1]
-    return head.name == "classifier" and not _list_hidden_layers(head)
+def takes_probe(model: keras.Model) -> bool:
+    """Tells whether `initialize_head` takes a model: its head has no kernels before the logits."""
+    return has_parts(model) and not list_kernels(_split(model))
 
 
 def initialize_head(
@@ -118,7 +118,7 @@ def initialize_head(
     class_weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> float:
-    """Makes a model's classifier the logistic regression on the backbone's features: it starts from the best answers
+    """Makes a model's head the logistic regression on the backbone's features: it starts from the best answers
     that a frozen backbone allows, where a random one would first pull the backbone's weights apart.
 
     Single-label: one multinomial regression; a class without images keeps its smoothed frequency. Multi-label: one
@@ -128,7 +128,7 @@ def initialize_head(
     Source: Kumar et al., ICLR 2022 (arXiv:2202.10054).
 
     Args:
-        model: its classifier is pooling, dropout (any or none), and the dense layer `logits`, which is changed.
+        model: its layer `logits` is changed; what the head has before that learns no kernels.
         features: float32 `(images, channels)`, as `compute_features` gives them, of images that could be read.
         labels: int `(images,)`, or `(images, classes)` of zeros and ones.
         multi_label: which of the two.
@@ -143,14 +143,16 @@ def initialize_head(
         The strength C, the variance of the kernels' prior on features of variance 1.
 
     Raises:
-        UserError: the classifier has hidden layers, or (`FeaturesNotFinite`) a feature is not finite.
+        UserError: the head has hidden layers, or (`FeaturesNotFinite`) a feature is not finite.
     """
-    logits = _get_only_dense_layer(model)
-    views = [features] if mirrored is None else [features, mirrored]
+    parts = _refuse_kernels(_split(model))
+    views = [compute_logit_inputs(parts, view) for view in ([features] if mirrored is None else [features, mirrored])]
     if not all(np.isfinite(view).all() for view in views):
         raise FeaturesNotFinite("The backbone's features are not finite: its weights are damaged. Load another model.")
-    kernel, bias, strength = _fit_regression(views, labels, multi_label, logits.units, seed, class_weights, groups)
-    logits.set_weights([kernel, bias])
+    kernel, bias, strength = _fit_regression(
+        views, labels, multi_label, parts.logits.units, seed, class_weights, groups
+    )
+    parts.logits.set_weights([kernel, bias])
     return strength
 
 
@@ -262,30 +264,21 @@ def _fit_regression(
     return kernel, bias - mean @ kernel, strength
 
 
-def _get_classifier(model: keras.Model) -> keras.Sequential:
-    """Returns a model's last part; raises UserError where it is none of this collection's."""
-    names = [layer.name for layer in model.layers]
-    if names[-2:] != ["backbone", "classifier"]:
+def _split(model: keras.Model) -> Parts:
+    """Returns a model's parts; raises UserError where it has none."""
+    advice = "Set head_epochs to 0 and head_initialization to random."
+    return split_model(model, "Training the head alone", advice)
+
+
+def _refuse_kernels(parts: Parts) -> Parts:
+    """Returns the parts; raises UserError where the head has kernels before its logits."""
+    if kernels := list_kernels(parts):
+        shown = ", ".join(f"{layer.units} units" if hasattr(layer, "units") else layer.name for layer in kernels)
         raise UserError(
-            "Training the classifier alone needs a model that ends in the parts 'backbone' and 'classifier'. "
-            f"Received: {', '.join(names)}. Set head_epochs to 0 and head_initialization to random."
+            f"head_initialization linear_probe: expected a head without hidden layers. Received: {shown}. Leave sizes "
+            "of 1 and more out of classifier_layer_sizes, or set head_initialization to random."
         )
-    return model.layers[-1]
-
-
-def _list_hidden_layers(classifier: keras.Sequential) -> list[keras.layers.Layer]:
-    return [layer for layer in classifier.layers[1:-2] if not isinstance(layer, layers.Dropout)]
-
-
-def _get_only_dense_layer(model: keras.Model) -> keras.layers.Dense:
-    classifier = _get_classifier(model)
-    if hidden := _list_hidden_layers(classifier):
-        raise UserError(
-            "head_initialization linear_probe: expected a classifier without hidden layers. Received: "
-            f"{', '.join(f'{layer.units} units' for layer in hidden)}. Leave sizes of 1 and more out of "
-            "classifier_layer_sizes, or set head_initialization to random."
-        )
-    return classifier.layers[-2]
+    return parts
 
 
 def _reduce_columns(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,7 @@ from finetune.training.run_folder import (
 )
 from finetune.training.training_state import read_state
 from generator import AugmentedImageSequence
+from model import check_registered
 
 
 def find_start(configs: Configs, writes: bool = True) -> tuple[str, dict[str, Any] | None, Configs]:
@@ -47,6 +48,7 @@ def find_start(configs: Configs, writes: bool = True) -> tuple[str, dict[str, An
         configs = continue_run(configs, state, path)
     elif path:
         print(f"{path} carries no training state: its weights are the start of a new run, at epoch 0.")
+    check_registered(configs)
     if not (configs.overwrite or configs.find_learning_rate):
         refuse_other_run(configs.save_model_path, path if state else "")
     if writes and not (state and has_ended(state, configs)):

@@ -18,6 +18,7 @@ from configs import Configs
 from finetune.core.texts import choose_keras_verbosity, show_progress
 from finetune.core.values import get_input_size
 from finetune.models.freezing import leaf_layers
+from finetune.models.heads import BACKBONE
 from finetune.models.optimizers import build_optimizer, compile_model, find_averages
 from generator import AugmentedImageSequence
 
@@ -97,7 +98,7 @@ def get_training_model(
         accept_any_size(training_model)
     training_model.multiplier = configs.backbone_learning_rate_multiplier
     training_model.mirrors = configs.test_time_augmentation == "flip"
-    training_model.slow_layers = tuple(layer for layer in model.layers if layer.name == "backbone")
+    training_model.slow_layers = tuple(layer for layer in model.layers if layer.name == BACKBONE)
     optimizer = optimizer or build_optimizer(configs)
     return compile_model(training_model, optimizer, configs.multi_label_classification, loss)
 

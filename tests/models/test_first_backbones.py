@@ -2,8 +2,8 @@
 
 from backbone_checks import *  # noqa: F403 - these are the tests
 
-from configs import BACKBONE_NAMES
+from finetune.models.backbones import BACKBONES
 
 
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize("built", BACKBONE_NAMES[::2], indirect=True, scope="module")
+    metafunc.parametrize("built", [*BACKBONES][::2], indirect=True, scope="module")

@@ -13,6 +13,7 @@ import compare_backbones
 import train
 from compare_backbones import CompareConfigs
 from finetune.core.options import UserError
+from finetune.models.backbones import BACKBONES
 from finetune.studies import backbone_comparison
 from finetune.studies.backbone_comparison import Candidate, Probed, count_passes, draw_images, find_front, judge, rank
 from finetune.studies.backbone_report import (
@@ -302,7 +303,7 @@ def test_all_and_repeated_names_and_the_image_size_without_sizes(table, tmp_path
     ):
         with pytest.raises(UserError, match="enough"):
             compare(table, tmp_path, **options)
-    assert asked[0] == ([*compare_backbones.BACKBONE_NAMES], [(64, 64), (32, 32)])
+    assert asked[0] == ([*BACKBONES], [(64, 64), (32, 32)])
     assert asked[1] == (["VGG16", "MobileNet"], [(32, 48)])
 
 

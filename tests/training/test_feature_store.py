@@ -16,10 +16,10 @@ from probed_photos import (
 )
 
 from finetune.core.options import UserError
+from finetune.models.backbones import build_preprocessing
 from finetune.training import feature_store
 from finetune.training.feature_store import FeatureStore, find_features, get_features
 from finetune.training.probe import compute_features
-from model import build_preprocessing
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -23,7 +23,7 @@ from finetune.data.groups import deal_groups
 from finetune.data.images import read_image, resize_image
 from finetune.models.features import FeatureSequence
 from finetune.training import probe
-from finetune.training.probe import compute_features, cross_validate, has_only_logits, initialize_head, split_head
+from finetune.training.probe import compute_features, cross_validate, initialize_head, split_head, takes_probe
 from model import ModelFactory
 
 
@@ -286,11 +286,11 @@ def test_hidden_layers_are_refused():
 
 
 def test_only_a_classifier_without_hidden_layers_can_be_fitted():
-    assert has_only_logits(head_of(8)[0])
-    assert has_only_logits(head_of(8, layer_sizes=[0.5])[0])
-    assert not has_only_logits(head_of(8, layer_sizes=[16, 0.5])[0])
+    assert takes_probe(head_of(8)[0])
+    assert takes_probe(head_of(8, layer_sizes=[0.5])[0])
+    assert not takes_probe(head_of(8, layer_sizes=[16, 0.5])[0])
     inputs = keras.Input((8,))
-    assert not has_only_logits(keras.Model(inputs, keras.layers.Dense(2)(inputs)))
+    assert not takes_probe(keras.Model(inputs, keras.layers.Dense(2)(inputs)))
 
 
 def test_features_that_are_not_finite_are_refused():
