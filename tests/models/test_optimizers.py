@@ -12,6 +12,7 @@ from finetune.core.options import UserError
 from finetune.models.freezing import freeze_layers
 from finetune.models.optimizers import (
     OPTIMIZERS,
+    check_optimizer,
     compile_model,
     exclude_from_weight_decay,
     find_averages,
@@ -89,13 +90,13 @@ def test_adams_options_are_those_of_its_kind_alone(name):
     if OPTIMIZERS[name].takes:
         optimizer = get_optimizer(name, 0.5, **adams)
         assert (optimizer.beta_2, optimizer.epsilon) == (0.9, 1e-3)
-        Configs(optimizer_type=name, **adams).validate()
+        check_optimizer(Configs(optimizer_type=name, **adams))
         return
     stock, own = (get_optimizer(name, 0.5, **options).get_config() for options in ({}, adams))
     assert own | {"name": ""} == stock | {"name": ""}
     for option, value in adams.items():
         with pytest.raises(UserError, match=f"{option}: expected an optimizer_type that has it, one of Adam, Ada"):
-            Configs(optimizer_type=name, **{option: value}).validate()
+            check_optimizer(Configs(optimizer_type=name, **{option: value}))
 
 
 @pytest.mark.parametrize("name", [name for name, entry in OPTIMIZERS.items() if entry.takes])
