@@ -4,10 +4,14 @@ import json
 
 import keras
 import numpy as np
+import onnxruntime
 import pandas as pd
 import pytest
+import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
 
 import compress_weights
+import predict
 from compress_weights import CompressConfigs
 
 CLASSES = ["blue", "green", "red"]
@@ -35,6 +39,14 @@ def answer(images):
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
+def predict_photos(model_path, photo_folder, folder):
+    """Runs predict.py and returns what it wrote."""
+    path = folder / "predictions.csv"
+    options = {"load_model_path": str(model_path), "input": str(photo_folder), "write_path": str(path)}
+    predict.main(predict.PredictConfigs(**options, batch_size=5))
+    return pd.read_csv(path)
+
+
 @pytest.fixture
 def run_folder(photo_folder, tmp_path):
     """A run's folder with a model that is always right, and configs.json that names two tables of 18 photos each."""
@@ -52,3 +64,26 @@ def run_folder(photo_folder, tmp_path):
 
 def export(folder, *kinds, **options):
     return compress_weights.main(CompressConfigs(model_path=str(folder), export=list(kinds), **options))
+
+
+def run_tflite(path, images):
+    interpreter = Interpreter(str(path))
+    interpreter.allocate_tensors()
+    found = []
+    for image in images:
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image[None])
+        interpreter.invoke()
+        found.append(interpreter.get_tensor(interpreter.get_output_details()[0]["index"])[0])
+    return np.array(found)
+
+
+def run_onnx(path, images):
+    return onnxruntime.InferenceSession(str(path)).run(None, {"image": images})[0]
+
+
+def run_saved_model(path, images):
+    model = tf.saved_model.load(str(path))
+    return model.serve(tf.constant(images)).numpy()
+
+
+RUNTIMES = dict(zip(ARTEFACTS, (run_tflite, run_onnx, run_saved_model), strict=True))
