@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from configs import Configs
+from finetune.core.devices import is_installed
 from finetune.core.options import UserError
 from finetune.core.values import get_input_size
 from finetune.data.images import build_reader, fit_image
@@ -43,7 +43,7 @@ def require_packages(exports: Sequence[str]) -> None:
         packages = {**FORMATS[name].writer_packages, **FORMATS[name].reader_packages}
         with importing(f"--export {name}", packages):
             for package in packages:
-                if importlib.util.find_spec(package) is None:
+                if not is_installed(package):
                     raise ImportError(f"No module named {package!r}")
 
 

@@ -182,16 +182,14 @@ def require_format(path: str) -> Format:
     """Returns the format of an exported model; raises UserError where its path tells none."""
     found = find_format(path)
     if found is None:
-        known = [
-            f"a folder with {one.folder_mark}" if one.folder_mark else f"a file that ends in {suffix}"
-            for one in FORMATS.values()
-            for suffix in one.list_suffixes()
-        ]
-        suffix = os.path.splitext(path)[1] or "without an ending"
-        received = "another folder" if os.path.isdir(path) else f"a name {suffix}"
+        suffixes = [suffix for one in FORMATS.values() if not one.folder_mark for suffix in one.list_suffixes()]
+        marks = [one.folder_mark for one in FORMATS.values() if one.folder_mark]
+        ending = f"the ending {quote_value(os.path.splitext(path)[1])}"
         raise UserError(
-            f"{path} is no exported model. Expected {', '.join(known)}; Keras reads {', '.join(MODEL_SUFFIXES)}. "
-            f"Received: {received}. Name another model, or write one with compress_weights.py --export."
+            f"{path} is no exported model. Expected a file that ends in {' or '.join(suffixes)}, or a folder with "
+            f"{' or '.join(marks)}; Keras reads {', '.join(MODEL_SUFFIXES)}. Received: "
+            f"{'another folder' if os.path.isdir(path) else ending}. Name another, or export the model with "
+            "compress_weights.py --export."
         )
     return found
 
