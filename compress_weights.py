@@ -16,7 +16,7 @@ from typing import Any, Self
 from configs import Configs
 from finetune.core.files import write_json
 from finetune.core.options import UserError, define, run_script, script
-from finetune.models.artefacts import EXPORTS, WEIGHTS_DTYPES, exports_fault, list_kinds
+from finetune.models.formats import FORMATS, WEIGHTS_DTYPES, exports_fault, list_quantizations
 
 
 @dataclasses.dataclass
@@ -28,13 +28,13 @@ class CompressConfigs(Configs):
         "float32", "What the compressed weights are: exact, a half or a quarter of that", choices=WEIGHTS_DTYPES
     )
     export: list[str] = define(
-        [], f"Also write the model for other runtimes, any of {', '.join(EXPORTS)}", check=exports_fault
+        [], f"Also write the model for other runtimes, any of {', '.join(FORMATS)}", check=exports_fault
     )
     export_quantization: str = define(
         "none",
         "What the tflite file holds: float32, weights in 8 bits (dynamic), or weights and activations in 8 bits with "
         "ranges from images of train_csv (int8)",
-        choices=("none", "dynamic", "int8"),
+        choices=("none", *list_quantizations()),
     )
     tolerance: float = define(
         1.0, "Points of accuracy that compression may cost on the test set", at_least=0, at_most=100
@@ -43,9 +43,10 @@ class CompressConfigs(Configs):
     def validate(self) -> Self:
         """Checks `export_quantization` beside `export` as well; returns and raises as `Configs` does."""
         super().validate()
-        if self.export_quantization != "none" and "tflite" not in self.export:
+        fitting = [name for name, one in FORMATS.items() if self.export_quantization in one.endings]
+        if self.export_quantization != "none" and not {*fitting} & {*self.export}:
             raise UserError(
-                f"export_quantization: expected none without --export tflite, the one kind that it is for. "
+                f"export_quantization: expected none without --export {' or '.join(fitting)}, which it is for. "
                 f"Received: {self.export_quantization!r}"
             )
         return self
@@ -58,7 +59,7 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     Returns:
         The content of `compression_report.json`: `model`, `model_bytes`, `model_sha256`, `test_csv` and `images` (None
         where nothing was compared), `tolerance`, and `artefacts`. Each of these has `kind` (weights, or one of
-        `EXPORTS`), `precision`, `path`, `files` (bytes by path), `rejected`, and `comparison`, as `compare` returns it,
+        `FORMATS`), `precision`, `path`, `files` (bytes by path), `rejected`, and `comparison`, as `compare` returns it,
         or None. What an earlier call made of the same model stands there too.
 
     Raises:
@@ -68,7 +69,7 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.core.devices import start_devices
     from finetune.exporting import compression_report
-    from finetune.exporting.exports import read_calibration_images, require_packages
+    from finetune.exporting.exports import list_kinds, read_calibration_images, require_packages
     from finetune.exporting.parity import load_subject
     from finetune.reporting.model_card import write_model_card
     from finetune.training.run_folder import (

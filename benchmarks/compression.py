@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from finetune.models.artefacts import WEIGHTS_DTYPES
 from finetune.models.compressed import custom_load_model, custom_save_model
+from finetune.models.formats import WEIGHTS_DTYPES
 
 BACKBONES = ("MobileNet", "DenseNet121", "VGG16")
 REPEATS = 5

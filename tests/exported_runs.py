@@ -11,6 +11,7 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
 import compress_weights
+import predict
 from compress_weights import CompressConfigs
 
 CLASSES = ["blue", "green", "red"]
@@ -36,6 +37,14 @@ def answer(images):
     logits = images.astype(np.float64).mean(axis=(1, 2))[:, ::-1] / 64
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def predict_photos(model_path, photo_folder, folder):
+    """Runs predict.py and returns what it wrote."""
+    path = folder / "predictions.csv"
+    options = {"load_model_path": str(model_path), "input": str(photo_folder), "write_path": str(path)}
+    predict.main(predict.PredictConfigs(**options, batch_size=5))
+    return pd.read_csv(path)
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 import compress_weights
 from compress_weights import CompressConfigs
 from finetune.core.options import UserError
-from finetune.exporting import exports
-from finetune.models.artefacts import WEIGHTS_DTYPES
+from finetune.models import compressed
 from finetune.models.compressed import custom_save_model
+from finetune.models.formats import WEIGHTS_DTYPES
 from finetune.models.model_files import load_model
 
 CLASSES = ["blue", "green", "red"]
@@ -53,7 +53,7 @@ def damage(monkeypatch):
         blue.set_weights([np.zeros((3, 3)), np.array([9, 0, 0])])
         return save(blue, *arguments)
 
-    monkeypatch.setattr(exports, "custom_save_model", save_blue)
+    monkeypatch.setattr(compressed, "custom_save_model", save_blue)
 
 
 @pytest.mark.parametrize("weights_dtype", WEIGHTS_DTYPES)

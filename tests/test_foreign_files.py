@@ -461,6 +461,7 @@ CASES = {
         (folder / "model.onnx").write_bytes(b"\x08\x07"),
         load_model(str(folder / "model.onnx")),
     ),
+    "exported_unknown_ending": exported("model.pb", b"graph"),
     "exported_tflite_empty": exported("model.tflite", b""),
     "exported_tflite_text": exported("model.tflite", b"<html>not found</html>"),
     "exported_onnx_empty": exported("model.onnx", b""),

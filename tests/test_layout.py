@@ -43,6 +43,8 @@ OPTIONAL_PACKAGES = {"tf2onnx", "onnxruntime", "ai_edge_litert", "pillow_heif"}
 # Takes 0.1 s to import, and only images that URLs name need it.
 LATE_PACKAGES = {"fsspec"}
 PLATFORM_MODULES = {"fcntl", "msvcrt"}
+# It tells what a file is before TensorFlow is there, and which package a format misses.
+REGISTRY = "finetune.models.formats"
 FOLDERS_WITH_CODE = ("finetune", "benchmarks", "docs", "data")
 FILES = [
     *sorted(PROJECT.glob("*.py")),
@@ -190,6 +192,8 @@ def test_imports_stand_at_the_top(module):
         is_of_script = module in SCRIPTS and is_in_main(parents)
         is_rare = list_packages(node) <= OPTIONAL_PACKAGES | PLATFORM_MODULES and any(map(awaits_failure, parents))
         is_late = list_packages(node) <= LATE_PACKAGES
+        of_format = {"finetune"} if module == REGISTRY else OPTIONAL_PACKAGES if module in IMPORTS[REGISTRY] else set()
+        is_late = is_late or list_packages(node) <= of_format
         is_right = is_at_top or is_of_script or is_rare or is_late
         faults += [f"{path.name}:{node.lineno}: {ast.unparse(node)}"] * (not is_right)
     assert not faults

@@ -17,9 +17,11 @@ from finetune.core.options import UserError
 from finetune.core.texts import join_names
 from finetune.core.values import convert
 from finetune.evaluation.decision import TEMPERATURE_RANGE, Decision, fit_decision
-from finetune.models.artefacts import DECISION_FILE, artefact_stem, is_exported, metadata_path
 from finetune.models.description import CONFIGS_FILE, read_description
+from finetune.models.formats import artefact_stem, is_exported, metadata_path
 
+# Beside a model: its temperature and thresholds.
+DECISION_FILE = "decision.json"
 LARGEST_DECISION_FILE = 2**22
 
 

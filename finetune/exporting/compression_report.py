@@ -13,10 +13,11 @@ from configs import Configs
 from finetune.core.files import check_folder, write_json, write_text
 from finetune.core.options import UserError
 from finetune.evaluation.decision import Decision
-from finetune.exporting.exports import WRITERS, Calibration
+from finetune.exporting.exports import WEIGHTS
 from finetune.exporting.parity import Subject, judge
-from finetune.models.artefacts import labels_path, metadata_path, name_accepted, name_candidate
 from finetune.models.description import hash_model, select_described
+from finetune.models.exported import Calibration
+from finetune.models.formats import FORMATS, importing, labels_path, metadata_path, name_accepted, name_candidate
 from finetune.training.run_folder import COMPRESSION_FILE, find_output_folder
 
 
@@ -82,9 +83,11 @@ def write_artefacts(
     """
     try:
         for kind, precision in kinds:
-            path = name_candidate(model_path, kind, precision)
+            form = FORMATS.get(kind, WEIGHTS)
+            path = name_candidate(model_path, form.endings[precision])
             print(f"Writing {kind} ({precision}) to {path}", flush=True)
-            paths = WRITERS[kind](model, path, precision, calibrate)
+            with importing(f"--export {kind}", form.writer_packages):
+                paths = form.runtime().write(model, path, precision, calibrate)
             artefact = {"kind": kind, "precision": precision} | judge(paths, subject, report["tolerance"])
             report["artefacts"].append(artefact)
     except UserError:

@@ -11,17 +11,18 @@ import keras
 import numpy as np
 
 from configs import Configs
-from finetune.core.files import list_files
+from finetune.core.files import atomic_path, list_files
 from finetune.core.values import get_input_size
 from finetune.data.groups import count_groups
 from finetune.evaluation.decision import Decision
 from finetune.evaluation.decision_file import find_decision_folder, read_decision
 from finetune.evaluation.metrics import check_finite
-from finetune.models.artefacts import accept
+from finetune.models.exported import ExportedModel
+from finetune.models.formats import name_accepted
 from finetune.models.model_files import load_fitting_model, load_model
 from finetune.predicting.predicting import predict
 from finetune.predicting.prediction_files import describe_decision
-from finetune.predicting.runtimes import ExportedModel, compile_predictor, load_predictor
+from finetune.predicting.runtimes import compile_predictor, load_predictor
 from finetune.training.run_folder import name_model
 from finetune.training.speeds import time_in_turns
 from generator import AugmentedImageSequence, get_generator
@@ -79,6 +80,15 @@ def judge(paths: Sequence[str], subject: Subject | None, tolerance: float) -> di
     paths = tuple(paths) if rejected else accept(paths)
     files = {file: os.path.getsize(file) for path in paths for file in list_files(path)}
     return {"path": paths[0], "files": files, "rejected": rejected, "comparison": comparison}
+
+
+def accept(paths: Sequence[str]) -> tuple[str, ...]:
+    """Gives files and folders the names that ship, and returns these."""
+    accepted = tuple(map(name_accepted, paths))
+    for path, name in zip(paths, accepted, strict=True):
+        with atomic_path(name) as temporary:
+            os.replace(path, temporary)
+    return accepted
 
 
 def compare_artefact(path: str, subject: Subject) -> dict[str, Any]:

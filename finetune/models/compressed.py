@@ -15,12 +15,25 @@ from keras import layers
 from finetune.core.arguments import argument_error, take_choice, take_path
 from finetune.core.files import atomic_path, write_text
 from finetune.core.options import LARGEST_JSON_FILE, UserError
-from finetune.models.artefacts import WEIGHTS_DTYPES
+from finetune.models.exported import Calibration
+from finetune.models.formats import WEIGHTS_DTYPES
 from finetune.models.safety import check_arrays, check_layers, largest_content, limiting_weights, telling_damage
 
 SMALLEST_ROUNDED = 64
 PACKED_FROM = 100_000
 FEWEST_PER_SCALE = 16
+
+
+def write(model: keras.Model, path: str, precision: str, _: Calibration) -> tuple[str, str]:
+    """Writes a model as `custom_save_model` does, under the path of its weights, as the module of a format does it."""
+    folder, name = os.path.split(path)
+    return custom_save_model(model, folder, os.path.splitext(name)[0], precision)
+
+
+def load(path: str) -> keras.Model:
+    """Reads a model as `custom_load_model` does, by the path of its weights or of its layers."""
+    folder, name = os.path.split(path)
+    return custom_load_model(folder, os.path.splitext(name)[0])
 
 
 def custom_save_model(

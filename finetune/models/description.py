@@ -17,7 +17,7 @@ from finetune.core.options import LARGEST_JSON_FILE, UserError
 from finetune.core.texts import join_names
 from finetune.core.values import quote_difference
 from finetune.data.stores import hash_file
-from finetune.models.artefacts import labels_path, metadata_path
+from finetune.models.formats import labels_path, metadata_path
 
 CONFIGS_FILE = "configs.json"
 # A member of a .keras file, which Keras passes over. It has the form of an artefact's _metadata.json.

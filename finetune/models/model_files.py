@@ -10,8 +10,8 @@ import keras
 from finetune.core.arguments import take_flag, take_path
 from finetune.core.options import UserError
 from finetune.core.texts import join_names
-from finetune.models.artefacts import is_exported
-from finetune.models.compressed import custom_load_model
+from finetune.models import compressed
+from finetune.models.formats import is_exported
 from finetune.models.safety import check_model_file, largest_content, limiting_weights, telling_damage
 
 MEAN_OF_VIEWS = "mean_of_views"
@@ -35,7 +35,7 @@ def load_model(path: str, with_optimizer: bool = False) -> keras.Model:
         )
     stem, suffix = os.path.splitext(path)
     if suffix != ".keras" and os.path.isfile(f"{stem}.json"):
-        return custom_load_model(os.path.dirname(path), os.path.basename(stem))
+        return compressed.load(path)
     with telling_damage(f"{path} is not a model that Keras reads"):
         check_model_file(path)
         with limiting_weights(largest_content(path)):

@@ -16,7 +16,7 @@ import keras
 
 from finetune.core.options import LARGEST_JSON_FILE, UserError
 from finetune.core.texts import shorten
-from finetune.models.artefacts import MODEL_SUFFIXES
+from finetune.models.formats import MODEL_SUFFIXES
 from finetune.models.hdf5_attributes import check_attributes
 
 LAYERS_MEMBER = "config.json"

@@ -16,7 +16,7 @@ from finetune.data.images import build_reader, fit_image, resize_image
 from finetune.evaluation.decision import Decision
 from finetune.evaluation.evaluation import name_labels
 from finetune.evaluation.gradcam import GradCam
-from finetune.predicting.runtimes import ExportedModel
+from finetune.models.exported import ExportedModel
 from finetune.reporting.cam_pictures import overlay_heatmap
 
 GALLERIES = ("mistakes", "least_confident")

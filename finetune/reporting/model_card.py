@@ -17,10 +17,12 @@ from finetune.core.options import UserError
 from finetune.core.texts import MOST_LISTED, MOST_TELLING, show
 from finetune.data.groups import describe_group_count
 from finetune.data.images import PAD_GREY
+from finetune.evaluation.decision_file import DECISION_FILE
 from finetune.evaluation.evaluation import find_worst
 from finetune.evaluation.paired_comparison import describe_epoch
-from finetune.models.artefacts import DECISION_FILE, MODEL_SUFFIXES
+from finetune.exporting.exports import WEIGHTS
 from finetune.models.description import OF_BEFORE, hash_model
+from finetune.models.formats import FORMATS, MODEL_SUFFIXES
 from finetune.reporting.log_figures import LOG_METRICS, read_log
 from finetune.reporting.summaries import (
     CHOSEN_ON_TEST_SET,
@@ -78,34 +80,11 @@ FITTING = {
         f"ImageOps.pad(photo, ({{width}}, {{height}}), color=({PAD_GREY}, {PAD_GREY}, {PAD_GREY}))",
     ),
 }
-# By kind of file: which runtime loads it, and how.
-LOADING = {
-    "keras": (
-        "Keras",
-        "import keras\n\nmodel = keras.models.load_model({path})\nprobabilities = model.predict(image[None])",
-    ),
-    "weights": (
-        "Keras and this project on the path",
-        'from utils import custom_load_model\n\nmodel = custom_load_model(".", {stem})\n'
-        "probabilities = model.predict(image[None])",
-    ),
-    "tflite": (
-        "ai_edge_litert, one image at a time",
-        "from ai_edge_litert.interpreter import Interpreter\n\n"
-        "model = Interpreter({path}).get_signature_runner()\n"
-        'probabilities = model(image=image[None].astype("float32"))["output_0"]',
-    ),
-    "onnx": (
-        "onnxruntime",
-        "import onnxruntime\n\nsession = onnxruntime.InferenceSession({path})\n"
-        'probabilities = session.run(None, {{"image": image[None].astype("float32")}})[0]',
-    ),
-    "saved_model": (
-        "TensorFlow",
-        "import tensorflow as tf\n\nmodel = tf.saved_model.load({path})\n"
-        "probabilities = model.serve(tf.constant(image[None], tf.float32)).numpy()",
-    ),
-}
+# How Keras's own file is loaded, as an export format tells it.
+KERAS_LOADING = (
+    "Keras",
+    "import keras\n\nmodel = keras.models.load_model({path})\nprobabilities = model.predict(image[None])",
+)
 
 
 def read_part(folder: str, name: str) -> dict[str, Any] | None:
@@ -399,9 +378,11 @@ def _list_loading(
         if not artefact["rejected"] and os.path.exists(os.path.join(folder, artefact["name"])):
             files.setdefault(artefact["kind"], []).append(artefact["name"])
     rows = []
+    by_kind = {"keras": KERAS_LOADING, "weights": WEIGHTS.loading}
+    by_kind |= {name: one.loading for name, one in FORMATS.items()}
     for kind, names in files.items():
-        if names and kind in LOADING:
-            runtime, code = LOADING[kind]
+        if names and kind in by_kind:
+            runtime, code = by_kind[kind]
             path, stem = json.dumps(names[0]), json.dumps(os.path.splitext(names[0])[0])
             rows.append({"names": names, "runtime": runtime, "code": Markup(code.format(path=path, stem=stem))})
     return rows

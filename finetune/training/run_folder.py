@@ -18,14 +18,7 @@ from finetune.core.files import check_folder, remove_stale_files, write_fault, w
 from finetune.core.options import UserError
 from finetune.data.stores import is_url
 from finetune.data.tables import count_labels, resolve_class_names
-from finetune.models.artefacts import (
-    ARTEFACT_ENDINGS,
-    DECISION_FILE,
-    GRAPH_FILE,
-    MODEL_SUFFIXES,
-    REJECTED,
-    is_exported,
-)
+from finetune.evaluation.decision_file import DECISION_FILE
 from finetune.models.description import (
     CONFIGS_FILE,
     NEEDED,
@@ -35,6 +28,7 @@ from finetune.models.description import (
     read_description,
     require_description,
 )
+from finetune.models.formats import MODEL_SUFFIXES, REJECTED, is_exported, list_endings
 from finetune.training.run_data import (
     DATA_FILE,
     DATA_OPTIONS,
@@ -95,7 +89,7 @@ def resolve_model_path(path: str, preferred: Sequence[str] = (BEST_MODEL, LATEST
     """
     if os.path.isfile(path):
         return path
-    if os.path.isfile(os.path.join(path, GRAPH_FILE)):
+    if os.path.isdir(path) and is_exported(path):
         return os.path.normpath(path)
     if os.path.isdir(path):
         for name in preferred:
@@ -411,7 +405,7 @@ def clear_folder(folder: str, overwrites: bool) -> None:
 
 def list_derived_files() -> list[str]:
     """Returns patterns of what compress_weights.py makes of a run's models, and of test.py's evaluations of that."""
-    parts = {*ARTEFACT_ENDINGS.values(), ("_compressed", ".json"), ("_labels", ".txt"), ("_metadata", ".json")}
+    parts = {*list_endings(), ("_labels", ".txt"), ("_metadata", ".json")}
     names = [
         f"{stem}{ending}{mark}{suffix}" for stem in MODEL_STEMS for ending, suffix in parts for mark in ("", REJECTED)
     ]

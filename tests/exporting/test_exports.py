@@ -19,21 +19,20 @@ from exported_runs import (
     answer,
     build_colour_model,
     export,
+    predict_photos,
     run_folder,  # noqa: F401
     run_tflite,
 )
 
 import compress_weights
 import draw_activations
-import predict
 import test as evaluation
 import train
 from compress_weights import CompressConfigs
 from finetune.core.options import UserError
 from finetune.evaluation.decision_file import read_decision
-from finetune.exporting import exports
-from finetune.exporting.exports import WRITERS
-from finetune.models.artefacts import artefact_stem
+from finetune.models import onnx_format, saved_model, tflite
+from finetune.models.formats import FORMATS
 
 # What is written
 
@@ -128,12 +127,12 @@ def test_quantization_stores_kernels_in_bytes(quantization, kernel, run_folder):
 
 
 def test_int8_takes_its_ranges_from_the_training_images(run_folder, monkeypatch, capsys):
-    shown, write = [], WRITERS["tflite"]
+    shown, write = [], tflite.write
 
     def spy(model, path, precision, calibrate):
         return write(model, path, precision, lambda: shown.append(calibrate()) or shown[0])
 
-    monkeypatch.setitem(WRITERS, "tflite", spy)
+    monkeypatch.setattr(tflite, "write", spy)
     export(run_folder, "tflite", export_quantization="int8")
     (images,) = shown
     names = pd.read_csv(run_folder.parent / "train.csv")["path"]
@@ -193,7 +192,8 @@ def test_a_folder_may_be_called_rejected(run_folder):
 def test_only_what_answers_otherwise_is_rejected(run_folder, monkeypatch, capsys):
     blue = build_colour_model()
     blue.layers[2].set_weights([np.zeros((3, 3)), np.array([9, 0, 0])])
-    monkeypatch.setattr(exports, "to_float32", lambda model: blue)
+    for module in (tflite, onnx_format, saved_model):
+        monkeypatch.setattr(module, "to_float32", lambda model: blue)
     (run_folder / "best_model.onnx").write_text("an earlier one")
     with pytest.raises(SystemExit) as raised:
         compress_weights.compress(CompressConfigs(model_path=str(run_folder), export=EXPORTS))
@@ -267,37 +267,7 @@ def test_options_that_mean_nothing_are_told(arguments, message):
         CompressConfigs.from_command_line(arguments=arguments)
 
 
-@pytest.mark.parametrize(
-    ("path", "stem"),
-    [
-        ("run/best_model.keras", "best_model"),
-        ("run/best_model_compressed.h5", "best_model"),
-        ("run/best_model_compressed.rejected.h5", "best_model"),
-        ("best_model.tflite", "best_model"),
-        ("best_model_int8.tflite", "best_model"),
-        ("best_model_int8.rejected.tflite", "best_model"),
-        ("best_model_dynamic.tflite", "best_model"),
-        ("run/best_model.onnx", "best_model"),
-        ("run/best_model_saved_model/", "best_model"),
-        ("run/best_model_saved_model.rejected", "best_model"),
-        ("model_epoch_007.keras", "model_epoch_007"),
-        ("mine_int8.keras", "mine_int8"),
-        ("mine.v2.onnx", "mine.v2"),
-    ],
-)
-def test_an_artefact_tells_its_model_by_its_name(path, stem):
-    assert artefact_stem(path) == stem
-
-
 # The scripts that take them
-
-
-def predict_photos(model_path, photo_folder, folder):
-    """Runs predict.py and returns what it wrote."""
-    path = folder / "predictions.csv"
-    options = {"load_model_path": str(model_path), "input": str(photo_folder), "write_path": str(path)}
-    predict.main(predict.PredictConfigs(**options, batch_size=5))
-    return pd.read_csv(path)
 
 
 @pytest.mark.slow
@@ -405,6 +375,6 @@ def test_backbones_answer_the_same_in_each_runtime(name, tmp_path):
     images = rng.integers(0, 256, (2, 64, 64, 3)).astype(np.float32)
     expected = model.predict(images, verbose=0)
     for (kind, artefact), run in zip(zip(EXPORTS, ARTEFACTS, strict=True), RUNTIMES.values(), strict=True):
-        WRITERS[kind](model, str(tmp_path / artefact), "float32", list)
+        FORMATS[kind].runtime().write(model, str(tmp_path / artefact), "float32", list)
         np.testing.assert_allclose(run(tmp_path / artefact, images), expected, atol=1e-5)
     shutil.rmtree(tmp_path)

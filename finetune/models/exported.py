@@ -1,0 +1,77 @@
+"""What the export formats share: a model in another runtime, and what is done to a Keras model before it is written."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+# Reads the training images, uint8 `(height, width, 3)`, from which the ranges of 8-bit activations follow.
+Calibration = Callable[[], list[np.ndarray]]
+
+
+class ExportedModel:
+    """A model that `compress_weights.py` exported, in its own runtime; has what predicting needs of a Keras model.
+
+    Args:
+        run: from images, float32 RGB `(batch, height, width, 3)` in `[0, 255]`, to probabilities, `(batch, classes)`.
+        input_shape: of its images, None for a size that is not fixed; that of the batch is of no account.
+        output_shape: of its probabilities.
+    """
+
+    def __init__(
+        self, run: Callable[[np.ndarray], np.ndarray], input_shape: Sequence[Any], output_shape: Sequence[Any]
+    ) -> None:
+        shapes = [
+            [size if isinstance(size, int) and size > 0 else None for size in shape[1:]]
+            for shape in (input_shape, output_shape)
+        ]
+        self.input_shape, self.output_shape = ((None, *shape) for shape in shapes)
+        self._run = run
+
+    def __call__(self, images: Any, training: bool = False) -> np.ndarray:
+        """Returns the probabilities of images of any numeric type, float32 `(batch, classes)`."""
+        return self._run(np.asarray(images, np.float32))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps TensorFlow from telling about its own old parts, and where it writes to."""
+    logger = logging.getLogger("tensorflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def describe_input(model: keras.Model, batch_size: int | None) -> tf.TensorSpec:
+    """Returns the form of the images that an export takes."""
+    return tf.TensorSpec((batch_size, *model.input_shape[1:]), tf.float32, name="image")
+
+
+def trace(model: keras.Model) -> tf.types.experimental.PolymorphicFunction:
+    """Returns a model as TensorFlow's function from float32 images to probabilities."""
+
+    def serve(image: tf.Tensor) -> tf.Tensor:
+        return model(image, training=False)
+
+    return tf.function(serve, input_signature=[describe_input(model, None)])
+
+
+def to_float32(model: keras.Model) -> keras.Model:
+    """Returns a model that computes in float32 with the same weights; the exporters know nothing of mixed precision."""
+    layers = model.to_json()
+    plain = re.sub('"mixed_b?float16"', '"float32"', layers)
+    if plain == layers:
+        return model
+    rebuilt = keras.models.model_from_json(plain)
+    rebuilt.set_weights(model.get_weights())
+    return rebuilt

@@ -1,0 +1,230 @@
+"""The registry of export formats, and how the files made of a model are named.
+
+Scripts ask it what a file is before TensorFlow is there: the module of a format is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from finetune.core.options import UserError
+from finetune.core.texts import join_names
+from finetune.core.values import find_nearest, quote_value
+
+if TYPE_CHECKING:
+    import keras
+
+    from finetune.models.exported import Calibration, ExportedModel
+
+MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
+# Of compressed models. Numbers in a weight: fewer take less than the file's note of it, so they stay exact; and as many
+# are worth the time that unpacking takes. In int8, fewer numbers than this save too little beside their scale.
+WEIGHTS_DTYPES = ("float32", "float16", "int8")
+# Of compressed weights and of their layers, which stand beside.
+WEIGHTS_ENDING, LAYERS_ENDING = ("_compressed", ".h5"), ("_compressed", ".json")
+# Marks an artefact that costs too much accuracy, in front of its suffix.
+REJECTED = ".rejected"
+
+
+class Runtime(Protocol):
+    """What the module of a format has."""
+
+    def write(self, model: keras.Model, path: str, precision: str, calibrate: Calibration) -> tuple[str, ...]:
+        """Writes a model in a precision of the format; returns the paths of what it wrote, the one to load first."""
+
+    def load(self, path: str) -> ExportedModel:
+        """Returns the model in a file or folder; fails in any way where it is damaged."""
+
+
+class Format(NamedTuple):
+    """An export format.
+
+    Attributes:
+        title: in messages, with its article.
+        endings: by precision, what follows the name of the model: a part of the name, and the suffix. float32 is what
+            is written unless export_quantization names another precision of the format.
+        runtime: imports and returns the module that writes and reads it.
+        loading: what runs it, in words, and Python code that the model card and the docs show: from `image`, the pixels
+            of a photo of the model's size, to `probabilities`; `{path}` stands for its path as Python writes it.
+        folder_mark: the name of a file that tells a folder of this format; empty where the suffix tells a file.
+        writer_packages: what only writing needs, as pip takes it, by the name to import.
+        reader_packages: what reading needs, likewise.
+    """
+
+    title: str
+    endings: Mapping[str, tuple[str, str]]
+    runtime: Callable[[], Runtime]
+    loading: tuple[str, str]
+    folder_mark: str = ""
+    writer_packages: Mapping[str, str] = {}
+    reader_packages: Mapping[str, str] = {}
+
+    def list_suffixes(self) -> list[str]:
+        """Returns the suffixes of its files."""
+        return list(dict.fromkeys(suffix for _, suffix in self.endings.values()))
+
+
+def _import_tflite() -> Runtime:
+    from finetune.models import tflite
+
+    return tflite
+
+
+def _import_onnx() -> Runtime:
+    from finetune.models import onnx_format
+
+    return onnx_format
+
+
+def _import_saved_model() -> Runtime:
+    from finetune.models import saved_model
+
+    return saved_model
+
+
+# By the word for --export.
+FORMATS: dict[str, Format] = {
+    "tflite": Format(
+        title="a TensorFlow Lite model",
+        endings={"float32": ("", ".tflite"), "dynamic": ("_dynamic", ".tflite"), "int8": ("_int8", ".tflite")},
+        runtime=_import_tflite,
+        loading=(
+            "ai_edge_litert, one image at a time",
+            "from ai_edge_litert.interpreter import Interpreter\n\n"
+            "model = Interpreter({path}).get_signature_runner()\n"
+            'probabilities = model(image=image[None].astype("float32"))["output_0"]',
+        ),
+    ),
+    "onnx": Format(
+        title="an ONNX model",
+        endings={"float32": ("", ".onnx")},
+        runtime=_import_onnx,
+        loading=(
+            "onnxruntime",
+            "import onnxruntime\n\nsession = onnxruntime.InferenceSession({path})\n"
+            'probabilities = session.run(None, {{"image": image[None].astype("float32")}})[0]',
+        ),
+        writer_packages={"tf2onnx": "tf2onnx>=1.17,<2"},
+        reader_packages={"onnxruntime": "onnxruntime>=1.20,<2"},
+    ),
+    "saved_model": Format(
+        title="a SavedModel",
+        endings={"float32": ("_saved_model", "")},
+        runtime=_import_saved_model,
+        loading=(
+            "TensorFlow",
+            "import tensorflow as tf\n\nmodel = tf.saved_model.load({path})\n"
+            "probabilities = model.serve(tf.constant(image[None], tf.float32)).numpy()",
+        ),
+        folder_mark="saved_model.pb",
+    ),
+}
+
+
+def list_quantizations() -> list[str]:
+    """Returns the precisions other than float32 that a format can hold."""
+    names = dict.fromkeys(name for one in FORMATS.values() for name in one.endings)
+    return [name for name in names if name != "float32"]
+
+
+def exports_fault(names: Sequence[str]) -> str:
+    """Returns what is wrong with a list of formats to export; empty where nothing is."""
+    unknown = [name for name in names if name not in FORMATS]
+    if not unknown:
+        return ""
+    nearest = find_nearest(unknown[0], list(FORMATS), alikeness=0.4)
+    hint = f"; did you mean {nearest}?" if nearest else ""
+    return f"expected any of {', '.join(FORMATS)}. Received: {quote_value(unknown[0])}{hint}"
+
+
+@contextlib.contextmanager
+def importing(purpose: str, packages: Mapping[str, str]) -> Iterator[None]:
+    """Tells how to install packages that few need, where importing one of them fails.
+
+    Args:
+        purpose: begins the message.
+        packages: as pip takes them, by the name to import; without any, an ImportError is a bug.
+
+    Raises:
+        UserError: one is missing.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if not packages:
+            raise
+        wanted = " ".join(f"'{package}'" for package in packages.values())
+        raise UserError(f"{purpose} needs {join_names([*packages])}: {error}. Install: pip install {wanted}") from error
+
+
+def find_format(path: str) -> Format | None:
+    """Returns the format of an exported model, as its path tells it; None of every other path."""
+    suffix = os.path.splitext(path)[1]
+    for one in FORMATS.values():
+        if one.folder_mark:
+            is_its = os.path.isfile(os.path.join(path, one.folder_mark))
+        else:
+            is_its = suffix in one.list_suffixes() and not os.path.isdir(path)
+        if is_its:
+            return one
+    return None
+
+
+def is_exported(path: str) -> bool:
+    """Tells whether a path is that of a model for another runtime than Keras."""
+    return find_format(path) is not None
+
+
+def require_format(path: str) -> Format:
+    """Returns the format of an exported model; raises UserError where its path tells none."""
+    found = find_format(path)
+    if found is None:
+        suffixes = [suffix for one in FORMATS.values() if not one.folder_mark for suffix in one.list_suffixes()]
+        marks = [one.folder_mark for one in FORMATS.values() if one.folder_mark]
+        ending = f"the ending {quote_value(os.path.splitext(path)[1])}"
+        raise UserError(
+            f"{path} is no exported model. Expected a file that ends in {' or '.join(suffixes)}, or a folder with "
+            f"{' or '.join(marks)}; Keras reads {', '.join(MODEL_SUFFIXES)}. Received: "
+            f"{'another folder' if os.path.isdir(path) else ending}. Name another, or export the model with "
+            "compress_weights.py --export."
+        )
+    return found
+
+
+def list_endings() -> set[tuple[str, str]]:
+    """Returns what follows the name of a model in the names of all that compress_weights.py makes of it."""
+    return {WEIGHTS_ENDING, LAYERS_ENDING, *(ending for one in FORMATS.values() for ending in one.endings.values())}
+
+
+def artefact_stem(path: str) -> str:
+    """Returns the name without ending of the model that a file or a folder was made of, or is."""
+    name = os.path.basename(os.path.normpath(path)).replace(REJECTED, "")
+    # The longest that fits counts.
+    for ending in sorted(map("".join, list_endings()), key=len, reverse=True):
+        if name.endswith(ending) and name != ending:
+            return name.removesuffix(ending)
+    return os.path.splitext(name)[0]
+
+
+def metadata_path(path: str) -> str:
+    """Returns where what an artefact needs beside it stands: its classes, its image size, its decision."""
+    return os.path.join(os.path.dirname(os.path.abspath(path)), f"{artefact_stem(path)}_metadata.json")
+
+
+def labels_path(path: str) -> str:
+    """Returns where the class names of an artefact stand, a line each."""
+    return metadata_path(path).removesuffix("_metadata.json") + "_labels.txt"
+
+
+def name_candidate(model_path: str, ending: tuple[str, str]) -> str:
+    """Returns the path of an artefact under the name of a rejected one: nothing unproven takes the name that ships."""
+    return os.path.join(os.path.dirname(model_path), artefact_stem(model_path) + REJECTED.join(ending))
+
+
+def name_accepted(path: str) -> str:
+    """Takes `.rejected` out of the name of a file or folder; what its folder is called stays."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, name.replace(REJECTED, ""))

@@ -1,0 +1,73 @@
+"""ONNX: writing a file by tf2onnx, and running it in ONNX Runtime; the registry tells which of them is missing."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import keras
+import numpy as np
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+from finetune.core.files import atomic_path
+from finetune.models.exported import Calibration, ExportedModel, quiet, to_float32, trace
+
+if TYPE_CHECKING:
+    import tf2onnx
+
+
+def write(model: keras.Model, path: str, precision: str, _: Calibration) -> tuple[str, ...]:
+    """Writes a file that takes any number of images; returns its path.
+
+    By tf2onnx itself: through Keras 3.15 it fails on GELU and grouped convolutions, which ConvNeXt has, and on the
+    numbers of a Normalization layer, which EfficientNet has.
+    """
+    import tf2onnx
+
+    function = trace(to_float32(model)).get_concrete_function()
+    frozen = convert_variables_to_constants_v2(function, lower_control_flow=False)
+    graph = frozen.graph.as_graph_def()
+    for function in graph.library.function:
+        # What Keras leaves to XLA would stay a call; without this it becomes part of the graph.
+        function.attr.pop("_noinline", None)
+    for node in [*graph.node, *(node for function in graph.library.function for node in function.node_def)]:
+        node.attr.pop("_XlaMustCompile", None)
+    (image,), (probabilities,) = ([end.name for end in ends] for ends in (frozen.inputs, frozen.outputs))
+    with atomic_path(path) as temporary, quiet():
+        tf2onnx.convert.from_graph_def(
+            graph,
+            input_names=[image],
+            output_names=[probabilities],
+            tensors_to_rename={image: "image", probabilities: "probabilities"},
+            custom_op_handlers={"Erfc": (convert_erfc, [])},
+            output_path=temporary,
+        )
+    # tf2onnx leaves copies of the graph in circles, which Python would find late: 6 GB of ConvNeXtTiny.
+    gc.collect()
+    return (path,)
+
+
+def convert_erfc(graph: tf2onnx.graph.Graph, node: tf2onnx.graph.Node, name: str, _: list) -> None:
+    """Makes of a node `erfc(x)`, which ONNX has not, `1 - erf(x)`; as tf2onnx calls it."""
+    (output,) = node.output
+    consumers, shape, dtype = graph.find_output_consumers(output), graph.get_shape(output), graph.get_dtype(output)
+    node.type, node.domain = "Erf", ""
+    one = graph.make_const(f"{name}/one", np.ones(1, np.float32))
+    difference = graph.make_node("Sub", [one.output[0], output], shapes=[shape], dtypes=[dtype])
+    graph.replace_all_inputs(output, difference.output[0], ops=consumers)
+
+
+def load(path: str) -> ExportedModel:
+    """Loads a file into ONNX Runtime, on a GPU where it can use one."""
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    # Others that may be there compile for minutes, or send the images elsewhere.
+    providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+    session = onnxruntime.InferenceSession(path, providers=providers)
+    (inputs,), (outputs,) = session.get_inputs(), session.get_outputs()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return session.run(None, {inputs.name: images})[0]
+
+    return ExportedModel(run, inputs.shape, outputs.shape)

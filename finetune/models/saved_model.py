@@ -1,0 +1,84 @@
+"""TensorFlow's SavedModel: writing a folder, and running it once it is known to do no more than compute."""
+
+from __future__ import annotations
+
+import os
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.python.framework import op_def_registry
+
+from finetune.core.files import atomic_path
+from finetune.core.options import UserError
+from finetune.core.texts import shorten
+from finetune.models.exported import Calibration, ExportedModel, quiet, to_float32, trace
+
+# Ops with a state that do no more than read a model's own weights, or call other functions that are looked at too.
+READING_OPS = {"VarHandleOp", "ReadVariableOp", "DisableCopyOnRead", "StatefulPartitionedCall"}
+HARMLESS_OBJECTS = {"user_object", "function", "bare_concrete_function", "variable", "constant", "captured_tensor"}
+
+
+def write(model: keras.Model, path: str, precision: str, _: Calibration) -> tuple[str, ...]:
+    """Writes a folder that takes any number of images; returns its path.
+
+    By TensorFlow's own exporter: Keras 3.15's writes each weight twice (github.com/keras-team/keras/issues/23553).
+    """
+    model, module = to_float32(model), tf.Module()
+    module.weights = [weight.value for weight in model.variables]
+    module.serve = trace(model)
+    with atomic_path(path) as temporary, quiet():
+        tf.saved_model.save(module, temporary, signatures=module.serve)
+    return (path,)
+
+
+def load(path: str) -> ExportedModel:
+    """Loads a folder into TensorFlow; raises UserError where it holds more than what computes."""
+    _check_graph(path)
+    loaded = tf.saved_model.load(path)
+    function = loaded.signatures["serving_default"]
+    ((name, inputs),) = function.structured_input_signature[1].items()
+    ((output_name, outputs),) = function.structured_outputs.items()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        # The function alone does not keep the weights.
+        return loaded.signatures["serving_default"](**{name: tf.constant(images)})[output_name].numpy()
+
+    return ExportedModel(run, inputs.shape, outputs.shape)
+
+
+def _check_graph(path: str) -> None:
+    """Checks that a SavedModel does no more than compute: TensorFlow's programs may write files and run Python.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    content = saved_model_pb2.SavedModel()
+    with open(os.path.join(path, "saved_model.pb"), "rb") as file:
+        content.ParseFromString(file.read())
+    (graph,) = content.meta_graphs
+    if not graph.HasField("object_graph_def"):
+        # TensorFlow 1's form, whose loading runs whatever the file names.
+        raise ValueError("It is of TensorFlow 1.")
+    functions = {function.signature.name: function for function in graph.graph_def.library.function}
+    foreign = {node.WhichOneof("kind") for node in graph.object_graph_def.nodes} - HARMLESS_OBJECTS
+    # What cannot be reached from here, such as the function that saves the weights, never runs.
+    pending, seen = list(graph.object_graph_def.concrete_functions), set()
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for node in functions[name].node_def:
+            called = [attribute.func.name for attribute in node.attr.values() if attribute.HasField("func")]
+            called += [part.name for attribute in node.attr.values() for part in attribute.list.func]
+            pending += called
+            definition = op_def_registry.get(node.op)
+            if node.op not in READING_OPS and (definition is None or definition.is_stateful):
+                foreign.add(node.op)
+    if foreign:
+        raise UserError(
+            f"{path} is not loaded: it holds {shorten(min(map(str, foreign)))}, which does more than compute. "
+            "Export the model again with compress_weights.py --export saved_model."
+        )
