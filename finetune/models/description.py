@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import lzma
 import os
 import shutil
 import zipfile
+import zlib
 from typing import Any, NamedTuple
 
 from configs import Configs
@@ -37,6 +39,8 @@ NEEDED = {
 # Values that say nothing: a run that has seen no TIFF that needs a range has an empty one.
 UNKNOWN = (("classes", None), ("pixel_range", []))
 BLOCK = 2**20
+# What zipfile and json raise on a damaged archive; RuntimeError also of an encrypted one, and of nesting without end.
+DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 class Description(NamedTuple):
@@ -99,8 +103,7 @@ def read_description(path: str) -> dict[str, Any] | None:
             return None
         if not isinstance(content, dict) or not isinstance(content.get("options"), dict) or "decision" not in content:
             raise ValueError("it lacks parts")
-    except Exception as error:
-        # zipfile and json fail in many ways on a damaged file; each of them is the file's fault.
+    except ValueError as error:
         raise UserError(f"{path} carries a {DESCRIPTION_MEMBER} that is damaged: {error}. Copy it again.") from error
     return content
 
@@ -109,16 +112,19 @@ def read_member(path: str, name: str, largest: int) -> Any:
     """Returns what a JSON member of a `.keras` file holds; None if the file is no archive or has no such member.
 
     Raises:
-        Exception: of any kind, where it is damaged.
+        ValueError: it is damaged.
     """
     if not zipfile.is_zipfile(path):
         return None
-    with zipfile.ZipFile(path) as archive:
-        if name not in archive.namelist():
-            return None
-        if archive.getinfo(name).file_size > largest:
-            raise ValueError("it is too large")
-        content = json.loads(archive.read(name))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if name not in archive.namelist():
+                return None
+            if archive.getinfo(name).file_size > largest:
+                raise ValueError("it is too large")
+            content = json.loads(archive.read(name))
+    except DAMAGE as error:
+        raise ValueError(str(error)) from error
     if content is None:
         raise ValueError("it is null")
     return content
@@ -174,16 +180,27 @@ def _read_own(model_path: str) -> tuple[str, dict[str, Any]]:
     if content := read_description(model_path):
         options = Configs.convert_all(content["options"], is_text=False, source=model_path)
         return INSIDE, _check_described(options, model_path)
-    try:
-        state = read_member(model_path, STATE_MEMBER, LARGEST_STATE)
-        options = Configs.convert_all(select_described(state["configs"]), is_text=False, source=model_path)
-        return INSIDE, _check_described(options, model_path)
-    except Exception:
-        # It has none, or a damaged one, which only matters if training goes on from it.
-        pass
+    if options := _read_options_of_state(model_path):
+        return INSIDE, options
     if not os.path.isfile(path := metadata_path(model_path)):
         return "", {}
     return os.path.basename(path), _check_described(Configs.read_json(path, part="options"), path)
+
+
+def _read_options_of_state(model_path: str) -> dict[str, Any]:
+    """Returns what the training state in a model file, if any, says of the model.
+
+    Empty where the state is damaged, which only matters if training goes on from it.
+    """
+    try:
+        state = read_member(model_path, STATE_MEMBER, LARGEST_STATE)
+        stored = state.get("configs") if isinstance(state, dict) else None
+        if not isinstance(stored, dict):
+            return {}
+        options = Configs.convert_all(select_described(stored), is_text=False, source=model_path)
+        return _check_described(options, model_path)
+    except (ValueError, UserError):
+        return {}
 
 
 def _check_described(options: dict[str, Any], path: str) -> dict[str, Any]:

@@ -32,8 +32,7 @@ def read_state(path: str) -> dict[str, Any] | None:
             return None
         if not isinstance(state, dict) or not state.keys() >= STATE_PARTS:
             raise ValueError("it lacks parts")
-    except Exception as error:
-        # zipfile and json fail in many ways on a damaged file; each of them is the file's fault.
+    except ValueError as error:
         raise UserError(f"{path} carries a training state that is damaged: {error}. Use another checkpoint.") from error
     return state
 

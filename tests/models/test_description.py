@@ -147,6 +147,28 @@ def test_the_state_of_older_checkpoints_names_the_classes(bare):
         read_state(bare)
 
 
+@pytest.mark.parametrize("state", ["{", "null", "[" * 10_000, "[]", '{"configs": 1}', '{"configs": {"classes": 1}}'])
+def test_damaged_state_says_nothing_of_a_model(bare, state):
+    with zipfile.ZipFile(bare, "a") as archive:
+        archive.writestr("training_state.json", state)
+    assert find_description(bare).options == {}
+    with pytest.raises(UserError, match="damaged") as caught:
+        read_state(bare)
+    assert bare in str(caught.value)
+
+
+def test_fault_of_the_program_in_reading_a_state_is_not_hidden(bare, monkeypatch):
+    with zipfile.ZipFile(bare, "a") as archive:
+        archive.writestr("training_state.json", json.dumps({"configs": OPTIONS}))
+
+    def fail(*_, **__):
+        raise NameError("select")
+
+    monkeypatch.setattr("finetune.model_description.select_described", fail)
+    with pytest.raises(NameError):
+        find_description(bare)
+
+
 def test_without_a_description_nothing_is_guessed(bare, photo_folder):
     with pytest.raises(UserError, match="classes, image_target_size, resize_mode, multi_label") as caught:
         run_predict(bare, photo_folder)
