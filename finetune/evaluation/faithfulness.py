@@ -214,7 +214,7 @@ def describe_faithfulness(summary: dict[str, Any], number_of_images: int) -> str
     measured += f"a random {share} {effects[1]}."
     if summary["verdict"] is None:
         return f"{measured} Too few images for a verdict on the maps: at least {FEWEST_IMAGES} are needed."
-    explained, low, high = (f"{100 * summary[name]:.0f}" for name in ("explained", "low", "high"))
+    explained, low, high = (round(100 * summary[name]) for name in ("explained", "low", "high"))
     return (
         f"{measured} The maps explain {explained} % (95 % interval {low} to {high} %) of the drop that is possible "
         f"beyond a random part. {_explain_verdict(summary)}"

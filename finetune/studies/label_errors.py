@@ -127,6 +127,15 @@ def refuse_one_label(class_names: Sequence[str], csv_path: str) -> None:
         )
 
 
+def refuse_labels_of_all(labels: np.ndarray, class_names: Sequence[str], csv_path: str) -> None:
+    """Raises UserError if every image has every label, so that no other image shows what it is to lack one."""
+    if labels.ndim == 2 and labels.all():
+        raise UserError(
+            f"{csv_path}: every image has the same labels, {LABEL_SEPARATOR.join(class_names)}. Expected images that "
+            "lack one of them, or a run that knows such images: name it by load_model_path."
+        )
+
+
 def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
     """Reads the images of a table and answers for each by what has not learnt from it.
 
@@ -148,6 +157,7 @@ def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
         left_out |= find_learnt_rows(judge.path, csv_path, files, left_out, groups)
     sequence = get_generator(csv_path, configs.classes, configs, training=False, bad_rows=left_out)
     if not judge.path:
+        refuse_labels_of_all(sequence.labels, configs.classes, csv_path)
         refuse_lone_classes(sequence.labels, sequence.get_groups(), len(configs.classes), csv_path)
     rows = np.setdiff1d(np.arange(2, len(names) + 2), np.array(sorted(left_out), int))
     classifier = get_classifier(judge.model)
@@ -316,8 +326,10 @@ def score_labels(labels: np.ndarray, probabilities: np.ndarray, multi_label: boo
     Source: Kuan and Mueller, ICML 2022 workshop DataPerf; multi-label Thyagarajan et al., 2022 (arXiv:2211.13895).
     """
     if multi_label:
-        given = [np.flatnonzero(row).tolist() for row in labels]
-        return cleanlab.multilabel_classification.get_label_quality_scores(given, probabilities)
+        # cleanlab refuses labels that all images have: one more image, without the last label, changes no other score.
+        given = [*(np.flatnonzero(row).tolist() for row in labels), [0]]
+        padded = np.concatenate([probabilities, probabilities[:1]])
+        return cleanlab.multilabel_classification.get_label_quality_scores(given, padded)[:-1]
     return cleanlab.rank.get_label_quality_scores(labels, probabilities, method="self_confidence")
 
 

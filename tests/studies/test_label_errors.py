@@ -21,6 +21,7 @@ from finetune.studies.label_errors import (
     find_likely,
     find_neighbours,
     rank_suspects,
+    score_labels,
     summarize,
 )
 from finetune.training.probe import compute_features, cross_validate, initialize_head
@@ -147,6 +148,20 @@ def test_a_table_of_one_label_alone_is_refused(tmp_path):
     (tmp_path / "one.csv").write_text("path,class\na.jpg,a\nb.jpg,a\n", "utf-8")
     with pytest.raises(UserError, match=r"one\.csv: every image has the only label, a\."):
         run(tmp_path / "one.csv", multi_label_classification=True)
+
+
+def test_table_whose_images_all_have_every_label_is_refused(table, tmp_path):
+    path = tmp_path / "all.csv"
+    pd.read_csv(table).assign(**{"class": "red$blue"}).to_csv(path, index=False)
+    with pytest.raises(UserError, match=r"all\.csv: every image has the same labels, blue\$red\."):
+        run(path, multi_label_classification=True)
+
+
+def test_labels_that_all_images_have_are_scored_as_others():
+    labels, probabilities = np.array([[1, 1], [1, 1], [1, 0]]), np.array([[0.9, 0.2], [0.6, 0.7], [0.5, 0.5]])
+    scores = score_labels(labels, probabilities, True)
+    np.testing.assert_allclose(score_labels(labels[:2], probabilities[:2], True), scores[:2])
+    np.testing.assert_allclose(score_labels(labels[:1], probabilities[:1], True), scores[:1])
 
 
 def test_in_a_table_of_one_class_other_answers_are_counted():
