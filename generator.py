@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from augmenter import build_augmenter
 from configs import Configs
-from finetune.core.arguments import take_flag, take_names, take_path
+from finetune.core.arguments import take_flag, take_names, take_path, take_rows
 from finetune.core.options import UserError
 from finetune.core.texts import join_names, show_count
 from finetune.core.values import get_input_size
@@ -211,6 +211,7 @@ def _list_images(
     csv_path: str, class_names: Sequence[str], configs: Configs, bad_rows: Collection[int] | None
 ) -> tuple[pd.DataFrame, list[str], np.ndarray]:
     """Returns a table's rows of usable images, the paths of these, and their labels as `encode_labels` gives them."""
+    bad_rows = bad_rows if bad_rows is None else take_rows("bad_rows", bad_rows)
     table = read_table(csv_path, configs.csv_label_column, configs.multi_label_classification)
     labels = encode_labels(table[configs.csv_label_column], class_names, configs.multi_label_classification, csv_path)
     paths = [join_path(configs.image_directory, path) for path in table[IMAGE_COLUMN]]

@@ -56,6 +56,17 @@ def take_number(name: str, value: Any) -> int:
     return number
 
 
+def take_rows(name: str, value: Any) -> set[int]:
+    """Returns line numbers of a table, whose header is line 1; raises UserError if a value isn't that."""
+    try:
+        rows = {operator.index(row) for row in value}
+    except TypeError:
+        rows = {0}
+    if isinstance(value, bytes) or min(rows, default=2) < 2:
+        raise argument_error(name, "line numbers of the table, from 2 on, or None", value)
+    return rows
+
+
 def take_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     """Returns a value; raises UserError if it isn't one of the choices."""
     if not isinstance(value, str) or value not in choices:

@@ -14,7 +14,7 @@ import numpy as np
 from imgaug import augmenters as iaa
 
 from configs import MAX_IMAGE_PIXELS, Configs
-from finetune.core.arguments import check_rows, take_size
+from finetune.core.arguments import argument_error, check_rows, take_size
 from finetune.core.options import UserError
 from finetune.data.images import JPEG_HEADER, PAD_GREY, read_image, resize_image, shape_image
 from finetune.loading.caches import DiskCache, MemoryCache
@@ -108,6 +108,8 @@ class ImageBatches:
         self.paths = np.asarray(self.paths, dtype=object)
         self.labels = np.asarray(self.labels)
         check_rows("labels", self.labels, self.paths)
+        if not isinstance(self.shares, Shares | None):
+            raise argument_error("shares", "Shares or None", self.shares)
         self.image_size = take_size("image_size", self.image_size)
         self.gives_shares = self.shares is not None and self.shuffle
         self.shares = self.shares or Shares()

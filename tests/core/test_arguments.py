@@ -94,6 +94,8 @@ def test_shared_functions_check_their_configs(tmp_path):
     refuse("class_names", utils.get_generator, "table.csv", "abc", Configs(), True)
     refuse("csv_path", utils.get_generator, None, CLASSES, Configs(), True)
     refuse("training", utils.get_generator, "table.csv", CLASSES, Configs(), "no")
+    for rows in ("x", b"x", 5, [1.5], [1], ["3"]):
+        refuse("bad_rows", utils.get_generator, "table.csv", CLASSES, Configs(), True, rows)
     refuse("visual_model_name", ModelFactory().get_input_size, "VGG")
     refuse("visual_model_name", ModelFactory().get_last_conv_layer, None)
     refuse("augmentation_strength", build_augmenter, "much")
@@ -269,6 +271,7 @@ def test_model_files_are_named_by_paths(model, tmp_path):
         ("random_seed", {"seed": -1}),
         ("generator_workers", {"workers": "4"}),
         ("generator_queue_length", {"max_queue_size": 0}),
+        ("shares", {"shares": 2}),
     ],
 )
 def test_a_sequence_refuses(name, options):
