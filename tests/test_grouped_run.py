@@ -12,7 +12,9 @@ import test
 import train
 from configs import Configs
 from finetune.core.options import UserError
+from finetune.loading.batches import Shares
 from finetune.training.probe import initialize_head
+from finetune.training.training import get_images
 
 SMALL = {**TINY, "image_target_size": (32, 32, 3), "use_imagenet_weights": False, "show_model_summary": False}
 
@@ -72,6 +74,16 @@ def test_every_script_says_how_many_groups_its_results_rest_on(tables, capsys, m
     assert "on 12 test images in 6 groups" in card
     assert "lie in 6 groups only" in page
     assert "lie in 6 groups only" in card
+
+
+def test_training_says_which_tables_share_groups(tables, tmp_path, capsys):
+    path = str(tmp_path / "v.csv")
+    pd.read_csv(tables / "validation.csv").assign(group="pair 0").to_csv(path, index=False)
+    configs = configs_of(tables, validation_csv=path, classes=["blue", "green", "red"])
+    get_images(configs, {configs.train_csv: set(), path: set()}, Shares())
+    shown = capsys.readouterr().out
+    assert f"6 of the 6 images of {path} belong to 1 group of {configs.train_csv}" in shown
+    assert configs.test_csv not in shown
 
 
 def test_a_column_to_report_by_that_is_not_there_is_told(tables, trained_elsewhere):

@@ -11,7 +11,7 @@ from scipy import sparse
 
 from finetune.core.options import UserError
 from finetune.core.texts import join_names, show_count
-from finetune.data.tables import GROUP_COLUMN
+from finetune.data.tables import GROUP_COLUMN, parse_table
 
 
 def read_groups(table: pd.DataFrame, label_column: str) -> np.ndarray | None:
@@ -31,6 +31,25 @@ def find_shared(names: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the positions of the images whose group, as `read_group_names` gives it, is in another table too."""
     known = {name for other in others for name in other if name}
     return np.flatnonzero([name in known for name in names])
+
+
+def warn_of_shared_groups(csv_paths: dict[str, str], label_column: str) -> None:
+    """Prints how many images of the other sets belong to groups that are in the training set too.
+
+    Args:
+        csv_paths: by the set's name, `training` first.
+        label_column: name of the column with the labels.
+    """
+    names = {name: read_group_names(parse_table(path, label_column), label_column) for name, path in csv_paths.items()}
+    known = names.pop("training")
+    for name, groups in names.items():
+        if (shared := find_shared(groups, [known])).size:
+            found = show_count(len({*groups[shared]}), "group")
+            print(
+                f"Warning: {len(shared)} of the {len(groups)} images of {csv_paths[name]} belong to {found} of "
+                f"{csv_paths['training']} (column '{GROUP_COLUMN}'): the results of the {name} set will be too good. "
+                "Split again with split_train_test.py."
+            )
 
 
 def describe_shared(set_name: str, figures: dict[str, Any]) -> str:

@@ -20,6 +20,8 @@ from finetune.core.files import find_existing
 from finetune.core.options import UserError
 from finetune.core.texts import MOST_TELLING, join_names, show_bytes
 from finetune.core.values import get_input_size
+from finetune.data.data_check import list_sets
+from finetune.data.groups import warn_of_shared_groups
 from finetune.data.tables import count_labels, resolve_class_names, warn_of_missing_classes
 from finetune.evaluation.paired_comparison import describe_epoch
 from finetune.models.description import hash_model
@@ -146,6 +148,7 @@ def get_images(configs: Configs, bad_rows: dict[str, set[int]], shares: Shares) 
     print(f"{len(training.paths)} training images, {len(validation.paths)} validation images.")
     for name, images in (("training", training), ("validation", validation)):
         warn_of_missing_classes(count_labels(images.labels, len(configs.classes)), configs.classes, name)
+    warn_of_shared_groups(list_sets(configs), configs.csv_label_column)
     number = f" ({len(configs.classes)})" if len(configs.classes) > MOST_TELLING else ""
     print(f"Classes{number}: {join_names(configs.classes, MOST_TELLING)}")
     return Images(training, validation)

@@ -17,6 +17,7 @@ from finetune.data.groups import (
     read_group_names,
     read_groups,
     refuse_lone_classes,
+    warn_of_shared_groups,
 )
 
 
@@ -53,6 +54,20 @@ def test_groups_of_several_tables_are_the_same_by_name():
         "validation set belong to groups that the model was trained on: what is fitted on it is too sure" in validation
     )
     assert describe_shared("test", {"images": 4}) == ""
+
+
+def test_groups_in_training_and_another_set_are_told(tmp_path, capsys):
+    names = {"training": ["a", "a", "", "c"], "validation": ["a", " c", "c ", "d", ""], "test": ["e", ""]}
+    paths = {name: str(tmp_path / f"{name}.csv") for name in names}
+    for name, groups in names.items():
+        table = pd.DataFrame({"path": [f"{name}{row}.jpg" for row in range(len(groups))], "class": "x"})
+        table.assign(group=groups).to_csv(paths[name], index=False)
+    warn_of_shared_groups(paths, "class")
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) == 1
+    assert f"3 of the 5 images of {paths['validation']} belong to 2 groups of {paths['training']}" in shown
+    warn_of_shared_groups(paths, "group")
+    assert capsys.readouterr().out == ""
 
 
 def test_images_that_are_each_a_group_of_their_own_have_none():
