@@ -23,7 +23,7 @@ from finetune.core.texts import join_names, show_count
 from finetune.core.values import get_input_size
 from finetune.data.data_check import check_images
 from finetune.data.groups import pick_groups, read_group_names, read_groups
-from finetune.data.pixel_range import tell_assumed_range
+from finetune.data.pixel_range import tell_assumed_range, tell_unfit_range
 from finetune.data.stores import join_path
 from finetune.data.tables import IMAGE_COLUMN, encode_labels, read_table
 from finetune.loading.batch_processes import BatchProcesses
@@ -220,6 +220,7 @@ def _list_images(
             paths, csv_path, configs.max_image_pixels, configs.generator_workers, configs.skip_bad_images
         )
         tell_assumed_range(csv_path, paths, configs.pixel_range)
+        tell_unfit_range(csv_path, paths, configs.pixel_range)
     kept = np.setdiff1d(np.arange(len(paths)), np.array(sorted(bad_rows), int) - 2)
     if not kept.size:
         raise UserError(f"{csv_path}: none of the {len(paths)} images can be read. Check image_directory.")

@@ -14,12 +14,15 @@ from finetune.data.findings import BadImage
 from finetune.data.headers import PILLOW_ERRORS
 from finetune.data.stores import is_url, open_url, read_bytes
 from finetune.data.tables import make_image_table, parse_table
-from finetune.data.tiffs import ASSUMED_RANGES, Layout, Measure, measure_values, read_layout
+from finetune.data.tiffs import ASSUMED_RANGES, Layout, Measure, find_range, measure_values, read_layout
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 NAMES = {"float": "float TIFFs", "integer": "32-bit integer TIFFs"}
 # Far enough from float64's own limits for differences to be finite.
 LARGEST = 2.0**1022
+# How many images are compared with a given range; the share of a picture's values beyond it, and the share of it that a
+# picture spans, from which on little is left to see.
+MOST_COMPARED, TOO_FAR_BEYOND, LEAST_SPAN = 100, 0.5, 0.02
 
 
 def settle_tables(configs: Configs, csv_paths: Sequence[str]) -> Configs:
@@ -89,6 +92,35 @@ def tell_assumed_range(source: str, files: Sequence[str], pixel_range: Sequence[
             f"{source}: {show_count(number, 'float or 32-bit TIFF')} without a pixel_range from training images. "
             f"Assumed: in floats {floats}, in integers {integers}. --pixel_range LOW HIGH sets other values."
         )
+
+
+def tell_unfit_range(source: str, files: Sequence[str], pixel_range: Sequence[float]) -> None:
+    """Prints how many images a given `pixel_range` makes mostly black or white; compares up to `MOST_COMPARED`."""
+    if not len(pixel_range):
+        return
+    with ThreadPoolExecutor() as pool:
+        needing = [file for file, needs in zip(files, pool.map(needs_range, files, chunksize=64), strict=True) if needs]
+        compared = needing[:: max(1, -(-len(needing) // MOST_COMPARED))]
+        unfit = [file for file in compared if is_unfit(file, pixel_range)]
+    if unfit:
+        kinds = zip(NAMES.values(), (find_range(pixel_range, kind) for kind in NAMES), strict=True)
+        ranges = ", ".join(f"{low:g} to {high:g} for {name}" for name, (low, high) in kinds)
+        print(
+            f"{source}: {len(unfit)} of {show_count(len(compared), 'float or 32-bit TIFF')} compared with pixel_range "
+            f"({ranges}) become mostly black or white, as {unfit[0]} does. Check their units."
+        )
+
+
+def is_unfit(path: str, pixel_range: Sequence[float]) -> bool:
+    """Returns whether `pixel_range` leaves little to see of a TIFF; False of one that is flat or cannot be read."""
+    try:
+        layout = read_range_layout(path)
+        found = measure_values(read_bytes(path).tobytes(), layout, pixel_range)
+    except (BadImage, *PILLOW_ERRORS):
+        return False
+    low, high = find_range(pixel_range, found.kind)
+    span = min(found.high, high) - max(found.low, low)
+    return found.low < found.high and (found.beyond > TOO_FAR_BEYOND or span < LEAST_SPAN * (high - low))
 
 
 def needs_range(path: str) -> bool:

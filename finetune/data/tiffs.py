@@ -381,7 +381,7 @@ def find_odd_values(data: bytes, pixel_range: Sequence[float]) -> Iterator[tuple
         return
     found = measure_values(data, layout, pixel_range)
     if found.odd:
-        yield "odd_values", f"it has {show_count(found.odd, 'value')} that are infinite or NaN"
+        yield "odd_values", f"it has {show_count(found.odd, 'infinite or NaN value')}"
     if found.beyond > MOST_BEYOND:
         low, high = find_range(pixel_range, layout.kind)
         reach = f"its values reach from {found.low:g} to {found.high:g}"

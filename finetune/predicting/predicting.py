@@ -18,13 +18,13 @@ from finetune.core.options import UserError
 from finetune.core.texts import show_progress
 from finetune.core.values import get_input_size
 from finetune.data.images import fit_image, read_image
-from finetune.data.pixel_range import tell_assumed_range
+from finetune.data.pixel_range import tell_assumed_range, tell_unfit_range
 from finetune.evaluation.decision import THRESHOLD_TYPES, Decision
 from finetune.evaluation.metrics import check_finite
 from finetune.loading.kernels import FusedAugmenter
 from finetune.models.exported import ExportedModel
 from finetune.predicting.kept_answers import KeptAnswers, identify
-from finetune.predicting.runtimes import compile_predictor
+from finetune.predicting.runtimes import ExportedModel, compile_predictor
 from generator import AugmentedImageSequence, naming_bad_images, tell_bad_images
 
 
@@ -230,7 +230,8 @@ def predict_missing(
 ) -> None:
     """Runs the model over the images that have no answer yet, and adds the answers.
 
-    Prints which values are assumed to be black and white if images need a `pixel_range` and there is none.
+    Prints which values are assumed to be black and white if images need a `pixel_range` and there is none, and which
+    images do not fit the one that there is.
 
     Args:
         model: gives its own probabilities, of which the means over the views are taken.
@@ -242,6 +243,7 @@ def predict_missing(
         UserError: the model's probabilities are not finite, or the answers cannot be written.
     """
     tell_assumed_range("The images to predict", kept.paths, configs.pixel_range)
+    tell_unfit_range("The images to predict", kept.paths, configs.pixel_range)
     network, missing = compile_predictor(model), kept.missing
     paths, size = [kept.paths[row] for row in missing], get_input_size(configs)
     reader = ForgivingReader(paths, size, configs.resize_mode, configs.max_image_pixels, configs.pixel_range)

@@ -19,7 +19,7 @@ from finetune.data.data_check import check_data
 from finetune.data.findings import BadImage
 from finetune.data.images import decode_image, read_image
 from finetune.data.inspection import inspect_image
-from finetune.data.pixel_range import settle_files
+from finetune.data.pixel_range import settle_files, tell_unfit_range
 from finetune.data.tables import ImageTable
 from finetune.loading.caches import DiskCache, digest_image
 from finetune.training.run_folder import describe_model
@@ -299,7 +299,7 @@ def test_the_full_check_tells_infinities_and_what_is_beyond_the_range(tmp_path):
     found = check_data([table], False, "full", pixel_range=(0, 1)).findings
     found = [one for one in found if one.kind == "odd_values"]
     assert [one.row for one in found] == [3, 4]
-    assert "3 values" in found[0].detail
+    assert "3 infinite or NaN values" in found[0].detail
     assert "75 %" in found[1].detail
     found = check_data([table], False, "full", pixel_range=(0, 4)).findings
     assert [one.row for one in found if one.kind == "odd_values"] == [3]
@@ -331,6 +331,23 @@ def test_a_generator_without_a_range_tells_what_it_assumes(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("factor", [100, 1e-3])
+def test_pictures_that_a_range_makes_white_or_black_are_told(tmp_path, capsys, factor):
+    ramp = np.linspace(0, 1000, 64, dtype=np.float32).reshape(8, 8)
+    right, flat, wrong = write_tiffs(tmp_path, right=ramp, flat=np.zeros_like(ramp), wrong=ramp * factor)
+    tell_unfit_range("photos", [right, flat, str(tmp_path / "missing.tif")], (0, 1000))
+    tell_unfit_range("photos", [wrong], ())
+    assert capsys.readouterr().out == ""
+    tell_unfit_range("photos", [right, wrong, flat], (0, 1000))
+    told = capsys.readouterr().out
+    assert "photos: 1 of 3" in told
+    assert "0 to 1000" in told
+    assert wrong in told
+    (tmp_path / "a.csv").write_text(f"path,class\n{wrong},red\n")
+    get_generator(str(tmp_path / "a.csv"), ["red"], Configs(pixel_range=[0, 1000]), training=False)
+    assert wrong in capsys.readouterr().out
+
+
 def write_set(folder, name, high):
     """Writes twelve pictures of two classes whose values reach from -0.5 to `high`, and their table."""
     rows = []
@@ -353,10 +370,12 @@ def test_a_run_keeps_the_range_of_its_training_images(tmp_path, small_run, capsy
     with pytest.raises(UserError, match="pixel_range"):
         describe_model(Configs(pixel_range=[0, 9]), f"{folder}/best_model.keras")
     train.main(small_run(*tables, num_epochs=2, load_model_path=folder))
-    assert "pixel_range" not in capsys.readouterr().out
+    assert "sets other values" not in capsys.readouterr().out
     options = {"input": str(tmp_path / "test_0.tif"), "write_path": str(tmp_path / "p.csv"), "load_model_path": folder}
     predict.main(PredictConfigs(**options))
-    assert "pixel_range" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "sets other values" not in told
+    assert "-0.5 to 3" in told
 
 
 @pytest.mark.parametrize("stored", [{}, {"pixel_range": []}])
