@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from finetune.core.options import UserError
+from finetune.core.streams import LastingStream
 from finetune.core.texts import join_names, shorten
+from finetune.training.workers import read_cluster
 
 ADDRESS = re.compile(r"[^\s/]+:[0-9]{1,5}")
 # How long every worker may take to come, in seconds.
@@ -89,8 +91,9 @@ def end_at_once(status: int) -> None:
     """Ends this process before TensorFlow closes its connections: ten seconds, and errors about the other workers."""
     # Python sets it where an error has ended the script.
     if not hasattr(sys, "last_type"):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            # What a closed or missing stream raises would leave the end to TensorFlow.
+            LastingStream(stream).flush()
         os._exit(status)
 
 

@@ -46,6 +46,17 @@ def main(configs: Configs):
 
 run_script(main)
 """
+# Its end has no output to flush: there is none, or nobody reads it.
+ENDS = """
+import os, sys
+from finetune.team import end_at_once
+class Broken:
+    def flush(self):
+        raise BrokenPipeError
+sys.stdout, sys.stderr = None, Broken()
+end_at_once(7)
+os._exit(1)
+"""
 posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
 
 
@@ -519,3 +530,8 @@ def test_the_manual_says_what_the_code_does():
         assert words in manual
     assert f"port {SLURM_PORT} for the first task on a host, {SLURM_PORT + 1} for the second" in manual
     assert f"{2 * PING_SECONDS:.0f} s if raised by TensorFlow" in manual
+
+
+def test_a_process_without_output_ends_at_once():
+    ended = subprocess.run([sys.executable, "-c", ENDS], cwd=PROJECT, capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (7, b"")
