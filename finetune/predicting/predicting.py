@@ -24,7 +24,7 @@ from finetune.evaluation.metrics import check_finite
 from finetune.loading.kernels import FusedAugmenter
 from finetune.models.exported import ExportedModel
 from finetune.predicting.kept_answers import KeptAnswers, identify
-from finetune.predicting.runtimes import ExportedModel, compile_predictor
+from finetune.predicting.runtimes import compile_predictor
 from generator import AugmentedImageSequence, naming_bad_images, tell_bad_images
 
 

@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 from finetune.core.options import UserError
 from finetune.core.streams import LastingStream
 from finetune.core.texts import join_names, shorten
-from finetune.training.workers import read_cluster
 
 ADDRESS = re.compile(r"[^\s/]+:[0-9]{1,5}")
 # How long every worker may take to come, in seconds.

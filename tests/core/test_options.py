@@ -145,8 +145,7 @@ def test_nearest_name_is_found_whatever_its_case(text, known, nearest):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizer_type", "sgd"], "Received: 'sgd'; did you mean SGD?"),
-        (["--visual_model_name", "Mobilenet_v2"], "did you mean MobileNetV2?"),
+        (["--cam_method", "layer_cam"], "Received: 'layer_cam'; did you mean layercam?"),
         (["--export", "tflight"], "did you mean tflite?"),
         (["--LEARNING_RATE", "1"], "Unknown option --LEARNING_RATE. Did you mean --learning_rate?"),
         (["--expotr", "onnx"], "Did you mean --export?"),

@@ -193,7 +193,6 @@ def test_range_test_suggests_a_rate_and_trains_nothing(tables, tmp_path, capsys)
     ("options", "message"),
     [
         ({"fine_tune_learning_rate": 1e-4}, "fine_tune_learning_rate: 0.0001 has no effect without head_epochs"),
-        ({"loss": "focal"}, "loss: focal has no effect without multi_label_classification True"),
         ({"label_smoothing": 1.0}, "label_smoothing: expected a number at least 0 and below 1"),
         ({"learning_rate_schedule": "step"}, "learning_rate_schedule: expected one of"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected"),
