@@ -17,8 +17,8 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 from configs import Configs
 from finetune.core.files import atomic_path
-from finetune.core.notices import hiding_notices
 from finetune.core.options import UserError
+from finetune.core.quiet import hiding_stderr
 from finetune.core.values import get_input_size
 from finetune.data.images import build_reader, fit_image
 from finetune.models.compressed import custom_save_model
@@ -58,7 +58,7 @@ def write_tflite(model: keras.Model, path: str, precision: str, calibrate: Calib
         images = calibrate()
         options["representative_dataset"] = lambda: ([image[None].astype(np.float32)] for image in images)
     model = to_float32(model)
-    with atomic_path(path) as temporary, hiding_notices():
+    with atomic_path(path) as temporary, hiding_stderr():
         model.export(temporary, format="litert", verbose=False, input_signature=[describe_input(model, 1)], **options)
     return (path,)
 

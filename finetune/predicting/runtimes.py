@@ -15,8 +15,8 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.framework import op_def_registry
 
 from finetune.core.arguments import take_path
-from finetune.core.notices import hiding_notices
 from finetune.core.options import UserError
+from finetune.core.quiet import hiding_stderr
 from finetune.core.texts import join_names, shorten
 from finetune.models.artefacts import GRAPH_FILE, is_exported
 from finetune.models.model_files import check_fit, load_fitting_model
@@ -118,7 +118,7 @@ def _load_tflite(path: str) -> ExportedModel:
     if any(part["dtype"] is not np.float32 for part in (inputs, outputs)):
         raise ValueError("Its numbers are not float32.")
     interpreter.resize_tensor_input(inputs["index"], [1, *inputs["shape"][1:]])
-    with hiding_notices():
+    with hiding_stderr():
         interpreter.allocate_tensors()
 
     def run(images: np.ndarray) -> np.ndarray:
