@@ -290,7 +290,7 @@ def test_damaged_metadata_leave_a_picture_as_it_is(tmp_path):
     for name, data in {
         "exif.jpg": jpeg_with(EXIF_START + b"II*\0" + bytes(3)),
         "orientation.jpg": jpeg_with(EXIF_START + exif(99)),
-        "raw.png": png_with(b"tEXt", b"Raw profile type APP1\0\nexif\n 9\nnot hexadecimal"),
+        "raw.png": png_with(b"tEXt", b"Raw profile type exif\0\nexif\n 9\nnot hexadecimal"),
         "xmp.png": png_with(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + b'tiff:Orientation="x"'),
     }.items():
         (tmp_path / name).write_bytes(data)
