@@ -82,7 +82,7 @@ def measure(folder: str, pairs_path: str) -> None:
     base = stack_thumbnails([thumbnails[row] for row in seen])
     found = find_near_pairs(base).pairs
     groups = group_near_pairs(len(base), found)
-    roots = np.array([groups.find(row) for row in range(len(base))])
+    roots = np.array([groups[row] for row in range(len(base))])
     sizes = np.sort(np.unique(roots, return_counts=True)[1])[::-1]
     print(f"{folder}: {len(base)} photos, {len(found)} pairs in {(sizes > 1).sum()} groups, largest {sizes[:5]}")
     rng, real = np.random.default_rng(0), {(pair.first, pair.second) for pair in found}
@@ -95,7 +95,7 @@ def measure(folder: str, pairs_path: str) -> None:
         kept = [(row, one) for row, one in zip(rows, planted, strict=True) if one is not None]
         pairs = find_near_pairs(np.concatenate([base, stack_thumbnails([one for _, one in kept])])).pairs
         joined = group_near_pairs(len(base) + len(kept), pairs)
-        hits = sum(joined.find(row) == joined.find(len(base) + copy) for copy, (row, _) in enumerate(kept))
+        hits = sum(joined.connected(row, len(base) + copy) for copy, (row, _) in enumerate(kept))
         originals = [*range(len(base)), *(row for row, _ in kept)]
         named = [(originals[pair.first], originals[pair.second]) for pair in pairs]
         right = sum(

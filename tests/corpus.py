@@ -196,7 +196,6 @@ BAD_TABLES = {
     "comment_in_front": b"# made by hand\npath,class\na.jpg,cat\n",
     "header_as_a_comment": b"#path,class\na.jpg,cat\n",
     "git_lfs_place": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-    "parquet": b"PAR1\x15\x04\x15\x10",
     "gzip": b"\x1f\x8b\x08\x00\x00\x00",
     "json": b'[{"path": "a.jpg", "class": "cat"}]\n',
     "json_lines": b'{"path": "a.jpg", "class": "cat"}\n',

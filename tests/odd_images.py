@@ -77,8 +77,6 @@ def oriented_files(orientation: int) -> dict[str, bytes]:
         "png_exif_behind": png_with(b"eXIf", exif(o), is_behind=True),
         "png_raw_exif": png_with(b"zTXt", raw_profile("exif", EXIF_START + exif(o))),
         "png_raw_exif_behind": png_with(b"zTXt", raw_profile("exif", EXIF_START + exif(o)), is_behind=True),
-        "png_raw_app1": png_with(b"zTXt", raw_profile("APP1", EXIF_START + exif(o))),
-        "png_raw_xmp": png_with(b"zTXt", raw_profile("xmp", xmp(o))),
         "png_xmp": png_with(b"iTXt", itxt + xmp(o)),
         "png_xmp_element": png_with(b"iTXt", itxt + xmp(o, is_attribute=False)),
         "png_xmp_behind": png_with(b"iTXt", itxt + xmp(o), is_behind=True),

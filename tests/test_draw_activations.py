@@ -1,4 +1,3 @@
-import json
 import os
 import re
 import shutil
@@ -293,13 +292,6 @@ def test_a_model_that_answers_with_no_numbers_is_refused(single):
     logits.set_weights([weight * np.nan for weight in logits.get_weights()])
     model.save(path)
     with pytest.raises(UserError, match="not finite"):
-        draw_activations.main(single)
-
-
-def test_a_damaged_decision_is_named(single):
-    path = Path(single.save_model_path) / "decision.json"
-    path.write_text(json.dumps({"temperature": "warm"}))
-    with pytest.raises(UserError, match=r"decision\.json"):
         draw_activations.main(single)
 
 

@@ -802,8 +802,7 @@ FORBIDDEN_CALLS = {"os.system", "os.popen", "pd.read_pickle", "np.load", "pd.eva
 
 # Two of these read no file that others have made: they ask nvidia-smi, and find and load TensorFlow. The third runs
 # itself, for HDF5 to crash in a process of its own.
-RUN_PROGRAMS = {"hardware.py": {"subprocess", "importlib"}, "notices.py": {"subprocess", "importlib"}}
-RUN_PROGRAMS["hdf5_attributes.py"] = {"subprocess"}
+RUN_PROGRAMS = {"devices.py": {"subprocess", "importlib"}, "hdf5_attributes.py": {"subprocess"}}
 
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("finetune/**/*.py")])
 

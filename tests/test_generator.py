@@ -65,11 +65,6 @@ def test_the_last_batch_may_be_short(pictures, batch_size, sizes):
     assert [sequence[index][0].shape for index in range(len(sizes))] == [(size, *SIZE, 3) for size in sizes]
 
 
-def test_images_are_resized_to_height_by_width(pictures):
-    images, _ = sequence_of(pictures[0], image_size=(8, 5))[0]
-    assert images.shape == (4, 8, 5, 3)
-
-
 def test_shuffling_keeps_images_with_their_labels_and_loses_none(pictures):
     paths, images = pictures
     batches, labels = one_epoch(sequence_of(paths, shuffle=True))
@@ -87,15 +82,6 @@ def test_the_order_changes_with_epoch_and_seed_and_repeats_for_the_same(pictures
     orders = {key: order(*key) for key in [(0, 0), (0, 1), (1, 0), (1, 1)]}
     assert len(set(orders.values())) == 4
     assert order(0, 1) == orders[0, 1]
-
-
-def test_going_back_to_an_epoch_gives_its_order_again(pictures):
-    sequence = sequence_of(pictures[0], shuffle=True)
-    first = one_epoch(sequence)[1]
-    sequence.epoch = 1
-    one_epoch(sequence)
-    sequence.epoch = 0
-    np.testing.assert_array_equal(one_epoch(sequence)[1], first)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -121,15 +107,6 @@ def test_class_counts(labels, counts):
     assert np.issubdtype(found.dtype, np.integer)
 
 
-def test_the_sequence_keeps_its_error(pictures, unreadable):
-    sequence = sequence_of([*pictures[0], unreadable])
-    sequence[0]
-    assert sequence.error is None
-    with pytest.raises(UserError) as caught:
-        sequence[2]
-    assert sequence.error is caught.value
-
-
 def flat_model(record: list | None = None) -> keras.Model:
     class Recorder(keras.Model):
         def train_step(self, data):
@@ -144,19 +121,13 @@ def flat_model(record: list | None = None) -> keras.Model:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_predict_names_an_unreadable_image_whatever_the_workers(pictures, tmp_path, workers):
-    bad = tmp_path / "damaged.jpg"
-    bad.write_bytes(b"\xff\xd8\xff\xe0 damaged")
-    paths = [*pictures[0], str(bad), *pictures[0]]
-    with pytest.raises(UserError, match="damaged.jpg"):
-        predict(flat_model(), sequence_of(paths, workers=workers, batch_size=2))
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_fit_names_an_unreadable_image_whatever_the_workers(pictures, tmp_path, workers):
-    sequence = sequence_of([*pictures[0], str(tmp_path / "lost.png")], workers=workers, batch_size=2)
-    with pytest.raises(UserError, match=r"lost\.png"), naming_bad_images(sequence):
-        flat_model().fit(sequence, verbose=0)
+@pytest.mark.parametrize("kind", ["predict", "fit", "cache"])
+def test_an_unreadable_image_is_named_whatever_the_workers(pictures, unreadable, tmp_path, workers, kind):
+    paths = [*pictures[0], unreadable, *pictures[0]]
+    cache = cache_of("disk", paths, tmp_path) if kind == "cache" else None
+    sequence = sequence_of(paths, workers=workers, batch_size=2, cache=cache)
+    with pytest.raises(UserError, match=os.path.basename(unreadable)), naming_bad_images(sequence):
+        flat_model().fit(sequence, verbose=0) if kind == "fit" else predict(flat_model(), sequence)
 
 
 def test_an_error_of_another_kind_passes_naming_bad_images(pictures):
@@ -398,12 +369,6 @@ def test_two_processes_that_fill_one_cache_agree(pictures, tmp_path):
     first[0], second[1], first[2]
     for sequence in (first, second):
         np.testing.assert_array_equal(one_epoch(sequence)[0], images)
-
-
-def test_a_missing_image_is_named_with_a_cache_too(pictures, tmp_path):
-    paths = [*pictures[0], str(tmp_path / "lost.png")]
-    with pytest.raises(UserError, match=r"lost\.png"):
-        one_epoch(sequence_of(paths, cache=cache_of("disk", paths, tmp_path)))
 
 
 # Images in stores

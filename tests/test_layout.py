@@ -78,8 +78,10 @@ def walk_with_parents(node: ast.AST, parents: tuple[ast.AST, ...] = ()) -> Itera
         yield from walk_with_parents(child, (*parents, node))
 
 
-def is_for_types(node: ast.AST) -> bool:
-    """Tells whether a node is `if TYPE_CHECKING:`."""
+def is_around_imports(node: ast.AST) -> bool:
+    """Tells whether a node is `if TYPE_CHECKING:`, or hides what TensorFlow writes when it is loaded."""
+    if isinstance(node, ast.With):
+        return ast.unparse(node.items[0]) == "hiding_stderr()"
     return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
@@ -188,7 +190,7 @@ def test_imports_stand_at_the_top(module):
     for node, parents in walk_with_parents(parse(path)):
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
-        is_at_top = len(parents) == 1 or (len(parents) == 2 and is_for_types(parents[1]))
+        is_at_top = len(parents) == 1 or (len(parents) == 2 and is_around_imports(parents[1]))
         is_of_script = module in SCRIPTS and is_in_main(parents)
         is_rare = list_packages(node) <= OPTIONAL_PACKAGES | PLATFORM_MODULES and any(map(awaits_failure, parents))
         is_late = list_packages(node) <= LATE_PACKAGES
@@ -207,7 +209,7 @@ def test_nothing_but_imports_stands_before_an_import(module):
         is_import = isinstance(node, ast.Import | ast.ImportFrom)
         assert not (is_import and is_over), f"line {node.lineno}"
         is_docstring = number == 0 and isinstance(node, ast.Expr)
-        is_over = is_over or not (is_import or is_docstring or is_for_types(node) or awaits_failure(node))
+        is_over = is_over or not (is_import or is_docstring or is_around_imports(node) or awaits_failure(node))
 
 
 @each_module

@@ -34,42 +34,20 @@ def read_rows(folder):
     return [(os.path.relpath(path, folder), label) for path, label in rows]
 
 
-def test_rows_are_sorted_by_class_and_path(folder):
-    main(make_configs(folder))
-    assert read_rows(folder) == [("cat/z.jpg", "cat"), ("dog/a.png", "dog"), ("dog/b.jpg", "dog")]
-
-
-def test_counts_are_returned_and_printed(folder, capsys):
-    assert main(make_configs(folder)) == {"cat": 1, "dog": 2}
+def test_rows_are_sorted_by_class_and_path_and_counted(folder, capsys):
+    touch(folder / "cat" / "2023" / "may" / "a.jpg")
+    assert main(make_configs(folder)) == {"cat": 2, "dog": 2}
+    rows = [("cat/2023/may/a.jpg", "cat"), ("cat/z.jpg", "cat"), ("dog/a.png", "dog"), ("dog/b.jpg", "dog")]
+    assert read_rows(folder) == rows
+    assert all((folder / path).is_file() for path, _ in rows)
     printed = capsys.readouterr().out
-    assert "cat: 1 image" in printed
-    assert "dog: 2 images" in printed
-    assert "3 rows" in printed
-
-
-def test_paths_lead_to_the_files(folder):
-    main(make_configs(folder))
-    with open(folder.parent / "all.csv", encoding="utf-8", newline="") as file:
-        assert all(os.path.isfile(row["path"]) for row in csv.DictReader(file))
+    assert all(words in printed for words in ("cat: 2 images", "dog: 2 images", "4 rows"))
 
 
 def test_paths_begin_in_the_current_folder(folder, monkeypatch):
     monkeypatch.chdir(folder)
     main(make_configs(folder, folder_path="."))
     assert "\ncat/z.jpg,cat\n" in (folder.parent / "all.csv").read_text("utf-8")
-
-
-def test_two_runs_write_the_same_bytes(folder):
-    main(make_configs(folder))
-    first = (folder.parent / "all.csv").read_bytes()
-    main(make_configs(folder))
-    assert (folder.parent / "all.csv").read_bytes() == first
-
-
-def test_subfolders_belong_to_their_class(folder):
-    touch(folder / "cat" / "2023" / "may" / "a.jpg")
-    main(make_configs(folder))
-    assert ("cat/2023/may/a.jpg", "cat") in read_rows(folder)
 
 
 @pytest.mark.parametrize("name", ["a.JPG", "a.Jpeg", "a.TIFF", "a.bmp", "a.webp", "a.gif", "a.b.png"])
@@ -79,14 +57,9 @@ def test_endings_of_images_are_known_in_any_case(folder, name):
     assert (f"bird/{name}", "bird") in read_rows(folder)
 
 
-@pytest.mark.parametrize("hidden", ["cat/.hidden.jpg", "cat/._z.jpg", ".thumbnails/a.jpg"])
+@pytest.mark.parametrize("hidden", ["cat/.hidden.jpg", "cat/._z.jpg", ".thumbnails/a.jpg", "cat/.old/z.jpg"])
 def test_hidden_files_and_folders_are_left_out(folder, hidden):
     touch(folder / hidden)
-    assert main(make_configs(folder)) == {"cat": 1, "dog": 2}
-
-
-def test_hidden_folder_inside_a_class_is_left_out(folder):
-    touch(folder / "cat" / ".ipynb_checkpoints" / "z-checkpoint.jpg")
     assert main(make_configs(folder)) == {"cat": 1, "dog": 2}
 
 
@@ -127,36 +100,11 @@ def test_folder_of_the_table_is_made(folder):
     assert (folder.parent / "new" / "all.csv").is_file()
 
 
-def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(UserError, match="Cannot read the folder .*nowhere"):
-        main(make_configs(tmp_path / "nowhere"))
-
-
-def test_file_in_place_of_the_folder_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["nowhere", "a.jpg"])
+def test_what_is_no_folder_is_named(tmp_path, name):
     touch(tmp_path / "a.jpg")
-    with pytest.raises(UserError, match=r"Cannot read the folder .*a\.jpg"):
-        main(make_configs(tmp_path / "a.jpg"))
-
-
-def test_folder_without_class_folders_is_refused(tmp_path):
-    touch(tmp_path / "images" / "a.jpg")
-    with pytest.raises(UserError, match="one folder per class"):
-        main(make_configs(tmp_path / "images"))
-    assert not (tmp_path / "all.csv").exists()
-
-
-def test_class_folders_without_any_image_are_refused(tmp_path):
-    touch(tmp_path / "images" / "cat" / "notes.txt")
-    with pytest.raises(UserError, match="hold no image"):
-        main(make_configs(tmp_path / "images"))
-    assert not (tmp_path / "all.csv").exists()
-
-
-def test_separator_of_labels_in_a_folder_name_is_refused(folder):
-    touch(folder / "cat$dog" / "a.jpg")
-    with pytest.raises(UserError, match=r"cat\$dog contains '\$'.*Rename"):
-        main(make_configs(folder))
-    assert not (folder.parent / "all.csv").exists()
+    with pytest.raises(UserError, match=f"Cannot read the folder .*{name}"):
+        main(make_configs(tmp_path / name))
 
 
 def test_file_name_that_is_no_text_is_refused(folder):
@@ -169,6 +117,6 @@ def test_file_name_that_is_no_text_is_refused(folder):
 def test_old_table_stays_where_nothing_can_be_read(folder):
     (folder.parent / "all.csv").write_text("old", encoding="utf-8")
     touch(folder / "cat$dog" / "a.jpg")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"cat\$dog contains '\$'"):
         main(make_configs(folder))
     assert (folder.parent / "all.csv").read_text("utf-8") == "old"

@@ -44,6 +44,8 @@ def panels_of_the_figure():
 
 @pytest.mark.parametrize("content", LOGS.values(), ids=LOGS.keys())
 def test_picture_is_written_beside_the_log(tmp_path, content):
+    # An earlier one is replaced.
+    (tmp_path / "training_log.png").write_bytes(b"old")
     results = main(PlotConfigs(train_log_path=write_log(tmp_path, content)))
     assert results == {"path": str(tmp_path / "training_log.png")}
     height, width, _ = cv2.imread(results["path"]).shape
@@ -56,27 +58,19 @@ def test_log_is_looked_for_in_the_run_s_folder(tmp_path):
     assert main(PlotConfigs(save_model_path=str(tmp_path)))["path"] == str(tmp_path / "training_log.png")
 
 
-def test_single_label_curves(tmp_path):
-    main(PlotConfigs(train_log_path=write_log(tmp_path, LOGS["single-label"])))
+@pytest.mark.parametrize(
+    ("kind", "title", "training", "validation"),
+    [
+        ("single-label", "Accuracy", [[1, 0.5], [2, 0.7]], [[1, 0.4], [2, 0.6]]),
+        ("multi-label", "Mean AUROC", [[1, 0.6], [2, 0.9]], [[1, 0.55], [2, 0.8]]),
+    ],
+)
+def test_curves(tmp_path, kind, title, training, validation):
+    main(PlotConfigs(train_log_path=write_log(tmp_path, LOGS[kind])))
     panels = panels_of_the_figure()
-    assert set(panels) == {"Accuracy", "Loss"}
-    curves = {line.get_label(): line.get_xydata().tolist() for line in panels["Accuracy"].lines}
-    assert curves == {"training": [[1, 0.5], [2, 0.7]], "validation": [[1, 0.4], [2, 0.6]]}
-
-
-def test_multi_label_curves(tmp_path):
-    main(PlotConfigs(train_log_path=write_log(tmp_path, LOGS["multi-label"])))
-    panels = panels_of_the_figure()
-    assert set(panels) == {"Mean AUROC", "Loss"}
-    curves = {line.get_label(): line.get_xydata().tolist() for line in panels["Mean AUROC"].lines}
-    assert curves == {"training": [[1, 0.6], [2, 0.9]], "validation": [[1, 0.55], [2, 0.8]]}
-
-
-def test_rerun_replaces_the_picture(tmp_path):
-    path = write_log(tmp_path, LOGS["one epoch"])
-    (tmp_path / "training_log.png").write_bytes(b"old")
-    main(PlotConfigs(train_log_path=path))
-    assert cv2.imread(str(tmp_path / "training_log.png")) is not None
+    assert set(panels) == {title, "Loss"}
+    curves = {line.get_label(): line.get_xydata().tolist() for line in panels[title].lines}
+    assert curves == {"training": training, "validation": validation}
 
 
 def test_missing_log_is_named_with_what_to_do(tmp_path):

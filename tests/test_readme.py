@@ -1,42 +1,18 @@
 """The README and the pages in docs/ say what the code does."""
 
 import ast
-import dataclasses
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from config_files import PROJECT, SCRIPT_CONFIGS
 
-from compare_backbones import CompareConfigs
-from compress_weights import CompressConfigs
-from configs import Configs
-from find_label_errors import LabelErrorConfigs
-from finetune.models.backbones import BACKBONES
-from make_csv_from_folders import FolderConfigs
-from plot_training_log import PlotConfigs
-from predict import PredictConfigs
-from split_train_test import SplitConfigs
-
-PROJECT = Path(__file__).resolve().parent.parent
 README = PROJECT / "README.md"
-OPTIONS = PROJECT / "docs" / "options.md"
 # Quotes flags and files that do not exist, to show what is said about them.
 BAD_INPUT = PROJECT / "docs" / "bad_input.md"
 PAGES = [README, *sorted((PROJECT / "docs").glob("*.md"))]
 MOST_LINES_OF_README = 250
-SCRIPT_CONFIGS = {
-    "make_csv_from_folders.py": FolderConfigs,
-    "split_train_test.py": SplitConfigs,
-    "compare_backbones.py": CompareConfigs,
-    "train.py": Configs,
-    "test.py": Configs,
-    "draw_activations.py": Configs,
-    "plot_training_log.py": PlotConfigs,
-    "compress_weights.py": CompressConfigs,
-    "predict.py": PredictConfigs,
-    "find_label_errors.py": LabelErrorConfigs,
-}
 # What of the inline code is a command line of another program.
 OTHER_PROGRAMS = ("pip ", "tensorboard ", "python -m ")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -60,18 +36,6 @@ def read_prose(page: Path) -> str:
 def read_inline_code(page: Path) -> list[str]:
     """Returns what a page's prose and tables hold between backticks."""
     return re.findall(r"`([^`\n]+)`", read_prose(page))
-
-
-def read_tables(page: Path) -> dict[str, list[tuple[str, str, str]]]:
-    """Returns the rows of a page's tables of options, as (name, default, description), by the heading above them."""
-    parts = re.split(r"^## (.*)$", read(page), flags=re.M)
-    row = re.compile(r"^\| `(\w+)` \| `(.*?)` \| (.*?) \|$", re.M)
-    return {heading: row.findall(text) for heading, text in zip(parts[1::2], parts[2::2], strict=True)}
-
-
-def list_commands(page: Path) -> list[str]:
-    """Returns the lines of a page's shell blocks."""
-    return [line for block in read_blocks(page, "bash") for line in block.splitlines()]
 
 
 def list_script_calls(page: Path) -> list[tuple[str, list[str]]]:
@@ -115,37 +79,6 @@ def test_readme_is_one_page():
     assert len(read(README).splitlines()) <= MOST_LINES_OF_README
 
 
-def test_options_table_holds_every_option_with_its_default_and_description():
-    expected = {
-        (name, str(Configs.defaults()[name]) or "''", option.metadata["description"])
-        for name, option in Configs.options().items()
-    }
-    found = read_tables(OPTIONS)["Options of every script"]
-    assert len(found) == len(expected)
-    assert set(found) == expected
-    # In the groups that --help has.
-    grouped = Configs.grouped_options()
-    assert re.findall(r"^### (.*)$", read(OPTIONS), flags=re.M) == list(grouped)
-    assert [name for name, _, _ in found] == [name for names in grouped.values() for name in names]
-
-
-def test_options_tables_hold_the_scripts_own_options():
-    tables = read_tables(OPTIONS)
-    for script, script_configs in SCRIPT_CONFIGS.items():
-        own = [
-            (name, str(script_configs.defaults()[name]) or "''", option.metadata["description"])
-            for name, option in script_configs.options().items()
-            if name not in Configs.options()
-        ]
-        assert tables.get(f"Options of {script} alone", []) == own
-        assert own or f"`{script}`" in read(OPTIONS).split("## Scripts without options of their own")[1]
-
-
-def test_every_backbone_is_listed():
-    listed = re.search(r"^Backbones: (.*)\.$", read(OPTIONS), re.M).group(1)
-    assert listed.split(", ") == list(BACKBONES)
-
-
 @each_page
 def test_every_command_parses(page):
     scripts = set()
@@ -157,15 +90,6 @@ def test_every_command_parses(page):
     assert scripts == set(SCRIPT_CONFIGS) or page != README
 
 
-def test_the_walkthrough_runs_the_scripts_in_their_order():
-    scripts = [script for script, _ in list_script_calls(README)]
-    walkthrough = scripts[1:]
-    assert walkthrough[: len(SCRIPT_CONFIGS)] == [
-        *("make_csv_from_folders.py", "split_train_test.py", "compare_backbones.py", "find_label_errors.py"),
-        *("train.py", "test.py", "draw_activations.py", "plot_training_log.py", "predict.py", "compress_weights.py"),
-    ]
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if page != BAD_INPUT], ids=lambda page: page.name)
 def test_every_flag_named_is_an_option(page):
     known = {
@@ -175,14 +99,6 @@ def test_every_flag_named_is_an_option(page):
         named = [options for script, options in known.items() if re.search(rf"\b{re.escape(script)}\b", code)]
         flags = set(re.findall(r"(?<!\S)--(\w+)", code)) if not code.startswith(OTHER_PROGRAMS) else set()
         assert flags <= set.union(*(named or known.values())), code
-
-
-def test_first_commands_set_up_train_and_test():
-    first, second = list_commands(README)[:2]
-    assert "pip install -r requirements.txt" in first
-    assert "python train.py --configs data/demo.json" in first
-    assert "pip install -r tests/requirements.txt" in second
-    assert second.endswith("python -m pytest")
 
 
 @each_page
@@ -222,19 +138,3 @@ def test_every_import_of_the_python_examples_exists(page):
                 file = PROJECT / f"{node.module.replace('.', '/')}.py"
                 assert not node.module.startswith("finetune") or file.is_file(), node.module
                 assert not file.is_file() or {alias.name for alias in node.names} <= list_names(file), node.module
-
-
-def test_demo_configs_only_name_options():
-    assert Configs.from_json(str(PROJECT / "data" / "demo.json")).validate().visual_model_name == "MobileNet"
-
-
-def test_recommended_configs_only_name_options():
-    configs = Configs.from_json(str(PROJECT / "data" / "recommended.json")).validate()
-    assert (configs.head_initialization, configs.model_selection) == ("linear_probe", "interpolate")
-
-
-def test_scripts_options_are_named_in_the_options_page():
-    for script_configs in SCRIPT_CONFIGS.values():
-        own = {field.name for field in dataclasses.fields(script_configs)} - set(Configs.options())
-        for name in own:
-            assert f"| `{name}` |" in read(OPTIONS)

@@ -15,12 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import keras
-import tensorflow as tf
-
 from finetune.core.arguments import take_share
-from finetune.core.notices import hiding_notices
 from finetune.core.options import UserError
+from finetune.core.quiet import hiding_stderr
+
+# Every script imports this module before others that need TensorFlow.
+with hiding_stderr():
+    import keras
+    import tensorflow as tf
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -146,7 +148,10 @@ def _explain_nvidia(platform: str) -> str:
         )
     if not is_installed(CUDA_PACKAGE) and not can_load(CUDA_LIBRARY):
         return "CUDA's libraries are missing. Install them: pip install -r requirements-gpu.txt"
-    return "CUDA's libraries are there. See whether nvidia-smi shows the GPU, and a driver of version 525 or later."
+    return (
+        "CUDA's libraries are there. See whether nvidia-smi shows the GPU, and a driver of version 525 or later. "
+        "--verbose True shows what TensorFlow says."
+    )
 
 
 def has_nvidia_gpu(driver: Path) -> bool:
@@ -253,7 +258,7 @@ def choose_devices(gpu_percentage: float, distribution_strategy: str = "none") -
         distribution_strategy: `none` computes on the first of several GPUs.
     """
     # The first look at the GPUs brings notices.
-    with hiding_notices():
+    with hiding_stderr():
         found = tf.config.list_physical_devices("GPU")
     gpus = describe_gpus(found) if gpu_percentage else []
     print(describe_hardware(gpus, gpu_percentage, distribution_strategy != "none", count_cores()))

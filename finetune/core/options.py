@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
-from finetune.core.notices import silence_libraries
+from finetune.core import quiet
 from finetune.core.streams import protect_output, protecting_output, restart_in_utf8
 from finetune.core.values import (
     LONGEST_SHOWN,
@@ -473,7 +474,7 @@ def run_script(main: Callable[[Any], dict]) -> None:
         signal.signal(signal.SIGINT, interrupt)
     try:
         configs = typing.get_type_hints(main)["configs"].from_command_line(sys.modules[main.__module__].__doc__)
-        silence_libraries(configs.verbose)
+        quiet.silence_libraries(configs.verbose)
         # OpenCV reads it when it is imported.
         os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(configs.max_image_pixels))
         main(configs)
@@ -491,7 +492,8 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             sys.stdout.flush()
-            print("Interrupted.", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                os.write(quiet.screen, b"Interrupted.\n")
             os._exit(130)
         frame = frame.f_back
     raise KeyboardInterrupt

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.cluster.hierarchy import DisjointSet
 
 from finetune.core.texts import show_text
-from finetune.data.findings import Finding, Groups
+from finetune.data.findings import Finding
 from finetune.data.inspection import Inspection
 from finetune.data.near_copies import NearPair, find_near_pairs, group_near_pairs, stack_thumbnails
 from finetune.data.stores import hash_file
@@ -52,7 +53,7 @@ class Copies(NamedTuple):
     pairs: list[NearPair]
     left_out: int = 0
 
-    def group(self) -> Groups:
+    def group(self) -> DisjointSet:
         """Returns groups of images that are near copies, by position in `places`."""
         return group_near_pairs(len(self.places), self.pairs)
 
@@ -63,7 +64,7 @@ class Copies(NamedTuple):
         for position, places in enumerate(self.places):
             for place in places:
                 if place.table is table:
-                    numbers[place.row - 2] = groups.find(position)
+                    numbers[place.row - 2] = groups[position]
         return numbers
 
     def find_shared(self, table: ImageTable, others: ImageTable) -> np.ndarray:
@@ -111,7 +112,7 @@ def list_findings(
     """
     groups, members = copies.group(), defaultdict(list)
     for position, places in enumerate(copies.places):
-        members[groups.find(position)].append(places[0])
+        members[groups[position]].append(places[0])
     found = []
     for group in copies.places:
         found += _compare_group(group, multi_label, allow_duplicates, False)

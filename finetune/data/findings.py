@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import pandas as pd
+from scipy.cluster.hierarchy import DisjointSet
 
 from finetune.core.files import write_csv
 from finetune.core.options import UserError
@@ -131,13 +132,11 @@ def find_contradictions(findings: Sequence[Finding]) -> list[tuple[str, int]]:
     if not wrong:
         return []
     pairs = [((one.csv_path, one.row), (one.copy_in, one.copy_of)) for one in findings if one.kind in EXACT_COPIES]
-    places = sorted({place for pair in pairs for place in pair})
-    positions = {place: position for position, place in enumerate(places)}
-    groups = Groups(len(places))
-    for first, second in pairs:
-        groups.join(positions[first], positions[second])
-    found = {groups.find(positions[one.csv_path, one.row]) for one in wrong}
-    return [place for place in places if groups.find(positions[place]) in found]
+    groups = DisjointSet({place for pair in pairs for place in pair})
+    for pair in pairs:
+        groups.merge(*pair)
+    found = {groups[one.csv_path, one.row] for one in wrong}
+    return sorted(place for place in groups if groups[place] in found)
 
 
 def describe_fault(path: str, detail: str) -> str:
@@ -237,23 +236,3 @@ def report_findings(
         )
     if any(KINDS[finding.kind].severity == "warning" for finding in findings):
         print(f"{path} lists everything that the data check found.")
-
-
-class Groups:
-    """Sets of things that belong together, by their positions."""
-
-    def __init__(self, number: int) -> None:
-        self._parents = list(range(number))
-
-    def find(self, position: int) -> int:
-        """Returns the position that stands for the group of this one."""
-        while self._parents[position] != position:
-            self._parents[position] = self._parents[self._parents[position]]
-            position = self._parents[position]
-        return position
-
-    def join(self, first: int, second: int) -> bool:
-        """Makes one group of two; returns whether they were two."""
-        first, second = sorted((self.find(first), self.find(second)))
-        self._parents[second] = first
-        return first != second

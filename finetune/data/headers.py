@@ -10,7 +10,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import PIL.Image
 
@@ -148,25 +148,10 @@ def find_orientation(image: PIL.Image.Image) -> int:
     value: object = 1
     with contextlib.suppress(*PILLOW_ERRORS):
         # That of PNG would decode the whole image.
-        value = PIL.Image.Image.getexif(image).get(ORIENTATION_TAG) or _find_in_raw_profiles(image.info)
+        value = PIL.Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
     # Some writers take another type than that of the standard.
     value = value[0] if isinstance(value, bytes | tuple) and len(value) else value
     return int(value) if value in range(2, 9) else 1
-
-
-def _find_in_raw_profiles(info: dict[str, Any]) -> object:
-    """Returns the orientation in the texts of a PNG that ImageMagick keeps a JPEG's EXIF and XMP in; 1 without one."""
-    for name in ("APP1", "xmp"):
-        # A line each: the name, the number of bytes, and these as hexadecimal digits.
-        lines = str(info.get(f"Raw profile type {name}", "")).strip().split("\n")
-        content = bytes.fromhex("".join(lines[2:]))
-        if content.startswith(b"Exif\0\0"):
-            exif = PIL.Image.Exif()
-            exif.load(content)
-            return exif.get(ORIENTATION_TAG, 1)
-        if found := re.search(rb'tiff:Orientation(?:="|>)([1-8])', content):
-            return int(found[1])
-    return 1
 
 
 def is_transparent(image: PIL.Image.Image) -> bool:

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from scipy.cluster.hierarchy import DisjointSet
 
 from finetune.core.texts import show_progress
-from finetune.data.findings import Groups
 
 THUMBNAIL_SIDE = 64
 # Standard deviation of the grey values below which a thumbnail shows nothing to compare.
@@ -128,7 +128,7 @@ def find_near_pairs(thumbnails: np.ndarray, workers: int = 2, seconds: float | N
         second = thumbnails[other]
         return correlate(thumbnails[viewed], second[:, ::-1].copy() if mirrored else second, VIEWS[view])
 
-    found, joined, done = [], Groups(len(thumbnails)), 0
+    found, joined, done = [], DisjointSet(range(len(thumbnails))), 0
     pairs = [*zip(candidates.viewed.tolist(), candidates.other.tolist(), strict=True)]
     with (
         show_progress(number, "Comparing images", delay=1) as progress,
@@ -137,18 +137,18 @@ def find_near_pairs(thumbnails: np.ndarray, workers: int = 2, seconds: float | N
         while done < number and (seconds is None or time.monotonic() - started < seconds):
             rows = range(done, min(done + BLOCK, number))
             # What strong pairs have joined needs no further comparison.
-            rows_left = [row for row in rows if joined.find(pairs[row][0]) != joined.find(pairs[row][1])]
+            rows_left = [row for row in rows if not joined.connected(*pairs[row])]
             for row, correlation in zip(rows_left, pool.map(compare, rows_left), strict=True):
                 if correlation >= COMPARED.least:
                     found.append(NearPair(min(pairs[row]), max(pairs[row]), correlation))
                 if correlation >= STRONG_CORRELATION:
-                    joined.join(*pairs[row])
+                    joined.merge(*pairs[row])
             done += len(rows)
             progress.update(len(rows))
     return NearSearch(sorted(found), left_out + number - done)
 
 
-def group_near_pairs(number: int, pairs: Sequence[NearPair]) -> Groups:
+def group_near_pairs(number: int, pairs: Sequence[NearPair]) -> DisjointSet:
     """Returns groups of near copies.
 
     Strong pairs join their groups. A weaker pair joins two groups only where at least half of the pairs between them
@@ -158,21 +158,21 @@ def group_near_pairs(number: int, pairs: Sequence[NearPair]) -> Groups:
         number: of images.
         pairs: from `find_near_pairs`.
     """
-    groups = Groups(number)
+    groups = DisjointSet(range(number))
     members: dict[int, list[int]] = {}
     linked = defaultdict(set)
     for pair in pairs:
         linked[pair.first].add(pair.second)
         linked[pair.second].add(pair.first)
     for pair in sorted(pairs, key=lambda pair: (-pair.correlation, pair.first, pair.second)):
-        first, second = groups.find(pair.first), groups.find(pair.second)
+        first, second = groups[pair.first], groups[pair.second]
         if first == second:
             continue
         ours, theirs = members.get(first, [first]), members.get(second, [second])
         shared = sum(len(linked[one].intersection(theirs)) for one in ours)
         if pair.correlation >= STRONG_CORRELATION or 2 * shared >= len(ours) * len(theirs):
-            groups.join(first, second)
-            members[groups.find(first)] = ours + theirs
+            groups.merge(first, second)
+            members[groups[first]] = ours + theirs
     return groups
 
 

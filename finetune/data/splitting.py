@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.cluster.hierarchy import DisjointSet
 
 from configs import Configs
 from finetune.core.labels import clean_label
 from finetune.core.options import UserError
 from finetune.core.texts import MOST_LISTED, MOST_TELLING, join_names, show_count
 from finetune.data.data_check import Reading, ShowCopies, check_tables, look_for_copies
-from finetune.data.findings import Finding, Groups, describe_fault, get_bad_rows
+from finetune.data.findings import Finding, describe_fault, get_bad_rows
 from finetune.data.inspection import Inspection
 from finetune.data.tables import GROUP_COLUMN, find_class_names, make_image_table, parse_table, read_table, split_label
 
@@ -54,7 +55,8 @@ def read_rows(
     findings, numbers = _find_copies(csv_path, mode, configs, show_copies, folder)
     table = read_table(csv_path, label_column, multi_label)
     names_groups = label_column != GROUP_COLUMN
-    groups, given = Groups(len(table)), group_column or GROUP_COLUMN * (names_groups and GROUP_COLUMN in table.columns)
+    groups = DisjointSet(range(len(table)))
+    given = group_column or GROUP_COLUMN * (names_groups and GROUP_COLUMN in table.columns)
     values = read_groups(table, given, csv_path) if given else [""] * len(table)
     # In the column `group` an empty cell is a group of its own.
     join_equal(groups, [value or row for row, value in enumerate(values)])
@@ -62,7 +64,9 @@ def read_rows(
     kept = np.setdiff1d(np.arange(len(table)), [row - 2 for row in get_bad_rows(findings)[csv_path]])
     if not kept.size:
         raise UserError(f"{csv_path}: none of the {len(table)} images can be used. Check image_directory.")
-    numbers, table = np.array([groups.find(int(row)) for row in kept]), table.iloc[kept]
+    first_rows: dict[int, int] = {}
+    numbers = np.array([first_rows.setdefault(groups[row], row) for row in range(len(table))])[kept]
+    table = table.iloc[kept]
     if len(np.unique(numbers)) == len(numbers):
         return table, None
     if not names_groups:
@@ -96,11 +100,11 @@ def _find_copies(
     return findings, numbers
 
 
-def join_equal(groups: Groups, numbers: Iterable[Any]) -> None:
+def join_equal(groups: DisjointSet, numbers: Iterable[Any]) -> None:
     """Joins the rows that have the same number."""
     first_row = {}
     for row, number in enumerate(numbers):
-        groups.join(first_row.setdefault(number, row), row)
+        groups.merge(first_row.setdefault(number, row), row)
 
 
 def name_groups(numbers: np.ndarray, values: Sequence[str]) -> list[str]:

@@ -23,11 +23,9 @@ DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "blanks"}
 STARTS = {
     b"PK\x03\x04": "it is an Excel or OpenDocument workbook. Save it as CSV UTF-8",
     b"\xd0\xcf\x11\xe0": "it is an Excel workbook. Save it as CSV UTF-8",
-    b"%PDF": "it is a PDF. Name the table",
     b"<!doctype": "it is a web page. Download the file itself",
     b"<html": "it is a web page. Download the file itself",
     b"version https://git-lfs": "it is the place that Git LFS keeps for a file. Fetch that by git lfs pull",
-    b"PAR1": "it is a Parquet file. Save it as CSV UTF-8",
     b"\x1f\x8b": "it is packed by gzip. Unpack it",
     b"{": "it is JSON. Save it as CSV UTF-8",
     b"[": "it is JSON. Save it as CSV UTF-8",

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from finetune.core.files import atomic_path
-from finetune.core.notices import hiding_notices
+from finetune.core.quiet import hiding_stderr
 from finetune.models.exported import Calibration, ExportedModel, describe_input, to_float32
 
 
@@ -26,7 +26,7 @@ def write(model: keras.Model, path: str, precision: str, calibrate: Calibration)
         images = calibrate()
         options["representative_dataset"] = lambda: ([image[None].astype(np.float32)] for image in images)
     model = to_float32(model)
-    with atomic_path(path) as temporary, hiding_notices():
+    with atomic_path(path) as temporary, hiding_stderr():
         model.export(temporary, format="litert", verbose=False, input_signature=[describe_input(model, 1)], **options)
     return (path,)
 
@@ -47,7 +47,7 @@ def load(path: str) -> ExportedModel:
     if any(part["dtype"] is not np.float32 for part in (inputs, outputs)):
         raise ValueError("Its numbers are not float32.")
     interpreter.resize_tensor_input(inputs["index"], [1, *inputs["shape"][1:]])
-    with hiding_notices():
+    with hiding_stderr():
         interpreter.allocate_tensors()
 
     def run(images: np.ndarray) -> np.ndarray:

@@ -127,7 +127,7 @@ def list_groups(copies: Copies) -> list[list[Place]]:
     """Returns the rows of each group of copies, exact or near, in the order of the tables."""
     groups, members = copies.group(), defaultdict(list)
     for position, places in enumerate(copies.places):
-        members[groups.find(position)] += places
+        members[groups[position]] += places
     return [places for places in members.values() if len(places) > 1]
 
 

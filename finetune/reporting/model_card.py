@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 from markupsafe import Markup
 
 from configs import Configs
@@ -48,6 +48,10 @@ from finetune.training.run_folder import (
     STATISTICS_FILE,
 )
 
+PARTS = (DATA_FILE, STATISTICS_FILE, DECISION_FILE, METRICS_FILE, COMPRESSION_FILE)
+UNKNOWN_CONTENT = "its content is not as this version writes it"
+# What content raises that is not as the scripts write it.
+CONTENT_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, jinja2.TemplateError)
 # Figures that Hugging Face's metadata knows: name in metrics.json, and there.
 METRIC_TYPES = {"accuracy": "accuracy", "exact_match_accuracy": "accuracy", "macro_f1": "f1", "mean_auroc": "roc_auc"}
 PATH_ENDINGS = ("_csv", "_directory", "_path")
@@ -87,92 +91,26 @@ KERAS_LOADING = (
 )
 
 
-def read_part(folder: str, name: str) -> dict[str, Any] | None:
-    """Returns the content of one of the files of `CARD_FORMS`; None where there is none or, printed, a damaged one."""
+def read_part(folder: str, name: str) -> dict[str, Any]:
+    """Returns the content of one of the files of `PARTS`; empty where there is none or, printed, no JSON object."""
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
-        return None
+        return {}
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        if fits(content, CARD_FORMS[name]):
+        if content and isinstance(content, dict):
             return content
-        fault = "its content is not as this version writes it"
+        fault: object = UNKNOWN_CONTENT
     except (OSError, ValueError, RecursionError) as error:
-        fault = str(error)
+        fault = error
+    tell_fault(path, fault)
+    return {}
+
+
+def tell_fault(path: str, fault: object) -> None:
+    """Prints why a file has no part in the card."""
     print(f"The model card goes without {path}: {fault}. Write it again, or delete it.")
-    return None
-
-
-def fits(value: Any, form: Any) -> bool:
-    """Tells whether the content of a JSON file has a form.
-
-    Args:
-        value: the content.
-        form: a type, where float means any finite number; None; a tuple of forms of which any will do; a list with
-            the form of each item, or of all; an object's members by name, one that is missing counting as None, where
-            `str` stands for all others and for at least one.
-    """
-    if isinstance(form, tuple):
-        return any(fits(value, one) for one in form)
-    if isinstance(form, list) and isinstance(value, list):
-        forms = form * len(value) if len(form) == 1 else form
-        return len(value) == len(forms) and all(map(fits, value, forms))
-    if isinstance(form, dict) and isinstance(value, dict):
-        forms = dict.fromkeys(value, form[str]) | form if str in form else form
-        return (bool(value) or str not in form) and all(
-            fits(value.get(name), one) for name, one in forms.items() if name is not str
-        )
-    if form is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return value is None if form is None else type(value) is form
-
-
-_NUMBER = (float, None)
-_INTERVAL = ([_NUMBER, _NUMBER], None)
-_CALIBRATION = {"expected_calibration_error": float, "expected_calibration_error_uncalibrated": float}
-_FIGURES = dict.fromkeys(HEADLINES, _NUMBER) | {
-    "images": int,
-    "groups": (int, None),
-    "images_of_known_groups": (int, None),
-    "csv": (str, None),
-}
-_FIGURES |= {"sha256": (str, None), "calibration": _CALIBRATION}
-_FIGURES |= {"per_class": {str: {str: _NUMBER, "f1": float, "support": int}}}
-_INTERVALS = {str: _INTERVAL, "per_class": ({str: {str: _INTERVAL}}, None)}
-_INTERVALS |= dict.fromkeys(("accuracy", "exact_match_accuracy"), ([float, float], None))
-_DECISION = {"temperature": float, "temperature_fitted_on": (str, None), "thresholds_fitted_on": (str, None)}
-_DECISION |= {"exact_match_threshold": float, "best_f1_thresholds": ({str: float}, None)}
-_DATA = {"csv": str, "images": int, "classes": {str: int}, "sha256": str}
-_PAIR = {"before": float, "after": float}
-_COMPARISON = {"images": int, "largest_difference": float, "changed_predictions": int, "accuracy": _PAIR}
-_COMPARISON |= {"images_per_second": _PAIR}
-_ARTEFACT = {"kind": str, "precision": str, "path": str, "files": {str: int}, "rejected": bool}
-CARD_FORMS: dict[str, dict[str, Any]] = {
-    DATA_FILE: {"training": _DATA, "validation": _DATA},
-    STATISTICS_FILE: {
-        "epochs_completed": int,
-        "monitor": str,
-        "best": _NUMBER,
-        "best_epoch": (int, None),
-        "kept_share": _NUMBER,
-        "has_refitted_head": (bool, None),
-    },
-    DECISION_FILE: _DECISION,
-    METRICS_FILE: {
-        "model": str,
-        "multi_label": bool,
-        "decision": _DECISION,
-        "sets": {str: _FIGURES, "test": _FIGURES | {"intervals": _INTERVALS}},
-    },
-    COMPRESSION_FILE: {
-        "model": str,
-        "model_bytes": int,
-        "model_sha256": str,
-        "tolerance": float,
-        "artefacts": [_ARTEFACT | {"comparison": (_COMPARISON, None)}],
-    },
-}
 
 
 def write_model_card(folder: str) -> str:
@@ -183,7 +121,7 @@ def write_model_card(folder: str) -> str:
     Source: Mitchell et al., FAT* 2019 (arXiv:1810.03993).
 
     Args:
-        folder: has `configs.json` and, as far as the run has come, training_log.csv and the files of `CARD_FORMS`.
+        folder: has `configs.json` and, as far as the run has come, training_log.csv and the files of `PARTS`.
 
     Returns:
         The card's path; empty where there is no `configs.json`, and then no card is written.
@@ -195,15 +133,38 @@ def write_model_card(folder: str) -> str:
     if not os.path.isfile(configs_path):
         return ""
     stored = Configs.read_json(configs_path)
+    parts = {name: read_part(folder, name) for name in PARTS}
+    try:
+        card = _render(folder, stored, parts)
+    except CONTENT_ERRORS:
+        parts = {name: part for name, part in parts.items() if part and _is_usable(folder, stored, name, part)}
+        card = _render(folder, stored, parts)
+    write_text(path, card)
+    return path
+
+
+def _is_usable(folder: str, stored: dict[str, Any], name: str, part: dict[str, Any]) -> bool:
+    """Tells whether a card can be made of a part alone; prints it where not."""
+    try:
+        alone = {name: part} | ({DECISION_FILE: part["decision"]} if name == METRICS_FILE else {})
+        _render(folder, stored, alone)
+    except CONTENT_ERRORS:
+        tell_fault(os.path.join(folder, name), UNKNOWN_CONTENT)
+        return False
+    return True
+
+
+def _render(folder: str, stored: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
+    """Returns the card of stored options and what other files of the run hold; raises any of `CONTENT_ERRORS`."""
     configs = Configs.defaults() | OF_BEFORE | stored
-    data, stats, decision, results, compression = (read_part(folder, name) for name in CARD_FORMS)
+    data, stats, decision, results, compression = (parts.get(name) for name in PARTS)
     # test.py writes both; train.py removes the decision of a model that it is about to replace.
     results = results if results and results["decision"] == decision else None
     if results:
         _note_selection(results["sets"]["test"], data, configs)
     template = compile_template("model_card.md", finalize=_escape_markdown, keep_trailing_newline=True)
     artefacts = _list_artefacts(folder, compression) if compression else []
-    card = template.render(
+    return template.render(
         configs=configs,
         class_names=configs["classes"] or [],
         most_listed=MOST_LISTED,
@@ -221,8 +182,6 @@ def write_model_card(folder: str) -> str:
         loading=_list_loading(folder, results, artefacts),
         limits=_list_limits(configs, data, results),
     )
-    write_text(path, card)
-    return path
 
 
 def _note_selection(test: dict[str, Any], data: dict[str, Any] | None, configs: dict[str, Any]) -> None:
@@ -331,7 +290,7 @@ def _goes_on(configs: dict[str, Any]) -> bool:
 
 def _list_progress(folder: str, configs: dict[str, Any], stats: dict[str, Any] | None) -> dict[str, str]:
     """Returns how far training has come, in words by heading; nothing where it does not say."""
-    if stats is None:
+    if not stats:
         return {}
     rows, epoch = {"Epochs": f"{stats['epochs_completed']} of {configs['num_epochs']}"}, stats["best_epoch"]
     if stats["best"] is None or epoch is None:

@@ -80,27 +80,6 @@ def test_the_line_is_that_of_the_command_line():
     assert len(faults[0].splitlines()) == 2
 
 
-def test_a_scripts_own_options_are_needed():
-    refuse("configs", predict.main, Configs())
-
-
-def test_shared_functions_check_their_configs(tmp_path):
-    wrong = Configs(batch_size=0)
-    refuse("batch_size", find_trained_model, wrong)
-    refuse("batch_size", utils.get_generator, "table.csv", CLASSES, wrong, True)
-    refuse("batch_size", ModelFactory().get_model, wrong)
-    refuse("classes", ModelFactory().get_model, Configs())
-    refuse("configs", utils.get_generator, "table.csv", CLASSES, {}, True)
-    refuse("class_names", utils.get_generator, "table.csv", "abc", Configs(), True)
-    refuse("csv_path", utils.get_generator, None, CLASSES, Configs(), True)
-    refuse("training", utils.get_generator, "table.csv", CLASSES, Configs(), "no")
-    for rows in ("x", b"x", 5, [1.5], [1], ["3"]):
-        refuse("bad_rows", utils.get_generator, "table.csv", CLASSES, Configs(), True, rows)
-    refuse("visual_model_name", ModelFactory().get_input_size, "VGG")
-    refuse("visual_model_name", ModelFactory().get_last_conv_layer, None)
-    refuse("augmentation_strength", build_augmenter, "much")
-
-
 def test_numbers_of_numpy_are_numbers():
     configs = Configs(batch_size=np.int64(8), learning_rate=np.float32(0.5), image_target_size=np.array([8, 8, 3]))
     with pytest.raises(UserError, match="^image_target_size"):
@@ -114,26 +93,6 @@ def test_numbers_of_numpy_are_numbers():
         refuse("batch_size", Configs(batch_size=wrong).validate)
 
 
-@pytest.mark.parametrize(
-    ("name", "image"),
-    [
-        ("image", None),
-        ("image", "photo.jpg"),
-        ("image", PIXELS[..., 0]),
-        ("image", PIXELS[None]),
-        ("image", PIXELS[:0]),
-        ("image", np.zeros((4, 4, 4), np.uint8)),
-        ("image", PIXELS / 255),
-        ("image", PIXELS * -1.0),
-        ("image", PIXELS + 250.0),
-        ("image", PIXELS * NAN),
-        ("image", PIXELS > 0),
-    ],
-)
-def test_an_image_that_is_none_is_refused(model, name, image):
-    refuse(name, utils.classify_image, model, image, CLASSES)
-
-
 @pytest.mark.parametrize("kind", [np.int64, np.uint16, np.float16, np.float32, np.float64, list])
 def test_pixels_of_any_type_get_the_same_answer(model, kind):
     expected = utils.classify_image(model, PIXELS, CLASSES)
@@ -142,138 +101,123 @@ def test_pixels_of_any_type_get_the_same_answer(model, kind):
     np.testing.assert_allclose(list(found[1].values()), list(expected[1].values()), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("class_names", {"class_names": CLASSES[:2]}),
-        ("class_names", {"class_names": ["a", "a", "b"]}),
-        ("model", {"model": "best_model.keras"}),
-        ("model", {"model": keras.Sequential([keras.Input((None, None, 3)), keras.layers.GlobalMaxPooling2D()])}),
-        ("resize_mode", {"resize_mode": "cropp"}),
-        ("threshold", {"threshold": 50}),
-        ("threshold", {"threshold": "0.5"}),
-        ("threshold_type", {"threshold_type": "f1"}),
-        ("multi_label", {"multi_label": "False"}),
-        ("decision", {"decision": {"temperature": 1}}),
-        ("decision", {"decision": Decision(["x", "y", "z"], False)}),
-    ],
-)
-def test_what_does_not_fit_the_model_is_refused(model, name, options):
-    refuse(name, utils.classify_image, **{"model": model, "image": PIXELS, "class_names": CLASSES} | options)
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("path", (None,)),
-        ("path", (b"photo.png",)),
-        ("path", ("a\0b",)),
-        ("image_size", (0, 32)),
-        ("image_size", (32, 32, 3)),
-        ("image_size", 32),
-        ("image_size", "32"),
-        ("image_size", (1.5, 32)),
-        ("max_image_pixels", 0),
-        ("max_image_pixels", "many"),
-    ],
-)
-def test_read_image_refuses(tmp_path, name, arguments):
-    path = tmp_path / "photo.png"
-    cv2.imwrite(str(path), PIXELS)
-    assert utils.read_image(path, np.array([8, 8]), np.int64(10**6)).shape == PIXELS.shape
-    if name == "path":
-        refuse(name, utils.read_image, *arguments)
-    else:
-        refuse(name, utils.read_image, str(path), **{name.replace("max_image", "max"): arguments})
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("optimizer_type", {"optimizer_type": "adam"}),
-        ("optimizer_type", {"optimizer_type": None}),
-        ("learning_rate", {"learning_rate": 0}),
-        ("learning_rate", {"learning_rate": "0.1"}),
-        ("learning_rate", {"learning_rate": NAN}),
-        ("weight_decay", {"weight_decay": 1.0}),
-        ("ema_decay", {"ema_decay": -0.1}),
-        ("adam_beta_2", {"adam_beta_2": 1}),
-        ("adam_epsilon", {"adam_epsilon": 0}),
-    ],
-)
-def test_get_optimizer_refuses(name, options):
-    refuse(name, utils.get_optimizer, **{"optimizer_type": "Adam", "learning_rate": 0.1} | options)
-
-
 def test_get_optimizer_takes_schedules_and_numbers_of_numpy():
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
     assert float(utils.get_optimizer("SGD", schedule).learning_rate) == pytest.approx(0.1)
     assert float(utils.get_optimizer("SGD", np.float32(0.5)).learning_rate) == 0.5
 
 
-@pytest.mark.parametrize("labels", [[-1, 1], [0, 2], [0.5, 1], np.eye(2, dtype=int), [], None, ["a", "b"]])
-def test_labels_that_are_no_class_positions_are_refused(labels):
-    refuse("labels", utils.get_class_weights, labels, 2)
-    refuse("number_of_classes", utils.get_class_weights, [0, 1], 0)
+def classify(**options):
+    return lambda model: utils.classify_image(**{"model": model, "image": PIXELS, "class_names": CLASSES} | options)
 
 
-@pytest.mark.parametrize("labels", [[0, 1], np.eye(3) * 2, np.zeros((0, 3)), None])
-def test_labels_that_are_no_zeros_and_ones_are_refused(labels):
-    refuse("labels", utils.get_multilabel_class_weights, labels)
+def optimizer(**options):
+    return lambda _: utils.get_optimizer(**{"optimizer_type": "Adam", "learning_rate": 0.1} | options)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("y_true", (np.arange(2), THIRDS, CLASSES)),
-        ("y_true", (np.array([0, 1, 3]), THIRDS, CLASSES)),
-        ("y_true", (np.eye(3, dtype=int), THIRDS, CLASSES)),
-        ("y_true", (CLASSES, THIRDS, CLASSES)),
-        ("probabilities", (np.arange(3), THIRDS * NAN, CLASSES)),
-        ("probabilities", (np.arange(3), THIRDS[0], CLASSES)),
-        ("probabilities", (np.arange(3), THIRDS, CLASSES[:2])),
-        ("class_names", (np.arange(3), THIRDS, "abc")),
-        ("y_true", (np.eye(3)[:2], THIRDS, CLASSES, 0.5)),
-        ("y_true", (np.eye(3) * 2, THIRDS, CLASSES, 0.5)),
-        ("threshold", (np.eye(3), THIRDS, CLASSES, 50)),
-        ("ranking", (np.eye(3), THIRDS, CLASSES, 0.5, THIRDS[:2])),
-    ],
-)
-def test_figures_of_what_does_not_belong_together_are_refused(name, arguments):
+def evaluate(*arguments):
     several = len(arguments) > 3
-    refuse(name, utils.get_multilabel_evaluation_metrics if several else utils.get_evaluation_metrics, *arguments)
+    return lambda _: (utils.get_multilabel_evaluation_metrics if several else utils.get_evaluation_metrics)(*arguments)
 
 
-def test_model_files_are_named_by_paths(model, tmp_path):
-    for load in (utils.load_model, utils.load_exported_model):
-        refuse("path", load, None)
-        with pytest.raises(UserError, match=r"nope\.keras"):
-            load(Path("nope.keras"))
-    refuse("weights_dtype", utils.custom_save_model, model, str(tmp_path), "a", "float8")
-    refuse("model_name", utils.custom_save_model, model, str(tmp_path), "")
-    refuse("model", utils.custom_save_model, "a.keras", str(tmp_path), "a")
-    refuse("load_path", utils.custom_load_model, None, "a")
-    refuse("class_names", utils.read_decision, ".", [], False, "a.keras")
-    refuse("multi_label", utils.read_decision, ".", CLASSES, "no", "a.keras")
-    refuse("gpu_percentage", utils.set_gpu_usage, 50)
+def sequence(**options):
+    facts = {"paths": ["a", "b"], "labels": np.zeros(2, int), "image_size": (32, 32), "batch_size": 2}
+    return lambda _: AugmentedImageSequence(**facts | options)
+
+
+def call(function, *arguments):
+    return lambda _: function(*arguments)
+
+
+RGBA = np.zeros((4, 4, 4), np.uint8)
+NO_MODEL = keras.Sequential([keras.Input((None, None, 3)), keras.layers.GlobalMaxPooling2D()])
+NO_IMAGES = [None, "a.jpg", PIXELS[..., 0], PIXELS[None], PIXELS[:0], RGBA, PIXELS / 255, PIXELS * -1.0, PIXELS + 250.0]
+NO_POSITIONS = [[-1, 1], [0, 2], [0.5, 1], np.eye(2, dtype=int), [], None, ["a", "b"]]
+# By argument what is refused.
+REFUSED = {
+    "image": [classify(image=image) for image in [*NO_IMAGES, PIXELS * NAN, PIXELS > 0]],
+    "class_names": [
+        *(classify(class_names=CLASSES[:2]), classify(class_names=["a", "a", "b"])),
+        call(utils.get_generator, "table.csv", "abc", Configs(), True),
+        call(utils.read_decision, ".", [], False, "a.keras"),
+        evaluate(np.arange(3), THIRDS, "abc"),
+    ],
+    "model": [
+        *(classify(model="best_model.keras"), classify(model=NO_MODEL)),
+        call(utils.custom_save_model, "a.keras", "nowhere", "a"),
+    ],
+    "resize_mode": [classify(resize_mode="cropp"), sequence(resize_mode="cropp")],
+    "threshold": [classify(threshold=50), classify(threshold="0.5"), evaluate(np.eye(3), THIRDS, CLASSES, 50)],
+    "threshold_type": [classify(threshold_type="f1")],
+    "multi_label": [classify(multi_label="False"), call(utils.read_decision, ".", CLASSES, "no", "a.keras")],
+    "decision": [classify(decision=one) for one in ({"temperature": 1}, Decision(["x", "y", "z"], False))],
+    "path": [
+        *(call(utils.read_image, path) for path in (None, b"photo.png", "a\0b")),
+        *(call(load, None) for load in (utils.load_model, utils.load_exported_model)),
+    ],
+    "image_size": [
+        *(call(utils.read_image, "a", size) for size in ((0, 32), (32, 32, 3), 32, "32", (1.5, 32))),
+        sequence(image_size=(32, 32, 3)),
+    ],
+    "max_image_pixels": [call(utils.read_image, "a", None, number) for number in (0, "many")],
+    "optimizer_type": [optimizer(optimizer_type="adam"), optimizer(optimizer_type=None)],
+    "learning_rate": [optimizer(learning_rate=rate) for rate in (0, "0.1", NAN)],
+    "weight_decay": [optimizer(weight_decay=1.0)],
+    "ema_decay": [optimizer(ema_decay=-0.1)],
+    "adam_beta_2": [optimizer(adam_beta_2=1)],
+    "adam_epsilon": [optimizer(adam_epsilon=0)],
+    "labels": [
+        *(call(utils.get_class_weights, labels, 2) for labels in NO_POSITIONS),
+        *(call(utils.get_multilabel_class_weights, labels) for labels in ([0, 1], np.eye(3) * 2, THIRDS[:0], None)),
+        sequence(labels=np.zeros(1, int)),
+    ],
+    "number_of_classes": [call(utils.get_class_weights, [0, 1], 0)],
+    "y_true": [
+        *(
+            evaluate(truth, THIRDS, CLASSES)
+            for truth in (np.arange(2), np.array([0, 1, 3]), np.eye(3, dtype=int), CLASSES)
+        ),
+        *(evaluate(truth, THIRDS, CLASSES, 0.5) for truth in (np.eye(3)[:2], np.eye(3) * 2)),
+    ],
+    "probabilities": [
+        *(evaluate(np.arange(3), probabilities, CLASSES) for probabilities in (THIRDS * NAN, THIRDS[0])),
+        evaluate(np.arange(3), THIRDS, CLASSES[:2]),
+    ],
+    "ranking": [evaluate(np.eye(3), THIRDS, CLASSES, 0.5, THIRDS[:2])],
+    "weights_dtype": [lambda model: utils.custom_save_model(model, "nowhere", "a", "float8")],
+    "model_name": [lambda model: utils.custom_save_model(model, "nowhere", "")],
+    "load_path": [call(utils.custom_load_model, None, "a")],
+    "gpu_percentage": [call(utils.set_gpu_usage, 50)],
+    "batch_size": [
+        *(call(function, Configs(batch_size=0)) for function in (find_trained_model, ModelFactory().get_model)),
+        call(utils.get_generator, "table.csv", CLASSES, Configs(batch_size=0), True),
+        sequence(batch_size=0),
+    ],
+    "classes": [call(ModelFactory().get_model, Configs())],
+    "configs": [call(utils.get_generator, "table.csv", CLASSES, {}, True), call(predict.main, Configs())],
+    "csv_path": [call(utils.get_generator, None, CLASSES, Configs(), True)],
+    "training": [call(utils.get_generator, "table.csv", CLASSES, Configs(), "no")],
+    "visual_model_name": [call(ModelFactory().get_input_size, "VGG"), call(ModelFactory().get_last_conv_layer, None)],
+    "augmentation_strength": [call(build_augmenter, "much")],
+    "mixup_alpha": [sequence(mixup_alpha=-1)],
+    "random_crop_area": [sequence(crop_area=(0, 2))],
+    "random_seed": [sequence(seed=-1)],
+    "generator_workers": [sequence(workers="4")],
+    "generator_queue_length": [sequence(max_queue_size=0)],
+}
+
+
+@pytest.mark.parametrize(("name", "use"), [(name, use) for name, uses in REFUSED.items() for use in uses])
+def test_a_wrong_argument_is_named(model, name, use, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refuse(name, use, model)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("batch_size", {"batch_size": 0}),
-        ("labels", {"labels": np.zeros(1, int)}),
-        ("image_size", {"image_size": (32, 32, 3)}),
-        ("resize_mode", {"resize_mode": "cropp"}),
-        ("mixup_alpha", {"mixup_alpha": -1}),
-        ("random_crop_area", {"crop_area": (0, 2)}),
-        ("random_seed", {"seed": -1}),
-        ("generator_workers", {"workers": "4"}),
-        ("generator_queue_length", {"max_queue_size": 0}),
-        ("shares", {"shares": 2}),
-    ],
-)
-def test_a_sequence_refuses(name, options):
-    facts = {"paths": ["a", "b"], "labels": np.zeros(2, int), "image_size": (32, 32), "batch_size": 2}
-    refuse(name, AugmentedImageSequence, **facts | options)
+def test_paths_of_both_kinds_and_numbers_of_numpy_are_taken(tmp_path):
+    path = tmp_path / "photo.png"
+    cv2.imwrite(str(path), PIXELS)
+    assert utils.read_image(path, np.array([8, 8]), np.int64(10**6)).shape == PIXELS.shape
+    for load in (utils.load_model, utils.load_exported_model):
+        with pytest.raises(UserError, match=r"nope\.keras"):
+            load(Path("nope.keras"))

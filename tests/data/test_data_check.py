@@ -59,13 +59,6 @@ def test_sizes_below_the_target_and_far_from_the_rest_are_told(tmp_path):
         assert found == {("small", f"{name}.png") for name in names} | unusual
 
 
-def test_images_of_any_format_pass(tmp_path):
-    names = ["a.png", "b.jpg", "c.bmp", "d.tif", "e.webp"]
-    for name in names:
-        cv2.imwrite(str(tmp_path / name), np.zeros((4, 4, 3), np.uint8))
-    check_images([str(tmp_path / name) for name in names], "t.csv")
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -73,23 +66,17 @@ def test_images_of_any_format_pass(tmp_path):
         ("empty.jpg", "is empty"),
         ("text.jpg", "is no image that OpenCV reads"),
         (".", "does not exist"),
+        ("cut.jpg", "its end is missing"),
     ],
 )
 def test_file_that_is_no_image_names_its_row(tmp_path, name, message):
     cv2.imwrite(str(tmp_path / "good.jpg"), np.zeros((4, 4, 3), np.uint8))
     (tmp_path / "empty.jpg").touch()
+    (tmp_path / "cut.jpg").write_bytes(encode("JPEG", photo(0))[:-300])
     (tmp_path / "text.jpg").write_text("this is a text, not an image, whatever its name says", encoding="utf-8")
-    with pytest.raises(
-        UserError, match=rf"t\.csv: row 3: .*{message}\. Correct .* or leave the rows out by --skip"
-    ) as raised:
+    with pytest.raises(UserError, match=rf"t\.csv: row 3: .*{message}\. .* leave the rows out by --skip") as raised:
         check_images([str(tmp_path / "good.jpg"), str(tmp_path / name)], "t.csv")
     assert "row 2" not in str(raised.value)
-
-
-def test_a_damaged_file_is_told_in_a_sentence_with_what_to_do(tmp_path):
-    (tmp_path / "cut.jpg").write_bytes(encode("JPEG", photo(0))[:-300])
-    with pytest.raises(UserError, match=r"cut\.jpg: its end is missing\. .* by --skip_bad_images True\.$"):
-        check_images([str(tmp_path / "cut.jpg")], "t.csv")
 
 
 def test_only_the_first_bad_images_are_listed():

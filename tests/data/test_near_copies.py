@@ -83,7 +83,7 @@ def test_image_of_one_tone_has_no_thumbnail():
 
 
 def members(groups, number):
-    return [{other for other in range(number) if groups.find(other) == groups.find(one)} for one in range(number)]
+    return [{other for other in range(number) if groups.connected(other, one)} for one in range(number)]
 
 
 def test_strong_pairs_form_chains_and_weak_ones_do_not():

@@ -14,12 +14,31 @@ from finetune.evaluation.intervals import get_intervals
 # Intervals
 
 
+def draw_groups(groups, rng):
+    """Draws whole groups with replacement, one after the other; returns the positions of their images."""
+    rows_of = {}
+    for row, group in enumerate(groups):
+        rows_of.setdefault(group, []).append(row)
+    drawn = rng.integers(len(rows_of), size=len(rows_of))
+    return np.array([row for group in drawn for row in rows_of[group]])
+
+
+def make_groups(seed, images):
+    """Numbers groups of 1 to 6 images, which do not lie beside each other."""
+    rng = np.random.default_rng(seed)
+    numbers = np.repeat(np.arange(images), rng.integers(1, 7, images))[:images]
+    return rng.permutation(numbers)
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_each_figure_of_a_resample_is_scikit_learns_for_its_images(seed):
-    y_true, raw = random_single_label(25, 12)
-    intervals = get_intervals(y_true, raw, Decision(list("abcdefghijkl"), False), seed, resamples=1)
-    drawn = np.random.default_rng(seed).integers(25, size=25)
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_each_figure_of_a_resample_is_scikit_learns_for_its_images(seed, is_grouped):
+    y_true, raw = random_single_label(60, 12)
+    groups = make_groups(seed, 60) if is_grouped else None
+    intervals = get_intervals(y_true, raw, Decision(list("abcdefghijkl"), False), seed, 1, groups)
+    drawn = draw_groups(np.arange(60) if groups is None else groups, np.random.default_rng(seed))
     truth, predicted = y_true[drawn], raw[drawn].argmax(axis=1)
+    assert (len(drawn) != 60) is is_grouped
     expected = {
         "accuracy": sk.accuracy_score(truth, predicted),
         "balanced_accuracy": sk.recall_score(truth, predicted, average="macro", labels=np.unique(truth)),
@@ -31,12 +50,15 @@ def test_each_figure_of_a_resample_is_scikit_learns_for_its_images(seed):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(4))
-def test_each_multilabel_figure_of_a_resample_is_scikit_learns_for_its_images(seed):
-    y_true, raw = random_multilabel(12, 4)
-    y_true[:, 3] = np.arange(12) == 0
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_each_multilabel_figure_of_a_resample_is_scikit_learns_for_its_images(seed, is_grouped):
+    number = 80 if is_grouped else 12
+    y_true, raw = random_multilabel(number, 4)
+    y_true[:, 3] = np.arange(number) == 0
+    groups = make_groups(seed, number) if is_grouped else None
     decision = Decision(list("abcd"), True, exact_match_threshold=0.55)
-    intervals = get_intervals(y_true, raw, decision, seed, resamples=1)
-    drawn = np.random.default_rng(seed).integers(12, size=12)
+    intervals = get_intervals(y_true, raw, decision, seed, 1, groups)
+    drawn = draw_groups(np.arange(number) if groups is None else groups, np.random.default_rng(seed))
     truth, scores = y_true[drawn], raw[drawn]
     predicted = scores >= 0.55
     defined = [column for column in range(4) if truth[:, column].any()]
@@ -93,57 +115,6 @@ def test_perfect_answers_and_a_single_image_have_intervals_without_width():
 
 
 # Groups
-
-
-def draw_groups(groups, rng):
-    """Draws whole groups with replacement, one after the other; returns the positions of their images."""
-    rows_of = {}
-    for row, group in enumerate(groups):
-        rows_of.setdefault(group, []).append(row)
-    drawn = rng.integers(len(rows_of), size=len(rows_of))
-    return np.array([row for group in drawn for row in rows_of[group]])
-
-
-def make_groups(seed, images):
-    """Numbers groups of 1 to 6 images, which do not lie beside each other."""
-    rng = np.random.default_rng(seed)
-    numbers = np.repeat(np.arange(images), rng.integers(1, 7, images))[:images]
-    return rng.permutation(numbers)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_each_figure_of_a_resample_of_groups_is_scikit_learns_for_their_images(seed):
-    y_true, raw = random_single_label(60, 12)
-    groups = make_groups(seed, 60)
-    intervals = get_intervals(y_true, raw, Decision(list("abcdefghijkl"), False), seed, 1, groups)
-    drawn = draw_groups(groups, np.random.default_rng(seed))
-    truth, predicted = y_true[drawn], raw[drawn].argmax(axis=1)
-    assert len(drawn) != 60
-    expected = {
-        "accuracy": sk.accuracy_score(truth, predicted),
-        "balanced_accuracy": sk.recall_score(truth, predicted, average="macro", labels=np.unique(truth)),
-        "macro_f1": sk.f1_score(truth, predicted, average="macro"),
-        "top_5_accuracy": sk.top_k_accuracy_score(truth, raw[drawn], k=5, labels=range(12)),
-    }
-    assert intervals == {name: pytest.approx([value, value]) for name, value in expected.items()}
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_each_multilabel_figure_of_a_resample_of_groups_is_scikit_learns(seed):
-    y_true, raw = random_multilabel(80, 3)
-    groups = make_groups(seed, 80)
-    intervals = get_intervals(y_true, raw, Decision(NAMES, True, exact_match_threshold=0.55), seed, 1, groups)
-    drawn = draw_groups(groups, np.random.default_rng(seed))
-    truth, scores = y_true[drawn], raw[drawn]
-    expected = {
-        "mean_auroc": sk.roc_auc_score(truth, scores),
-        "mean_average_precision": sk.average_precision_score(truth, scores),
-        "exact_match_accuracy": sk.accuracy_score(truth, scores >= 0.55),
-        "hamming_loss": sk.hamming_loss(truth, scores >= 0.55),
-        "macro_f1": sk.f1_score(truth, scores >= 0.55, average="macro"),
-    }
-    for name, value in expected.items():
-        assert intervals[name] == pytest.approx([value, value], abs=1e-6), name
 
 
 def test_the_interval_of_grouped_images_is_that_of_a_cluster_bootstrap_and_of_theory():

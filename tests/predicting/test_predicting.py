@@ -37,18 +37,19 @@ def test_image_of_the_model_s_size_is_taken_as_it_is(trained_model, images):
     assert list(probabilities.values()) == pytest.approx(predict(trained_model, images[:1])[0].tolist(), abs=1e-6)
 
 
+def build_constant_model():
+    """A model that answers 0.9, 0.5 and 0.1 of any image."""
+    head = keras.layers.Dense(3, "sigmoid", kernel_initializer="zeros")
+    model = keras.Sequential([keras.Input((8, 10, 3)), keras.layers.GlobalAveragePooling2D(), head])
+    head.bias.assign([math.log(9), 0.0, -math.log(9)])
+    return model
+
+
 @pytest.mark.parametrize(
     ("threshold", "names"), [(0.5, ["owl", "dog"]), (0.75, ["owl"]), (0.95, []), (0.0, ["owl", "dog", "cat"])]
 )
 def test_multi_label_image_gets_every_class_from_the_threshold_on(images, threshold, names):
-    model = keras.Sequential(
-        [
-            keras.Input((8, 10, 3)),
-            keras.layers.GlobalAveragePooling2D(),
-            keras.layers.Dense(3, "sigmoid", kernel_initializer="zeros"),
-        ]
-    )
-    model.layers[-1].bias.assign([math.log(9), 0.0, -math.log(9)])
+    model = build_constant_model()
     chosen, probabilities = classify_image(model, images[0], ["owl", "dog", "cat"], True, threshold)
     assert chosen == names
     assert probabilities == pytest.approx({"owl": 0.9, "dog": 0.5, "cat": 0.1})
@@ -58,14 +59,7 @@ def test_multi_label_image_gets_every_class_from_the_threshold_on(images, thresh
     ("threshold_type", "names"), [("exact_match", ["owl"]), ("best_f1", ["owl", "dog", "cat"])], ids=["one", "each"]
 )
 def test_a_decision_takes_the_place_of_mode_and_threshold(images, threshold_type, names):
-    model = keras.Sequential(
-        [
-            keras.Input((8, 10, 3)),
-            keras.layers.GlobalAveragePooling2D(),
-            keras.layers.Dense(3, "sigmoid", kernel_initializer="zeros"),
-        ]
-    )
-    model.layers[-1].bias.assign([math.log(9), 0.0, -math.log(9)])
+    model = build_constant_model()
     # Temperature 2 halves the logits: odds of 9 become odds of 3.
     decision = Decision(["owl", "dog", "cat"], True, 2.0, "validation", 0.7, [0.6, 0.4, 0.2], "validation")
     chosen, probabilities = classify_image(

@@ -157,39 +157,25 @@ def find_table(tables, *headings):
 # Metadata
 
 
-def test_metadata_is_hugging_faces(tmp_path):
-    write_run(tmp_path, single_label(), visual_model_name="MobileNet")
+@pytest.mark.parametrize(
+    ("results", "changes", "expected"),
+    [
+        (single_label(), {}, {"accuracy": 0.875, "f1": 0.545}),
+        (multi_label(), {}, {"accuracy": 0.55, "f1": 0.46, "roc_auc": 0.91}),
+        # A small figure is a number, and an undefined one is left out.
+        (multi_label(), {"exact_match_accuracy": 2e-05, "macro_f1": None}, {"accuracy": 2e-05, "roc_auc": 0.91}),
+        (None, {}, None),
+    ],
+)
+def test_metadata_is_hugging_faces(tmp_path, results, changes, expected):
+    if results:
+        results["sets"]["test"] |= changes
+    write_run(tmp_path, results, visual_model_name="MobileNet", multi_label_classification=results == multi_label())
     data, _ = read_card(tmp_path)
-    assert (data.library_name, data.pipeline_tag) == ("keras", "image-classification")
+    assert (data.library_name, data.pipeline_tag, data.license) == ("keras", "image-classification", None)
     assert data.tags == ["keras", "tensorflow", "MobileNet"]
-    assert data.metrics == ["accuracy", "f1"]
-    assert data.license is None
-    assert data.model_name == "MobileNet image classifier"
-    found = [(one.metric_type, one.metric_name, one.metric_value) for one in data.eval_results]
-    assert found == [("accuracy", "Accuracy", 0.875), ("f1", "Macro F1", 0.545)]
-    assert {(one.task_type, one.dataset_split) for one in data.eval_results} == {("image-classification", "test")}
-
-
-def test_metadata_of_several_labels(tmp_path):
-    write_run(tmp_path, multi_label(), multi_label_classification=True)
-    data, _ = read_card(tmp_path)
-    found = {one.metric_type: one.metric_value for one in data.eval_results}
-    assert found == {"accuracy": 0.55, "f1": 0.46, "roc_auc": 0.91}
-
-
-def test_small_figure_is_a_number_and_an_undefined_one_is_left_out(tmp_path):
-    results = multi_label()
-    results["sets"]["test"] |= {"exact_match_accuracy": 2e-05, "macro_f1": None}
-    write_run(tmp_path, results, multi_label_classification=True)
-    data, _ = read_card(tmp_path)
-    assert {one.metric_type: one.metric_value for one in data.eval_results} == {"accuracy": 2e-05, "roc_auc": 0.91}
-
-
-def test_untested_model_has_no_figures_in_its_metadata(tmp_path):
-    write_run(tmp_path)
-    data, _ = read_card(tmp_path)
-    assert data.eval_results is None
-    assert data.metrics is None
+    assert data.metrics == (expected and [*expected])
+    assert (data.eval_results and {one.metric_type: one.metric_value for one in data.eval_results}) == expected
 
 
 # Sections
@@ -200,34 +186,28 @@ def test_figures_stand_with_their_intervals_and_the_other_sets(tmp_path):
     _, card = read_card(tmp_path)
     figures = find_table(card, "Figure", "Test", "95 % interval", "Validation", "Training")
     assert figures["Accuracy"][:4] == ["87.5 %", "75.0 % to 100.0 %", "90.1 %", "99.9 %"]
-    assert figures["Macro F1"][:4] == ["0.545", "0.400 to 0.700", "0.545", "0.545"]
-    assert figures["Calibration error"][:2] == ["0.100", ""]
     assert find_table(card, "Class on the test set")["dog"] == ["0.500", "1.000", "0.667", "1"]
-    assert "best_model.keras on 16 test images" in card.texts["Results"]
     assert "1.500, fitted on the validation set" in card.texts["Decision"]
-    assert "calibration error is 0.100 with it, 0.095 without" in card.texts["Decision"]
 
 
 def test_several_labels_have_thresholds_and_intervals(tmp_path):
     write_run(tmp_path, multi_label(), multi_label_classification=True, validation_csv="")
     _, card = read_card(tmp_path)
     row = find_table(card, "Class on the test set", "Precision")["cat"]
-    assert row[0] == "0.800 (0.700 to 0.900)"
-    assert row[-2:] == ["0.370", "0.700"]
+    assert (row[0], row[-2:]) == ("0.800 (0.700 to 0.900)", ["0.370", "0.700"])
     assert find_table(card, "Class on the test set")["owl"][4] == "undefined"
-    assert "1.000, not fitted, for there was no validation set" in card.texts["Decision"]
-    assert "Threshold of every class: 0.410, for the most exact matches on the training set" in card.texts["Decision"]
+    assert "1.000, not fitted" in card.texts["Decision"]
     assert "cat 0.370, dog 0.370, owl 0.370." in card.texts["Decision"]
-    assert "none, one or several" in card.texts["Limits"]
-    assert "nothing is known of them: owl" in card.texts["Limits"]
+    assert "owl" in card.texts["Limits"]
 
 
 def test_data_are_counted_by_set(tmp_path):
     write_run(tmp_path, single_label(), {"data.json": make_data([20, 8, 4])})
     _, card = read_card(tmp_path)
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("training", "validation")}
     assert find_table(card, "Set", "Table", "Images") == {
-        "Training": ["training.csv", "32", hashlib.sha256(b"training").hexdigest()],
-        "Validation": ["validation.csv", "3", hashlib.sha256(b"validation").hexdigest()],
+        "Training": ["training.csv", "32", digests["training"]],
+        "Validation": ["validation.csv", "3", digests["validation"]],
     }
     counts = find_table(card, "Class", "Training", "Validation", "Test")
     assert counts == {"cat": ["20", "1", "12"], "dog": ["8", "1", "1"], "owl": ["4", "1", "3"]}
@@ -238,18 +218,18 @@ def test_recipe_names_what_was_done(tmp_path):
     files = {".training_stats.json": STATS, "training_log.csv": LOG}
     write_run(tmp_path, None, files, num_epochs=20, warmup_epochs=1.5, mixup_alpha=0.2, random_seed=5, **options)
     _, card = read_card(tmp_path)
-    recipe = find_table(card, "Part", "Options")
-    assert recipe["Start"] == ["DenseNet121 with ImageNet weights"]
-    assert recipe["Trained"] == [
-        "the classifier for 2 epochs, then the classifier and the backbone from its last 3 convolutions on"
-    ]
-    assert recipe["Optimizer"] == ["AdamW; learning rate 0.001; weight decay 0.01"]
-    assert recipe["Schedule"] == ["plateau; warmup epochs 1.5"]
-    assert recipe["Augmentation"] == ["default; mixup alpha 0.2"]
-    assert recipe["Seed"] == ["random seed 5; deterministic False"]
-    assert recipe["Epochs"] == ["7 of 20"]
-    assert recipe["Best epoch"] == ["2: val_accuracy 0.9010"]
-    assert recipe["Its figures"] == ["accuracy 0.7500; loss 0.9000; val_accuracy 0.9010"]
+    recipe = {name: cells[0] for name, cells in find_table(card, "Part", "Options").items()}
+    for name, words in {
+        "Start": "DenseNet121 with ImageNet weights",
+        "Trained": "last 3 convolutions",
+        "Optimizer": "AdamW; learning rate 0.001; weight decay 0.01",
+        "Schedule": "plateau; warmup epochs 1.5",
+        "Augmentation": "default; mixup alpha 0.2",
+        "Epochs": "7 of 20",
+        "Best epoch": "2: val_accuracy 0.9010",
+        "Its figures": "accuracy 0.7500; loss 0.9000; val_accuracy 0.9010",
+    }.items():
+        assert words in recipe[name]
     options = find_table(card, "Option", "Value", "Default")
     assert options["num_epochs"] == ["20", "100"]
     assert "learning_rate" not in options
@@ -258,26 +238,21 @@ def test_recipe_names_what_was_done(tmp_path):
 @pytest.mark.parametrize(
     ("load_model_path", "start", "is_own"),
     [
-        ("", "MobileNet with random weights, its classifier from a logistic regression on the training images", False),
-        (
-            "runs/this",
-            "MobileNet with random weights, its classifier from a logistic regression on the training images",
-            True,
-        ),
-        ("runs/this/latest_model.keras", None, True),
+        ("", "logistic regression", False),
+        ("runs/this", "logistic regression", True),
+        ("runs/this/latest_model.keras", "logistic regression", True),
         ("runs/other/best_model.keras", "the model best_model.keras", False),
     ],
 )
 def test_command_repeats_the_run_beside_it_from_its_start(tmp_path, load_model_path, start, is_own):
-    options = {"visual_model_name": "MobileNet", "use_imagenet_weights": False, "head_initialization": "linear_probe"}
-    write_run(tmp_path, save_model_path="runs/this/", load_model_path=load_model_path, **options)
-    _, card = read_card(tmp_path)
-    if start:
-        assert find_table(card, "Part", "Options")["Start"] == [start]
-    (command,) = re.findall(r"python train.py (.*)", card.texts["Recipe"])
-    given = Configs.from_command_line(
-        arguments=shlex.split(command.replace("configs.json", f"{tmp_path}/configs.json"))
+    write_run(
+        tmp_path, save_model_path="runs/this/", load_model_path=load_model_path, head_initialization="linear_probe"
     )
+    _, card = read_card(tmp_path)
+    assert start in find_table(card, "Part", "Options")["Start"][0]
+    (command,) = re.findall(r"python train.py (.*)", card.texts["Recipe"])
+    words = shlex.split(command.replace("configs.json", f"{tmp_path}/configs.json"))
+    given = Configs.from_command_line(arguments=words)
     assert given.save_model_path != "runs/this/"
     assert given.load_model_path == ("" if is_own else load_model_path)
     assert given.head_initialization == "linear_probe"
@@ -295,25 +270,16 @@ def test_each_artefact_has_its_sizes_speeds_and_how_to_load_it(tmp_path):
     write_run(tmp_path, None, {"compression_report.json": compression})
     _, card = read_card(tmp_path)
     files = find_table(card, "File", "Holds", "MB", "Accuracy")
-    assert files["best_model.keras"][:3] == ["the trained model", "12.34", ""]
+    assert files["best_model.keras"][1] == "12.34"
     assert files["best_model_compressed.h5"] == [
         *("weights, int8", "3.00", "88.0 % → 86.0 %", "0.032", "3 of 50", "20.0 → 41.3", "accepted")
     ]
     assert files["best_model_int8.rejected.tflite"][-1] == "rejected"
     assert files["best_model.onnx"] == ["onnx, float32", "3.00", "", "", "", "", "not compared"]
-    assert "may fall by 1.5 (points)" in card.texts["Files, sizes and speeds"]
     loading = card.texts["How to load it"]
+    assert all(words in loading for words in ("keras.models", "custom_load_model(", "onnxruntime"))
     # The one is rejected, the other is no longer there.
-    for words, is_there in {
-        "keras.models": 1,
-        "custom_load_model(": 1,
-        "onnxruntime": 1,
-        "Interpreter": 0,
-        "tf.": 0,
-    }.items():
-        assert (words in loading) == bool(is_there)
-    for kind in ("tflite", "saved_model"):
-        assert kind not in loading
+    assert not any(words in loading for words in ("tflite", "saved_model"))
 
 
 def test_snippets_of_other_runtimes_are_python(tmp_path):
@@ -323,9 +289,7 @@ def test_snippets_of_other_runtimes_are_python(tmp_path):
     write_model_card(str(tmp_path))
     blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "MODEL_CARD.md").read_text(), re.DOTALL)
     constants = [constant for block in blocks for constant in compile(block, "card", "exec").co_consts]
-    assert len(blocks) == 6
-    for name in ('"m_compressed', '"m.tflite', '"m.onnx', '"m_saved_model'):
-        assert name in constants
+    assert {'"m_compressed', '"m.tflite', '"m.onnx', '"m_saved_model'} <= set(constants)
 
 
 # Limits
@@ -335,38 +299,33 @@ def test_limits_are_those_of_the_facts(tmp_path):
     results = single_label()
     write_run(tmp_path, results, {"data.json": make_data([24, 8, 8])})
     limits = read_card(tmp_path)[1].texts["Limits"]
-    assert "figures are rough: dog, owl." in limits
-    assert "Accuracy has an interval of 25.0 points" in limits
-    assert "24 training images of cat, 8 of dog" in limits
-    assert "optimistic" not in limits
-    assert "No answer was wrong" not in limits
+    assert all(words in limits for words in ("rough: dog, owl.", "25.0 points", "24 training images of cat, 8 of dog"))
+    assert not any(words in limits for words in ("optimistic", "No answer was wrong"))
     results["sets"]["test"] |= {"images": 600, "accuracy": 1.0, "intervals": {"accuracy": [1.0, 1.0]}}
     for row in results["sets"]["test"]["per_class"].values():
         row["support"] = 200
     write_run(tmp_path, results, {"data.json": make_data([23, 8, 8])})
     limits = read_card(tmp_path)[1].texts["Limits"]
     # Three in 600.
-    assert "No answer was wrong on 600 test images: on others up to 0.5 % may be." in limits
-    for words in ("rough", "has an interval", "imbalanced"):
-        assert words not in limits
+    assert "600 test images: on others up to 0.5 %" in limits
+    assert not any(words in limits for words in ("rough", "has an interval", "imbalanced"))
 
 
-@pytest.mark.parametrize("is_named", [False, True])
-def test_test_set_that_chose_the_model_is_told(tmp_path, is_named):
-    results, data = single_label(), make_data([9, 9, 9])
-    if is_named:
-        results["sets"]["test"]["sha256"] = data["validation"]["sha256"]
-    write_run(tmp_path, results, {"data.json": data}, validation_csv="test.csv" if is_named else "")
+@pytest.mark.parametrize(
+    ("fields", "validation_csv", "is_told"),
+    [
+        ({}, "", True),
+        ({"sha256": hashlib.sha256(b"validation").hexdigest()}, "test.csv", True),
+        ({"selected_the_model": False}, "", False),
+    ],
+)
+def test_test_set_that_chose_the_model_is_told(tmp_path, fields, validation_csv, is_told):
+    results = single_label()
+    results["sets"]["test"] |= fields
+    write_run(tmp_path, results, {"data.json": make_data([9, 9, 9])}, validation_csv=validation_csv)
     _, card = read_card(tmp_path)
     for section in ("Results", "Limits"):
-        assert "the test set chose the epoch of the best model: its figures are optimistic" in card.texts[section]
-
-
-def test_other_images_than_those_that_chose_the_model_are_not_said_to_have_chosen_it(tmp_path):
-    results = single_label()
-    results["sets"]["test"]["selected_the_model"] = False
-    write_run(tmp_path, results, {"data.json": make_data([9, 9, 9])}, validation_csv="")
-    assert "chose the epoch" not in read_card(tmp_path)[1].texts["Results"]
+        assert ("the test set chose the epoch of the best model" in card.texts[section]) is is_told
 
 
 # Parts that are missing, damaged or of another model
@@ -375,25 +334,31 @@ def test_other_images_than_those_that_chose_the_model_are_not_said_to_have_chose
 def test_missing_parts_say_which_script_to_run(tmp_path):
     write_run(tmp_path, validation_csv="")
     _, card = read_card(tmp_path)
-    assert "python test.py" in card.texts["Results"]
-    assert "python test.py" in card.texts["Decision"]
-    assert "train.py" in card.texts["Data"]
-    assert "python compress_weights.py" in card.texts["Files, sizes and speeds"]
-    assert "no model in this folder" in card.texts["How to load it"]
-    assert "Nothing has been measured" in card.texts["Limits"]
+    scripts = {"Results": "test.py", "Decision": "test.py", "Data": "train.py"}
+    for section, script in (scripts | {"Files, sizes and speeds": "compress_weights.py"}).items():
+        assert script in card.texts[section]
 
 
-def test_foreign_model_has_no_card(tmp_path):
-    (tmp_path / "best_model.keras").write_bytes(b"")
+def test_no_or_damaged_configs_make_no_card(tmp_path):
     assert write_model_card(str(tmp_path)) == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["best_model.keras"]
-
-
-def test_damaged_configs_are_an_error(tmp_path):
     (tmp_path / "configs.json").write_text("{")
     with pytest.raises(UserError, match=r"configs.json is not valid JSON"):
         write_model_card(str(tmp_path))
-    assert not (tmp_path / "MODEL_CARD.md").exists()
+    assert os.listdir(tmp_path) == ["configs.json"]
+
+
+def test_what_is_damaged_or_of_an_earlier_model_is_left_out(tmp_path, capsys):
+    artefacts = [make_artefact("onnx", "float32", "best_model.onnx")]
+    files = {"compression_report.json": make_compression(tmp_path, artefacts, model=b"the model before")}
+    write_run(tmp_path, single_label(), files | {".training_stats.json": STATS, "training_log.csv": "nothing"})
+    (tmp_path / "decision.json").unlink()
+    data, card = read_card(tmp_path)
+    assert data.eval_results is None
+    assert "Not tested yet" in card.texts["Results"]
+    assert "Not compressed yet" in card.texts["Files, sizes and speeds"]
+    assert "onnx" not in card.texts["How to load it"]
+    assert "Best epoch" in find_table(card, "Part")
+    assert "training_log.csv is not a training log" in capsys.readouterr().out
 
 
 PARTS = ["data.json", ".training_stats.json", "decision.json", "evaluation/metrics.json", "compression_report.json"]
@@ -437,29 +402,6 @@ def test_no_wrong_value_of_a_part_makes_an_error(tmp_path, name):
             part[path[-1]] = wrong
             (tmp_path / name).write_text(json.dumps(content))
             write_model_card(str(tmp_path))
-
-
-def test_damaged_training_log_is_left_out_and_told(tmp_path, capsys):
-    write_run(tmp_path, None, {".training_stats.json": STATS, "training_log.csv": "nothing"})
-    assert "Best epoch" in find_table(read_card(tmp_path)[1], "Part")
-    assert "training_log.csv is not a training log" in capsys.readouterr().out
-
-
-def test_evaluation_of_an_earlier_model_is_left_out(tmp_path):
-    write_run(tmp_path, single_label())
-    (tmp_path / "decision.json").unlink()
-    data, card = read_card(tmp_path)
-    assert data.eval_results is None
-    assert "Not tested yet" in card.texts["Results"]
-
-
-def test_artefacts_of_an_earlier_model_are_left_out(tmp_path):
-    artefacts = [make_artefact("onnx", "float32", "best_model.onnx")]
-    compression = make_compression(tmp_path, artefacts, model=b"the model before")
-    write_run(tmp_path, None, {"compression_report.json": compression})
-    _, card = read_card(tmp_path)
-    assert "Not compressed yet" in card.texts["Files, sizes and speeds"]
-    assert "onnx" not in card.texts["How to load it"]
 
 
 # What names and paths hold
@@ -629,31 +571,22 @@ def test_folder_of_a_run_that_goes_on_is_told_its_data_and_loses_what_is_of_the_
         os.remove(tmp_path / LOCK_FILE)
     assert sorted(os.listdir(tmp_path)) == sorted([*names[:3], "configs.json", "data.json", "trained_images.csv"])
     assert capsys.readouterr().out.count("it belongs to the model before") == 2
-    assert json.loads((tmp_path / "data.json").read_text()) == {
-        "training": {
-            "csv": "a.csv",
-            "csv_sha256": "",
-            "images": 2,
-            "classes": {"cat": 1, "dog": 0, "owl": 2},
-            "sha256": digest(labels, ["a.jpg", "b.jpg"]),
-        },
-        "validation": {
-            "csv": "b.csv",
-            "csv_sha256": "",
-            "images": 1,
-            "classes": {"cat": 1, "dog": 0, "owl": 1},
-            "sha256": digest(labels[:1], ["c.jpg"]),
-        },
-        "working_directory": os.getcwd(),
+    stored = json.loads((tmp_path / "data.json").read_text())
+    found = {name: [stored[name][key] for key in ("csv", "images", "sha256")] for name in ("training", "validation")}
+    assert found == {
+        "training": ["a.csv", 2, digest(labels, ["a.jpg", "b.jpg"])],
+        "validation": ["b.csv", 1, digest(labels[:1], ["c.jpg"])],
     }
+    assert stored["training"]["classes"] == {"cat": 1, "dog": 0, "owl": 2}
+    assert stored["working_directory"] == os.getcwd()
 
 
-def test_new_run_leaves_nothing_of_the_model_before(tmp_path):
-    stems = ["best_model", "latest_model", "model_epoch_012"]
-    endings = [".keras", "_compressed.h5", "_compressed.json", "_compressed.rejected.h5", "_compressed.rejected.json"]
-    endings += [".tflite", ".rejected.tflite", "_dynamic.tflite", "_int8.tflite", "_int8.rejected.tflite", ".onnx"]
-    endings += [".rejected.onnx", "_labels.txt", "_metadata.json"]
-    files = [f"{stem}{ending}" for stem in stems for ending in endings]
+def test_new_run_leaves_nothing_of_the_model_before_and_of_a_link_what_it_leads_to(tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    endings = ".keras _compressed.h5 _compressed.json _compressed.rejected.h5 _compressed.rejected.json .tflite .onnx"
+    endings += " .rejected.tflite _dynamic.tflite _int8.tflite _int8.rejected.tflite .rejected.onnx _labels.txt"
+    stems = ("best_model", "latest_model", "model_epoch_012")
+    files = [f"{stem}{ending}" for stem in stems for ending in (endings + " _metadata.json").split()]
     files += [
         "training_log.csv",
         "training_log.png",
@@ -663,44 +596,30 @@ def test_new_run_leaves_nothing_of_the_model_before(tmp_path):
         "trained_images.csv",
     ]
     files += ["MODEL_CARD.md", "compression_report.json", "decision.json", "best_auroc.log"]
-    folders = ["logs", "evaluation", "cam_output", "best_model_saved_model", "best_model_saved_model.rejected"]
+    folders = ["evaluation", "cam_output", "best_model_saved_model", "best_model_saved_model.rejected"]
     folders += ["evaluation_best_model_int8.tflite", "evaluation_best_model_saved_model", "evaluation_best_model.onnx"]
     mine = ["notes.txt", "best_model_of_2019.onnx", "evaluation_notes.txt", "data_report.csv", "my_best_model.tflite"]
-    for name in files + mine:
-        (tmp_path / name).write_text("")
-    for name in folders:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "part").write_text("")
-    clear_folder(str(tmp_path), overwrites=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
-
-
-def test_a_link_in_the_runs_folder_is_removed_and_not_what_it_leads_to(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "events").write_text("kept")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "logs").symlink_to(tmp_path / "elsewhere")
-    clear_folder(str(tmp_path / "run"), overwrites=True)
-    assert os.listdir(tmp_path / "run") == []
-    assert (tmp_path / "elsewhere" / "events").read_text() == "kept"
+    for name in [*(f"{name}/part" for name in [*folders, "../elsewhere"]), *files, *mine]:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("")
+    (run / "logs").symlink_to(elsewhere)
+    clear_folder(str(run), overwrites=True)
+    assert sorted(os.listdir(run)) == sorted(mine)
+    assert os.listdir(elsewhere) == ["part"]
 
 
 def test_card_of_many_classes_lists_the_worst_and_the_smallest(tmp_path):
     names = [f"class {number:03d}" for number in range(101)]
     results = single_label() | {"classes": names}
-    row = {"precision": 0.5, "recall": 0.5, "f1": 0.9, "support": 30}
-    per_class = {name: row | {"f1": 0.5 if number % 5 == 0 else 0.9} for number, name in enumerate(names)}
+    row = {"precision": 0.5, "recall": 0.5, "support": 30}
+    per_class = {name: row | {"f1": 0.9 if number % 5 else 0.5} for number, name in enumerate(names)}
     results["sets"] = {"test": results["sets"]["test"] | {"per_class": per_class}}
     counts = {name: 100 - number for number, name in enumerate(names)}
-    data = make_data([1, 1, 1])
-    data = {name: part | {"classes": counts} for name, part in data.items()}
+    data = {name: part | {"classes": counts} for name, part in make_data([1, 1, 1]).items()}
     write_run(tmp_path, results, {"data.json": data}, classes=names)
-    write_model_card(str(tmp_path))
-    tables = Tables((tmp_path / "MODEL_CARD.md").read_text(encoding="utf-8")).tables
+    _, card = read_card(tmp_path)
     worst, smallest = (
-        [line[0] for line in table[1:]] for table in tables if table[0][0] in ("Class on the test set", "Class")
+        [line[0] for line in table[1:]] for table in card.tables if table[0][0] in ("Class on the test set", "Class")
     )
     assert worst == [f"class {number:03d}" for number in range(0, 100, 5)]
     assert smallest == [f"class {number:03d}" for number in range(100, 80, -1)]
-    text = (tmp_path / "MODEL_CARD.md").read_text(encoding="utf-8")
-    assert "class 000, class 001, class 002, class 003, class 004 and 96 more; all are in `configs.json`." in text

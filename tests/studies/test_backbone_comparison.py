@@ -73,10 +73,8 @@ def first(table, tmp_path_factory):
 
 @pytest.mark.slow
 def test_it_writes_the_ranking_and_its_picture(first):
-    (results, folder), columns = (
-        first,
-        ["backbone", "height", "width", "accuracy", "low", "high", "images", "images_per_second"],
-    )
+    results, folder = first
+    columns = ["backbone", "height", "width", "accuracy", "low", "high", "images", "images_per_second"]
     columns += ["training_seconds", "parameters", "multiply_adds", "speed_noise", "megabytes"]
     columns += ["balanced_accuracy", "balanced_rank", "largest_share", "behind_best", "standard_error"]
     columns += ["suggested", "measured_fastest", "not_told_apart", "on_front"]
@@ -407,18 +405,16 @@ def test_the_fastest_that_is_not_told_apart_from_the_best_is_suggested():
     assert ranking["on_front"].all()
     assert ranking["megabytes"].tolist() == [8.0] * 4
     line = describe_suggestion(ranking)
-    assert line == (
-        "Suggestion: good at 224, the fastest of those not told apart from the best, best at 224; it is behind by 1.5 "
-        "points (95 % interval -0.2 to 3.2). The 200 images do not tell it from best at 224, fast at 224."
-    )
+    assert line.startswith("Suggestion: good at 224, the fastest of those not told apart from the best, best at 224")
+    assert "by 1.5 points (95 % interval -0.2 to 3.2)" in line
+    assert "best at 224, fast at 224." in line
 
 
 def test_a_best_one_that_all_others_are_behind_is_suggested_however_slow():
     ranking = rank(probed_of(fast=(100, 90), best=(190, 10)), ["a", "b", "c"], False, 0)
-    assert describe_suggestion(ranking) == (
-        "Suggestion: best at 224, the best. All others are behind it by more than 1.96 standard errors, the nearest, "
-        "fast at 224, by 45.0 points (95 % interval 38.1 to 51.9)."
-    )
+    line = describe_suggestion(ranking)
+    assert line.startswith("Suggestion: best at 224, the best.")
+    assert "fast at 224, by 45.0 points (95 % interval 38.1 to 51.9)" in line
 
 
 def test_speeds_that_contradict_the_computation_do_not_choose():
@@ -432,13 +428,10 @@ def test_speeds_that_contradict_the_computation_do_not_choose():
     assert ranking["height"].tolist() == [224, 144]
     assert ranking["suggested"].tolist() == [False, True]
     assert ranking["measured_fastest"].tolist() == [True, False]
-    assert describe_suggestion(ranking) == (
-        "Suggestion: MobileNet at 144, by its computation the fastest of those not told apart from the best, MobileNet "
-        "at 224; it is behind by 0.5 points (95 % interval -0.5 to 1.5). The 200 images do not tell it from MobileNet "
-        "at 224.\nThe speeds contradict the computation, as on a busy machine: MobileNet at 224 was measured at 29.7 "
-        "images/s, MobileNet at 144 at 23.6, but an image takes 0.57 and 0.23 billion multiply-adds. The choice rests "
-        "on these."
-    )
+    first, second = describe_suggestion(ranking).splitlines()
+    assert first.startswith("Suggestion: MobileNet at 144, by its computation the fastest")
+    assert "contradict the computation" in second
+    assert all(words in second for words in ("29.7 images/s", "23.6", "0.57 and 0.23 billion multiply-adds"))
 
 
 def test_of_equal_figures_the_faster_comes_first():
