@@ -197,6 +197,11 @@ REFUSED = {
     "configs": [call(utils.get_generator, "table.csv", CLASSES, {}, True), call(predict.main, Configs())],
     "csv_path": [call(utils.get_generator, None, CLASSES, Configs(), True)],
     "training": [call(utils.get_generator, "table.csv", CLASSES, Configs(), "no")],
+    "bad_rows": [
+        call(utils.get_generator, "table.csv", CLASSES, Configs(), True, rows)
+        for rows in ("x", b"x", 5, [1.5], [1], ["3"])
+    ],
+    "shares": [sequence(shares=2)],
     "visual_model_name": [call(ModelFactory().get_input_size, "VGG"), call(ModelFactory().get_last_conv_layer, None)],
     "augmentation_strength": [call(build_augmenter, "much")],
     "mixup_alpha": [sequence(mixup_alpha=-1)],
