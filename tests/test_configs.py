@@ -24,7 +24,7 @@ def write_json(path, **options):
 # Names, order and defaults
 
 
-@pytest.mark.parametrize("configs_class", {*SCRIPT_CONFIGS.values()})
+@pytest.mark.parametrize("configs_class", dict.fromkeys(SCRIPT_CONFIGS.values()))
 def test_defaults_are_valid_and_every_option_is_described(configs_class):
     assert configs_class().validate().to_dict() == configs_class.defaults()
     assert set(Configs.options()) <= set(configs_class.options())
