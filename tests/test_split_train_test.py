@@ -40,18 +40,39 @@ def count_labels(rows):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_fractions_hold_in_every_class(tmp_path, seed):
-    write_table(tmp_path, ["a"] * 100 + ["b"] * 50 + ["c"] * 10)
-    split(tmp_path, random_seed=seed)
-    sets = read_sets(tmp_path)
-    assert count_labels(sets["training"]) == {"a": 80, "b": 40, "c": 8}
-    assert count_labels(sets["testing"]) == {"a": 20, "b": 10, "c": 2}
+@pytest.mark.parametrize(
+    ("images", "fractions", "expected"),
+    [
+        ({"a": 100, "b": 50, "c": 10}, {}, {"training": (80, 40, 8), "testing": (20, 10, 2)}),
+        # Rounded to the nearest image.
+        ({"a": 13, "b": 14}, {}, {"training": (10, 11), "testing": (3, 3)}),
+        (
+            {"a": 100, "b": 20},
+            {"test_split_fraction": 0.25, "validation_split_fraction": 0.15},
+            {"training": (60, 12), "validation": (15, 3), "testing": (25, 5)},
+        ),
+    ],
+)
+def test_fractions_hold_in_every_class(tmp_path, images, fractions, expected, seed):
+    write_table(tmp_path, [name for name, number in images.items() for _ in range(number)])
+    counts = split(tmp_path, random_seed=seed, **fractions)
+    expected = {name: dict(zip(images, numbers, strict=True)) for name, numbers in expected.items()}
+    assert counts == expected
+    # No set is written that is not asked for.
+    assert {name: dict(count_labels(rows)) for name, rows in read_sets(tmp_path).items()} == expected
 
 
-def test_fractions_are_rounded_to_the_nearest_image(tmp_path):
-    write_table(tmp_path, ["a"] * 13 + ["b"] * 14)
-    split(tmp_path)
-    assert count_labels(read_sets(tmp_path)["testing"]) == {"a": 3, "b": 3}
+@pytest.mark.parametrize(
+    ("validation", "expected"),
+    [(0.0, {"testing": [8, 9]}), (0.3, {"validation": [5, 6, 7], "testing": [8, 9]})],
+)
+def test_without_shuffling_the_last_rows_of_each_class_are_the_test_set(tmp_path, validation, expected):
+    write_table(tmp_path, ["a"] * 10)
+    for shuffle in (False, True):
+        split(tmp_path, shuffle=shuffle, validation_split_fraction=validation)
+        numbers = {name: [int(row[0][:4]) for row in rows] for name, rows in read_sets(tmp_path).items()}
+        training = sorted(set(range(10)).difference(*expected.values()))
+        assert (numbers == {"training": training} | expected) is not shuffle
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
@@ -78,41 +99,6 @@ def test_same_seed_splits_alike_and_another_differs(tmp_path):
         splits.append(read_sets(tmp_path))
     assert splits[0] == splits[1]
     assert splits[0] != splits[2]
-
-
-def test_shuffled_test_set_is_not_merely_the_last_rows(tmp_path):
-    write_table(tmp_path, ["a"] * 50)
-    split(tmp_path)
-    assert {row[0] for row in read_sets(tmp_path)["testing"]} != {f"{number:04d}.jpg" for number in range(40, 50)}
-
-
-def test_without_shuffling_the_last_rows_of_each_class_are_the_test_set(tmp_path):
-    write_table(tmp_path, ["a", "b"] * 5)
-    split(tmp_path, shuffle=False)
-    sets = read_sets(tmp_path)
-    assert sets["testing"] == [("0008.jpg", "a"), ("0009.jpg", "b")]
-    assert [row[0] for row in sets["training"]] == [f"000{number}.jpg" for number in range(8)]
-
-
-def test_without_shuffling_validation_stands_between(tmp_path):
-    write_table(tmp_path, ["a"] * 10)
-    split(tmp_path, shuffle=False, test_split_fraction=0.2, validation_split_fraction=0.3)
-    numbers = {name: [int(row[0][:4]) for row in rows] for name, rows in read_sets(tmp_path).items()}
-    assert numbers == {"training": [0, 1, 2, 3, 4], "validation": [5, 6, 7], "testing": [8, 9]}
-
-
-def test_validation_fraction_holds_in_every_class(tmp_path):
-    write_table(tmp_path, ["a"] * 100 + ["b"] * 20)
-    counts = split(tmp_path, test_split_fraction=0.25, validation_split_fraction=0.15)
-    expected = {"training": {"a": 60, "b": 12}, "validation": {"a": 15, "b": 3}, "testing": {"a": 25, "b": 5}}
-    assert counts == expected
-    assert {name: dict(count_labels(rows)) for name, rows in read_sets(tmp_path).items()} == expected
-
-
-def test_without_a_validation_fraction_none_is_written(tmp_path):
-    write_table(tmp_path, ["a", "b"] * 5)
-    split(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["all.csv", "testing_set.csv", "training_set.csv"]
 
 
 @pytest.mark.parametrize("seed", range(3))

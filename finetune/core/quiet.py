@@ -41,8 +41,9 @@ def hiding_stderr() -> Iterator[None]:
         return
     with tempfile.TemporaryFile() as hidden:
         screen = os.dup(2)
-        # A crash leaves nobody to show what is hidden.
-        faulthandler.enable(screen)
+        if tells_crashes := not faulthandler.is_enabled():
+            # A crash leaves nobody to show what is hidden.
+            faulthandler.enable(screen)
         os.dup2(hidden.fileno(), 2)
         try:
             yield
@@ -52,7 +53,8 @@ def hiding_stderr() -> Iterator[None]:
             raise
         finally:
             os.dup2(screen, 2)
-            faulthandler.disable()
+            if tells_crashes:
+                faulthandler.disable()
             os.close(screen)
             screen = 2
     for name in ("tensorflow", "absl"):

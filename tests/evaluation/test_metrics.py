@@ -19,14 +19,113 @@ from sklearn import metrics as sk
 
 from finetune.evaluation import metrics
 from finetune.evaluation.metrics import (
+    count_confusions,
     get_aurocs,
     get_average_precisions,
     get_calibration,
+    get_curves,
     get_evaluation_metrics,
     get_multilabel_evaluation_metrics,
     is_in_top_k,
+    list_confusions,
     mean_of_defined,
+    read_cells,
 )
+
+# Curves
+
+
+def name_classes(number):
+    # Their order is not that of the alphabet.
+    return [f"class {position}" for position in range(number)]
+
+
+TRUE, ANSWERED = np.array([0, 0, 3, 99, 3, 0, 11, 0]), np.array([0, 1, 3, 2, 3, 1, 2, 3])
+
+
+def test_a_hundred_classes_are_stored_in_full():
+    expected = np.zeros((100, 100), int)
+    np.add.at(expected, (TRUE, ANSWERED), 1)
+    assert count_confusions(TRUE, ANSWERED, name_classes(100)) == expected.tolist()
+
+
+def test_more_classes_are_stored_without_zeros():
+    stored = count_confusions(TRUE, ANSWERED, name_classes(101))
+    assert stored == {
+        "class 0": {"class 0": 1, "class 1": 2, "class 3": 1},
+        "class 3": {"class 3": 2},
+        "class 11": {"class 2": 1},
+        "class 99": {"class 2": 1},
+    }
+    assert json.loads(json.dumps(stored)) == stored
+
+
+@pytest.mark.parametrize("number", [100, 101])
+def test_either_form_reads_alike(number):
+    names = name_classes(number)
+    stored = count_confusions(TRUE, ANSWERED, names)
+    cells = read_cells(stored, names)
+    assert list(zip(cells.rows, cells.columns, cells.counts, cells.shares, strict=True)) == [
+        *((0, 0, 1, 1 / 4), (0, 1, 2, 2 / 4), (0, 3, 1, 1 / 4)),
+        *((3, 3, 2, 1), (11, 2, 1, 1), (99, 2, 1, 1)),
+    ]
+    assert list_confusions(stored, names, 3) == [
+        {"true": "class 0", "predicted": "class 1", "count": 2, "share": 0.5},
+        {"true": "class 0", "predicted": "class 3", "count": 1, "share": 0.25},
+        {"true": "class 11", "predicted": "class 2", "count": 1, "share": 1.0},
+    ]
+
+
+@pytest.mark.parametrize("stored", [{}, [[0, 0], [0, 0]]])
+def test_no_image_is_no_confusion(stored):
+    assert list_confusions(stored, ["a", "b"], 3) == []
+
+
+def test_curves_of_a_hand_worked_example():
+    curves = get_curves(np.array([[1], [0], [1], [0]]), np.array([[0.9], [0.7], [0.6], [0.2]]), ["ant"])["ant"]
+    assert list(zip(curves["false_positive_rate"], curves["true_positive_rate"], strict=True)) == [
+        *((0, 0), (0, 0.5), (0.5, 0.5), (0.5, 1), (1, 1)),
+    ]
+    points = list(zip(curves["recall"], curves["precision"], strict=True))
+    assert points == [(1, 0.5), (1, pytest.approx(2 / 3)), (0.5, 0.5), (0.5, 1), (0, 1)]
+    assert curves["auroc"] == pytest.approx(3 / 4)
+    assert curves["average_precision"] == pytest.approx(5 / 6)
+
+
+def test_curves_of_one_label_an_image_are_each_class_against_the_rest():
+    y_true, raw = random_single_label(60, 3)
+    assert get_curves(y_true, raw, NAMES) == get_curves(np.eye(3)[y_true], raw, NAMES)
+    assert get_curves(y_true, raw, NAMES)["bee"]["auroc"] == pytest.approx(
+        share_of_ordered_pairs((y_true == 1).astype(int), raw[:, 1])
+    )
+
+
+def test_long_curves_are_thinned_to_500_points_that_keep_their_area():
+    generator = np.random.default_rng(0)
+    y_true = generator.random((20_000, 1)) < 0.3
+    scores = generator.normal(y_true).astype(np.float32)
+    curves = get_curves(y_true, scores, ["ant"])["ant"]
+    for x, y in (("false_positive_rate", "true_positive_rate"), ("recall", "precision")):
+        assert 100 < len(curves[x]) == len(curves[y]) <= 500
+    assert (curves["false_positive_rate"][0], curves["true_positive_rate"][0]) == (0, 0)
+    assert (curves["false_positive_rate"][-1], curves["true_positive_rate"][-1]) == (1, 1)
+    assert (curves["recall"][0], curves["recall"][-1], curves["precision"][-1]) == (1, 0, 1)
+    area = np.trapezoid(curves["true_positive_rate"], curves["false_positive_rate"])
+    assert area == pytest.approx(sk.roc_auc_score(y_true, scores), abs=0.002)
+    assert curves["auroc"] == pytest.approx(sk.roc_auc_score(y_true, scores))
+
+
+@pytest.mark.filterwarnings("error")
+def test_undefined_curves_are_empty():
+    curves = get_curves(np.array([[0, 1], [0, 1]]), np.array([[0.1, 0.2], [0.3, 0.4]]), ["ant", "bee"])
+    assert curves["ant"] == {
+        **{key: [] for key in ("false_positive_rate", "true_positive_rate", "precision", "recall")},
+        **dict.fromkeys(("auroc", "average_precision")),
+    }
+    assert curves["bee"]["false_positive_rate"] == []
+    assert curves["bee"]["auroc"] is None
+    assert curves["bee"]["average_precision"] == 1
+    json.dumps(curves, allow_nan=False)
 
 
 def test_single_label_figures_of_a_hand_worked_example():
@@ -38,26 +137,27 @@ def test_single_label_figures_of_a_hand_worked_example():
         "bee": pytest.approx({"precision": 2 / 3, "recall": 1, "f1": 4 / 5, "support": 2}),
         "cow": pytest.approx({"precision": 0, "recall": 0, "f1": 0, "support": 1}),
     }
+    assert figures["balanced_accuracy"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert figures["macro_f1"] == pytest.approx((1 / 2 + 4 / 5 + 0) / 3)
+    assert "top_5_accuracy" not in figures
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
 
 
-def test_single_label_figures_equal_scikit_learns():
-    generator = np.random.default_rng(1)
-    y_true, probabilities = generator.integers(0, 4, 200), generator.dirichlet(np.ones(4), 200)
-    predicted = probabilities.argmax(axis=1)
-    figures = get_evaluation_metrics(y_true, probabilities, list("abcd"))
-    report = sk.classification_report(y_true, predicted, target_names=list("abcd"), output_dict=True)
-    assert figures["accuracy"] == pytest.approx(report["accuracy"])
+@pytest.mark.parametrize("number", [4, 12])
+def test_single_label_figures_equal_scikit_learns(number):
+    y_true, probabilities = random_single_label(300, number)
+    names, predicted = list("abcdefghijkl"[:number]), probabilities.argmax(axis=1)
+    figures = get_evaluation_metrics(y_true, probabilities, names)
+    report = sk.classification_report(y_true, predicted, target_names=names, output_dict=True)
     for name, row in figures["per_class"].items():
         assert [row[key] for key in ("precision", "recall", "f1", "support")] == pytest.approx(
             [report[name][key] for key in ("precision", "recall", "f1-score", "support")]
         )
+    expected = {"accuracy": report["accuracy"], "macro_f1": report["macro avg"]["f1-score"]}
+    expected |= {"balanced_accuracy": sk.balanced_accuracy_score(y_true, predicted)}
+    expected |= {"top_5_accuracy": sk.top_k_accuracy_score(y_true, probabilities, k=5)} if number > 5 else {}
+    assert {name: figures[name] for name in expected} == pytest.approx(expected)
     assert figures["confusion_matrix"] == sk.confusion_matrix(y_true, predicted).tolist()
-
-
-def test_a_class_without_images_or_predictions_keeps_its_place():
-    figures = get_evaluation_metrics(np.array([0, 2]), one_hot(np.array([0, 2])), NAMES)
-    assert figures["per_class"]["bee"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
-    assert figures["confusion_matrix"] == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
 
 
 def test_multilabel_figures_of_a_hand_worked_example():
@@ -92,6 +192,7 @@ def test_multilabel_figures_equal_independent_ones_on_random_data():
         assert row["auroc"] == pytest.approx(share_of_ordered_pairs(truth, probabilities[:, column]))
         assert row["average_precision"] == pytest.approx(sk.average_precision_score(truth, probabilities[:, column]))
     assert figures["mean_auroc"] == pytest.approx(sk.roc_auc_score(y_true, probabilities))
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
 
 
 def test_a_single_class_is_measured_by_its_present_label():
@@ -130,15 +231,6 @@ def test_auroc_and_average_precision_are_nan_where_undefined():
     np.testing.assert_array_equal(get_average_precisions(y_true, probabilities), [1, 1, np.nan])
 
 
-def test_figures_are_json():
-    y_true, probabilities = random_multilabel()
-    for figures in (
-        get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES),
-        get_multilabel_evaluation_metrics(y_true, probabilities, NAMES, 0.5),
-    ):
-        assert json.loads(json.dumps(figures, allow_nan=False)) == figures
-
-
 def test_no_tensorflow_is_imported():
     command = "import sys, finetune.evaluation.metrics; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
     subprocess.run([sys.executable, "-c", command], cwd=Path(metrics.__file__).parents[2], check=True)
@@ -147,25 +239,10 @@ def test_no_tensorflow_is_imported():
 # Further figures of one label an image
 
 
-def test_balanced_accuracy_and_macro_f1_of_a_hand_worked_example():
-    figures = get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES)
-    assert figures["balanced_accuracy"] == pytest.approx((1 / 2 + 1 + 0) / 3)
-    assert figures["macro_f1"] == pytest.approx((1 / 2 + 4 / 5 + 0) / 3)
-    assert "top_5_accuracy" not in figures
-
-
-def test_many_classes_have_scikit_learns_balanced_macro_and_top_5_figures():
-    y_true, probabilities = random_single_label(300, 12)
-    figures = get_evaluation_metrics(y_true, probabilities, list("abcdefghijkl"))
-    predicted = probabilities.argmax(axis=1)
-    assert figures["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y_true, predicted))
-    assert figures["macro_f1"] == pytest.approx(sk.f1_score(y_true, predicted, average="macro"))
-    assert figures["top_5_accuracy"] == pytest.approx(sk.top_k_accuracy_score(y_true, probabilities, k=5))
-
-
 def test_a_class_that_is_neither_true_nor_predicted_has_no_part_in_the_means():
     y_true, predicted = np.array([0, 2, 2]), np.array([0, 2, 0])
     figures = get_evaluation_metrics(y_true, one_hot(predicted), NAMES)
+    assert figures["per_class"]["bee"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
     assert figures["balanced_accuracy"] == pytest.approx((1 + 1 / 2) / 2)
     assert figures["macro_f1"] == pytest.approx((2 / 3 + 2 / 3) / 2)
 
