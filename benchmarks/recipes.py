@@ -14,6 +14,8 @@ probe320     the same on them and their mirror images at 320x320, or as many tim
 crop, pad    the probe of photos that are cropped or padded (resize_mode) in the place of stretched
 default      train.py without options, for as many epochs as the recommended options have
 keras        plain_keras.py: the head alone, then everything, as Keras's guides teach
+fastai       fastai_peer.py: fastai's vision_learner and fine_tune, for as many epochs; MobileNet only
+fastai_tta   the same run, with fastai's test-time augmentation
 
 The test photos chose nothing. Each data set is divided once, for all seeds, into three pools with the same share of
 each label: a fifth always trains, two fifths may choose, two fifths may report. Each seed halves the latter two: one
@@ -31,6 +33,7 @@ What has been run stands in recipes_runs.json until all is: started again with t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -75,8 +78,14 @@ from finetune.core.files import write_json  # noqa: E402
 from finetune.core.options import UserError  # noqa: E402
 from finetune.evaluation.paired_comparison import score_images  # noqa: E402
 
-PEER = HERE / "plain_keras.py"
-RECIPES = ("recommended", "probe", "probe320", "crop", "pad", "default", "keras")
+FASTAI = "fastai_peer.py"
+# By script, which recipe's probabilities are in which of its files.
+PEERS = {
+    "plain_keras.py": {"keras": "probabilities.npy"},
+    FASTAI: {"fastai": "probabilities.npy", "fastai_tta": "probabilities_tta.npy"},
+}
+RECIPES = ("recommended", "probe", "probe320", "crop", "pad", "default")
+RECIPES += tuple(recipe for peer in PEERS.values() for recipe in peer)
 PROBE = ("--head_initialization", "linear_probe", "--conv_layers_to_train", "0", "--augmentation_strength", "none")
 # train.py trains for an epoch at least: at this rate that leaves the regression as it is.
 PROBE += ("--num_epochs", "1", "--learning_rate", "1e-7")
@@ -121,6 +130,7 @@ class Run(NamedTuple):
 def main() -> None:
     """Runs every recipe on every data set and seed, prints the tables and writes the results."""
     arguments = parse_arguments()
+    check_peers(arguments)
     options = Configs.read_json(arguments.recipe) if "recommended" in arguments.recipes else None
     data = [
         photos
@@ -191,6 +201,16 @@ def parse_number(text: str) -> int:
     return int(text)
 
 
+def check_peers(arguments: argparse.Namespace) -> None:
+    """Raises UserError if a peer cannot run."""
+    if not set(PEERS[FASTAI]) & set(arguments.recipes):
+        return
+    if arguments.backbone != "MobileNet":
+        raise UserError(f"The recipe fastai has MobileNet only, not {arguments.backbone}. Leave it out of --recipes.")
+    if not importlib.util.find_spec("fastai"):
+        raise UserError("fastai is not installed. pip install -r benchmarks/requirements.txt, or set --recipes.")
+
+
 def read_epochs(recipe: str, images: int) -> int:
     """Returns how many epochs of so many training images the recommended options have.
 
@@ -227,7 +247,8 @@ def run_all(data: Sequence[Photos], arguments: argparse.Namespace) -> Figures:
                 name = f"{photos.name}, seed {seed}, {recipe}"
                 if name not in runs:
                     with tempfile.TemporaryDirectory() as folder:
-                        runs[name] = run_recipe(recipe, photos, seed, folder, arguments)
+                        found = run_recipe(recipe, photos, seed, folder, arguments)
+                    runs |= {f"{photos.name}, seed {seed}, {key}": run for key, run in found.items()}
                     write_json(str(RUNS_FILE), {"setting": setting, "runs": runs})
                 for key, value in zip(("scores", "seconds", "photos"), runs[name], strict=True):
                     figures[photos.name][recipe][key].append(value)
@@ -258,11 +279,12 @@ def read_runs(setting: dict[str, Any]) -> dict[str, Run]:
     return {name: Run(*run) for name, run in stored["runs"].items()}
 
 
-def run_recipe(recipe: str, photos: Photos, seed: int, folder: str, arguments: argparse.Namespace) -> Run:
-    """Runs a recipe: by the plain Keras script, or by train.py."""
-    if recipe == "keras":
-        return run_peer(photos, seed, folder, arguments)
-    return run_train(recipe, photos, seed, folder, arguments)
+def run_recipe(recipe: str, photos: Photos, seed: int, folder: str, arguments: argparse.Namespace) -> dict[str, Run]:
+    """Runs a recipe; returns its run by its name, and with it those of other recipes that come of the same training."""
+    for script, answers in PEERS.items():
+        if recipe in answers:
+            return run_peer(script, photos, seed, folder, arguments)
+    return {recipe: run_train(recipe, photos, seed, folder, arguments)}
 
 
 def run_train(recipe: str, photos: Photos, seed: int, folder: str, arguments: argparse.Namespace) -> Run:
@@ -301,8 +323,12 @@ def get_image_size(recipe: str, image_size: int | None) -> int | None:
     return round((image_size or IMAGE_SIZE) * 320 / 224) if recipe == "probe320" else image_size
 
 
-def run_peer(photos: Photos, seed: int, folder: str, arguments: argparse.Namespace) -> Run:
-    """Trains and predicts by the plain Keras script; the scores come from the same functions."""
+def run_peer(script: str, photos: Photos, seed: int, folder: str, arguments: argparse.Namespace) -> dict[str, Run]:
+    """Trains and predicts by a peer's script; the scores come from the same functions.
+
+    Returns:
+        By recipe the runs of one training. fastai's seconds leave out turning Keras's weights into PyTorch's.
+    """
     from finetune.evaluation.decision import Decision
     from finetune.evaluation.evaluation import evaluate_set
 
@@ -313,12 +339,18 @@ def run_peer(photos: Photos, seed: int, folder: str, arguments: argparse.Namespa
     task |= {"image_size": photos.image_size or IMAGE_SIZE, "epochs": count_run_epochs(photos, arguments.recipe)}
     task |= {"seed": seed, "budget": arguments.budget, "sets": sets}
     write_json(f"{folder}/task.json", task)
-    seconds = run_script([PEER, "train", folder])
-    run_script([PEER, "predict", folder])
-    probabilities = np.load(f"{folder}/probabilities.npy")
-    figures = evaluate_set(truth[rows["test"]], probabilities, Decision(photos.class_names, photos.multi_label))
-    scores = score_images(select_truth(photos, seed), probabilities).tolist()
-    return Run(figures[FIGURES[photos.multi_label]], seconds, scores)
+    if script == FASTAI:
+        run_script([HERE / script, "convert", folder])
+    seconds = run_script([HERE / script, "train", folder])
+    run_script([HERE / script, "predict", folder])
+    decision = Decision(photos.class_names, photos.multi_label)
+    runs = {}
+    for recipe, file in PEERS[script].items():
+        probabilities = np.load(f"{folder}/{file}")
+        figures = evaluate_set(truth[rows["test"]], probabilities, decision)
+        scores = score_images(select_truth(photos, seed), probabilities).tolist()
+        runs[recipe] = Run(figures[FIGURES[photos.multi_label]], seconds, scores)
+    return runs
 
 
 def run_script(command: Sequence[str | Path], budget: float | None = None) -> float:

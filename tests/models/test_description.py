@@ -164,7 +164,7 @@ def test_fault_of_the_program_in_reading_a_state_is_not_hidden(bare, monkeypatch
     def fail(*_, **__):
         raise NameError("select")
 
-    monkeypatch.setattr("finetune.model_description.select_described", fail)
+    monkeypatch.setattr("finetune.models.description.select_described", fail)
     with pytest.raises(NameError):
         find_description(bare)
 

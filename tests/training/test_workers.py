@@ -49,7 +49,7 @@ run_script(main)
 # Its end has no output to flush: there is none, or nobody reads it.
 ENDS = """
 import os, sys
-from finetune.team import end_at_once
+from finetune.training.workers import end_at_once
 class Broken:
     def flush(self):
         raise BrokenPipeError
