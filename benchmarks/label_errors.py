@@ -75,7 +75,7 @@ def measure_shares(size: int, folders: list[str]) -> None:
         estimate = estimate_errors(labels, probabilities, False, seed=0)
         seconds, changed = time.perf_counter() - start, is_changed.sum()
         shares.append(is_changed[suspects[: 2 * changed]].sum() / changed)
-        once = cross_validate([features[rows]], labels, False, len(names), seed=0)
+        once = cross_validate([features[rows]], labels, len(names), seed=0)
         alone = np.argsort(once[np.arange(len(labels)), labels], kind="stable")
         bars.append(is_changed[alone[: 2 * changed]].sum() / changed)
         print(

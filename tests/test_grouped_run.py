@@ -83,9 +83,9 @@ def test_a_column_to_report_by_that_is_not_there_is_told(tables, trained_elsewhe
 def trained_elsewhere(tables, monkeypatch):
     """Configs of a run that is only said to be there: what is wrong with them is told before it is loaded."""
     monkeypatch.setattr(
-        "finetune.training.run_folder.find_trained_model", lambda configs: ("run/best_model.keras", configs)
+        "finetune.training.trained_model.find_trained_model", lambda configs: ("run/best_model.keras", configs)
     )
-    monkeypatch.setattr("finetune.training.run_folder.check_test_images", lambda *facts: 0)
+    monkeypatch.setattr("finetune.training.trained_model.check_test_images", lambda *facts: 0)
     return lambda **options: configs_of(tables, classes=["blue", "green", "red"], **options)
 
 

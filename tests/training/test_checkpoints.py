@@ -7,8 +7,8 @@ from small_runs import (
     tables,  # noqa: F401
 )
 
-from finetune.training import checkpoints
-from finetune.training.checkpoints import write_resume_command
+from finetune.training import checkpoint_writer
+from finetune.training.stopping import write_resume_command
 from finetune.training.training_state import save_checkpoint
 
 
@@ -22,7 +22,7 @@ def test_checkpoints_between_epochs_carry_their_step(tables, tmp_path, monkeypat
         written.append((state["epochs_completed"], state["steps_completed"]))
         original(model, path, state, *more)
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", save)
     start(**options_of(tables, tmp_path / "run", num_epochs=2, checkpoint_every_steps=3))
     # Before the first validation as well, for an image in that may turn out unreadable.
     assert written == [(0, 3), (0, 6), (0, 7), (1, 0), (1, 3), (1, 6), (2, 0)]
