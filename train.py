@@ -13,7 +13,7 @@ from finetune.core.options import run_script, script
 
 @script
 def main(configs: Configs) -> dict:
-    """Trains, alone or with the other processes of TF_CONFIG; returns the last epoch's figures and the best."""
+    """Trains, alone or with the other processes of TF_CONFIG; returns the last epoch's metrics and the best."""
     from finetune.core.devices import choose_devices, start_strategy
     from finetune.data.data_check import check_sets, list_sets
     from finetune.data.pixel_range import resolve_pixel_range

@@ -31,7 +31,6 @@ class CheckpointWriter:
 
     def __init__(self, run: Run, phase: Phase, sets: Images) -> None:
         self.run = run
-        self.phase = phase
         self.folder = run.configs.save_model_path
         self.progress = Progress.read(run.state)
         if not is_within(run.state, phase):

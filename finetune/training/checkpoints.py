@@ -24,7 +24,7 @@ class Checkpoint(keras.callbacks.Callback):
         selection: chooses the model to keep.
         averages: what has given the model its averaged weights, where `ema_decay` is set.
         input_wait: tells the share of each epoch that the model waited.
-        training: the training images.
+        training: the training images, which know the epoch.
     """
 
     def __init__(
@@ -43,7 +43,6 @@ class Checkpoint(keras.callbacks.Callback):
         self.training = training
         self.configs = writer.run.configs
         self.to_restore = writer.run.state
-        self.epoch = 0
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         """Keeps the start of a run that begins; on resuming restores the random states and the logs."""
@@ -58,7 +57,6 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Restores the running metrics of an epoch that began before the stop: Keras has just set them to zero."""
-        self.epoch = epoch
         if self.to_restore is not None and self.to_restore["steps_completed"]:
             restore_metrics(self.model, self.to_restore["metrics"])
         self.to_restore = None
@@ -67,7 +65,7 @@ class Checkpoint(keras.callbacks.Callback):
         """Writes a checkpoint after every so many steps."""
         every, steps_completed = self.configs.checkpoint_every_steps, self.training.first_step + batch + 1
         if every and steps_completed % every == 0 and steps_completed < self.training.steps:
-            self.writer.save([LATEST_MODEL], self.epoch, steps_completed)
+            self.writer.save([LATEST_MODEL], self.training.epoch, steps_completed)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Writes the epoch's models and logs, and the best model where it is that."""

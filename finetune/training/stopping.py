@@ -25,22 +25,18 @@ class FiniteLoss(keras.callbacks.Callback):
 
     Args:
         folder: of the run.
-        training: the training images.
+        training: the training images, which know the epoch.
     """
 
     def __init__(self, folder: str, training: AugmentedImageSequence) -> None:
         super().__init__()
         self.folder = folder
         self.training = training
-        self.epoch = 0
-
-    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Notes the epoch."""
-        self.epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float]) -> None:
         """Checks the loss of the epoch so far."""
-        self._check("loss", logs["loss"], f"epoch {self.epoch + 1}, step {self.training.first_step + batch + 1}")
+        step = self.training.first_step + batch + 1
+        self._check("loss", logs["loss"], f"epoch {self.training.epoch + 1}, step {step}")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
         """Checks the validation loss."""
@@ -57,28 +53,23 @@ class FiniteLoss(keras.callbacks.Callback):
 class Stopping(keras.callbacks.Callback):
     """Stops training after `early_stopping_patience` epochs without a better score, and where a signal has arrived.
 
-    A signal's step is completed and saved. Within the last step's turn nothing stops: the epoch is validated first.
+    A signal's step is completed and saved. After an epoch's last step the epoch is validated first.
 
     Args:
         writer: of the phase.
-        training: the training images.
+        training: the training images, which know the epoch.
     """
 
     def __init__(self, writer: CheckpointWriter, training: AugmentedImageSequence) -> None:
         super().__init__()
         self.writer = writer
         self.training = training
-        self.epoch = 0
-
-    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Notes the epoch."""
-        self.epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         """Saves and stops, where a signal has arrived."""
         steps_completed = self.training.first_step + batch + 1
         if self.writer.run.interruption.signal and steps_completed < self.training.steps:
-            self.writer.save([LATEST_MODEL], self.epoch, steps_completed)
+            self.writer.save([LATEST_MODEL], self.training.epoch, steps_completed)
             self._stop_if_interrupted()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
