@@ -49,7 +49,7 @@ def main(configs: CompareConfigs) -> dict:
     from finetune.core.arguments import look_up
     from finetune.core.devices import set_seed, start_devices
     from finetune.core.files import write_csv
-    from finetune.data.pixel_range import settle_tables
+    from finetune.data.pixel_range import resolve_pixel_range
     from finetune.data.tables import resolve_class_names
     from finetune.models.backbones import BACKBONES
     from finetune.predicting.prediction_files import check_write_path
@@ -65,7 +65,7 @@ def main(configs: CompareConfigs) -> dict:
     )
     start_devices(configs.gpu_percentage)
     configs.random_seed = set_seed(configs.random_seed, configs.deterministic)
-    configs = settle_tables(configs, [configs.train_csv])
+    configs = resolve_pixel_range(configs, [configs.train_csv])
     left_out_rows, number = draw_images(configs, configs.max_images)
     steps = math.ceil(number / (configs.batch_size * configs.gradient_accumulation_steps))
     configs.num_epochs = count_epochs(configs.num_epochs, configs.min_steps, steps)

@@ -72,13 +72,8 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     from finetune.exporting.exports import list_kinds, read_calibration_images, require_packages
     from finetune.exporting.parity import load_subject
     from finetune.reporting.model_card import write_model_card
-    from finetune.training.run_folder import (
-        COMPRESSION_FILE,
-        configure_table,
-        resolve_model_path,
-        take_description,
-        take_test_data,
-    )
+    from finetune.training.run_folder import COMPRESSION_FILE
+    from finetune.training.trained_model import configure_table, resolve_model_path, take_description, take_test_data
 
     model_path = resolve_model_path(configs.model_path or configs.load_model_path or configs.save_model_path)
     start_devices(configs.gpu_percentage)

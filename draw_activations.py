@@ -20,43 +20,44 @@ def main(configs: Configs) -> dict:
     from finetune.core.texts import show_progress
     from finetune.data.images import build_reader
     from finetune.evaluation.decision_file import find_decision_folder, read_decision
+    from finetune.evaluation.evaluation import Answers
     from finetune.evaluation.explaining import CHOOSERS, Explainer, choose_removal_on, measure_some
     from finetune.evaluation.faithfulness import describe_faithfulness, summarise_faithfulness
     from finetune.evaluation.gradcam import GradCam
     from finetune.models.model_files import load_fitting_model
     from finetune.predicting.prediction_files import describe_decision
     from finetune.reporting.cam_pictures import draw_all, draw_batch, name_outputs, overlay_heatmap, write_page
-    from finetune.training.run_folder import MAPS_FOLDER, find_trained_model, name_model
+    from finetune.training.run_folder import MAPS_FOLDER
+    from finetune.training.trained_model import find_trained_model, name_model
     from generator import get_generator, naming_bad_images, tell_bad_images
 
     start_devices(configs.gpu_percentage)
     model_path, configs = find_trained_model(configs, ("test_csv", "image_directory", "csv_label_column"))
-    names, multi_label = configs.classes, configs.multi_label_classification
     folder = check_folder(os.path.join(configs.save_model_path, MAPS_FOLDER), "save_model_path")
-    decision = read_decision(find_decision_folder(model_path, configs.save_model_path), names, multi_label, model_path)
-    sequence = get_generator(configs.test_csv, names, configs, training=False)
-    model = load_fitting_model(model_path, names, get_input_size(configs))
+    decisions = find_decision_folder(model_path, configs.save_model_path)
+    decision = read_decision(decisions, configs.classes, configs.multi_label_classification, model_path)
+    sequence = get_generator(configs.test_csv, configs.classes, configs, training=False)
+    model = load_fitting_model(model_path, configs.classes, get_input_size(configs))
     print(name_model(configs, model_path), describe_decision(decision, "exact_match"), sep="\n")
     paths = [os.path.join(folder, name) for name in name_outputs(sequence.paths)]
     choose = functools.partial(CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
     explainer = Explainer(GradCam(model, configs.cam_method, configs.cam_backbone_layer), decision, choose)
     shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
-    facts = {"sources": list(sequence.paths), "targets": paths, "class_names": names, "overlay": overlay}
+    facts = {"files": list(zip(sequence.paths, paths, strict=True)), "class_names": configs.classes, "overlay": overlay}
     draw = functools.partial(draw_batch, **facts, longest_side=configs.cam_picture_size, read=build_reader(configs))
     found, seed = [], configs.random_seed or 0
     removal = choose_removal_on(explainer, sequence, seed)
     with show_progress(len(paths), configs.cam_method) as progress, naming_bad_images(sequence):
-        batches = explainer.explain(sequence)
-        batches = measure_some(batches, len(paths), explainer.predict, removal, seed, found)
+        batches = measure_some(explainer.explain(sequence), len(paths), explainer.predict, removal, seed, found)
         probabilities = draw_all(batches, draw, progress.update)
     tell_bad_images(sequence)
     paths = [path for row, path in enumerate(paths) if row not in sequence.bad_images]
     found = np.reshape(found, (-1, 4))
     faithfulness = summarise_faithfulness(found[:, :3], removal, sequence.get_groups(found[:, 3].astype(int)))
     summary = describe_faithfulness(faithfulness, len(paths))
-    images, labels = sequence.get_read_paths(), sequence.get_y_true()
-    page = write_page(folder, paths, images, labels, probabilities, decision, model_path, summary)
+    answers = Answers(sequence.get_read_paths(), sequence.get_y_true(), probabilities, decision)
+    page = write_page(folder, paths, answers, model_path, summary)
     print(f"Wrote {len(paths)} pictures to {folder}\n{summary}\nThe page that shows them is {page}")
     return {"paths": paths, "faithfulness": faithfulness}
 

@@ -51,7 +51,7 @@ def main(configs: LabelErrorConfigs) -> dict:
     from finetune.data.tables import read_table
     from finetune.predicting.prediction_files import check_write_path
     from finetune.training.run_data import READING_OPTIONS
-    from finetune.training.run_folder import resolve_model_path, take_data_options
+    from finetune.training.trained_model import resolve_model_path, take_data_options
 
     check_write_path(configs.write_path, csv_path)
     if configs.load_model_path:
@@ -65,14 +65,14 @@ def main(configs: LabelErrorConfigs) -> dict:
     start_devices(configs.gpu_percentage)
     judge, configs = get_judge(configs, csv_path)
     evidence = gather_evidence(judge, configs, csv_path)
-    suspects, positions = list_suspects(evidence, configs.classes, configs.max_suspects)
+    suspects, _ = found = list_suspects(evidence, configs.classes, configs.max_suspects)
     multi_label, seed = configs.multi_label_classification, configs.random_seed or 0
     estimate = estimate_errors(evidence.labels, evidence.probabilities, multi_label, seed, evidence.groups)
     summary = summarize(estimate, len(evidence.rows), len(suspects), evidence.groups)
     page_path = f"{os.path.splitext(configs.write_path)[0]}.html"
     try:
         write_csv(configs.write_path, suspects)
-        write_page(page_path, suspects, positions, evidence, summary, csv_path, configs)
+        write_page(page_path, found, evidence, summary, csv_path, configs)
     finally:
         print(summary)
     print(f"Wrote {configs.write_path} and the page to look at them, {page_path}")

@@ -50,7 +50,7 @@ def main(configs: FolderConfigs) -> dict:
     from finetune.core.labels import clean_label
     from finetune.core.texts import show_count
     from finetune.data import folders
-    from finetune.data.label_tables import convert_label_table, count_classes_of
+    from finetune.data.label_tables import TableForm, convert_label_table, count_classes_of
     from finetune.data.splitting import format_class_counts, refuse_own_input
 
     label_column, write_path = configs.csv_label_column, configs.write_path
@@ -58,16 +58,14 @@ def main(configs: FolderConfigs) -> dict:
     class_names, multi_label = [], bool(configs.table_path) and configs.multi_label_classification
     if configs.table_path:
         refuse_own_input(configs.table_path, {"": write_path})
-        table = convert_label_table(
-            configs.table_path,
-            configs.folder_path,
+        form = TableForm(
             label_column,
             "csv_label_column" in configs.given,
             configs.image_column,
             multi_label,
             configs.label_separator,
-            configs.skip_bad_images,
         )
+        table = convert_label_table(configs.table_path, configs.folder_path, form, configs.skip_bad_images)
     else:
         photos = folders.list_photos(configs.folder_path)
         if sets := folders.find_set_folders(photos, configs.folder_path):

@@ -58,7 +58,7 @@ def main(configs: PredictConfigs) -> dict:
         prefer_existing,
         summarize,
     )
-    from finetune.training.run_folder import find_trained_model, name_model
+    from finetune.training.trained_model import find_trained_model, name_model
 
     is_given = "image_directory" in configs.given
     model_path, configs = find_trained_model(configs, ("image_directory",))

@@ -19,26 +19,26 @@ def main(configs: Configs) -> dict[str, Any]:
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.core.devices import start_devices
     from finetune.evaluation.decision_file import get_decision, store_decision
-    from finetune.evaluation.evaluation import check_report_by, evaluate_leak, evaluate_sets
+    from finetune.evaluation.evaluation import Answers, check_report_by, evaluate_leak, evaluate_sets
     from finetune.predicting.predicting import predict
     from finetune.predicting.runtimes import load_predictor
     from finetune.reporting.gallery import build_explainer
     from finetune.reporting.model_card import write_model_card
     from finetune.reporting.report import write_evaluation
-    from finetune.training import run_folder
+    from finetune.training import run_folder, trained_model
     from generator import get_generator
 
     start_devices(configs.gpu_percentage)
-    model_path, configs = run_folder.find_trained_model(configs)
+    model_path, configs = trained_model.find_trained_model(configs)
     folder = run_folder.choose_evaluation_folder(configs.save_model_path, model_path)
-    tables = run_folder.list_tables(configs, model_path)
+    tables = trained_model.list_tables(configs, model_path)
     sequences = {name: get_generator(path, configs.classes, way, False) for name, (path, way) in tables.items()}
     check_report_by(sequences["test"].table, configs.report_by, configs.test_csv)
-    known = run_folder.check_test_images(
+    known = trained_model.check_test_images(
         model_path, configs.test_csv, sequences["test"].paths, configs.allow_duplicates
     )
     model = load_predictor(model_path, configs.classes, get_input_size(configs))
-    print(run_folder.name_model(configs, model_path))
+    print(trained_model.name_model(configs, model_path))
     predictions = {name: predict(model, sequence, f"Predicting the {name} set") for name, sequence in sequences.items()}
     # After the images have been read: under skip_bad_images those that could not be have no part.
     truths = {name: sequence.get_y_true() for name, sequence in sequences.items()}
@@ -48,13 +48,13 @@ def main(configs: Configs) -> dict[str, Any]:
     for name, sequence in sequences.items():
         sets[name] |= {"csv": tables[name][0], "sha256": run_folder.fingerprint(sequence)}
     sets["test"] |= evaluate_leak(sequences, predictions, decision, configs)
-    sets["test"] |= {"selected_the_model": run_folder.has_selected(model_path, configs.test_csv)}
+    sets["test"] |= {"selected_the_model": trained_model.has_selected(model_path, configs.test_csv)}
     sets["test"] |= {"images_trained_on": known} if known else {}
     results = {"model": model_path, "classes": configs.classes, "multi_label": multi_label, "sets": sets}
-    results |= {"decision": run_folder.keep_decision(model_path, decision.to_dict(), configs.save_model_path)}
-    read, answers = sequences["test"].get_read_paths(), (truths["test"], decision.calibrate(predictions["test"]))
-    explain, options = build_explainer(model, configs), run_folder.list_options(configs, model_path)
-    write_evaluation(folder, read, *answers, decision, results, explain, options)
+    results |= {"decision": trained_model.keep_decision(model_path, decision.to_dict(), configs.save_model_path)}
+    read, probabilities = sequences["test"].get_read_paths(), decision.calibrate(predictions["test"])
+    explain, options = build_explainer(model, configs), trained_model.list_options(configs, model_path)
+    write_evaluation(folder, Answers(read, truths["test"], probabilities, decision), results, explain, options)
     store_decision(configs.save_model_path, decision, model_path)
     write_model_card(configs.save_model_path)
     return results

@@ -13,17 +13,20 @@ from finetune.core.options import run_script, script
 
 @script
 def main(configs: Configs) -> dict:
-    """Trains, alone or with the other processes of TF_CONFIG; returns the last epoch's figures and the best."""
+    """Trains, alone or with the other processes of TF_CONFIG; returns the last epoch's metrics and the best."""
     from finetune.core.devices import choose_devices, start_strategy
-    from finetune.data.data_check import check_sets, list_sets, settle_sets
-    from finetune.models.losses import get_losses
+    from finetune.data.data_check import check_sets, list_sets
+    from finetune.data.pixel_range import resolve_pixel_range
     from finetune.reporting.label_page import write_contradictions
     from finetune.reporting.log_figures import report_learning_rate
     from finetune.reporting.model_card import write_model_card
-    from finetune.training import training
+    from finetune.training.learning_rate_finder import find_learning_rate
     from finetune.training.phases import get_phases
+    from finetune.training.preparing import prepare_run
     from finetune.training.resuming import find_start, report_end
     from finetune.training.slurm import take_slurm_step
+    from finetune.training.time_budget import resolve_epochs
+    from finetune.training.training import check_room, open_run, report_best, train_phases
     from finetune.training.workers import join_team, select_common
 
     started = time.monotonic()
@@ -36,29 +39,20 @@ def main(configs: Configs) -> dict:
         team.agree(select_common(configs.to_dict()))
         if ended := report_end(state, configs):
             return ended
-        configs = settle_sets(configs)
-        bad_rows = check_sets(list_sets(configs), configs, team.is_chief, write_contradictions)
+        csv_paths = list_sets(configs)
+        configs = resolve_pixel_range(configs, [*csv_paths.values()])
+        bad_rows = check_sets(csv_paths, configs, team.is_chief, write_contradictions)
         strategy = start_strategy(configs.distribution_strategy)
-        configs = training.settle(configs, team)
-        images = training.get_images(
-            configs, bad_rows, training.get_shares(configs, strategy.num_replicas_in_sync, team)
-        )
-        training.agree_on_start(team, images, model_path, state)
-        losses = get_losses(configs, images.training.labels)
-        with strategy.scope():
-            start = training.get_model(configs, images.training, model_path, state, team)
-        configs = training.settle_epochs(
-            configs, started, strategy, start.classifier, images, losses.training, team, state
-        )
-        phases = get_phases(configs, strategy.num_replicas_in_sync)
+        run = prepare_run(configs, team, strategy, bad_rows, model_path, state)
+        resolve_epochs(run, started)
+        phases = get_phases(run.configs, strategy.num_replicas_in_sync)
         if configs.find_learning_rate:
-            model, tried, loss = start.classifier, images.training, losses.training
-            found = training.try_learning_rates(phases[0], configs, strategy, model, tried, loss)
+            found = find_learning_rate(run, phases[0])
             return report_learning_rate(configs.save_model_path, found, team.is_chief)
-        training.check_room(configs, start.classifier, phases[-1], state, team)
-        with training.open_run(configs, images, team) as interruption:
-            last = training.train_phases(phases, configs, strategy, start, images, losses, interruption, team, state)
-        results = training.report_best(last, configs.save_model_path)
+        check_room(run, phases[-1])
+        with open_run(run):
+            progress = train_phases(run, phases)
+        results = report_best(progress, run.configs)
         write_model_card(configs.save_model_path) if team.is_chief else None
         return results
 

@@ -48,7 +48,7 @@ def measure_checkpoint_cost(images: str) -> dict[str, float]:
 
     def timed(checkpoint: Checkpoint, epoch: int, logs: dict[str, float]) -> None:
         start = time.perf_counter()
-        original(checkpoint, epoch, logs | {checkpoint.monitor: float(epoch)})
+        original(checkpoint, epoch, logs | {checkpoint.selection.monitor: float(epoch)})
         ends.append(time.perf_counter())
         spent.append(ends[-1] - start)
 

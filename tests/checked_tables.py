@@ -5,6 +5,7 @@ import os
 import pytest
 from corpus import build_corpus, encode, photo
 
+from configs import Configs
 from finetune.data.data_check import check_data
 from finetune.data.stores import is_url
 from finetune.data.tables import ImageTable
@@ -50,8 +51,10 @@ def table_of(rows, set_name="training", folder=""):
     return ImageTable(set_name, f"{set_name}.csv", list(paths), files, list(labels))
 
 
-def check(*tables, multi_label=False, **options):
-    return check_data(tables, multi_label, **options).findings
+def check(*tables, multi_label=False, mode="quick", **options):
+    """Returns what checking tables finds; no image is too small, unless a size is given."""
+    configs = Configs(**{"image_target_size": (1, 1, 3)} | options)
+    return check_data(tables, configs, multi_label, mode).findings
 
 
 def write_photo(path, seed, **options):

@@ -16,7 +16,8 @@ from configs import Configs
 from finetune.core.options import UserError
 from finetune.training.resuming import find_start
 from finetune.training.run_data import locate_data
-from finetune.training.run_folder import CONFIGS_FILE, describe_run, find_trained_model
+from finetune.training.run_folder import CONFIGS_FILE, describe_run
+from finetune.training.trained_model import find_trained_model
 from finetune.training.training_state import STATE_PARTS
 
 TABLES = {"train_csv": "./data/train.csv", "validation_csv": "data/validation.csv", "test_csv": "data/test.csv"}

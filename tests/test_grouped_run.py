@@ -13,8 +13,8 @@ import train
 from configs import Configs
 from finetune.core.options import UserError
 from finetune.loading.batches import Shares
+from finetune.training.preparing import get_images
 from finetune.training.probe import initialize_head
-from finetune.training.training import get_images
 
 SMALL = {**TINY, "image_target_size": (32, 32, 3), "use_imagenet_weights": False, "show_model_summary": False}
 
@@ -95,9 +95,9 @@ def test_a_column_to_report_by_that_is_not_there_is_told(tables, trained_elsewhe
 def trained_elsewhere(tables, monkeypatch):
     """Configs of a run that is only said to be there: what is wrong with them is told before it is loaded."""
     monkeypatch.setattr(
-        "finetune.training.run_folder.find_trained_model", lambda configs: ("run/best_model.keras", configs)
+        "finetune.training.trained_model.find_trained_model", lambda configs: ("run/best_model.keras", configs)
     )
-    monkeypatch.setattr("finetune.training.run_folder.check_test_images", lambda *facts: 0)
+    monkeypatch.setattr("finetune.training.trained_model.check_test_images", lambda *facts: 0)
     return lambda **options: configs_of(tables, classes=["blue", "green", "red"], **options)
 
 

@@ -55,6 +55,10 @@ MOST_LINES_AT_THE_MEDIAN = 250
 FEWER_LINES_OF_UTILS = 150
 FEWER_LINES_OF_A_SCRIPT = 200
 MOST_LINES_OF_A_FUNCTION = 50
+MOST_PARAMETERS, MOST_PARAMETERS_OF_A_CLASS = 6, 8
+# What users call by these names, and data without steps of its own: options, a batch's facts, a row of a ranking.
+MANY_PARAMETERS = {"define", "classify_image", "ImageBatches", "Candidate"}
+FOLDERS_WITH_LIMITS = ("finetune", "benchmarks")
 TEMPLATES = {".html", ".css", ".js", ".md"}
 each_module = pytest.mark.parametrize("module", PATHS)
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PROJECT)))
@@ -182,6 +186,58 @@ def test_no_function_is_too_long(path):
     starts = [min(part.lineno for part in (one, *one.decorator_list)) for one in functions]
     sizes = {(one.name, start): one.end_lineno - start + 1 for one, start in zip(functions, starts, strict=True)}
     assert {name: size for name, size in sizes.items() if size > MOST_LINES_OF_A_FUNCTION} == {}
+
+
+def count_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef, is_method: bool) -> int:
+    """Returns how many parameters a function has, without `self` or `cls`."""
+    given, names = function.args, [ast.unparse(decorator) for decorator in function.decorator_list]
+    count = len([*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))])
+    return count - (is_method and "staticmethod" not in names)
+
+
+def list_parameters(tree: ast.Module) -> Iterator[tuple[str, int, int]]:
+    """Yields the name of each function and class, how many parameters it takes, and how many it may."""
+    for node, parents in walk_with_parents(tree):
+        is_method = bool(parents) and isinstance(parents[-1], ast.ClassDef)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            is_of_class = is_method and node.name == "__init__"
+            name = parents[-1].name if is_of_class else node.name
+            most = MOST_PARAMETERS_OF_A_CLASS if is_of_class else MOST_PARAMETERS
+            yield name, count_parameters(node, is_method), most
+        elif isinstance(node, ast.ClassDef):
+            kinds = " ".join(map(ast.unparse, (*node.bases, *node.decorator_list)))
+            # The fields of options are no parameters that anyone gives in a row.
+            if ("NamedTuple" in kinds or "dataclass" in kinds) and not node.name.endswith("Configs"):
+                fields = sum(isinstance(part, ast.AnnAssign) for part in node.body)
+                yield node.name, fields, MOST_PARAMETERS_OF_A_CLASS
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if path.relative_to(PROJECT).parts[0] in FOLDERS_WITH_LIMITS or path.parent == PROJECT],
+    ids=lambda path: str(path.relative_to(PROJECT)),
+)
+def test_no_function_or_class_takes_too_many_parameters(path):
+    found = list_parameters(parse(path))
+    assert {name: count for name, count, most in found if count > most and name not in MANY_PARAMETERS} == {}
+
+
+def test_parameters_are_counted_without_self_and_with_those_of_any_kind():
+    source = """
+class One:
+    def __init__(self, a, b): pass
+    @classmethod
+    def of(cls, a, /, *, b): pass
+    @staticmethod
+    def plain(a): pass
+@dataclasses.dataclass
+class Facts:
+    a: int
+    b: int = 1
+def function(a, *rest, b=1, **more): pass
+"""
+    counts = {name: count for name, count, _ in list_parameters(ast.parse(source))}
+    assert counts == {"One": 2, "of": 2, "plain": 1, "Facts": 2, "function": 4}
 
 
 @each_module

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import pandas as pd
@@ -228,19 +229,20 @@ def test_room_for_the_checkpoints_is_worked_out(tmp_path, monkeypatch, options, 
     model = keras.Sequential([keras.Input((500,)), *layers])
     needed = files * 4 * learning * (501 * 1000 + 1001 * 3)
     configs = Configs(save_model_path=str(tmp_path / "run"), **options)
+    run = SimpleNamespace(configs=configs, model=model, state=None, team=Team())
     for free in (needed, needed - 1):
         usage = shutil._ntuple_diskusage(10**12, 0, free)
         monkeypatch.setattr(training.shutil, "disk_usage", lambda path, usage=usage: usage)
         if free == needed:
-            training.check_room(configs, model, Phase(0, 1, 1e-3, False), None, Team())
+            training.check_room(run, Phase(0, 1, 1e-3, False))
             continue
         with pytest.raises(UserError, match=f"need .*up to {files} files.*another save_model_path"):
-            training.check_room(configs, model, Phase(0, 1, 1e-3, False), None, Team())
+            training.check_room(run, Phase(0, 1, 1e-3, False))
         # Continued, a run replaces its files.
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "best_model.keras").write_bytes(bytes(2))
         os.link(tmp_path / "run" / "best_model.keras", tmp_path / "run" / "latest_model.keras")
-        training.check_room(configs, model, Phase(0, 1, 1e-3, False), None, Team())
+        training.check_room(run, Phase(0, 1, 1e-3, False))
 
 
 @pytest.mark.slow
@@ -248,7 +250,7 @@ def test_the_figures_of_an_epoch_that_cannot_be_kept_are_printed(tables, tmp_pat
     def fail(path, content):
         raise write_fault(path, OSError(errno.EROFS, ""))
 
-    monkeypatch.setattr("finetune.training.checkpoints.write_csv", fail)
+    monkeypatch.setattr("finetune.training.progress.write_csv", fail)
     with pytest.raises(UserError, match=r"training_log\.csv: the file system is read-only"):
         start(**options_of(tables, tmp_path / "run", num_epochs=1))
     log = read_state(str(tmp_path / "run" / "latest_model.keras"))["log"]

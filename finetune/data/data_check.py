@@ -17,7 +17,7 @@ from finetune.core.texts import LONGEST_LIST, join_names, show_count, show_durat
 from finetune.data.copies import Copies, find_copies, list_findings
 from finetune.data.findings import KINDS, Finding, describe_fault, get_bad_rows, report_findings
 from finetune.data.inspection import Inspection, estimate_seconds, inspect_images
-from finetune.data.pixel_range import settle_files, settle_tables
+from finetune.data.pixel_range import resolve_pixel_range_of_files
 from finetune.data.table_faults import explain_missing
 from finetune.data.tables import ImageTable, find_class_names, make_image_table, parse_table, split_label
 
@@ -64,11 +64,6 @@ def list_sets(configs: Configs) -> dict[str, str]:
     return sets
 
 
-def settle_sets(configs: Configs) -> Configs:
-    """Returns the options with the training images' `pixel_range`, as `settle_tables` finds it."""
-    return settle_tables(configs, list(list_sets(configs).values()))
-
-
 def check_sets(
     csv_paths: dict[str, str], configs: Configs, writes_report: bool = True, show_copies: ShowCopies | None = None
 ) -> dict[str, set[int]]:
@@ -98,17 +93,7 @@ def check_sets(
         for name, path in csv_paths.items()
         if name != "test" or os.path.realpath(path) != os.path.realpath(csv_paths["validation"])
     ]
-    check = check_data(
-        tables,
-        configs.multi_label_classification,
-        mode,
-        configs.image_target_size[:2],
-        configs.max_image_pixels,
-        configs.generator_workers,
-        configs.allow_duplicates,
-        configs.resize_mode,
-        configs.pixel_range,
-    )
+    check = check_data(tables, configs, configs.multi_label_classification, mode)
     findings = check.findings
     if writes_report and show_copies:
         show_copies(configs.save_model_path, check.copies, configs.multi_label_classification, configs)
@@ -138,18 +123,9 @@ def check_tables(
     Raises:
         UserError: there are errors; of images that cannot be read only where `skip_bad_images` is not set.
     """
-    configs = settle_files(configs, {tables[0].csv_path: [file for table in tables for file in table.files]})
-    check = check_data(
-        tables,
-        multi_label,
-        mode="full",
-        image_size=configs.image_target_size[:2],
-        max_pixels=configs.max_image_pixels,
-        workers=configs.generator_workers,
-        allow_duplicates=configs.allow_duplicates,
-        resize_mode=configs.resize_mode,
-        pixel_range=configs.pixel_range,
-    )
+    files = [file for table in tables for file in table.files]
+    configs = resolve_pixel_range_of_files(configs, {tables[0].csv_path: files})
+    check = check_data(tables, configs, multi_label, "full")
     folder = folder or os.path.dirname(tables[0].csv_path)
     if show_copies:
         show_copies(folder, check.copies, multi_label, configs)
@@ -157,42 +133,27 @@ def check_tables(
     return check
 
 
-def check_data(
-    tables: Sequence[ImageTable],
-    multi_label: bool,
-    mode: str = "quick",
-    image_size: Sequence[int] = (1, 1),
-    max_pixels: int = MAX_IMAGE_PIXELS,
-    workers: int = 4,
-    allow_duplicates: bool = False,
-    resize_mode: str = "stretch",
-    pixel_range: Sequence[float] = (),
-) -> DataCheck:
+def check_data(tables: Sequence[ImageTable], configs: Configs, multi_label: bool, mode: str = "quick") -> DataCheck:
     """Looks for everything in tables and their images that makes training fail, or wrong.
 
     Args:
         tables: of the sets, the training set first.
+        configs: for the images' size, limits and reading, and whether an image in two sets is a warning.
         multi_label: whether a label may hold several class names.
         mode: `headers` reads headers, and whole files only where two may be the same; `full` decodes every image and
             finds near copies; `quick` does so as long as it takes about a minute, and near copies in two sets are
             warnings.
-        image_size: `(height, width)` that images are resized to.
-        max_pixels: what an image may have.
-        workers: threads.
-        allow_duplicates: an image in two sets is a warning.
-        resize_mode: how images come to `image_size`.
-        pixel_range: what is black and white, as `read_image` takes it.
     """
     findings = [finding for table in tables for finding in check_labels(table, multi_label)]
     findings += find_unknown_classes(tables, multi_label)
-    known, copies = look_for_copies(tables, mode, Reading(max_pixels, workers, pixel_range))
-    unusual = find_unusual_sizes(known, image_size, resize_mode)
+    known, copies = look_for_copies(tables, mode, Reading.of(configs))
+    unusual = find_unusual_sizes(known, configs.image_target_size[:2], configs.resize_mode)
     for table in tables:
         for row, (path, file) in enumerate(zip(table.paths, table.files, strict=True), start=2):
             if file and (known[file].fault or known[file].remarks or file in unusual):
                 found = [known[file].fault] if known[file].fault else [*known[file].remarks, *unusual.get(file, [])]
                 findings += [Finding(kind, table.set_name, table.csv_path, row, path, text) for kind, text in found]
-    findings += list_findings(copies, multi_label, allow_duplicates, allow_near=mode == "quick")
+    findings += list_findings(copies, multi_label, configs.allow_duplicates, allow_near=mode == "quick")
     order = {kind: position for position, kind in enumerate(KINDS)}
     return DataCheck(sorted(findings, key=lambda finding: order[finding.kind]), copies)
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,38 +35,46 @@ from finetune.data.tables import LABEL_SEPARATOR, describe_encoding, find_class_
 SEPARATORS = ",;\t|"
 
 
+class TableForm(NamedTuple):
+    """How a table of labels is meant.
+
+    Attributes:
+        label_column: the column with the labels, in the table where it has that, and in the result.
+        is_label_column_given: whether the table has to have that column.
+        image_column: the column that names the images; empty finds it by its values.
+        multi_label: whether an image may have several labels.
+        separator: what joins them in the table.
+    """
+
+    label_column: str = "class"
+    is_label_column_given: bool = False
+    image_column: str = ""
+    multi_label: bool = False
+    separator: str = LABEL_SEPARATOR
+
+
 def convert_label_table(
-    table_path: str,
-    folder_path: str,
-    label_column: str,
-    is_label_column_given: bool,
-    image_column: str,
-    multi_label: bool,
-    separator: str,
-    leave_out_missing: bool,
+    table_path: str, folder_path: str, form: TableForm, leave_out_missing: bool = False
 ) -> pd.DataFrame:
     """Makes a table of images from a table of labels and the folder of its images.
 
     Args:
         table_path: a CSV file, its fields separated by commas, semicolons, tabs or bars.
         folder_path: holds the images, at any depth.
-        label_column: the column with the labels, in the table where it has that, and in the result.
-        is_label_column_given: whether the table has to have that column.
-        image_column: the column that names the images; empty finds it by its values.
-        multi_label: whether an image may have several labels.
-        separator: what joins them in the table.
+        form: how the table is meant.
         leave_out_missing: whether rows whose image is not there are left out, and no error.
 
     Returns:
-        The columns `path` and `label_column`, a row an image, in the order of the table.
+        The columns `path` and the form's `label_column`, a row an image, in the order of the table.
 
     Raises:
         UserError: the table or the folder cannot be used, or it cannot be told what a row means.
     """
+    label_column, is_given, image_column, multi_label, separator = form
     table = read_label_table(table_path)
     images = ImageNames(folder_path)
     image_column = find_image_column(table, images, image_column, table_path)
-    labels = find_labels(table.drop(columns=image_column), label_column, is_label_column_given, multi_label, table_path)
+    labels = find_labels(table.drop(columns=image_column), label_column, is_given, multi_label, table_path)
     if multi_label and separator != LABEL_SEPARATOR:
         labels = [replace_separator(label, separator, table_path) for label in labels]
     labels = clean_labels(labels, table_path)

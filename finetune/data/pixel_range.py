@@ -25,8 +25,8 @@ LARGEST = 2.0**1022
 MOST_COMPARED, TOO_FAR_BEYOND, LEAST_SPAN = 100, 0.5, 0.02
 
 
-def settle_tables(configs: Configs, csv_paths: Sequence[str]) -> Configs:
-    """Returns the options with the `pixel_range` of the first table's images, as `settle_files` finds it.
+def resolve_pixel_range(configs: Configs, csv_paths: Sequence[str]) -> Configs:
+    """Returns the options with the `pixel_range` of the first table's images: see `resolve_pixel_range_of_files`.
 
     Raises:
         UserError: a table is not usable.
@@ -38,10 +38,10 @@ def settle_tables(configs: Configs, csv_paths: Sequence[str]) -> Configs:
         make_image_table("", path, parse_table(path, column), column, configs.image_directory)
         for path in dict.fromkeys(csv_paths)
     ]
-    return settle_files(configs, {table.csv_path: table.files for table in tables})
+    return resolve_pixel_range_of_files(configs, {table.csv_path: table.files for table in tables})
 
 
-def settle_files(configs: Configs, files: dict[str, Sequence[str]]) -> Configs:
+def resolve_pixel_range_of_files(configs: Configs, files: dict[str, Sequence[str]]) -> Configs:
     """Returns the options with a `pixel_range`, unless they have one, and prints which values are black and white.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -236,10 +236,25 @@ def evaluate_sets(
     return sets
 
 
-def list_predictions(
-    paths: Sequence[str], y_true: np.ndarray, probabilities: np.ndarray, decision: Decision
-) -> pd.DataFrame:
+class Answers(NamedTuple):
+    """What a model says of images.
+
+    Attributes:
+        images: paths.
+        y_true: their labels, `(images,)` or multi-label `(images, classes)`.
+        probabilities: calibrated, `(images, classes)`.
+        decision: chooses the predicted labels.
+    """
+
+    images: Sequence[str]
+    y_true: np.ndarray
+    probabilities: np.ndarray
+    decision: Decision
+
+
+def list_predictions(answers: Answers) -> pd.DataFrame:
     """Returns a row per image: path, true and predicted labels, and the probability of each class."""
+    paths, y_true, probabilities, decision = answers
     labels = {"true": y_true, "predicted": decision.choose(probabilities)}
     names = {column: name_labels(values, decision.class_names) for column, values in labels.items()}
     table = pd.DataFrame({"path": paths} | {key: [*map(LABEL_SEPARATOR.join, rows)] for key, rows in names.items()})

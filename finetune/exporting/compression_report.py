@@ -18,7 +18,8 @@ from finetune.exporting.parity import Subject, judge
 from finetune.models.description import hash_model, select_described
 from finetune.models.exported import Calibration
 from finetune.models.formats import FORMATS, importing, labels_path, metadata_path, name_accepted, name_candidate
-from finetune.training.run_folder import COMPRESSION_FILE, find_output_folder
+from finetune.training.run_folder import COMPRESSION_FILE
+from finetune.training.trained_model import find_output_folder
 
 
 def write_metadata(model_path: str, configs: Configs, decision: Decision, has_exports: bool) -> None:

@@ -23,8 +23,8 @@ from finetune.models.model_files import load_fitting_model, load_model
 from finetune.predicting.predicting import predict
 from finetune.predicting.prediction_files import describe_decision
 from finetune.predicting.runtimes import compile_predictor, load_predictor
-from finetune.training.run_folder import name_model
 from finetune.training.speeds import time_in_turns
+from finetune.training.trained_model import name_model
 from generator import AugmentedImageSequence, get_generator
 
 SIDES = ("before", "after")

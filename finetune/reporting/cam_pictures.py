@@ -22,7 +22,7 @@ import PIL.ImageFont
 
 from finetune.core.files import atomic_path, write_text
 from finetune.data.images import place_image, resize_image
-from finetune.evaluation.decision import Decision
+from finetune.evaluation.evaluation import Answers
 from finetune.evaluation.explaining import Explained
 from finetune.reporting.summaries import render_page
 
@@ -177,8 +177,7 @@ def draw_all(
 
 def draw_batch(
     batch: Explained,
-    sources: Sequence[str],
-    targets: Sequence[str],
+    files: Sequence[tuple[str, str]],
     class_names: Sequence[str],
     overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
     longest_side: int,
@@ -188,8 +187,7 @@ def draw_batch(
 
     Args:
         batch: explained.
-        sources: paths of all images.
-        targets: paths of the pictures of all images.
+        files: of all images, each one's path and that of its picture.
         class_names: in the model's order.
         overlay: colours a photo by a heatmap.
         longest_side: of a photo in its picture, in pixels; less where a row of panels would be wider than `WIDEST`.
@@ -199,9 +197,10 @@ def draw_batch(
         UserError: a photo can no longer be read, or a picture not be written.
     """
     for row, place in enumerate(batch.positions):
-        pairs, label = np.flatnonzero(batch.rows == row), batch.labels[row]
+        (source, target), label = files[place], batch.labels[row]
+        pairs = np.flatnonzero(batch.rows == row)
         widest = WIDEST // count_columns(1 + len(pairs))
-        image = read_photo(sources[place], min(longest_side, widest), read)
+        image = read_photo(source, min(longest_side, widest), read)
         true_positions = np.flatnonzero(label) if label.ndim else [label]
         panels = [(image, "true: " + ", ".join(class_names[position] for position in true_positions))]
         for pair in pairs:
@@ -211,7 +210,7 @@ def draw_batch(
             panels.append((overlay(image, batch.heatmaps[pair]), caption))
         if len(panels) == 1:
             panels.append((image, "no label above its threshold"))
-        write_image(targets[place], arrange(panels))
+        write_image(target, arrange(panels))
     return len(batch.positions)
 
 
@@ -281,25 +280,13 @@ def write_image(path: str, image: np.ndarray) -> None:
         encoded.tofile(temporary)
 
 
-def write_page(
-    folder: str,
-    pictures: Sequence[str],
-    images: Sequence[str],
-    y_true: np.ndarray,
-    probabilities: np.ndarray,
-    decision: Decision,
-    title: str,
-    summary: str,
-) -> str:
+def write_page(folder: str, pictures: Sequence[str], answers: Answers, title: str, summary: str) -> str:
     """Writes the page of a folder's pictures, atomically; it loads nothing but them.
 
     Args:
         folder: where the pictures are.
         pictures: their paths.
-        images: paths of the images that they are of.
-        y_true: the images' labels, `(images,)` or multi-label `(images, classes)`.
-        probabilities: calibrated, `(images, classes)`.
-        decision: chooses the predicted labels.
+        answers: of the images that they are of.
         title: what heads the page.
         summary: whether to believe the pictures, in sentences.
 
@@ -309,7 +296,7 @@ def write_page(
     Raises:
         UserError: the page cannot be written.
     """
-    cards = _make_cards(pictures, images, y_true, probabilities, decision)
+    cards, decision = _make_cards(pictures, answers), answers.decision
     path = os.path.join(folder, INDEX_FILE)
     page = render_page(
         "activations",
@@ -328,10 +315,9 @@ def write_page(
     return path
 
 
-def _make_cards(
-    pictures: Sequence[str], images: Sequence[str], y_true: np.ndarray, probabilities: np.ndarray, decision: Decision
-) -> list[dict[str, Any]]:
+def _make_cards(pictures: Sequence[str], answers: Answers) -> list[dict[str, Any]]:
     """Returns what the page shows of each picture; `true` and `predicted` are positions of classes."""
+    images, y_true, probabilities, decision = answers
     chosen = decision.choose(probabilities)
     truth = y_true.astype(bool) if y_true.ndim == 2 else np.arange(chosen.shape[1]) == y_true[:, None]
     return [

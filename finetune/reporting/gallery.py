@@ -13,8 +13,7 @@ from configs import Configs
 from finetune.core.options import UserError
 from finetune.core.values import get_input_size
 from finetune.data.images import build_reader, fit_image, resize_image
-from finetune.evaluation.decision import Decision
-from finetune.evaluation.evaluation import name_labels
+from finetune.evaluation.evaluation import Answers, name_labels
 from finetune.evaluation.gradcam import GradCam
 from finetune.models.exported import ExportedModel
 from finetune.reporting.cam_pictures import overlay_heatmap
@@ -63,21 +62,15 @@ def get_image_losses(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarra
 
 
 def build_gallery(
-    draw: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]],
-    paths: Sequence[str],
-    y_true: np.ndarray,
-    probabilities: np.ndarray,
-    decision: Decision,
+    draw: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]], answers: Answers
 ) -> dict[str, list[dict[str, Any]]]:
     """Collects the worst mistakes and the least confident images, as `report.write_report` takes them.
 
     Args:
         draw: from paths to each one's photo and the same with its heatmap.
-        paths: of the images.
-        y_true: their labels, `(images,)` or multi-label `(images, classes)`.
-        probabilities: calibrated, `(images, classes)`.
-        decision: chooses the predicted labels.
+        answers: of the model.
     """
+    paths, y_true, probabilities, decision = answers
     chosen = decision.choose(probabilities)
     rows = dict(zip(GALLERIES, choose_gallery(y_true, probabilities, chosen, GALLERY_IMAGES), strict=True))
     shown = np.unique(np.concatenate(list(rows.values())))

@@ -15,8 +15,7 @@ from finetune.core.files import write_csv, write_json, write_text
 from finetune.core.options import UserError
 from finetune.core.texts import MOST_LISTED
 from finetune.evaluation.breakdown import list_breakdown
-from finetune.evaluation.decision import Decision
-from finetune.evaluation.evaluation import list_predictions, print_results
+from finetune.evaluation.evaluation import Answers, list_predictions, print_results
 from finetune.evaluation.metrics import get_curves, list_confusions
 from finetune.reporting.data_uris import embed_figures, embed_gallery, embed_log
 from finetune.reporting.figures import PAIRS_LISTED, save_figures
@@ -123,10 +122,7 @@ def _is_written(name: str, results: dict[str, Any]) -> bool:
 
 def write_evaluation(
     folder: str,
-    images: Sequence[str],
-    y_true: np.ndarray,
-    probabilities: np.ndarray,
-    decision: Decision,
+    answers: Answers,
     results: dict[str, Any],
     explain: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]],
     options: dict[str, Any],
@@ -137,10 +133,7 @@ def write_evaluation(
 
     Args:
         folder: where to write, in that of the run.
-        images: paths.
-        y_true: their labels, `(images,)` or multi-label `(images, classes)`.
-        probabilities: calibrated, `(images, classes)`.
-        decision: chooses.
+        answers: of the model.
         results: the content of metrics.json.
         explain: from paths to each one's photo and the same with its heatmap.
         options: of the run, which the report lists.
@@ -148,10 +141,10 @@ def write_evaluation(
     path = os.path.join(folder, "report.html")
     try:
         write_json(os.path.join(folder, "metrics.json"), results)
-        write_csv(os.path.join(folder, "predictions.csv"), list_predictions(images, y_true, probabilities, decision))
-        curves = get_curves(y_true, probabilities, decision.class_names)
+        write_csv(os.path.join(folder, "predictions.csv"), list_predictions(answers))
+        curves = get_curves(answers.y_true, answers.probabilities, answers.decision.class_names)
         save_figures(folder, results, curves)
-        gallery = build_gallery(explain, images, y_true, probabilities, decision)
+        gallery = build_gallery(explain, answers)
         write_report(path, results, curves, gallery, read_training_log(os.path.dirname(results["model"])), options)
     finally:
         print_results(results)

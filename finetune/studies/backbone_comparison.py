@@ -258,7 +258,6 @@ def probe_backbone(
     probabilities[is_read] = cross_validate(
         views,
         sequence.labels[is_read],
-        configs.multi_label_classification,
         len(configs.classes),
         configs.random_seed,
         groups=sequence.get_groups(is_read),

@@ -14,8 +14,7 @@ from finetune.studies.label_errors import Evidence, find_neighbours
 
 def write_page(
     path: str,
-    suspects: pd.DataFrame,
-    positions: np.ndarray,
+    found: tuple[pd.DataFrame, np.ndarray],
     evidence: Evidence,
     summary: str,
     csv_path: str,
@@ -25,8 +24,7 @@ def write_page(
 
     Args:
         path: the HTML file.
-        suspects: as `list_suspects` gives them.
-        positions: of them among the images.
+        found: the suspects and their positions among the images, as `list_suspects` gives them.
         evidence: the images.
         summary: how many labels are expected to be wrong, in sentences.
         csv_path: the table.
@@ -35,7 +33,7 @@ def write_page(
     Raises:
         UserError: a photo can no longer be read, or the page not be written.
     """
-    cards = _make_cards(suspects, positions, evidence, configs)
+    cards = _make_cards(*found, evidence, configs)
     write_label_page(path, cards, summary, "those most like it, with their own labels", csv_path, configs)
 
 

@@ -27,7 +27,7 @@ from finetune.data.groups import (
     read_groups,
     refuse_lone_classes,
 )
-from finetune.data.pixel_range import settle_tables, tell_assumed_range
+from finetune.data.pixel_range import resolve_pixel_range, tell_assumed_range
 from finetune.data.stores import join_path
 from finetune.data.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table, resolve_class_names
 from finetune.evaluation.decision_file import read_decision
@@ -36,7 +36,7 @@ from finetune.models.model_files import get_classifier, has_views, load_fitting_
 from finetune.training.feature_store import get_features
 from finetune.training.probe import cross_validate, split_head
 from finetune.training.run_data import IMAGES_FILE, READING_OPTIONS, find_trained_images
-from finetune.training.run_folder import find_trained_model, name_model
+from finetune.training.trained_model import find_trained_model, name_model
 from generator import get_generator, tell_bad_images
 from model import ModelFactory
 
@@ -109,7 +109,7 @@ def get_judge(configs: Configs, csv_path: str) -> tuple[Judge, Configs]:
         refuse_one_label(configs.classes, csv_path)
         print(name_model(configs, path))
         return Judge(model, path), configs.replace(train_csv=csv_path)
-    configs = settle_tables(configs, [csv_path])
+    configs = resolve_pixel_range(configs, [csv_path])
     class_names = resolve_class_names(
         configs.classes, csv_path, configs.csv_label_column, configs.multi_label_classification
     )
@@ -244,7 +244,7 @@ def answer_out_of_fold(
     """
     one_hot = labels if multi_label else np.eye(len(class_names), dtype=np.uint8)[labels]
     lone = _tell_lone_labels(one_hot, class_names, groups)
-    first = cross_validate([features], labels, multi_label, len(class_names), seed, groups=groups)
+    first = cross_validate([features], labels, len(class_names), seed, groups=groups)
     if groups is not None:
         # Else the second fit would know nothing of a class whose group is large.
         _trust_labels(first, one_hot, lone, multi_label)
@@ -252,7 +252,7 @@ def answer_out_of_fold(
     probabilities = first
     # Where most labels seem wrong, nothing is known of which.
     if 0 < len(wrong) < len(labels) // 2:
-        second = cross_validate([features], labels, multi_label, len(class_names), seed + 1, wrong, groups)
+        second = cross_validate([features], labels, len(class_names), seed + 1, wrong, groups)
         probabilities = (first + second) / 2
     _trust_labels(probabilities, one_hot, lone, multi_label)
     return probabilities

@@ -10,17 +10,24 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
+from configs import Configs
 from finetune.core.texts import begin_line, join_names, show_count
 from finetune.data.findings import Finding, write_data_report
 from finetune.evaluation.metrics import get_aurocs, mean_of_defined
 from finetune.evaluation.paired_comparison import get_log_losses
 from finetune.models.optimizers import find_averages
 from finetune.training.phases import Phase
+from finetune.training.progress import Progress
 from finetune.training.workers import Team
 from generator import AugmentedImageSequence
 
 # Of one cycle's steps.
 RISING_SHARE = 0.25
+
+
+def name_monitor(multi_label: bool) -> str:
+    """Returns the name in the logs of the metric that selects the best model."""
+    return "val_auroc" if multi_label else "val_accuracy"
 
 
 class Validation(keras.callbacks.Callback):
@@ -66,11 +73,12 @@ class Validation(keras.callbacks.Callback):
         y_true = self.sequence.get_labels(np.flatnonzero(is_read))
         self.y_true, self.probabilities, self.is_read = y_true, probabilities, is_read
         logs["val_loss"] = float(np.mean(self.loss(y_true, probabilities)))
+        monitor = name_monitor(self.multi_label)
         if self.multi_label:
             self.aurocs = get_aurocs(y_true, probabilities)
-            logs["val_auroc"] = mean_of_defined(self.aurocs)
+            logs[monitor] = mean_of_defined(self.aurocs)
         else:
-            logs["val_accuracy"] = float(np.mean(probabilities.argmax(axis=1) == y_true))
+            logs[monitor] = float(np.mean(probabilities.argmax(axis=1) == y_true))
 
 
 class InputWait(keras.callbacks.Callback):
@@ -165,36 +173,38 @@ class Schedule(keras.callbacks.Callback):
         logs["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
 
 
-class RangeTest(keras.callbacks.Callback):
-    """Raises the learning rate in every step, by the same factor, and notes the losses: `rates` and `losses`.
+class Plateau(keras.callbacks.ReduceLROnPlateau):
+    """Lowers the learning rate on a plateau of the validation loss, and goes on where a run was stopped.
 
-    It stops training after `steps`, or where the loss is not finite or four times that of the first steps.
+    Args:
+        configs: its factor, patience and lowest rate.
+        progress: of the run, which keeps the counters: Keras sets them to zero whenever training begins.
     """
 
-    def __init__(self, lowest: float = 1e-7, highest: float = 1.0, steps: int = 100) -> None:
-        super().__init__()
-        self.steps = steps
-        self.rates: list[float] = []
-        self.losses: list[float] = []
-        self._all_rates = np.geomspace(lowest, highest, steps).tolist()
+    def __init__(self, configs: Configs, progress: Progress) -> None:
+        super().__init__(
+            monitor="val_loss",
+            factor=configs.learning_rate_decay_factor,
+            patience=configs.reduce_lr_patience,
+            min_lr=configs.minimum_learning_rate,
+            verbose=1,
+        )
+        self.progress = progress
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Starts from sums of zero."""
-        self._sums = np.zeros(2)
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        """Restores the counters."""
+        super().on_train_begin(logs)
+        for name, value in self.progress.plateau.items():
+            setattr(self, name, value)
 
-    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Sets the rate."""
-        self.model.optimizer.learning_rate = self._all_rates[len(self.rates)]
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Notes rate and loss of the step."""
-        loss, images = self.model.loss_sums - self._sums
-        self._sums = self.model.loss_sums
-        self.rates.append(self._all_rates[len(self.rates)])
-        self.losses.append(float(loss / images))
-        has_grown = self.losses[-1] > 4 * np.median(self.losses[:5])
-        is_over = len(self.rates) == self.steps
-        self.model.stop_training = bool(is_over or has_grown or not np.isfinite(self.losses[-1]))
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Lowers the rate where that is due, and notes the counters."""
+        super().on_epoch_end(epoch, logs)
+        self.progress.plateau = {
+            "wait": int(self.wait),
+            "best": float(self.best),
+            "cooldown_counter": int(self.cooldown_counter),
+        }
 
 
 class AveragedWeights(keras.callbacks.Callback):

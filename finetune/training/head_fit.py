@@ -1,4 +1,4 @@
-"""The classifier's head fitted to a run's training images: where training starts, and anew where it has ended."""
+"""The head fitted to a run's training images: where training starts, and refitted where it has ended."""
 
 from __future__ import annotations
 
@@ -27,31 +27,30 @@ from generator import AugmentedImageSequence
 
 
 class HeadFit:
-    """Makes a classifier's head the logistic regression on the features that the training images have now.
+    """Makes a model's head the logistic regression on the features that the training images have now.
 
     Where training changes images, their mirror images count too, and as training balances the classes, so does this.
 
     Args:
         configs: of the run.
-        classifier: its head is changed, in the scope of the run's strategy.
+        model: its head is changed, in the scope of the run's strategy.
         training: the training images.
         team: has the chief's weights in the end.
     """
 
-    def __init__(self, configs: Configs, classifier: keras.Model, training: AugmentedImageSequence, team: Team) -> None:
-        self.multi_label = configs.multi_label_classification
+    def __init__(self, configs: Configs, model: keras.Model, training: AugmentedImageSequence, team: Team) -> None:
         self.seed = configs.random_seed
         self.mirrors = configs.augmentation_strength != "none"
         self.class_weights = None
-        if configs.use_class_balancing and not self.multi_label:
+        if configs.use_class_balancing and not configs.multi_label_classification:
             self.class_weights = np.array([*get_class_weights(training.labels, len(configs.classes)).values()])
         self.class_names = configs.classes
-        self.classifier = classifier
+        self.model = model
         self.training = training
         self.team = team
         # Their graphs take seconds to build, and give the features of whatever weights there are.
         self._get_extractor: Callable[[bool], TrainingModel] = functools.cache(
-            functools.partial(build_extractor, classifier)
+            functools.partial(build_extractor, model)
         )
 
     def start(self, store: str) -> tuple[np.ndarray, np.ndarray]:
@@ -64,9 +63,7 @@ class HeadFit:
             The features, and which images could be read, as `compute_features` does.
         """
         find = functools.partial(find_features, folder=store) if self.team.size == 1 and store else compute_features
-        features, is_read, strength = self._fit(
-            lambda mirrored: find(self.classifier, self.training, mirrored=mirrored)
-        )
+        features, is_read, strength = self._fit(lambda mirrored: find(self.model, self.training, mirrored=mirrored))
         groups, number = self.training.get_groups(is_read), len(self.class_names)
         images = f"{is_read.sum()} images{describe_groups(groups)}"
         print(f"The head starts from a logistic regression on {images}, C = {strength:.3g}.")
@@ -83,19 +80,13 @@ class HeadFit:
     def _fit(self, find: Callable[[bool], tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, float]:
         """Fits the head to features that are found, of images or mirror images; returns them, and the strength."""
         features, is_read = find(False)
-        mirrored = find(True)[0][is_read] if self.mirrors else None
-        strength = initialize_head(
-            self.classifier,
-            features[is_read],
-            self.training.labels[is_read],
-            self.multi_label,
-            self.seed,
-            mirrored,
-            self.class_weights,
-            self.training.get_groups(is_read),
-        )
+        views = [features[is_read]]
+        if self.mirrors:
+            views.append(find(True)[0][is_read])
+        labels, groups = self.training.labels[is_read], self.training.get_groups(is_read)
+        strength = initialize_head(self.model, views, labels, self.seed, self.class_weights, groups)
         # Libraries of other hosts may round otherwise: the chief's weights are those of all.
-        logits = self.classifier.get_layer(HEAD).get_layer(LOGITS)
+        logits = self.model.get_layer(HEAD).get_layer(LOGITS)
         weights = self.team.exchange([weight.tolist() for weight in logits.get_weights()])[0]
         logits.set_weights([np.array(weight) for weight in weights])
         return features, is_read, strength

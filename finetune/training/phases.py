@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -15,7 +14,8 @@ from finetune.models.features import FeatureSequence
 from finetune.models.freezing import has_fixed_features, prepare_backbone
 from finetune.models.heads import BACKBONE
 from finetune.training.probe import compute_features, split_head, takes_probe
-from finetune.training.trainer import Interruption, TrainingModel, get_training_model
+from finetune.training.run import Images, Run
+from finetune.training.trainer import TrainingModel, get_training_model
 from generator import AugmentedImageSequence, naming_bad_images
 
 
@@ -26,7 +26,7 @@ class Phase(NamedTuple):
         first_epoch: counted from 0.
         end: the first epoch after them.
         learning_rate: the highest one.
-        trains_head_only: the classifier alone learns.
+        trains_head_only: the head alone learns.
     """
 
     first_epoch: int
@@ -52,46 +52,35 @@ def get_phases(configs: Configs, devices: int) -> list[Phase]:
     return [phase for phase in phases if phase.end > phase.first_epoch]
 
 
-def prepare_phase(
-    classifier: keras.Model,
-    phase: Phase,
-    configs: Configs,
-    loss: Callable,
-    optimizer: keras.optimizers.Optimizer | None,
-    state: dict[str, Any] | None,
-) -> TrainingModel:
-    """Makes the layers trainable that learn in a phase, and builds what trains them.
+def prepare_phase(run: Run, phase: Phase, state: dict[str, Any] | None) -> TrainingModel:
+    """Makes the layers trainable that learn in a phase, and builds what trains them; in the scope of the strategy.
 
     Args:
-        classifier: the whole model.
-        phase: of the run.
-        configs: the options.
-        loss: of the training images.
-        optimizer: that of the state.
-        state: of the checkpoint to continue from, which may be of this phase.
+        run: of the phase.
+        phase: to train.
+        state: of the checkpoint to continue from, which may be of this phase; None: to start afresh.
     """
-    set_trainable(classifier, phase, configs)
+    set_trainable(run.model, phase, run.configs)
     continues = is_within(state, phase)
-    part = classifier
-    if trains_on_features(classifier, changes_images(configs)):
-        part = split_head(classifier)
-    model = get_training_model(part, configs, loss, optimizer if continues else None)
+    part = split_head(run.model) if trains_on_features(run.model, changes_images(run.configs)) else run.model
+    optimizer = run.start.optimizer if continues else None
+    trained = get_training_model(part, run.configs, run.losses.training, optimizer)
     # Checkpoints of before the option head_epochs have the one rate of their configs.
     if not continues or phase.learning_rate != state.get("learning_rate", state["configs"]["learning_rate"]):
-        model.optimizer.learning_rate = phase.learning_rate
-    return model
+        trained.optimizer.learning_rate = phase.learning_rate
+    return trained
 
 
-def set_trainable(classifier: keras.Model, phase: Phase, configs: Configs) -> None:
+def set_trainable(model: keras.Model, phase: Phase, configs: Configs) -> None:
     """Makes the layers of the whole model trainable that learn in a phase.
 
     Raises:
         UserError: the phase trains the head alone, and the model has no part of that name.
     """
-    names = [layer.name for layer in classifier.layers]
+    names = [layer.name for layer in model.layers]
     if BACKBONE in names:
         convolutions = 0 if phase.trains_head_only else configs.conv_layers_to_train
-        backbone = classifier.get_layer(BACKBONE)
+        backbone = model.get_layer(BACKBONE)
         prepare_backbone(backbone, convolutions, configs.batch_norm_momentum, configs.freeze_batch_norm)
     elif phase.trains_head_only:
         raise UserError(
@@ -99,20 +88,20 @@ def set_trainable(classifier: keras.Model, phase: Phase, configs: Configs) -> No
             "head_epochs to 0."
         )
     if "downscaling" in names:
-        classifier.get_layer("downscaling").trainable = not phase.trains_head_only
+        model.get_layer("downscaling").trainable = not phase.trains_head_only
 
 
-def describe_phase(phase: Phase, classifier: keras.Model, training: AugmentedImageSequence) -> str:
+def describe_phase(phase: Phase, model: keras.Model, training: AugmentedImageSequence) -> str:
     """Returns the line that says what a phase does: its epochs, their steps, and how many parameters learn.
 
     Args:
         phase: of the run.
-        classifier: the whole model, as `prepare_phase` leaves it.
+        model: the whole one, as `prepare_phase` leaves it.
         training: the training images, or their features.
     """
-    first, count = phase.first_epoch + 1, classifier.count_params()
+    first, count = phase.first_epoch + 1, model.count_params()
     epochs = f"Epoch {first}" if phase.end == first else f"Epochs {first} to {phase.end}"
-    learning = sum(int(np.prod(weight.shape)) for weight in classifier.trainable_weights)
+    learning = sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
     steps, images = training.steps, training.batch_size * training.shares.devices
     return f"{epochs}: {steps} steps of {images} images each; {learning:,} of {count:,} parameters learn."
 
@@ -128,77 +117,68 @@ def changes_images(configs: Configs) -> bool:
     return bool(configs.augmentation_strength != "none" or crops or configs.mixup_alpha or configs.cutmix_alpha)
 
 
-def refits_head(configs: Configs, classifier: keras.Model) -> bool:
-    """Tells whether averages of a run's weights are compared with heads fitted anew.
+def refits_head(configs: Configs, model: keras.Model) -> bool:
+    """Tells whether averages of a run's weights are compared with refitted heads.
 
     A frozen backbone's features stay as they are, and so does their regression. On photos of several labels such heads
     were worse by a point: their regularisation is weak, for the photos that they learn from have trained the features.
     """
     if configs.model_selection != "interpolate" or configs.multi_label_classification:
         return False
-    return takes_probe(classifier) and not has_fixed_features(classifier)
+    return takes_probe(model) and not has_fixed_features(model)
 
 
-def trains_on_features(classifier: keras.Model, images_change: bool) -> bool:
+def trains_on_features(model: keras.Model, images_change: bool) -> bool:
     """Tells whether what comes before the head gives each image the same features in every epoch of a phase."""
-    return not images_change and has_fixed_features(classifier)
+    return not images_change and has_fixed_features(model)
 
 
-def get_sets(
-    classifier: keras.Model,
-    images_change: bool,
-    training: AugmentedImageSequence,
-    validation: AugmentedImageSequence,
-    features: tuple[np.ndarray, np.ndarray] | None = None,
-    mirrors: bool = False,
-) -> tuple[AugmentedImageSequence, AugmentedImageSequence]:
-    """Returns the images of a phase, or their features where those stay the same: they are computed once.
+def get_sets(run: Run) -> Images:
+    """Returns the images of a phase, or their features where those stay the same; in the scope of the strategy.
 
-    Args:
-        classifier: in the scope of the run's strategy.
-        images_change: from epoch to epoch.
-        training: the training images.
-        validation: the validation images.
-        features: those of the training images, and which of these could be read, where they are known.
-        mirrors: a validation image's mirror image is validated with it.
+    Where a validation image's mirror image is validated with it, so are their features.
     """
-    if not trains_on_features(classifier, images_change):
-        return training, validation
+    training, images = get_training_set(run), run.images
+    if training is images.training:
+        return images
+    features, is_read = compute_features(run.model, images.validation)
+    if run.configs.test_time_augmentation == "flip":
+        mirrored, _ = compute_features(run.model, images.validation, mirrored=True)
+        features = np.stack([features, mirrored], axis=1)
+    return Images(training, FeatureSequence.of(images.validation, features, is_read))
+
+
+def get_training_set(run: Run) -> AugmentedImageSequence:
+    """Returns the training images of a phase, or their features where those stay the same: they are computed once."""
+    training = run.images.training
+    if not trains_on_features(run.model, changes_images(run.configs)):
+        return training
     print("The backbone is frozen and the images do not change: their features are computed once.")
-    features = features or compute_features(classifier, training)
-    others, is_read = compute_features(classifier, validation)
-    if mirrors:
-        others = np.stack([others, compute_features(classifier, validation, mirrored=True)[0]], axis=1)
-    return FeatureSequence.of(training, *features), FeatureSequence.of(validation, others, is_read)
+    return FeatureSequence.of(training, *(run.start.features or compute_features(run.model, training)))
 
 
 def run_phase(
-    model: TrainingModel,
-    training: AugmentedImageSequence,
-    validation: AugmentedImageSequence,
-    phase: Phase,
-    state: dict[str, Any] | None,
-    callbacks: list[keras.callbacks.Callback],
-    interruption: Interruption,
+    trained: TrainingModel, sets: Images, phase: Phase, callbacks: list[keras.callbacks.Callback], run: Run
 ) -> None:
-    """Runs the epochs of a phase with a progress bar, from the state's step on.
+    """Runs the epochs of a phase with a progress bar, from the step of the run's state on.
 
     Raises:
         UserError: an image turns out to be unreadable, or the loss is not finite.
     """
+    training, state = sets.training, run.state
 
-    def run(first_epoch: int, end: int) -> None:
+    def fit(first_epoch: int, end: int) -> None:
         """Trains the epochs from `first_epoch` to before `end`, counted from 0."""
-        model.fit(training.to_dataset(), end, first_epoch, callbacks, interruption)
+        trained.fit(training.to_dataset(), end, first_epoch, callbacks, run.interruption)
 
     first_epoch, first_step = phase.first_epoch, 0
     if is_within(state, phase):
         first_epoch, first_step = state["epochs_completed"], state["steps_completed"]
-    with naming_bad_images(training, validation):
+    with naming_bad_images(*sets):
         if first_step:
             # The rest of an epoch has fewer steps than those after it.
             training.first_step = first_step
-            run(first_epoch, first_epoch + 1)
+            fit(first_epoch, first_epoch + 1)
             training.first_step, first_epoch = 0, first_epoch + 1
-        if first_epoch < phase.end and not model.stop_training:
-            run(first_epoch, phase.end)
+        if first_epoch < phase.end and not trained.stop_training:
+            fit(first_epoch, phase.end)

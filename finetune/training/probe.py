@@ -110,11 +110,9 @@ def takes_probe(model: keras.Model) -> bool:
 
 def initialize_head(
     model: keras.Model,
-    features: np.ndarray,
+    views: Sequence[np.ndarray],
     labels: np.ndarray,
-    multi_label: bool,
     seed: int,
-    mirrored: np.ndarray | None = None,
     class_weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> float:
@@ -129,12 +127,11 @@ def initialize_head(
 
     Args:
         model: its layer `logits` is changed; what the head has before that learns no kernels.
-        features: float32 `(images, channels)`, as `compute_features` gives them, of images that could be read.
-        labels: int `(images,)`, or `(images, classes)` of zeros and ones.
-        multi_label: which of the two.
+        views: the features of the images that could be read, float32 `(images, channels)` as `compute_features` gives
+            them, and perhaps those of their mirror images: each image then counts half as itself and half as that.
+            The mirror images have no part in the choice of the strength.
+        labels: int `(images,)`, or multi-label `(images, classes)` of zeros and ones.
         seed: of the cross-validation's folds.
-        mirrored: the features of the mirror images, in the order of `features`: each image then counts half as itself
-            and half as that. They have no part in the choice of the strength.
         class_weights: single-label, `(classes,)`: how much an image of each class counts in the loss. They have no part
             in that choice either.
         groups: of the images, as `number_groups` gives them: no fold has images of a group that another has.
@@ -146,12 +143,10 @@ def initialize_head(
         UserError: the head has hidden layers, or (`FeaturesNotFinite`) a feature is not finite.
     """
     parts = _refuse_kernels(_split(model))
-    views = [compute_logit_inputs(parts, view) for view in ([features] if mirrored is None else [features, mirrored])]
+    views = [compute_logit_inputs(parts, view) for view in views]
     if not all(np.isfinite(view).all() for view in views):
         raise FeaturesNotFinite("The backbone's features are not finite: its weights are damaged. Load another model.")
-    kernel, bias, strength = _fit_regression(
-        views, labels, multi_label, parts.logits.units, seed, class_weights, groups
-    )
+    kernel, bias, strength = _fit_regression(views, labels, parts.logits.units, seed, class_weights, groups)
     parts.logits.set_weights([kernel, bias])
     return strength
 
@@ -159,7 +154,6 @@ def initialize_head(
 def cross_validate(
     views: Sequence[np.ndarray],
     labels: np.ndarray,
-    multi_label: bool,
     number: int,
     seed: int,
     unlearnt: np.ndarray | None = None,
@@ -173,7 +167,6 @@ def cross_validate(
         views: the features of the images, and of their mirror images or not, each float32 `(images, channels)`. An
             image's answer is the mean over its views.
         labels: as `initialize_head` takes them.
-        multi_label: whether an image may have several labels.
         number: of classes.
         seed: of the folds.
         unlearnt: positions of images that are answered for as the others, and never learnt from unless a fold has
@@ -189,6 +182,7 @@ def cross_validate(
     refuse_lone_classes(labels, groups, number, "Cross-validation")
     scaled, images = _scale_views(views), len(labels)
     usable = np.setdiff1d(np.arange(images), [] if unlearnt is None else unlearnt)
+    multi_label = labels.ndim == 2
     fit, link = (
         (_fit_labels, special.expit) if multi_label else (_fit_classes, functools.partial(special.softmax, axis=1))
     )
@@ -239,13 +233,13 @@ def _deal_folds(labels: np.ndarray, seed: int) -> list[np.ndarray]:
 def _fit_regression(
     views: Sequence[np.ndarray],
     labels: np.ndarray,
-    multi_label: bool,
     number: int,
     seed: int,
     class_weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Fits the regression to all views together, its strength chosen on the first; returns kernel, bias, strength."""
+    multi_label = labels.ndim == 2
     # One scale for all channels: the grid of strengths then suits every backbone.
     mean = views[0].mean(axis=0, dtype=np.float64)
     scaled = np.concatenate(views) - mean

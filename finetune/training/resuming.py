@@ -12,7 +12,6 @@ from finetune.core.labels import look_the_same
 from finetune.core.options import UserError
 from finetune.core.values import quote_difference
 from finetune.models.description import OF_BEFORE
-from finetune.training.checkpoints import stops_early
 from finetune.training.phases import count_epochs
 from finetune.training.run_data import TABLE_OPTIONS, disown_paths, find_home, is_fixed, locate_paths, relate_path
 from finetune.training.run_folder import (
@@ -22,8 +21,8 @@ from finetune.training.run_folder import (
     find_start_model,
     fingerprint,
     refuse_other_run,
-    resolve_model_path,
 )
+from finetune.training.trained_model import resolve_model_path
 from finetune.training.training_state import read_state
 from generator import AugmentedImageSequence
 from model import check_registered
@@ -79,6 +78,11 @@ def has_ended(state: dict[str, Any], configs: Configs) -> bool:
     epochs = state["epochs_completed"]
     stopped = stops_early(epochs, state["best_epoch"], configs.early_stopping_patience, configs.head_epochs)
     return epochs >= configs.num_epochs or (stopped and not state["steps_completed"])
+
+
+def stops_early(epochs_completed: int, best_epoch: int | None, patience: int, head_epochs: int = 0) -> bool:
+    """Tells whether a run has gone `patience` epochs after its `head_epochs` without a better score; 0 never stops."""
+    return bool(patience) and epochs_completed - max(best_epoch or 0, head_epochs) >= patience
 
 
 def report_end(state: dict[str, Any] | None, configs: Configs) -> dict[str, Any]:

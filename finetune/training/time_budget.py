@@ -7,17 +7,16 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 
 import keras
-import tensorflow as tf
 
 from configs import Configs
 from finetune.core.files import TEMPORARY_PREFIX
 from finetune.core.texts import begin_line, show_duration, show_moment
 from finetune.core.values import get_input_size, parse_duration
 from finetune.training.callbacks import EpochOrder
-from finetune.training.phases import changes_images, get_phases, get_sets, prepare_phase, refits_head
+from finetune.training.phases import count_epochs, get_phases, get_training_set, prepare_phase, refits_head
+from finetune.training.run import Run
 from finetune.training.trainer import Interruption
 from finetune.training.training_state import save_checkpoint, seed_states
 from finetune.training.weight_averaging import SHARES
@@ -79,7 +78,7 @@ def count_views(
         configs: of the run.
         training: the training images.
         validation: the validation images.
-        refits: the averages that are compared get heads fitted anew.
+        refits: the averages that are compared get refitted heads.
     """
     larger = math.prod(get_input_size(configs)) / math.prod(configs.image_target_size[:2])
     share = VALIDATION_SHARE * larger
@@ -136,45 +135,53 @@ def time_saving(model: keras.Model, folder: str) -> float:
         return time.monotonic() - begin
 
 
-def fit_epochs(
-    configs: Configs,
-    started: float,
-    strategy: tf.distribute.Strategy,
-    classifier: keras.Model,
-    training: AugmentedImageSequence,
-    validation: AugmentedImageSequence,
-    loss: Callable,
-) -> int:
+def resolve_epochs(run: Run, started: float) -> None:
+    """Fits the run's number of epochs to `time_budget` or `min_steps`; a run that goes on keeps its own.
+
+    Args:
+        run: its configs change.
+        started: when the run began, of `time.monotonic`.
+    """
+    configs = run.configs
+    if run.state or configs.find_learning_rate:
+        return
+    if configs.time_budget:
+        epochs = run.team.exchange(fit_epochs(run, started))[0]
+    else:
+        steps = run.images.training.steps
+        epochs = count_epochs(configs.num_epochs, configs.min_steps, steps)
+        if epochs == configs.num_epochs:
+            # It does not count as given: a run that goes on takes it from configs.py.
+            return
+        print(
+            f"{epochs} epochs of {steps} steps, for min_steps {configs.min_steps} "
+            f"({configs.num_epochs} with --min_steps 0)."
+        )
+    run.configs = configs.replace(num_epochs=epochs)
+
+
+def fit_epochs(run: Run, started: float) -> int:
     """Returns how many epochs fit into `time_budget`, at least one; prints it.
 
     A few steps are trained of the phase that trains the most layers; the model gets its weights back.
-
-    Args:
-        configs: with `time_budget`.
-        started: when the run began, of `time.monotonic`.
-        strategy: of the devices.
-        classifier: in the scope of the strategy; is as it was in the end.
-        training: the training images.
-        validation: the validation images.
-        loss: of the training images.
     """
-    phase = get_phases(configs, 1)[-1]
-    with strategy.scope():
-        model = prepare_phase(classifier, phase, configs, loss, None, None)
-        images = get_sets(classifier, changes_images(configs), training, training)[0]
-        weights, seeds = classifier.get_weights(), [variable.numpy() for variable in seed_states(model)]
+    configs, model = run.configs, run.model
+    with run.strategy.scope():
+        trained = prepare_phase(run, get_phases(configs, 1)[-1], None)
+        images = get_training_set(run)
+        weights, seeds = model.get_weights(), [variable.numpy() for variable in seed_states(trained)]
     timed = StepTimes()
     epochs = 1 + math.ceil(TIMED_STEPS / images.steps)
     begin = time.monotonic()
     with naming_bad_images(images):
-        model.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), timed], Interruption())
+        trained.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), timed], Interruption())
     building = max(0.0, time.monotonic() - begin - timed.seconds * (TIMED_STEPS + 1))
-    saving = time_saving(model, configs.save_model_path)
-    with strategy.scope():
-        classifier.set_weights(weights)
-        for variable, seed in zip(seed_states(model), seeds, strict=True):
+    saving = time_saving(trained, configs.save_model_path)
+    with run.strategy.scope():
+        model.set_weights(weights)
+        for variable, seed in zip(seed_states(trained), seeds, strict=True):
             variable.assign(seed)
-    validating, choosing = count_views(configs, training, validation, refits_head(configs, classifier))
+    validating, choosing = count_views(configs, *run.images, refits_head(configs, model))
     epoch = timed.seconds * (images.steps + validating) + SAVES * saving
     budget = parse_duration(configs.time_budget)
     left = budget * (1 - RESERVE) - (time.monotonic() - started) - timed.seconds * choosing

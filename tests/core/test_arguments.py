@@ -23,7 +23,7 @@ from augmenter import build_augmenter
 from configs import Configs
 from finetune.core.options import UserError
 from finetune.evaluation.decision import Decision
-from finetune.training.run_folder import find_trained_model
+from finetune.training.trained_model import find_trained_model
 from generator import AugmentedImageSequence
 from model import ModelFactory
 

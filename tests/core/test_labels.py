@@ -20,7 +20,7 @@ from finetune.data.splitting import read_rows
 from finetune.data.tables import encode_labels, find_class_names, make_image_table, read_table, resolve_class_names
 from finetune.evaluation.decision import Decision
 from finetune.evaluation.decision_file import read_decision, write_decision
-from finetune.training.run_folder import describe_model
+from finetune.models.description import describe_model
 
 ZERO_WIDTH = "ant\u200b"
 NFC, NFD = "caf\u00e9", "cafe\u0301"
@@ -123,7 +123,7 @@ def test_the_test_set_may_spell_a_class_otherwise(tmp_path):
         (tmp_path / name).mkdir()
         path = write_table(tmp_path / name, f"path,class\na.jpg,ant\nb.jpg,{label}\n")
         tables.append(make_image_table(name, path, read_table(path, "class"), "class", str(tmp_path)))
-    assert "unknown_class" not in {finding.kind for finding in check_data(tables, False).findings}
+    assert "unknown_class" not in {finding.kind for finding in check_data(tables, Configs(), False).findings}
 
 
 def test_class_folders_that_look_the_same_are_one_class(tmp_path, capsys):

@@ -54,7 +54,7 @@ def test_sizes_below_the_target_and_far_from_the_rest_are_told(tmp_path):
     # Padding leaves a picture as it is that has one side of the target.
     for mode, names in (("stretch", ["tiny", "long", "thin"]), ("crop", ["tiny", "long", "thin"]), ("pad", ["tiny"])):
         table = table_of([(name, "a") for name in sides], folder=tmp_path)
-        findings = check(table, image_size=(95, 100), resize_mode=mode)
+        findings = check(table, image_target_size=(95, 100, 3), resize_mode=mode)
         found = {(finding.kind, finding.path) for finding in findings if finding.kind in ("small", "unusual_size")}
         assert found == {("small", f"{name}.png") for name in names} | unusual
 

@@ -19,10 +19,10 @@ from finetune.data.data_check import check_data
 from finetune.data.findings import BadImage
 from finetune.data.images import decode_image, read_image
 from finetune.data.inspection import inspect_image
-from finetune.data.pixel_range import settle_files, tell_unfit_range
+from finetune.data.pixel_range import resolve_pixel_range_of_files, tell_unfit_range
 from finetune.data.tables import ImageTable
 from finetune.loading.caches import DiskCache, digest_image
-from finetune.training.run_folder import describe_model
+from finetune.models.description import describe_model
 from generator import get_generator
 from predict import PredictConfigs
 
@@ -256,8 +256,8 @@ def write_tiffs(folder, **pictures):
     return [str(folder / f"{name}.tif") for name in pictures]
 
 
-def settle(files, **options):
-    return settle_files(Configs(**options), {"train.csv": files}).pixel_range
+def find_range(files, **options):
+    return resolve_pixel_range_of_files(Configs(**options), {"train.csv": files}).pixel_range
 
 
 def test_the_range_is_that_of_the_training_images(tmp_path, capsys):
@@ -268,17 +268,17 @@ def test_the_range_is_that_of_the_training_images(tmp_path, capsys):
     files += write_tiffs(tmp_path, deep=(ramp * 9).astype(np.uint16), flat=np.full((5, 8), 7, np.uint32))
     (tmp_path / "damaged.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:200])
     rest = [str(tmp_path / "damaged.tif"), str(tmp_path / "missing.tif"), str(tmp_path)]
-    assert settle([files[4], *rest]) == []
+    assert find_range([files[4], *rest]) == []
     assert capsys.readouterr().out == ""
-    assert settle(files[:2] + rest) == [0, 1]
+    assert find_range(files[:2] + rest) == [0, 1]
     assert "Float TIFFs: 0 is black and 1 white (the 2 of train.csv hold 0 to 1)" in capsys.readouterr().out
-    assert settle(files[:3]) == [0, 1.5]
-    assert settle([files[3]]) == [-7, 293]
-    assert settle([files[5]]) == [7, 14]
+    assert find_range(files[:3]) == [0, 1.5]
+    assert find_range([files[3]]) == [-7, 293]
+    assert find_range([files[5]]) == [7, 14]
     capsys.readouterr()
-    assert settle(files) == [0, 1.5, -7, 293]
+    assert find_range(files) == [0, 1.5, -7, 293]
     assert len(capsys.readouterr().out.splitlines()) == 1
-    assert settle(files, pixel_range=[0, 9]) == [0, 9]
+    assert find_range(files, pixel_range=[0, 9]) == [0, 9]
     # Of two pairs the second is for integers.
     assert read_image(files[3], pixel_range=(0, 1.5, -7, 293)).max() == 255
     assert read_image(files[2], pixel_range=(0, 1.5, -7, 293))[-1, -1, 0] == 255
@@ -296,12 +296,12 @@ def test_the_full_check_tells_infinities_and_what_is_beyond_the_range(tmp_path):
     odd[0, :3] = np.inf
     files = write_tiffs(tmp_path, right=ramp, odd=odd, beyond=ramp * 4)
     table = ImageTable("training", "train.csv", files, files, ["a", "b", "a"])
-    found = check_data([table], False, "full", pixel_range=(0, 1)).findings
+    found = check_data([table], Configs(pixel_range=[0, 1]), False, "full").findings
     found = [one for one in found if one.kind == "odd_values"]
     assert [one.row for one in found] == [3, 4]
     assert "3 infinite or NaN values" in found[0].detail
     assert "75 %" in found[1].detail
-    found = check_data([table], False, "full", pixel_range=(0, 4)).findings
+    found = check_data([table], Configs(pixel_range=[0, 4]), False, "full").findings
     assert [one.row for one in found if one.kind == "odd_values"] == [3]
 
 

@@ -25,7 +25,8 @@ from finetune.models.description import (
     hash_model,
     read_description,
 )
-from finetune.training.run_folder import find_trained_model, keep_decision, locked, name_model
+from finetune.training.run_folder import locked
+from finetune.training.trained_model import find_trained_model, keep_decision, name_model
 from finetune.training.training_state import read_state, save_checkpoint
 from predict import PredictConfigs
 

@@ -20,7 +20,8 @@ from finetune.core.options import UserError
 from finetune.models.exported import ExportedModel
 from finetune.models.formats import FORMATS, Format, artefact_stem, find_format, require_format
 from finetune.predicting.runtimes import load_exported_model, load_predictor
-from finetune.training.run_folder import list_derived_files, resolve_model_path
+from finetune.training.run_folder import list_derived_files
+from finetune.training.trained_model import resolve_model_path
 
 PROJECT = Path(__file__).resolve().parents[2]
 

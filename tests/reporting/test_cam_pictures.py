@@ -15,6 +15,7 @@ from browsers import browse
 from configs import CAM_COLORMAPS
 from finetune.data.images import read_image
 from finetune.evaluation.decision import Decision
+from finetune.evaluation.evaluation import Answers
 from finetune.reporting.cam_pictures import (
     arrange,
     overlay_heatmap,
@@ -48,7 +49,7 @@ def make_page(folder, y_true, probabilities, multi_label=False, pictures=PICTURE
     decision = Decision(CLASSES, multi_label, exact_match_threshold=0.5)
     images = [f'<b onclick="missing()">{name}' for name in pictures]
     paths = [str(folder / name) for name in pictures]
-    write_page(str(folder), paths, images, y_true, probabilities, decision, "<i>model</i>", "Believe them.")
+    write_page(str(folder), paths, Answers(images, y_true, probabilities, decision), "<i>model</i>", "Believe them.")
     return folder / "index.html"
 
 

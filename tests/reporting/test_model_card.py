@@ -27,7 +27,9 @@ from configs import Configs
 from finetune.core.options import UserError
 from finetune.core.texts import show
 from finetune.reporting.model_card import write_model_card
+from finetune.training.run import Images, Run
 from finetune.training.run_folder import LOCK_FILE, clear_folder
+from finetune.training.trainer import Interruption
 from finetune.training.training import open_run
 from finetune.training.workers import Team
 
@@ -567,7 +569,8 @@ def test_folder_of_a_run_that_goes_on_is_told_its_data_and_loses_what_is_of_the_
     validation = SimpleNamespace(labels=labels[:1], paths=["photos/c.jpg"])
     folders = {"save_model_path": str(tmp_path), "load_model_path": str(tmp_path)}
     configs = Configs(**folders, train_csv="a.csv", test_csv="b.csv", classes=["cat", "dog", "owl"], overwrite=True)
-    with open_run(configs, (training, validation), Team()):
+    run = Run(configs, Team(), None, Images(training, validation), None, None, None, Interruption())
+    with open_run(run):
         os.remove(tmp_path / LOCK_FILE)
     assert sorted(os.listdir(tmp_path)) == sorted([*names[:3], "configs.json", "data.json", "trained_images.csv"])
     assert capsys.readouterr().out.count("it belongs to the model before") == 2

@@ -45,17 +45,9 @@ def make_page(folder, multi_label=False):
     configs = LabelErrorConfigs(
         csv_path=str(folder / "all_data.csv"), classes=CLASSES, multi_label_classification=multi_label
     )
-    suspects, positions = list_suspects(evidence, CLASSES, 500)
+    found = list_suspects(evidence, CLASSES, 500)
     pd.DataFrame({"path": evidence.names, "class": evidence.texts}).to_csv(configs.csv_path, index=False)
-    write_page(
-        str(folder / "label_errors.html"),
-        suspects,
-        positions,
-        evidence,
-        "About 4 are wrong.",
-        configs.csv_path,
-        configs,
-    )
+    write_page(str(folder / "label_errors.html"), found, evidence, "About 4 are wrong.", configs.csv_path, configs)
     return folder / "label_errors.html"
 
 

@@ -240,8 +240,8 @@ def test_what_is_not_to_be_learnt_from_is_not():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 20)
     features = (rng.normal(size=(60, 8)) + np.eye(8)[labels] * 6).astype(np.float32)
-    known = cross_validate([features], labels, False, 3, 0)
-    unlearnt = cross_validate([features], labels, False, 3, 0, unlearnt=np.arange(40, 60))
+    known = cross_validate([features], labels, 3, 0)
+    unlearnt = cross_validate([features], labels, 3, 0, unlearnt=np.arange(40, 60))
     assert known[40:, 2].min() > 0.5
     # No image of the class is left: whatever the features, it has the weight of its smoothed frequency.
     assert unlearnt[:, 2].max() < 0.3
@@ -319,7 +319,7 @@ def run_folder(table, photo_folder):
     files = sorted(photo_folder.glob("*/*.jpg"))
     labels = np.array([CLASSES.index(path.parent.name) for path in files], np.int32)
     sequence = AugmentedImageSequence([str(path) for path in files], labels, (32, 32), batch_size=8)
-    initialize_head(model, compute_features(model, sequence)[0], labels, multi_label=False, seed=0)
+    initialize_head(model, [compute_features(model, sequence)[0]], labels, seed=0)
     model.save(folder / "best_model.keras")
     write_json(str(folder / "configs.json"), configs.to_dict())
     write_trained_images(str(folder), {"training": [str(path) for path in files if int(path.stem) < 8]})

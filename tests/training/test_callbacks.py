@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from finetune.training.callbacks import RangeTest, Schedule
+from configs import Configs
+from finetune.training.callbacks import Plateau, Schedule
 from finetune.training.phases import Phase
+from finetune.training.progress import Progress
 
 
 def schedule(kind, warmup=0.0, first=0, end=4, rate=0.1, minimum=0.01, steps=5):
@@ -47,14 +49,17 @@ def test_a_schedule_counts_from_the_first_epoch_of_its_phase():
     assert one.model.optimizer.learning_rate == schedule("cosine", first=0, end=2).get_rate(5 + 2 + 1)
 
 
-def test_range_test_notes_the_losses_of_each_step_and_stops():
-    test = RangeTest(1e-3, 1.0, steps=4)
-    test.set_model(SimpleNamespace(optimizer=SimpleNamespace(learning_rate=None), loss_sums=np.zeros(2)))
-    test.on_epoch_begin(0)
-    for step, loss in enumerate([2.0, 1.0, 9.0]):
-        test.on_train_batch_begin(step)
-        assert test.model.optimizer.learning_rate == pytest.approx(10.0 ** (step - 3))
-        test.model.loss_sums = np.add(test.model.loss_sums, [loss * 3, 3])
-        test.on_train_batch_end(step)
-    assert test.losses == [2, 1, 9]
-    assert test.model.stop_training
+def test_a_plateau_goes_on_where_the_run_was_stopped():
+    def run_epochs(progress, losses):
+        plateau = Plateau(Configs(reduce_lr_patience=3, learning_rate_decay_factor=0.5), progress)
+        plateau.set_model(SimpleNamespace(optimizer=SimpleNamespace(learning_rate=0.1)))
+        plateau.on_train_begin()
+        for epoch, loss in enumerate(losses):
+            plateau.on_epoch_end(epoch, {"val_loss": loss})
+        return plateau.model.optimizer.learning_rate
+
+    progress = Progress()
+    assert run_epochs(progress, [1.0, 2.0, 2.0]) == 0.1
+    assert progress.plateau == {"wait": 2, "best": 1.0, "cooldown_counter": 0}
+    assert run_epochs(Progress(), [2.0]) == 0.1
+    assert run_epochs(progress, [2.0]) == 0.05

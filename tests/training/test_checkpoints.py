@@ -7,8 +7,7 @@ from small_runs import (
     tables,  # noqa: F401
 )
 
-from finetune.training import checkpoints
-from finetune.training.checkpoints import write_resume_command
+from finetune.training import checkpoint_writer
 from finetune.training.training_state import save_checkpoint
 
 
@@ -22,16 +21,7 @@ def test_checkpoints_between_epochs_carry_their_step(tables, tmp_path, monkeypat
         written.append((state["epochs_completed"], state["steps_completed"]))
         original(model, path, state, *more)
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", save)
     start(**options_of(tables, tmp_path / "run", num_epochs=2, checkpoint_every_steps=3))
     # Before the first validation as well, for an image in that may turn out unreadable.
     assert written == [(0, 3), (0, 6), (0, 7), (1, 0), (1, 3), (1, 6), (2, 0)]
-
-
-def test_the_command_that_goes_on_is_quoted_and_names_the_script_as_it_was_started(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["../my scripts/train.py", "--num_epochs", "3"])
-    assert write_resume_command("runs/b 1") == (
-        "python '../my scripts/train.py' --configs 'runs/b 1/configs.json' --load_model_path 'runs/b 1'"
-    )
-    monkeypatch.setattr("sys.argv", ["pytest"])
-    assert write_resume_command("runs/a") == "python train.py --configs runs/a/configs.json --load_model_path runs/a"

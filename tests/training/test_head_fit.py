@@ -33,7 +33,7 @@ def test_the_head_is_that_of_the_features_of_now(photos, strength):
         backbone.set_weights([weight * change + (1 - change) for weight in backbone.get_weights()])
         same.set_weights(model.get_weights())
         features = [compute_features(same, make_sequence(photos), mirrored)[0] for mirrored in (False, True)]
-        initialize_head(same, features[0], photos[1], False, 3, features[1] if strength == "photo" else None)
+        initialize_head(same, features[: 1 + (strength == "photo")], photos[1], 3)
         fit.refit()
         for one, other in zip(weights_of(model), weights_of(same), strict=True):
             np.testing.assert_array_equal(one, other)

@@ -104,8 +104,8 @@ def test_a_run_with_every_option_continues_to_the_same_bits(tables, whole, tmp_p
             if epoch + 1 == stop:
                 raise Stop
 
-    def fit(model, training, validation, phase, state, callbacks, interruption):
-        original(model, training, validation, phase, state, [*callbacks, StopAfter()], interruption)
+    def fit(trained, sets, phase, callbacks, run):
+        original(trained, sets, phase, [*callbacks, StopAfter()], run)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "run_phase", fit)
@@ -169,7 +169,7 @@ def test_training_that_makes_the_probe_worse_leaves_it_the_best_model(tables, tm
         ({"classifier_layer_sizes": [16]}, False),
     ],
 )
-def test_heads_are_fitted_anew_where_the_backbone_learns_one_label_an_image(options, expected):
+def test_heads_are_refitted_where_the_backbone_learns_one_label_an_image(options, expected):
     configs = Configs(**{"model_selection": "interpolate", "visual_model_name": "MobileNet"} | options)
     configs = configs.replace(classes=["a", "b"], use_imagenet_weights=False, image_target_size=(32, 32, 3))
     classifier = ModelFactory().get_model(configs)

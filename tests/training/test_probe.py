@@ -152,7 +152,7 @@ def test_single_label_probabilities_are_those_of_scikit_learn(number, channels):
     labels = np.random.default_rng(1).integers(0, number, 90)
     features = make_features(labels, channels)
     model, head = head_of(channels, number=number)
-    strength = initialize_head(model, features, labels, False, 0)
+    strength = initialize_head(model, [features], labels, 0)
     scaled = standardise(features.astype(float))
     regression = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000).fit(scaled, labels)
     np.testing.assert_allclose(head.predict(features, verbose=0), regression.predict_proba(scaled), atol=1e-5)
@@ -162,7 +162,7 @@ def test_multi_label_probabilities_are_those_of_scikit_learn():
     labels = (np.random.default_rng(1).random((90, 4)) < [0.5, 0.2, 0.8, 0.05]).astype(np.float32)
     features = make_features(labels, 100)
     model, head = head_of(100, number=4, multi_label=True)
-    strength = initialize_head(model, features, labels, True, 0)
+    strength = initialize_head(model, [features], labels, 0)
     scaled = standardise(features.astype(float))
     regressions = OneVsRestClassifier(LogisticRegression(C=strength, tol=1e-10, max_iter=10_000)).fit(scaled, labels)
     np.testing.assert_allclose(head.predict(features, verbose=0), regressions.predict_proba(scaled), atol=1e-5)
@@ -180,7 +180,7 @@ def test_the_whole_model_predicts_what_the_regression_does(photos, multi_label):
     model, (paths, labels) = factory_model(multi_label), photos
     labels = np.eye(3, dtype=np.float32)[labels] if multi_label else labels
     features, _ = compute_features(model, make_sequence(photos))
-    strength = initialize_head(model, features, labels, multi_label, 0)
+    strength = initialize_head(model, [features], labels, 0)
     regression = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000)
     regression = OneVsRestClassifier(regression) if multi_label else regression
     scaled = standardise(features.astype(float))
@@ -193,7 +193,7 @@ def test_mirror_images_count_half_as_images_do():
     labels = np.repeat([0, 1, 2], 30)
     features, mirrored = (make_features(labels, 40, seed) for seed in (0, 1))
     model, head = head_of(40)
-    strength = initialize_head(model, features, labels, False, 0, mirrored)
+    strength = initialize_head(model, [features, mirrored], labels, 0)
     both = np.concatenate([features, mirrored]).astype(float)
     centred = both - features.mean(axis=0, dtype=float)
     scaled = centred / np.sqrt((centred**2).mean())
@@ -206,7 +206,7 @@ def test_pure_noise_is_regularised_more_than_features_that_tell_the_classes():
     labels = np.repeat([0, 1, 2], 30)
     noise = np.random.default_rng(0).normal(size=(90, 50)).astype(np.float32)
     clear = noise + 4 * np.eye(3, 50, dtype=np.float32)[labels]
-    strengths = [initialize_head(head_of(50)[0], features, labels, False, 0) for features in (noise, clear)]
+    strengths = [initialize_head(head_of(50)[0], [features], labels, 0) for features in (noise, clear)]
     assert strengths[0] == pytest.approx(10**-2.5)
     assert strengths[1] > 10 * strengths[0]
 
@@ -217,7 +217,7 @@ def test_the_scale_of_the_features_does_not_matter():
     found = []
     for factor in (1, 1000):
         model, head = head_of(64)
-        strength = initialize_head(model, features * factor, labels, False, 0)
+        strength = initialize_head(model, [features * factor], labels, 0)
         found.append((strength, head.predict(features * factor, verbose=0)))
     assert found[0][0] == found[1][0]
     np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-4)
@@ -227,7 +227,7 @@ def test_two_runs_give_the_same_head():
     labels = np.repeat([0, 1, 2], 20)
     heads = [head_of(64) for _ in range(2)]
     for model, _ in heads:
-        initialize_head(model, make_features(labels), labels, False, 7)
+        initialize_head(model, [make_features(labels)], labels, 7)
     weights = [model.get_layer("classifier").get_layer("logits").get_weights() for model, _ in heads]
     for first, second in zip(*weights, strict=True):
         np.testing.assert_array_equal(first, second)
@@ -240,7 +240,7 @@ def test_classes_of_few_images_are_learnt_without_a_word(counts):
     model, head = head_of(64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        strength = initialize_head(model, features, labels, False, 0)
+        strength = initialize_head(model, [features], labels, 0)
     assert 10**-2.6 < strength < 10**1.1
     scaled = standardise(features.astype(float))
     expected = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000).fit(scaled, labels).predict_proba(scaled)
@@ -251,7 +251,7 @@ def test_a_class_without_images_stays_improbable_and_the_others_stay_in_order():
     labels = np.repeat([0, 2], 20)
     features = make_features(labels)
     model, head = head_of(64)
-    initialize_head(model, features, labels, False, 0)
+    initialize_head(model, [features], labels, 0)
     probabilities = head.predict(features, verbose=0)
     assert (probabilities.argmax(axis=1) == labels).mean() > 0.9
     # Smoothed, it has one image of 43.
@@ -260,14 +260,14 @@ def test_a_class_without_images_stays_improbable_and_the_others_stay_in_order():
 
 def test_a_single_class_gives_the_smoothed_frequencies():
     model, head = head_of(8)
-    initialize_head(model, make_features(np.zeros(7, int), 8), np.zeros(7, int), False, 0)
+    initialize_head(model, [make_features(np.zeros(7, int), 8)], np.zeros(7, int), 0)
     np.testing.assert_allclose(head.predict(np.ones((1, 8)), verbose=0), [[8 / 10, 1 / 10, 1 / 10]], rtol=1e-5)
 
 
 def test_labels_of_no_image_or_of_all_keep_their_smoothed_frequency():
     labels = np.stack([np.zeros(8), np.ones(8), np.arange(8) % 2], axis=1).astype(np.float32)
     model, head = head_of(16, multi_label=True)
-    initialize_head(model, make_features(labels, 16), labels, True, 0)
+    initialize_head(model, [make_features(labels, 16)], labels, 0)
     probabilities = head.predict(np.random.default_rng(0).random((5, 16)), verbose=0)
     np.testing.assert_allclose(probabilities[:, :2], np.tile([1 / 10, 9 / 10], (5, 1)), rtol=1e-5)
 
@@ -275,14 +275,14 @@ def test_labels_of_no_image_or_of_all_keep_their_smoothed_frequency():
 def test_features_that_are_all_the_same_give_the_frequencies():
     labels = np.repeat([0, 1, 2], [10, 20, 30])
     model, head = head_of(6)
-    initialize_head(model, np.full((60, 6), 0.5, np.float32), labels, False, 0)
+    initialize_head(model, [np.full((60, 6), 0.5, np.float32)], labels, 0)
     np.testing.assert_allclose(head.predict(np.ones((1, 6)), verbose=0), [[1 / 6, 2 / 6, 3 / 6]], atol=1e-4)
 
 
 def test_hidden_layers_are_refused():
     model, _ = head_of(8, layer_sizes=[16, 0.5])
     with pytest.raises(UserError, match="without hidden layers. Received: 16 units. Leave sizes of 1 and more out of"):
-        initialize_head(model, np.zeros((4, 8), np.float32), np.arange(4) % 2, False, 0)
+        initialize_head(model, [np.zeros((4, 8), np.float32)], np.arange(4) % 2, 0)
 
 
 def test_only_a_classifier_without_hidden_layers_can_be_fitted():
@@ -297,7 +297,7 @@ def test_features_that_are_not_finite_are_refused():
     features = np.zeros((4, 8), np.float32)
     features[2, 3] = np.inf
     with pytest.raises(UserError, match="features are not finite"):
-        initialize_head(head_of(8)[0], features, np.arange(4) % 2, False, 0)
+        initialize_head(head_of(8)[0], [features], np.arange(4) % 2, 0)
 
 
 # Answers out of fold
@@ -312,9 +312,9 @@ def test_an_image_is_judged_by_a_regression_that_was_fitted_without_it(monkeypat
     rng = np.random.default_rng(1)
     labels = (rng.random((90, 3)) < [0.5, 0.2, 0.7]).astype(np.uint8) if multi_label else rng.integers(0, 3, 90)
     features = make_features(labels, channels)
-    strength = initialize_head(head_of(channels, multi_label=multi_label)[0], features, labels, multi_label, 0)
+    strength = initialize_head(head_of(channels, multi_label=multi_label)[0], [features], labels, 0)
     monkeypatch.setattr(probe, "_deal_folds", lambda labels, seed: in_thirds(90))
-    found = cross_validate([features], labels, multi_label, 3, 0)
+    found = cross_validate([features], labels, 3, 0)
     scaled, expected = standardise(features.astype(float)), np.empty((90, 3))
     for held_out in in_thirds(90):
         learnt = np.setdiff1d(np.arange(90), held_out)
@@ -327,9 +327,9 @@ def test_an_image_is_judged_by_a_regression_that_was_fitted_without_it(monkeypat
 def test_out_of_fold_an_answer_is_the_mean_over_an_image_and_its_mirror_image(monkeypatch):
     labels = np.random.default_rng(1).integers(0, 3, 90)
     views = [make_features(labels, 40, seed) for seed in (0, 1)]
-    strength = initialize_head(head_of(40)[0], views[0], labels, False, 0, views[1])
+    strength = initialize_head(head_of(40)[0], views, labels, 0)
     monkeypatch.setattr(probe, "_deal_folds", lambda labels, seed: in_thirds(90))
-    found = cross_validate(views, labels, False, 3, 0)
+    found = cross_validate(views, labels, 3, 0)
     both = np.concatenate(views).astype(float) - views[0].mean(axis=0, dtype=float)
     scaled = (both / np.sqrt((both**2).mean())).reshape(2, 90, 40)
     expected = np.empty((90, 3))
@@ -344,7 +344,7 @@ def test_out_of_fold_an_answer_is_the_mean_over_an_image_and_its_mirror_image(mo
 def test_out_of_fold_noise_stays_at_chance():
     labels = np.repeat([0, 1], 100)
     noise = np.random.default_rng(0).normal(size=(200, 400)).astype(np.float32)
-    found = cross_validate([noise], labels, False, 2, 0)
+    found = cross_validate([noise], labels, 2, 0)
     # In fold, 400 numbers tell 200 images apart without a mistake; by chance are 0.5, standard error 0.035.
     assert np.mean(found.argmax(axis=1) == labels) == pytest.approx(0.5, abs=0.11)
 
@@ -366,7 +366,7 @@ def test_folds_follow_from_the_seed():
     features = make_features(labels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        first, again, other = (cross_validate([features], labels, False, 3, seed) for seed in (7, 7, 8))
+        first, again, other = (cross_validate([features], labels, 3, seed) for seed in (7, 7, 8))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-3
 
@@ -378,7 +378,7 @@ def test_out_of_fold_few_images_of_a_class_are_judged_without_a_word(counts, mul
     labels = np.eye(3, dtype=np.uint8)[labels] if multi_label else labels
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = cross_validate([make_features(labels, 8)], labels, multi_label, 3, 0)
+        found = cross_validate([make_features(labels, 8)], labels, 3, 0)
     assert found.shape == (sum(counts), 3)
     assert ((found > 0) & (found < 1)).all()
     if not multi_label:
@@ -415,8 +415,8 @@ def copy_photos(number=60, copies=3, channels=100):
 
 def test_copies_of_an_image_do_not_answer_for_it():
     features, labels, groups = copy_photos()
-    by_photo = cross_validate([features], labels, False, 2, 0)
-    by_group = cross_validate([features], labels, False, 2, 0, groups=groups)
+    by_photo = cross_validate([features], labels, 2, 0)
+    by_group = cross_validate([features], labels, 2, 0, groups=groups)
     assert np.mean(by_photo.argmax(axis=1) == labels) > 0.95
     # Of 60 photos by chance a half, standard error 0.065.
     assert np.mean(by_group.argmax(axis=1) == labels) == pytest.approx(0.5, abs=0.2)
@@ -426,16 +426,16 @@ def test_the_strength_is_chosen_on_whole_groups():
     """By photo copies make features that mean nothing look certain: the weakest regularisation is best."""
     features, labels, groups = copy_photos()
     model = head_of(100)[0]
-    assert initialize_head(model, features, labels, False, 0) == pytest.approx(10)
-    assert initialize_head(model, features, labels, False, 0, groups=groups) == pytest.approx(10**-2.5)
+    assert initialize_head(model, [features], labels, 0) == pytest.approx(10)
+    assert initialize_head(model, [features], labels, 0, groups=groups) == pytest.approx(10**-2.5)
 
 
 def test_each_image_in_a_fold_of_groups_is_judged_by_those_of_other_groups():
     labels = np.random.default_rng(1).integers(0, 3, 90)
     groups = np.random.default_rng(2).permutation(np.repeat(np.arange(18), 5))
     features = make_features(labels, 20)
-    strength = initialize_head(head_of(20)[0], features, labels, False, 0, groups=groups)
-    found = cross_validate([features], labels, False, 3, 0, groups=groups)
+    strength = initialize_head(head_of(20)[0], [features], labels, 0, groups=groups)
+    found = cross_validate([features], labels, 3, 0, groups=groups)
     scaled = standardise(features.astype(float))
     for held_out in deal_groups(labels, groups, 3, 5, 0):
         learnt = ~np.isin(groups, groups[held_out])
@@ -461,13 +461,11 @@ def test_however_groups_lie_a_head_starts_and_answers_are_numbers(groups, multi_
     given, features = np.eye(3, dtype=np.uint8)[labels] if multi_label else labels, make_features(labels, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        strength = initialize_head(
-            head_of(8, multi_label=multi_label)[0], features, given, multi_label, 0, None, None, groups
-        )
+        strength = initialize_head(head_of(8, multi_label=multi_label)[0], [features], given, 0, None, groups)
         assert strength in probe.STRENGTHS
         if (np.bincount(groups, minlength=3) == 12).all() or not groups.any():
             with pytest.raises(UserError, match="at least two groups"):
-                cross_validate([features], given, multi_label, 3, 0, groups=groups)
+                cross_validate([features], given, 3, 0, groups=groups)
             return
-        found = cross_validate([features], given, multi_label, 3, 0, groups=groups)
+        found = cross_validate([features], given, 3, 0, groups=groups)
     assert ((found > 0) & (found < 1)).all()

@@ -23,13 +23,8 @@ from finetune.training.run_data import (
     sign_file,
     write_trained_images,
 )
-from finetune.training.run_folder import (
-    check_test_images,
-    configure_table,
-    describe_run,
-    find_trained_model,
-    has_selected,
-)
+from finetune.training.run_folder import describe_run
+from finetune.training.trained_model import check_test_images, configure_table, find_trained_model, has_selected
 
 PROJECT = Path(__file__).resolve().parents[2]
 

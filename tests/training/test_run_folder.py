@@ -13,7 +13,8 @@ from tiny_models import write_table
 from configs import Configs
 from finetune.core.options import UserError
 from finetune.models.description import describe_model
-from finetune.training.run_folder import find_trained_model, locked, resolve_model_path
+from finetune.training.run_folder import locked
+from finetune.training.trained_model import find_trained_model, resolve_model_path
 
 # What no file says of a model, and is given in its place.
 NEEDED = {"image_target_size": (96, 80, 3), "resize_mode": "stretch", "multi_label_classification": False}

@@ -25,8 +25,7 @@ from finetune.core.texts import show_duration, show_moment
 from finetune.core.values import duration_fault, parse_duration
 from finetune.training.phases import count_epochs
 from finetune.training.resuming import configs_to_continue
-from finetune.training.time_budget import TimeEstimate, count_views, time_saving
-from finetune.training.training import settle_epochs
+from finetune.training.time_budget import TimeEstimate, count_views, resolve_epochs, time_saving
 from finetune.training.training_state import save_checkpoint
 
 
@@ -70,9 +69,11 @@ def test_few_images_have_epochs_as_the_least_number_of_steps_asks():
 def test_epochs_that_hold_the_steps_are_not_taken_for_given():
     images = SimpleNamespace(training=SimpleNamespace(steps=7))
     # 100 epochs, as configs.py has them, hold 700 steps.
-    settled = [settle_epochs(Configs(min_steps=steps), 0, None, None, images, *[None] * 3) for steps in (700, 701)]
-    assert [configs.num_epochs for configs in settled] == [100, 101]
-    assert [configs.given for configs in settled] == [{"min_steps"}, {"min_steps", "num_epochs"}]
+    runs = [SimpleNamespace(configs=Configs(min_steps=steps), state=None, images=images) for steps in (700, 701)]
+    for run in runs:
+        resolve_epochs(run, 0)
+    assert [run.configs.num_epochs for run in runs] == [100, 101]
+    assert [run.configs.given for run in runs] == [{"min_steps"}, {"min_steps", "num_epochs"}]
 
 
 @pytest.mark.slow

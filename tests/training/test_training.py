@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -22,9 +21,8 @@ from finetune.core.devices import set_seed
 from finetune.core.options import UserError
 from finetune.models.losses import get_class_weights
 from finetune.training.callbacks import EpochOrder
-from finetune.training.checkpoints import Checkpoint
+from finetune.training.preparing import get_images
 from finetune.training.trainer import TrainingModel
-from finetune.training.training import get_images
 from finetune.training.training_state import read_state
 from generator import AugmentedImageSequence, Shares, get_generator
 from model import ModelFactory
@@ -178,7 +176,7 @@ def test_the_learning_rate_is_scaled_only_where_that_is_wanted(tables, tmp_path,
         raise UserError("enough")
 
     monkeypatch.setattr("finetune.training.training.run_phase", note)
-    monkeypatch.setattr("finetune.training.training.get_shares", lambda *_: Shares(4, 0, 4))
+    monkeypatch.setattr("finetune.training.preparing.get_shares", lambda *_: Shares(4, 0, 4))
     monkeypatch.setattr(tf.distribute.MirroredStrategy, "num_replicas_in_sync", 4)
     for scale in (False, True):
         options = options_of(tables, tmp_path / str(scale), **PLAIN, scale_learning_rate=scale)
@@ -384,7 +382,6 @@ import keras, numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from finetune.training.trainer import TrainingModel
-from finetune.training.training import get_images
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
     inputs = keras.Input((1, 1, 3))
@@ -454,17 +451,3 @@ def test_a_class_that_the_validation_set_lacks_is_named_at_the_start(photo_folde
     assert lines == [
         "Warning: the validation set has no image of blue, red: its metrics say nothing about these 2 classes."
     ]
-
-
-def test_a_run_whose_validation_set_defines_no_auroc_writes_its_logs(tmp_path):
-    values = {"best": None, "best_epoch": 2, "best_aurocs": {"a": None, "b": 0.5}, "log": [{"epoch": 0}]}
-    values |= {
-        "writes": True,
-        "folder": str(tmp_path),
-        "monitor": "val_auroc",
-        "kept_share": None,
-        "input_waits": [0.0],
-    }
-    Checkpoint._write_logs(SimpleNamespace(**values))
-    lines = (tmp_path / "best_auroc.log").read_text("utf-8").splitlines()
-    assert lines == ["epoch 2", "mean undefined", "a undefined", "b 0.5000"]

@@ -177,7 +177,7 @@ def test_the_run_keeps_what_was_chosen(share, is_refitted, tables, tmp_path, mon
         monkeypatch.setattr(validation, "get_losses", lambda: measure() + next(added))
         return choose(classifier, weights, validation, logs, refit)
 
-    monkeypatch.setattr("finetune.training.checkpoints.choose_weights", choose_that)
+    monkeypatch.setattr("finetune.training.model_selection.choose_weights", choose_that)
     found = start(**options_of(tables, tmp_path / "run", **OPTIONS))
     assert "Warning: the linear probe is fitted to a backbone of random weights" in capsys.readouterr().out
     best, latest = load(tmp_path / "run", "best").get_weights(), load(tmp_path / "run", "latest").get_weights()
@@ -208,13 +208,14 @@ def test_the_run_keeps_what_was_chosen(share, is_refitted, tables, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_stopped_run_chooses_the_same(tables, tmp_path, stop_at, monkeypatch):
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_stopped_run_chooses_the_same(epoch, tables, tmp_path, stop_at, monkeypatch):
     start(**options_of(tables, tmp_path / "run", **OPTIONS))
     state = read_state(str(tmp_path / "run" / "latest_model.keras"))
     assert state["kept_share"] in (*SHARES, 1)
     assert state["has_refitted_head"] == (state["kept_share"] > 0)
-    # Within the last epoch, whose first steps another process then has done.
-    stop_at(1, 3)
+    # Within an epoch, whose first steps another process then has done.
+    stop_at(epoch, 3)
     with pytest.raises(SystemExit):
         start(**options_of(tables, tmp_path / "stopped", **OPTIONS))
     monkeypatch.undo()

@@ -1,0 +1,70 @@
+"""What a run has reached so far, and the logs that show it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import pandas as pd
+
+from finetune.core.files import write_csv, write_json, write_text
+from finetune.training.run_folder import AUROC_FILE, LOG_FILE, STATISTICS_FILE
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run has reached so far; every checkpoint stores it under these names.
+
+    Attributes:
+        best: the validation metric of the model to keep; None where that is undefined.
+        best_epoch: the epoch of this model; 0 is the start.
+        best_aurocs: multi-label: its AUROC of each class.
+        kept_share: of the way from the start to the last epoch; between them it is no epoch's model.
+        has_refitted_head: whether this model's head was refitted.
+        plateau: the counters of the `Plateau`, of this phase.
+        log: of each epoch.
+        input_waits: the share of each epoch that the model waited for images.
+    """
+
+    best: float | None = None
+    best_epoch: int | None = None
+    best_aurocs: dict[str, float | None] | None = None
+    kept_share: float | None = None
+    has_refitted_head: bool = False
+    plateau: dict[str, Any] = dataclasses.field(default_factory=dict)
+    log: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    input_waits: list[float] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def read(cls, state: dict[str, Any] | None) -> Progress:
+        """Returns what a checkpoint's state stores; of a run that begins, nothing yet."""
+        stored = state or {}
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: stored[name] for name in names if name in stored})
+
+
+def write_logs(folder: str, monitor: str, progress: Progress) -> None:
+    """Writes the training log, the statistics, and multi-label the AUROC of each class; nothing before an epoch."""
+    if not progress.log:
+        return
+    write_csv(os.path.join(folder, LOG_FILE), pd.DataFrame(progress.log))
+    stats = {
+        "epochs_completed": len(progress.log),
+        "monitor": monitor,
+        "best": progress.best,
+        "best_epoch": progress.best_epoch,
+        "latest": progress.log[-1],
+        # Not in training_log.csv: two runs of one seed have the same log, but not the same times.
+        "input_wait_by_epoch": progress.input_waits,
+    }
+    if progress.kept_share is not None:
+        stats |= {"kept_share": progress.kept_share, "has_refitted_head": progress.has_refitted_head}
+    if progress.best_aurocs is not None:
+        stats["best_auroc_by_class"] = progress.best_aurocs
+        # A validation set may define the AUROC of no class.
+        values = [("mean", progress.best), *progress.best_aurocs.items()]
+        lines = [f"epoch {progress.best_epoch}"]
+        lines += [f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in values]
+        write_text(os.path.join(folder, AUROC_FILE), "\n".join(lines) + "\n")
+    write_json(os.path.join(folder, STATISTICS_FILE), stats)
