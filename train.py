@@ -31,14 +31,16 @@ def main(configs: Configs) -> dict:
     source = configs.load_model_path or configs.save_model_path
     with join_team(configs.distribution_strategy, configs.to_dict(), source) as team:
         choose_devices(configs.gpu_percentage, configs.distribution_strategy)
+        strategy = start_strategy(configs.distribution_strategy)
+        team.connect(strategy)
         model_path, state, configs = find_start(configs, team.is_chief)
         team.folder = configs.save_model_path
-        team.agree(select_common(configs.to_dict()))
+        completed = {"the number of epochs completed": state["epochs_completed"] if state else 0}
+        team.agree(select_common(configs.to_dict()) | completed)
         if ended := report_end(state, configs):
             return ended
         configs = settle_sets(configs)
         bad_rows = check_sets(list_sets(configs), configs, team.is_chief, write_contradictions)
-        strategy = start_strategy(configs.distribution_strategy)
         configs = training.settle(configs, team)
         shares = training.get_shares(configs, strategy.num_replicas_in_sync, team)
         images = training.get_images(configs, bad_rows, shares)
