@@ -31,12 +31,10 @@ def main(configs: Configs) -> dict:
     source = configs.load_model_path or configs.save_model_path
     with join_team(configs.distribution_strategy, configs.to_dict(), source) as team:
         choose_devices(configs.gpu_percentage, configs.distribution_strategy)
-        strategy = start_strategy(configs.distribution_strategy)
-        team.connect(strategy)
+        strategy = team.connect(start_strategy(configs.distribution_strategy))
         model_path, state, configs = find_start(configs, team.is_chief)
         team.folder = configs.save_model_path
-        completed = {"the number of epochs completed": state["epochs_completed"] if state else 0}
-        team.agree(select_common(configs.to_dict()) | completed)
+        team.agree(select_common(configs.to_dict(), state))
         if ended := report_end(state, configs):
             return ended
         configs = settle_sets(configs)

@@ -117,9 +117,10 @@ def join_team(distribution_strategy: str, options: dict[str, Any], folder: str) 
     return Team(*read_cluster(), select_common(options) | describe_code(), folder)
 
 
-def select_common(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options that must be the same in all processes that train together."""
-    return {name: value for name, value in options.items() if name not in OWN_OPTIONS}
+def select_common(options: dict[str, Any], state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the options, and of a run that goes on the epochs behind it, that must be the same in all processes."""
+    common = {name: value for name, value in options.items() if name not in OWN_OPTIONS}
+    return common | {"the number of epochs completed": state["epochs_completed"] if state else 0}
 
 
 def describe_code() -> dict[str, str]:
@@ -205,14 +206,14 @@ class Team:
         faulthandler.dump_traceback_later(WAIT_SECONDS, exit=True, file=2)
         return self
 
-    def connect(self, strategy: tf.distribute.Strategy) -> None:
-        """Compares the settings of all workers, through the strategy.
+    def connect(self, strategy: tf.distribute.Strategy) -> tf.distribute.Strategy:
+        """Compares the settings of all workers through a strategy, and returns that.
 
         Raises:
             UserError: in every worker: they differ, or the workers have different numbers of devices.
         """
         if self.size == 1:
-            return
+            return strategy
 
         @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)], autograph=False)
         def gather(values: tf.Tensor) -> Any:
@@ -230,6 +231,7 @@ class Team:
         faulthandler.cancel_dump_traceback_later()
         threading.Thread(target=self._watch, daemon=True).start()
         self.agree(self.settings)
+        return strategy
 
     def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
         if self.size == 1:
