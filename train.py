@@ -24,25 +24,24 @@ def main(configs: Configs) -> dict:
     from finetune.training.phases import get_phases
     from finetune.training.preparing import prepare_run
     from finetune.training.resuming import find_start, report_end
-    from finetune.training.slurm import take_slurm_step
     from finetune.training.time_budget import resolve_epochs
     from finetune.training.training import check_room, open_run, report_best, train_phases
-    from finetune.training.workers import join_team, select_common
+    from finetune.training.workers import join_team, select_common, take_slurm_step
 
     started = time.monotonic()
     take_slurm_step(configs.distribution_strategy)
     source = configs.load_model_path or configs.save_model_path
     with join_team(configs.distribution_strategy, configs.to_dict(), source) as team:
         choose_devices(configs.gpu_percentage, configs.distribution_strategy)
+        strategy = team.connect(start_strategy(configs.distribution_strategy))
         model_path, state, configs = find_start(configs, team.is_chief)
         team.folder = configs.save_model_path
-        team.agree(select_common(configs.to_dict()))
+        team.agree(select_common(configs.to_dict(), state))
         if ended := report_end(state, configs):
             return ended
         csv_paths = list_sets(configs)
         configs = resolve_pixel_range(configs, [*csv_paths.values()])
         bad_rows = check_sets(csv_paths, configs, team.is_chief, write_contradictions)
-        strategy = start_strategy(configs.distribution_strategy)
         run = prepare_run(configs, team, strategy, bad_rows, model_path, state)
         resolve_epochs(run, started)
         phases = get_phases(run.configs, strategy.num_replicas_in_sync)

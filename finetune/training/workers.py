@@ -1,40 +1,76 @@
-"""Several processes that train together: finding each other, agreeing, exchanging, and ending together."""
+"""Several processes that train together: finding each other, agreeing, exchanging values, and ending together."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
+import hashlib
 import json
 import os
-import queue
 import re
-import select
 import shlex
+import signal
 import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+import keras
+import numpy as np
+import tensorflow as tf
+
 from finetune.core.options import UserError
-from finetune.core.streams import LastingStream
 from finetune.core.texts import join_names, shorten
 
+# The port of the first task on each host of a Slurm step; the others have those after it.
+SLURM_PORT = 8888
 ADDRESS = re.compile(r"[^\s/]+:[0-9]{1,5}")
 # How long every worker may take to come, in seconds.
 WAIT_SECONDS = 300.0
-PING_SECONDS = 5.0
-# A worker that has said nothing for that long is lost; one that is killed is noticed at once.
-LOST_AFTER_SECONDS = 60.0
-LONGEST_MESSAGE = 2**26
+# How often each worker checks that the others are still there, between the collectives.
+WATCH_SECONDS = 10.0
+CONNECT_SECONDS = 5.0
+# How long a process stays after its end, for the others to receive its last values, and to find who ended first.
+LINGER_SECONDS = 2.0
 # What may differ from host to host; what the paths lead to is compared.
 OWN_OPTIONS = {"train_csv", "test_csv", "validation_csv", "image_directory", "load_model_path", "save_model_path"}
 OWN_OPTIONS |= {"generator_workers", "generator_queue_length", "image_cache", "image_cache_path", "gpu_percentage"}
 OWN_OPTIONS |= {"verbose"}
-# In the place of what a worker says, once it has nothing left to do.
-LEFT = object()
+PROJECT = Path(__file__).resolve().parents[2]
+ROOT_MODULES = ("augmenter.py", "configs.py", "generator.py", "model.py")
+
+
+def take_slurm_step(distribution_strategy: str = "multi_worker") -> None:
+    """Puts Slurm's variables into TF_CONFIG, where TensorFlow finds them, in a task of a step and unless that is set.
+
+    Raises:
+        UserError: they do not name the workers.
+    """
+    if distribution_strategy == "multi_worker" and "TF_CONFIG" not in os.environ and "SLURM_PROCID" in os.environ:
+        os.environ["TF_CONFIG"] = json.dumps(_read_slurm_step())
+
+
+def _read_slurm_step() -> dict[str, Any]:
+    """Returns what TF_CONFIG has to be in a task of a Slurm step; raises UserError where there is none."""
+    try:
+        # The GPUs stay those that Slurm gives: the resolver would number them from 0, and fails where there are none.
+        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
+            port_base=SLURM_PORT, gpus_per_node=2**16, gpus_per_task=1, auto_set_gpu=False
+        )
+        cluster = resolver.cluster_spec().as_dict()
+        # Not by rank: the resolver sorts the hosts by name, and Slurm may deal the tasks out in turn.
+        own = f"{os.environ['SLURMD_NODENAME']}:{SLURM_PORT + int(os.environ['SLURM_LOCALID'])}"
+        return {"cluster": cluster, "task": {"type": "worker", "index": cluster["worker"].index(own)}}
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = f"{error} is not set" if isinstance(error, KeyError) else shorten(str(error)).rstrip(".")
+        raise UserError(
+            f"distribution_strategy multi_worker: Slurm's variables do not name the workers: {reason}. Start train.py "
+            "with srun, or set TF_CONFIG. docs/distributed.md shows how."
+        ) from error
 
 
 def read_cluster() -> tuple[list[str], int]:
@@ -78,48 +114,61 @@ def join_team(distribution_strategy: str, options: dict[str, Any], folder: str) 
     """
     if distribution_strategy != "multi_worker":
         return Team()
-    return Team(*read_cluster(), select_common(options), folder)
+    return Team(*read_cluster(), select_common(options) | describe_code(), folder)
 
 
-def select_common(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options that must be the same in all processes that train together."""
-    return {name: value for name, value in options.items() if name not in OWN_OPTIONS}
+def select_common(options: dict[str, Any], state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the options, and of a run that goes on the epochs behind it, that must be the same in all processes."""
+    common = {name: value for name, value in options.items() if name not in OWN_OPTIONS}
+    return common | {"the number of epochs completed": state["epochs_completed"] if state else 0}
 
 
-def end_at_once(status: int) -> None:
-    """Ends this process before TensorFlow closes its connections: ten seconds, and errors about the other workers."""
-    # Python sets it where an error has ended the script.
-    if not hasattr(sys, "last_type"):
-        for stream in (sys.stdout, sys.stderr):
-            # What a closed or missing stream raises would leave the end to TensorFlow.
-            LastingStream(stream).flush()
-        os._exit(status)
+def describe_code() -> dict[str, str]:
+    """Returns the versions of the packages and a digest of the code, which must be the same in all processes too."""
+    digest = hashlib.sha256()
+    for path in [*(PROJECT / name for name in ROOT_MODULES), *sorted((PROJECT / "finetune").rglob("*.py"))]:
+        digest.update(path.read_bytes())
+    versions = f"TensorFlow {tf.__version__}, Keras {keras.__version__}, NumPy {np.__version__}"
+    return {"the packages": versions, "the code": digest.hexdigest()}
 
 
-def read_message(peer: socket.socket) -> dict[str, Any]:
-    """Returns the first message of whoever is connected, and nothing of what follows; an empty one where it is none."""
+def find_obstacle(address: str) -> OSError | None:
+    """Returns why no connection with an address is possible; None if one is."""
+    host, _, port = address.rpartition(":")
     try:
-        message = json.loads(peer.makefile("rb", buffering=0).readline(LONGEST_MESSAGE))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return message if isinstance(message, dict) else {}
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as peer:
+            # On one machine a connection may be given the very port that it calls, and reach itself.
+            is_own = peer.getsockname() == peer.getpeername()
+            return ConnectionRefusedError("Connection refused") if is_own else None
+    except OSError as error:
+        return error
 
 
-def describe_end(error: BaseException) -> tuple[int, str, str]:
-    """Returns the exit status of a process that an error ends, what it prints, and the reason in a few words."""
-    if isinstance(error, UserError):
-        return 2, f"Error: {error}", str(error).partition("\n")[0]
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "Interrupted.", "it was interrupted"
-    return 1, "".join(traceback.format_exception(error)), f"{type(error).__name__}, as its own output tells"
+def describe_failure(error: tf.errors.OpError) -> str:
+    """Returns the line of a collective's error that says why."""
+    return shorten(str(error).rpartition("aborted by: ")[2].partition("\n")[0]).rstrip(".")
+
+
+def flush_output() -> None:
+    """Writes out what was printed; an output that is closed or missing keeps nothing from ending."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+
+
+def end_at_once(status: int) -> NoReturn:
+    """Ends this process before TensorFlow tidies up, which takes longer and may end in errors of its own."""
+    flush_output()
+    time.sleep(LINGER_SECONDS)
+    # Python sets the attribute where an error has ended the script.
+    os._exit(status or hasattr(sys, "last_type"))
 
 
 class Team:
-    """The processes that train one model together, and a way to talk that is not TensorFlow's.
+    """The processes that train one model together; they talk through the collectives of TensorFlow's strategy.
 
-    Each worker keeps a connection with the chief, the first of them, at the address that TensorFlow will use. Over it
-    they compare what they start with, and learn within seconds that one has failed, been killed or been cut off:
-    TensorFlow would wait, or end with a page of its own. All leave together.
+    Enter it, build the strategy, then `connect`. All leave together. The end of one ends the others: a collective in
+    which it is missing raises an error, and between the collectives a thread checks that all are there.
 
     Args:
         addresses: host:port of each worker, the chief's first.
@@ -135,13 +184,7 @@ class Team:
         self.index = index
         self.settings = settings or {}
         self.folder = folder
-        self._peers: dict[int, socket.socket] = {}
-        self._received: dict[int, queue.Queue] = {}
-        self._has_left: set[int] = set()
-        self._is_over = False
-        self._sending = threading.Lock()
-        # Whoever ends this process keeps it, and all others wait for that end.
-        self._ending = threading.Lock()
+        self._is_over = threading.Event()
         self._silence = contextlib.ExitStack()
 
     @property
@@ -157,39 +200,64 @@ class Team:
     def __enter__(self) -> Team:
         if self.size == 1:
             return self
-        try:
-            self._meet_workers() if self.is_chief else self._meet_chief()
-        except BaseException:
-            for peer in self._peers.values():
-                peer.close()
-            raise
-        for index, peer in self._peers.items():
-            peer.settimeout(LOST_AFTER_SECONDS)
-            self._received[index] = queue.Queue()
-            threading.Thread(target=self._listen, args=(index,), daemon=True).start()
-        threading.Thread(target=self._ping, daemon=True).start()
-        self.agree(self.settings)
+        self._meet()
         print(f"Worker {self.index} of {self.size}. The chief, {self.addresses[0]}, prints and writes.", flush=True)
         if not self.is_chief:
             nowhere = self._silence.enter_context(open(os.devnull, "w"))
             self._silence.enter_context(contextlib.redirect_stdout(nowhere))
+        # Python handles no signal while it waits in a collective; training has handlers of its own.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # A worker that ends right now would be waited for without an end, and no thread of Python's could run.
+        faulthandler.dump_traceback_later(WAIT_SECONDS, exit=True, file=2)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        self._silence.close()
+    def connect(self, strategy: tf.distribute.Strategy) -> tf.distribute.Strategy:
+        """Compares the settings of all workers through a strategy, and returns that.
+
+        Raises:
+            UserError: in every worker: they differ, or the workers have different numbers of devices.
+        """
+        if self.size == 1:
+            return strategy
+
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)], autograph=False)
+        def gather(values: tf.Tensor) -> Any:
+            # Refused without the operation, and for bytes.
+            return strategy.run(lambda: tf.distribute.get_replica_context().all_gather(tf.identity(values), axis=0))
+
+        self._gather = lambda values: strategy.experimental_local_results(gather(values))[0].numpy()
+        try:
+            self.exchange(None)
+        except tf.errors.InternalError as error:
+            raise UserError(
+                f"The workers cannot compute together: {describe_failure(error)}. Give every process the same "
+                "TF_CONFIG but for its index, and the same number of visible GPUs."
+            ) from error
+        faulthandler.cancel_dump_traceback_later()
+        threading.Thread(target=self._watch, daemon=True).start()
+        self.agree(self.settings)
+        return strategy
+
+    def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
         if self.size == 1:
             return
+        faulthandler.cancel_dump_traceback_later()
         if error is None or isinstance(error, SystemExit):
-            self._leave()
-            atexit.register(end_at_once, (error.code or 0) if error else 0)
-            return
-        if kind.__module__.startswith("tensorflow"):
-            # Most likely another worker's end: it is told as that as soon as it is noticed.
-            time.sleep(2 * PING_SECONDS)
-        status, shown, reason = describe_end(error)
-        with self._ending:
-            # TensorFlow would wait for the other workers at this process's end.
-            self._stop(shown, status, "" if self._is_over else f"{self._name(self.index)} has stopped: {reason}")
+            try:
+                self.exchange(None)
+            except tf.errors.OpError as failure:
+                error = failure
+        self._is_over.set()
+        self._silence.close()
+        if isinstance(error, tf.errors.OpError):
+            lost = self._find_lost()
+            if lost or isinstance(error, (tf.errors.UnavailableError, tf.errors.DeadlineExceededError)):
+                self._end(lost, describe_failure(error))
+        status = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        if error is None or isinstance(error, SystemExit):
+            status = error.code if error else 0
+        atexit.register(end_at_once, status)
 
     def agree(self, values: dict[str, Any]) -> None:
         """Compares values by name, which JSON can hold, over all workers.
@@ -201,8 +269,6 @@ class Team:
         for index, other in enumerate(others, start=1):
             for name in first | other:
                 if first.get(name) != other.get(name):
-                    # All find the same: nobody has to be told.
-                    self._leave()
                     theirs, ours = (shorten(repr(worker.get(name))) for worker in (other, first))
                     raise UserError(
                         f"The workers do not start with the same: {name} is {theirs} for {self._name(index)} and "
@@ -210,190 +276,68 @@ class Team:
                     )
 
     def exchange(self, value: Any) -> list[Any]:
-        """Returns the values of all workers in their order; each calls it as often as the others."""
+        """Returns the JSON values of all workers in their order; each calls it as often as the others."""
         if self.size == 1:
             return [value]
-        if not self.is_chief:
-            self._tell({"value": value})
-            return self._received[0].get()
-        values = [json.loads(json.dumps(value)), *(self._hear(index) for index in range(1, self.size))]
-        self._tell({"value": values})
-        return values
-
-    def _hear(self, index: int, has_left: bool = False) -> Any:
-        """Returns what a worker says next; ends all where it has left and should not have, or the other way round."""
-        value = self._received[index].get()
-        if (value is LEFT) != has_left:
-            self._end(
-                f"{self._name(index)} has {'more' if has_left else 'nothing more'} to do, and the chief has "
-                f"{'nothing' if has_left else 'something'}. Give every worker the same model to continue from.",
-                2,
-            )
-        return value
+        found = self._gather(np.frombuffer(json.dumps(value).encode() + b"\n", np.uint8).astype(np.int32))
+        lines = found.astype(np.uint8).tobytes().split(b"\n")[:-1]
+        # Each device has brought its process's.
+        return [json.loads(line) for line in lines[:: len(lines) // self.size]]
 
     def _name(self, index: int) -> str:
         return f"worker {index} ({self.addresses[index]})"
 
-    def _meet_workers(self) -> None:
-        """Waits at the chief's address until every worker has come."""
-        with self._open_port() as server:
-            end = time.monotonic() + WAIT_SECONDS
-            while missing := [self._name(index) for index in range(1, self.size) if not self._waits(index)]:
-                server.settimeout(max(end - time.monotonic(), 0.01))
-                try:
-                    self._welcome(server.accept()[0])
-                except TimeoutError as error:
-                    reason = (
-                        f"{join_names(missing)} did not come to the chief at {self.addresses[0]} within "
-                        f"{WAIT_SECONDS:.0f} seconds. Start train.py on every host of TF_CONFIG, with its own index."
-                    )
-                    self._tell({"end": reason, "status": 2})
-                    raise UserError(reason) from error
-        self._tell({"welcome": self.addresses})
-
-    def _welcome(self, peer: socket.socket) -> None:
-        """Takes in a worker that has come to the chief.
+    def _meet(self) -> None:
+        """Waits until every worker listens at its address, where TensorFlow will then.
 
         Raises:
-            UserError: in that worker and those before it too: its TF_CONFIG does not go with the chief's.
+            UserError: a worker does not come, or another program has this one's port.
         """
-        peer.settimeout(PING_SECONDS)
-        try:
-            hello = read_message(peer)["hello"]
-            index, addresses = int(hello["index"]), list(hello["addresses"])
-            if not 0 < index < len(addresses):
-                raise ValueError(index)
-        except (ValueError, KeyError, TypeError, OverflowError):
-            # No worker: a port scan, or a probe of the scheduler.
-            peer.close()
-            return
-        reason = ""
-        if addresses != self.addresses:
-            theirs, ours = (shorten(str(names)) for names in (addresses, self.addresses))
-            reason = f"TF_CONFIG names the workers {ours} for the chief and {theirs} for worker {index}"
-        elif self._waits(index):
-            reason = f"TF_CONFIG: two processes say that they are {self._name(index)}"
-        if reason:
-            self._peers[-1] = peer
-            self._tell({"end": f"{reason}. Correct TF_CONFIG.", "status": 2})
-            raise UserError(f"{reason}. Correct TF_CONFIG.")
-        self._peers[index] = peer
-
-    def _waits(self, index: int) -> bool:
-        """Tells whether a worker has come to the chief and is still there: it says nothing until all have come."""
-        return index in self._peers and not select.select([self._peers[index]], [], [], 0)[0]
-
-    def _meet_chief(self) -> None:
-        """Connects with the chief, and waits there until every worker has come."""
-        self._open_port().close()
-        self._peers[0] = self._reach_chief()
-        self._tell({"hello": {"index": self.index, "addresses": self.addresses}})
-        # Longer than the chief waits, who then says who is missing.
-        self._peers[0].settimeout(WAIT_SECONDS + 2 * PING_SECONDS)
-        answer = read_message(self._peers[0])
-        if "end" in answer:
-            raise UserError(answer["end"])
-        if "welcome" not in answer:
-            raise UserError(
-                f"The chief at {self.addresses[0]} has ended, or what answers there is no train.py that waits for its "
-                "workers. Stop every worker, and start them all again."
-            )
-
-    def _reach_chief(self) -> socket.socket:
-        """Connects with the chief as soon as that listens."""
-        host, _, port = self.addresses[0].rpartition(":")
         end = time.monotonic() + WAIT_SECONDS
-        while True:
-            try:
-                peer = socket.create_connection((host.strip("[]"), int(port)), timeout=PING_SECONDS)
-                # On one machine a connection may be given the very port that it calls, and reach itself.
-                if peer.getsockname() != peer.getpeername():
-                    return peer
-                peer.close()
-            except OSError as error:
+        missing = [index for index in range(self.size) if index != self.index]
+        with self._open_port():
+            while missing := [index for index in missing if find_obstacle(self.addresses[index])]:
                 if time.monotonic() > end:
+                    names = join_names([self._name(index) for index in missing])
                     raise UserError(
-                        f"The chief, {self._name(0)}, did not answer within {WAIT_SECONDS:.0f} seconds: "
-                        f"{error.strerror or error}. Start train.py there too, and let its port be reached from here."
-                    ) from error
-            time.sleep(0.2)
+                        f"No answer came within {WAIT_SECONDS:.0f} seconds from {names}. Start train.py on every host "
+                        "of TF_CONFIG, with its own index, and let its port be reached from here."
+                    )
+                time.sleep(0.5)
 
     def _open_port(self) -> socket.socket:
-        """Takes the port of this process's own address; the caller closes it before TensorFlow needs it."""
-        port = int(self.addresses[self.index].rpartition(":")[2])
-        server = socket.socket()
+        port, is_dual = int(self.addresses[self.index].rpartition(":")[2]), socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if is_dual else socket.AF_INET
         try:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            server.bind(("", port))
-            # Room for strangers too: whoever finds none tries again only after a second.
-            server.listen(self.size + 128)
+            # Nobody is let in, so there must be room for all.
+            return socket.create_server(("", port), family=family, backlog=self.size + 128, dualstack_ipv6=is_dual)
         except OSError as error:
-            server.close()
             raise UserError(
                 f"Port {port}, of {self._name(self.index)} in TF_CONFIG, cannot be used on this host: "
-                f"{error.strerror}. End the program that has it, or choose another port for all workers."
+                f"{os.strerror(error.errno)}. End the program that has it, or choose another port for all workers."
             ) from error
-        return server
 
-    def _listen(self, index: int) -> None:
-        """Takes what a peer sends, until it leaves; ends this process where the peer ends otherwise."""
-        try:
-            with self._peers[index].makefile("rb") as lines:
-                while line := lines.readline(LONGEST_MESSAGE):
-                    message = json.loads(line)
-                    if "end" in message:
-                        self._end(message["end"], message["status"])
-                    elif "left" in message:
-                        self._has_left.add(index)
-                        self._received[index].put(LEFT)
-                    elif "value" in message:
-                        self._received[index].put(message["value"])
-        except (OSError, ValueError):
-            pass
-        if index not in self._has_left:
-            self._end(
-                f"{self._name(index)} was killed or cannot be reached any more. Every worker stops. Start them all "
-                f"again with --load_model_path {shlex.quote(self.folder)}: training goes on after the last checkpoint.",
-                1,
-            )
+    def _find_lost(self) -> list[str]:
+        """Returns the names of the workers that have ended: their hosts answer, and nobody listens there."""
+        obstacles = {index: find_obstacle(self.addresses[index]) for index in range(self.size) if index != self.index}
+        return [self._name(index) for index, found in obstacles.items() if isinstance(found, ConnectionRefusedError)]
 
-    def _end(self, text: str, status: int) -> None:
-        """Ends this process for what has happened to another, unless all have left."""
-        with self._ending:
-            if not self._is_over:
-                self._stop(f"\nError: {text[0].upper()}{text[1:]}", status, text if self.is_chief else "")
+    def _watch(self) -> None:
+        """Ends this process if others have ended, however long this one computes alone."""
+        lost: list[str] = []
+        while not self._is_over.wait(WATCH_SECONDS):
+            before, lost = lost, self._find_lost()
+            if before and lost and not self._is_over.is_set():
+                self._end(lost)
 
-    def _stop(self, shown: str, status: int, told: str) -> NoReturn:
-        """Ends this process with a message: its main thread may wait in a collective operation for ever."""
-        try:
-            if told:
-                self._tell({"end": told, "status": status})
-            self._silence.close()
-            print(shown, file=sys.stderr, flush=True)
-            sys.stdout.flush()
-        finally:
-            os._exit(status)
-
-    def _tell(self, message: dict[str, Any]) -> None:
-        line = json.dumps(message).encode() + b"\n"
-        with self._sending:
-            for peer in self._peers.values():
-                # Whoever listens to that peer notices that it is gone.
-                with contextlib.suppress(OSError):
-                    peer.sendall(line)
-
-    def _ping(self) -> None:
-        while not self._is_over:
-            self._tell({})
-            time.sleep(PING_SECONDS)
-
-    def _leave(self) -> None:
-        """Waits until all are done: the end of one would end the others."""
-        if not self.is_chief:
-            self._tell({"left": True})
-        for index in self._received:
-            self._hear(index, has_left=True)
-        with self._ending:
-            self._is_over = True
-        if self.is_chief:
-            self._tell({"left": True})
+    def _end(self, lost: list[str], reason: str = "") -> NoReturn:
+        """Ends this process because others have ended."""
+        flush_output()
+        name = join_names(lost) or f"a worker (TensorFlow: {reason})"
+        print(
+            f"\nError: {name[0].upper()}{name[1:]} has ended, was killed or cannot be reached any more. What it has "
+            "written last may tell why. Every worker stops. Start them all again: with --load_model_path "
+            f"{shlex.quote(self.folder)} training goes on after the last checkpoint.",
+            file=sys.stderr,
+        )
+        end_at_once(1)
