@@ -43,8 +43,11 @@ COARSE, FINE = _Scale(8, 1.5, 0.75), _Scale(16, 2.0, 0.65)
 ROW_CANDIDATES, MEAN_CANDIDATES, MOST_CANDIDATES, MOST_ALIGNMENTS = 32, 200, 8, 150_000
 BLOCK = 256
 # The pixels are correlated at this side, less the local mean. Photos of different things stay below 0.7 (flowers,
-# street scenes, faces), hands that make the same sign below 0.9; of altered copies 98 % exceed 0.9.
+# street scenes, faces), hands that make the same sign below 0.924; of altered copies 98 % exceed 0.9.
 COMPARED = _Scale(48, 3.0, 0.9)
+# Below this, a pair counts only where one is a plain crop of the other: not enlarged, and its axes off by at most a
+# share of their length. Hands that make the same sign need a turn or a shear to agree that well.
+SURE_CORRELATION, MOST_ENLARGED, MOST_SKEW = 0.925, 1.02, 0.015
 # Pairs above this join groups by themselves; weaker ones need half of the pairs between two groups.
 STRONG_CORRELATION = 0.94
 # Grey values outside are clipped in one of the two exposures; they show nothing where enough others remain.
@@ -199,7 +202,13 @@ def correlate(viewed: np.ndarray, other: np.ndarray, view: tuple[int, int, int] 
     except cv2.error:  # The two are so different that the alignment does not converge.
         return unaligned
     change = np.abs(warp - start) / (1, 1, THUMBNAIL_SIDE)
-    return max(unaligned, _correlate_warped(viewed, other, warp)) if change.max() <= MOST_CHANGE else unaligned
+    aligned = _correlate_warped(viewed, other, warp) if change.max() <= MOST_CHANGE else unaligned
+    return max(unaligned, aligned) if aligned >= SURE_CORRELATION or _is_plain_crop(warp) else unaligned
+
+
+def _is_plain_crop(warp: np.ndarray) -> bool:
+    scale = (warp[0, 0] + warp[1, 1]) / 2
+    return scale <= MOST_ENLARGED and np.abs(warp[:, :2] - scale * np.eye(2)).max() <= MOST_SKEW
 
 
 def _correlate_warped(viewed: np.ndarray, other: np.ndarray, warp: np.ndarray) -> float:

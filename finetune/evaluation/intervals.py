@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from scipy import sparse
+from scipy import sparse, stats
 
 from finetune.data.groups import count_groups, is_single_group
 from finetune.evaluation.decision import BLOCK, Decision
@@ -39,8 +39,8 @@ def get_intervals(
         groups: of the images, as `number_groups` gives them; None: the images are independent.
 
     Returns:
-        `[low, high]` by the name of each headline figure, None where it is undefined throughout, and of a single group,
-        which shows nothing of how groups differ; multi-label:
+        `[low, high]` by the name of each headline metric, None where it is undefined throughout, of a single group,
+        which shows nothing of how groups differ, and where no resample differs (see `_interval`); multi-label:
         `per_class` holds those of `precision`, `recall` and `f1` by class name.
     """
     measures = [_prepare_counts(y_true, raw_probabilities, decision)]
@@ -53,7 +53,12 @@ def get_intervals(
     samples = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if is_single_group(groups):
         samples = {name: np.full_like(values, np.nan, dtype=float) for name, values in samples.items()}
-    intervals: dict[str, Any] = {name: _interval(values) for name, values in samples.items() if values.ndim == 1}
+    units = count_groups(groups, len(y_true))
+    intervals: dict[str, Any] = {
+        name: _interval(values, units if name.endswith("accuracy") and name != "balanced_accuracy" else 0)
+        for name, values in samples.items()
+        if values.ndim == 1
+    }
     if decision.multi_label:
         intervals["per_class"] = {
             name: {key: _interval(samples[key][:, position]) for key in ("precision", "recall", "f1")}
@@ -62,9 +67,24 @@ def get_intervals(
     return intervals
 
 
-def _interval(values: np.ndarray) -> list[float] | None:
+def _interval(values: np.ndarray, units: int = 0) -> list[float] | None:
+    """Returns the percentile interval of resamples.
+
+    Where all images are right, or all wrong, no resample differs, which says nothing of how sure that is. A share of
+    images then gets the exact binomial interval (Clopper and Pearson, Biometrika 26, 1934), any other metric none.
+
+    Args:
+        values: of the resamples; NaN where undefined.
+        units: of what the values are shares of, images or groups of them; 0 if they are no such shares.
+    """
     defined = values[~np.isnan(values)]
-    return np.percentile(defined, [2.5, 97.5]).tolist() if len(defined) else None
+    if not len(defined):
+        return None
+    if len(defined) == 1 or np.ptp(defined) > 0:
+        return np.percentile(defined, [2.5, 97.5]).tolist()
+    if not units:
+        return None
+    return list(stats.binomtest(round(float(defined[0]) * units), units).proportion_ci(method="exact"))
 
 
 def _draw_resamples(

@@ -102,16 +102,8 @@ def test_intervals_depend_on_the_seed_alone(multi_label, monkeypatch):
 def test_what_is_undefined_in_every_resample_has_no_interval():
     intervals = get_intervals(np.zeros((5, 2)), np.full((5, 2), 0.3), Decision(["ant", "bee"], True), resamples=20)
     assert intervals["mean_auroc"] is intervals["mean_average_precision"] is intervals["macro_f1"] is None
-    assert intervals["exact_match_accuracy"] == [1, 1]
+    assert intervals["exact_match_accuracy"] == [pytest.approx(0.025 ** (1 / 5)), 1]
     assert intervals["per_class"]["ant"] == {"precision": None, "recall": None, "f1": None}
-
-
-def test_perfect_answers_and_a_single_image_have_intervals_without_width():
-    y_true = np.arange(3)
-    perfect = get_intervals(y_true, one_hot(y_true), Decision(NAMES, False), resamples=20)
-    assert perfect == {name: [1, 1] for name in ("accuracy", "balanced_accuracy", "macro_f1")}
-    alone = get_intervals(np.array([0]), one_hot(np.array([1])), Decision(NAMES, False), resamples=20)
-    assert alone["accuracy"] == [0, 0]
 
 
 # Groups
@@ -145,3 +137,15 @@ def test_a_single_group_has_no_intervals():
     y_true, raw = random_single_label(60, 3)
     intervals = get_intervals(y_true, raw, Decision(NAMES, False), groups=np.zeros(60, int), resamples=20)
     assert intervals == dict.fromkeys(("accuracy", "balanced_accuracy", "macro_f1"))
+
+
+@pytest.mark.parametrize(("groups", "units"), [(None, 8), (np.repeat(np.arange(4), 2), 4)])
+def test_all_right_is_not_certain(groups, units):
+    y_true = np.arange(8) % 2
+    found = get_intervals(y_true, np.eye(2)[y_true] * 0.8 + 0.1, Decision(["a", "b"], False), groups=groups)
+    # No wrong answer among n has a probability of (1 - p)^n, which is 0.025 at the end of the interval.
+    assert found["accuracy"] == [pytest.approx(0.025 ** (1 / units)), 1]
+    assert found["balanced_accuracy"] is None
+    assert found["macro_f1"] is None
+    wrong = get_intervals(np.array([0]), one_hot(np.array([1])), Decision(NAMES, False))
+    assert wrong["accuracy"] == [0, pytest.approx(0.975)]
