@@ -45,9 +45,9 @@ BLOCK = 256
 # The pixels are correlated at this side, less the local mean. Photos of different things stay below 0.7 (flowers,
 # street scenes, faces), hands that make the same sign below 0.924; of altered copies 98 % exceed 0.9.
 COMPARED = _Scale(48, 3.0, 0.9)
-# Below this, a pair counts only where one is a plain crop of the other: not enlarged, and its axes off by at most a
-# share of their length. Hands that make the same sign need a turn or a shear to agree that well.
-SURE_CORRELATION, MOST_ENLARGED, MOST_SKEW = 0.925, 1.02, 0.015
+# Below this, a pair counts only where one is a plain crop of the other, each axis off by at most a share of its length:
+# most hands that make the same sign need a turn or a shear to agree that well.
+SURE_CORRELATION, MOST_SKEW = 0.925, 0.03
 # Pairs above this join groups by themselves; weaker ones need half of the pairs between two groups.
 STRONG_CORRELATION = 0.94
 # Grey values outside are clipped in one of the two exposures; they show nothing where enough others remain.
@@ -208,7 +208,7 @@ def correlate(viewed: np.ndarray, other: np.ndarray, view: tuple[int, int, int] 
 
 def _is_plain_crop(warp: np.ndarray) -> bool:
     scale = (warp[0, 0] + warp[1, 1]) / 2
-    return scale <= MOST_ENLARGED and np.abs(warp[:, :2] - scale * np.eye(2)).max() <= MOST_SKEW
+    return bool(np.abs(warp[:, :2] - scale * np.eye(2)).max() <= MOST_SKEW)
 
 
 def _correlate_warped(viewed: np.ndarray, other: np.ndarray, warp: np.ndarray) -> float:
