@@ -16,7 +16,7 @@ from configs import Configs
 from finetune.core.options import UserError
 from finetune.training.resuming import find_start
 from finetune.training.run_data import locate_data
-from finetune.training.run_folder import CONFIGS_FILE, describe_run, find_trained_model
+from finetune.training.run_folder import CONFIGS_FILE, configure_table, describe_run, find_trained_model
 from finetune.training.training_state import STATE_PARTS
 
 TABLES = {"train_csv": "./data/train.csv", "validation_csv": "data/validation.csv", "test_csv": "data/test.csv"}
@@ -170,6 +170,24 @@ def test_paths_given_from_elsewhere_are_written_down_as_seen_from_the_runs_home(
     assert (stored["train_csv"], stored["test_csv"]) == ("more/train.csv", str(tmp_path / "elsewhere" / "mine.csv"))
     assert (stored["image_directory"], stored["validation_csv"]) == ("/photos", "data/validation.csv")
     assert stored["save_model_path"] == str(tmp_path / "elsewhere" / "out")
+
+
+def test_tables_that_are_given_from_elsewhere_start_there(home, tmp_path, monkeypatch):
+    place = tmp_path / "elsewhere"
+    shutil.copytree(home / "data", place / "mine")
+    monkeypatch.chdir(place)
+    given = {"train_csv": "mine/train.csv", "validation_csv": "mine/validation.csv", "test_csv": "mine/test.csv"}
+    assert go_on(home / "runs" / "base", **given)[1].image_directory == ""
+    tested = {"load_model_path": str(home / "runs" / "base"), "test_csv": "mine/test.csv"}
+    path, configs = find_trained_model(Configs(**tested))
+    # The run's own tables start where the run was started.
+    tables = (configs.test_csv, configs.train_csv)
+    assert [configure_table(configs, path, table).image_directory for table in tables] == ["", str(home)]
+    # So does another table of its project.
+    shutil.copy(home / "data" / "test.csv", home / "data" / "more.csv")
+    assert find_trained_model(Configs(**tested | {"test_csv": str(home / "data" / "more.csv")}))[1].image_directory == (
+        str(home)
+    )
 
 
 def test_absolute_paths_that_were_given_stay(home, tmp_path, monkeypatch):

@@ -14,7 +14,15 @@ from finetune.core.values import quote_difference
 from finetune.models.description import OF_BEFORE
 from finetune.training.checkpoints import stops_early
 from finetune.training.phases import count_epochs
-from finetune.training.run_data import TABLE_OPTIONS, disown_paths, find_home, is_fixed, locate_paths, relate_path
+from finetune.training.run_data import (
+    TABLE_OPTIONS,
+    disown_paths,
+    find_home,
+    gives_other_tables,
+    is_fixed,
+    locate_paths,
+    relate_path,
+)
 from finetune.training.run_folder import (
     BEST_MODEL,
     CONFIGS_FILE,
@@ -176,6 +184,9 @@ def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -
         for name, path in located.items()
         if name not in configs.given and (name in state["given"] or getattr(configs, name) == stored[name])
     }
+    if not stored["image_directory"] and gives_other_tables(configs, stored | located):
+        # The paths in a table that is given start here, not where the run was started.
+        kept.pop("image_directory", None)
     if "save_model_path" not in configs.given:
         kept["save_model_path"] = os.path.dirname(model_path) or os.curdir
     return kept, home if located else ""
