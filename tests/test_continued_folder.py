@@ -177,7 +177,12 @@ def test_tables_that_are_given_from_elsewhere_start_there(home, tmp_path, monkey
     shutil.copytree(home / "data", place / "mine")
     monkeypatch.chdir(place)
     given = {"train_csv": "mine/train.csv", "validation_csv": "mine/validation.csv", "test_csv": "mine/test.csv"}
-    assert go_on(home / "runs" / "base", **given)[1].image_directory == ""
+    configs = go_on(home / "runs" / "base", **given)[1]
+    assert configs.image_directory == ""
+    stored = configs.to_stored()
+    # From here on they can be moved together.
+    assert {name: stored[name] for name in given} == given
+    assert stored["image_directory"] == ""
     tested = {"load_model_path": str(home / "runs" / "base"), "test_csv": "mine/test.csv"}
     path, configs = find_trained_model(Configs(**tested))
     # The run's own tables start where the run was started.

@@ -179,14 +179,17 @@ def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -
     stored, folder = state["configs"], os.path.dirname(os.path.abspath(model_path))
     home = find_home(stored, folder, stored["save_model_path"])
     located = locate_paths(stored, home)
+    if not stored["image_directory"] and gives_other_tables(configs, stored | located):
+        # The paths in a table that is given start here, not where the run was started.
+        located.pop("image_directory", None)
+        if all(name in configs.given for name in TABLE_OPTIONS if stored[name]):
+            # So do the run's, which has no other data left.
+            home, located = "", {}
     kept = {
         name: path
         for name, path in located.items()
         if name not in configs.given and (name in state["given"] or getattr(configs, name) == stored[name])
     }
-    if not stored["image_directory"] and gives_other_tables(configs, stored | located):
-        # The paths in a table that is given start here, not where the run was started.
-        kept.pop("image_directory", None)
     if "save_model_path" not in configs.given:
         kept["save_model_path"] = os.path.dirname(model_path) or os.curdir
     return kept, home if located else ""
