@@ -231,6 +231,16 @@ def test_a_run_among_other_data_keeps_to_its_own(home, tmp_path, monkeypatch):
     assert locate_data(TABLES, str(tmp_path / "other" / "base"), "runs/base")["test_csv"] == str(home / "data/test.csv")
 
 
+def test_a_copied_project_whose_table_was_changed_tells_whose_data_it_takes(home, tmp_path, monkeypatch, capsys):
+    go_on("runs/base")
+    assert str(home) not in capsys.readouterr().out
+    shutil.copytree(home, tmp_path / "copy")
+    (tmp_path / "copy" / "data" / "train.csv").write_text("path,class\nanother.jpg,b\n")
+    monkeypatch.chdir(tmp_path / "copy")
+    assert go_on("runs/base")[1].train_csv == str(home / "data" / "train.csv")
+    assert f"relative paths start in {home}" in capsys.readouterr().out
+
+
 def test_configs_can_be_copied_and_pickled_whatever_they_were_read_from(home):
     configs = Configs.from_json("runs/base/configs.json").replace(num_epochs=9)
     for copied in (copy.deepcopy(configs), pickle.loads(pickle.dumps(configs))):

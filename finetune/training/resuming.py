@@ -117,6 +117,8 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
     stored, options = OF_BEFORE | state["configs"], Configs.options()
     configs = disown_paths(configs, model_path)
     kept, home = locate_from_here(configs, state, model_path)
+    if home:
+        print(f"The run's relative paths start in {home}.")
     faults = []
     epochs, source = refit_epochs(configs, state)
     if "num_epochs" in configs.given and epochs != configs.num_epochs:
