@@ -117,8 +117,6 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
     stored, options = OF_BEFORE | state["configs"], Configs.options()
     configs = disown_paths(configs, model_path)
     kept, home = locate_from_here(configs, state, model_path)
-    if home:
-        print(f"The run's relative paths start in {home}.")
     faults = []
     epochs, source = refit_epochs(configs, state)
     if "num_epochs" in configs.given and epochs != configs.num_epochs:
@@ -172,7 +170,7 @@ def refit_epochs(configs: Configs, state: dict[str, Any]) -> tuple[int, str]:
 
 
 def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -> tuple[dict[str, Any], str]:
-    """Finds the folder of a run that goes on, and its data as they are from here.
+    """Finds the folder of a run that goes on, and its data as they are from here; prints where its paths start.
 
     Returns:
         The paths that are not given now, by option: the run goes on where its checkpoint is. And the folder that the
@@ -194,7 +192,10 @@ def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -
     }
     if "save_model_path" not in configs.given:
         kept["save_model_path"] = os.path.dirname(model_path) or os.curdir
-    return kept, home if located else ""
+    home = home if located else ""
+    if home:
+        print(f"The run's relative paths start in {home}.")
+    return kept, home
 
 
 def list_stored(configs: Configs, given: Set[str], before: dict[str, Any], home: str) -> dict[str, Any]:
