@@ -17,7 +17,7 @@ from finetune.core.options import UserError
 from finetune.training.resuming import find_start
 from finetune.training.run_data import locate_data
 from finetune.training.run_folder import CONFIGS_FILE, describe_run
-from finetune.training.trained_model import find_trained_model
+from finetune.training.trained_model import configure_table, find_trained_model
 from finetune.training.training_state import STATE_PARTS
 
 TABLES = {"train_csv": "./data/train.csv", "validation_csv": "data/validation.csv", "test_csv": "data/test.csv"}
@@ -173,6 +173,29 @@ def test_paths_given_from_elsewhere_are_written_down_as_seen_from_the_runs_home(
     assert stored["save_model_path"] == str(tmp_path / "elsewhere" / "out")
 
 
+def test_tables_that_are_given_from_elsewhere_start_there(home, tmp_path, monkeypatch):
+    place = tmp_path / "elsewhere"
+    shutil.copytree(home / "data", place / "mine")
+    monkeypatch.chdir(place)
+    given = {"train_csv": "mine/train.csv", "validation_csv": "mine/validation.csv", "test_csv": "mine/test.csv"}
+    configs = go_on(home / "runs" / "base", **given)[1]
+    assert configs.image_directory == ""
+    stored = configs.to_stored()
+    # From here on they can be moved together.
+    assert {name: stored[name] for name in given} == given
+    assert stored["image_directory"] == ""
+    tested = {"load_model_path": str(home / "runs" / "base"), "test_csv": "mine/test.csv"}
+    path, configs = find_trained_model(Configs(**tested))
+    # The run's own tables start where the run was started.
+    tables = (configs.test_csv, configs.train_csv)
+    assert [configure_table(configs, path, table).image_directory for table in tables] == ["", str(home)]
+    # So does another table of its project.
+    shutil.copy(home / "data" / "test.csv", home / "data" / "more.csv")
+    assert find_trained_model(Configs(**tested | {"test_csv": str(home / "data" / "more.csv")}))[1].image_directory == (
+        str(home)
+    )
+
+
 def test_absolute_paths_that_were_given_stay(home, tmp_path, monkeypatch):
     folder = home / "runs" / "absolute"
     write_run(folder, home, train_csv=str(home / "data" / "train.csv"), save_model_path=str(folder))
@@ -207,6 +230,16 @@ def test_a_run_among_other_data_keeps_to_its_own(home, tmp_path, monkeypatch):
     # The same without a digest, in a run of an older version.
     (tmp_path / "other" / "base" / "data.json").write_text(json.dumps({"working_directory": str(home)}))
     assert locate_data(TABLES, str(tmp_path / "other" / "base"), "runs/base")["test_csv"] == str(home / "data/test.csv")
+
+
+def test_a_copied_project_whose_table_was_changed_tells_whose_data_it_takes(home, tmp_path, monkeypatch, capsys):
+    go_on("runs/base")
+    assert str(home) not in capsys.readouterr().out
+    shutil.copytree(home, tmp_path / "copy")
+    (tmp_path / "copy" / "data" / "train.csv").write_text("path,class\nanother.jpg,b\n")
+    monkeypatch.chdir(tmp_path / "copy")
+    assert go_on("runs/base")[1].train_csv == str(home / "data" / "train.csv")
+    assert f"relative paths start in {home}" in capsys.readouterr().out
 
 
 def test_configs_can_be_copied_and_pickled_whatever_they_were_read_from(home):

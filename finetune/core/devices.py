@@ -286,6 +286,9 @@ def start_strategy(name: str) -> tf.distribute.Strategy:
     """Builds a strategy, in the order that TensorFlow wants: after `choose_devices`, and before anything else."""
     strategy = build_strategy(name)
     keep_freed_memory()
+    # On CPUs without AVX-512 the first transposed booleans, which AUROC has, bring a notice.
+    with hiding_stderr(), tf.device("CPU"):
+        tf.transpose(tf.constant([[True]]))
     return strategy
 
 

@@ -31,8 +31,6 @@ def resolve_pixel_range(configs: Configs, csv_paths: Sequence[str]) -> Configs:
     Raises:
         UserError: a table is not usable.
     """
-    if configs.pixel_range:
-        return configs
     column = configs.csv_label_column
     tables = [
         make_image_table("", path, parse_table(path, column), column, configs.image_directory)
@@ -42,14 +40,16 @@ def resolve_pixel_range(configs: Configs, csv_paths: Sequence[str]) -> Configs:
 
 
 def resolve_pixel_range_of_files(configs: Configs, files: dict[str, Sequence[str]]) -> Configs:
-    """Returns the options with a `pixel_range`, unless they have one, and prints which values are black and white.
+    """Returns the options with a `pixel_range`; prints what is black and white, and which tables that does not fit.
 
     Args:
         configs: the options.
-        files: images by the table that names them. The first table's images set the range. If only others need one,
-            it stays empty.
+        files: images by the table that names them. The first table's images set a range that is not given. If only
+            others need one, it stays empty.
     """
     if configs.pixel_range:
+        for source in files:
+            tell_unfit_range(source, files[source], configs.pixel_range)
         return configs
     csv_path, *others = files
     found = [one for one in measure_files(files[csv_path], configs) if one.low <= one.high]
@@ -69,6 +69,8 @@ def resolve_pixel_range_of_files(configs: Configs, files: dict[str, Sequence[str
         parts.append(f"{NAMES[kind]}: {black:g} is black and {white:g} white ({held})")
     text = "; ".join(parts)
     print(f"{text[0].upper()}{text[1:]}. --pixel_range LOW HIGH sets other values.")
+    for other in others:
+        tell_unfit_range(other, files[other], values)
     return configs.replace(pixel_range=values)
 
 
@@ -95,7 +97,7 @@ def tell_assumed_range(source: str, files: Sequence[str], pixel_range: Sequence[
 
 
 def tell_unfit_range(source: str, files: Sequence[str], pixel_range: Sequence[float]) -> None:
-    """Prints how many images a given `pixel_range` makes mostly black or white; compares up to `MOST_COMPARED`."""
+    """Prints how many images a `pixel_range` makes mostly black or white; compares up to `MOST_COMPARED`."""
     if not len(pixel_range):
         return
     with ThreadPoolExecutor() as pool:

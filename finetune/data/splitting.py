@@ -280,7 +280,7 @@ def warn_of_other_fractions(sets: dict[str, np.ndarray], fractions: dict[str, fl
         if abs(len(rows) / number - fractions[name]) > 0.02:
             print(
                 f"Warning: the {name} set has {len(rows) / number:.1%} of the images, not {fractions[name]:.1%}: "
-                "groups stay whole."
+                "groups stay whole, and each class is divided by itself."
             )
 
 

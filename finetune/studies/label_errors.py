@@ -27,7 +27,7 @@ from finetune.data.groups import (
     read_groups,
     refuse_lone_classes,
 )
-from finetune.data.pixel_range import resolve_pixel_range, tell_assumed_range
+from finetune.data.pixel_range import resolve_pixel_range, tell_assumed_range, tell_unfit_range
 from finetune.data.stores import join_path
 from finetune.data.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table, resolve_class_names
 from finetune.evaluation.decision_file import read_decision
@@ -153,6 +153,7 @@ def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
     }
     tell_assumed_range(csv_path, files, configs.pixel_range)
     if judge.path:
+        tell_unfit_range(csv_path, files, configs.pixel_range)
         groups = read_groups(table, configs.csv_label_column)
         left_out |= find_learnt_rows(judge.path, csv_path, files, left_out, groups)
     sequence = get_generator(csv_path, configs.classes, configs, training=False, bad_rows=left_out)

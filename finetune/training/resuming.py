@@ -13,7 +13,15 @@ from finetune.core.options import UserError
 from finetune.core.values import quote_difference
 from finetune.models.description import OF_BEFORE
 from finetune.training.phases import count_epochs
-from finetune.training.run_data import TABLE_OPTIONS, disown_paths, find_home, is_fixed, locate_paths, relate_path
+from finetune.training.run_data import (
+    TABLE_OPTIONS,
+    disown_paths,
+    find_home,
+    gives_other_tables,
+    is_fixed,
+    locate_paths,
+    relate_path,
+)
 from finetune.training.run_folder import (
     BEST_MODEL,
     CONFIGS_FILE,
@@ -166,7 +174,7 @@ def refit_epochs(configs: Configs, state: dict[str, Any]) -> tuple[int, str]:
 
 
 def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -> tuple[dict[str, Any], str]:
-    """Finds the folder of a run that goes on, and its data as they are from here.
+    """Finds the folder of a run that goes on, and its data as they are from here; prints where its paths start.
 
     Returns:
         The paths that are not given now, by option: the run goes on where its checkpoint is. And the folder that the
@@ -175,6 +183,12 @@ def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -
     stored, folder = state["configs"], os.path.dirname(os.path.abspath(model_path))
     home = find_home(stored, folder, stored["save_model_path"])
     located = locate_paths(stored, home)
+    if not stored["image_directory"] and gives_other_tables(configs, stored | located):
+        # The paths in a table that is given start here, not where the run was started.
+        located.pop("image_directory", None)
+        if all(name in configs.given for name in TABLE_OPTIONS if stored[name]):
+            # So do the run's, which has no other data left.
+            home, located = "", {}
     kept = {
         name: path
         for name, path in located.items()
@@ -182,7 +196,10 @@ def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -
     }
     if "save_model_path" not in configs.given:
         kept["save_model_path"] = os.path.dirname(model_path) or os.curdir
-    return kept, home if located else ""
+    home = home if located else ""
+    if home:
+        print(f"The run's relative paths start in {home}.")
+    return kept, home
 
 
 def list_stored(configs: Configs, given: Set[str], before: dict[str, Any], home: str) -> dict[str, Any]:

@@ -55,6 +55,22 @@ def locate_paths(options: dict[str, Any], home: str) -> dict[str, Any]:
     }
 
 
+def gives_other_tables(configs: Configs, located: dict[str, Any]) -> bool:
+    """Returns whether a table is given that is neither a run's own nor in the folder where its images' paths start.
+
+    Args:
+        configs: with the tables that are given.
+        located: the run's options, as `locate_data` returns them.
+    """
+    own, home = [located[name] for name in TABLE_OPTIONS if located.get(name)], located.get("image_directory")
+    given = [getattr(configs, name) for name in (*TABLE_OPTIONS, "csv_path") if name in configs.given]
+    return not all(
+        any(os.path.realpath(path) == os.path.realpath(one) for one in own) or (home and lies_around(home, path))
+        for path in given
+        if path
+    )
+
+
 def find_home(options: dict[str, Any], folder: str, save_model_path: str) -> str:
     """Returns the folder that a run's relative paths start at; empty if that is not known.
 

@@ -26,6 +26,7 @@ from finetune.training.run_data import (
     READING_OPTIONS,
     TABLE_OPTIONS,
     disown_paths,
+    gives_other_tables,
     locate_data,
     refuse_trained_images,
 )
@@ -133,6 +134,9 @@ def take_data_options(configs: Configs, model_path: str, names: Sequence[str] = 
     """
     configs, stored = disown_paths(configs, model_path), locate_run_data(model_path)
     taken = {name: stored[name] for name in names if name in stored and name not in configs.given}
+    if not read_run_configs(model_path).get("image_directory") and gives_other_tables(configs, stored):
+        # The paths in a table that is given start here, not where the run was started.
+        taken.pop("image_directory", None)
     for name, words in OPTIONAL_TABLES.items():
         if (path := taken.get(name, "")) and not is_url(path) and not os.path.isfile(path):
             print(f"{name} of the run, {path}, does not exist: going without {words}.")

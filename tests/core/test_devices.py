@@ -1,6 +1,8 @@
 """What a script says it runs on, with files and tools as machines of other kinds have them."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import keras
@@ -286,6 +288,21 @@ def test_build_without_cuda_takes_memory_as_it_needs_it(gpus, capsys, monkeypatc
     devices.choose_devices(0.5)
     assert capsys.readouterr().out == "Running on AMD Instinct.\n"
     assert grown == [("amd", True)]
+
+
+BOOLEANS = """
+from finetune.core.quiet import silence_libraries
+silence_libraries(False)
+from finetune.core.devices import start_devices, tf
+start_devices(0.0)
+tf.function(tf.transpose)(tf.constant([[True, False]]))
+"""
+
+
+def test_booleans_bring_no_notice_of_the_cpu():
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    result = subprocess.run([sys.executable, "-c", BOOLEANS], cwd=PROJECT, env=environment, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b"")
 
 
 def test_requirements_for_a_gpu_have_the_bounds_of_requirements():

@@ -19,7 +19,7 @@ from finetune.data.data_check import check_data
 from finetune.data.findings import BadImage
 from finetune.data.images import decode_image, read_image
 from finetune.data.inspection import inspect_image
-from finetune.data.pixel_range import resolve_pixel_range_of_files, tell_unfit_range
+from finetune.data.pixel_range import resolve_pixel_range, resolve_pixel_range_of_files, tell_unfit_range
 from finetune.data.tables import ImageTable
 from finetune.loading.caches import DiskCache, digest_image
 from finetune.models.description import describe_model
@@ -346,6 +346,19 @@ def test_pictures_that_a_range_makes_white_or_black_are_told(tmp_path, capsys, f
     (tmp_path / "a.csv").write_text(f"path,class\n{wrong},red\n")
     get_generator(str(tmp_path / "a.csv"), ["red"], Configs(pixel_range=[0, 1000]), training=False)
     assert wrong in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("values", [{}, {"pixel_range": [0, 1000]}])
+def test_training_tells_which_table_a_range_does_not_fit(tmp_path, capsys, values):
+    ramp = np.linspace(0, 1000, 64, dtype=np.float32).reshape(8, 8)
+    right, wrong = write_tiffs(tmp_path, right=ramp, wrong=ramp * 100)
+    tables = {"training_set.csv": right, "validation_set.csv": wrong}
+    for name, file in tables.items():
+        (tmp_path / name).write_text(f"path,class\n{file},red\n")
+    assert resolve_pixel_range(Configs(**values), [str(tmp_path / name) for name in tables]).pixel_range == [0, 1000]
+    told = capsys.readouterr().out
+    assert "validation_set.csv: 1 of 1" in told
+    assert "training_set.csv: 1 of 1" not in told
 
 
 def write_set(folder, name, high):

@@ -1,5 +1,6 @@
 """find_label_errors.py: labels that were changed are found, single and several, by the probe and by a run's model."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 
 import find_label_errors
 from configs import Configs
@@ -337,6 +339,19 @@ def test_a_run_judges_what_it_was_not_trained_on(table, run_folder, capsys):
     frame.to_csv(table, index=False)
     first = run(table, load_model_path=str(run_folder))["written"].iloc[0]
     assert (first["row"], first["given_label"], first["likely_label"]) == (37, "green", "red")
+
+
+def test_a_run_tells_which_pictures_its_pixel_range_does_not_fit(table, run_folder, capsys):
+    values = np.linspace(0, 1000, 32 * 32, dtype=np.float32).reshape(32, 32)
+    files = [str(table.parent / f"{number}.tif") for number in range(4)]
+    for file in files:
+        tifffile.imwrite(file, values)
+    pd.DataFrame({"path": files, "class": ["blue", "red"] * 2}).to_csv(table, index=False)
+    path = run_folder / "configs.json"
+    write_json(str(path), json.loads(path.read_text()) | {"pixel_range": [0, 1]})
+    run(table, load_model_path=str(run_folder))
+    assert f"{table}: 4 of 4" in (told := capsys.readouterr().out)
+    assert files[0] in told
 
 
 def test_a_run_that_has_learnt_all_images_judges_none(table, run_folder, photo_folder):
