@@ -9,7 +9,8 @@ import dataclasses
 import math
 
 from configs import Configs
-from finetune.core.options import define, run_script, script
+from finetune.core.options import define
+from finetune.core.scripts import run_script, script
 
 ALL = "all"
 # Of each family one or two that a machine without a GPU bears.

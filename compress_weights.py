@@ -15,7 +15,8 @@ from typing import Any, Self
 
 from configs import Configs
 from finetune.core.files import write_json
-from finetune.core.options import UserError, define, run_script, script
+from finetune.core.options import UserError, define
+from finetune.core.scripts import run_script, script
 from finetune.models.formats import FORMATS, WEIGHTS_DTYPES, exports_fault, list_quantizations
 
 

@@ -6,7 +6,7 @@ import functools
 import os
 
 from configs import Configs
-from finetune.core.options import run_script, script
+from finetune.core.scripts import run_script, script
 from finetune.core.values import get_input_size
 
 

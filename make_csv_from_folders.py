@@ -9,7 +9,8 @@ import dataclasses
 import os
 
 from configs import Configs
-from finetune.core.options import define, run_script, script
+from finetune.core.options import define
+from finetune.core.scripts import run_script, script
 
 
 def separator_fault(separator: str) -> str:

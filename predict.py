@@ -6,7 +6,8 @@ import dataclasses
 import re
 
 from configs import Configs
-from finetune.core.options import define, run_script, script
+from finetune.core.options import define
+from finetune.core.scripts import run_script, script
 from finetune.core.values import get_input_size
 
 MOST_COPIES = 100

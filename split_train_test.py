@@ -6,7 +6,8 @@ import dataclasses
 import os
 
 from configs import Configs
-from finetune.core.options import UserError, define, run_script, script
+from finetune.core.options import UserError, define
+from finetune.core.scripts import run_script, script
 
 
 @dataclasses.dataclass

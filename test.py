@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from configs import Configs
-from finetune.core.options import run_script, script
+from finetune.core.scripts import run_script, script
 from finetune.core.values import get_input_size
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 from configs import Configs
-from finetune.core.options import run_script, script
+from finetune.core.scripts import run_script, script
 
 
 @script

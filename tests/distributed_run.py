@@ -44,7 +44,7 @@ def main(path: str) -> None:
 
     sys.argv = sys.argv[:1]
     run_all.__module__ = "train"
-    from finetune.core.options import run_script
+    from finetune.core.scripts import run_script
 
     run_script(run_all)
 

@@ -17,7 +17,8 @@ def run_tiny_script(tmp_path, body):
     script = tmp_path / "tiny.py"
     script.write_text(
         f'"""A tiny script."""\nimport os, signal, sys\nsys.path.insert(0, {str(PROJECT)!r})\n'
-        "from configs import Configs\nfrom finetune.core.options import UserError, run_script\n\n"
+        "from configs import Configs\nfrom finetune.core.options import UserError\n"
+        "from finetune.core.scripts import run_script\n\n"
         f"def main(configs: Configs):\n    {body}\n\nrun_script(main)\n",
         encoding="utf-8",
     )
@@ -50,7 +51,7 @@ def test_interrupt_within_an_import_ends_in_one_line_whatever_the_library_makes_
         "except BaseException as error:\n    raise ImportError('the library failed') from error\n"
     )
     # A shell starts its background jobs with the signal ignored, and the tests may run in one.
-    heeding = "from finetune.core.options import interrupt; signal.signal(signal.SIGINT, interrupt)"
+    heeding = "from finetune.core.scripts import interrupt; signal.signal(signal.SIGINT, interrupt)"
     result = run_tiny_script(tmp_path, f"{heeding}; import slow_library")
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
 

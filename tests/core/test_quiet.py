@@ -20,7 +20,7 @@ def run_code(tmp_path, code, *flags, library="", is_script=True, **environment):
     (tmp_path / "library.py").write_text(f"import os, warnings\nos.write(2, {NOTICE!r}.encode())\n{library}\n")
     start = f"import os, sys, warnings\nsys.path.insert(1, {str(PROJECT)!r})\nfrom finetune.core.quiet import *\n"
     if is_script:
-        start += "from configs import Configs\nfrom finetune.core.options import run_script\n"
+        start += "from configs import Configs\nfrom finetune.core.scripts import run_script\n"
         code = f"def main(configs: Configs):\n    {code}\n\nrun_script(main)"
     (tmp_path / "tiny.py").write_text(f'"""A tiny script."""\n{start}{code}\n')
     clean = {name: value for name, value in os.environ.items() if name not in ("TF_CPP_MIN_LOG_LEVEL", "PYTHONPATH")}
@@ -73,7 +73,7 @@ def test_warning_that_is_made_an_error_stays_one(tmp_path):
 )
 def test_loading_that_fails_tells_why(tmp_path, fault, status, words):
     # A shell starts its background jobs with the signal ignored, and the tests may run in one.
-    heeding = "import signal; from finetune.core.options import interrupt; signal.signal(signal.SIGINT, interrupt)"
+    heeding = "import signal; from finetune.core.scripts import interrupt; signal.signal(signal.SIGINT, interrupt)"
     result = run_code(tmp_path, f"{heeding}\n    {LOADING}", library=fault)
     assert result.returncode == status
     assert all(text in result.stderr for text in words)

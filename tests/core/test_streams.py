@@ -25,7 +25,7 @@ SCRIPT = f"""\
 import contextlib, os, sys
 sys.path.insert(1, {str(PROJECT)!r})
 from configs import Configs
-from finetune.core.options import run_script
+from finetune.core.scripts import run_script
 
 def main(configs: Configs):
     first = open("first", "wb", buffering=0)

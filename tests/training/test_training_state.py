@@ -23,7 +23,8 @@ from small_runs import (
 )
 
 import train
-from finetune.core.options import UserError, run_script
+from finetune.core.options import UserError
+from finetune.core.scripts import run_script
 from finetune.models.optimizers import find_averages
 from finetune.training.training_state import read_state
 

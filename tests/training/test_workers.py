@@ -33,7 +33,8 @@ PROJECT = str(Path(teams.__file__).resolve().parents[2])
 PROGRAM = """
 import json, os, signal, sys, time
 from configs import Configs
-from finetune.core.options import UserError, run_script
+from finetune.core.options import UserError
+from finetune.core.scripts import run_script
 
 def show(value):
     print(json.dumps(value), file=sys.stderr, flush=True)
