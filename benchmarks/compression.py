@@ -25,7 +25,7 @@ REPEATS = 5
 
 
 def write_checkpoint(name: str, folder: str) -> str:
-    """Trains a classifier with random weights for one step of Adam, and returns the path of its checkpoint."""
+    """Trains a model with random weights for one step of Adam, and returns the path of its checkpoint."""
     from configs import Configs
     from model import ModelFactory
 

@@ -266,11 +266,11 @@ def _list_recipe(configs: dict[str, Any]) -> dict[str, str]:
     if configs["load_model_path"] and not _goes_on(configs):
         start = f"the model {base_name(configs['load_model_path'])}"
     elif configs["head_initialization"] == "linear_probe":
-        start += ", its classifier from a logistic regression on the training images"
+        start += ", its head from a logistic regression on the training images"
     layers, head_epochs = configs["conv_layers_to_train"], configs["head_epochs"]
-    parts = {-1: "the whole network", 0: "the classifier; the backbone is frozen"}
-    trained = parts.get(layers, f"the classifier and the backbone from its last {layers} convolutions on")
-    rows = {"Start": start, "Trained": f"the classifier for {head_epochs} epochs, then " * bool(head_epochs) + trained}
+    parts = {-1: "the whole network", 0: "the head; the backbone is frozen"}
+    trained = parts.get(layers, f"the head and the backbone from its last {layers} convolutions on")
+    rows = {"Start": start, "Trained": f"the head for {head_epochs} epochs, then " * bool(head_epochs) + trained}
     defaults = Configs.defaults()
     for heading, (always, changed) in RECIPE.items():
         names = [*always, *(name for name in changed if configs[name] != defaults[name])]

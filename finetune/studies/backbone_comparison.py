@@ -65,7 +65,7 @@ class Candidate(NamedTuple):
         probabilities: of the probe, out of fold, `(images, classes)`; NaN for an image that could not be read.
         images_per_second: whose features this machine computes, reading included; the best of several measurements.
         training_seconds: to expect of `num_epochs` epochs on all of train_csv; an estimate.
-        parameters: of the model, its classifier included.
+        parameters: of the model, head included.
         multiply_adds: that its features take of one image; 0 where that is not known.
         speed_noise: as `measure_noise` gives it: how many times its least one the median time of the measurement is.
         timing: what its speed is measured by.

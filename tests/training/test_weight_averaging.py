@@ -12,7 +12,7 @@ from small_runs import assert_same_run, options_of, start, stop_at, tables  # no
 
 from finetune.core.options import UserError
 from finetune.evaluation.paired_comparison import get_log_losses
-from finetune.models.model_files import get_classifier
+from finetune.models.model_files import strip_views
 from finetune.training.training_state import read_state
 from finetune.training.weight_averaging import SHARES, choose_weights, mix_weights
 from generator import AugmentedImageSequence
@@ -161,7 +161,7 @@ def test_there_must_be_a_start_worth_keeping(tables, tmp_path):
 
 
 def load(folder, name):
-    return get_classifier(keras.models.load_model(folder / f"{name}_model.keras"))
+    return strip_views(keras.models.load_model(folder / f"{name}_model.keras"))
 
 
 @pytest.mark.slow
@@ -169,13 +169,13 @@ def load(folder, name):
 def test_the_run_keeps_what_was_chosen(share, is_refitted, tables, tmp_path, monkeypatch, capsys):
     first, choose = [], choose_weights
 
-    def choose_that(classifier, weights, validation, logs, refit):
+    def choose_that(model, weights, validation, logs, refit):
         first.extend(weights)
         # What is to be kept has lower losses than it has. The last epoch with its own head is measured first.
         added = iter([50.0, *(50.0 * (one != share) for one in (*SHARES, 1.0))])
         measure = validation.get_losses
         monkeypatch.setattr(validation, "get_losses", lambda: measure() + next(added))
-        return choose(classifier, weights, validation, logs, refit)
+        return choose(model, weights, validation, logs, refit)
 
     monkeypatch.setattr("finetune.training.model_selection.choose_weights", choose_that)
     found = start(**options_of(tables, tmp_path / "run", **OPTIONS))
@@ -197,13 +197,13 @@ def test_the_run_keeps_what_was_chosen(share, is_refitted, tables, tmp_path, mon
             (kept - (1 - share) * ((1 - share) * one + share * end)) / share
             for kept, one, end in zip(best[-head:], first[-head:], latest[-head:], strict=True)
         ]
-        get_classifier(model).set_weights([*best[:-head], *fitted])
+        strip_views(model).set_weights([*best[:-head], *fitted])
         # A regression whose intercepts are free gives its images the frequencies of their classes on average.
         table = pd.read_csv(tables[0])
         labels = table["class"].astype("category").cat.codes.to_numpy()
         sequence = AugmentedImageSequence(table["path"].to_numpy(), labels, image_size=(32, 32), batch_size=27)
         images = sequence[0][0]
-        found = get_classifier(model).predict(np.concatenate([images, images[:, :, ::-1]]))
+        found = strip_views(model).predict(np.concatenate([images, images[:, :, ::-1]]))
         np.testing.assert_allclose(found.mean(axis=0), np.bincount(labels) / len(labels), atol=1e-4)
 
 
