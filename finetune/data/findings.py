@@ -76,7 +76,7 @@ KINDS = {
         "Nearly the same image is in two sets: split again with split_train_test.py, drop one, or allow it with "
         "--allow_duplicates True.",
     ),
-    "allowed_duplicate": Kind("warning", "The same image is in two sets: figures will be optimistic."),
+    "allowed_duplicate": Kind("warning", "The same image is in two sets: metrics will be optimistic."),
     "near_allowed_duplicate": Kind(
         "warning",
         "Nearly the same image is in two sets, so results will be optimistic. Split again with split_train_test.py.",

@@ -130,16 +130,16 @@ def describe_choice(share: float, is_refitted: bool, is_kept: bool, gain: float,
         number: of validation images.
     """
     what = _describe_weights(share, is_refitted)
-    figures = f"by {gain:.4f}, standard error {error:.4f}, on {number} validation images"
+    difference = f"by {gain:.4f}, standard error {error:.4f}, on {number} validation images"
     if is_kept:
         doubt = " Chance alone could explain that." if gain <= BY_CHANCE * error else ""
-        return f"Kept {what}: the log loss is lower than the start's {figures}.{doubt}"
+        return f"Kept {what}: the log loss is lower than the start's {difference}.{doubt}"
     # Rounding is no difference, and alike for each image.
     if -gain > error + 1e-6:
-        return f"Kept the start: the log loss of {what} would be no lower ({figures})."
+        return f"Kept the start: the log loss of {what} would be no lower ({difference})."
     return (
         f"Kept the start, the simpler model: the validation images do not tell that {what} would be better (log loss "
-        f"lower {figures}). latest_model.keras is the fine-tuned one."
+        f"lower {difference}). latest_model.keras is the fine-tuned one."
     )
 
 

@@ -99,7 +99,7 @@ def get_images(configs: Configs, bad_rows: dict[str, set[int]], shares: Shares) 
     if not configs.validation_csv:
         print(
             f"No validation_csv is given: the test set {configs.test_csv} also selects the best model, "
-            "so its figures will be optimistic."
+            "so its metrics will be optimistic."
         )
     training = get_generator(configs.train_csv, configs.classes, configs, True, bad_rows[configs.train_csv], shares)
     validation = get_generator(validation_csv, configs.classes, configs, False, bad_rows[validation_csv], shares)

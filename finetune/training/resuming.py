@@ -94,7 +94,7 @@ def stops_early(epochs_completed: int, best_epoch: int | None, patience: int, he
 
 
 def report_end(state: dict[str, Any] | None, configs: Configs) -> dict[str, Any]:
-    """Returns the figures of a run that has nothing left to do, and prints that; empty if it goes on."""
+    """Returns the metrics of a run that has nothing left to do, and prints that; empty if it goes on."""
     if not state or not has_ended(state, configs):
         return {}
     print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")

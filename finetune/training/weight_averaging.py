@@ -29,7 +29,7 @@ class Kept(NamedTuple):
         share: of the way from the start (0) to the last epoch (1).
         is_refitted: its head stands as far on the way to one that was then fitted anew.
         weights: of the model.
-        logs: its validation figures, as `Validation` names them.
+        logs: its validation metrics, as `Validation` names them.
         aurocs: multi-label: of each class.
     """
 
@@ -69,7 +69,7 @@ def choose_weights(
         model: has the last epoch's weights, and has them again in the end.
         start: the weights that training started from.
         validation: has just measured the last epoch's model.
-        logs: the figures that it found.
+        logs: the metrics that it found.
         refit: fits the model's head anew to the training images.
 
     Returns:

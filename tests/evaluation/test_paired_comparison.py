@@ -91,7 +91,7 @@ def test_a_model_without_an_answer_loses():
     assert np.isinf(get_log_losses(np.array([0, 1]), np.array([[0.5, 0.5], [np.nan, 0.5]]))).all()
 
 
-def test_the_choice_is_told_with_its_figures():
+def test_the_choice_is_told_with_its_numbers():
     assert describe_choice(1, False, True, 0.05, 0.012, 200) == (
         "Kept the fine-tuned model: the log loss is lower than the start's by 0.0500, standard error 0.0120, on 200 "
         "validation images."
