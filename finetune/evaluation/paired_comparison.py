@@ -114,7 +114,7 @@ def describe_epoch(epoch: int, kept_share: float | None, is_refitted: bool) -> s
 def _describe_head(share: float | None, is_refitted: bool) -> str:
     if not is_refitted:
         return ""
-    return ", with a head fitted anew" if share == 1 else ", with a head as far on the way to one fitted anew"
+    return ", with a refitted head" if share == 1 else ", with a head as far on the way to the refitted one"
 
 
 def describe_choice(share: float, is_refitted: bool, is_kept: bool, gain: float, error: float, number: int) -> str:
@@ -123,7 +123,7 @@ def describe_choice(share: float, is_refitted: bool, is_kept: bool, gain: float,
     Args:
         share: of the way from the start to the last epoch, where the weights stand that are kept, or the best but the
             start.
-        is_refitted: their head stands as far on the way to one fitted anew.
+        is_refitted: their head stands as far on the way to the refitted one.
         is_kept: they are kept, and not the start.
         gain: by how much their log loss is below the start's.
         error: its standard error.

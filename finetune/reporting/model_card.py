@@ -21,7 +21,7 @@ from finetune.evaluation.decision_file import DECISION_FILE
 from finetune.evaluation.evaluation import find_worst
 from finetune.evaluation.paired_comparison import describe_epoch
 from finetune.exporting.exports import WEIGHTS
-from finetune.models.description import OF_BEFORE, hash_model
+from finetune.models.description import LEGACY_DEFAULTS, hash_model
 from finetune.models.formats import FORMATS, MODEL_SUFFIXES
 from finetune.reporting.log_figures import LOG_METRICS, read_log
 from finetune.reporting.summaries import (
@@ -156,7 +156,7 @@ def _is_usable(folder: str, stored: dict[str, Any], name: str, part: dict[str, A
 
 def _render(folder: str, stored: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
     """Returns the card of stored options and what other files of the run hold; raises any of `CONTENT_ERRORS`."""
-    configs = Configs.defaults() | OF_BEFORE | stored
+    configs = Configs.defaults() | LEGACY_DEFAULTS | stored
     data, stats, decision, results, compression = (parts.get(name) for name in PARTS)
     # test.py writes both; train.py removes the decision of a model that it is about to replace.
     results = results if results and results["decision"] == decision else None

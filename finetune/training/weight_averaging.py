@@ -27,7 +27,7 @@ class Kept(NamedTuple):
 
     Attributes:
         share: of the way from the start (0) to the last epoch (1).
-        is_refitted: its head stands as far on the way to one that was then fitted anew.
+        is_refitted: its head stands as far on the way to the refitted one.
         weights: of the model.
         logs: its validation metrics, as `Validation` names them.
         aurocs: multi-label: of each class.
@@ -55,10 +55,10 @@ def choose_weights(
     """Validates averages of the weights before and after fine-tuning, and chooses by the images' log loss.
 
     Where both lie in one basin an average is often better than either, above all on few photos like those that the
-    backbone has learnt from. The batch normalisation's statistics are averaged too: taken anew from the training
+    backbone has learnt from. The batch normalisation's statistics are averaged too: recomputed from the training
     images, they cost 2 points of accuracy on 300 photos of flowers.
 
-    The average of two heads belongs to no features, and one fitted anew to an average's features is too sure of itself,
+    The average of two heads belongs to no features, and one refitted to an average's features is too sure of itself,
     the more so where the network has learnt its photos by heart: where `refit` is given, the head of the weights at a
     share of the way is that share of the way from the one to the other, the last epoch's the fitted one. On 20 and 60
     photos of a class what was kept had 0.9 points more by heads that were all fitted, and on 20 flowers 0.4 on top.
@@ -70,7 +70,7 @@ def choose_weights(
         start: the weights that training started from.
         validation: has just measured the last epoch's model.
         logs: the metrics that it found.
-        refit: fits the model's head anew to the training images.
+        refit: refits the model's head to the training images.
 
     Returns:
         The start, or of the averages, from the start on, the last one that is better than the one kept so far, by more
@@ -81,7 +81,7 @@ def choose_weights(
     if refit is None:
         tried.append(last)
     shown = "; ".join(f"{kept.share:.0%} {np.nanmean(losses):.4f}" for kept, losses in tried)
-    head, groups = " with a head fitted anew" if refit else "", validation.get_groups()
+    head, groups = " with a refitted head" if refit else "", validation.get_groups()
     print(f"\nLog loss of the validation images, from the start (0%) to the last epoch{head} (100%): {shown}.")
     if groups is not None:
         print(f"The validation images lie{describe_groups(groups)}: {describe_errors(groups)}.")

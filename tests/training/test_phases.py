@@ -178,7 +178,7 @@ def test_heads_are_refitted_where_the_backbone_learns_one_label_an_image(options
 
 
 @pytest.mark.slow
-def test_range_test_suggests_a_rate_and_trains_nothing(tables, tmp_path, capsys):
+def test_the_learning_rate_finder_suggests_a_rate_and_trains_nothing(tables, tmp_path, capsys):
     # Without rate and noise of its own: one step an epoch, of all images as they are.
     options = options_of(tables, tmp_path / "run", find_learning_rate=True, classifier_layer_sizes=[], batch_size=27)
     options |= {"augmentation_strength": "none"}

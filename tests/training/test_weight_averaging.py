@@ -107,7 +107,7 @@ def test_of_averages_that_the_images_do_not_tell_apart_the_one_nearest_to_the_st
     )
 
 
-def test_the_head_of_an_average_is_its_share_of_the_way_to_one_fitted_anew(capsys):
+def test_the_head_of_an_average_is_its_share_of_the_way_to_the_refitted_one(capsys):
     model, first = build_line([0.0, 2.0]), build_line([2.0, 0.0]).get_weights()
     seen = []
 
@@ -122,13 +122,13 @@ def test_the_head_of_an_average_is_its_share_of_the_way_to_one_fitted_anew(capsy
     np.testing.assert_array_equal(model.get_weights()[0], build_line([0.0, 2.0]).get_weights()[0])
     printed = capsys.readouterr().out
     what = (
-        "Kept the weights 50% of the way to the fine-tuned model's, with a head as far on the way to one fitted anew: "
+        "Kept the weights 50% of the way to the fine-tuned model's, with a head as far on the way to the refitted one: "
     )
     assert what in printed
     # The heads that are fitted at 25 and 100 % tell nothing. Of the first a quarter counts, of the last all: a half is
     # the probability of each class.
     quarter = get_log_losses(TRUTH, build_line([0.75 * 1.5, 0.75 * 0.5])(FEATURES).numpy()).mean()
-    assert re.search(rf"fitted anew \(100%\): 0% 0\.\d+; 25% {quarter:.4f}; 50% 0\.\d+; 100% 0\.6931\.", printed)
+    assert re.search(rf"refitted head \(100%\): 0% 0\.\d+; 25% {quarter:.4f}; 50% 0\.\d+; 100% 0\.6931\.", printed)
 
 
 def test_the_start_keeps_its_head_and_is_kept_with_it_where_the_others_are_no_better():
@@ -188,8 +188,8 @@ def test_the_run_keeps_what_was_chosen(share, is_refitted, tables, tmp_path, mon
     assert (statistics["kept_share"], statistics["has_refitted_head"]) == (share, is_refitted)
     assert found["best_epoch"] == (2 if share else 0)
     card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
-    assert (", with a head fitted anew" in card) == (share == 1)
-    assert (", with a head as far on the way to one fitted anew" in card) == (share == 0.5)
+    assert (", with a refitted head" in card) == (share == 1)
+    assert (", with a head as far on the way to the refitted one" in card) == (share == 0.5)
     if is_refitted:
         model = keras.models.load_model(tmp_path / "run" / "best_model.keras")
         # The fitted head, of which the kept one is the share, and the average of both heads the rest.
@@ -224,7 +224,7 @@ def test_a_stopped_run_chooses_the_same(epoch, tables, tmp_path, stop_at, monkey
     start(**options_of(tables, tmp_path / "stopped", load_model_path=str(tmp_path / "stopped"), **OPTIONS))
     stopped = read_state(str(tmp_path / "stopped" / "latest_model.keras"))
     assert all(stopped[name] == state[name] for name in ("kept_share", "has_refitted_head"))
-    # A model with a head fitted anew carries no state.
+    # A model with a refitted head carries no state.
     assert_same_run(tmp_path / "run", tmp_path / "stopped", ["latest_model.keras"])
     for one, other in zip(*(load(tmp_path / name, "best").get_weights() for name in ("run", "stopped")), strict=True):
         np.testing.assert_array_equal(one, other)
