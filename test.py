@@ -1,6 +1,6 @@
 """Tells how well a trained model does on its training, validation and test images, where it is wrong, and why.
 
-It prints the figures and writes them with pictures and a report into evaluation/ in the run's folder, and into
+It prints the metrics and writes them with pictures and a report into evaluation/ in the run's folder, and into
 decision.json the thresholds and the temperature that predict.py uses.
 """
 

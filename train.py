@@ -1,4 +1,4 @@
-"""Trains a classifier on the images of train_csv; all it writes goes to save_model_path.
+"""Trains a model on the images of train_csv; all it writes goes to save_model_path.
 
 With load_model_path it continues a run, and ends with the model that the run would have given without a stop.
 """

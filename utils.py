@@ -1,4 +1,4 @@
-"""The names that a user's own code imports, each brought from the room that owns it."""
+"""The names that a user's own code imports, each re-exported from the module that owns it."""
 
 from finetune.core.devices import set_gpu_usage
 from finetune.data.images import read_image

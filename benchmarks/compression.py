@@ -25,7 +25,7 @@ REPEATS = 5
 
 
 def write_checkpoint(name: str, folder: str) -> str:
-    """Trains a classifier with random weights for one step of Adam, and returns the path of its checkpoint."""
+    """Trains a model with random weights for one step of Adam, and returns the path of its checkpoint."""
     from configs import Configs
     from model import ModelFactory
 
@@ -62,10 +62,10 @@ def measure(name: str) -> list[float]:
 
 
 def main() -> None:
-    """Prints the figures of one backbone as one line."""
+    """Prints the values of one backbone as one line."""
     with contextlib.redirect_stdout(io.StringIO()):
-        figures = measure(sys.argv[1])
-    print(*figures)
+        values = measure(sys.argv[1])
+    print(*values)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from finetune.evaluation.paired_comparison import compare_scores
 
 # By data set and recipe the `scores`, `seconds` and `photos` of each run.
-Figures = dict[str, dict[str, dict[str, list]]]
+Metrics = dict[str, dict[str, dict[str, list]]]
 # What, measured, `at least` or `at most`, and the bound.
 Target = tuple[str, float, str, float]
 
@@ -27,9 +27,9 @@ def summarize(values: Sequence[float], form: str) -> str:
     return f"{np.mean(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
-def get_differences(figures: Figures, name: str, recipe: str, base: str) -> np.ndarray:
+def get_differences(metrics: Metrics, name: str, recipe: str, base: str) -> np.ndarray:
     """Returns by how many points a recipe is above another on one data set, float64 `(seeds,)`."""
-    return 100 * np.subtract(*(figures[name][key]["scores"] for key in (recipe, base)))
+    return 100 * np.subtract(*(metrics[name][key]["scores"] for key in (recipe, base)))
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -37,56 +37,56 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def format_scores(figures: Figures, measures: dict[str, str]) -> str:
+def format_scores(metrics: Metrics, measures: dict[str, str]) -> str:
     """Lays out each recipe's scores and seconds, means and ranges over the seeds.
 
     Args:
-        figures: as `run_all` returns them.
+        metrics: as `run_all` returns them.
         measures: the name of each data set's score.
     """
     head = ["recipe"]
     for name, measure in measures.items():
         head += [f"{name}, {measure.replace('_', ' ')}", f"{name}, s"]
-    rows = {recipe: [recipe] for by_recipe in figures.values() for recipe in by_recipe}
-    for by_recipe in figures.values():
+    rows = {recipe: [recipe] for by_recipe in metrics.values() for recipe in by_recipe}
+    for by_recipe in metrics.values():
         for recipe, runs in by_recipe.items():
             rows[recipe] += [summarize(runs["scores"], ".3f"), summarize(runs["seconds"], ".0f")]
     return format_table(head, list(rows.values()))
 
 
-def format_differences(figures: Figures, base: str) -> str:
+def format_differences(metrics: Metrics, base: str) -> str:
     """Lays out by how many points each recipe is above the one called `base`, photo split by photo split."""
-    rows = {recipe: [recipe] for by_recipe in figures.values() for recipe in by_recipe if recipe != base}
-    for name in figures:
+    rows = {recipe: [recipe] for by_recipe in metrics.values() for recipe in by_recipe if recipe != base}
+    for name in metrics:
         for recipe in rows:
-            rows[recipe].append(summarize(get_differences(figures, name, recipe, base), "+.1f"))
-    return format_table([f"points above {base}", *figures], list(rows.values()))
+            rows[recipe].append(summarize(get_differences(metrics, name, recipe, base), "+.1f"))
+    return format_table([f"points above {base}", *metrics], list(rows.values()))
 
 
-def format_paired(figures: Figures, recipe: str) -> str:
+def format_paired(metrics: Metrics, recipe: str) -> str:
     """Lays out by how many points a recipe is above each other one, photo by photo, all splits together.
 
     A photo counts by its score: whether its class is right, of several labels their ranking average precision. The
     interval is the mean and 1.96 standard errors to each side.
     """
-    others = {other: [other] for by_recipe in figures.values() for other in by_recipe if other != recipe}
-    for by_recipe in figures.values():
+    others = {other: [other] for by_recipe in metrics.values() for other in by_recipe if other != recipe}
+    for by_recipe in metrics.values():
         own = np.concatenate(by_recipe[recipe]["photos"])
         for other, row in others.items():
             difference, error = compare_scores(np.concatenate(by_recipe[other]["photos"]), own)
             low, high = (100 * (difference + side * 1.96 * error) for side in (-1, 1))
             row.append(f"{100 * difference:+.1f} ({low:+.1f} to {high:+.1f})")
-    return format_table([f"{recipe} above, photo by photo", *figures], list(others.values()))
+    return format_table([f"{recipe} above, photo by photo", *metrics], list(others.values()))
 
 
-def list_targets(figures: Figures) -> list[Target]:
+def list_targets(metrics: Metrics) -> list[Target]:
     """Returns what is promised of the recommended recipe against its peers, which are all other recipes that ran.
 
     The best peer is each data set's own; the best single peer has the lowest mean error over all data sets. What needs
     a recipe that did not run is left out.
     """
-    peers = [recipe for recipe in next(iter(figures.values())) if recipe != "recommended"]
-    errors = {name: {recipe: get_error(runs) for recipe, runs in runs_of.items()} for name, runs_of in figures.items()}
+    peers = [recipe for recipe in next(iter(metrics.values())) if recipe != "recommended"]
+    errors = {name: {recipe: get_error(runs) for recipe, runs in runs_of.items()} for name, runs_of in metrics.items()}
     single = min(peers, key=lambda peer: np.mean([by_recipe[peer] for by_recipe in errors.values()]))
     targets, ratios = [], []
     for name, by_recipe in errors.items():
@@ -98,7 +98,7 @@ def list_targets(figures: Figures) -> list[Target]:
             ratio = divide(own, by_recipe["probe"])
             targets.append((f"{name}: error / the probe's", ratio, "at most", ERROR_OF_PROBE))
         if "default" in peers:
-            seconds = [float(np.mean(figures[name][recipe]["seconds"])) for recipe in ("recommended", "default")]
+            seconds = [float(np.mean(metrics[name][recipe]["seconds"])) for recipe in ("recommended", "default")]
             targets.append((f"{name}: seconds / the default's", divide(*seconds), "at most", SECONDS_OF_DEFAULT))
     what = f"error / that of the best single peer, {single}, mean of the data sets"
     return [*targets, (what, float(np.mean(ratios)), "at most", ERROR_OF_BEST_PEER)]
@@ -117,7 +117,7 @@ def divide(value: float, other: float) -> float:
 
 
 def format_targets(targets: Sequence[Target]) -> str:
-    """Lays out measured figures beside their bounds."""
+    """Lays out measured values beside their bounds."""
     rows = []
     for what, value, sign, bound in targets:
         # Ratios of whole numbers of photos may equal the bound but for rounding.

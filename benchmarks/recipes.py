@@ -66,7 +66,7 @@ from benchmarks.recipe_photos import (  # noqa: E402
     write_tables,
 )
 from benchmarks.recipe_tables import (  # noqa: E402
-    Figures,
+    Metrics,
     format_differences,
     format_paired,
     format_scores,
@@ -95,7 +95,7 @@ PROBE_320 += ("--num_epochs", "1", "--learning_rate", "1e-7")
 SMALLEST_IMAGE = 32
 RUNS_FILE = HERE / "recipes_runs.json"
 # By whether an image may have several labels.
-FIGURES = {False: "accuracy", True: "mean_average_precision"}
+METRICS = {False: "accuracy", True: "mean_average_precision"}
 STOPPED = 128 + signal.SIGTERM
 
 
@@ -137,7 +137,7 @@ def main() -> None:
         for place in arguments.data
         for photos in vary_size(read_photos(*place), arguments.train_per_class, arguments.seeds)
     ]
-    figures = run_all(data, arguments)
+    metrics = run_all(data, arguments)
     results = {
         "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",
         "backbone": arguments.backbone,
@@ -146,17 +146,17 @@ def main() -> None:
         "recommended": options,
         "photos": {photos.name: describe_split(photos) for photos in data},
         "epochs": {photos.name: count_run_epochs(photos, arguments.recipe) for photos in data},
-        "runs": figures,
+        "runs": metrics,
     }
     write_json(str(HERE / "recipes.json"), results)
     RUNS_FILE.unlink(missing_ok=True)
-    print(f"\n{format_scores(figures, {photos.name: FIGURES[photos.multi_label] for photos in data})}")
+    print(f"\n{format_scores(metrics, {photos.name: METRICS[photos.multi_label] for photos in data})}")
     if "probe" in arguments.recipes:
-        print(f"\n{format_differences(figures, 'probe')}")
+        print(f"\n{format_differences(metrics, 'probe')}")
     if "recommended" in arguments.recipes:
-        print(f"\n{format_paired(figures, 'recommended')}")
+        print(f"\n{format_paired(metrics, 'recommended')}")
     if "recommended" in arguments.recipes and len(set(arguments.recipes)) > 1:
-        print(f"\n{format_targets(list_targets(figures))}")
+        print(f"\n{format_targets(list_targets(metrics))}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -229,13 +229,13 @@ def count_run_epochs(photos: Photos, recipe: str) -> int:
     return read_epochs(recipe, len(select(photos, 0)["training"]))
 
 
-def run_all(data: Sequence[Photos], arguments: argparse.Namespace) -> Figures:
+def run_all(data: Sequence[Photos], arguments: argparse.Namespace) -> Metrics:
     """Runs each recipe in a process of its own; they take turns, so that all share the machine's moods.
 
     Returns:
         By data set and recipe the `scores`, `seconds` and `photos` of each run, in the order of the seeds.
     """
-    figures = {
+    metrics = {
         photos.name: {recipe: {"scores": [], "seconds": [], "photos": []} for recipe in arguments.recipes}
         for photos in data
     }
@@ -251,9 +251,9 @@ def run_all(data: Sequence[Photos], arguments: argparse.Namespace) -> Figures:
                     runs |= {f"{photos.name}, seed {seed}, {key}": run for key, run in found.items()}
                     write_json(str(RUNS_FILE), {"setting": setting, "runs": runs})
                 for key, value in zip(("scores", "seconds", "photos"), runs[name], strict=True):
-                    figures[photos.name][recipe][key].append(value)
+                    metrics[photos.name][recipe][key].append(value)
                 print(f"{name}: {runs[name][0]:.4f} in {runs[name][1]:.0f} s", flush=True)
-    return figures
+    return metrics
 
 
 def describe_setting(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -315,7 +315,7 @@ def run_train(recipe: str, photos: Photos, seed: int, folder: str, arguments: ar
     table = pd.read_csv(Path(run, "evaluation", "predictions.csv"))
     probabilities = table[[f"probability_{name}" for name in photos.class_names]].to_numpy()
     scores = score_images(select_truth(photos, seed), probabilities).tolist()
-    return Run(results["sets"]["test"][FIGURES[photos.multi_label]], seconds, scores)
+    return Run(results["sets"]["test"][METRICS[photos.multi_label]], seconds, scores)
 
 
 def get_image_size(recipe: str, image_size: int | None) -> int | None:
@@ -347,9 +347,9 @@ def run_peer(script: str, photos: Photos, seed: int, folder: str, arguments: arg
     runs = {}
     for recipe, file in PEERS[script].items():
         probabilities = np.load(f"{folder}/{file}")
-        figures = evaluate_set(truth[rows["test"]], probabilities, decision)
+        metrics = evaluate_set(truth[rows["test"]], probabilities, decision)
         scores = score_images(select_truth(photos, seed), probabilities).tolist()
-        runs[recipe] = Run(figures[FIGURES[photos.multi_label]], seconds, scores)
+        runs[recipe] = Run(metrics[METRICS[photos.multi_label]], seconds, scores)
     return runs
 
 

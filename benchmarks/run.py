@@ -106,7 +106,7 @@ def measure_loaders(images: str, past: str | None) -> dict[str, float]:
 
 
 def measure_training(images: str) -> dict[str, dict[str, float]]:
-    """Returns the figures of `training.py`."""
+    """Returns the results of `training.py`."""
     import training
 
     paths = sorted(map(str, Path(images).glob("*/*")))
@@ -128,13 +128,13 @@ def table_tasks() -> list[str]:
 
 def measure_table(name: str) -> dict[str, list[float]]:
     """Returns seconds and MiB for each of `ROWS`."""
-    figures = [run_alone("tables.py", name, str(rows)) for rows in ROWS]
-    print(f"{name}: {figures}", flush=True)
-    return {"rows": list(ROWS), "seconds": [figure[0] for figure in figures], "mib": [figure[1] for figure in figures]}
+    results = [run_alone("tables.py", name, str(rows)) for rows in ROWS]
+    print(f"{name}: {results}", flush=True)
+    return {"rows": list(ROWS), "seconds": [result[0] for result in results], "mib": [result[1] for result in results]}
 
 
 def measure_compression() -> dict[str, list[float]]:
-    """Returns the figures of `compression.py` by backbone."""
+    """Returns the results of `compression.py` by backbone."""
     import compression
 
     return {name: run_alone("compression.py", name) for name in compression.BACKBONES}
@@ -180,29 +180,29 @@ def rows_of_training(results: dict) -> list[Row]:
     ]
 
 
-def rows_of_tables(figures: dict[str, dict[str, list[float]]]) -> list[Row]:
+def rows_of_tables(results: dict[str, dict[str, list[float]]]) -> list[Row]:
     """Returns the table's rows on tables of a million rows."""
     rows = []
-    for name, figure in figures.items():
-        rows.append((f"{name}, 10^6 rows, seconds", figure["seconds"][-1], "at most", 15))
-        rows.append((f"{name}, 10^6 rows, GiB", figure["mib"][-1] / 1024, "at most", 1))
-        rows.append((f"{name}, 10^6 / 10^5 rows", figure["seconds"][-1] / figure["seconds"][-2], "at most", 15))
+    for name, result in results.items():
+        rows.append((f"{name}, 10^6 rows, seconds", result["seconds"][-1], "at most", 15))
+        rows.append((f"{name}, 10^6 rows, GiB", result["mib"][-1] / 1024, "at most", 1))
+        rows.append((f"{name}, 10^6 / 10^5 rows", result["seconds"][-1] / result["seconds"][-2], "at most", 15))
     return rows
 
 
-def rows_of_data_check(figures: list[float]) -> list[Row]:
+def rows_of_data_check(results: list[float]) -> list[Row]:
     """Returns the table's rows on the check before training."""
     return [
-        ("full data check / decoding alone, one core", figures[0], "at least", 0.8),
-        ("quick data check, files/s on one core", figures[1], "at least", 2000),
-        ("strict decoding / OpenCV's, whole pictures, one core", figures[2], "at least", 0.9),
+        ("full data check / decoding alone, one core", results[0], "at least", 0.8),
+        ("quick data check, files/s on one core", results[1], "at least", 2000),
+        ("strict decoding / OpenCV's, whole pictures, one core", results[2], "at least", 0.9),
     ]
 
 
-def rows_of_compression(figures: dict[str, list[float]]) -> list[Row]:
+def rows_of_compression(results: dict[str, list[float]]) -> list[Row]:
     """Returns the table's rows on compressed weights: the promises for float32, float16 and int8 in their order."""
     rows = []
-    for name, values in figures.items():
+    for name, values in results.items():
         kinds = zip(("float32", "float16", "int8"), values[:3], values[3:], (3, 6, 11), strict=True)
         for dtype, smaller, faster, bound in kinds:
             rows.append((f"checkpoint / {dtype} weights, bytes, {name}", smaller, "at least", bound))

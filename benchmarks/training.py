@@ -158,12 +158,12 @@ def measure_grad_cam() -> dict[str, float]:
 
     def rebuilt_per_image() -> int:
         for image in images[:4]:
-            backbone, classifier = model.get_layer("backbone"), model.get_layer("classifier")
+            backbone, head = model.get_layer("backbone"), model.get_layer("classifier")
             features = keras.Model(model.inputs, backbone(model.get_layer("preprocessing")(model.inputs[0])))
             with tf.GradientTape() as tape:
                 maps = features(image[None])
                 tape.watch(maps)
-                score = tf.reduce_max(classifier(maps))
+                score = tf.reduce_max(head(maps))
             weights = tf.reduce_mean(tape.gradient(score, maps), axis=(1, 2), keepdims=True)
             tf.nn.relu(tf.reduce_sum(weights * maps, axis=-1)).numpy()
         return 4

@@ -1,4 +1,4 @@
-"""Cuts the demo's patches from photographs that scikit-image ships; run from the project's folder to make them anew.
+"""Cuts the demo's patches from photographs that scikit-image ships; run from the project's folder to make them again.
 
 The left half of each photograph gives the training patches, the right half the test patches: no pixel is in both.
 """

@@ -46,7 +46,7 @@ def single_label(names=NAMES):
     """Results of 16 images, 14 of them right, of one label each, written by hand."""
     rows = [(0.9, 0.75, 0.82, 12), (0.5, 1.0, 2 / 3, 1), (0.1, 0.3, 0.15, 3)]
     columns = ("precision", "recall", "f1", "support")
-    figures = {
+    metrics = {
         "images": 16,
         "accuracy": 0.875,
         "balanced_accuracy": 0.683,
@@ -62,9 +62,9 @@ def single_label(names=NAMES):
         "multi_label": False,
         "decision": DECISION | {"classes": list(names), "multi_label": False},
         "sets": {
-            "training": figures | {"images": 1234, "accuracy": 0.999},
-            "validation": figures | {"accuracy": 0.901},
-            "test": figures | {"intervals": intervals},
+            "training": metrics | {"images": 1234, "accuracy": 0.999},
+            "validation": metrics | {"accuracy": 0.901},
+            "test": metrics | {"intervals": intervals},
         },
     }
 
@@ -74,7 +74,7 @@ def multi_label(names=NAMES):
     row = {"precision": 0.8, "recall": 0.6, "f1": 0.686, "support": 20, "auroc": 0.91, "average_precision": 0.72}
     row |= {"best_f1_threshold": 0.37, "f1_at_best_f1_threshold": 0.7}
     empty = row | {"support": 0, "auroc": None, "average_precision": None}
-    figures = {
+    metrics = {
         "images": 40,
         "mean_auroc": 0.91,
         "mean_average_precision": 0.72,
@@ -95,7 +95,7 @@ def multi_label(names=NAMES):
         "classes": list(names),
         "multi_label": True,
         "decision": decision | {"classes": list(names), "multi_label": True},
-        "sets": {"training": figures, "test": figures | {"intervals": intervals, "optimistic": optimistic}},
+        "sets": {"training": metrics, "test": metrics | {"intervals": intervals, "optimistic": optimistic}},
     }
 
 

@@ -336,7 +336,7 @@ def test_pictures_show_photos_upright_at_their_own_aspect_ratio_and_at_most_so_l
 def test_an_index_of_the_pictures_takes_the_place_of_the_earlier_one(single, capsys):
     index = Path(single.save_model_path, "cam_output", "index.html")
     index.parent.mkdir()
-    index.write_text("of before")
+    index.write_text("previous")
     result = draw_activations.main(single)
     page = index.read_text(encoding="utf-8")
     assert re.findall(r'<a class="picture" href="([^"]+)"', page) == [Path(path).name for path in result["paths"]]

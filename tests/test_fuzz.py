@@ -52,7 +52,7 @@ LONGEST_CASE = 10  # seconds of this process: other ones may be at work
 MOST_MEMORY = 2 * 2**30
 FEWEST_CASES = 5000
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-# What Python tells of before it happens: of these events, none may.
+# What Python announces before it happens: of these events, none may.
 STARTING = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "pickle.find_class")
 CHANGING = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree")
 

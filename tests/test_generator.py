@@ -429,7 +429,7 @@ def test_a_warm_disk_cache_downloads_nothing_and_asks_once_an_image(urls, tmp_pa
     assert len(list(tmp_path.glob("*.cache"))) == 1
 
 
-def test_an_object_that_was_replaced_is_fetched_anew(urls, tmp_path, store, pictures):
+def test_an_object_that_was_replaced_is_fetched_again(urls, tmp_path, store, pictures):
     paths, images = urls
     one_epoch(sequence_of(paths, cache=cache_of("disk", paths, tmp_path)))
     store.put(paths[3], Path(pictures[0][7]).read_bytes())

@@ -123,7 +123,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_the_reader_of_imports_sees_all_of_them(tmp_path):
-    file = tmp_path / "room.py"
+    file = tmp_path / "module.py"
     file.write_text(
         "from typing import TYPE_CHECKING\nimport configs as options\nimport finetune.core.files\n"
         "from finetune.data import images\nif TYPE_CHECKING:\n    from generator import Shares\n"

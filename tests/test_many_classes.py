@@ -75,15 +75,15 @@ def test_every_script_copes_with_1100_classes(folders, several, tmp_path, capsys
 
 def check_evaluation(folder, several):
     results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    figures = SimpleNamespace(**results["sets"]["test"])
-    assert len(figures.per_class) == CLASSES
+    metrics = SimpleNamespace(**results["sets"]["test"])
+    assert len(metrics.per_class) == CLASSES
     for path in folder.glob("*.png"):
         assert min(cv2.imread(str(path)).shape[:2]) > 400
     assert (folder / "report.html").stat().st_size < 3_000_000
     assert (folder / "metrics.json").stat().st_size < 3_000_000
     if not several:
-        counts = [count for row in figures.confusion_matrix.values() for count in row.values()]
-        assert sum(counts) == figures.images
+        counts = [count for row in metrics.confusion_matrix.values() for count in row.values()]
+        assert sum(counts) == metrics.images
         assert min(counts) > 0
-        right = sum(row.get(name, 0) for name, row in figures.confusion_matrix.items())
-        assert right / figures.images == pytest.approx(figures.accuracy)
+        right = sum(row.get(name, 0) for name, row in metrics.confusion_matrix.items())
+        assert right / metrics.images == pytest.approx(metrics.accuracy)

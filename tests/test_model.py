@@ -152,24 +152,24 @@ def test_caffe_preprocessing_takes_any_numeric_type():
     ],
 )
 def test_classifier_layer_sizes(layer_sizes, expected):
-    classifier = build_head("dense", HeadOptions(3, False, layer_sizes))
-    hidden = classifier.layers[1:-2]
+    head = build_head("dense", HeadOptions(3, False, layer_sizes))
+    hidden = head.layers[1:-2]
     assert [(type(layer).__name__, getattr(layer, "units", getattr(layer, "rate", None))) for layer in hidden] == (
         expected
     )
     assert all(layer.activation is keras.activations.relu for layer in hidden if isinstance(layer, layers.Dense))
-    assert [layer.name for layer in classifier.layers[-2:]] == ["logits", "probabilities"]
-    assert classifier.layers[-2].activation is keras.activations.linear
+    assert [layer.name for layer in head.layers[-2:]] == ["logits", "probabilities"]
+    assert head.layers[-2].activation is keras.activations.linear
 
 
 @pytest.mark.parametrize(
     ("pooling", "pooled"), [("avg", [[2.5, 25]]), ("max", [[4, 40]]), (None, [[1, 10, 2, 20, 3, 30, 4, 40]])]
 )
 def test_pooling(pooling, pooled):
-    classifier = build_head("dense", HeadOptions(2, False, [], pooling))
+    head = build_head("dense", HeadOptions(2, False, [], pooling))
     features = np.array([[[[1, 10], [2, 20]], [[3, 30], [4, 40]]]], np.float32)
-    classifier(features)
-    np.testing.assert_allclose(classifier.layers[0](features), pooled)
+    head(features)
+    np.testing.assert_allclose(head.layers[0](features), pooled)
 
 
 @pytest.mark.parametrize(
@@ -178,11 +178,11 @@ def test_pooling(pooling, pooled):
     ids=["sigmoid", "softmax"],
 )
 def test_probabilities_from_logits(multi_label, probabilities):
-    classifier = build_head("dense", HeadOptions(3, multi_label))
+    head = build_head("dense", HeadOptions(3, multi_label))
     features = np.ones((1, 2, 2, 1), np.float32)
-    classifier(features)
-    classifier.get_layer("logits").set_weights([np.zeros((1, 3)), np.log([1, 3, 0.25])])
-    np.testing.assert_allclose(classifier(features), [probabilities], rtol=1e-5)
+    head(features)
+    head.get_layer("logits").set_weights([np.zeros((1, 3)), np.log([1, 3, 0.25])])
+    np.testing.assert_allclose(head(features), [probabilities], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -386,10 +386,10 @@ def test_mixed_precision_computes_in_16_bits_and_answers_in_32(monkeypatch, tmp_
     options = {"visual_model_name": "MobileNet", "use_imagenet_weights": False, "image_target_size": (32, 32, 3)}
     configs = Configs(**options, classes=["a", "b", "c"], mixed_precision=True)
     model = ModelFactory().get_model(configs)
-    backbone, classifier = model.get_layer("backbone"), model.get_layer("classifier")
+    backbone, head = model.get_layer("backbone"), model.get_layer("classifier")
     assert {layer.compute_dtype for layer in backbone.layers} == {kind}
     assert model.get_layer("preprocessing").compute_dtype == "float32"
-    assert classifier.get_layer("logits").compute_dtype == "float32"
+    assert head.get_layer("logits").compute_dtype == "float32"
     assert {weight.dtype for weight in model.weights if "seed" not in weight.path} == {"float32"}
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) == (kind == "float16")
     assert keras.config.dtype_policy().name == "float32"

@@ -246,7 +246,7 @@ def test_room_for_the_checkpoints_is_worked_out(tmp_path, monkeypatch, options, 
 
 
 @pytest.mark.slow
-def test_the_figures_of_an_epoch_that_cannot_be_kept_are_printed(tables, tmp_path, capsys, monkeypatch):
+def test_the_metrics_of_an_epoch_that_cannot_be_kept_are_printed(tables, tmp_path, capsys, monkeypatch):
     def fail(path, content):
         raise write_fault(path, OSError(errno.EROFS, ""))
 

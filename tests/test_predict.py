@@ -1,4 +1,4 @@
-"""predict.py: what it reads, what it writes, and that its figures are those worked out by hand."""
+"""predict.py: what it reads, what it writes, and that its metrics are those worked out by hand."""
 
 import json
 import subprocess

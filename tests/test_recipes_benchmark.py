@@ -12,7 +12,7 @@ FLOWERS = np.repeat(np.eye(5), 100, axis=0)
 SEEDS = range(10)
 
 # Two data sets, three recipes, two seeds; all that follows from them below is worked out by hand.
-FIGURES = {
+METRICS = {
     "flowers": {
         "recommended": {"scores": [0.90, 0.86], "seconds": [40.0, 50.0]},
         "probe": {"scores": [0.88, 0.85], "seconds": [20.0, 22.0]},
@@ -49,7 +49,7 @@ def test_sets_cover_all_photos_once_with_their_share_of_each_label_and_none_that
     assert max(len(choosing), len(reporting)) <= len(truth) * 2 // 5
 
 
-def test_the_photos_of_published_figures_stay_the_same():
+def test_the_photos_of_published_results_stay_the_same():
     sets = recipe_photos.split_photos(FLOWERS, 0)
     assert sets["validation"][:8].tolist() == [5, 6, 14, 18, 22, 28, 32, 40]
     assert sets["test"][:8].tolist() == [0, 1, 10, 11, 13, 27, 34, 35]
@@ -97,21 +97,21 @@ def test_a_table_has_several_labels(multilabel_csv):
 
 
 def test_differences_are_paired_and_scores_are_means_and_ranges():
-    table = recipe_tables.format_scores(FIGURES, {"flowers": "accuracy", "voc": "mean_average_precision"}).splitlines()
+    table = recipe_tables.format_scores(METRICS, {"flowers": "accuracy", "voc": "mean_average_precision"}).splitlines()
     assert table[2] == "| recommended | 0.880 [0.860, 0.900] | 45 [40, 50] | 0.760 [0.750, 0.770] | 60 [60, 60] |"
     # 0.90 - 0.88 and 0.86 - 0.85; 0.75 - 0.77 and 0.77 - 0.76.
     assert "| recommended | +1.5 [+1.0, +2.0] | -0.5 [-2.0, +1.0] |" in recipe_tables.format_differences(
-        FIGURES, "probe"
+        METRICS, "probe"
     )
 
 
 def test_recipes_are_compared_photo_by_photo():
     photos = {"recommended": [[1, 1, 1, 0], [1, 1]], "probe": [[1, 0, 1, 0], [1, 0]]}
-    figures = {"flowers": {name: {"photos": scores} for name, scores in photos.items()}}
+    metrics = {"flowers": {name: {"photos": scores} for name, scores in photos.items()}}
     # Two of six photos are gained: a third, with a standard error of the root of (6 * 2/9 / 5 / 6).
     error = 196 * (2 / 9 / 5) ** 0.5
     expected = f"| probe | +33.3 ({100 / 3 - error:+.1f} to {100 / 3 + error:+.1f}) |"
-    assert recipe_tables.format_paired(figures, "recommended").splitlines()[2:] == [expected]
+    assert recipe_tables.format_paired(metrics, "recommended").splitlines()[2:] == [expected]
 
 
 def test_runs_go_on_where_they_were_stopped_and_others_arguments_begin_again(multilabel_csv, tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_epochs_are_those_of_the_options(tmp_path):
 
 def test_targets_come_from_means():
     # Errors of 0.12, 0.135 and 0.18; 0.24, 0.235 and 0.40; the probe's are the lower ones on average.
-    targets = recipe_tables.list_targets(FIGURES)
+    targets = recipe_tables.list_targets(METRICS)
     assert [target[1] for target in targets] == [
         pytest.approx(value) for value in (-1.5, 45 / 225, 0.5, 0.6, (0.12 / 0.135 + 0.24 / 0.235) / 2)
     ]
@@ -161,8 +161,8 @@ def test_targets_come_from_means():
 )
 def test_a_promise_is_kept_or_missed_by_a_photo_and_not_by_rounding(wrong, told):
     rows = {"recommended": wrong, "probe": (48, 56, 51)}  # Of 412 each: 62 are 0.4 of 155, 63 more.
-    figures = {"signs": {recipe: {"scores": [1 - one / 412 for one in row]} for recipe, row in rows.items()}}
-    (target,) = [one for one in recipe_tables.list_targets(figures) if "the probe's" in one[0]]
+    metrics = {"signs": {recipe: {"scores": [1 - one / 412 for one in row]} for recipe, row in rows.items()}}
+    (target,) = [one for one in recipe_tables.list_targets(metrics) if "the probe's" in one[0]]
     assert recipe_tables.format_targets([target]).endswith(told)
 
 

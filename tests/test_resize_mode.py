@@ -188,7 +188,7 @@ def test_a_cache_knows_the_pictures_of_its_mode_alone(photo_folder, tmp_path, ki
         expected = [fit_image(read_image(path, (32, 32)), (32, 32), mode) for path in paths]
         for _ in range(2):
             np.testing.assert_array_equal(sequence[0][0], expected)
-    # That of before is still found.
+    # That of an older version is still found.
     folder = str(tmp_path / "cache")
     named = {mode: DiskCache(paths, (32, 32), folder, mode).path for mode in MODES}
     assert named["stretch"] == DiskCache(paths, (32, 32), folder).path
@@ -311,7 +311,7 @@ def list_training(stored):
     return [f"{stored['image_directory']}/{name}" for name in pd.read_csv(stored["train_csv"])["path"]]
 
 
-def test_a_model_of_before_is_one_of_stretched_photos(run_folder):
+def test_a_legacy_model_is_one_of_stretched_photos(run_folder):
     write_mode(run_folder, None)
     path = str(run_folder / "best_model.keras")
     assert describe_model(Configs(), path).resize_mode == "stretch"

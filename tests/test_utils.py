@@ -1,4 +1,4 @@
-"""What a user's own code imports is there, and is what its room has."""
+"""What a user's own code imports is there, and is what its module has."""
 
 import utils
 

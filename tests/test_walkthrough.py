@@ -102,7 +102,7 @@ def test_training_log_has_one_row_an_epoch_and_the_best_model_is_the_best_row(tr
     assert results["best_epoch"] == log["epoch"][log["val_accuracy"].idxmax()]
 
 
-def test_logged_validation_figures_are_those_of_the_saved_model(trained):
+def test_logged_validation_metrics_are_those_of_the_saved_model(trained):
     configs, _ = trained
     log = pd.read_csv(Path(configs.save_model_path) / "training_log.csv")
     sequence = get_generator(configs.test_csv, configs.classes, configs, training=False)
@@ -237,7 +237,7 @@ def test_images_in_a_store_give_the_run_of_the_files(
         )
         sets = evaluation.main(configs)["sets"]
         # The tables have other names; the digests of their labels and file names are the same.
-        assert [figures.pop("csv") for figures in sets.values()] == list(map(str, csv_paths))
+        assert [metrics.pop("csv") for metrics in sets.values()] == list(map(str, csv_paths))
         found[place] = {
             "log": (tmp_path / place / "training_log.csv").read_text(),
             "weights": load_model(str(tmp_path / place / "latest_model.keras")).get_weights(),

@@ -296,7 +296,7 @@ def keep_freed_memory() -> None:
     """Lets the C library reuse the memory that TensorFlow frees, where it is glibc.
 
     The first `tf.data` generator of TensorFlow 2.21 tells glibc to give freed memory back to the system at once, and
-    every training step then asks for it anew: on 2 cores an epoch of MobileNet took 7.5 s instead of 2.9 s.
+    every training step then asks for it again: on 2 cores an epoch of MobileNet took 7.5 s instead of 2.9 s.
     """
     for _ in tf.data.Dataset.from_generator(lambda: iter([0]), output_signature=tf.TensorSpec((), tf.int32)):
         pass

@@ -188,7 +188,7 @@ def test_image_size_fault(size: list[int]) -> str:
 
 
 class Sizes(Protocol):
-    """What `configs.Configs`, of a floor above, says of the size of images."""
+    """What `configs.Configs`, of a layer above, says of the size of images."""
 
     image_target_size: tuple[int, int, int]
     test_image_size: list[int]

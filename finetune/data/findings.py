@@ -76,7 +76,7 @@ KINDS = {
         "Nearly the same image is in two sets: split again with split_train_test.py, drop one, or allow it with "
         "--allow_duplicates True.",
     ),
-    "allowed_duplicate": Kind("warning", "The same image is in two sets: figures will be optimistic."),
+    "allowed_duplicate": Kind("warning", "The same image is in two sets: metrics will be optimistic."),
     "near_allowed_duplicate": Kind(
         "warning",
         "Nearly the same image is in two sets, so results will be optimistic. Split again with split_train_test.py.",
@@ -212,8 +212,8 @@ def report_findings(
     contradictions = {*find_contradictions(findings)} if skip_bad_images or skip_contradictions else set()
     # What is left out of every set is no longer in two.
     kinds = "duplicate_with_other_label", "duplicate_across_sets"
-    settled = [one for one in findings if one.kind in kinds and (one.csv_path, one.row) in contradictions]
-    left_out = {*unreadable, *settled}
+    resolved = [one for one in findings if one.kind in kinds and (one.csv_path, one.row) in contradictions]
+    left_out = {*unreadable, *resolved}
     skipped = [finding for finding in findings if finding in left_out]
     errors = [one for one in findings if KINDS[one.kind].severity == "error" and one not in left_out]
     if not findings and not os.path.exists(os.path.join(folder, REPORT_FILE)):

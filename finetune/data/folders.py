@@ -319,6 +319,6 @@ def describe_next_step(paths: dict[str, str], label_column: str) -> str:
     if "testing" not in paths:
         lines.append(
             "There is no test set. train.py needs none; test.py does: give it --test_csv with a table of other images, "
-            f"or {shlex.quote(paths['validation'])}, whose figures are optimistic, since it selects the best model."
+            f"or {shlex.quote(paths['validation'])}, whose metrics are optimistic, since it selects the best model."
         )
     return "\n".join(lines)

@@ -52,14 +52,14 @@ def warn_of_shared_groups(csv_paths: dict[str, str], label_column: str) -> None:
             )
 
 
-def describe_shared(set_name: str, figures: dict[str, Any]) -> str:
+def describe_shared(set_name: str, metrics: dict[str, Any]) -> str:
     """Says how many images of a set are of groups that the model knows, by the set's metrics; nothing without any."""
-    if not (number := figures.get("images_of_known_groups")):
+    if not (number := metrics.get("images_of_known_groups")):
         return ""
     known, worth = ("trained on or selected by", "its metrics are too good")
     if set_name == "validation":
         known, worth = ("trained on", "what is fitted on it is too sure of itself")
-    which = f"{number} of the {figures['images']} images of the {set_name} set"
+    which = f"{number} of the {metrics['images']} images of the {set_name} set"
     return f"{which} belong to groups that the model was {known}: {worth}."
 
 

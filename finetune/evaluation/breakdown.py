@@ -47,10 +47,10 @@ def evaluate_by(
         row: dict[str, Any] = {"images": len(rows)}
         if its_groups is not None:
             row["groups"] = count_groups(its_groups, len(rows))
-        figures = _measure(*part, decision)
+        metrics = _measure(*part, decision)
         intervals = get_intervals(*part, decision, seed, groups=its_groups)
         names = MEASURES[decision.multi_label]
-        row |= {name: figures[name] for name in names}
+        row |= {name: metrics[name] for name in names}
         by_value[value] = row | {"intervals": {name: intervals[name] for name in names}}
     return {"column": values.name, "values": by_value}
 

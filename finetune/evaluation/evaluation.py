@@ -77,7 +77,7 @@ def evaluate_set(
         groups: of the images, as `number_groups` gives them; adds `groups`, their number, of each class too.
 
     Returns:
-        `images`, the figures of `get_evaluation_metrics` or `get_multilabel_evaluation_metrics` and `calibration`;
+        `images`, the metrics of `get_evaluation_metrics` or `get_multilabel_evaluation_metrics` and `calibration`;
         multi-label: `best_f1_threshold` and `f1_at_best_f1_threshold` of each class as well. JSON can hold it.
 
     Raises:
@@ -86,32 +86,32 @@ def evaluate_set(
     check_finite(raw_probabilities)
     raw_probabilities = np.asarray(raw_probabilities, np.float32)
     calibrated = decision.calibrate(raw_probabilities)
-    figures: dict[str, Any] = {"images": len(y_true)}
+    metrics: dict[str, Any] = {"images": len(y_true)}
     if decision.multi_label:
         threshold = decision.exact_match_threshold
-        figures |= get_multilabel_evaluation_metrics(
+        metrics |= get_multilabel_evaluation_metrics(
             y_true, calibrated, decision.class_names, threshold, ranking=raw_probabilities
         )
-        _add_best_f1(figures["per_class"], y_true, calibrated, decision)
+        _add_best_f1(metrics["per_class"], y_true, calibrated, decision)
         if threshold_range is not None:
             best, accuracy = find_exact_match_threshold(y_true, calibrated, threshold_range)
             note = "chosen on the test set itself: optimistic"
-            figures["optimistic"] = {"threshold": best, "exact_match_accuracy": accuracy, "note": note}
+            metrics["optimistic"] = {"threshold": best, "exact_match_accuracy": accuracy, "note": note}
     else:
-        figures |= get_evaluation_metrics(y_true, raw_probabilities, decision.class_names)
-    figures["calibration"] = _evaluate_calibration(y_true, raw_probabilities, calibrated, decision.multi_label)
+        metrics |= get_evaluation_metrics(y_true, raw_probabilities, decision.class_names)
+    metrics["calibration"] = _evaluate_calibration(y_true, raw_probabilities, calibrated, decision.multi_label)
     if groups is not None:
-        _add_groups(figures, y_true, groups)
+        _add_groups(metrics, y_true, groups)
     if seed is not None:
-        figures["intervals"] = get_intervals(y_true, raw_probabilities, decision, seed, groups=groups)
-    return figures
+        metrics["intervals"] = get_intervals(y_true, raw_probabilities, decision, seed, groups=groups)
+    return metrics
 
 
-def _add_groups(figures: dict[str, Any], y_true: np.ndarray, groups: np.ndarray) -> None:
+def _add_groups(metrics: dict[str, Any], y_true: np.ndarray, groups: np.ndarray) -> None:
     """Adds the number of groups, and of those with each class, beside the numbers of images."""
-    figures["groups"] = count_groups(groups, len(groups))
-    numbers = count_groups_of_classes(y_true, groups, len(figures["per_class"]))
-    for row, number in zip(figures["per_class"].values(), numbers.tolist(), strict=True):
+    metrics["groups"] = count_groups(groups, len(groups))
+    numbers = count_groups_of_classes(y_true, groups, len(metrics["per_class"]))
+    for row, number in zip(metrics["per_class"].values(), numbers.tolist(), strict=True):
         after = {key: row.pop(key) for key in [*row][[*row].index("support") + 1 :]}
         row |= {"groups": number, **after}
 
@@ -272,7 +272,7 @@ def name_labels(labels: np.ndarray, class_names: Sequence[str]) -> list[list[str
 def describe_temperature(decision: dict[str, Any], sets: dict[str, dict[str, Any]]) -> str:
     """Returns the line that names the temperature, and what it does to the calibration error of each set."""
     fitted_on = decision["temperature_fitted_on"]
-    errors = {name: figures["calibration"] for name, figures in sets.items() if name in (fitted_on, "test")}
+    errors = {name: metrics["calibration"] for name, metrics in sets.items() if name in (fitted_on, "test")}
     changes = [
         f"{_format(error['expected_calibration_error_uncalibrated'])} to "
         f"{_format(error['expected_calibration_error'])} on the {name} set"
@@ -285,7 +285,7 @@ def describe_temperature(decision: dict[str, Any], sets: dict[str, dict[str, Any
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Prints what was fitted, and the figures of each set."""
+    """Prints what was fitted, and the metrics of each set."""
     decision = results["decision"]
     if decision["temperature_fitted_on"]:
         print(describe_temperature(decision, results["sets"]))
@@ -297,17 +297,17 @@ def print_results(results: dict[str, Any]) -> None:
         print(f"Threshold {threshold:.2f} gives the best exact-match accuracy on the {fitted_on} set, {accuracy:.4f}.")
     elif results["multi_label"]:
         print(f"Threshold {threshold:.2f}, fitted on {f'the {fitted_on} set' if fitted_on else 'no set'}.")
-    for name, figures in results["sets"].items():
-        images = f"{figures['images']} images{describe_group_count(figures.get('groups'))}"
-        print(f"\n{name} set: {images} of {figures['csv']}\n{format_evaluation(figures)}")
-        if sentence := describe_leak(figures):
+    for name, metrics in results["sets"].items():
+        images = f"{metrics['images']} images{describe_group_count(metrics.get('groups'))}"
+        print(f"\n{name} set: {images} of {metrics['csv']}\n{format_evaluation(metrics)}")
+        if sentence := describe_leak(metrics):
             print(sentence)
-        counts = {label: row["support"] for label, row in figures["per_class"].items()}
+        counts = {label: row["support"] for label, row in metrics["per_class"].items()}
         warn_of_missing_classes([*counts.values()], [*counts], name)
-        if shared := describe_shared(name, figures):
+        if shared := describe_shared(name, metrics):
             print(f"Warning: {shared}")
-        if "by" in figures:
-            print(f"\n{format_breakdown(figures['by'])}")
+        if "by" in metrics:
+            print(f"\n{format_breakdown(metrics['by'])}")
 
 
 def evaluate_leak(

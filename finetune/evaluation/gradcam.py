@@ -12,7 +12,7 @@ from finetune.core.options import UserError
 from finetune.core.texts import join_names
 from finetune.core.values import find_nearest, quote_value
 from finetune.models.heads import BACKBONE, split_model
-from finetune.models.model_files import get_classifier, has_views
+from finetune.models.model_files import has_views, strip_views
 
 
 def weigh_by_mean_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
@@ -84,7 +84,7 @@ class GradCam:
 
     def __init__(self, model: keras.Model, method: str = "gradcam", layer_name: str = "") -> None:
         self._mirrors = has_views(model)
-        model = get_classifier(model)
+        model = strip_views(model)
         parts = split_model(model, "Grad-CAM", "Train one with train.py.")
         self._features = keras.Model(model.inputs, _input_of_head(model))
         self._maps = _build_maps(model, layer_name) if layer_name else None

@@ -1,4 +1,4 @@
-"""How far figures would vary with other images: bootstrap intervals."""
+"""How far metrics would vary with other images: bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def get_intervals(
     resamples: int = RESAMPLES,
     groups: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Estimates how far the headline figures would vary with other images: 95 % bootstrap percentile intervals.
+    """Estimates how far the headline metrics would vary with other images: 95 % bootstrap percentile intervals.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3; groups: Davison and Hinkley,
     Bootstrap Methods and their Application, 1997, section 3.8. Whole images, or whole groups of them, are drawn with
-    replacement. As in the figures themselves, a class that is undefined in a resample has no part in its means.
+    replacement. As in the metrics themselves, a class that is undefined in a resample has no part in its means.
 
     Args:
         y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
@@ -103,10 +103,10 @@ Measure = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 def _prepare_counts(y_true: np.ndarray, raw: np.ndarray, decision: Decision) -> Measure:
-    """Prepares the figures that follow from counts of right and wrong labels.
+    """Prepares the metrics that follow from counts of right and wrong labels.
 
     Returns:
-        A function from weights `(resamples, images)` to figures `(resamples,)`, and `precision`, `recall` and `f1`
+        A function from weights `(resamples, images)` to metrics `(resamples,)`, and `precision`, `recall` and `f1`
         `(resamples, classes)`, NaN where undefined.
     """
     predicted = decision.choose(decision.calibrate(raw))
@@ -119,9 +119,9 @@ def _prepare_counts(y_true: np.ndarray, raw: np.ndarray, decision: Decision) -> 
     indicators = [sparse.csc_array(chosen.astype(np.float32)).T for chosen in (truth, predicted, truth & predicted)]
 
     def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the figures of each resample, from how often it draws each image."""
+        """Returns the metrics of each resample, from how often it draws each image."""
         images = weights.sum(axis=1)
-        figures = {name: _divide(weights @ values.astype(np.float32), images) for name, values in per_image.items()}
+        metrics = {name: _divide(weights @ values.astype(np.float32), images) for name, values in per_image.items()}
         support, chosen, right = ((indicator @ weights.T).T for indicator in indicators)
         by_class = {
             "precision": _divide(right, chosen),
@@ -129,10 +129,10 @@ def _prepare_counts(y_true: np.ndarray, raw: np.ndarray, decision: Decision) -> 
             "f1": _divide(2 * right, support + chosen),
         }
         if decision.multi_label:
-            figures["hamming_loss"] = _divide((support + chosen - 2 * right).sum(axis=1), images * truth.shape[1])
+            metrics["hamming_loss"] = _divide((support + chosen - 2 * right).sum(axis=1), images * truth.shape[1])
         else:
-            figures["balanced_accuracy"] = _row_means(by_class["recall"])
-        return {**figures, "macro_f1": _row_means(by_class["f1"]), **by_class}
+            metrics["balanced_accuracy"] = _row_means(by_class["recall"])
+        return {**metrics, "macro_f1": _row_means(by_class["f1"]), **by_class}
 
     return measure
 

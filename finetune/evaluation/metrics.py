@@ -139,15 +139,15 @@ def get_evaluation_metrics(y_true: np.ndarray, probabilities: np.ndarray, class_
         np.bincount(labels, minlength=len(class_names)) for labels in (y_true[y_true == predicted], predicted, y_true)
     )
     per_class = dict(zip(class_names, class_metrics(right, chosen, support), strict=True))
-    figures = {
+    metrics = {
         "accuracy": float(sk.accuracy_score(y_true, predicted)),
         "balanced_accuracy": float(np.mean([row["recall"] for row in per_class.values() if row["support"]])),
         "macro_f1": _macro_f1(y_true, predicted, positions),
     }
     if len(class_names) >= MANY_CLASSES:
-        figures[f"top_{TOP_K}_accuracy"] = float(is_in_top_k(y_true, probabilities).mean())
+        metrics[f"top_{TOP_K}_accuracy"] = float(is_in_top_k(y_true, probabilities).mean())
     matrix = count_confusions(y_true, predicted, class_names)
-    return {**figures, "per_class": per_class, "confusion_matrix": matrix}
+    return {**metrics, "per_class": per_class, "confusion_matrix": matrix}
 
 
 def is_in_top_k(y_true: np.ndarray, probabilities: np.ndarray, k: int = TOP_K) -> np.ndarray:

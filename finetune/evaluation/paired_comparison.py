@@ -114,7 +114,7 @@ def describe_epoch(epoch: int, kept_share: float | None, is_refitted: bool) -> s
 def _describe_head(share: float | None, is_refitted: bool) -> str:
     if not is_refitted:
         return ""
-    return ", with a head fitted anew" if share == 1 else ", with a head as far on the way to one fitted anew"
+    return ", with a refitted head" if share == 1 else ", with a head as far on the way to the refitted one"
 
 
 def describe_choice(share: float, is_refitted: bool, is_kept: bool, gain: float, error: float, number: int) -> str:
@@ -123,23 +123,23 @@ def describe_choice(share: float, is_refitted: bool, is_kept: bool, gain: float,
     Args:
         share: of the way from the start to the last epoch, where the weights stand that are kept, or the best but the
             start.
-        is_refitted: their head stands as far on the way to one fitted anew.
+        is_refitted: their head stands as far on the way to the refitted one.
         is_kept: they are kept, and not the start.
         gain: by how much their log loss is below the start's.
         error: its standard error.
         number: of validation images.
     """
     what = _describe_weights(share, is_refitted)
-    figures = f"by {gain:.4f}, standard error {error:.4f}, on {number} validation images"
+    difference = f"by {gain:.4f}, standard error {error:.4f}, on {number} validation images"
     if is_kept:
         doubt = " Chance alone could explain that." if gain <= BY_CHANCE * error else ""
-        return f"Kept {what}: the log loss is lower than the start's {figures}.{doubt}"
+        return f"Kept {what}: the log loss is lower than the start's {difference}.{doubt}"
     # Rounding is no difference, and alike for each image.
     if -gain > error + 1e-6:
-        return f"Kept the start: the log loss of {what} would be no lower ({figures})."
+        return f"Kept the start: the log loss of {what} would be no lower ({difference})."
     return (
         f"Kept the start, the simpler model: the validation images do not tell that {what} would be better (log loss "
-        f"lower {figures}). latest_model.keras is the fine-tuned one."
+        f"lower {difference}). latest_model.keras is the fine-tuned one."
     )
 
 

@@ -60,7 +60,7 @@ class DiskCache:
     The file holds an entry per image (a digest of its path, size and modification time, or of its URL and what the
     store tells without sending it, and a checksum of its pixels) and after the entries the pixels. Pixels are written
     before their entry, and both are checked at an image's first use: what changed meanwhile, or was half written when
-    a process or the machine stopped, is decoded anew. Processes that share the file write the same bytes.
+    a process or the machine stopped, is decoded again. Processes that share the file write the same bytes.
 
     Args:
         paths: image files or URLs.
@@ -175,7 +175,7 @@ def digest_image(path: str, pixel_range: Sequence[float] = ()) -> bytes:
 
 
 def name_resizing(resize_mode: str) -> str:
-    """Returns the part of a file's name that tells how pictures in it were resized; files of before have none."""
+    """Returns the part of a file's name that tells how pictures in it were resized; older files have none."""
     return "" if resize_mode == "stretch" else f"_{resize_mode}"
 
 

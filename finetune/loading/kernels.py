@@ -115,7 +115,7 @@ class FusedAugmenter:
         self._groups = [(run, list(members)) for run, members in groups]
 
     def seed_(self, seed: int) -> None:
-        """Starts the random numbers anew: the same seed gives the same images."""
+        """Reseeds the random numbers: the same seed gives the same images."""
         self._all.seed_(seed)
 
     def deepcopy(self) -> FusedAugmenter:

@@ -121,5 +121,5 @@ KNOWN_CHANGES: dict[type[iaa.Augmenter], Callable[[iaa.Augmenter, np.ndarray], n
 
 
 def _get_random_state(augmenter: iaa.Augmenter) -> RNG:
-    """Returns what an augmenter draws from; one that was made deterministic starts anew each time."""
+    """Returns what an augmenter draws from; one that was made deterministic starts over each time."""
     return augmenter.random_state.copy() if augmenter.deterministic else augmenter.random_state

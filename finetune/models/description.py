@@ -29,7 +29,7 @@ STATE_MEMBER = "training_state.json"
 LARGEST_STATE = 2**28
 INSIDE = "own metadata"
 # Options that older versions did not have, and the values that describe their models.
-OF_BEFORE = {"resize_mode": "stretch", "test_image_size": []}
+LEGACY_DEFAULTS = {"resize_mode": "stretch", "test_image_size": []}
 # What a model cannot be used without, apart from its class names, and how to give it.
 NEEDED = {
     "image_target_size": "HEIGHT WIDTH 3",
@@ -167,8 +167,8 @@ def find_description(model_path: str) -> Description:
         shown = {"classes": [" ".join(name.splitlines()) for name in of_run["classes"]]}
         _refuse_difference(labels_path(model_path), names, configs_path, shown)
     options, sources = {}, {}
-    of_age = OF_BEFORE if of_run or own else {}
-    by_source = [(os.path.basename(labels_path(model_path)), names), (source or CONFIGS_FILE, of_age)]
+    legacy = LEGACY_DEFAULTS if of_run or own else {}
+    by_source = [(os.path.basename(labels_path(model_path)), names), (source or CONFIGS_FILE, legacy)]
     for said_by, said in (*by_source, (CONFIGS_FILE, of_run), (source, own)):
         options |= said
         sources |= dict.fromkeys(said, said_by)

@@ -37,7 +37,7 @@ def select_rows(sequence: AugmentedImageSequence, rows: np.ndarray) -> Augmented
 class FeatureSequence(AugmentedImageSequence):
     """Batches of features in the place of the images of another sequence, with its order, labels and shares.
 
-    It trains the classifier on a frozen backbone without running the backbone. Images are not augmented.
+    It trains the head on a frozen backbone without running the backbone. Images are not augmented.
 
     Args:
         features: float32 `(images, channels)`, in the order of `paths`, or of several views of each image

@@ -28,11 +28,11 @@ def prepare_backbone(
             layer.trainable = layer.trainable and not isinstance(layer, layers.BatchNormalization)
 
 
-def has_fixed_features(classifier: keras.Model) -> bool:
+def has_fixed_features(model: keras.Model) -> bool:
     """Tells whether what comes before the head is frozen, and gives an image the same features in training."""
-    if not has_parts(classifier):
+    if not has_parts(model):
         return False
-    before = classifier.layers[:-1]
+    before = model.layers[:-1]
     leaves = [leaf for layer in before for leaf in ([layer] if not hasattr(layer, "layers") else leaf_layers(layer))]
     # Frozen or not, dropout drops.
     is_random = any(isinstance(leaf, layers.Dropout) and leaf.rate for leaf in leaves)

@@ -68,7 +68,7 @@ def check_fit(
     class_names: Sequence[str],
     image_size: Sequence[int],
 ) -> None:
-    """Raises UserError where a model's shapes are not those of a classifier of such images into these classes."""
+    """Raises UserError where a model's shapes are not those that the configs name."""
     (batch, *inputs), expected = input_shape, (*image_size, 3)
     if len(output_shape) != 2 or output_shape[-1] != len(class_names):
         raise UserError(
@@ -87,35 +87,35 @@ def check_fit(
         )
 
 
-def build_inference_model(classifier: keras.Model, test_time_augmentation: str) -> keras.Model:
+def build_inference_model(model: keras.Model, test_time_augmentation: str) -> keras.Model:
     """Builds what a file holds: whatever reads it then answers as the run's validation did.
 
     Source: Krizhevsky et al., NIPS 2012, section 4.1, of the mirror images.
 
     Args:
-        classifier: from images `(batch, height, width, 3)` to probabilities `(batch, classes)`; it is shared.
+        model: from images `(batch, height, width, 3)` to probabilities `(batch, classes)`; it is shared.
         test_time_augmentation: `none` or `flip`.
 
     Returns:
-        A model of stock layers with the classifier's shapes and weights; its `optimizer` is not set.
+        A model of stock layers with the same shapes and weights; its `optimizer` is not set.
     """
     if test_time_augmentation == "none":
-        return keras.Model(classifier.inputs, classifier.outputs, name=classifier.name)
-    (image,) = classifier.inputs
+        return keras.Model(model.inputs, model.outputs, name=model.name)
+    (image,) = model.inputs
     images = keras.Input(image.shape[1:], dtype=image.dtype, name=image.name)
     # A model that was read from a file may give its one output in a list.
-    views = keras.tree.flatten([classifier(images), classifier(keras.ops.flip(images, axis=2))])
+    views = keras.tree.flatten([model(images), model(keras.ops.flip(images, axis=2))])
     return keras.Model(images, keras.layers.Average(name="mean")(views), name=MEAN_OF_VIEWS)
 
 
-def get_classifier(model: keras.Model) -> keras.Model:
-    """Returns the classifier, which answers to an image as it is, of a model as it is saved; any other model itself."""
+def strip_views(model: keras.Model) -> keras.Model:
+    """Returns the model that a saved one asks about each view of an image; any other model itself."""
     if model.name != MEAN_OF_VIEWS:
         return model
-    (classifier,) = (layer for layer in model.layers if isinstance(layer, keras.Model))
-    return classifier
+    (inner,) = (layer for layer in model.layers if isinstance(layer, keras.Model))
+    return inner
 
 
 def has_views(model: keras.Model) -> bool:
     """Tells whether a model answers with the mean over an image and its mirror image."""
-    return get_classifier(model) is not model
+    return strip_views(model) is not model

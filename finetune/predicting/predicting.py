@@ -105,10 +105,10 @@ def classify_image(
 
 
 def _take_input_size(model: keras.Model | ExportedModel, class_names: Sequence[str]) -> tuple[int, int]:
-    """Returns the `(height, width)` of a model's images; raises UserError where it is no classifier into the names."""
+    """Returns the `(height, width)` of a model's images; raises UserError where it is no model of the names."""
     shape, outputs = getattr(model, "input_shape", None), getattr(model, "output_shape", None)
     if not isinstance(shape, tuple) or not isinstance(outputs, tuple) or len(shape) != 4 or None in shape[1:]:
-        raise argument_error("model", "a classifier of images of one size, such as load_model returns", model)
+        raise argument_error("model", "a model of images of one size, such as load_model returns", model)
     if len(class_names) != outputs[-1]:
         raise argument_error("class_names", f"{outputs[-1]} names, one for each class of the model", class_names)
     return shape[1:3]

@@ -46,7 +46,7 @@ INDEX_FILE = "index.html"
 def colour_table(colormap: str) -> np.ndarray:
     """Returns the RGB of each of 256 values, uint8 `(256, 3)`.
 
-    OpenCV builds this table anew in every call, which takes longer than all else in a picture.
+    OpenCV builds this table again in every call, which takes longer than all else in a picture.
 
     Args:
         colormap: OpenCV's name, in lower case.

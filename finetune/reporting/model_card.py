@@ -21,7 +21,7 @@ from finetune.evaluation.decision_file import DECISION_FILE
 from finetune.evaluation.evaluation import find_worst
 from finetune.evaluation.paired_comparison import describe_epoch
 from finetune.exporting.exports import WEIGHTS
-from finetune.models.description import OF_BEFORE, hash_model
+from finetune.models.description import LEGACY_DEFAULTS, hash_model
 from finetune.models.formats import FORMATS, MODEL_SUFFIXES
 from finetune.reporting.log_figures import LOG_METRICS, read_log
 from finetune.reporting.summaries import (
@@ -52,7 +52,7 @@ PARTS = (DATA_FILE, STATISTICS_FILE, DECISION_FILE, METRICS_FILE, COMPRESSION_FI
 UNKNOWN_CONTENT = "its content is not as this version writes it"
 # What content raises that is not as the scripts write it.
 CONTENT_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, jinja2.TemplateError)
-# Figures that Hugging Face's metadata knows: name in metrics.json, and there.
+# Metrics that Hugging Face's metadata knows: name in metrics.json, and there.
 METRIC_TYPES = {"accuracy": "accuracy", "exact_match_accuracy": "accuracy", "macro_f1": "f1", "mean_auroc": "roc_auc"}
 PATH_ENDINGS = ("_csv", "_directory", "_path")
 # The card warns from there on: points between an interval's ends, and images of the largest class to the smallest.
@@ -156,7 +156,7 @@ def _is_usable(folder: str, stored: dict[str, Any], name: str, part: dict[str, A
 
 def _render(folder: str, stored: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
     """Returns the card of stored options and what other files of the run hold; raises any of `CONTENT_ERRORS`."""
-    configs = Configs.defaults() | OF_BEFORE | stored
+    configs = Configs.defaults() | LEGACY_DEFAULTS | stored
     data, stats, decision, results, compression = (parts.get(name) for name in PARTS)
     # test.py writes both; train.py removes the decision of a model that it is about to replace.
     results = results if results and results["decision"] == decision else None
@@ -185,9 +185,9 @@ def _render(folder: str, stored: dict[str, Any], parts: dict[str, dict[str, Any]
 
 
 def _note_selection(test: dict[str, Any], data: dict[str, Any] | None, configs: dict[str, Any]) -> None:
-    """Notes with a test set's figures whether it selected the model: under whichever name, its content tells."""
+    """Notes with a test set's metrics whether it selected the model: under whichever name, its content tells."""
     is_same = bool(data) and test.get("sha256") == data["validation"]["sha256"]
-    # Figures of before test.py told have no such field.
+    # Those that an older test.py wrote have no such field.
     test["selected_the_model"] = is_same or test.get("selected_the_model", not configs["validation_csv"])
 
 
@@ -225,12 +225,12 @@ def _describe_results(results: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _choose_rows(per_class: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns the figures of the classes that the card lists: all, or of many the worst."""
+    """Returns the metrics of the classes that the card lists: all, or of many the worst."""
     return per_class if len(per_class) <= MOST_LISTED else find_worst(per_class)
 
 
 def _list_measured(results: dict[str, Any] | None) -> list[dict[str, str]]:
-    """Lists the test figures that Hugging Face's metadata knows: `type`, `title` and `value`."""
+    """Lists the test metrics that Hugging Face's metadata knows: `type`, `title` and `value`."""
     test = results["sets"]["test"] if results else {}
     found = {name: test[name] for name in METRIC_TYPES if test.get(name) is not None}
     # With a fixed number of digits: YAML takes 1e-05 for a text.
@@ -266,11 +266,11 @@ def _list_recipe(configs: dict[str, Any]) -> dict[str, str]:
     if configs["load_model_path"] and not _goes_on(configs):
         start = f"the model {base_name(configs['load_model_path'])}"
     elif configs["head_initialization"] == "linear_probe":
-        start += ", its classifier from a logistic regression on the training images"
+        start += ", its head from a logistic regression on the training images"
     layers, head_epochs = configs["conv_layers_to_train"], configs["head_epochs"]
-    parts = {-1: "the whole network", 0: "the classifier; the backbone is frozen"}
-    trained = parts.get(layers, f"the classifier and the backbone from its last {layers} convolutions on")
-    rows = {"Start": start, "Trained": f"the classifier for {head_epochs} epochs, then " * bool(head_epochs) + trained}
+    parts = {-1: "the whole network", 0: "the head; the backbone is frozen"}
+    trained = parts.get(layers, f"the head and the backbone from its last {layers} convolutions on")
+    rows = {"Start": start, "Trained": f"the head for {head_epochs} epochs, then " * bool(head_epochs) + trained}
     defaults = Configs.defaults()
     for heading, (always, changed) in RECIPE.items():
         names = [*always, *(name for name in changed if configs[name] != defaults[name])]
@@ -299,17 +299,17 @@ def _list_progress(folder: str, configs: dict[str, Any], stats: dict[str, Any] |
     place = describe_epoch(epoch, stats.get("kept_share"), is_refitted) + ", the start" * (epoch == 0)
     rows["Best epoch"] = f"{place}: {stats['monitor']} {stats['best']:.4f}"
     if place != str(epoch):
-        # The log has the figures of no start and of no average.
+        # The log has the metrics of no start and of no average.
         return rows
     path = os.path.join(folder, LOG_FILE)
     try:
         log = read_log(path) if os.path.isfile(path) else None
     except UserError as error:
-        print(f"The model card has no figures of the best epoch: {error}")
+        print(f"The model card has no metrics of the best epoch: {error}")
         return rows
     for row in [] if log is None else log[log["epoch"] == epoch].to_dict("records"):
-        figures = {name: value for name, value in row.items() if name.removeprefix("val_") in LOG_METRICS}
-        rows["Its figures"] = "; ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        metrics = {name: value for name, value in row.items() if name.removeprefix("val_") in LOG_METRICS}
+        rows["Its metrics"] = "; ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     return rows
 
 
@@ -348,7 +348,7 @@ def _list_loading(
 
 
 def _list_limits(configs: dict[str, Any], data: dict[str, Any] | None, results: dict[str, Any] | None) -> list[str]:
-    """Lists what the figures do not tell and what the model cannot do, in sentences."""
+    """Lists what the metrics do not tell and what the model cannot do, in sentences."""
     found = list_warnings(results, configs) if results else ["Nothing has been measured on a test set yet."]
     test, several = results["sets"]["test"] if results else {}, configs["multi_label_classification"]
     measure = "exact_match_accuracy" if several else "accuracy"

@@ -34,7 +34,7 @@ from finetune.training.run_folder import LOG_FILE
 
 CONFUSIONS_LISTED = 8
 FILES = {
-    "metrics.json": "every figure of this page, with intervals, for programs",
+    "metrics.json": "every metric of this page, with intervals, for programs",
     "predictions.csv": "each test image's labels, prediction and probabilities",
     "confusion_matrix.png": "the confusion matrix",
     "roc_curves.png": "the ROC curves",
@@ -43,7 +43,7 @@ FILES = {
     "report.html": "this page",
     "decision.json": "beside the model: temperature and thresholds, which predict.py uses",
 }
-# The options that test.py's figures depend on, beside those that the model's own configs.json knows.
+# The options that test.py's metrics depend on, beside those that the model's own configs.json knows.
 REPRODUCING = ("train_csv", "validation_csv", "test_csv", "image_directory", "csv_label_column")
 REPRODUCING += ("multilabel_threshold_range", "report_by", "random_seed", "cam_method", "cam_classes", "cam_top_k")
 REPRODUCING += ("cam_alpha", "cam_colormap", "cam_backbone_layer")

@@ -46,7 +46,7 @@ CLASS_COLUMNS = {
     "f1_at_best_f1_threshold": "F1 at it",
 }
 CHOSEN_ON_TEST_SET = (
-    "There was no validation set, so the test set chose the epoch of the best model: its figures are optimistic. "
+    "There was no validation set, so the test set chose the epoch of the best model: its metrics are optimistic. "
     "Train with validation_csv for honest ones."
 )
 FEW_IMAGES = 10
@@ -109,7 +109,7 @@ def quote_yaml(text: str) -> Markup:
 
 
 def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]:
-    """Lists the reasons to doubt the figures, in sentences.
+    """Lists the reasons to doubt the metrics, in sentences.
 
     Args:
         results: the content of metrics.json.
@@ -117,13 +117,13 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
     """
     test, decision = results["sets"]["test"], results["decision"]
     found = []
-    # Figures of before test.py told have no such field.
+    # Those that an older test.py wrote have no such field.
     if test.get("selected_the_model", not configs.get("validation_csv")):
         found.append(CHOSEN_ON_TEST_SET)
     if trained_on := test.get("images_trained_on"):
         found.append(
             f"The model was trained on {trained_on} of the {test['images']} test images, or selected by them: the "
-            "figures are too good."
+            "metrics are too good."
         )
     if sentence := describe_leak(test):
         found.append(sentence)
@@ -140,7 +140,7 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
         "No test image has the label of these classes, so that nothing is known of them": [
             name for name, support in supports.items() if not support
         ],
-        f"Fewer than {FEW_IMAGES} test images have the label of these classes, so that their figures are rough": [
+        f"Fewer than {FEW_IMAGES} test images have the label of these classes, so that their metrics are rough": [
             name for name, support in supports.items() if 0 < support < FEW_IMAGES
         ],
         "AUROC is undefined for these classes and left out of the mean": [
@@ -152,7 +152,7 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
 
 
 def _list_warnings_of_groups(test: dict[str, Any]) -> list[str]:
-    """Lists the reasons to doubt figures of images that lie in groups, in sentences; none without groups."""
+    """Lists the reasons to doubt metrics of images that lie in groups, in sentences; none without groups."""
     number = test.get("groups")
     if number is None:
         return []
@@ -169,15 +169,15 @@ def _list_warnings_of_groups(test: dict[str, Any]) -> list[str]:
 
 
 def list_headlines(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lists the headline figures: title, meaning, value by set, and the test set's interval where it has one."""
+    """Lists the headline metrics: title, meaning, value by set, and the test set's interval where it has one."""
     sets = results["sets"]
     intervals = sets["test"].get("intervals", {})
     rows = [
-        (*HEADLINES[name], {key: figures.get(name) for key, figures in sets.items()}, intervals.get(name))
+        (*HEADLINES[name], {key: metrics.get(name) for key, metrics in sets.items()}, intervals.get(name))
         for name in HEADLINES
         if name in sets["test"]
     ]
-    errors = {key: figures["calibration"]["expected_calibration_error"] for key, figures in sets.items()}
+    errors = {key: metrics["calibration"]["expected_calibration_error"] for key, metrics in sets.items()}
     rows.append((*CALIBRATION_HEADLINE, errors, intervals.get("expected_calibration_error")))
     return [
         {

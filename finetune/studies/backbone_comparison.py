@@ -65,7 +65,7 @@ class Candidate(NamedTuple):
         probabilities: of the probe, out of fold, `(images, classes)`; NaN for an image that could not be read.
         images_per_second: whose features this machine computes, reading included; the best of several measurements.
         training_seconds: to expect of `num_epochs` epochs on all of train_csv; an estimate.
-        parameters: of the model, its classifier included.
+        parameters: of the model, head included.
         multiply_adds: that its features take of one image; 0 where that is not known.
         speed_noise: as `measure_noise` gives it: how many times its least one the median time of the measurement is.
         timing: what its speed is measured by.
@@ -348,29 +348,29 @@ def rank(probed: Probed, class_names: Sequence[str], multi_label: bool, seed: in
         suggested one; `on_front`, whether none is both better and faster.
     """
     labels, answers, groups = probed.get_common()
-    figure = "mean_average_precision" if multi_label else "accuracy"
+    metric = "mean_average_precision" if multi_label else "accuracy"
     rows = []
     for one, probabilities in zip(probed.candidates, answers, strict=True):
         decision = Decision(list(class_names), multi_label)
-        interval = get_intervals(labels, probabilities, decision, seed, groups=groups)[figure]
+        interval = get_intervals(labels, probabilities, decision, seed, groups=groups)[metric]
         value = float(np.mean(probabilities.argmax(axis=1) == labels)) if not multi_label else None
         if multi_label:
             value = mean_of_defined(get_average_precisions(labels, probabilities))
         size = dict(zip(("height", "width"), one.image_size, strict=True))
-        row = {"backbone": one.backbone, **size, figure: value, "low": interval[0], "high": interval[1]}
+        row = {"backbone": one.backbone, **size, metric: value, "low": interval[0], "high": interval[1]}
         row |= {"images": len(labels), "images_per_second": one.images_per_second}
         row |= {"training_seconds": one.training_seconds, "parameters": one.parameters}
         row |= {"multiply_adds": one.multiply_adds, "speed_noise": one.speed_noise}
         rows.append(row | {"megabytes": one.parameters * FLOAT_BYTES / 1e6})
     table = pd.DataFrame(rows)
-    order = np.lexsort((-table["images_per_second"], -table[figure]))
+    order = np.lexsort((-table["images_per_second"], -table[metric]))
     scores = np.array([score_images(labels, answers[place]) for place in order])
     table = table.iloc[order].reset_index(drop=True)
     if not multi_label:
         table = table.assign(**rank_by_balance(labels, [answers[place] for place in order]))
     if groups is not None:
         table.insert(table.columns.get_loc("images") + 1, "groups", count_groups(groups, len(groups)))
-    return judge(table, figure, scores, groups)
+    return judge(table, metric, scores, groups)
 
 
 def rank_by_balance(labels: np.ndarray, answers: Sequence[np.ndarray]) -> dict[str, np.ndarray | float]:
@@ -392,14 +392,14 @@ def rank_by_balance(labels: np.ndarray, answers: Sequence[np.ndarray]) -> dict[s
     return {"balanced_accuracy": values, "balanced_rank": ranks, "largest_share": counts.max() / len(labels)}
 
 
-def judge(table: pd.DataFrame, figure: str, scores: np.ndarray, groups: np.ndarray | None = None) -> pd.DataFrame:
+def judge(table: pd.DataFrame, metric: str, scores: np.ndarray, groups: np.ndarray | None = None) -> pd.DataFrame:
     """Adds to a ranking the differences that count, the suggestion and the front, as `rank` returns them.
 
     Suggested is the fastest of those that are not told apart from the best, as `choose_fastest` finds it.
 
     Args:
         table: the best first.
-        figure: the column that it is ordered by.
+        metric: the column that it is ordered by.
         scores: of each image by each candidate, `(candidates, images)`.
         groups: of the images, as `number_groups` gives them.
     """
@@ -418,20 +418,20 @@ def judge(table: pd.DataFrame, figure: str, scores: np.ndarray, groups: np.ndarr
         suggested=places == suggested,
         measured_fastest=places == fastest,
         not_told_apart=is_same & (places != suggested),
-        on_front=find_front(table[figure].to_numpy(), speeds),
+        on_front=find_front(table[metric].to_numpy(), speeds),
     )
 
 
-def find_front(figures: np.ndarray, speeds: np.ndarray) -> np.ndarray:
+def find_front(values: np.ndarray, speeds: np.ndarray) -> np.ndarray:
     """Tells which candidates none other beats in one of two numbers without being worse in the other.
 
     Args:
-        figures: `(candidates,)`, higher is better.
+        values: `(candidates,)`, higher is better.
         speeds: likewise.
 
     Returns:
         bool `(candidates,)`.
     """
-    at_least = (figures[:, None] >= figures) & (speeds[:, None] >= speeds)
-    above = (figures[:, None] > figures) | (speeds[:, None] > speeds)
+    at_least = (values[:, None] >= values) & (speeds[:, None] >= speeds)
+    above = (values[:, None] > values) | (speeds[:, None] > speeds)
     return ~(at_least & above).any(axis=0)

@@ -21,7 +21,7 @@ from finetune.data.groups import describe_group_count
 from finetune.reporting.figures import COLOURS, MUTED, PRINTED_DPI, style
 from finetune.studies.backbone_comparison import TOLD_APART, show_size
 
-FIGURES = {"accuracy": "Accuracy", "mean_average_precision": "Mean average precision"}
+METRICS = {"accuracy": "Accuracy", "mean_average_precision": "Mean average precision"}
 LONGEST_REASON = 160
 # From this difference of accuracy and balanced accuracy on, both are shown.
 LEAST_IMBALANCE = 0.02
@@ -33,9 +33,9 @@ DISTANCES = (9, 18, 30, 44, 60, 80)
 DOT = 6
 
 
-def get_figure_name(ranking: pd.DataFrame) -> str:
+def get_metric_name(ranking: pd.DataFrame) -> str:
     """Returns the column that a ranking is ordered by."""
-    return next(name for name in FIGURES if name in ranking)
+    return next(name for name in METRICS if name in ranking)
 
 
 def name_candidates(ranking: pd.DataFrame) -> list[str]:
@@ -87,8 +87,8 @@ def describe_balance(ranking: pd.DataFrame) -> str:
 
 def format_ranking(ranking: pd.DataFrame) -> str:
     """Lays a ranking out, a line a candidate."""
-    figure, balanced = get_figure_name(ranking), is_imbalanced(ranking)
-    quality = (figure.replace("_", " "), "95 % interval", *["balanced accuracy"] * balanced)
+    metric, balanced = get_metric_name(ranking), is_imbalanced(ranking)
+    quality = (metric.replace("_", " "), "95 % interval", *["balanced accuracy"] * balanced)
     rows = [("", "size", *quality, "images/s", "training", "parameters", "MB", "")]
     for row in ranking.to_dict("records"):
         note = "suggested" if row["suggested"] else "not told apart from it" if row["not_told_apart"] else ""
@@ -98,7 +98,7 @@ def format_ranking(ranking: pd.DataFrame) -> str:
             costs = (f"{row['balanced_accuracy']:.3f}", *costs)
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
         size = show_size(row["height"], row["width"])
-        rows.append((row["backbone"], size, f"{row[figure]:.3f}", interval, *costs, note))
+        rows.append((row["backbone"], size, f"{row[metric]:.3f}", interval, *costs, note))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]).rstrip() for row in rows
@@ -150,7 +150,7 @@ def describe_contradiction(ranking: pd.DataFrame) -> str:
 
 
 def draw_ranking(ranking: pd.DataFrame, write_path: str) -> str:
-    """Draws the figure over the speed beside a table's file, as a PNG file.
+    """Draws the metric over the speed beside a table's file, as a PNG file.
 
     Args:
         ranking: as `backbone_comparison.rank` gives it.
@@ -166,8 +166,8 @@ def draw_ranking(ranking: pd.DataFrame, write_path: str) -> str:
 
 
 def draw_front(ranking: pd.DataFrame) -> Figure:
-    """Draws each figure, with its interval, over the speed, and the front of those that none beats in both."""
-    column = get_figure_name(ranking)
+    """Draws the metric of each, with its interval, over the speed, and the front of those that none beats in both."""
+    column = get_metric_name(ranking)
     figure = Figure(figsize=(8.6, 5.6), layout="constrained")
     axes = figure.add_subplot()
     speeds, values = ranking["images_per_second"].to_numpy(), ranking[column].to_numpy()
@@ -185,7 +185,7 @@ def draw_front(ranking: pd.DataFrame) -> Figure:
         if chosen.any():
             points = (speeds[chosen], values[chosen])
             axes.scatter(*points, s=size, marker=marker, color=colour, edgecolor="white", label=label, zorder=3)
-    axes.set(xscale="log", xlabel="Images a second, features alone", ylabel=FIGURES[column])
+    axes.set(xscale="log", xlabel="Images a second, features alone", ylabel=METRICS[column])
     axes.margins(x=0.16, y=0.08)
     set_speed_ticks(axes, speeds)
     axes.grid(alpha=0.3)

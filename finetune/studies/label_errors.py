@@ -32,7 +32,7 @@ from finetune.data.stores import join_path
 from finetune.data.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table, resolve_class_names
 from finetune.evaluation.decision_file import read_decision
 from finetune.models.heads import has_parts
-from finetune.models.model_files import get_classifier, has_views, load_fitting_model
+from finetune.models.model_files import has_views, load_fitting_model, strip_views
 from finetune.training.feature_store import get_features
 from finetune.training.probe import cross_validate, split_head
 from finetune.training.run_data import IMAGES_FILE, READING_OPTIONS, find_trained_images
@@ -104,7 +104,7 @@ def get_judge(configs: Configs, csv_path: str) -> tuple[Judge, Configs]:
     if configs.load_model_path:
         path, configs = find_trained_model(configs, READING_OPTIONS)
         model = load_fitting_model(path, configs.classes, get_input_size(configs))
-        if not has_parts(get_classifier(model)):
+        if not has_parts(strip_views(model)):
             raise UserError(f"{path} has no parts 'backbone' and 'classifier'. Name a model that train.py has written.")
         refuse_one_label(configs.classes, csv_path)
         print(name_model(configs, path))
@@ -161,8 +161,8 @@ def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
         refuse_labels_of_all(sequence.labels, configs.classes, csv_path)
         refuse_lone_classes(sequence.labels, sequence.get_groups(), len(configs.classes), csv_path)
     rows = np.setdiff1d(np.arange(2, len(names) + 2), np.array(sorted(left_out), int))
-    classifier = get_classifier(judge.model)
-    features, is_read = get_features(classifier, sequence, configs.image_cache_path)
+    model = strip_views(judge.model)
+    features, is_read = get_features(model, sequence, configs.image_cache_path)
     tell_bad_images(sequence)
     if not is_read.any():
         raise UserError(f"{csv_path}: none of the {len(rows)} images can be read. Check image_directory.")
@@ -174,7 +174,7 @@ def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
     if judge.path:
         mirrored = None
         if has_views(judge.model):
-            mirrored = get_features(classifier, sequence, configs.image_cache_path, mirrored=True)[0][is_read]
+            mirrored = get_features(model, sequence, configs.image_cache_path, mirrored=True)[0][is_read]
         probabilities = answer(judge, features, mirrored, configs)
     else:
         probabilities = answer_out_of_fold(
@@ -219,7 +219,7 @@ def find_learnt_rows(
 
 def answer(judge: Judge, features: np.ndarray, mirrored: np.ndarray | None, configs: Configs) -> np.ndarray:
     """Returns a run's calibrated probabilities of images, `(images, classes)`, by their features."""
-    head = split_head(get_classifier(judge.model))
+    head = split_head(strip_views(judge.model))
     views = [features] if mirrored is None else [features, mirrored]
     probabilities = np.mean([head.predict(view, batch_size=1024, verbose=0) for view in views], axis=0)
     folder = os.path.dirname(os.path.abspath(judge.path))

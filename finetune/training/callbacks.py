@@ -68,7 +68,7 @@ class Validation(keras.callbacks.Callback):
         return self.sequence.get_groups()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Predicts the validation images and adds their figures to `logs`, which the callbacks after this one see."""
+        """Predicts the validation images and adds their metrics to `logs`, which the callbacks after this one see."""
         probabilities, is_read = self.model.predict_sequence(self.sequence)
         y_true = self.sequence.get_labels(np.flatnonzero(is_read))
         self.y_true, self.probabilities, self.is_read = y_true, probabilities, is_read

@@ -10,7 +10,7 @@ import numpy as np
 
 from finetune.core.files import duplicate_file
 from finetune.evaluation.metrics import none_if_undefined
-from finetune.models.model_files import get_classifier, load_model
+from finetune.models.model_files import load_model, strip_views
 from finetune.training.callbacks import Validation, name_monitor
 from finetune.training.checkpoint_writer import CheckpointWriter
 from finetune.training.run_folder import BEST_MODEL, LATEST_MODEL, START_MODEL, find_start_model
@@ -104,7 +104,7 @@ class ModelSelection:
         path, own = find_start_model(self.source), os.path.join(self.writer.folder, START_MODEL)
         if self.writer.run.team.is_chief and not os.path.exists(own):
             duplicate_file(path, own)
-        return get_classifier(load_model(path)).get_weights()
+        return strip_views(load_model(path)).get_weights()
 
     def _bring_best(self) -> None:
         """Keeps the best model so far in the run's own folder too."""

@@ -65,7 +65,7 @@ def prepare_phase(run: Run, phase: Phase, state: dict[str, Any] | None) -> Train
     part = split_head(run.model) if trains_on_features(run.model, changes_images(run.configs)) else run.model
     optimizer = run.start.optimizer if continues else None
     trained = get_training_model(part, run.configs, run.losses.training, optimizer)
-    # Checkpoints of before the option head_epochs have the one rate of their configs.
+    # Checkpoints without the option head_epochs, of older versions, have the one rate of their configs.
     if not continues or phase.learning_rate != state.get("learning_rate", state["configs"]["learning_rate"]):
         trained.optimizer.learning_rate = phase.learning_rate
     return trained

@@ -17,7 +17,7 @@ from finetune.data.tables import count_labels, resolve_class_names, warn_of_miss
 from finetune.models.description import hash_model
 from finetune.models.freezing import has_fixed_features
 from finetune.models.losses import get_losses
-from finetune.models.model_files import get_classifier, load_fitting_model
+from finetune.models.model_files import load_fitting_model, strip_views
 from finetune.training.head_fit import HeadFit
 from finetune.training.resuming import check_same_data
 from finetune.training.run import Images, Run, Start
@@ -99,7 +99,7 @@ def get_images(configs: Configs, bad_rows: dict[str, set[int]], shares: Shares) 
     if not configs.validation_csv:
         print(
             f"No validation_csv is given: the test set {configs.test_csv} also selects the best model, "
-            "so its figures will be optimistic."
+            "so its metrics will be optimistic."
         )
     training = get_generator(configs.train_csv, configs.classes, configs, True, bad_rows[configs.train_csv], shares)
     validation = get_generator(validation_csv, configs.classes, configs, False, bad_rows[validation_csv], shares)
@@ -134,7 +134,7 @@ def get_start(
     if model_path:
         size = get_input_size(configs)
         loaded = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
-        return Start(get_classifier(loaded), loaded.optimizer if state else None)
+        return Start(strip_views(loaded), loaded.optimizer if state else None)
     model = ModelFactory().get_model(configs)
     if configs.head_initialization != "linear_probe":
         return Start(model)

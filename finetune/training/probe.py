@@ -1,4 +1,4 @@
-"""The classifier on a frozen backbone's features: logistic regression, its strength by cross-validation."""
+"""The head on a frozen backbone's features: logistic regression, its strength by cross-validation."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from finetune.core.files import check_folder
 from finetune.core.labels import look_the_same
 from finetune.core.options import UserError
 from finetune.core.values import quote_difference
-from finetune.models.description import OF_BEFORE
+from finetune.models.description import LEGACY_DEFAULTS
 from finetune.training.phases import count_epochs
 from finetune.training.run_data import (
     TABLE_OPTIONS,
@@ -94,7 +94,7 @@ def stops_early(epochs_completed: int, best_epoch: int | None, patience: int, he
 
 
 def report_end(state: dict[str, Any] | None, configs: Configs) -> dict[str, Any]:
-    """Returns the figures of a run that has nothing left to do, and prints that; empty if it goes on."""
+    """Returns the metrics of a run that has nothing left to do, and prints that; empty if it goes on."""
     if not state or not has_ended(state, configs):
         return {}
     print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
@@ -102,7 +102,7 @@ def report_end(state: dict[str, Any] | None, configs: Configs) -> dict[str, Any]
 
 
 def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str) -> Configs:
-    """Settles each option of a continued run: as it was, or as the user wants it now.
+    """Resolves each option of a continued run: as it was, or as the user wants it now.
 
     What the user gives now holds, unless it would change the model or the order of the data; what was given when
     the run began and is not given now holds on; the rest comes from `configs.py`.
@@ -118,7 +118,7 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
     Raises:
         UserError: names the options that cannot change.
     """
-    stored, options = OF_BEFORE | state["configs"], Configs.options()
+    stored, options = LEGACY_DEFAULTS | state["configs"], Configs.options()
     configs = disown_paths(configs, model_path)
     kept, home = locate_from_here(configs, state, model_path)
     faults = []

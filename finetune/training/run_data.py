@@ -272,8 +272,8 @@ def refuse_trained_images(
     )
     if not allow_duplicates:
         raise UserError(
-            f"{what} Its figures on them would be too good. Name other images by --test_csv, drop the rows, or allow "
+            f"{what} Its metrics on them would be too good. Name other images by --test_csv, drop the rows, or allow "
             "it by --allow_duplicates True."
         )
-    print(f"Warning: {what} The figures are optimistic.")
+    print(f"Warning: {what} The metrics are optimistic.")
     return len(found)

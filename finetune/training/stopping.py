@@ -45,7 +45,7 @@ class FiniteLoss(keras.callbacks.Callback):
     def _check(self, name: str, value: float, moment: str) -> None:
         if not np.isfinite(value):
             raise UserError(
-                f"The {name} is {value} in {moment}. What {self.folder} holds is of before. Lower learning_rate, and "
+                f"The {name} is {value} in {moment}. What {self.folder} holds is from before. Lower learning_rate, and "
                 "continue with load_model_path."
             )
 

@@ -130,7 +130,7 @@ def name_model(configs: Configs, model_path: str) -> str:
 def take_data_options(configs: Configs, model_path: str, names: Sequence[str] = DATA_OPTIONS) -> Configs:
     """Takes where the images are from the `configs.json` beside a model, unless given, and prints what that changes.
 
-    A training or validation table that is no longer there is left out: figures of the test set need none.
+    A training or validation table that is no longer there is left out: metrics of the test set need none.
     """
     configs, stored = disown_paths(configs, model_path), locate_run_data(model_path)
     taken = {name: stored[name] for name in names if name in stored and name not in configs.given}
@@ -204,7 +204,7 @@ def check_test_images(model_path: str, test_csv: str, files: Sequence[str], allo
     has_other = os.path.isfile(own_test) and os.path.realpath(own_test) != os.path.realpath(test_csv)
     may_select = has_selected(model_path, test_csv) and not has_other
     if may_select:
-        print(f"{test_csv} also selected the best model: its figures are optimistic.")
+        print(f"{test_csv} also selected the best model: its metrics are optimistic.")
     names = ["training", *["validation"] * (not may_select)]
     folder = os.path.dirname(os.path.abspath(model_path))
     return refuse_trained_images(folder, test_csv, files, names, allow_duplicates)

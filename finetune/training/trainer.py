@@ -83,7 +83,7 @@ def get_training_model(
     loss: Callable,
     optimizer: keras.optimizers.Optimizer | None = None,
 ) -> TrainingModel:
-    """Builds what trains a classifier, or its head on features, in the scope of a strategy.
+    """Builds what trains a model, or its head on features, in the scope of a strategy.
 
     Args:
         model: gives probabilities `(batch, classes)`.
@@ -118,7 +118,7 @@ def accept_any_size(model: keras.Model) -> None:
 
 
 class TrainingModel(keras.Model):
-    """A classifier, or a part of one, with the loop that trains it: on one device, or on several as on one.
+    """A model, or a part of one, with the loop that trains it: on one device, or on several as on one.
 
     The loop is not Keras's `fit`, because under `tf.distribute` that of Keras 3.15 ends with an error on several hosts
     (keras-team/keras issue 20585), takes the mean of uneven shares as if they were even, and leaves to each device

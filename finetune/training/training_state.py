@@ -24,7 +24,7 @@ def read_state(path: str) -> dict[str, Any] | None:
     """Returns the training's state that a model file carries; None where it carries none.
 
     Raises:
-        UserError: the state is damaged: to start anew in its place would lose the run.
+        UserError: the state is damaged: starting over in its place would lose the run.
     """
     try:
         state = read_member(path, STATE_MEMBER, LARGEST_STATE)

@@ -27,9 +27,9 @@ class Kept(NamedTuple):
 
     Attributes:
         share: of the way from the start (0) to the last epoch (1).
-        is_refitted: its head stands as far on the way to one that was then fitted anew.
-        weights: of the classifier.
-        logs: its validation figures, as `Validation` names them.
+        is_refitted: its head stands as far on the way to the refitted one.
+        weights: of the model.
+        logs: its validation metrics, as `Validation` names them.
         aurocs: multi-label: of each class.
     """
 
@@ -46,7 +46,7 @@ def mix_weights(start: Sequence[np.ndarray], end: Sequence[np.ndarray], share: f
 
 
 def choose_weights(
-    classifier: keras.Model,
+    model: keras.Model,
     start: Sequence[np.ndarray],
     validation: Validation,
     logs: dict[str, float],
@@ -55,10 +55,10 @@ def choose_weights(
     """Validates averages of the weights before and after fine-tuning, and chooses by the images' log loss.
 
     Where both lie in one basin an average is often better than either, above all on few photos like those that the
-    backbone has learnt from. The batch normalisation's statistics are averaged too: taken anew from the training
+    backbone has learnt from. The batch normalisation's statistics are averaged too: recomputed from the training
     images, they cost 2 points of accuracy on 300 photos of flowers.
 
-    The average of two heads belongs to no features, and one fitted anew to an average's features is too sure of itself,
+    The average of two heads belongs to no features, and one refitted to an average's features is too sure of itself,
     the more so where the network has learnt its photos by heart: where `refit` is given, the head of the weights at a
     share of the way is that share of the way from the one to the other, the last epoch's the fitted one. On 20 and 60
     photos of a class what was kept had 0.9 points more by heads that were all fitted, and on 20 flowers 0.4 on top.
@@ -66,22 +66,22 @@ def choose_weights(
     Source: Wortsman et al., CVPR 2022 (arXiv:2109.01903), section 4; Kumar et al., ICLR 2022 (arXiv:2202.10054).
 
     Args:
-        classifier: has the last epoch's weights, and has them again in the end.
+        model: has the last epoch's weights, and has them again in the end.
         start: the weights that training started from.
         validation: has just measured the last epoch's model.
-        logs: the figures that it found.
-        refit: fits the classifier's head anew to the training images.
+        logs: the metrics that it found.
+        refit: refits the model's head to the training images.
 
     Returns:
         The start, or of the averages, from the start on, the last one that is better than the one kept so far, by more
         than a quarter of the standard error of the paired difference. Why is printed.
     """
-    last = Kept(1.0, False, classifier.get_weights(), logs, validation.aurocs), validation.get_losses()
-    tried = _measure_averages(classifier, start, validation, refit)
+    last = Kept(1.0, False, model.get_weights(), logs, validation.aurocs), validation.get_losses()
+    tried = _measure_averages(model, start, validation, refit)
     if refit is None:
         tried.append(last)
     shown = "; ".join(f"{kept.share:.0%} {np.nanmean(losses):.4f}" for kept, losses in tried)
-    head, groups = " with a head fitted anew" if refit else "", validation.get_groups()
+    head, groups = " with a refitted head" if refit else "", validation.get_groups()
     print(f"\nLog loss of the validation images, from the start (0%) to the last epoch{head} (100%): {shown}.")
     if groups is not None:
         print(f"The validation images lie{describe_groups(groups)}: {describe_errors(groups)}.")
@@ -105,22 +105,22 @@ def _compare(losses: np.ndarray, others: np.ndarray, groups: np.ndarray | None) 
 
 
 def _measure_averages(
-    classifier: keras.Model,
+    model: keras.Model,
     start: Sequence[np.ndarray],
     validation: Validation,
     refit: Callable[[], Any] | None,
 ) -> list[tuple[Kept, np.ndarray]]:
     """Validates the start's weights, first, and averages; returns each with the losses of the images."""
-    end, measured = classifier.get_weights(), []
+    end, measured = model.get_weights(), []
     for share in SHARES if refit is None else (*SHARES, 1.0):
         mixed = mix_weights(start, end, share)
-        classifier.set_weights(mixed)
+        model.set_weights(mixed)
         if is_refitted := refit is not None and share > 0:
             refit()
-            classifier.set_weights(mix_weights(mixed, classifier.get_weights(), share))
+            model.set_weights(mix_weights(mixed, model.get_weights(), share))
         logs: dict[str, float] = {}
         validation.on_epoch_end(-1, logs)
-        kept = Kept(share, is_refitted, classifier.get_weights(), logs, validation.aurocs)
+        kept = Kept(share, is_refitted, model.get_weights(), logs, validation.aurocs)
         measured.append((kept, validation.get_losses()))
-    classifier.set_weights(end)
+    model.set_weights(end)
     return measured

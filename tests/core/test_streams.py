@@ -73,7 +73,7 @@ def test_no_stream_a_closed_one_and_a_broken_one_show_nothing():
         assert not lasting.isatty()
 
 
-def test_streams_are_those_of_before_again(monkeypatch, capsys):
+def test_streams_are_the_previous_ones_again(monkeypatch, capsys):
     @protecting_output()
     def main():
         print("seen")

@@ -155,7 +155,7 @@ def test_the_command_that_follows_trains_on_those_tables(tmp_path, capsys, monke
         assert configs.csv_label_column == column
 
 
-def test_without_a_test_set_it_says_so_and_a_table_of_before_is_warned_of(tmp_path, capsys):
+def test_without_a_test_set_it_says_so_and_an_earlier_table_is_warned_of(tmp_path, capsys):
     touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/b/4.jpg")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "testing_set.csv").write_text("path,class\n")

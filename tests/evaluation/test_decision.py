@@ -51,8 +51,8 @@ def test_both_ends_of_the_threshold_range_are_tried(score):
 def test_the_evaluation_agrees_with_the_accuracy_found_for_its_threshold(score):
     y_true, probabilities = np.array([[1, 0], [0, 1]]), np.array([[score, 0], [0, score]], np.float32)
     threshold, accuracy = find_exact_match_threshold(y_true, probabilities, [score, score])
-    figures = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant", "bee"], threshold)
-    assert figures["exact_match_accuracy"] == accuracy
+    metrics = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant", "bee"], threshold)
+    assert metrics["exact_match_accuracy"] == accuracy
 
 
 # Temperature

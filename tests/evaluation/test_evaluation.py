@@ -1,4 +1,4 @@
-"""A set evaluated under a decision, as figures and as text."""
+"""A set evaluated under a decision, as metrics and as text."""
 
 import json
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def cells(line: str) -> list[str]:
     return line.split()
 
 
-def test_format_prints_single_label_figures():
+def test_format_prints_single_label_metrics():
     lines = format_evaluation(get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES)).splitlines()
     assert cells(lines[0]) == ["class", "precision", "recall", "f1", "support"]
     assert cells(lines[2]) == ["bee", "0.6667", "1.0000", "0.8000", "2"]
@@ -38,10 +38,10 @@ def test_format_prints_single_label_figures():
     assert "accuracy: 0.6000" in lines
 
 
-def test_format_prints_multilabel_figures_and_what_is_undefined():
+def test_format_prints_multilabel_metrics_and_what_is_undefined():
     y_true, probabilities = np.array([[1, 0], [0, 0]], np.float32), np.array([[0.9, 0.6], [0.1, 0.2]], np.float32)
-    figures = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant", "bee"], threshold=0.25)
-    lines = format_evaluation(figures).splitlines()
+    metrics = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant", "bee"], threshold=0.25)
+    lines = format_evaluation(metrics).splitlines()
     assert cells(lines[1]) == ["ant", "1.0000", "1.0000", "1.0000", "1", "1.0000", "1.0000"]
     assert cells(lines[2]) == ["bee", "0.0000", "0.0000", "0.0000", "0", "undefined", "undefined"]
     for line in ("mean auroc: 1.0000", "exact match accuracy: 0.5000", "hamming loss: 0.2500", "threshold: 0.2500"):
@@ -71,23 +71,23 @@ def test_probabilities_that_are_no_numbers_are_a_users_mistake():
 def test_evaluating_a_set_of_one_label_an_image():
     y_true, raw = random_single_label(80, 3)
     decision = Decision(NAMES, False, 3.0, "validation")
-    figures = evaluate_set(y_true, raw, decision, seed=3)
+    metrics = evaluate_set(y_true, raw, decision, seed=3)
     plain = get_evaluation_metrics(y_true, raw, NAMES)
-    assert figures.keys() == {*plain, "images", "calibration", "intervals"}
-    assert {name: figures[name] for name in plain} == plain
-    assert figures["images"] == 80
-    assert figures["intervals"] == get_intervals(y_true, raw, decision, seed=3)
-    for name, (low, high) in figures["intervals"].items():
-        assert low <= figures[name] <= high
+    assert metrics.keys() == {*plain, "images", "calibration", "intervals"}
+    assert {name: metrics[name] for name in plain} == plain
+    assert metrics["images"] == 80
+    assert metrics["intervals"] == get_intervals(y_true, raw, decision, seed=3)
+    for name, (low, high) in metrics["intervals"].items():
+        assert low <= metrics[name] <= high
     calibrated, right = decision.calibrate(raw), raw.argmax(axis=1) == y_true
     after, before = (get_calibration(scores.max(axis=1), right) for scores in (calibrated, raw))
-    assert figures["calibration"] == {
+    assert metrics["calibration"] == {
         "expected_calibration_error": after[0],
         "bins": after[1],
         "expected_calibration_error_uncalibrated": before[0],
         "bins_uncalibrated": before[1],
     }
-    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
     assert "intervals" not in evaluate_set(y_true, raw, decision)
 
 
@@ -106,9 +106,9 @@ def test_images_of_groups_that_the_model_knows_are_counted(capsys):
     }
     decision = Decision(NAMES, False, 1.5, "validation")
     sets = evaluate_sets(sequences, dict.fromkeys(names, raw), decision, [0.1, 0.9], 0, "")
-    known = {name: figures.get("images_of_known_groups") for name, figures in sets.items()}
+    known = {name: metrics.get("images_of_known_groups") for name, metrics in sets.items()}
     assert known == {"training": None, "validation": 2, "test": 2}
-    csv = {name: figures | {"csv": f"{name}.csv"} for name, figures in sets.items()}
+    csv = {name: metrics | {"csv": f"{name}.csv"} for name, metrics in sets.items()}
     print_results({"decision": decision.to_dict(), "multi_label": False, "sets": csv})
     printed = capsys.readouterr().out
     assert "Warning: 2 of the 6 images of the test set belong to groups" in printed
@@ -118,25 +118,25 @@ def test_images_of_groups_that_the_model_knows_are_counted(capsys):
 def test_evaluating_a_multilabel_set():
     y_true, raw = random_multilabel(80)
     decision = Decision(NAMES, True, 2.0, "validation", 0.45, [0.3, 0.5, 0.7], "validation")
-    figures = evaluate_set(y_true, raw, decision, seed=0, threshold_range=[0.2, 0.8])
+    metrics = evaluate_set(y_true, raw, decision, seed=0, threshold_range=[0.2, 0.8])
     calibrated = decision.calibrate(raw)
-    assert figures["threshold"] == 0.45
-    assert figures["exact_match_accuracy"] == pytest.approx(((calibrated >= 0.45) == y_true).all(axis=1).mean())
+    assert metrics["threshold"] == 0.45
+    assert metrics["exact_match_accuracy"] == pytest.approx(((calibrated >= 0.45) == y_true).all(axis=1).mean())
     for column, (name, threshold) in enumerate(zip(NAMES, [0.3, 0.5, 0.7], strict=True)):
-        row, chosen = figures["per_class"][name], calibrated[:, column] >= np.float32(threshold)
+        row, chosen = metrics["per_class"][name], calibrated[:, column] >= np.float32(threshold)
         assert row["best_f1_threshold"] == pytest.approx(threshold)
         assert row["f1_at_best_f1_threshold"] == pytest.approx(sk.f1_score(y_true[:, column], chosen))
         assert row["f1"] == pytest.approx(sk.f1_score(y_true[:, column], calibrated[:, column] >= 0.45))
-        for key, (low, high) in figures["intervals"]["per_class"][name].items():
+        for key, (low, high) in metrics["intervals"]["per_class"][name].items():
             assert low <= row[key] <= high
     threshold, accuracy = find_exact_match_threshold(y_true, calibrated, [0.2, 0.8])
     note = "chosen on the test set itself: optimistic"
-    assert figures["optimistic"] == {"threshold": threshold, "exact_match_accuracy": accuracy, "note": note}
+    assert metrics["optimistic"] == {"threshold": threshold, "exact_match_accuracy": accuracy, "note": note}
     error, bins = get_calibration(calibrated.ravel(), y_true.ravel() == 1)
-    assert figures["calibration"]["expected_calibration_error"] == error
-    assert figures["calibration"]["bins"] == bins
-    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
-    assert evaluate_set(y_true, raw, decision).keys() == figures.keys() - {"intervals", "optimistic"}
+    assert metrics["calibration"]["expected_calibration_error"] == error
+    assert metrics["calibration"]["bins"] == bins
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+    assert evaluate_set(y_true, raw, decision).keys() == metrics.keys() - {"intervals", "optimistic"}
 
 
 def test_a_temperature_changes_neither_accuracy_nor_auroc_nor_average_precision():
@@ -171,11 +171,11 @@ def test_the_fitted_temperature_mends_an_overconfident_model():
 
 
 def test_format_prints_intervals_calibration_and_the_optimistic_threshold():
-    figures = get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES)
-    figures |= {"images": 5, "intervals": {"accuracy": [0.2, 1], "macro_f1": None}}
-    figures["calibration"] = {"expected_calibration_error": 0.01, "expected_calibration_error_uncalibrated": 0.2}
-    figures["optimistic"] = {"threshold": 0.25, "exact_match_accuracy": 0.5, "note": "a note"}
-    lines = format_evaluation(figures).splitlines()
+    metrics = get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES)
+    metrics |= {"images": 5, "intervals": {"accuracy": [0.2, 1], "macro_f1": None}}
+    metrics["calibration"] = {"expected_calibration_error": 0.01, "expected_calibration_error_uncalibrated": 0.2}
+    metrics["optimistic"] = {"threshold": 0.25, "exact_match_accuracy": 0.5, "note": "a note"}
+    lines = format_evaluation(metrics).splitlines()
     assert "accuracy: 0.6000 (95 % interval 0.2000 to 1.0000)" in lines
     assert "macro f1: 0.4333" in lines
     assert "expected calibration error: 0.0100 (0.2000 without the temperature)" in lines
@@ -217,8 +217,8 @@ def test_format_prints_all_of_a_hundred_classes_and_their_confusion_matrix():
 
 
 def test_format_of_many_labels_without_an_image_of_any():
-    figures = evaluate_set(np.zeros((3, 101)), np.full((3, 101), 0.5), Decision(many_labels(101)[2], True))
-    assert format_evaluation(figures).startswith("The 0 worst of 101 classes by F1")
+    metrics = evaluate_set(np.zeros((3, 101)), np.full((3, 101), 0.5), Decision(many_labels(101)[2], True))
+    assert format_evaluation(metrics).startswith("The 0 worst of 101 classes by F1")
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
@@ -227,8 +227,8 @@ def test_a_class_that_a_set_lacks_is_named(multi_label, capsys):
     probabilities = np.eye(3)[labels] * 0.7 + 0.1
     truth = np.eye(3, dtype=np.uint8)[labels] if multi_label else labels
     decision = Decision(["a", "b", "c"], multi_label)
-    figures = evaluate_set(truth, probabilities, decision) | {"csv": "t.csv"}
-    print_results({"multi_label": multi_label, "decision": decision.to_dict(), "sets": {"test": figures}})
+    metrics = evaluate_set(truth, probabilities, decision) | {"csv": "t.csv"}
+    print_results({"multi_label": multi_label, "decision": decision.to_dict(), "sets": {"test": metrics}})
     printed = capsys.readouterr().out
     assert printed.count("Warning") == 1
     assert "Warning: the test set has no image of b: its metrics say nothing about this class." in printed

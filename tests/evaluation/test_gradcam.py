@@ -23,9 +23,9 @@ def network(
     pixels = keras.Input(shape, name="image")
     backbone = keras.Model(pixels, (spatial or layers.Rescaling(1.0))(pixels), name="backbone")
     outputs = [layers.Dense(CLASSES, name="logits"), layers.Activation(activation, name="probabilities")]
-    classifier = keras.Sequential([*head, *outputs], name="classifier")
+    head = keras.Sequential([*head, *outputs], name="classifier")
     inputs = keras.Input(shape, name="image")
-    return keras.Model(inputs, classifier(backbone(inputs)))
+    return keras.Model(inputs, head(backbone(inputs)))
 
 
 def set_logits(model: keras.Model, kernel: np.ndarray, bias: tuple[float, float] = (0, 0)) -> None:
@@ -186,9 +186,9 @@ def test_heatmaps_equal_those_of_tf_keras_vis(peer_name):
     head = [layers.Flatten(), layers.Dense(8, activation="relu"), layers.Dense(3, name="logits")]
     # The peer explains the output of a flat model: the same layers without the nesting and the softmax.
     flat = keras.Model(pixels, keras.Sequential(head)(maps))
-    classifier = keras.Sequential([*head, layers.Activation("softmax")], name="classifier")
+    head = keras.Sequential([*head, layers.Activation("softmax")], name="classifier")
     inputs = keras.Input((16, 20, 3))
-    model = keras.Model(inputs, classifier(backbone(inputs)))
+    model = keras.Model(inputs, head(backbone(inputs)))
     images = np.random.default_rng(2).integers(0, 256, (3, 16, 20, 3)).astype(np.float32)
     peer = {"Gradcam": Gradcam, "Layercam": Layercam}[peer_name](flat, clone=False)
     expected = peer(
@@ -319,9 +319,9 @@ def residual_network() -> keras.Model:
     outputs = layers.Multiply(name="weighed")([outputs, attention])
     backbone = keras.Model(pixels, outputs, name="backbone")
     outputs = [layers.Dense(CLASSES, name="logits"), layers.Activation("softmax", name="probabilities")]
-    classifier = keras.Sequential([layers.Flatten(), *outputs], name="classifier")
+    head = keras.Sequential([layers.Flatten(), *outputs], name="classifier")
     image = keras.Input((HEIGHT, WIDTH, CHANNELS))
-    return keras.Model(image, classifier(backbone(image)))
+    return keras.Model(image, head(backbone(image)))
 
 
 @pytest.mark.parametrize("mirrors", [False, True])

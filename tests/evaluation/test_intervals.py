@@ -32,7 +32,7 @@ def make_groups(seed, images):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("is_grouped", [False, True])
-def test_each_figure_of_a_resample_is_scikit_learns_for_its_images(seed, is_grouped):
+def test_each_metric_of_a_resample_is_scikit_learns_for_its_images(seed, is_grouped):
     y_true, raw = random_single_label(60, 12)
     groups = make_groups(seed, 60) if is_grouped else None
     intervals = get_intervals(y_true, raw, Decision(list("abcdefghijkl"), False), seed, 1, groups)
@@ -51,7 +51,7 @@ def test_each_figure_of_a_resample_is_scikit_learns_for_its_images(seed, is_grou
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("is_grouped", [False, True])
-def test_each_multilabel_figure_of_a_resample_is_scikit_learns_for_its_images(seed, is_grouped):
+def test_each_multilabel_metric_of_a_resample_is_scikit_learns_for_its_images(seed, is_grouped):
     number = 80 if is_grouped else 12
     y_true, raw = random_multilabel(number, 4)
     y_true[:, 3] = np.arange(number) == 0

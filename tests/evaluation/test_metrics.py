@@ -128,101 +128,101 @@ def test_undefined_curves_are_empty():
     json.dumps(curves, allow_nan=False)
 
 
-def test_single_label_figures_of_a_hand_worked_example():
-    figures = get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES)
-    assert figures["accuracy"] == pytest.approx(3 / 5)
-    assert figures["confusion_matrix"] == [[1, 1, 0], [0, 2, 0], [1, 0, 0]]
-    assert figures["per_class"] == {
+def test_single_label_metrics_of_a_hand_worked_example():
+    results = get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES)
+    assert results["accuracy"] == pytest.approx(3 / 5)
+    assert results["confusion_matrix"] == [[1, 1, 0], [0, 2, 0], [1, 0, 0]]
+    assert results["per_class"] == {
         "ant": pytest.approx({"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "support": 2}),
         "bee": pytest.approx({"precision": 2 / 3, "recall": 1, "f1": 4 / 5, "support": 2}),
         "cow": pytest.approx({"precision": 0, "recall": 0, "f1": 0, "support": 1}),
     }
-    assert figures["balanced_accuracy"] == pytest.approx((1 / 2 + 1 + 0) / 3)
-    assert figures["macro_f1"] == pytest.approx((1 / 2 + 4 / 5 + 0) / 3)
-    assert "top_5_accuracy" not in figures
-    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert results["balanced_accuracy"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert results["macro_f1"] == pytest.approx((1 / 2 + 4 / 5 + 0) / 3)
+    assert "top_5_accuracy" not in results
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
 @pytest.mark.parametrize("number", [4, 12])
-def test_single_label_figures_equal_scikit_learns(number):
+def test_single_label_metrics_equal_scikit_learns(number):
     y_true, probabilities = random_single_label(300, number)
     names, predicted = list("abcdefghijkl"[:number]), probabilities.argmax(axis=1)
-    figures = get_evaluation_metrics(y_true, probabilities, names)
+    results = get_evaluation_metrics(y_true, probabilities, names)
     report = sk.classification_report(y_true, predicted, target_names=names, output_dict=True)
-    for name, row in figures["per_class"].items():
+    for name, row in results["per_class"].items():
         assert [row[key] for key in ("precision", "recall", "f1", "support")] == pytest.approx(
             [report[name][key] for key in ("precision", "recall", "f1-score", "support")]
         )
     expected = {"accuracy": report["accuracy"], "macro_f1": report["macro avg"]["f1-score"]}
     expected |= {"balanced_accuracy": sk.balanced_accuracy_score(y_true, predicted)}
     expected |= {"top_5_accuracy": sk.top_k_accuracy_score(y_true, probabilities, k=5)} if number > 5 else {}
-    assert {name: figures[name] for name in expected} == pytest.approx(expected)
-    assert figures["confusion_matrix"] == sk.confusion_matrix(y_true, predicted).tolist()
+    assert {name: results[name] for name in expected} == pytest.approx(expected)
+    assert results["confusion_matrix"] == sk.confusion_matrix(y_true, predicted).tolist()
 
 
-def test_multilabel_figures_of_a_hand_worked_example():
+def test_multilabel_metrics_of_a_hand_worked_example():
     y_true = np.array([[1, 0], [1, 1], [0, 1], [0, 0]], np.float32)
     probabilities = np.array([[0.9, 0.6], [0.3, 0.8], [0.4, 0.5], [0.1, 0.2]], np.float32)
-    figures = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant", "bee"], threshold=0.5)
-    assert figures["exact_match_accuracy"] == pytest.approx(2 / 4)
-    assert figures["hamming_loss"] == pytest.approx(2 / 8)
-    assert figures["threshold"] == 0.5
-    assert figures["per_class"]["ant"] == pytest.approx(
+    results = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant", "bee"], threshold=0.5)
+    assert results["exact_match_accuracy"] == pytest.approx(2 / 4)
+    assert results["hamming_loss"] == pytest.approx(2 / 8)
+    assert results["threshold"] == 0.5
+    assert results["per_class"]["ant"] == pytest.approx(
         {"precision": 1, "recall": 1 / 2, "f1": 2 / 3, "support": 2, "auroc": 3 / 4, "average_precision": 5 / 6}
     )
-    assert figures["per_class"]["bee"] == pytest.approx(
+    assert results["per_class"]["bee"] == pytest.approx(
         {"precision": 2 / 3, "recall": 1, "f1": 4 / 5, "support": 2, "auroc": 3 / 4, "average_precision": 5 / 6}
     )
-    assert figures["mean_auroc"] == pytest.approx(3 / 4)
-    assert figures["mean_average_precision"] == pytest.approx(5 / 6)
+    assert results["mean_auroc"] == pytest.approx(3 / 4)
+    assert results["mean_average_precision"] == pytest.approx(5 / 6)
 
 
-def test_multilabel_figures_equal_independent_ones_on_random_data():
+def test_multilabel_metrics_equal_independent_ones_on_random_data():
     y_true, probabilities = random_multilabel()
-    figures = get_multilabel_evaluation_metrics(y_true, probabilities, NAMES, threshold=0.45)
+    results = get_multilabel_evaluation_metrics(y_true, probabilities, NAMES, threshold=0.45)
     predicted = probabilities >= 0.45
-    assert figures["exact_match_accuracy"] == pytest.approx(np.mean([*map(np.array_equal, predicted, y_true == 1)]))
-    assert figures["hamming_loss"] == pytest.approx(np.mean(predicted != y_true))
+    assert results["exact_match_accuracy"] == pytest.approx(np.mean([*map(np.array_equal, predicted, y_true == 1)]))
+    assert results["hamming_loss"] == pytest.approx(np.mean(predicted != y_true))
     for column, name in enumerate(NAMES):
-        truth, chosen, row = y_true[:, column], predicted[:, column], figures["per_class"][name]
+        truth, chosen, row = y_true[:, column], predicted[:, column], results["per_class"][name]
         assert row["precision"] == pytest.approx(sk.precision_score(truth, chosen))
         assert row["recall"] == pytest.approx(sk.recall_score(truth, chosen))
         assert row["f1"] == pytest.approx(sk.f1_score(truth, chosen))
         assert row["support"] == truth.sum()
         assert row["auroc"] == pytest.approx(share_of_ordered_pairs(truth, probabilities[:, column]))
         assert row["average_precision"] == pytest.approx(sk.average_precision_score(truth, probabilities[:, column]))
-    assert figures["mean_auroc"] == pytest.approx(sk.roc_auc_score(y_true, probabilities))
-    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert results["mean_auroc"] == pytest.approx(sk.roc_auc_score(y_true, probabilities))
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
 def test_a_single_class_is_measured_by_its_present_label():
     y_true, probabilities = np.array([[1], [1], [0]], np.float32), np.array([[0.9], [0.2], [0.8]], np.float32)
-    figures = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant"], threshold=0.5)
-    assert figures["per_class"]["ant"] == pytest.approx(
+    results = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant"], threshold=0.5)
+    assert results["per_class"]["ant"] == pytest.approx(
         {"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "support": 2, "auroc": 1 / 2, "average_precision": 5 / 6}
     )
-    assert figures["exact_match_accuracy"] == pytest.approx(1 / 3)
+    assert results["exact_match_accuracy"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(("labels", "average_precision"), [([0, 0, 0], None), ([1, 1, 1], 1.0)])
 def test_undefined_auroc_is_none_and_left_out_of_the_mean(labels, average_precision):
     y_true = np.array([[1, labels[0]], [0, labels[1]], [0, labels[2]]], np.float32)
     probabilities = np.array([[0.8, 0.3], [0.9, 0.5], [0.1, 0.7]], np.float32)
-    figures = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant", "bee"], threshold=0.5)
-    assert figures["per_class"]["bee"]["auroc"] is None
-    assert figures["per_class"]["bee"]["average_precision"] == average_precision
-    assert figures["mean_auroc"] == pytest.approx(1 / 2)
+    results = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant", "bee"], threshold=0.5)
+    assert results["per_class"]["bee"]["auroc"] is None
+    assert results["per_class"]["bee"]["average_precision"] == average_precision
+    assert results["mean_auroc"] == pytest.approx(1 / 2)
     defined = [1 / 2] if average_precision is None else [1 / 2, average_precision]
-    assert figures["mean_average_precision"] == pytest.approx(np.mean(defined))
+    assert results["mean_average_precision"] == pytest.approx(np.mean(defined))
 
 
 @pytest.mark.filterwarnings("error")
 def test_without_any_defined_class_the_means_are_none():
-    figures = get_multilabel_evaluation_metrics(np.zeros((2, 2)), np.full((2, 2), 0.3), ["ant", "bee"], 0.5)
-    assert figures["mean_auroc"] is None
-    assert figures["mean_average_precision"] is None
+    results = get_multilabel_evaluation_metrics(np.zeros((2, 2)), np.full((2, 2), 0.3), ["ant", "bee"], 0.5)
+    assert results["mean_auroc"] is None
+    assert results["mean_average_precision"] is None
     assert np.isnan(mean_of_defined(np.array([np.nan, np.nan])))
-    json.dumps(figures, allow_nan=False)
+    json.dumps(results, allow_nan=False)
 
 
 def test_auroc_and_average_precision_are_nan_where_undefined():
@@ -236,15 +236,15 @@ def test_no_tensorflow_is_imported():
     subprocess.run([sys.executable, "-c", command], cwd=Path(metrics.__file__).parents[2], check=True)
 
 
-# Further figures of one label an image
+# Further metrics of one label an image
 
 
 def test_a_class_that_is_neither_true_nor_predicted_has_no_part_in_the_means():
     y_true, predicted = np.array([0, 2, 2]), np.array([0, 2, 0])
-    figures = get_evaluation_metrics(y_true, one_hot(predicted), NAMES)
-    assert figures["per_class"]["bee"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
-    assert figures["balanced_accuracy"] == pytest.approx((1 + 1 / 2) / 2)
-    assert figures["macro_f1"] == pytest.approx((2 / 3 + 2 / 3) / 2)
+    results = get_evaluation_metrics(y_true, one_hot(predicted), NAMES)
+    assert results["per_class"]["bee"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
+    assert results["balanced_accuracy"] == pytest.approx((1 + 1 / 2) / 2)
+    assert results["macro_f1"] == pytest.approx((2 / 3 + 2 / 3) / 2)
 
 
 def test_of_equal_probabilities_the_first_is_in_the_top_k():
@@ -257,8 +257,8 @@ def test_of_equal_probabilities_the_first_is_in_the_top_k():
 def test_multilabel_macro_f1_leaves_out_what_is_neither_true_nor_predicted():
     y_true = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0]])
     probabilities = np.array([[0.9, 0.6, 0.1], [0.3, 0.8, 0.2], [0.4, 0.5, 0.3], [0.1, 0.2, 0.1]])
-    figures = get_multilabel_evaluation_metrics(y_true, probabilities, NAMES, threshold=0.5)
-    assert figures["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    results = get_multilabel_evaluation_metrics(y_true, probabilities, NAMES, threshold=0.5)
+    assert results["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
     nothing = get_multilabel_evaluation_metrics(y_true * 0, probabilities, NAMES, threshold=0.95)
     assert nothing["macro_f1"] is None
 

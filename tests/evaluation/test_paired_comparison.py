@@ -91,7 +91,7 @@ def test_a_model_without_an_answer_loses():
     assert np.isinf(get_log_losses(np.array([0, 1]), np.array([[0.5, 0.5], [np.nan, 0.5]]))).all()
 
 
-def test_the_choice_is_told_with_its_figures():
+def test_the_choice_is_told_with_its_numbers():
     assert describe_choice(1, False, True, 0.05, 0.012, 200) == (
         "Kept the fine-tuned model: the log loss is lower than the start's by 0.0500, standard error 0.0120, on 200 "
         "validation images."
@@ -104,7 +104,7 @@ def test_the_choice_is_told_with_its_figures():
         1, False, False, -0.3, 0.1, 9
     )
     assert describe_choice(1, False, True, 0.005, 0.012, 200).endswith("images. Chance alone could explain that.")
-    assert "Kept the fine-tuned model, with a head fitted anew: the" in describe_choice(1, True, True, 0.05, 0.012, 200)
+    assert "Kept the fine-tuned model, with a refitted head: the" in describe_choice(1, True, True, 0.05, 0.012, 200)
 
 
 def test_a_lower_loss_that_is_not_kept_is_told():
@@ -115,8 +115,8 @@ def test_a_lower_loss_that_is_not_kept_is_told():
 
 def test_the_kept_epoch_is_named_with_all_that_makes_it_another_model():
     assert describe_epoch(7, None, False) == describe_epoch(7, 1, False) == "7"
-    assert describe_epoch(7, 1, True) == "7, with a head fitted anew"
+    assert describe_epoch(7, 1, True) == "7, with a refitted head"
     assert describe_epoch(7, 0.25, True) == (
-        "7, of the average that is 25% of the way from the start to its weights, with a head as far on the way to one "
-        "fitted anew"
+        "7, of the average that is 25% of the way from the start to its weights, with a head as far on the way to the "
+        "refitted one"
     )

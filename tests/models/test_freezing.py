@@ -97,13 +97,13 @@ def test_freeze_batch_norm_leaves_its_weights_and_statistics(tables, tmp_path):
 
 
 def test_only_a_backbone_that_is_frozen_and_without_dropout_has_fixed_features():
-    def classifier(name, layers):
+    def build_frozen(name, layers):
         configs = Configs(visual_model_name=name, use_imagenet_weights=False, classes=["a", "b"])
         configs.image_target_size = (64, 64, 3)
         model = ModelFactory().get_model(configs)
         prepare_backbone(model.get_layer("backbone"), layers, None)
         return model
 
-    assert has_fixed_features(classifier("MobileNet", 0))
-    assert not has_fixed_features(classifier("MobileNet", 1))
-    assert not has_fixed_features(classifier("EfficientNetB0", 0))
+    assert has_fixed_features(build_frozen("MobileNet", 0))
+    assert not has_fixed_features(build_frozen("MobileNet", 1))
+    assert not has_fixed_features(build_frozen("EfficientNetB0", 0))

@@ -70,5 +70,5 @@ def test_the_loader_tells_it_in_one_line(path):
 
 
 def test_modules_of_this_package_do_not_stand_in_for_others(path):
-    assert {"losses", "safety"} <= {room.stem for room in Path(hdf5_attributes.__file__).parent.glob("*.py")}
+    assert {"losses", "safety"} <= {file.stem for file in Path(hdf5_attributes.__file__).parent.glob("*.py")}
     check_attributes(str(path))

@@ -14,7 +14,7 @@ from configs import Configs
 from finetune.core.options import UserError
 from finetune.data.images import read_image, resize_image
 from finetune.evaluation.gradcam import GradCam
-from finetune.models.model_files import build_inference_model, get_classifier, has_views
+from finetune.models.model_files import build_inference_model, has_views, strip_views
 from finetune.training.training_state import read_state
 from predict import PredictConfigs
 
@@ -35,30 +35,30 @@ def read_validation(csv_path):
 
 
 def mean_over_views(path, images):
-    """Works out, from the classifier alone, what a run's file has to answer."""
-    classifier = get_classifier(keras.models.load_model(path, compile=False))
-    assert classifier.get_layer("backbone") is not None
-    return (classifier.predict(images, verbose=0) + classifier.predict(images[:, :, ::-1], verbose=0)) / 2
+    """Works out, from the model inside alone, what a run's file has to answer."""
+    inner = strip_views(keras.models.load_model(path, compile=False))
+    assert inner.get_layer("backbone") is not None
+    return (inner.predict(images, verbose=0) + inner.predict(images[:, :, ::-1], verbose=0)) / 2
 
 
-def test_it_answers_with_the_mean_and_holds_the_classifiers_weights(tmp_path):
-    classifier, images = build_lopsided(), np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
-    build_inference_model(classifier, "flip").save(tmp_path / "model.keras")
+def test_it_answers_with_the_mean_and_holds_the_inner_model_s_weights(tmp_path):
+    inner, images = build_lopsided(), np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+    build_inference_model(inner, "flip").save(tmp_path / "model.keras")
     model = keras.models.load_model(tmp_path / "model.keras")
-    views = [classifier.predict(view, verbose=0) for view in (images, images[:, :, ::-1])]
+    views = [inner.predict(view, verbose=0) for view in (images, images[:, :, ::-1])]
     assert np.abs(views[0] - views[1]).max() > 0.01
     np.testing.assert_allclose(model.predict(images, verbose=0), np.mean(views, axis=0), atol=1e-6)
     assert has_views(model)
-    assert model.count_params() == classifier.count_params()
-    np.testing.assert_allclose(get_classifier(model).predict(images, verbose=0), views[0], atol=1e-6)
+    assert model.count_params() == inner.count_params()
+    np.testing.assert_allclose(strip_views(model).predict(images, verbose=0), views[0], atol=1e-6)
 
 
-def test_without_views_it_is_the_classifier():
-    classifier, images = build_lopsided(), np.zeros((1, 8, 8, 3))
-    model = build_inference_model(classifier, "none")
+def test_without_views_it_is_the_model_itself():
+    inner, images = build_lopsided(), np.zeros((1, 8, 8, 3))
+    model = build_inference_model(inner, "none")
     assert not has_views(model)
-    assert get_classifier(model) is model
-    np.testing.assert_array_equal(model(images), classifier(images))
+    assert strip_views(model) is model
+    np.testing.assert_array_equal(model(images), inner(images))
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ def find_table(tables, *headings):
     [
         (single_label(), {}, {"accuracy": 0.875, "f1": 0.545}),
         (multi_label(), {}, {"accuracy": 0.55, "f1": 0.46, "roc_auc": 0.91}),
-        # A small figure is a number, and an undefined one is left out.
+        # A small metric is a number, and an undefined one is left out.
         (multi_label(), {"exact_match_accuracy": 2e-05, "macro_f1": None}, {"accuracy": 2e-05, "roc_auc": 0.91}),
         (None, {}, None),
     ],
@@ -183,11 +183,11 @@ def test_metadata_is_hugging_faces(tmp_path, results, changes, expected):
 # Sections
 
 
-def test_figures_stand_with_their_intervals_and_the_other_sets(tmp_path):
+def test_metrics_stand_with_their_intervals_and_the_other_sets(tmp_path):
     write_run(tmp_path, single_label())
     _, card = read_card(tmp_path)
-    figures = find_table(card, "Figure", "Test", "95 % interval", "Validation", "Training")
-    assert figures["Accuracy"][:4] == ["87.5 %", "75.0 % to 100.0 %", "90.1 %", "99.9 %"]
+    metrics = find_table(card, "Metric", "Test", "95 % interval", "Validation", "Training")
+    assert metrics["Accuracy"][:4] == ["87.5 %", "75.0 % to 100.0 %", "90.1 %", "99.9 %"]
     assert find_table(card, "Class on the test set")["dog"] == ["0.500", "1.000", "0.667", "1"]
     assert "1.500, fitted on the validation set" in card.texts["Decision"]
 
@@ -229,7 +229,7 @@ def test_recipe_names_what_was_done(tmp_path):
         "Augmentation": "default; mixup alpha 0.2",
         "Epochs": "7 of 20",
         "Best epoch": "2: val_accuracy 0.9010",
-        "Its figures": "accuracy 0.7500; loss 0.9000; val_accuracy 0.9010",
+        "Its metrics": "accuracy 0.7500; loss 0.9000; val_accuracy 0.9010",
     }.items():
         assert words in recipe[name]
     options = find_table(card, "Option", "Value", "Default")
@@ -513,7 +513,7 @@ def test_training_records_its_data(trained):
         }
 
 
-def test_card_of_a_run_has_the_figures_of_its_predictions(trained):
+def test_card_of_a_run_has_the_metrics_of_its_predictions(trained):
     run, _, _, untested = trained
     assert "Not tested yet" in untested
     assert ModelCard(untested).data.eval_results is None

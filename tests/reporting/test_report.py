@@ -168,7 +168,7 @@ def test_warnings_are_honest():
         "No temperature was fitted",
         "The thresholds were fitted on the training set",
         "nothing is known of them: owl.",
-        "figures are rough: dog.",
+        "metrics are rough: dog.",
         "AUROC is undefined for these classes and left out of the mean: owl.",
     ):
         assert words in found

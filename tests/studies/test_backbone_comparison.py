@@ -1,4 +1,4 @@
-"""Backbones compared by a probe: the images drawn, the figures, the suggestion, the picture, and what is left out."""
+"""Backbones compared by a probe: the images drawn, the metrics, the suggestion, the picture, and what is left out."""
 
 import shutil
 
@@ -110,7 +110,7 @@ def test_costs_are_those_of_the_model_and_of_the_training_to_come(first, table):
 def test_sizes_are_compared_whatever_size_tests_have(first, table, tmp_path):
     results, _ = first
     found = compare(table, tmp_path, augmentation_strength="photo", test_image_size=[40, 40])
-    # What the images do not tell apart stands in the order of the speeds, which are measured anew.
+    # What the images do not tell apart stands in the order of the speeds, which are measured again.
     rows = [
         each["ranking"].sort_values("height", ignore_index=True)[["height", "accuracy", "parameters"]]
         for each in (found, results)
@@ -369,7 +369,7 @@ def test_only_images_that_are_drawn_are_looked_at(many, photo_folder, tmp_path, 
     assert found.tolist() == rows[:-1].tolist()
 
 
-# Figures
+# Metrics
 
 
 def answer(labels, right):
@@ -434,7 +434,7 @@ def test_speeds_that_contradict_the_computation_do_not_choose():
     assert all(words in second for words in ("29.7 images/s", "23.6", "0.57 and 0.23 billion multiply-adds"))
 
 
-def test_of_equal_figures_the_faster_comes_first():
+def test_of_equal_metrics_the_faster_comes_first():
     ranking = rank(probed_of(slow=(150, 9), fast=(150, 10)), ["a", "b", "c"], False, 0)
     assert ranking["backbone"].tolist() == ["fast", "slow"]
     assert ranking["suggested"].tolist() == [True, False]
@@ -510,8 +510,8 @@ def test_a_class_of_one_group_is_not_compared_on():
 
 
 def test_the_front_is_what_none_beats_in_both():
-    figures, speeds = np.array([0.9, 0.8, 0.8, 0.7, 0.9, 0.6]), np.array([10, 20, 15, 20, 10, 90])
-    assert find_front(figures, speeds).tolist() == [True, True, False, False, True, True]
+    values, speeds = np.array([0.9, 0.8, 0.8, 0.7, 0.9, 0.6]), np.array([10, 20, 15, 20, 10, 90])
+    assert find_front(values, speeds).tolist() == [True, True, False, False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_head_s_weights_do_not_matter(model, photos, tmp_path, computed):
     assert computed == []
 
 
-def test_a_changed_image_is_computed_anew(model, photos, tmp_path, computed):
+def test_a_changed_image_is_computed_again(model, photos, tmp_path, computed):
     paths = [shutil.copy(path, str(tmp_path / f"{row}.jpg")) for row, path in enumerate(photos[0])]
     before, _ = get_features(model, make_sequence((paths, photos[1])), str(tmp_path))
     computed.clear()
@@ -126,7 +126,7 @@ def test_a_record_that_is_half_written_is_left_out_and_those_after_it_are_whole(
     assert computed == []
 
 
-def test_a_record_whose_bytes_have_changed_is_computed_anew(model, photos, expected, tmp_path, computed):
+def test_a_record_whose_bytes_have_changed_is_computed_again(model, photos, expected, tmp_path, computed):
     path = Path(FeatureStore(str(tmp_path), model, False).path)
     get_features(model, make_sequence(photos), str(tmp_path))
     content = bytearray(path.read_bytes())

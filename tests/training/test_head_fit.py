@@ -1,4 +1,4 @@
-"""The head fitted to a run's training images, at the start and anew."""
+"""The head fitted to a run's training images, at the start and refitted."""
 
 import numpy as np
 import pytest

@@ -63,7 +63,7 @@ def test_too_few_finite_losses_suggest_no_rate():
         suggest_learning_rate(RATES, losses)
 
 
-def test_range_test_notes_the_losses_of_each_step_and_stops():
+def test_the_learning_rate_finder_notes_the_losses_of_each_step_and_stops():
     test = RangeTest(1e-3, 1.0, steps=4)
     test.set_model(SimpleNamespace(optimizer=SimpleNamespace(learning_rate=None), loss_sums=np.zeros(2)))
     test.on_epoch_begin(0)

@@ -48,12 +48,12 @@ def test_frozen_layers_have_no_gradient_and_no_optimizer_memory(tables, tmp_path
 
 def test_a_phase_says_what_it_does():
     frozen = layers.Dense(4, trainable=False)
-    classifier = keras.Sequential([keras.Input((3,)), frozen, layers.Dropout(0.5), layers.Dense(2)])
+    model = keras.Sequential([keras.Input((3,)), frozen, layers.Dropout(0.5), layers.Dense(2)])
     training = SimpleNamespace(steps=20, batch_size=8, shares=Shares(2, 0, 2))
     # Of 3 x 4 + 4 frozen parameters, and 4 x 2 + 2 that learn.
-    shown = describe_phase(Phase(0, 3, 1e-3, True), classifier, training)
+    shown = describe_phase(Phase(0, 3, 1e-3, True), model, training)
     assert shown == "Epochs 1 to 3: 20 steps of 16 images each; 10 of 26 parameters learn."
-    assert describe_phase(Phase(3, 4, 1e-3, False), classifier, training).startswith("Epoch 4: 20 steps")
+    assert describe_phase(Phase(3, 4, 1e-3, False), model, training).startswith("Epoch 4: 20 steps")
 
 
 PHASES = {"num_epochs": 4, "head_epochs": 2, "learning_rate": 1e-2, "fine_tune_learning_rate": 1e-3}
@@ -172,13 +172,13 @@ def test_training_that_makes_the_probe_worse_leaves_it_the_best_model(tables, tm
 def test_heads_are_refitted_where_the_backbone_learns_one_label_an_image(options, expected):
     configs = Configs(**{"model_selection": "interpolate", "visual_model_name": "MobileNet"} | options)
     configs = configs.replace(classes=["a", "b"], use_imagenet_weights=False, image_target_size=(32, 32, 3))
-    classifier = ModelFactory().get_model(configs)
-    prepare_backbone(classifier.get_layer("backbone"), configs.conv_layers_to_train, None)
-    assert refits_head(configs, classifier) is expected
+    model = ModelFactory().get_model(configs)
+    prepare_backbone(model.get_layer("backbone"), configs.conv_layers_to_train, None)
+    assert refits_head(configs, model) is expected
 
 
 @pytest.mark.slow
-def test_range_test_suggests_a_rate_and_trains_nothing(tables, tmp_path, capsys):
+def test_the_learning_rate_finder_suggests_a_rate_and_trains_nothing(tables, tmp_path, capsys):
     # Without rate and noise of its own: one step an epoch, of all images as they are.
     options = options_of(tables, tmp_path / "run", find_learning_rate=True, classifier_layer_sizes=[], batch_size=27)
     options |= {"augmentation_strength": "none"}

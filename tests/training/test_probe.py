@@ -1,4 +1,4 @@
-"""The classifier alone: features computed once, a logistic regression as its start, and training on features."""
+"""The head alone: features computed once, a logistic regression as its start, and training on features."""
 
 import warnings
 
@@ -128,8 +128,8 @@ def test_training_the_head_trains_the_model_which_saves_as_before(photos, tmp_pa
     model = build(layer_sizes=[8, 0.4])
     features, _ = compute_features(model, make_sequence(photos))
     head = split_head(model)
-    classifier = model.get_layer("classifier")
-    assert [id(variable) for variable in head.variables] == [id(variable) for variable in classifier.variables]
+    inner = model.get_layer("classifier")
+    assert [id(variable) for variable in head.variables] == [id(variable) for variable in inner.variables]
     before = model.get_layer("backbone").get_weights()
     head.compile("adam", "sparse_categorical_crossentropy")
     head.fit(features, photos[1], epochs=3, verbose=0)
@@ -285,7 +285,7 @@ def test_hidden_layers_are_refused():
         initialize_head(model, [np.zeros((4, 8), np.float32)], np.arange(4) % 2, 0)
 
 
-def test_only_a_classifier_without_hidden_layers_can_be_fitted():
+def test_only_a_head_without_hidden_layers_can_be_fitted():
     assert takes_probe(head_of(8)[0])
     assert takes_probe(head_of(8, layer_sizes=[0.5])[0])
     assert not takes_probe(head_of(8, layer_sizes=[16, 0.5])[0])

@@ -219,7 +219,7 @@ def test_a_table_that_selected_the_model_is_refused_unless_the_run_has_no_other_
     other = tmp_path / "test.csv"
     (Path(run) / "configs.json").write_text(json.dumps({"test_csv": str(other), "validation_csv": "selected.csv"}))
     assert check_test_images(model, "selected.csv", [photos[3]], False) == 0
-    assert "selected.csv also selected the best model: its figures are optimistic" in capsys.readouterr().out
+    assert "selected.csv also selected the best model: its metrics are optimistic" in capsys.readouterr().out
     assert (has_selected(model, "selected.csv"), has_selected(model, str(other))) == (True, False)
     with pytest.raises(UserError, match="selected by them"):
         check_test_images(model, "other.csv", [photos[3]], False)

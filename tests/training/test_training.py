@@ -258,7 +258,7 @@ def test_processes_give_the_bits_of_devices_in_one_process(tables, multi_label, 
     assert_same(tmp_path / "mirrored", folder)
     assert len(set(read_digests(tmp_path, number))) == 1
     assert ("The kept model's val_" if more is AVERAGED else "Best val_") in outputs[0][0]
-    assert ("with a head fitted anew" in outputs[0][0]) == (more is AVERAGED)
+    assert ("with a refitted head" in outputs[0][0]) == (more is AVERAGED)
     stats = json.loads((folder / ".training_stats.json").read_text())
     assert len(stats["input_wait_by_epoch"]) == stats["epochs_completed"]
     for output, _ in outputs[1:]:

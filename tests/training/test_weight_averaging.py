@@ -12,7 +12,7 @@ from small_runs import assert_same_run, options_of, start, stop_at, tables  # no
 
 from finetune.core.options import UserError
 from finetune.evaluation.paired_comparison import get_log_losses
-from finetune.models.model_files import get_classifier
+from finetune.models.model_files import strip_views
 from finetune.training.training_state import read_state
 from finetune.training.weight_averaging import SHARES, choose_weights, mix_weights
 from generator import AugmentedImageSequence
@@ -107,7 +107,7 @@ def test_of_averages_that_the_images_do_not_tell_apart_the_one_nearest_to_the_st
     )
 
 
-def test_the_head_of_an_average_is_its_share_of_the_way_to_one_fitted_anew(capsys):
+def test_the_head_of_an_average_is_its_share_of_the_way_to_the_refitted_one(capsys):
     model, first = build_line([0.0, 2.0]), build_line([2.0, 0.0]).get_weights()
     seen = []
 
@@ -122,13 +122,13 @@ def test_the_head_of_an_average_is_its_share_of_the_way_to_one_fitted_anew(capsy
     np.testing.assert_array_equal(model.get_weights()[0], build_line([0.0, 2.0]).get_weights()[0])
     printed = capsys.readouterr().out
     what = (
-        "Kept the weights 50% of the way to the fine-tuned model's, with a head as far on the way to one fitted anew: "
+        "Kept the weights 50% of the way to the fine-tuned model's, with a head as far on the way to the refitted one: "
     )
     assert what in printed
     # The heads that are fitted at 25 and 100 % tell nothing. Of the first a quarter counts, of the last all: a half is
     # the probability of each class.
     quarter = get_log_losses(TRUTH, build_line([0.75 * 1.5, 0.75 * 0.5])(FEATURES).numpy()).mean()
-    assert re.search(rf"fitted anew \(100%\): 0% 0\.\d+; 25% {quarter:.4f}; 50% 0\.\d+; 100% 0\.6931\.", printed)
+    assert re.search(rf"refitted head \(100%\): 0% 0\.\d+; 25% {quarter:.4f}; 50% 0\.\d+; 100% 0\.6931\.", printed)
 
 
 def test_the_start_keeps_its_head_and_is_kept_with_it_where_the_others_are_no_better():
@@ -161,7 +161,7 @@ def test_there_must_be_a_start_worth_keeping(tables, tmp_path):
 
 
 def load(folder, name):
-    return get_classifier(keras.models.load_model(folder / f"{name}_model.keras"))
+    return strip_views(keras.models.load_model(folder / f"{name}_model.keras"))
 
 
 @pytest.mark.slow
@@ -169,13 +169,13 @@ def load(folder, name):
 def test_the_run_keeps_what_was_chosen(share, is_refitted, tables, tmp_path, monkeypatch, capsys):
     first, choose = [], choose_weights
 
-    def choose_that(classifier, weights, validation, logs, refit):
+    def choose_that(model, weights, validation, logs, refit):
         first.extend(weights)
         # What is to be kept has lower losses than it has. The last epoch with its own head is measured first.
         added = iter([50.0, *(50.0 * (one != share) for one in (*SHARES, 1.0))])
         measure = validation.get_losses
         monkeypatch.setattr(validation, "get_losses", lambda: measure() + next(added))
-        return choose(classifier, weights, validation, logs, refit)
+        return choose(model, weights, validation, logs, refit)
 
     monkeypatch.setattr("finetune.training.model_selection.choose_weights", choose_that)
     found = start(**options_of(tables, tmp_path / "run", **OPTIONS))
@@ -188,8 +188,8 @@ def test_the_run_keeps_what_was_chosen(share, is_refitted, tables, tmp_path, mon
     assert (statistics["kept_share"], statistics["has_refitted_head"]) == (share, is_refitted)
     assert found["best_epoch"] == (2 if share else 0)
     card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
-    assert (", with a head fitted anew" in card) == (share == 1)
-    assert (", with a head as far on the way to one fitted anew" in card) == (share == 0.5)
+    assert (", with a refitted head" in card) == (share == 1)
+    assert (", with a head as far on the way to the refitted one" in card) == (share == 0.5)
     if is_refitted:
         model = keras.models.load_model(tmp_path / "run" / "best_model.keras")
         # The fitted head, of which the kept one is the share, and the average of both heads the rest.
@@ -197,13 +197,13 @@ def test_the_run_keeps_what_was_chosen(share, is_refitted, tables, tmp_path, mon
             (kept - (1 - share) * ((1 - share) * one + share * end)) / share
             for kept, one, end in zip(best[-head:], first[-head:], latest[-head:], strict=True)
         ]
-        get_classifier(model).set_weights([*best[:-head], *fitted])
+        strip_views(model).set_weights([*best[:-head], *fitted])
         # A regression whose intercepts are free gives its images the frequencies of their classes on average.
         table = pd.read_csv(tables[0])
         labels = table["class"].astype("category").cat.codes.to_numpy()
         sequence = AugmentedImageSequence(table["path"].to_numpy(), labels, image_size=(32, 32), batch_size=27)
         images = sequence[0][0]
-        found = get_classifier(model).predict(np.concatenate([images, images[:, :, ::-1]]))
+        found = strip_views(model).predict(np.concatenate([images, images[:, :, ::-1]]))
         np.testing.assert_allclose(found.mean(axis=0), np.bincount(labels) / len(labels), atol=1e-4)
 
 
@@ -224,7 +224,7 @@ def test_a_stopped_run_chooses_the_same(epoch, tables, tmp_path, stop_at, monkey
     start(**options_of(tables, tmp_path / "stopped", load_model_path=str(tmp_path / "stopped"), **OPTIONS))
     stopped = read_state(str(tmp_path / "stopped" / "latest_model.keras"))
     assert all(stopped[name] == state[name] for name in ("kept_share", "has_refitted_head"))
-    # A model with a head fitted anew carries no state.
+    # A model with a refitted head carries no state.
     assert_same_run(tmp_path / "run", tmp_path / "stopped", ["latest_model.keras"])
     for one, other in zip(*(load(tmp_path / name, "best").get_weights() for name in ("run", "stopped")), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -1,6 +1,6 @@
 """A run that an earlier version of the collection began goes on, and its checkpoint still loads.
 
-run_of_before/ is the folder of a run that SIGTERM stopped after the first step of epoch 3 of 4, before the modules
+legacy_run/ is the folder of a run that SIGTERM stopped after the first step of epoch 3 of 4, before the modules
 moved into a package; expected_training_log.csv is the log of the same run without a stop. Both were made by train.py
 with the options of configs.json, on the images that `write_sets` writes. The learning rate is one at which the
 validation loss rises from the start, so that the plateau's patience ends only where the epochs on both sides of the
@@ -31,7 +31,7 @@ import train
 from configs import Configs
 from finetune.core.options import UserError
 
-STORED = Path(__file__).parent / "run_of_before"
+STORED = Path(__file__).parent / "legacy_run"
 COLOURS = {"blue": (90, 100, 150), "green": (95, 140, 100), "red": (150, 100, 90)}
 TRAINING = [(name, name) for name, number in (("blue", 10), ("green", 8), ("red", 6)) for _ in range(number)]
 # The last three have wrong labels: the surer the model, the higher the validation loss.
@@ -51,7 +51,7 @@ def write_sets(folder):
 
 
 @pytest.fixture
-def run_of_before(tmp_path, monkeypatch):
+def legacy_run(tmp_path, monkeypatch):
     """A copy of the stored run beside its images, in the working directory."""
     folder = tmp_path / "saved_model"
     shutil.copytree(STORED, folder)
@@ -61,13 +61,13 @@ def run_of_before(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_run_of_before_goes_on_to_the_same_end(run_of_before, capsys):
-    stored = pd.read_csv(run_of_before / "training_log.csv")
+def test_a_legacy_run_goes_on_to_the_same_end(legacy_run, capsys):
+    stored = pd.read_csv(legacy_run / "training_log.csv")
     expected = pd.read_csv(STORED / "expected_training_log.csv")
     configs = Configs.from_json("saved_model/configs.json").replace(load_model_path="saved_model")
     results = train.main(configs.validate())
     assert "latest_model.keras after 2 epochs and 1 steps." in capsys.readouterr().out
-    log = pd.read_csv(run_of_before / "training_log.csv")
+    log = pd.read_csv(legacy_run / "training_log.csv")
     assert log["epoch"].tolist() == expected["epoch"].tolist() == [1, 2, 3, 4]
     pd.testing.assert_frame_equal(log[:2], stored, check_exact=True)
     assert log["learning_rate"].tolist() == expected["learning_rate"].tolist()
@@ -79,19 +79,19 @@ def test_a_run_of_before_goes_on_to_the_same_end(run_of_before, capsys):
     # No later epoch is better than the best one before the stop, whose model is not among the stored files.
     assert results["best_epoch"] == expected["val_accuracy"].idxmax() + 1 == 2
     assert results["best"] == expected["val_accuracy"].max()
-    assert not (run_of_before / "best_model.keras").exists()
-    model = keras.models.load_model(run_of_before / "latest_model.keras")
+    assert not (legacy_run / "best_model.keras").exists()
+    model = keras.models.load_model(legacy_run / "latest_model.keras")
     assert int(model.optimizer.iterations) == 4 * 3
 
 
-def test_a_run_of_before_goes_on_stretching_its_photos(run_of_before):
+def test_a_legacy_run_goes_on_stretching_its_photos(legacy_run):
     configs = Configs.from_json("saved_model/configs.json").replace(load_model_path="saved_model", resize_mode="crop")
     with pytest.raises(UserError, match="resize_mode was 'stretch', now 'crop'"):
         train.main(configs.validate())
 
 
-def test_a_checkpoint_of_before_loads(run_of_before):
-    model = keras.models.load_model(run_of_before / "latest_model.keras")
+def test_a_legacy_checkpoint_loads(legacy_run):
+    model = keras.models.load_model(legacy_run / "latest_model.keras")
     assert [layer.name for layer in model.layers] == ["image", "preprocessing", "backbone", "classifier"]
     assert int(model.optimizer.iterations) == 2 * 3 + 1
     images = np.stack([cv2.imread(f"validation_{number:02d}.png")[..., ::-1] for number in range(6)])
