@@ -20,12 +20,11 @@ def main(configs: Configs) -> dict:
     from finetune.reporting.label_page import write_contradictions
     from finetune.reporting.log_figures import report_learning_rate
     from finetune.reporting.model_card import write_model_card
-    from finetune.training.learning_rate_finder import find_learning_rate
     from finetune.training.phases import get_phases
     from finetune.training.preparing import prepare_run
     from finetune.training.resuming import find_start, report_end
     from finetune.training.time_budget import resolve_epochs
-    from finetune.training.training import check_room, open_run, report_best, train_phases
+    from finetune.training.training import check_room, find_learning_rate, open_run, report_best, train_phases
     from finetune.training.workers import join_team, select_common, take_slurm_step
 
     started = time.monotonic()

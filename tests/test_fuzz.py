@@ -27,7 +27,7 @@ from configs import Configs
 from finetune.core.options import UserError
 from finetune.data.images import read_image
 from finetune.data.inspection import inspect_image
-from finetune.data.label_tables import convert_label_table
+from finetune.data.label_tables import TableForm, convert_label_table
 from finetune.data.tables import encode_labels, read_table, resolve_class_names
 from finetune.evaluation.decision import Decision
 from finetune.evaluation.decision_file import read_decision
@@ -215,7 +215,7 @@ def test_label_tables(folder, content, given, multi_label, mark, skip):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).touch()
     Path("labels.csv").write_bytes(content)
-    table = attempt(convert_label_table, "labels.csv", "photos", "class", given, "", multi_label, mark, skip)
+    table = attempt(convert_label_table, "labels.csv", "photos", TableForm("class", given, "", multi_label, mark), skip)
     if table is not None:
         assert list(table.columns) == ["path", "class"]
         assert len(table) > 0

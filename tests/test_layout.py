@@ -4,6 +4,7 @@ import ast
 import runpy
 import statistics
 import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -172,6 +173,13 @@ def test_a_script_is_short_and_has_a_main(script):
     path = PROJECT / f"{script}.py"
     assert count_lines(path) < FEWER_LINES_OF_A_SCRIPT
     assert "main" in [node.name for node in parse(path).body if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("script", ["make_csv_from_folders", "split_train_test", "plot_training_log"])
+def test_scripts_without_a_model_do_not_wait_for_tensorflow(script):
+    names = ", ".join(sorted(IMPORTS[script] - {script}))
+    command = f"import sys; import {names}; sys.exit('tensorflow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", command], cwd=PROJECT, check=True)
 
 
 @each_script

@@ -207,6 +207,38 @@ class Plateau(keras.callbacks.ReduceLROnPlateau):
         }
 
 
+class RangeTest(keras.callbacks.Callback):
+    """Raises the learning rate in every step, by the same factor, and notes the losses: `rates` and `losses`.
+
+    It stops training after `steps`, or where the loss is not finite or four times that of the first steps.
+    """
+
+    def __init__(self, lowest: float = 1e-7, highest: float = 1.0, steps: int = 100) -> None:
+        super().__init__()
+        self.steps = steps
+        self.rates: list[float] = []
+        self.losses: list[float] = []
+        self._all_rates = np.geomspace(lowest, highest, steps).tolist()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Starts from sums of zero."""
+        self._sums = np.zeros(2)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Sets the rate."""
+        self.model.optimizer.learning_rate = self._all_rates[len(self.rates)]
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Notes rate and loss of the step."""
+        loss, images = self.model.loss_sums - self._sums
+        self._sums = self.model.loss_sums
+        self.rates.append(self._all_rates[len(self.rates)])
+        self.losses.append(float(loss / images))
+        has_grown = self.losses[-1] > 4 * np.median(self.losses[:5])
+        is_over = len(self.rates) == self.steps
+        self.model.stop_training = bool(is_over or has_grown or not np.isfinite(self.losses[-1]))
+
+
 class AveragedWeights(keras.callbacks.Callback):
     """Gives the model the moving average of its weights, as the optimizer keeps it, for as long as it is tested.
 

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
-import keras
 import numpy as np
 
 from finetune.core.options import UserError
-from finetune.training.callbacks import EpochOrder
-from finetune.training.phases import Phase, get_training_set, prepare_phase
-from finetune.training.run import Run
-from finetune.training.trainer import Interruption
-from generator import naming_bad_images
 
 # Of a learning-rate range test: a step's weight against that of the one beside it, the steps that tell how it started,
 # those that it needs, and what its smoothed loss must fall by: a multiple of the noise of a step, which noise alone
@@ -24,60 +16,6 @@ FIRST_STEPS = 5
 LEAST_STEPS = 10
 LEAST_FALL = 2.0
 LEAST_SHARE = 0.01
-
-
-class RangeTest(keras.callbacks.Callback):
-    """Raises the learning rate in every step, by the same factor, and notes the losses: `rates` and `losses`.
-
-    It stops training after `steps`, or where the loss is not finite or four times that of the first steps.
-    """
-
-    def __init__(self, lowest: float = 1e-7, highest: float = 1.0, steps: int = 100) -> None:
-        super().__init__()
-        self.steps = steps
-        self.rates: list[float] = []
-        self.losses: list[float] = []
-        self._all_rates = np.geomspace(lowest, highest, steps).tolist()
-
-    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Starts from sums of zero."""
-        self._sums = np.zeros(2)
-
-    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Sets the rate."""
-        self.model.optimizer.learning_rate = self._all_rates[len(self.rates)]
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Notes rate and loss of the step."""
-        loss, images = self.model.loss_sums - self._sums
-        self._sums = self.model.loss_sums
-        self.rates.append(self._all_rates[len(self.rates)])
-        self.losses.append(float(loss / images))
-        has_grown = self.losses[-1] > 4 * np.median(self.losses[:5])
-        is_over = len(self.rates) == self.steps
-        self.model.stop_training = bool(is_over or has_grown or not np.isfinite(self.losses[-1]))
-
-
-def find_learning_rate(run: Run, phase: Phase) -> dict[str, Any]:
-    """Trains a phase with rising learning rates and suggests one.
-
-    Source: Smith, WACV 2017 (arXiv:1506.01186).
-
-    Returns:
-        `suggestion`, and the `rates` and `losses` of the steps.
-
-    Raises:
-        UserError: no rate makes the loss fall clearly, or an image cannot be read.
-    """
-    with run.strategy.scope():
-        trained = prepare_phase(run, phase, None)
-        images = get_training_set(run)
-    test = RangeTest()
-    epochs = 1 + math.ceil(test.steps / images.steps)
-    with naming_bad_images(images):
-        trained.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), test], Interruption())
-    suggestion = suggest_learning_rate(test.rates, test.losses)
-    return {"suggestion": suggestion, "rates": test.rates, "losses": test.losses}
 
 
 def smooth_losses(losses: np.ndarray) -> np.ndarray:

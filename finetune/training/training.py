@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from finetune.training.callbacks import (
     EpochOrder,
     InputWait,
     Plateau,
+    RangeTest,
     Schedule,
     Validation,
     name_monitor,
@@ -31,11 +33,13 @@ from finetune.training.callbacks import (
 from finetune.training.checkpoint_writer import CheckpointWriter
 from finetune.training.checkpoints import BeforeValidation, Checkpoint
 from finetune.training.head_fit import HeadFit
+from finetune.training.learning_rate_finder import suggest_learning_rate
 from finetune.training.model_selection import ModelSelection
 from finetune.training.phases import (
     Phase,
     describe_phase,
     get_sets,
+    get_training_set,
     prepare_phase,
     refits_head,
     run_phase,
@@ -56,6 +60,30 @@ from finetune.training.run_folder import (
 )
 from finetune.training.stopping import FiniteLoss, Stopping, advising_on_bad_images
 from finetune.training.time_budget import TimeEstimate, count_views
+from finetune.training.trainer import Interruption
+from generator import naming_bad_images
+
+
+def find_learning_rate(run: Run, phase: Phase) -> dict[str, Any]:
+    """Trains a phase with rising learning rates and suggests one.
+
+    Source: Smith, WACV 2017 (arXiv:1506.01186).
+
+    Returns:
+        `suggestion`, and the `rates` and `losses` of the steps.
+
+    Raises:
+        UserError: no rate makes the loss fall clearly, or an image cannot be read.
+    """
+    with run.strategy.scope():
+        trained = prepare_phase(run, phase, None)
+        images = get_training_set(run)
+    test = RangeTest()
+    epochs = 1 + math.ceil(test.steps / images.steps)
+    with naming_bad_images(images):
+        trained.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), test], Interruption())
+    suggestion = suggest_learning_rate(test.rates, test.losses)
+    return {"suggestion": suggestion, "rates": test.rates, "losses": test.losses}
 
 
 def check_room(run: Run, phase: Phase) -> None:

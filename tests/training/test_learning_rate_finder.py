@@ -7,7 +7,8 @@ import pytest
 from scipy import special
 
 from finetune.core.options import UserError
-from finetune.training.learning_rate_finder import RangeTest, smooth_losses, suggest_learning_rate
+from finetune.training.callbacks import RangeTest
+from finetune.training.learning_rate_finder import smooth_losses, suggest_learning_rate
 
 RATES = np.geomspace(1e-6, 1, 100)
 
