@@ -26,7 +26,7 @@ LEAST_FALL = 2.0
 LEAST_SHARE = 0.01
 
 
-class RangeTest(keras.callbacks.Callback):
+class LearningRateFinder(keras.callbacks.Callback):
     """Raises the learning rate in every step, by the same factor, and notes the losses: `rates` and `losses`.
 
     It stops training after `steps`, or where the loss is not finite or four times that of the first steps.
@@ -72,12 +72,12 @@ def find_learning_rate(run: Run, phase: Phase) -> dict[str, Any]:
     with run.strategy.scope():
         trained = prepare_phase(run, phase, None)
         images = get_training_set(run)
-    test = RangeTest()
-    epochs = 1 + math.ceil(test.steps / images.steps)
+    finder = LearningRateFinder()
+    epochs = 1 + math.ceil(finder.steps / images.steps)
     with naming_bad_images(images):
-        trained.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), test], Interruption())
-    suggestion = suggest_learning_rate(test.rates, test.losses)
-    return {"suggestion": suggestion, "rates": test.rates, "losses": test.losses}
+        trained.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), finder], Interruption())
+    suggestion = suggest_learning_rate(finder.rates, finder.losses)
+    return {"suggestion": suggestion, "rates": finder.rates, "losses": finder.losses}
 
 
 def smooth_losses(losses: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 from scipy import special
 
 from finetune.core.options import UserError
-from finetune.training.learning_rate_finder import RangeTest, smooth_losses, suggest_learning_rate
+from finetune.training.learning_rate_finder import LearningRateFinder, smooth_losses, suggest_learning_rate
 
 RATES = np.geomspace(1e-6, 1, 100)
 
@@ -64,13 +64,13 @@ def test_too_few_finite_losses_suggest_no_rate():
 
 
 def test_the_learning_rate_finder_notes_the_losses_of_each_step_and_stops():
-    test = RangeTest(1e-3, 1.0, steps=4)
-    test.set_model(SimpleNamespace(optimizer=SimpleNamespace(learning_rate=None), loss_sums=np.zeros(2)))
-    test.on_epoch_begin(0)
+    finder = LearningRateFinder(1e-3, 1.0, steps=4)
+    finder.set_model(SimpleNamespace(optimizer=SimpleNamespace(learning_rate=None), loss_sums=np.zeros(2)))
+    finder.on_epoch_begin(0)
     for step, loss in enumerate([2.0, 1.0, 9.0]):
-        test.on_train_batch_begin(step)
-        assert test.model.optimizer.learning_rate == pytest.approx(10.0 ** (step - 3))
-        test.model.loss_sums = np.add(test.model.loss_sums, [loss * 3, 3])
-        test.on_train_batch_end(step)
-    assert test.losses == [2, 1, 9]
-    assert test.model.stop_training
+        finder.on_train_batch_begin(step)
+        assert finder.model.optimizer.learning_rate == pytest.approx(10.0 ** (step - 3))
+        finder.model.loss_sums = np.add(finder.model.loss_sums, [loss * 3, 3])
+        finder.on_train_batch_end(step)
+    assert finder.losses == [2, 1, 9]
+    assert finder.model.stop_training
