@@ -35,7 +35,7 @@ def main(configs: Configs) -> dict:
         strategy = team.connect(start_strategy(configs.distribution_strategy))
         model_path, state, configs = find_start(configs, team.is_chief)
         team.folder = configs.save_model_path
-        team.agree(select_common(configs.to_dict(), state))
+        team.check_workers_match(select_common(configs.to_dict(), state))
         if ended := report_end(state, configs):
             return ended
         csv_paths = list_sets(configs)

@@ -207,7 +207,7 @@ class Plateau(keras.callbacks.ReduceLROnPlateau):
         }
 
 
-class RangeTest(keras.callbacks.Callback):
+class LearningRateFinder(keras.callbacks.Callback):
     """Raises the learning rate in every step, by the same factor, and notes the losses: `rates` and `losses`.
 
     It stops training after `steps`, or where the loss is not finite or four times that of the first steps.

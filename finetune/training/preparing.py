@@ -88,7 +88,7 @@ def get_shares(configs: Configs, devices: int, team: Team) -> Shares:
         return Shares()
     batch_size = configs.batch_size * configs.gradient_accumulation_steps
     local = devices // team.size
-    team.agree({"the number of devices": local})
+    team.check_workers_match({"the number of devices": local})
     print(f"Devices that train together: {devices}. Images a step: {devices} x {batch_size} = {devices * batch_size}.")
     return Shares(devices, local * team.index, local)
 
@@ -122,7 +122,7 @@ def check_workers_match(team: Team, images: Images, model_path: str, state: dict
         digest = str(hash_model(model_path)) if model_path else ""
         values = {"the images and labels of train_csv": fingerprint(images.training)}
         values |= {"the images and labels of the validation set": fingerprint(images.validation)}
-        team.agree(values | {"the model to start from": digest})
+        team.check_workers_match(values | {"the model to start from": digest})
     if state:
         check_same_data(state, *images)
 

@@ -24,8 +24,8 @@ from finetune.training.callbacks import (
     BadImages,
     EpochOrder,
     InputWait,
+    LearningRateFinder,
     Plateau,
-    RangeTest,
     Schedule,
     Validation,
     name_monitor,
@@ -78,12 +78,12 @@ def find_learning_rate(run: Run, phase: Phase) -> dict[str, Any]:
     with run.strategy.scope():
         trained = prepare_phase(run, phase, None)
         images = get_training_set(run)
-    test = RangeTest()
-    epochs = 1 + math.ceil(test.steps / images.steps)
+    finder = LearningRateFinder()
+    epochs = 1 + math.ceil(finder.steps / images.steps)
     with naming_bad_images(images):
-        trained.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), test], Interruption())
-    suggestion = suggest_learning_rate(test.rates, test.losses)
-    return {"suggestion": suggestion, "rates": test.rates, "losses": test.losses}
+        trained.fit(images.to_dataset(), epochs, 0, [EpochOrder(images), finder], Interruption())
+    suggestion = suggest_learning_rate(finder.rates, finder.losses)
+    return {"suggestion": suggestion, "rates": finder.rates, "losses": finder.losses}
 
 
 def check_room(run: Run, phase: Phase) -> None:

@@ -236,7 +236,7 @@ class Team:
             ) from error
         faulthandler.cancel_dump_traceback_later()
         threading.Thread(target=self._watch, daemon=True).start()
-        self.agree(self.settings)
+        self.check_workers_match(self.settings)
         return strategy
 
     def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
@@ -259,7 +259,7 @@ class Team:
             status = error.code if error else 0
         atexit.register(end_at_once, status)
 
-    def agree(self, values: dict[str, Any]) -> None:
+    def check_workers_match(self, values: dict[str, Any]) -> None:
         """Compares values by name, which JSON can hold, over all workers.
 
         Raises:

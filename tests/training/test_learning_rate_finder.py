@@ -7,7 +7,7 @@ import pytest
 from scipy import special
 
 from finetune.core.options import UserError
-from finetune.training.callbacks import RangeTest
+from finetune.training.callbacks import LearningRateFinder
 from finetune.training.learning_rate_finder import smooth_losses, suggest_learning_rate
 
 RATES = np.geomspace(1e-6, 1, 100)
@@ -65,7 +65,7 @@ def test_too_few_finite_losses_suggest_no_rate():
 
 
 def test_the_learning_rate_finder_notes_the_losses_of_each_step_and_stops():
-    test = RangeTest(1e-3, 1.0, steps=4)
+    test = LearningRateFinder(1e-3, 1.0, steps=4)
     test.set_model(SimpleNamespace(optimizer=SimpleNamespace(learning_rate=None), loss_sums=np.zeros(2)))
     test.on_epoch_begin(0)
     for step, loss in enumerate([2.0, 1.0, 9.0]):

@@ -230,7 +230,7 @@ def test_one_process_is_a_team_that_asks_nobody(monkeypatch, strategy):
         team.connect(None)
         assert (team.size, team.index, team.is_chief) == (1, 0, True)
         assert team.exchange({"any": 1}) == [{"any": 1}]
-        team.agree({"any": object()})
+        team.check_workers_match({"any": object()})
     with pytest.raises(ZeroDivisionError), team:
         _ = 1 / 0
 
@@ -273,7 +273,9 @@ def test_a_worker_that_is_none_is_not_waited_for_without_an_end(processes):
 def test_values_come_in_the_order_of_the_workers_and_the_chief_alone_prints(processes):
     body = "time.sleep(0.1 * (1 - team.index)); print('hello')\n"
     body += "for round in (1, 2): show(team.exchange({'it': [round, team.index, None, 'é'] * (2 * team.index + 1)}))\n"
-    body += "show(team.exchange(None)); team.agree({'x': (1, 2)}); show(len(team.exchange('x' * 100_000)[1]))"
+    body += (
+        "show(team.exchange(None)); team.check_workers_match({'x': (1, 2)}); show(len(team.exchange('x' * 100_000)[1]))"
+    )
     addresses, found = processes.run(2, body)
     expected = [[{"it": [round, i, None, "é"] * (2 * i + 1)} for i in range(2)] for round in (1, 2)]
     for index, worker in enumerate(found):
