@@ -61,7 +61,8 @@ def main(configs: LabelErrorConfigs) -> dict:
 
     from finetune.core.devices import start_devices
     from finetune.studies.label_error_page import write_page
-    from finetune.studies.label_errors import estimate_errors, gather_evidence, get_judge, list_suspects, summarize
+    from finetune.studies.label_errors import gather_evidence, get_judge, list_suspects, summarize
+    from finetune.studies.label_scores import estimate_errors
 
     start_devices(configs.gpu_percentage)
     judge, configs = get_judge(configs, csv_path)

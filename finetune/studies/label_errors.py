@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import cleanlab.count
-import cleanlab.multilabel_classification
-import cleanlab.rank
 import keras
 import numpy as np
 import pandas as pd
@@ -20,7 +17,6 @@ from finetune.core.texts import join_names
 from finetune.core.values import get_input_size
 from finetune.data.data_check import check_images
 from finetune.data.groups import (
-    count_groups,
     count_groups_of_classes,
     describe_groups,
     is_single_group,
@@ -33,6 +29,11 @@ from finetune.data.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table, reso
 from finetune.evaluation.decision_file import read_decision
 from finetune.models.heads import has_parts
 from finetune.models.model_files import has_views, load_fitting_model, strip_views
+from finetune.studies.label_scores import (
+    Estimate,
+    count_errors,
+    rank_suspects,
+)
 from finetune.training.feature_store import get_features
 from finetune.training.probe import cross_validate, split_head
 from finetune.training.run_data import IMAGES_FILE, READING_OPTIONS, find_trained_images
@@ -41,7 +42,6 @@ from generator import get_generator, tell_bad_images
 from model import ModelFactory
 
 NEIGHBOURS = 3
-RESAMPLINGS = 200
 # A regression learns little of a class from fewer images.
 FEW = 5
 # Rows whose similarities to all images are in memory at a time.
@@ -82,14 +82,6 @@ class Evidence(NamedTuple):
     features: np.ndarray
     probabilities: np.ndarray
     groups: np.ndarray | None = None
-
-
-class Estimate(NamedTuple):
-    """How many labels are wrong, as cleanlab counts them, with the bounds of a 95 % interval over images."""
-
-    number: int
-    low: int
-    high: int
 
 
 def get_judge(configs: Configs, csv_path: str) -> tuple[Judge, Configs]:
@@ -280,138 +272,6 @@ def _tell_lone_labels(one_hot: np.ndarray, class_names: Sequence[str], groups: n
     if few := [f"{class_names[place]} ({units[place]})" for place in np.flatnonzero((units > 1) & (units < FEW))]:
         print(f"Hardly judged, as fewer than {FEW} {what} have the label: {join_names(few)}")
     return np.flatnonzero(units == 1)
-
-
-def find_wrong_labels(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Returns which of several labels are wrong as cleanlab counts them, each judged by itself, bool.
-
-    Args:
-        labels: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`.
-    """
-    is_wrong = np.zeros(labels.shape, bool)
-    for position, (given, probability) in enumerate(zip(labels.T.astype(int), probabilities.T, strict=True)):
-        pair = np.stack([1 - probability, probability], axis=1)
-        _, rows = cleanlab.count.compute_confident_joint(
-            given, pair, calibrate=False, return_indices_of_off_diagonals=True
-        )
-        rows = np.array(rows, int)
-        is_wrong[rows, position] = pair.argmax(axis=1)[rows] != given[rows]
-    return is_wrong
-
-
-def find_likely(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Returns the likely labels as `encode_labels` gives them.
-
-    Of several labels, those that cleanlab counts as wrong are changed or, where it counts none, the most doubtful one
-    if it is more probably wrong than right; all others are left. At least one label is likely.
-    """
-    best = probabilities.argmax(axis=1)
-    if not multi_label:
-        return best
-    changes, doubts = find_wrong_labels(labels, probabilities), np.where(labels == 1, 1 - probabilities, probabilities)
-    rows = np.flatnonzero(~changes.any(axis=1) & (doubts.max(axis=1) > 0.5))
-    changes[rows, doubts[rows].argmax(axis=1)] = True
-    likely = np.where(changes, 1 - labels, labels).astype(np.uint8)
-    rows = np.flatnonzero(~likely.any(axis=1))
-    likely[rows, best[rows]] = 1
-    return likely
-
-
-def score_labels(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Returns cleanlab's quality of each image's label, in `[0, 1]`, the lowest the most doubtful.
-
-    Single-label it is the probability of the given label; multi-label a mean over all labels, in which the worst one
-    counts most.
-
-    Source: Kuan and Mueller, ICML 2022 workshop DataPerf; multi-label Thyagarajan et al., 2022 (arXiv:2211.13895).
-    """
-    if multi_label:
-        # cleanlab refuses labels that all images have: one more image, without the last label, changes no other score.
-        given = [*(np.flatnonzero(row).tolist() for row in labels), [0]]
-        padded = np.concatenate([probabilities, probabilities[:1]])
-        return cleanlab.multilabel_classification.get_label_quality_scores(given, padded)[:-1]
-    return cleanlab.rank.get_label_quality_scores(labels, probabilities, method="self_confidence")
-
-
-def rank_suspects(
-    labels: np.ndarray, probabilities: np.ndarray, multi_label: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ranks the images whose likely label is another one than the given.
-
-    Args:
-        labels: as `encode_labels` gives them.
-        probabilities: `(images, classes)`, of images that the judge has not learnt from.
-        multi_label: which kind of labels.
-
-    Returns:
-        Positions of the suspects, the most doubtful first; of every image, the quality of its label, and the likely
-        one as `find_likely` gives it.
-    """
-    qualities, likely = (
-        score_labels(labels, probabilities, multi_label),
-        find_likely(labels, probabilities, multi_label),
-    )
-    differs = likely != labels
-    suspects = np.flatnonzero(differs.any(axis=1) if multi_label else differs)
-    return suspects[np.argsort(qualities[suspects], kind="stable")], qualities, likely
-
-
-def count_errors(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> int:
-    """Returns how many images have a wrong label, as cleanlab counts them.
-
-    Source: Northcutt et al., JAIR 2021 (arXiv:1911.00068): an image counts whose probability of another label is at
-    least the mean one of the images with that label. Of several labels, each is judged by itself.
-    """
-    if not multi_label and (labels == labels[0]).all():
-        # cleanlab needs two classes; a resample may lack a rare one.
-        return int((probabilities.argmax(axis=1) != labels).sum())
-    if not multi_label:
-        return int(cleanlab.count.num_label_issues(labels, probabilities))
-    return int(find_wrong_labels(labels, probabilities).any(axis=1).sum())
-
-
-def estimate_errors(
-    labels: np.ndarray, probabilities: np.ndarray, multi_label: bool, seed: int, groups: np.ndarray | None = None
-) -> Estimate:
-    """Estimates how many labels are wrong, with a bootstrap over images, or over groups of them.
-
-    Args:
-        labels: as `encode_labels` gives them.
-        probabilities: `(images, classes)`.
-        multi_label: which kind of labels.
-        seed: of the bootstrap.
-        groups: of the images, as `number_groups` gives them.
-
-    Returns:
-        Where none is found, the upper bound is 3: as many are still found by none in 5 of 100 samples. Of groups it is
-        as many images as three groups have on average.
-    """
-    # One group shows nothing of how groups differ: `summarize` says so.
-    groups = None if is_single_group(groups) else groups
-    rng, number = np.random.default_rng(seed), count_errors(labels, probabilities, multi_label)
-    counts = []
-    for rows in _draw_rows(len(labels), groups, rng):
-        # Resamples of groups differ in size.
-        share = len(labels) / len(rows)
-        counts.append(count_errors(labels[rows], probabilities[rows], multi_label) * share)
-    low, high = np.percentile(counts, [2.5, 97.5])
-    unseen = int(np.ceil(3 * len(labels) / count_groups(groups, len(labels))))
-    return Estimate(
-        number, min(int(low), number), max(int(np.ceil(high)), number, 0 if number else min(unseen, len(labels)))
-    )
-
-
-def _draw_rows(images: int, groups: np.ndarray | None, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yields the positions of the images in each resample: images, or whole groups, drawn with replacement."""
-    if groups is None:
-        for _ in range(RESAMPLINGS):
-            yield rng.integers(images, size=images)
-        return
-    sizes = np.bincount(groups)
-    rows_of = np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
-    for _ in range(RESAMPLINGS):
-        yield np.concatenate([rows_of[group] for group in rng.integers(len(sizes), size=len(sizes))])
 
 
 def name_labels(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:

@@ -16,16 +16,8 @@ from find_label_errors import LabelErrorConfigs
 from finetune.core.files import write_json
 from finetune.core.options import UserError
 from finetune.studies import label_errors
-from finetune.studies.label_errors import (
-    answer_out_of_fold,
-    count_errors,
-    estimate_errors,
-    find_likely,
-    find_neighbours,
-    rank_suspects,
-    score_labels,
-    summarize,
-)
+from finetune.studies.label_errors import answer_out_of_fold, find_neighbours, summarize
+from finetune.studies.label_scores import count_errors, estimate_errors, find_likely, rank_suspects, score_labels
 from finetune.training.probe import compute_features, cross_validate, initialize_head
 from finetune.training.run_data import write_trained_images
 from generator import AugmentedImageSequence
