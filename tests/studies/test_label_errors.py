@@ -15,7 +15,6 @@ from configs import Configs
 from find_label_errors import LabelErrorConfigs
 from finetune.core.files import write_json
 from finetune.core.options import UserError
-from finetune.studies import label_errors
 from finetune.studies.label_errors import answer_out_of_fold, find_neighbours, summarize
 from finetune.studies.label_scores import count_errors, estimate_errors, find_likely, rank_suspects, score_labels
 from finetune.training.probe import compute_features, cross_validate, initialize_head
@@ -117,7 +116,7 @@ def test_interval_holds_what_was_changed_and_is_the_same_again():
 @pytest.mark.parametrize("counts", [(80, 3), (80, 1), (150, 3, 1), (1, 1), (3,)])
 def test_the_interval_allows_for_classes_of_a_few_images(counts, monkeypatch):
     # A class of 3 of 83 images is in no resample of exp(-3) = 5 of 100, one of 1 image in 37 of 100.
-    monkeypatch.setattr(label_errors, "RESAMPLINGS", 30)
+    monkeypatch.setattr("finetune.studies.label_scores.RESAMPLINGS", 30)
     labels = np.repeat(np.arange(len(counts)), counts)
     probabilities = np.full((len(labels), max(len(counts), 2)), 0.1)
     probabilities[np.arange(len(labels)), labels] = 0.9
