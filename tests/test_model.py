@@ -162,6 +162,18 @@ def test_classifier_layer_sizes(layer_sizes, expected):
     assert head.layers[-2].activation is keras.activations.linear
 
 
+def test_the_layers_of_a_head_draw_their_seeds_in_order():
+    keras.utils.set_random_seed(3)
+    head = build_head("dense", HeadOptions(3, False, [16, 0.4]))
+    keras.utils.set_random_seed(3)
+    plain = [keras.layers.Dense(16), keras.layers.Dropout(0.4), keras.layers.Dense(3)]
+    expected = keras.Sequential([keras.layers.GlobalAveragePooling2D(), *plain])
+    for model in (head, expected):
+        model.build((None, 2, 2, 8))
+    for found, wanted in zip(head.variables, expected.variables, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("pooling", "pooled"), [("avg", [[2.5, 25]]), ("max", [[4, 40]]), (None, [[1, 10, 2, 20, 3, 30, 4, 40]])]
 )

@@ -59,10 +59,12 @@ def build_head(name: str, options: HeadOptions) -> keras.Sequential:
 
     Its last two layers are float32, so that Grad-CAM can explain unsaturated scores.
     """
+    # First, so that each layer draws its seed in the order of the layers, on which a run of one seed depends.
+    hidden = HEADS[name](options)
     activation = "sigmoid" if options.multi_label else "softmax"
     logits = layers.Dense(options.classes, dtype="float32", name=LOGITS)
     probabilities = layers.Activation(activation, dtype="float32", name=PROBABILITIES)
-    return keras.Sequential([*HEADS[name](options), logits, probabilities], name=HEAD)
+    return keras.Sequential([*hidden, logits, probabilities], name=HEAD)
 
 
 class Parts(NamedTuple):
