@@ -418,6 +418,7 @@ def test_mixed_precision_computes_in_16_bits_and_answers_in_32(monkeypatch, tmp_
     assert heatmaps.dtype == probabilities.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_mixed_precision_is_close_to_full_precision():
     options = {"visual_model_name": "MobileNet", "use_imagenet_weights": False, "image_target_size": (64, 64, 3)}
     full, mixed = (

@@ -299,6 +299,7 @@ tf.function(tf.transpose)(tf.constant([[True, False]]))
 """
 
 
+@pytest.mark.slow
 def test_booleans_bring_no_notice_of_the_cpu():
     environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     result = subprocess.run([sys.executable, "-c", BOOLEANS], cwd=PROJECT, env=environment, capture_output=True)

@@ -37,6 +37,7 @@ def test_a_file_that_is_open_already_passes(path):
         check_attributes(str(path))
 
 
+@pytest.mark.slow
 def test_hdf5_that_never_returns_is_ended(path, monkeypatch):
     content = bytearray(path.read_bytes())
     first = content.index(HEAP) + 16

@@ -270,6 +270,7 @@ def test_a_worker_that_is_none_is_not_waited_for_without_an_end(processes):
     assert any("Timeout" in line for line in found.err)
 
 
+@pytest.mark.slow
 def test_values_come_in_the_order_of_the_workers_and_the_chief_alone_prints(processes):
     body = "time.sleep(0.1 * (1 - team.index)); print('hello')\n"
     body += "for round in (1, 2): show(team.exchange({'it': [round, team.index, None, 'é'] * (2 * team.index + 1)}))\n"
@@ -411,6 +412,7 @@ os._exit(1)
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_output_ends_at_once():
     ended = subprocess.run([sys.executable, "-c", ENDS], cwd=PROJECT, capture_output=True, timeout=60)
     assert ended.returncode == 7
