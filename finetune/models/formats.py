@@ -23,7 +23,7 @@ MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
 # Of compressed models. Numbers in a weight: fewer take less than the file's note of it, so they stay exact; and as many
 # are worth the time that unpacking takes. In int8, fewer numbers than this save too little beside their scale.
 WEIGHTS_DTYPES = ("float32", "float16", "int8")
-# Of compressed weights and of their layers, which stand beside.
+# Of compressed weights, and of the file with their layers.
 WEIGHTS_ENDING, LAYERS_ENDING = ("_compressed", ".h5"), ("_compressed", ".json")
 # Marks an artefact that costs too much accuracy, in front of its suffix.
 REJECTED = ".rejected"
@@ -36,7 +36,7 @@ class Runtime(Protocol):
         """Writes a model in a precision of the format; returns the paths of what it wrote, the one to load first."""
 
     def load(self, path: str) -> ExportedModel:
-        """Returns the model in a file or folder; fails in any way where it is damaged."""
+        """Returns the model in a file or folder; fails in any way if it is damaged."""
 
 
 class Format(NamedTuple):
@@ -142,7 +142,7 @@ def exports_fault(names: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def importing(purpose: str, packages: Mapping[str, str]) -> Iterator[None]:
-    """Tells how to install packages that few need, where importing one of them fails.
+    """Says how to install an optional package if importing it fails.
 
     Args:
         purpose: begins the message.
@@ -174,7 +174,7 @@ def find_format(path: str) -> Format | None:
 
 
 def is_exported(path: str) -> bool:
-    """Tells whether a path is that of a model for another runtime than Keras."""
+    """Returns whether a path is that of a model for another runtime than Keras."""
     return find_format(path) is not None
 
 
@@ -210,7 +210,7 @@ def artefact_stem(path: str) -> str:
 
 
 def metadata_path(path: str) -> str:
-    """Returns where what an artefact needs beside it stands: its classes, its image size, its decision."""
+    """Returns the path of an artefact's metadata: its classes, its image size, its decision."""
     return os.path.join(os.path.dirname(os.path.abspath(path)), f"{artefact_stem(path)}_metadata.json")
 
 

@@ -88,7 +88,7 @@ class Parts(NamedTuple):
 
 
 def has_parts(model: keras.Model) -> bool:
-    """Tells whether a model ends in a backbone and a head, as those of this collection do."""
+    """Returns whether a model ends in a backbone and a head, as those of this collection do."""
     return [layer.name for layer in model.layers[-2:]] == [BACKBONE, HEAD]
 
 
@@ -97,7 +97,7 @@ def split_model(model: keras.Model, purpose: str, advice: str) -> Parts:
 
     Args:
         model: whose answer is that to the image as it is.
-        purpose: begins the message where it has no such parts.
+        purpose: begins the error message if it has no such parts.
         advice: ends it.
 
     Raises:

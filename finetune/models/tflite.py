@@ -32,7 +32,7 @@ def write(model: keras.Model, path: str, precision: str, calibrate: Calibration)
 
 
 def load(path: str) -> ExportedModel:
-    """Loads a file into LiteRT's interpreter where it is installed, else into TensorFlow's own."""
+    """Loads a file into LiteRT's interpreter if that is installed, else into TensorFlow's own."""
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError:

@@ -19,7 +19,7 @@ RESAMPLINGS = 200
 
 
 class Estimate(NamedTuple):
-    """How many labels are wrong, as cleanlab counts them, with the bounds of a 95 % interval over images."""
+    """How many labels are wrong by cleanlab's count, with its 95 % confidence interval over images."""
 
     number: int
     low: int

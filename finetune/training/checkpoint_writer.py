@@ -55,7 +55,7 @@ class CheckpointWriter:
         self._view.compile(trained.optimizer, loss=stock)
 
     def get_state(self, epochs_completed: int, steps_completed: int) -> dict[str, Any]:
-        """Returns everything that resumes, beside the weights and the optimizer's variables in the model file.
+        """Returns all that resuming needs, except the weights and optimizer variables, which the model file has.
 
         Args:
             epochs_completed: of the run.
@@ -71,7 +71,7 @@ class CheckpointWriter:
         }
 
     def save(self, names: Sequence[str], epochs_completed: int, steps_completed: int, resumes: bool = True) -> None:
-        """Writes the model under one or more names; where it has averaged weights, training cannot go on from it."""
+        """Writes the model under one or more names; training cannot continue from averaged weights."""
         first, *others = (os.path.join(self.folder, name) for name in names)
         # Reading the metrics of several processes takes all of them.
         state = self.get_state(epochs_completed, steps_completed)

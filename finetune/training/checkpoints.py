@@ -68,7 +68,7 @@ class Checkpoint(keras.callbacks.Callback):
             self.writer.save([LATEST_MODEL], self.training.epoch, steps_completed)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Writes the epoch's models and logs, and the best model where it is that."""
+        """Writes the epoch's models and logs, and the best model if it is the best."""
         progress = self.writer.progress
         progress.input_waits.append(round(self.input_wait.share, 4))
         progress.log.append({"epoch": epoch + 1} | {name: float(value) for name, value in logs.items()})

@@ -402,6 +402,7 @@ def test_the_manual_says_what_the_code_does():
 
 ENDS = """
 import os, sys
+import finetune.core.devices
 from finetune.training.workers import end_at_once
 class Broken:
     def flush(self):
@@ -415,5 +416,4 @@ os._exit(1)
 @pytest.mark.slow
 def test_a_process_without_output_ends_at_once():
     ended = subprocess.run([sys.executable, "-c", ENDS], cwd=PROJECT, capture_output=True, timeout=60)
-    assert ended.returncode == 7
-    assert b"Traceback" not in ended.stderr
+    assert (ended.returncode, ended.stderr) == (7, b"")
