@@ -251,8 +251,14 @@ class Team:
         self._is_over.set()
         self._silence.close()
         if isinstance(error, tf.errors.OpError):
+            is_loss = isinstance(error, (tf.errors.UnavailableError, tf.errors.DeadlineExceededError))
             lost = self._find_lost()
-            if lost or isinstance(error, (tf.errors.UnavailableError, tf.errors.DeadlineExceededError)):
+            # A killed process may still listen after its connections have broken. The survivors linger for longer.
+            end = time.monotonic() + LINGER_SECONDS / 2
+            while is_loss and not lost and time.monotonic() < end:
+                time.sleep(0.05)
+                lost = self._find_lost()
+            if lost or is_loss:
                 self._end(lost, describe_failure(error))
         status = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         if error is None or isinstance(error, SystemExit):

@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tensorflow as tf
 from team_settings import STEP, config_of, slurm_step
 
 from configs import Configs
@@ -20,6 +22,7 @@ from finetune.training.workers import (
     SLURM_PORT,
     WAIT_SECONDS,
     WATCH_SECONDS,
+    Team,
     describe_code,
     join_team,
     read_cluster,
@@ -348,6 +351,18 @@ def test_a_killed_process_ends_the_others(processes, number, victim, then):
     assert found.pop(victim).status == -signal.SIGKILL
     for worker in found:
         check_told(worker, addresses, victim)
+
+
+def test_a_worker_that_still_listens_as_its_connections_break_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(teams, "end_at_once", sys.exit)
+    address, *_ = free_addresses(1)
+    team = Team([ADDRESSES[0], address], 0, folder="saved_model")
+    with socket.create_server(("127.0.0.1", int(address.rpartition(":")[2]))) as listening:
+        threading.Timer(0.3, listening.close).start()
+        error = tf.errors.UnavailableError(None, None, "aborted by: Socket closed")
+        with pytest.raises(SystemExit):
+            team.__exit__(type(error), error, None)
+    assert f"Error: Worker 1 ({address}) has ended" in capsys.readouterr().err
 
 
 @posix
