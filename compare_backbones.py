@@ -47,12 +47,11 @@ def main(configs: CompareConfigs) -> dict:
         `ranking`, the table as written, and `left_out`, why backbones are not in it, by their names and sizes.
     """
     # Imported here, so that --help does not wait for TensorFlow.
-    from finetune.core.arguments import look_up
     from finetune.core.devices import set_seed, start_devices
     from finetune.core.files import write_csv
     from finetune.data.pixel_range import resolve_pixel_range
     from finetune.data.tables import resolve_class_names
-    from finetune.models.backbones import BACKBONES
+    from finetune.models.backbones import BACKBONES, find_backbone
     from finetune.predicting.prediction_files import check_write_path
     from finetune.studies.backbone_comparison import draw_images, probe_backbones, rank
     from finetune.studies.backbone_report import draw_ranking, print_ranking
@@ -60,7 +59,7 @@ def main(configs: CompareConfigs) -> dict:
 
     check_write_path(configs.write_path, configs.train_csv)
     for name in {*configs.backbones} - {ALL}:
-        look_up(BACKBONES, "backbones", name)
+        find_backbone(name, configs.backbone_preprocessing, "backbones")
     configs.classes = resolve_class_names(
         configs.classes, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
     )

@@ -17,6 +17,7 @@ from finetune.core.values import (
     image_size_fault,
     layer_sizes_fault,
     pixel_range_fault,
+    scaling_fault,
     test_image_size_fault,
     threshold_range_fault,
 )
@@ -42,7 +43,10 @@ class Configs(Options):
     )
     image_directory: str = define("", "Put in front of the paths in the CSV files", group="data")
     visual_model_name: str = define(
-        "DenseNet121", "The backbone: a name listed in docs/options.md", describes_model=True, group="common"
+        "DenseNet121",
+        "The backbone: a name listed in docs/options.md, kerashub:PRESET or :FOLDER, or a Keras model file",
+        describes_model=True,
+        group="common",
     )
     image_target_size: tuple[int, int, int] = define(
         (224, 224, 3),
@@ -62,6 +66,14 @@ class Configs(Options):
         describes_model=True,
         check=test_image_size_fault,
         group="recipe",
+    )
+    backbone_preprocessing: list[str] = define(
+        [],
+        "Input scaling of a backbone from a file or preset: torch, tf, caffe, none, or a scale and an offset; empty: "
+        "the preset's own",
+        describes_model=True,
+        check=scaling_fault,
+        group="model",
     )
     resize_mode: str = define(
         "stretch",
@@ -98,7 +110,8 @@ class Configs(Options):
     head: str = define("dense", "The head: a name in finetune/models/heads.py", describes_model=True, group="model")
     conv_layers_to_train: int = define(
         -1,
-        "Convolutions of the backbone to train: -1 all, 0 none, n the last n and what follows them",
+        "Convolutions of the backbone, or blocks of a transformer, to train: -1 all, 0 none, n the last n and what "
+        "follows them",
         at_least=-1,
         fixed_in_run=True,
         group="model",

@@ -18,16 +18,22 @@ from finetune.core.arguments import look_up, take_names
 from finetune.core.devices import precision_policy
 from finetune.core.options import UserError
 from finetune.core.values import get_input_size
-from finetune.models.backbones import BACKBONES, build_backbone, build_preprocessing
+from finetune.models.backbones import build_backbone, build_preprocessing, find_backbone
 from finetune.models.freezing import prepare_backbone
 from finetune.models.heads import HEADS, HeadOptions, build_head
 from finetune.models.losses import find_loss
 from finetune.models.optimizers import build_optimizer, check_optimizer, compile_model
 
 
-def check_registered(configs: Configs) -> None:
-    """Raises UserError where an option names what its registry lacks, so that nothing is computed in vain."""
-    look_up(BACKBONES, "visual_model_name", configs.visual_model_name)
+def check_registered(configs: Configs, builds: bool = True) -> None:
+    """Raises UserError where an option names what its registry lacks, so that nothing is computed in vain.
+
+    Args:
+        configs: to check.
+        builds: False where the model is loaded: the backbone is in it, and need not be had any more.
+    """
+    if builds:
+        find_backbone(configs.visual_model_name, configs.backbone_preprocessing)
     look_up(HEADS, "head", configs.head)
     find_loss(configs.loss, configs.multi_label_classification)
     check_optimizer(configs)
@@ -38,11 +44,11 @@ class ModelFactory:
 
     def get_input_size(self, name: str) -> tuple[int, int]:
         """Returns the `(height, width)` that a backbone's ImageNet weights were trained at."""
-        return (look_up(BACKBONES, "visual_model_name", name).input_size,) * 2
+        return (find_backbone(name).input_size,) * 2
 
     def get_last_conv_layer(self, name: str) -> str:
         """Returns the name of a backbone's last spatial layer, which Grad-CAM reads."""
-        return look_up(BACKBONES, "visual_model_name", name).last_layer
+        return find_backbone(name).last_layer
 
     def get_model(self, configs: Configs) -> keras.Model:
         """Builds and compiles the model.
@@ -60,18 +66,20 @@ class ModelFactory:
         check_registered(Configs.check(configs))
         take_names(configs.classes, "classes")
         name = configs.visual_model_name
+        entry = find_backbone(name, configs.backbone_preprocessing)
         factor = 2**configs.cnn_downscaling_factor
         # The last one is what the model is built for.
-        sizes = {"image_target_size": configs.image_target_size[:2], "test_image_size": get_input_size(configs)}
+        sizes = {"image_target_size": tuple(configs.image_target_size[:2]), "test_image_size": get_input_size(configs)}
         for option, (height, width) in sizes.items():
             backbone_size = (math.ceil(height / factor), math.ceil(width / factor))
-            if min(backbone_size) < BACKBONES[name].minimum_size:
-                raise UserError(
-                    f"{option}: {name} takes images from {BACKBONES[name].minimum_size} pixels a side on. Received: "
-                    f"{height}x{width}, {backbone_size[0]}x{backbone_size[1]} after downscaling. Enlarge it."
-                )
+            entry.check_size(name, option, (height, width), backbone_size)
+        if len({*sizes.values()}) > 1 and not entry.takes_any_size:
+            raise UserError(
+                f"test_image_size: expected nothing, for {name} is built for one size and cannot be trained at "
+                f"another. Received: {height} {width}. Leave it out, and set image_target_size."
+            )
         with precision_policy(configs.mixed_precision):
-            backbone = build_backbone(name, backbone_size, configs.use_imagenet_weights, configs.pop_conv_layers)
+            backbone = build_backbone(name, entry, backbone_size, configs.use_imagenet_weights, configs.pop_conv_layers)
             options = HeadOptions(
                 len(configs.classes),
                 configs.multi_label_classification,
@@ -83,7 +91,7 @@ class ModelFactory:
         inputs = outputs = keras.Input((height, width, 3), name="image")
         if configs.cnn_downscaling_factor:
             outputs = downscale(outputs, configs.cnn_downscaling_factor, configs.cnn_downscaling_filters)
-        outputs = build_preprocessing(BACKBONES[name].preprocessing)(outputs)
+        outputs = build_preprocessing(entry.preprocessing)(outputs)
         model = keras.Model(inputs, head(backbone(outputs)), name="image_classifier")
         optimizer = build_optimizer(configs)
         return compile_model(model, optimizer, configs.multi_label_classification)

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 # What 64-bit floats hold exactly: the libraries below fail on more, each in its own way.
 LARGEST_WHOLE_NUMBER = 2**53
 LONGEST_SHOWN = 200
+# Of a backbone's input, as Keras calls them; with none, the backbone scales its input itself.
+SCALINGS = ("torch", "tf", "caffe", "none")
 
 
 def convert(value: Any, kind: Any, is_text: bool) -> Any:
@@ -229,6 +231,31 @@ def pixel_range_fault(values: list[float]) -> str:
     if len(values) in (0, 2, 4) and all(math.isfinite(high - low) and low < high for low, high in pairs):
         return ""
     return f"expected two numbers, the lower first, or two pairs of them. Received: {quote_value(values)}"
+
+
+def read_scaling(values: Sequence[str]) -> str | tuple[float, float]:
+    """Returns the input scaling that texts name: a word of `SCALINGS`, or a scale and an offset.
+
+    Raises:
+        ValueError: they name none.
+    """
+    if len(values) == 1 and values[0] in SCALINGS:
+        return values[0]
+    scale, offset = (float(value) for value in values)
+    if not 0 < abs(scale) < math.inf or not math.isfinite(offset):
+        raise ValueError("not finite")
+    return scale, offset
+
+
+def scaling_fault(values: list[str]) -> str:
+    """Returns what is wrong with an input scaling, of which there may be none; empty where nothing is."""
+    try:
+        if values:
+            read_scaling(values)
+    except ValueError:
+        expected = f"{', '.join(SCALINGS)}, or two numbers, a scale and an offset"
+        return f"expected {expected}. Received: {quote_value(' '.join(values))}"
+    return ""
 
 
 def duration_fault(text: str) -> str:

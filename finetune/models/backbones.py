@@ -1,7 +1,7 @@
 """The registry of backbones: how each is built, what input it takes, and which layer Grad-CAM reads.
 
 To add one, write a function from `(height, width)` and whether to load weights to a Keras model, and give it an entry
-in `BACKBONES`.
+in `BACKBONES`. Two other sources make their entries when one of theirs is named: KerasHub, and a model file.
 """
 
 from __future__ import annotations
@@ -12,37 +12,22 @@ import http.client
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import layers
 from keras.src.utils import file_utils
 
+from finetune.core.arguments import look_up
 from finetune.core.options import UserError
 from finetune.core.texts import draws_bars
+from finetune.core.values import SCALINGS, read_scaling
+from finetune.models.backbone_entry import Backbone, Scaling
 from finetune.models.heads import BACKBONE
-
-
-class Backbone(NamedTuple):
-    """An entry of the registry.
-
-    Attributes:
-        build: from `(height, width)` and whether to load pretrained weights to a model without a head, whose last
-            layer gives a feature map `(batch, h, w, channels)`. What raises UserError here is shown as it is.
-        input_size: height and width that its pretrained weights were trained at.
-        minimum_size: the smallest height and width that it takes.
-        preprocessing: how its input is scaled: `torch`, `tf` or `caffe`, as Keras calls them, or a scale and an offset
-            for RGB in `[0, 255]`; None where the backbone does so itself.
-        last_layer: the name that its last spatial layer gets, which Grad-CAM reads.
-    """
-
-    build: Callable[[tuple[int, int], bool], keras.Model]
-    input_size: int
-    minimum_size: int
-    preprocessing: str | tuple[float, float] | None
-    last_layer: str
+from finetune.models.kerashub import PREFIX, find_hub_backbone
+from finetune.models.own_file import find_own_backbone, is_model_file
 
 
 def build_application(name: str, image_size: tuple[int, int], use_imagenet_weights: bool) -> keras.Model:
@@ -108,7 +93,34 @@ AFFINE_PREPROCESSING = {
 }
 
 
-def build_preprocessing(mode: str | tuple[float, float] | None) -> keras.Layer:
+def find_backbone(name: str, scaling: Sequence[str] = (), option: str = "visual_model_name") -> Backbone:
+    """Returns the entry of a backbone: of Keras, of KerasHub, or in a model file.
+
+    Args:
+        name: a key of `BACKBONES`, `kerashub:` and a preset or its folder, or the path of a model file.
+        scaling: as `backbone_preprocessing` has it; for Keras's own it is of no account.
+        option: that names it, for errors.
+
+    Raises:
+        UserError: there is no such backbone, or its input scaling is not known.
+    """
+    sources = [(is_model_file, find_own_backbone), (lambda name: name.startswith(PREFIX), find_hub_backbone)]
+    find = next((find for is_its, find in sources if isinstance(name, str) and is_its(name)), None)
+    if find is None:
+        return look_up(BACKBONES, option, name)
+    entry = find(name, option)
+    if scaling:
+        mode = read_scaling(scaling)
+        entry = entry._replace(preprocessing=None if mode == "none" else mode)
+    if entry.preprocessing == "":
+        raise UserError(
+            f"backbone_preprocessing: expected the input scaling of {name}, which does not say it: "
+            f"{', '.join(SCALINGS)}, or a scale and an offset. Received: nothing."
+        )
+    return entry
+
+
+def build_preprocessing(mode: Scaling) -> keras.Layer:
     """Builds the layer `preprocessing`, from raw RGB in `[0, 255]` to what a backbone takes.
 
     Args:
@@ -126,11 +138,14 @@ def build_preprocessing(mode: str | tuple[float, float] | None) -> keras.Layer:
     return layer
 
 
-def build_backbone(name: str, image_size: Sequence[int], use_imagenet_weights: bool, pop_layers: int) -> keras.Model:
+def build_backbone(
+    name: str, entry: Backbone, image_size: Sequence[int], use_imagenet_weights: bool, pop_layers: int
+) -> keras.Model:
     """Builds the model `backbone`, from preprocessed images to a feature map `(batch, h, w, channels)`.
 
     Args:
-        name: a key of `BACKBONES`.
+        name: of the backbone.
+        entry: its entry.
         image_size: `(height, width)`.
         use_imagenet_weights: False starts from random ones.
         pop_layers: layers dropped from its end.
@@ -138,9 +153,9 @@ def build_backbone(name: str, image_size: Sequence[int], use_imagenet_weights: b
     Raises:
         UserError: the weights cannot be had, or too many layers are dropped.
     """
-    application = BACKBONES[name].build(tuple(image_size), use_imagenet_weights)
+    application = entry.build(tuple(image_size), use_imagenet_weights)
     # Some layers of keras.applications are numbered by the order of building.
-    application.layers[-1].name = BACKBONES[name].last_layer
+    application.layers[-1].name = entry.last_layer
     if pop_layers >= len(application.layers) - 1:
         raise UserError(
             f"pop_conv_layers: {name} has {len(application.layers) - 1} layers after its input. "

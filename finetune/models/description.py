@@ -29,7 +29,7 @@ STATE_MEMBER = "training_state.json"
 LARGEST_STATE = 2**28
 INSIDE = "own metadata"
 # Options that older versions did not have, and the values that describe their models.
-LEGACY_DEFAULTS = {"resize_mode": "stretch", "test_image_size": []}
+LEGACY_DEFAULTS = {"resize_mode": "stretch", "test_image_size": [], "backbone_preprocessing": []}
 # What a model cannot be used without, apart from its class names, and how to give it.
 NEEDED = {
     "image_target_size": "HEIGHT WIDTH 3",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 
@@ -15,6 +17,25 @@ from finetune.models.formats import is_exported
 from finetune.models.safety import check_model_file, largest_content, limiting_weights, telling_damage
 
 MEAN_OF_VIEWS = "mean_of_views"
+
+
+@contextlib.contextmanager
+def preparing(prepare: Callable[[keras.Model], None]) -> Iterator[None]:
+    """Prepares a model that is loaded before its optimizer is built for what it trains.
+
+    A file says of each of its layers whether it is trained, but not of the layers that such a layer is made of.
+    """
+    compile_from_config = keras.Model.compile_from_config
+
+    def prepare_and_compile(model: keras.Model, config: dict[str, Any]) -> None:
+        prepare(model)
+        compile_from_config(model, config)
+
+    keras.Model.compile_from_config = prepare_and_compile
+    try:
+        yield
+    finally:
+        keras.Model.compile_from_config = compile_from_config
 
 
 def load_model(path: str, with_optimizer: bool = False) -> keras.Model:

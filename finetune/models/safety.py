@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import math
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +18,7 @@ import keras
 
 from finetune.core.options import LARGEST_JSON_FILE, UserError
 from finetune.core.texts import shorten
-from finetune.models.formats import MODEL_SUFFIXES
+from finetune.models.formats import MODEL_SUFFIXES, importing
 from finetune.models.hdf5_attributes import check_attributes
 
 LAYERS_MEMBER = "config.json"
@@ -24,6 +26,13 @@ WEIGHTS_MEMBER = "model.weights.h5"
 # What holds program code in a model file, by the name of its class there.
 CODE_LAYERS = {"Lambda": "Lambda layer", "__lambda__": "Python lambda"}
 CODE_LAYERS |= {"TFSMLayer": "TFSMLayer", "TorchModuleWrapper": "TorchModuleWrapper"}
+# Packages beside Keras that a model file may take its layers from, as pip takes them, by the name to import.
+LAYER_PACKAGES = {"keras_hub": "keras-hub>=0.32,<0.33"}
+# The modules of theirs that hold layers of backbones for images: nothing else of them is loaded.
+LAYER_MODULES = re.compile(
+    r"keras_hub\.src\.models\.(vit|deit|dinov2|dinov3|siglip|clip|swin_transformer|mit|hgnetv2|mobilenet|mobilenetv5)"
+    r"\.\w+_(backbone|layers|encoder|attention|blocks|vision_encoder)"
+)
 
 
 @contextlib.contextmanager
@@ -133,11 +142,31 @@ def check_layers(layers: Any, path: str) -> None:
                 "would run on this computer. Build the model again with Keras's own layers, such as Rescaling, copy "
                 "its weights with set_weights, and save that."
             )
-        if isinstance(module, str) and module.split(".")[0] not in ("keras", "builtins"):
+        registered = str(part.get("registered_name"))
+        is_foreign = isinstance(module, str) and module.split(".")[0] not in ("keras", "builtins")
+        # Keras takes what has been registered under a name before it looks into the module.
+        is_foreign |= registered.split(">")[0] in LAYER_PACKAGES
+        if is_foreign and not _is_trusted(str(module), str(name), registered, path):
             raise UserError(
                 f"{path} is not loaded: it needs {shorten(f'{module}.{name}')}, code that is not Keras's own. Build "
                 "the model again with Keras's own layers, copy its weights with set_weights, and save that."
             )
+
+
+def _is_trusted(module: str, name: str, registered: str, path: str) -> bool:
+    """Tells whether a class is a layer of a trusted package, which is imported to see that.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    package = module.split(".")[0]
+    if package not in LAYER_PACKAGES or not LAYER_MODULES.fullmatch(module):
+        return False
+    with importing(f"{path}, whose backbone is of another package,", {package: LAYER_PACKAGES[package]}):
+        importlib.import_module(package)
+        kind = getattr(importlib.import_module(module), name, None)
+    is_layer = isinstance(kind, type) and issubclass(kind, keras.Layer)
+    return is_layer and keras.saving.get_registered_object(registered) in (None, kind)
 
 
 def largest_content(path: str) -> int:

@@ -13,6 +13,7 @@ from finetune.core.options import UserError
 from finetune.models.features import FeatureSequence
 from finetune.models.freezing import has_fixed_features, prepare_backbone
 from finetune.models.heads import BACKBONE
+from finetune.models.model_files import strip_views
 from finetune.training.probe import compute_features, split_head, takes_probe
 from finetune.training.run import Images, Run
 from finetune.training.trainer import TrainingModel, get_training_model
@@ -89,6 +90,21 @@ def set_trainable(model: keras.Model, phase: Phase, configs: Configs) -> None:
         )
     if "downscaling" in names:
         model.get_layer("downscaling").trainable = not phase.trains_head_only
+
+
+def restore_trainable(model: keras.Model, state: dict[str, Any] | None, configs: Configs) -> None:
+    """Makes the layers of a loaded model trainable that its optimizer has trained.
+
+    Args:
+        model: as it is read from a file, before its optimizer is.
+        state: of its training.
+        configs: of the run.
+    """
+    inner = strip_views(model)
+    if state and BACKBONE in [layer.name for layer in inner.layers]:
+        trains_head = (state["epochs_completed"], state["steps_completed"]) <= (configs.head_epochs, 0)
+        is_first = bool(configs.head_epochs) and trains_head
+        set_trainable(inner, Phase(0, 0, 1.0, is_first), configs)
 
 
 def describe_phase(phase: Phase, model: keras.Model, training: AugmentedImageSequence) -> str:

@@ -17,8 +17,9 @@ from finetune.data.tables import count_labels, resolve_class_names, warn_of_miss
 from finetune.models.description import hash_model
 from finetune.models.freezing import has_fixed_features
 from finetune.models.losses import get_losses
-from finetune.models.model_files import load_fitting_model, strip_views
+from finetune.models.model_files import load_fitting_model, preparing, strip_views
 from finetune.training.head_fit import HeadFit
+from finetune.training.phases import restore_trainable
 from finetune.training.resuming import check_same_data
 from finetune.training.run import Images, Run, Start
 from finetune.training.run_folder import fingerprint
@@ -133,7 +134,8 @@ def get_start(
     """Builds the model, or loads the one to start from, in the scope of the run's strategy."""
     if model_path:
         size = get_input_size(configs)
-        loaded = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
+        with preparing(lambda model: restore_trainable(model, state, configs)):
+            loaded = load_fitting_model(model_path, configs.classes, size, with_optimizer=state is not None)
         return Start(strip_views(loaded), loaded.optimizer if state else None)
     model = ModelFactory().get_model(configs)
     if configs.head_initialization != "linear_probe":

@@ -55,7 +55,7 @@ def find_start(configs: Configs, writes: bool = True) -> tuple[str, dict[str, An
         configs = continue_run(configs, state, path)
     elif path:
         print(f"{path} carries no training state: its weights are the start of a new run, at epoch 0.")
-    check_registered(configs)
+    check_registered(configs, builds=not path)
     if not (configs.overwrite or configs.find_learning_rate):
         refuse_other_run(configs.save_model_path, path if state else "")
     if writes and not (state and has_ended(state, configs)):

@@ -14,6 +14,7 @@ import tensorflow as tf
 from finetune.core.files import atomic_path
 from finetune.core.options import UserError
 from finetune.models.description import LARGEST_STATE, STATE_MEMBER, add_description, read_member
+from finetune.models.kerashub import settle_positions
 from finetune.training.trainer import TrainingModel
 
 STATE_PARTS = {"configs", "given", "data", "epochs_completed", "steps_completed", "best", "best_epoch", "best_aurocs"}
@@ -46,6 +47,7 @@ def save_checkpoint(model: keras.Model, path: str, state: dict[str, Any] | None,
         state: of the training; None where training cannot go on from this model.
         options: of the run; those that describe the model are taken.
     """
+    settle_positions(model)
     with atomic_path(path) as temporary:
         model.save(temporary)
         add_description(temporary, options)

@@ -1,0 +1,93 @@
+"""What the registry of backbones knows of each, wherever it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import keras
+
+from finetune.core.options import UserError
+
+# The name that the last layer gets where a family has none of its own.
+LAST_LAYER = "features"
+Scaling = str | tuple[float | list[float], float | list[float]] | None
+
+
+class Backbone(NamedTuple):
+    """An entry of the registry.
+
+    Attributes:
+        build: from `(height, width)` and whether to load pretrained weights to a model without a head, whose last
+            layer gives a feature map `(batch, h, w, channels)`. What raises UserError here is shown as it is.
+        input_size: height and width that its pretrained weights were trained at.
+        minimum_size: the smallest height and width that it takes.
+        preprocessing: how its input is scaled: `torch`, `tf` or `caffe`, as Keras calls them, or a scale and an offset
+            for RGB in `[0, 255]`, each one number or one a channel; None where the backbone does so itself.
+        last_layer: the name that its last spatial layer gets, which Grad-CAM reads.
+        size_multiple: heights and widths are multiples of this.
+        is_square: it takes square images only.
+        takes_any_size: built for one size, it can be trained at another.
+    """
+
+    build: Callable[[tuple[int, int], bool], keras.Model]
+    input_size: int
+    minimum_size: int
+    preprocessing: Scaling
+    last_layer: str
+    size_multiple: int = 1
+    is_square: bool = False
+    takes_any_size: bool = True
+
+    def check_size(self, name: str, option: str, shown: Sequence[int], size: tuple[int, int]) -> None:
+        """Raises UserError where a backbone does not take images of a size.
+
+        Args:
+            name: of the backbone.
+            option: that gives the size.
+            shown: its height and width.
+            size: the `(height, width)` that the backbone sees, smaller where the model halves its images first.
+        """
+        wrong = ""
+        if min(size) < self.minimum_size:
+            wrong = f"images from {self.minimum_size} pixels a side on"
+        elif any(side % self.size_multiple for side in size):
+            wrong = f"a height and a width that are multiples of {self.size_multiple}, its patches"
+        elif self.is_square and size[0] != size[1]:
+            wrong = "square images only"
+        if wrong:
+            smaller = "" if tuple(shown) == size else f", {size[0]}x{size[1]} after downscaling"
+            advice = "Enlarge it." if min(size) < self.minimum_size else f"Set {option} to {self._advise(size)}."
+            raise UserError(f"{option}: {name} takes {wrong}. Received: {shown[0]}x{shown[1]}{smaller}. {advice}")
+
+    def _advise(self, size: tuple[int, int]) -> str:
+        """Returns the nearest size that the backbone takes."""
+        sides = [max(round(side / self.size_multiple), 1) * self.size_multiple for side in size]
+        height, width = [min(sides)] * 2 if self.is_square else sides
+        return f"{height} {width}"
+
+
+def build_at_size(network: keras.Model, image_size: tuple[int, int], has_weights: bool = True) -> keras.Model:
+    """Returns a network of the same layers and weights for images of one size, in the precision of now.
+
+    Args:
+        network: a graph of layers, from RGB `(batch, height, width, 3)`.
+        image_size: `(height, width)`.
+        has_weights: False draws new ones.
+
+    Raises:
+        ValueError: it takes images of another size only.
+    """
+    policy = keras.config.dtype_policy().name
+
+    def copy(layer: keras.Layer) -> keras.Layer:
+        config = layer.get_config()
+        if policy != "float32" and "dtype" in config:
+            config["dtype"] = policy
+        return type(layer).from_config(config)
+
+    inputs = keras.Input((*image_size, 3))
+    resized = keras.models.clone_model(network, input_tensors=inputs, clone_function=copy)
+    if has_weights:
+        resized.set_weights(network.get_weights())
+    return resized
