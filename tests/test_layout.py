@@ -35,12 +35,13 @@ OTHERS = (
     "finetune",
     "requirements.txt",
     "requirements-gpu.txt",
+    "requirements-hub.txt",
     "README.md",
     "LICENSE",
 )
 ROOT = {*(f"{name}.py" for name in SCRIPTS + MODULES), *OTHERS, ".gitignore", "pyproject.toml", ".ci"}
 # Installed by few, or of one system alone: imported where they are needed, or where they are missed.
-OPTIONAL_PACKAGES = {"tf2onnx", "onnxruntime", "ai_edge_litert", "pillow_heif"}
+OPTIONAL_PACKAGES = {"tf2onnx", "onnxruntime", "ai_edge_litert", "pillow_heif", "keras_hub", "kagglehub"}
 # Takes 0.1 s to import, and only images that URLs name need it.
 LATE_PACKAGES = {"fsspec"}
 PLATFORM_MODULES = {"fcntl", "msvcrt"}

@@ -87,7 +87,9 @@ def build_at_size(network: keras.Model, image_size: tuple[int, int], has_weights
         return type(layer).from_config(config)
 
     inputs = keras.Input((*image_size, 3))
-    resized = keras.models.clone_model(network, input_tensors=inputs, clone_function=copy)
+    # A model that was read from a file may have its one input in a list.
+    tensors = keras.tree.map_structure(lambda _: inputs, network.input)
+    resized = keras.models.clone_model(network, input_tensors=tensors, clone_function=copy)
     if has_weights:
         resized.set_weights(network.get_weights())
-    return resized
+    return keras.Model(resized.inputs[0], resized.outputs[0])

@@ -26,7 +26,7 @@ from finetune.core.texts import draws_bars
 from finetune.core.values import SCALINGS, read_scaling
 from finetune.models.backbone_entry import Backbone, Scaling
 from finetune.models.heads import BACKBONE
-from finetune.models.kerashub import PREFIX, find_hub_backbone
+from finetune.models.kerashub import PREFIX, describe_preset, find_hub_backbone
 from finetune.models.own_file import find_own_backbone, is_model_file
 
 
@@ -118,6 +118,13 @@ def find_backbone(name: str, scaling: Sequence[str] = (), option: str = "visual_
             f"{', '.join(SCALINGS)}, or a scale and an offset. Received: nothing."
         )
     return entry
+
+
+def describe_source(name: str) -> str:
+    """Returns where the weights of a backbone come from and what is known of their licence; nothing for Keras's own."""
+    if name.startswith(PREFIX):
+        return describe_preset(name.removeprefix(PREFIX))
+    return f"a model file, {os.path.basename(name)}, under terms that its owner knows" if is_model_file(name) else ""
 
 
 def build_preprocessing(mode: Scaling) -> keras.Layer:

@@ -91,7 +91,7 @@ TERMS = {
 }
 # The blocks of transformers, of which `conv_layers_to_train` trains the last ones: by the names of their classes.
 TRANSFORMER_BLOCKS = {
-    *("ViTEncoderBlock", "DeiTLayer", "DINOV2Layer", "DINOV3Layer", "SigLIPEncoderLayer", "CLIPEncoderLayer"),
+    *("ViTEncoderBlock", "DeiTEncoderBlock", "DINOV2Layer", "DINOV3Layer", "SigLIPEncoderLayer", "CLIPEncoderLayer"),
     *("SwinTransformerBlock", "HierarchicalTransformerEncoder"),
 }
 
@@ -160,7 +160,7 @@ def _read_preset(preset: str, option: str) -> Preset:
         return Preset(folder, FAMILIES[name], config["config"].get("vision_encoder", config))
 
 
-def describe_source(preset: str) -> str:
+def describe_preset(preset: str) -> str:
     """Returns where the weights of a preset come from and what is known of their licence; imports nothing."""
     begins, shown = preset, f"KerasHub's preset {preset}"
     if os.path.isdir(preset):
@@ -213,7 +213,11 @@ def _read_converter(folder: str) -> tuple[Any, int | None]:
     if not os.path.isfile(os.path.join(folder, CONVERTER_FILE)):
         return "", None
     with telling_damage(f"{folder}/{CONVERTER_FILE} is not an image converter of KerasHub"):
-        converter = _import_keras_hub(folder).layers.ImageConverter.from_preset(folder)
+        with open(os.path.join(folder, CONVERTER_FILE), "rb") as file:
+            described = json.loads(file.read(LARGEST_JSON_FILE))
+        if not str(described["registered_name"]).endswith("ImageConverter"):
+            raise ValueError(f"It describes a {described['registered_name']}.")
+        converter = keras.saving.deserialize_keras_object(described)
         scale, offset = (
             default if value is None else np.asarray(value, float).tolist()
             for value, default in ((converter.scale, 1.0), (converter.offset, 0.0))
@@ -258,7 +262,8 @@ def _to_feature_map(
             outputs = keras.layers.Cropping1D((tokens, 0), name="patch_tokens")(outputs)
         # Not a layer Reshape: KerasHub's layers tell the number of their tokens wrong where it does not matter to them.
         outputs = keras.ops.reshape(outputs, (-1, height, width, outputs.shape[-1]))
-    return keras.Model(inputs, outputs)
+    # The last layer of some has several outputs, and an operation is no layer.
+    return keras.Model(inputs, keras.layers.Activation("linear", name=LAST_LAYER)(outputs))
 
 
 def copy_weights(

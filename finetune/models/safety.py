@@ -153,6 +153,14 @@ def check_layers(layers: Any, path: str) -> None:
             )
 
 
+def list_layer_packages(path: str) -> dict[str, str]:
+    """Returns the packages beside Keras that loading a `.keras` file needs, as pip takes them, by their names."""
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        layers = archive.read(LAYERS_MEMBER).decode()
+        return {name: package for name, package in LAYER_PACKAGES.items() if f'"{name}.' in layers}
+    return {}
+
+
 def _is_trusted(module: str, name: str, registered: str, path: str) -> bool:
     """Tells whether a class is a layer of a trusted package, which is imported to see that.
 

@@ -21,8 +21,10 @@ from finetune.evaluation.decision_file import DECISION_FILE
 from finetune.evaluation.evaluation import find_worst
 from finetune.evaluation.paired_comparison import describe_epoch
 from finetune.exporting.exports import WEIGHTS
+from finetune.models.backbones import BACKBONES, describe_source
 from finetune.models.description import LEGACY_DEFAULTS, hash_model
 from finetune.models.formats import FORMATS, MODEL_SUFFIXES
+from finetune.models.safety import list_layer_packages
 from finetune.reporting.log_figures import LOG_METRICS, read_log
 from finetune.reporting.summaries import (
     CHOSEN_ON_TEST_SET,
@@ -54,7 +56,7 @@ UNKNOWN_CONTENT = "its content is not as this version writes it"
 CONTENT_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, jinja2.TemplateError)
 # Metrics that Hugging Face's metadata knows: name in metrics.json, and there.
 METRIC_TYPES = {"accuracy": "accuracy", "exact_match_accuracy": "accuracy", "macro_f1": "f1", "mean_auroc": "roc_auc"}
-PATH_ENDINGS = ("_csv", "_directory", "_path")
+PATH_ENDINGS = ("_csv", "_directory", "_path", "visual_model_name")
 # The card warns from there on: points between an interval's ends, and images of the largest class to the smallest.
 WIDE_INTERVAL = 5
 IMBALANCE = 3
@@ -157,6 +159,9 @@ def _is_usable(folder: str, stored: dict[str, Any], name: str, part: dict[str, A
 def _render(folder: str, stored: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
     """Returns the card of stored options and what other files of the run hold; raises any of `CONTENT_ERRORS`."""
     configs = Configs.defaults() | LEGACY_DEFAULTS | stored
+    source = describe_source(configs["visual_model_name"])
+    # The path of a file or folder is of this machine.
+    configs["visual_model_name"] = base_name(configs["visual_model_name"])
     data, stats, decision, results, compression = (parts.get(name) for name in PARTS)
     # test.py writes both; train.py removes the decision of a model that it is about to replace.
     results = results if results and results["decision"] == decision else None
@@ -166,6 +171,7 @@ def _render(folder: str, stored: dict[str, Any], parts: dict[str, dict[str, Any]
     artefacts = _list_artefacts(folder, compression) if compression else []
     return template.render(
         configs=configs,
+        source=source,
         class_names=configs["classes"] or [],
         most_listed=MOST_LISTED,
         **_describe_fitting(configs),
@@ -261,7 +267,8 @@ def _describe_counts(
 
 def _list_recipe(configs: dict[str, Any]) -> dict[str, str]:
     """Returns what train.py was told, in words by heading; of `RECIPE` what is not switched off."""
-    weights = "ImageNet" if configs["use_imagenet_weights"] else "random"
+    pretrained = "ImageNet" if configs["visual_model_name"] in BACKBONES else "its own"
+    weights = pretrained if configs["use_imagenet_weights"] else "random"
     start = f"{configs['visual_model_name']} with {weights} weights"
     if configs["load_model_path"] and not _goes_on(configs):
         start = f"the model {base_name(configs['load_model_path'])}"
@@ -269,7 +276,7 @@ def _list_recipe(configs: dict[str, Any]) -> dict[str, str]:
         start += ", its head from a logistic regression on the training images"
     layers, head_epochs = configs["conv_layers_to_train"], configs["head_epochs"]
     parts = {-1: "the whole network", 0: "the head; the backbone is frozen"}
-    trained = parts.get(layers, f"the head and the backbone from its last {layers} convolutions on")
+    trained = parts.get(layers, f"the head and the backbone from its last {layers} convolutions, or blocks, on")
     rows = {"Start": start, "Trained": f"the head for {head_epochs} epochs, then " * bool(head_epochs) + trained}
     defaults = Configs.defaults()
     for heading, (always, changed) in RECIPE.items():
@@ -342,6 +349,10 @@ def _list_loading(
     for kind, names in files.items():
         if names and kind in by_kind:
             runtime, code = by_kind[kind]
+            if kind == "keras" and (packages := list_layer_packages(os.path.join(folder, names[0]))):
+                # They make their layers known to Keras.
+                runtime += "".join(f' and {name} (pip install "{package}")' for name, package in packages.items())
+                code = "".join(f"import {name}\n" for name in packages) + code
             path, stem = json.dumps(names[0]), json.dumps(os.path.splitext(names[0])[0])
             rows.append({"names": names, "runtime": runtime, "code": Markup(code.format(path=path, stem=stem))})
     return rows

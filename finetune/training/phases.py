@@ -11,7 +11,7 @@ import numpy as np
 from configs import Configs
 from finetune.core.options import UserError
 from finetune.models.features import FeatureSequence
-from finetune.models.freezing import has_fixed_features, prepare_backbone
+from finetune.models.freezing import has_fixed_features, list_units, prepare_backbone
 from finetune.models.heads import BACKBONE
 from finetune.models.model_files import strip_views
 from finetune.training.probe import compute_features, split_head, takes_probe
@@ -119,7 +119,13 @@ def describe_phase(phase: Phase, model: keras.Model, training: AugmentedImageSeq
     epochs = f"Epoch {first}" if phase.end == first else f"Epochs {first} to {phase.end}"
     learning = sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
     steps, images = training.steps, training.batch_size * training.shares.devices
-    return f"{epochs}: {steps} steps of {images} images each; {learning:,} of {count:,} parameters learn."
+    shown = f"{epochs}: {steps} steps of {images} images each; {learning:,} of {count:,} parameters learn."
+    if BACKBONE not in [layer.name for layer in model.layers]:
+        return shown
+    units, word = list_units(model.get_layer(BACKBONE))
+    trained = sum(bool(unit.trainable_weights) for unit in units)
+    counted = f" Of the backbone's {len(units)} {word}, the last {trained} learn." if 0 < trained < len(units) else ""
+    return shown + counted
 
 
 def is_within(state: dict[str, Any] | None, phase: Phase) -> bool:
