@@ -66,16 +66,14 @@ def freeze_layers(backbone: keras.Model, conv_layers_to_train: int) -> None:
 
 
 def list_units(backbone: keras.Model) -> tuple[list[keras.Layer], str]:
-    """Returns what partial freezing counts, in its order, and how that is called: blocks of a transformer, else
-    convolutions.
-    """
+    """Returns the layers that partial freezing counts, in their order, and their name: blocks or convolutions."""
     blocks = [layer for layer in _walk(backbone) if type(layer).__name__ in TRANSFORMER_BLOCKS]
     convolutions = [layer for layer in leaf_layers(backbone) if isinstance(layer, CONVOLUTIONS)]
     return (blocks, "transformer blocks") if blocks else (convolutions, "convolutions")
 
 
 def _freeze_before(part: keras.Layer, first: keras.Layer | None) -> bool:
-    """Freezes what of a layer comes before another that may be in it; returns whether it is."""
+    """Freezes all inner layers before `first`, or the whole layer without it; returns whether it contains `first`."""
     if part is first:
         return True
     inner = _list_inner(part)

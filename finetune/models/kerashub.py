@@ -1,8 +1,7 @@
 """Backbones of KerasHub: from a preset to a network that gives a feature map. KerasHub is imported when one is named.
 
-A transformer gives tokens: its patches in reading order, behind a class token and others. They become a feature map,
-`(batch, h, w, width)`, by Keras's own operations, so that pooling takes their mean, Grad-CAM explains them, and the
-feature store keeps them as those of any other network.
+A transformer gives tokens: a class token and others, then the patches, row by row. Keras's own operations turn the
+patches into a feature map `(batch, h, w, width)`. Pooling, Grad-CAM and the feature store then work as for any network.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ class Family(NamedTuple):
 
     Attributes:
         folder: its name among KerasHub's modules and presets.
-        stride: from its config to what heights and widths are multiples of; None where they may be any.
-        prefix: from its config to the number of tokens before the patches; None where it gives a feature map.
-        is_nested: its layers cannot be read back one by one, the whole can.
+        stride: from its config to the number that heights and widths are multiples of; None for any size.
+        prefix: from its config to the number of tokens before the patches; None for a feature map.
+        is_nested: saved as a whole, because its layers cannot be restored one by one.
         is_square: it takes square images only.
         size_name: of the image's shape in its config.
     """
@@ -81,7 +80,7 @@ FAMILIES: dict[str, Family] = {
     "VGGBackbone": Family("vgg"),
     "DenseNetBackbone": Family("densenet"),
 }
-# The terms of weights that are not under a usual open licence: by how the names of presets begin, families' names too.
+# The licences of weights that are not an ordinary open one, by the beginning of a preset's name or family.
 TERMS = {
     "dinov3": "the DINOv3 License, https://ai.meta.com/resources/models-and-libraries/dinov3-license",
     "mit": "NVIDIA's Source Code License for SegFormer, https://github.com/NVlabs/SegFormer/blob/master/LICENSE",
@@ -102,7 +101,7 @@ class Preset(NamedTuple):
     Attributes:
         folder: on this machine.
         family: of its backbone.
-        config: of what sees images, as KerasHub describes an object; of the vision tower where there is another.
+        config: of the network that sees images, as KerasHub describes an object; of CLIP and SigLIP, the image tower.
     """
 
     folder: str
@@ -145,7 +144,7 @@ def _import_keras_hub(name: str) -> ModuleType:
 
 
 def _read_preset(preset: str, option: str) -> Preset:
-    """Reads what a preset is; downloads it where it is a name and not here yet."""
+    """Reads a preset's config, after a download if it is neither a folder nor stored yet."""
     presets = _import_keras_hub(PREFIX + preset).models.Backbone.presets
     folder = preset if os.path.isdir(preset) else _fetch(preset, presets, option)
     with telling_damage(f"{option}: {folder} is not a preset of KerasHub"):
@@ -154,8 +153,8 @@ def _read_preset(preset: str, option: str) -> Preset:
         name = config["class_name"]
         if name not in FAMILIES:
             raise UserError(
-                f"{option}: {PREFIX}{preset} is a {name}, which gives no feature map or tokens of an image. "
-                f"Those that do: {', '.join(FAMILIES)}."
+                f"{option}: {PREFIX}{preset} is a {name}, which is no supported image backbone. "
+                f"Supported: {', '.join(FAMILIES)}."
             )
         return Preset(folder, FAMILIES[name], config["config"].get("vision_encoder", config))
 
@@ -176,7 +175,7 @@ def find_terms(preset: str) -> str:
 
 
 def _fetch(preset: str, presets: Mapping[str, Any], option: str) -> str:
-    """Returns the folder of a preset that KerasHub knows by name; downloads it where it is not here."""
+    """Returns the folder of a preset that KerasHub knows by name, after a download if it is not stored yet."""
     folders = {family.folder for family in FAMILIES.values()}
     known = {name: facts for name, facts in presets.items() if facts["metadata"].get("path") in folders}
     if preset not in known:
@@ -193,7 +192,7 @@ def _fetch(preset: str, presets: Mapping[str, Any], option: str) -> str:
         import kagglehub
     cache = os.environ.get("KAGGLEHUB_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "kagglehub")
     folder = os.path.join(cache, "models", *handle.split("/"))
-    # KaggleHub asks the network for what it has not downloaded itself.
+    # kagglehub itself would ignore files that it has not downloaded.
     if os.path.isfile(os.path.join(folder, CONFIG_FILE)):
         return folder
     if terms := find_terms(preset):
@@ -209,7 +208,7 @@ def _fetch(preset: str, presets: Mapping[str, Any], option: str) -> str:
 
 
 def _read_converter(folder: str) -> tuple[Any, int | None]:
-    """Returns the scale and the offset that a preset's images need, or "" where it says none, and their height."""
+    """Returns the scale and offset in a preset's image converter, "" without one, and the height of its images."""
     if not os.path.isfile(os.path.join(folder, CONVERTER_FILE)):
         return "", None
     with telling_damage(f"{folder}/{CONVERTER_FILE} is not an image converter of KerasHub"):
@@ -230,7 +229,7 @@ def _build(name: str, preset: Preset, image_size: tuple[int, int], has_weights: 
     family, described = preset.family, preset.config
     shape = {family.size_name: (*image_size, 3)}
     if family.folder == "dinov2":
-        # Of one size, the two sets of position embeddings that this family has are the same: see `settle_positions`.
+        # At one size, the family's two sets of position embeddings have the same shape: see `settle_positions`.
         shape["position_embedding_shape"] = (*image_size, 3)
     policy = keras.config.dtype_policy().name
     with telling_damage(f"{name} cannot be built for images of {image_size[0]}x{image_size[1]} pixels"):
@@ -260,9 +259,9 @@ def _to_feature_map(
         height, width = (side // family.stride(config) for side in image_size)
         if tokens := family.prefix(config):
             outputs = keras.layers.Cropping1D((tokens, 0), name="patch_tokens")(outputs)
-        # Not a layer Reshape: KerasHub's layers tell the number of their tokens wrong where it does not matter to them.
+        # Not a layer Reshape, which checks the number of tokens: some of KerasHub's layers declare a wrong one.
         outputs = keras.ops.reshape(outputs, (-1, height, width, outputs.shape[-1]))
-    # The last layer of some has several outputs, and an operation is no layer.
+    # Grad-CAM needs a last layer with one output, and the last step may be an operation or have several outputs.
     return keras.Model(inputs, keras.layers.Activation("linear", name=LAST_LAYER)(outputs))
 
 
@@ -308,16 +307,16 @@ def resize_positions(values: np.ndarray, shape: Sequence[int], grid: Sequence[in
 
 
 def settle_positions(model: keras.Model) -> None:
-    """Makes what a DINOv2 saves of its position embeddings what it computes with.
+    """Copies the position embeddings that a DINOv2 has trained to those that loading its file restores.
 
-    It trains and answers by `interpolated_position_embeddings`. Its file keeps `position_embeddings` and computes the
-    others from them on loading, and it renews these before saving only where the sum of the changes is positive.
+    It computes with `interpolated_position_embeddings`, which loading derives from `position_embeddings`. KerasHub
+    updates the latter before saving only if the changes have a positive sum.
     """
     for layer in _find_copies(model):
         layer.position_embeddings.assign(layer.interpolated_position_embeddings)
 
 
 def _find_copies(model: keras.Model) -> list[keras.Layer]:
-    """Returns the layers that have their position embeddings twice."""
+    """Returns the layers with two sets of position embeddings."""
     layers = model._flatten_layers(include_self=False)
     return [layer for layer in layers if hasattr(layer, "interpolated_position_embeddings")]

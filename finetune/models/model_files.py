@@ -21,9 +21,9 @@ MEAN_OF_VIEWS = "mean_of_views"
 
 @contextlib.contextmanager
 def preparing(prepare: Callable[[keras.Model], None]) -> Iterator[None]:
-    """Prepares a model that is loaded before its optimizer is built for what it trains.
+    """Runs a function on each model that is loaded, before its optimizer is built.
 
-    A file says of each of its layers whether it is trained, but not of the layers that such a layer is made of.
+    A file stores whether each layer is trainable, but not whether its inner layers are.
     """
     compile_from_config = keras.Model.compile_from_config
 

@@ -18,12 +18,12 @@ EXPECTED = (
 
 
 def is_model_file(name: str) -> bool:
-    """Tells whether the name of a backbone is the path of a model file."""
+    """Returns whether the name of a backbone is the path of a model file."""
     return name.endswith(MODEL_SUFFIXES)
 
 
 def find_own_backbone(name: str, option: str) -> Backbone:
-    """Returns the entry of a backbone in a model file; what it needs of its input has to be declared.
+    """Returns the entry of a backbone in a model file, without an input scaling: no file states its own.
 
     Args:
         name: the path of the file.

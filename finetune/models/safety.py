@@ -28,7 +28,7 @@ CODE_LAYERS = {"Lambda": "Lambda layer", "__lambda__": "Python lambda"}
 CODE_LAYERS |= {"TFSMLayer": "TFSMLayer", "TorchModuleWrapper": "TorchModuleWrapper"}
 # Packages beside Keras that a model file may take its layers from, as pip takes them, by the name to import.
 LAYER_PACKAGES = {"keras_hub": "keras-hub>=0.32,<0.33"}
-# The modules of theirs that hold layers of backbones for images: nothing else of them is loaded.
+# Their modules with layers of image backbones. Nothing else of these packages is loaded.
 LAYER_MODULES = re.compile(
     r"keras_hub\.src\.models\.(vit|deit|dinov2|dinov3|siglip|clip|swin_transformer|mit|hgnetv2|mobilenet|mobilenetv5)"
     r"\.\w+_(backbone|layers|encoder|attention|blocks|vision_encoder)"
@@ -144,7 +144,7 @@ def check_layers(layers: Any, path: str) -> None:
             )
         registered = str(part.get("registered_name"))
         is_foreign = isinstance(module, str) and module.split(".")[0] not in ("keras", "builtins")
-        # Keras takes what has been registered under a name before it looks into the module.
+        # Keras looks a name up among the registered classes before it imports the module.
         is_foreign |= registered.split(">")[0] in LAYER_PACKAGES
         if is_foreign and not _is_trusted(str(module), str(name), registered, path):
             raise UserError(
@@ -162,7 +162,7 @@ def list_layer_packages(path: str) -> dict[str, str]:
 
 
 def _is_trusted(module: str, name: str, registered: str, path: str) -> bool:
-    """Tells whether a class is a layer of a trusted package, which is imported to see that.
+    """Returns whether a class is a layer of a trusted package, which this imports.
 
     Raises:
         UserError: the package is not installed.

@@ -93,10 +93,10 @@ def set_trainable(model: keras.Model, phase: Phase, configs: Configs) -> None:
 
 
 def restore_trainable(model: keras.Model, state: dict[str, Any] | None, configs: Configs) -> None:
-    """Makes the layers of a loaded model trainable that its optimizer has trained.
+    """Makes trainable the layers of a loaded model that its checkpoint's optimizer trains.
 
     Args:
-        model: as it is read from a file, before its optimizer is.
+        model: from a file, before its optimizer is built.
         state: of its training.
         configs: of the run.
     """

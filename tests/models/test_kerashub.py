@@ -147,6 +147,7 @@ def test_one_is_trained_tested_explained_and_exported(run):
 
 @needs_keras_hub
 @pytest.mark.slow
+@pytest.mark.parametrize("run", ["DINOV2Backbone"], indirect=True)
 def test_a_run_goes_on_bit_for_bit_without_its_preset(run):
     folder, options = run
     stopped = str(folder / "stopped")
@@ -195,7 +196,12 @@ def test_a_size_of_no_whole_patches_is_refused(kind, size, named, tmp_path):
 def test_a_vit_takes_oblong_images_but_no_second_size(tmp_path):
     write_preset("ViTBackbone", tmp_path / "preset")
     configs = configs_of(tmp_path / "preset", image_target_size=(32, 80, 3))
-    assert ModelFactory().get_model(configs).get_layer("backbone").output_shape == (None, 2, 5, 16)
+    pretrained, random = (
+        ModelFactory().get_model(configs.replace(use_imagenet_weights=loads)).get_layer("backbone")
+        for loads in (True, False)
+    )
+    assert pretrained.output_shape == random.output_shape == (None, 2, 5, 16)
+    assert not np.allclose(pretrained.get_weights()[0], random.get_weights()[0])
     with pytest.raises(UserError, match="test_image_size"):
         ModelFactory().get_model(configs.replace(test_image_size=[64, 160]))
 

@@ -59,7 +59,6 @@ def options(path, **others):
         (["tf"], lambda pixels: pixels / 127.5 - 1),
         (["0.5", "-3"], lambda pixels: pixels * 0.5 - 3),
         (["none"], lambda pixels: pixels),
-        (["torch"], lambda pixels: (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]),
         (["caffe"], lambda pixels: pixels[..., ::-1] - [103.939, 116.779, 123.68]),
     ],
 )
