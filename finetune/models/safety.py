@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import math
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -167,12 +167,11 @@ def _is_trusted(module: str, name: str, registered: str, path: str) -> bool:
     Raises:
         UserError: the package is not installed.
     """
-    package = module.split(".")[0]
-    if package not in LAYER_PACKAGES or not LAYER_MODULES.fullmatch(module):
+    if not LAYER_MODULES.fullmatch(module):
         return False
-    with importing(f"{path}, whose backbone is of another package,", {package: LAYER_PACKAGES[package]}):
-        importlib.import_module(package)
-        kind = getattr(importlib.import_module(module), name, None)
+    with importing(f"{path}, whose backbone is of another package,", LAYER_PACKAGES):
+        import keras_hub  # noqa: F401 - loads the modules of its layers
+    kind = getattr(sys.modules.get(module), name, None)
     is_layer = isinstance(kind, type) and issubclass(kind, keras.Layer)
     return is_layer and keras.saving.get_registered_object(registered) in (None, kind)
 

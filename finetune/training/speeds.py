@@ -116,7 +116,13 @@ def measure_noise(times: np.ndarray) -> np.ndarray:
 
 
 def count_multiply_adds(model: keras.Model) -> int:
-    """Returns the multiplications, each with an addition, that a model's kernels make of one image."""
+    """Returns the multiplications, each with an addition, that a model's kernels make of one image.
+
+    0 if unknown: KerasHub has layers whose inner layers keep the shapes of their outputs to themselves.
+    """
+    parts = model._flatten_layers(include_self=False)
+    if any(not isinstance(part, keras.Model) and part._layers for part in parts):
+        return 0
     total = 0
     for layer in model.layers:
         if isinstance(layer, keras.Model):

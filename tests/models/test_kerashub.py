@@ -113,7 +113,8 @@ def test_the_last_blocks_or_convolutions_are_trained(built):
         freeze_layers(backbone, len(units) + 1)
     prepare_backbone(backbone, 0, 0.9)
     assert not backbone.trainable_weights
-    assert has_fixed_features(built.model) == (built.kind != "SwinTransformerBackbone")
+    # These two drop parts at random in training.
+    assert has_fixed_features(built.model) == (built.kind not in ("SwinTransformerBackbone", "MiTBackbone"))
     prepare_backbone(backbone, -1, 0.8, freeze_batch_norm=True)
     norms = [layer for layer in backbone._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
     assert {(layer.momentum, bool(layer.trainable_weights)) for layer in norms} <= {(0.8, False)}
