@@ -73,7 +73,7 @@ def main(configs: CompareConfigs) -> dict:
     names = BACKBONES if ALL in configs.backbones else dict.fromkeys(configs.backbones)
     sizes = [(side, side) for side in dict.fromkeys(configs.image_sizes)] or [configs.image_target_size[:2]]
     # Each is probed at the size that is compared.
-    configs.test_image_size = []
+    configs.eval_image_size = []
     probed, left_out = probe_backbones(configs, names, sizes, left_out_rows, number)
     ranking = rank(probed, configs.classes, configs.multi_label_classification, configs.random_seed)
     try:

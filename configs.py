@@ -13,11 +13,11 @@ from finetune.core.values import (
     classes_fault,
     crop_area_fault,
     duration_fault,
+    eval_image_size_fault,
     folder_fault,
     image_size_fault,
     layer_sizes_fault,
     pixel_range_fault,
-    test_image_size_fault,
     threshold_range_fault,
 )
 
@@ -53,14 +53,13 @@ class Configs(Options):
         check=image_size_fault,
         group="common",
     )
-    test_image_size: list[int] = define(
+    eval_image_size: list[int] = define(
         [],
-        "Height and width that validation, tests and every file of the model see, where training sees "
-        "image_target_size; empty is the same size",
+        "Height and width for validation, testing and prediction; empty uses image_target_size",
         at_least=1,
         at_most=16384,
         describes_model=True,
-        check=test_image_size_fault,
+        check=eval_image_size_fault,
         group="recipe",
     )
     resize_mode: str = define(

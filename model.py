@@ -1,6 +1,6 @@
 """The model factory: what a model is made of.
 
-A model takes raw RGB in `[0, 255]` of any numeric type at `image_target_size`, or at `test_image_size` where that is
+A model takes raw RGB in `[0, 255]` of any numeric type at `image_target_size`, or at `eval_image_size` where that is
 set. By name, its parts are `[downscaling ->] preprocessing -> backbone -> classifier`: the backbone's own preprocessing
 is inside, so that no script can get it wrong. `finetune/models/backbones.py` and `finetune/models/heads.py` are the
 registries of the parts.
@@ -62,7 +62,7 @@ class ModelFactory:
         name = configs.visual_model_name
         factor = 2**configs.cnn_downscaling_factor
         # The last one is what the model is built for.
-        sizes = {"image_target_size": configs.image_target_size[:2], "test_image_size": get_input_size(configs)}
+        sizes = {"image_target_size": configs.image_target_size[:2], "eval_image_size": get_input_size(configs)}
         for option, (height, width) in sizes.items():
             backbone_size = (math.ceil(height / factor), math.ceil(width / factor))
             if min(backbone_size) < BACKBONES[name].minimum_size:

@@ -13,11 +13,11 @@ from finetune.core.values import get_input_size
 MOST_COPIES = 100
 
 
-def views_fault(tta: str) -> str:
-    """Returns what is wrong with a value of `tta`, which no single type describes; empty where nothing is."""
-    if tta in ("none", "flip") or (re.fullmatch(r"[0-9]{1,9}", tta) and 1 <= int(tta) <= MOST_COPIES):
+def views_fault(value: str) -> str:
+    """Returns what is wrong with a value of `test_time_augmentation`; empty if nothing is."""
+    if value in ("none", "flip") or (re.fullmatch(r"[0-9]{1,9}", value) and 1 <= int(value) <= MOST_COPIES):
         return ""
-    return f"expected none, flip, or a whole number of augmented copies from 1 to {MOST_COPIES}. Received: {tta!r}"
+    return f"expected none, flip, or a whole number of augmented copies from 1 to {MOST_COPIES}. Received: {value!r}"
 
 
 @dataclasses.dataclass
@@ -27,10 +27,9 @@ class PredictConfigs(Configs):
     input: str = define("", "An image, its URL, a folder, a quoted pattern ('photos/**/*.jpg'), or a CSV file of paths")
     write_path: str = define("./predictions.csv", "The CSV file to write")
     top_k: int = define(0, "Also write that many most probable classes of each image, the first one first", at_least=0)
-    tta: str = define(
+    test_time_augmentation: str = define(
         "none",
-        "Average each image's probabilities with its mirror image's (flip), or with those of n augmented copies; none "
-        "answers as the run does, see test_time_augmentation",
+        "Average over each image and its mirror image (flip) or n augmented copies; none answers as the run does",
         check=views_fault,
     )
     threshold_type: str = define(
@@ -82,7 +81,7 @@ def main(configs: PredictConfigs) -> dict:
     print(*notes, name_model(configs, model_path), describe_decision(decision, configs.threshold_type), sep="\n")
     facts = list_facts(configs, model_path)
     with KeptAnswers(configs.write_path, paths, configs.batch_size, len(configs.classes), facts) as kept:
-        predict_missing(model, kept, build_views(configs.tta, configs.random_seed or 0), configs)
+        predict_missing(model, kept, build_views(configs.test_time_augmentation, configs.random_seed or 0), configs)
         errors = explain_errors(kept.errors, paths)
         table = make_table(names, kept.probabilities, errors, decision, configs.threshold_type, configs.top_k)
         write_csv(configs.write_path, table)

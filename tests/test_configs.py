@@ -1,14 +1,17 @@
 """Options: where a value comes from, how it is read and checked, and what a script says of a mistake."""
 
 import json
+import re
 
 import pytest
 from config_files import SCRIPT_CONFIGS, run_python
 
 from configs import Configs
+from finetune.core import options
 from finetune.core.options import UserError
 from finetune.models.backbones import BACKBONES
 from model import check_registered
+from predict import PredictConfigs
 from split_train_test import SplitConfigs
 
 
@@ -230,6 +233,22 @@ def test_option_of_one_script_is_unknown_to_another():
     with pytest.raises(UserError, match="Unknown option --shuffle"):
         read_flags("--shuffle", "True")
     assert read_flags("--shuffle", "False", configs_class=SplitConfigs).shuffle is False
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "flags", "new"),
+    [("test_image_size", [64, 48], ["64", "48"], "eval_image_size"), ("tta", "8", ["8"], "test_time_augmentation")],
+)
+def test_the_former_name_of_an_option_still_works(tmp_path, capsys, old, value, flags, new):
+    path = write_json(tmp_path / "a.json", **{old: value})
+    for arguments in ([f"--{old}", *flags], ["--configs", path], ["--configs", path, f"--{new}", *flags]):
+        options._print_renamed.cache_clear()
+        configs = read_flags(*arguments, configs_class=PredictConfigs)
+        assert getattr(configs, new) == value
+        assert configs.given == {new}
+        assert re.fullmatch(f".*{old}.*{new}.*\n", capsys.readouterr().out)
+    with pytest.raises(UserError, match=f"{old}.*{new}"):
+        read_flags(f"--{old}", *flags, f"--{new}", *flags, configs_class=PredictConfigs)
 
 
 def test_all_faults_of_a_json_file_are_reported_at_once(tmp_path):

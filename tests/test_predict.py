@@ -260,7 +260,8 @@ def test_top_k_lists_the_most_probable_classes(single_run, photo_folder):
 
 def test_flip_averages_an_image_with_its_mirror_image(single_run, multilabel_csv):
     # Left and right halves differ in colour, and the model looks at the left one.
-    table = run(single_run, multilabel_csv, image_directory=str(multilabel_csv.parent), tta="flip")["written"]
+    options = {"image_directory": str(multilabel_csv.parent), "test_time_augmentation": "flip"}
+    table = run(single_run, multilabel_csv, **options)["written"]
     paths = [multilabel_csv.parent / path for path in table["path"]]
     both = [np.array([softmax(logits_of(path, mirrored)) for path in paths]) for mirrored in (False, True)]
     assert np.abs(both[0] - both[1]).max() > 0.5
@@ -270,7 +271,7 @@ def test_flip_averages_an_image_with_its_mirror_image(single_run, multilabel_csv
 def test_flip_comes_before_the_temperature(single_run, multilabel_csv):
     write_decision(single_run, temperature=3.0, temperature_fitted_on="validation")
     photo = multilabel_csv.parent / "03.jpg"
-    row = run(single_run, photo, tta="flip")["written"]
+    row = run(single_run, photo, test_time_augmentation="flip")["written"]
     mean = (softmax(logits_of(photo)) + softmax(logits_of(photo, mirrored=True))) / 2
     np.testing.assert_allclose(by_class(row)[0], mean ** (1 / 3) / (mean ** (1 / 3)).sum(), atol=0.005)
 
@@ -278,14 +279,14 @@ def test_flip_comes_before_the_temperature(single_run, multilabel_csv):
 def test_copies_count_beside_the_image_itself(single_run, multilabel_csv, monkeypatch):
     monkeypatch.setattr(predicting, "build_augmenter", lambda: FusedAugmenter([iaa.Fliplr(1.0)]))
     photo = multilabel_csv.parent / "03.jpg"
-    row = run(single_run, photo, tta="3")["written"]
+    row = run(single_run, photo, test_time_augmentation="3")["written"]
     expected = (softmax(logits_of(photo)) + 3 * softmax(logits_of(photo, mirrored=True))) / 4
     np.testing.assert_allclose(by_class(row)[0], expected, atol=0.005)
 
 
 def test_copies_follow_from_the_seed_and_the_image_alone(single_run, photo_folder):
     def probabilities(given, **options):
-        return by_class(run(single_run, given, tta="4", **options)["written"])
+        return by_class(run(single_run, given, test_time_augmentation="4", **options)["written"])
 
     first = probabilities(photo_folder / "red", batch_size=5)
     np.testing.assert_array_equal(probabilities(photo_folder / "red", batch_size=5, generator_workers=1), first)
@@ -295,10 +296,11 @@ def test_copies_follow_from_the_seed_and_the_image_alone(single_run, photo_folde
     assert np.abs(by_class(run(single_run, photo_folder / "red")["written"]) - first).max() > 1e-3
 
 
-@pytest.mark.parametrize("tta", ["none", "flip"])
-def test_batch_size_and_workers_do_not_matter(single_run, photo_folder, tta):
+@pytest.mark.parametrize("augmentation", ["none", "flip"])
+def test_batch_size_and_workers_do_not_matter(single_run, photo_folder, augmentation):
+    options = {"test_time_augmentation": augmentation}
     tables = [
-        run(single_run, photo_folder, tta=tta, batch_size=batch_size, generator_workers=workers)["written"]
+        run(single_run, photo_folder, **options, batch_size=batch_size, generator_workers=workers)["written"]
         for batch_size, workers in ((7, 1), (7, 3), (64, 2))
     ]
     pd.testing.assert_frame_equal(tables[0], tables[1])
@@ -334,10 +336,10 @@ def test_one_image_gets_the_same_answer_from_classify_image(multilabel_run, sing
 # Options and the command line
 
 
-@pytest.mark.parametrize("tta", ["", "0", "101", "-1", "2.0", "mirror", "none5"])
-def test_other_words_for_tta_are_refused(tta):
-    with pytest.raises(UserError, match=f"tta: expected none, flip, or a whole number .* 1 to 100. Received: '{tta}'"):
-        PredictConfigs(tta=tta).validate()
+@pytest.mark.parametrize("value", ["", "0", "101", "-1", "2.0", "mirror", "none5"])
+def test_other_words_for_test_time_augmentation_are_refused(value):
+    with pytest.raises(UserError, match=f"test_time_augmentation: .*none, flip, .* 1 to 100.*'{value}'"):
+        PredictConfigs(test_time_augmentation=value).validate()
 
 
 def test_more_top_classes_than_there_are_are_refused(single_run, photo_folder):
@@ -377,7 +379,7 @@ def test_command_line_writes_what_it_can_and_ends_with_0(single_run, bad_folder)
     (bad_folder / "notes.txt").write_text("")
     found = from_command_line(
         *("--load_model_path", single_run, "--input", bad_folder, "--write_path", output, "--gpu_percentage", 0),
-        *("--tta", "flip", "--top_k", 3),
+        *("--test_time_augmentation", "flip", "--top_k", 3),
     )
     assert found.returncode == 0, found.stderr
     first, second, *_ = found.stdout.splitlines()

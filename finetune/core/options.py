@@ -36,6 +36,8 @@ GROUPS = {
     "machine": "Machine",
     "": "Others",
 }
+# Names that options had in earlier versions, on the command line and in JSON files, and their present names.
+LEGACY_NAMES = {"test_image_size": "eval_image_size", "tta": "test_time_augmentation"}
 LARGEST_JSON_FILE = 2**24
 MOST_FAULTS = 20
 
@@ -149,18 +151,18 @@ class Options:
     @classmethod
     def grouped_options(cls) -> dict[str, list[str]]:
         """Returns the names of the options of every script by the title of their group, in the order of `GROUPS`."""
-        common = cls.__mro__[cls.__mro__.index(Options) - 1]
+        own = cls.own_options()
         members: dict[str, list[str]] = {title: [] for title in GROUPS.values()}
-        for name, field in common.options().items():
-            members[GROUPS[field.metadata["group"]]].append(name)
+        for name, field in cls.options().items():
+            members[GROUPS[field.metadata["group"]]] += [name] * (name not in own)
         return {title: names for title, names in members.items() if names}
 
     @classmethod
     def own_options(cls) -> list[str]:
-        """Returns the names of the options that a script has beside those of every script."""
+        """Returns the names of the options that a script adds to those of every script, or declares differently."""
         # The class that adds the first options is that of every script.
-        common = cls.__mro__[cls.__mro__.index(Options) - 1]
-        return [name for name in cls.options() if name not in common.options()]
+        common = cls.__mro__[cls.__mro__.index(Options) - 1].options()
+        return [name for name, field in cls.options().items() if common.get(name) is not field]
 
     @classmethod
     @functools.cache
@@ -250,10 +252,10 @@ class Options:
             faults = [unknown_flag(flag.split("=")[0], list(cls.options())) for flag in flags[:MOST_FAULTS]]
             raise UserError("\n".join(faults))
         flags = {name: value for name, value in vars(namespace).items() if name != "configs"}
+        flags = cls.convert_all(flags, is_text=True, source="command line")
         file = getattr(namespace, "configs", "")
         from_file = cls.read_json(file) if "configs" in namespace else {}
-        values = from_file | cls.convert_all(flags, is_text=True, source="command line")
-        return cls._build(values, Provenance(file, frozenset(from_file.keys() - flags.keys()))).validate()
+        return cls._build(from_file | flags, Provenance(file, frozenset(from_file.keys() - flags.keys()))).validate()
 
     @classmethod
     def _build(cls, values: dict[str, Any], provenance: Provenance) -> Self:
@@ -276,7 +278,7 @@ class Options:
         """
         types = cls.types()
         values, faults = {}, []
-        for name, value in raw.items():
+        for name, value in rename_legacy(raw).items():
             if len(faults) == MOST_FAULTS:
                 faults.append("and more")
                 break
@@ -379,6 +381,26 @@ def differs(value: Any, default: Any) -> bool:
         return True
 
 
+def rename_legacy(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns values by their options' present names, and prints which of `LEGACY_NAMES` were given.
+
+    Raises:
+        UserError: an option is given under both names.
+    """
+    for old in values.keys() & LEGACY_NAMES.keys():
+        new = LEGACY_NAMES[old]
+        if new in values:
+            raise UserError(f"{old} is the former name of {new}. Received both. Leave out {old}.")
+        _print_renamed(old, new)
+    return {LEGACY_NAMES.get(name, name): value for name, value in values.items()}
+
+
+@functools.cache
+def _print_renamed(old: str, new: str) -> None:
+    """Prints that an option has another name now, once: a script reads a run's files several times."""
+    print(f"The option {old} is now called {new}.")
+
+
 def unknown_option(name: str, known: Sequence[str]) -> str:
     """Returns the message for an option that does not exist, naming the nearest one that does."""
     nearest = find_nearest(name, known, alikeness=0.5)
@@ -421,16 +443,22 @@ def _argument_parser(cls: type[Options], description: str | None) -> argparse.Ar
             group.add_argument("--configs", metavar="FILE.json", help="A JSON file of options, read before the flags")
         for name in names:
             _add_flag(group, name, types[name], cls)
+    for old, new in LEGACY_NAMES.items():
+        if new in cls.options():
+            parser.add_argument(f"--{old}", nargs="*" if _is_list(types[new]) else None, help=argparse.SUPPRESS)
     return parser
+
+
+def _is_list(kind: Any) -> bool:
+    return typing.get_origin(unwrap_optional(kind)[0]) in (list, tuple)
 
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, kind: Any, cls: type[Options]) -> None:
     metadata = cls.options()[name].metadata
-    is_list = typing.get_origin(unwrap_optional(kind)[0]) in (list, tuple)
     words = [describe_type(kind), describe_bounds(metadata)]
     if metadata["choices"]:
         words = [describe_choices(metadata, kind)]
     default = cls.defaults()[name]
-    default = "empty" if default == "" else " ".join(map(str, default)) if is_list and default else default
-    text = f"{metadata['description']} ({' '.join(filter(None, words))}; default {default})"
-    group.add_argument(f"--{name}", metavar="VALUE", nargs="*" if is_list else None, help=text.replace("%", "%%"))
+    default = "empty" if default == "" else " ".join(map(str, default)) if _is_list(kind) and default else default
+    text = f"{metadata['description']} ({' '.join(filter(None, words))}; default {default})".replace("%", "%%")
+    group.add_argument(f"--{name}", metavar="VALUE", nargs="*" if _is_list(kind) else None, help=text)

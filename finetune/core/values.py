@@ -182,8 +182,8 @@ def image_size_fault(size: tuple[int, int, int]) -> str:
     return f"expected 3 channels last (images are read as RGB). Received: {quote_value(size)}" if size[2] != 3 else ""
 
 
-def test_image_size_fault(size: list[int]) -> str:
-    """Returns what is wrong with `[height, width]`, or nothing; empty where nothing is."""
+def eval_image_size_fault(size: list[int]) -> str:
+    """Returns what is wrong with `[height, width]` or `[]`; empty if nothing is."""
     return "" if len(size) in (0, 2) else f"expected a height and a width, or nothing. Received: {quote_value(size)}"
 
 
@@ -191,12 +191,12 @@ class Sizes(Protocol):
     """What `configs.Configs`, of a layer above, says of the size of images."""
 
     image_target_size: tuple[int, int, int]
-    test_image_size: list[int]
+    eval_image_size: list[int]
 
 
 def get_input_size(configs: Sizes) -> tuple[int, int]:
     """Returns the `(height, width)` of the images that the model takes: training may show it others."""
-    return tuple(configs.test_image_size or configs.image_target_size[:2])
+    return tuple(configs.eval_image_size or configs.image_target_size[:2])
 
 
 def layer_sizes_fault(sizes: list[float]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from configs import Configs
 from finetune.core.files import atomic_path
 from finetune.core.labels import look_the_same
-from finetune.core.options import LARGEST_JSON_FILE, UserError
+from finetune.core.options import LARGEST_JSON_FILE, UserError, rename_legacy
 from finetune.core.texts import join_names
 from finetune.core.values import quote_difference
 from finetune.data.stores import hash_file
@@ -29,7 +29,7 @@ STATE_MEMBER = "training_state.json"
 LARGEST_STATE = 2**28
 INSIDE = "own metadata"
 # Options that older versions did not have, and the values that describe their models.
-LEGACY_DEFAULTS = {"resize_mode": "stretch", "test_image_size": []}
+LEGACY_DEFAULTS = {"resize_mode": "stretch", "eval_image_size": []}
 # What a model cannot be used without, apart from its class names, and how to give it.
 NEEDED = {
     "image_target_size": "HEIGHT WIDTH 3",
@@ -197,7 +197,7 @@ def _read_options_of_state(model_path: str) -> dict[str, Any]:
         stored = state.get("configs") if isinstance(state, dict) else None
         if not isinstance(stored, dict):
             return {}
-        options = Configs.convert_all(select_described(stored), is_text=False, source=model_path)
+        options = Configs.convert_all(select_described(rename_legacy(stored)), is_text=False, source=model_path)
         return _check_described(options, model_path)
     except (ValueError, UserError):
         return {}

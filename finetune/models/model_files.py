@@ -82,7 +82,7 @@ def check_fit(
     if not fits or batch is not None:
         shown = tuple(inputs) if batch is None else (batch, *inputs)
         raise UserError(
-            f"{path} takes inputs of shape {shown}. Expected images of image_target_size or test_image_size, "
+            f"{path} takes inputs of shape {shown}. Expected images of image_target_size or eval_image_size, "
             f"{expected}."
         )
 

@@ -210,7 +210,7 @@ def list_facts(configs: Configs, model_path: str) -> dict[str, Any]:
     options = {name: value for name, value in configs.to_dict().items() if name not in HARMLESS}
     # Compressed weights have their layers in a file of their own.
     files = [*list_files(model_path), f"{os.path.splitext(model_path)[0]}.json"]
-    files += [AUGMENTER] * (options["tta"] not in ("none", "flip"))
+    files += [AUGMENTER] * (options["test_time_augmentation"] not in ("none", "flip"))
     devices = [device.device_type for device in tf.config.get_visible_devices()]
     return {
         "version": VERSION,

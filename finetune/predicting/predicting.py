@@ -193,11 +193,11 @@ class Views:
         return views.reshape(-1, *images.shape[1:])
 
 
-def build_views(tta: str, seed: int) -> Views | None:
-    """Builds what the option `tta` means; None where images are taken as they are."""
-    if tta in ("none", "flip"):
-        return Views(1) if tta == "flip" else None
-    return Views(int(tta), build_augmenter(), seed % 2**31)
+def build_views(augmentation: str, seed: int) -> Views | None:
+    """Builds the views that `test_time_augmentation` of `predict.py` asks for; None for none."""
+    if augmentation in ("none", "flip"):
+        return Views(1) if augmentation == "flip" else None
+    return Views(int(augmentation), build_augmenter(), seed % 2**31)
 
 
 def build_sequence(

@@ -201,7 +201,7 @@ def _escape_markdown(value: Any) -> Any:
 
 def _describe_fitting(configs: dict[str, Any]) -> dict[str, Any]:
     """Returns the model's size and how a photo comes to it, in words and as code, by the names in the template."""
-    height, width = configs.get("test_image_size") or configs["image_target_size"][:2]
+    height, width = configs.get("eval_image_size") or configs["image_target_size"][:2]
     fitting, code = FITTING[configs["resize_mode"]]
     return {
         "fitting": fitting,

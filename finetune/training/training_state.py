@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from finetune.core.files import atomic_path
-from finetune.core.options import UserError
+from finetune.core.options import LEGACY_NAMES, UserError, rename_legacy
 from finetune.models.description import LARGEST_STATE, STATE_MEMBER, add_description, read_member
 from finetune.training.trainer import TrainingModel
 
@@ -32,9 +32,10 @@ def read_state(path: str) -> dict[str, Any] | None:
             return None
         if not isinstance(state, dict) or not state.keys() >= STATE_PARTS:
             raise ValueError("it lacks parts")
+        given = [LEGACY_NAMES.get(name, name) for name in state["given"]]
+        return state | {"configs": rename_legacy(state["configs"]), "given": given}
     except ValueError as error:
         raise UserError(f"{path} carries a training state that is damaged: {error}. Use another checkpoint.") from error
-    return state
 
 
 def save_checkpoint(model: keras.Model, path: str, state: dict[str, Any] | None, options: dict[str, Any]) -> None:

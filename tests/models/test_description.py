@@ -27,10 +27,10 @@ from finetune.models.description import (
 )
 from finetune.training.run_folder import locked
 from finetune.training.trained_model import find_trained_model, keep_decision, name_model
-from finetune.training.training_state import read_state, save_checkpoint
+from finetune.training.training_state import STATE_PARTS, read_state, save_checkpoint
 from predict import PredictConfigs
 
-OPTIONS = {"classes": CLASSES, "image_target_size": [32, 32, 3], "test_image_size": [], "resize_mode": "crop"}
+OPTIONS = {"classes": CLASSES, "image_target_size": [32, 32, 3], "eval_image_size": [], "resize_mode": "crop"}
 OPTIONS |= {"multi_label_classification": False}
 NEEDED = ["--image_target_size", "32", "32", "3", "--resize_mode", "crop", "--multi_label_classification", "False"]
 FITTED = Decision(CLASSES, False, 2.0, "validation", model="best_model.keras")
@@ -146,6 +146,17 @@ def test_the_state_of_older_checkpoints_names_the_classes(bare):
     assert set(described.sources.values()) == {"own metadata"}
     with pytest.raises(UserError, match="damaged"):
         read_state(bare)
+
+
+def test_options_in_older_files_are_read_by_their_former_names(bare):
+    former = {name: value for name, value in OPTIONS.items() if name != "eval_image_size"} | {"test_image_size": [8, 9]}
+    state = {name: [] for name in STATE_PARTS} | {"configs": former, "given": ["test_image_size"]}
+    with zipfile.ZipFile(bare, "a") as archive:
+        archive.writestr("training_state.json", json.dumps(state))
+    Path(bare).with_name("configs.json").write_text(json.dumps(former))
+    assert find_description(bare).options["eval_image_size"] == [8, 9]
+    state = read_state(bare)
+    assert (state["configs"], state["given"]) == (OPTIONS | {"eval_image_size": [8, 9]}, ["eval_image_size"])
 
 
 @pytest.mark.parametrize("state", ["{", "null", "[" * 10_000, "[]", '{"configs": 1}', '{"configs": {"classes": 1}}'])

@@ -1,4 +1,4 @@
-"""`test_image_size`: a model of another size than what training shows it."""
+"""`eval_image_size`: a model of another size than what training shows it."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_training_sees_one_size_and_every_script_the_other(tables, tmp_path, mon
 
     monkeypatch.setattr(AugmentedImageSequence, "__getitem__", note)
     folder = tmp_path / "run"
-    start(**options_of(tables, folder, test_image_size=[40, 48], num_epochs=2, **RECIPE))
+    start(**options_of(tables, folder, eval_image_size=[40, 48], num_epochs=2, **RECIPE))
     # The probe's photos are no training images.
     assert sizes == {True: {(32, 32)}, False: {(40, 48)}}
     model = keras.models.load_model(folder / "best_model.keras")
@@ -75,13 +75,13 @@ def test_training_sees_one_size_and_every_script_the_other(tables, tmp_path, mon
     np.testing.assert_allclose(predicted[names].to_numpy(), tested, atol=1e-5)
     assert len(draw_activations.main(Configs(load_model_path=str(folder)))["paths"]) == len(table)
     assert "shape `(images, 40, 48, 3)`" in (folder / "MODEL_CARD.md").read_text()
-    with pytest.raises(UserError, match="test_image_size"):
-        evaluation.main(Configs(load_model_path=str(folder), test_image_size=[32, 32]))
+    with pytest.raises(UserError, match="eval_image_size"):
+        evaluation.main(Configs(load_model_path=str(folder), eval_image_size=[32, 32]))
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit(tables, tmp_path):
-    options = {"test_image_size": [48, 48], "num_epochs": 2}
+    options = {"eval_image_size": [48, 48], "num_epochs": 2}
     start(**options_of(tables, tmp_path / "whole", **options))
     start(**options_of(tables, tmp_path / "halves", **options | {"num_epochs": 1}))
     stopped = str(tmp_path / "halves")
@@ -90,10 +90,10 @@ def test_a_run_goes_on_bit_for_bit(tables, tmp_path):
 
 
 def test_a_size_is_two_numbers_that_the_backbone_takes(tables, tmp_path):
-    with pytest.raises(UserError, match="test_image_size: expected a height and a width, or nothing. Received: "):
-        Configs(test_image_size=[224]).validate()
-    configs = Configs(test_image_size=[16, 64], use_imagenet_weights=False, visual_model_name="Xception", classes=["a"])
-    with pytest.raises(UserError, match="test_image_size: Xception takes images from 71 pixels a side on. .*16x64"):
+    with pytest.raises(UserError, match="eval_image_size: expected a height and a width, or nothing. Received: "):
+        Configs(eval_image_size=[224]).validate()
+    configs = Configs(eval_image_size=[16, 64], use_imagenet_weights=False, visual_model_name="Xception", classes=["a"])
+    with pytest.raises(UserError, match="eval_image_size: Xception takes images from 71 pixels a side on. .*16x64"):
         ModelFactory().get_model(configs)
 
 
@@ -103,5 +103,5 @@ def test_a_larger_image_takes_its_time_to_validate():
 
     configs = Configs(image_target_size=(100, 100, 3))
     once, _ = count_views(configs, Sequence, Sequence, refits=False)
-    larger, _ = count_views(configs.replace(test_image_size=[200, 150]), Sequence, Sequence, refits=False)
+    larger, _ = count_views(configs.replace(eval_image_size=[200, 150]), Sequence, Sequence, refits=False)
     assert larger == pytest.approx(3 * once)

@@ -159,7 +159,7 @@ def test_fitting_model_is_loaded(model_files):
         (
             CLASSES,
             (10, 8),
-            r"takes inputs of shape .8, 10, 3.\. Expected images of image_target_size or test_image_size, .10, 8, 3\)",
+            r"takes inputs of shape .8, 10, 3.\. Expected images of image_target_size or eval_image_size, .10, 8, 3\)",
         ),
     ],
 )

@@ -77,7 +77,10 @@ def go_on(run_folder, given, **options):
     return (run_folder / "predictions.csv").read_bytes()
 
 
-WAYS = [(False, {"tta": "2", "random_seed": 3}), (True, {"top_k": 3, "threshold_type": "best_f1", "tta": "flip"})]
+WAYS = [
+    (False, {"test_time_augmentation": "2", "random_seed": 3}),
+    (True, {"top_k": 3, "threshold_type": "best_f1", "test_time_augmentation": "flip"}),
+]
 
 
 @pytest.mark.parametrize(("multi_label", "options"), WAYS)
@@ -256,13 +259,14 @@ def test_facts_are_the_model_and_the_options_that_count(tmp_path, monkeypatch):
     configs = PredictConfigs(input="a")
     facts = list_facts(configs, str(model))
     assert list_facts(configs.replace(generator_workers=9, top_k=3, write_path="b", verbose=True), str(model)) == facts
-    for options in ({"tta": "flip"}, {"batch_size": 3}, {"classes": ["a", "b"]}, {"input": "b"}, {"random_seed": 1}):
+    changes = ({"batch_size": 3}, {"classes": ["a", "b"]}, {"input": "b"}, {"random_seed": 1})
+    for options in ({"test_time_augmentation": "flip"}, *changes):
         assert list_facts(configs.replace(**options), str(model)) != facts
     (tmp_path / "augmenter.py").write_bytes(b"other augmentations")
-    copies = list_facts(configs.replace(tta="2"), str(model))
+    copies = list_facts(configs.replace(test_time_augmentation="2"), str(model))
     monkeypatch.setattr(kept_answers, "AUGMENTER", str(tmp_path / "augmenter.py"))
     assert list_facts(configs, str(model)) == facts
-    assert list_facts(configs.replace(tta="2"), str(model)) != copies
+    assert list_facts(configs.replace(test_time_augmentation="2"), str(model)) != copies
     status = model.stat()
     model.write_bytes(b"2")
     os.utime(model, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -109,7 +109,7 @@ def test_costs_are_those_of_the_model_and_of_the_training_to_come(first, table):
 @pytest.mark.slow
 def test_sizes_are_compared_whatever_size_tests_have(first, table, tmp_path):
     results, _ = first
-    found = compare(table, tmp_path, augmentation_strength="photo", test_image_size=[40, 40])
+    found = compare(table, tmp_path, augmentation_strength="photo", eval_image_size=[40, 40])
     # What the images do not tell apart stands in the order of the speeds, which are measured again.
     rows = [
         each["ranking"].sort_values("height", ignore_index=True)[["height", "accuracy", "parameters"]]
