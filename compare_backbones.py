@@ -29,14 +29,12 @@ def backbones_fault(names: list[str]) -> str:
 class CompareConfigs(Configs):
     """The options of this script, beside those of every script."""
 
-    backbones: list[str] = define(USUAL_BACKBONES, "The backbones to compare, or all", check=backbones_fault)
+    backbones: list[str] = define(USUAL_BACKBONES, "Backbones to compare, or all", check=backbones_fault)
     image_sizes: list[int] = define(
-        [], "Heights, which are widths too, to compare; none given takes image_target_size", at_least=1, at_most=16384
+        [], "Sides of square images to compare, in pixels; empty uses image_target_size", at_least=1, at_most=16384
     )
-    max_images: int = define(2000, "At most that many images, drawn with their share of every class", at_least=10)
-    write_path: str = define(
-        "./backbone_comparison.csv", "The CSV file to write; the picture is written beside it, of the same name"
-    )
+    max_images: int = define(2000, "Largest number of images to use, drawn in proportion to the classes", at_least=10)
+    write_path: str = define("./backbone_comparison.csv", "CSV file to write; the picture next to it has the same name")
 
 
 @script

@@ -24,21 +24,22 @@ from finetune.models.formats import FORMATS, WEIGHTS_DTYPES, exports_fault, list
 class CompressConfigs(Configs):
     """The options of this script, beside those of every script."""
 
-    model_path: str = define("", "The model file or the run's folder; empty takes load_model_path or save_model_path")
+    model_path: str = define("", "Model file or run folder; empty takes load_model_path or save_model_path")
     weights_dtype: str = define(
-        "float32", "What the compressed weights are: exact, a half or a quarter of that", choices=WEIGHTS_DTYPES
+        "float32",
+        "Type of the compressed weights: exact (float32), half the size (float16) or a quarter (int8)",
+        choices=WEIGHTS_DTYPES,
     )
     export: list[str] = define(
         [], f"Also write the model for other runtimes, any of {', '.join(FORMATS)}", check=exports_fault
     )
     export_quantization: str = define(
         "none",
-        "What the tflite file holds: float32, weights in 8 bits (dynamic), or weights and activations in 8 bits with "
-        "ranges from images of train_csv (int8)",
+        "Numbers in the tflite file: float32 (none), 8-bit weights (dynamic), or 8-bit weights and activations (int8)",
         choices=("none", *list_quantizations()),
     )
     tolerance: float = define(
-        1.0, "Points of accuracy that compression may cost on the test set", at_least=0, at_most=100
+        1.0, "Percentage points of test accuracy that compression may cost", at_least=0, at_most=100
     )
 
     def validate(self) -> Self:

@@ -20,16 +20,19 @@ MOST_SUSPECTS = 2000
 class LabelErrorConfigs(Configs):
     """The options of this script, beside those of every script."""
 
-    csv_path: str = define("./data/all_data.csv", "The CSV file whose labels are judged")
+    csv_path: str = define("./data/all_data.csv", "CSV file whose labels are checked")
     write_path: str = define(
         "./label_errors.csv",
-        "The CSV file of suspects to write, and beside it the page; with apply the corrected table, by default "
-        "csv_path with _corrected in its name",
+        "CSV file of suspected label errors, or with apply of corrected labels, by default csv_path with "
+        "_corrected added",
     )
     max_suspects: int = define(
-        500, "List that many suspects at most, the most doubtful ones", at_least=1, at_most=MOST_SUSPECTS
+        500,
+        "Largest number of suspected label errors to list, the most doubtful first",
+        at_least=1,
+        at_most=MOST_SUSPECTS,
     )
-    apply: str = define("", "The corrections.csv that the page has saved: write a copy of csv_path corrected by it")
+    apply: str = define("", "The corrections.csv that the page saved; with it, a corrected copy of csv_path is written")
 
 
 @script

@@ -22,22 +22,16 @@ def separator_fault(separator: str) -> str:
 class FolderConfigs(Configs):
     """The options of this script, beside those of every script."""
 
-    folder_path: str = define(
-        "./data/images", "The folder that holds one folder per class, or the images of table_path"
-    )
-    write_path: str = define("./data/all_data.csv", "The CSV file to write")
-    verify: bool = define(False, "Decode every image, find what is wrong with it, and list that in data_report.csv")
-    table_path: str = define(
-        "",
-        "A table that labels the images in folder_path, named with or without endings, by one column of labels or by a "
-        "column of 0 and 1 for each class; empty: the folders are the classes",
-    )
+    folder_path: str = define("./data/images", "Folder with one subfolder per class, or with the images of table_path")
+    write_path: str = define("./data/all_data.csv", "CSV file to write")
+    verify: bool = define(False, "Decode every image and list faults in data_report.csv")
+    table_path: str = define("", "Table that labels the images in folder_path; empty takes the subfolders as classes")
     image_column: str = define(
-        "", "The column of table_path that names the images; empty finds it", needs=("table_path", "table_path")
+        "", "Column of table_path with the image names; empty finds it", needs=("table_path", "table_path")
     )
     label_separator: str = define(
         "$",
-        "What joins the labels of an image in table_path",
+        "Separator between the labels of an image in table_path",
         check=separator_fault,
         needs=("multi_label_classification", "multi_label_classification True"),
     )

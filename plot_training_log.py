@@ -24,9 +24,9 @@ class PlotConfigs(Configs):
     """The options of this script, beside those of every script."""
 
     train_log_path: str = define(
-        "", "The log to plot; empty takes that of the run of load_model_path, or of save_model_path"
+        "", "Log file to plot; empty takes the log in load_model_path, or else in save_model_path"
     )
-    write_path: str = define("", "The picture to write; empty puts a PNG next to the log", check=picture_fault)
+    write_path: str = define("", "Picture to write; empty writes a PNG next to the log", check=picture_fault)
 
 
 @script

@@ -24,9 +24,11 @@ def views_fault(value: str) -> str:
 class PredictConfigs(Configs):
     """The options of this script, beside those of every script."""
 
-    input: str = define("", "An image, its URL, a folder, a quoted pattern ('photos/**/*.jpg'), or a CSV file of paths")
-    write_path: str = define("./predictions.csv", "The CSV file to write")
-    top_k: int = define(0, "Also write that many most probable classes of each image, the first one first", at_least=0)
+    input: str = define("", "An image, its URL, a folder, a quoted pattern ('photos/**/*.jpg') or a CSV file of paths")
+    write_path: str = define("./predictions.csv", "CSV file to write")
+    top_k: int = define(
+        0, "Also write this many of the most probable classes of each image, in order; 0 writes none", at_least=0
+    )
     test_time_augmentation: str = define(
         "none",
         "Average over each image and its mirror image (flip) or n augmented copies; none answers as the run does",
@@ -34,7 +36,7 @@ class PredictConfigs(Configs):
     )
     threshold_type: str = define(
         "exact_match",
-        "Multi-label: the thresholds of test.py that decide, one for all classes or the best F1's for each",
+        "Multi-label thresholds from test.py: one for all classes (exact_match), or one per class (best_f1)",
         choices=("exact_match", "best_f1"),
     )
 

@@ -1,4 +1,4 @@
-"""Writes docs/options.md from the options' declarations: `python docs/make_options.py`, after each change of one."""
+"""Writes docs/options.md from the declarations of the options; run it after every change to one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from compare_backbones import CompareConfigs  # noqa: E402
 from compress_weights import CompressConfigs  # noqa: E402
 from configs import Configs  # noqa: E402
 from find_label_errors import LabelErrorConfigs  # noqa: E402
+from finetune.core.values import describe_values  # noqa: E402
 from finetune.models.backbones import BACKBONES  # noqa: E402
 from make_csv_from_folders import FolderConfigs  # noqa: E402
 from plot_training_log import PlotConfigs  # noqa: E402
@@ -34,11 +35,11 @@ SCRIPTS: dict[str, type[Configs]] = {
 INTRODUCTION = """\
 # Options
 
-`python docs/make_options.py` writes this page from the options' declarations, in `configs.py` and in the scripts.
+`python docs/make_options.py` writes this page from the declarations in `configs.py` and the scripts.
 
-A default in `configs.py` is overridden by `--configs FILE.json`, and that by a flag of the same name. Every script
-takes every option and `--help`. `none` on the command line is `null` in JSON. An unknown option or a value out of range
-is an error that says what was expected."""
+`--configs FILE.json` overrides the defaults in `configs.py`, and a command-line flag overrides both. Every script takes
+every option and `--help`. `none` on the command line is `null` in JSON. An unknown option or a value out of range ends
+the script with an error that says what was expected."""
 
 
 def make_page() -> str:
@@ -58,12 +59,13 @@ def make_page() -> str:
 
 
 def make_table(configs_class: type[Configs], names: list[str]) -> str:
-    """Returns a Markdown table of some of a class's options: name, default, description."""
-    options, defaults = configs_class.options(), configs_class.defaults()
-    rows = ["| option | default | what it does |", "|---|---|---|"]
+    """Returns a Markdown table of some of a class's options: name, values, default and description."""
+    options, types, defaults = configs_class.options(), configs_class.types(), configs_class.defaults()
+    rows = ["| option | values | default | what it does |", "|---|---|---|---|"]
     for name in names:
+        values = describe_values(options[name].metadata, types[name])
         default = "''" if defaults[name] == "" else defaults[name]
-        rows.append(f"| `{name}` | `{default}` | {options[name].metadata['description']} |")
+        rows.append(f"| `{name}` | {values} | `{default}` | {options[name].metadata['description']} |")
     return "\n".join(rows)
 
 
