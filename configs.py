@@ -144,7 +144,9 @@ class Configs(Options):
     reduce_lr_patience: int = define(
         3, "Epochs without a lower validation loss that count as a plateau", at_least=0, group="training"
     )
-    minimum_learning_rate: float = define(1e-7, "Lower bound of the learning rate", at_least=0, group="training")
+    minimum_learning_rate: float = define(
+        1e-7, "Lowest learning rate that a schedule may reach", at_least=0, group="training"
+    )
     optimizer_type: str = define(
         "Adam",
         "Optimizer: Adam, Adamax, Nadam, AdamW, SGD, RMSprop, Adagrad, Adadelta or Lion",

@@ -1,6 +1,6 @@
-"""Writes a CSV file (path,class) from a folder of photos sorted into one folder per class, or from a table of labels.
+"""Writes a CSV file (path,class) from a folder with one subfolder per class, or from a table of labels.
 
-Where the folder holds train/, val/ and test/ with class folders inside, it keeps that split and writes a CSV file each.
+If the folder contains train/, val/ and test/ with class folders, it keeps this split and writes one CSV file for each.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from finetune.core.scripts import run_script, script
 
 
 def separator_fault(separator: str) -> str:
-    """Returns what is wrong with a value of `label_separator`; empty where nothing is."""
-    return "" if separator else "expected a mark between labels, such as '|'. Received: ''"
+    """Returns what is wrong with a value of `label_separator`; empty if nothing is."""
+    return "" if separator else "expected a separator, such as '|'. Received: ''"
 
 
 @dataclasses.dataclass
 class FolderConfigs(Configs):
-    """The options of this script, beside those of every script."""
+    """The options of this script in addition to the shared ones."""
 
     folder_path: str = define("./data/images", "Folder with one subfolder per class, or with the images of table_path")
     write_path: str = define("./data/all_data.csv", "CSV file to write")
@@ -39,7 +39,7 @@ class FolderConfigs(Configs):
 
 @script
 def main(configs: FolderConfigs) -> dict:
-    """Writes the table; prints and returns the image count of each class, and in each set of a split that is kept."""
+    """Writes the table; prints and returns the number of images per class, for each set if there are several."""
     # Imported here, so that --help does not wait for pandas.
     from finetune.core.files import check_folder, write_csv
     from finetune.core.labels import clean_label

@@ -1,4 +1,4 @@
-"""The names that a user's own code imports, each re-exported from the module that owns it."""
+"""The public functions for a user's own code, re-exported from their modules."""
 
 from finetune.core.devices import set_gpu_usage
 from finetune.data.images import read_image

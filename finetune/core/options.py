@@ -81,7 +81,7 @@ def define(
     Args:
         default: the value unless another one is given.
         description: one sentence of at most 20 words, for `--help`.
-        above: exclusive lower bound of the value, or of each element of a list.
+        above: exclusive lower bound, which in a list every element must satisfy.
         at_least: inclusive lower bound.
         below: exclusive upper bound.
         at_most: inclusive upper bound.
@@ -320,7 +320,7 @@ class Options:
 
     @classmethod
     def check_values(cls, **values: Any) -> dict[str, Any]:
-        """Checks the types and bounds of single values.
+        """Checks single values: their types and bounds.
 
         Returns:
             The values by option, converted to its type.

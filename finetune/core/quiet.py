@@ -1,4 +1,4 @@
-"""The libraries' own notices: kept from the screen, where they bury the lines that matter."""
+"""Hiding log messages of the libraries, which would bury the lines that matter."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 
-# 0 shows all, 2 errors alone.
+# 0 shows all messages, 2 only errors.
 LEVEL_VARIABLE = "TF_CPP_MIN_LOG_LEVEL"
-# Where stderr leads, also while it is hidden.
+# The descriptor of the real stderr, also while it is hidden.
 screen = 2
 
 
 def silence_libraries(verbose: bool) -> None:
-    """Keeps the libraries' notices from the screen, or lets all of them through; to be called before they are loaded.
+    """Hides the log messages of the libraries, or shows all of them; to be called before they are loaded.
 
-    Without `verbose`, what the user has set for TensorFlow or for Python's warnings wins.
+    Without `verbose`, the user's own settings for TensorFlow and Python's warnings win.
     """
     if verbose:
         os.environ[LEVEL_VARIABLE] = "0"
@@ -28,13 +28,13 @@ def silence_libraries(verbose: bool) -> None:
     os.environ.setdefault(LEVEL_VARIABLE, "2")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     if not sys.warnoptions:
-        # Behind the filters that are there: what is made an error stays one.
+        # After the existing filters, which may turn warnings into errors.
         warnings.simplefilter("ignore", append=True)
 
 
 @contextlib.contextmanager
 def hiding_stderr() -> Iterator[None]:
-    """Hides what TensorFlow's C++ writes to stderr at any log level, unless it is wanted; shows it on an exception."""
+    """Hides what TensorFlow's C++ code writes to stderr at any log level, unless wanted; shows it on an exception."""
     global screen
     if os.environ.get(LEVEL_VARIABLE, "0") == "0":
         yield
@@ -42,7 +42,7 @@ def hiding_stderr() -> Iterator[None]:
     with tempfile.TemporaryFile() as hidden:
         screen = os.dup(2)
         if tells_crashes := not faulthandler.is_enabled():
-            # A crash leaves nobody to show what is hidden.
+            # After a crash nothing else could explain it.
             faulthandler.enable(screen)
         os.dup2(hidden.fileno(), 2)
         try:

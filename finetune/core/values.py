@@ -122,7 +122,7 @@ def describe_choices(metadata: Mapping[str, Any], kind: Any) -> str:
 
 
 def describe_bounds(metadata: Mapping[str, Any]) -> str:
-    """Returns the bounds of an option in words; empty if it has none."""
+    """Returns an option's bounds in words; empty if it has none."""
     return " and ".join(f"{word} {bound}" for word, bound in metadata["bounds"].items())
 
 

@@ -59,7 +59,7 @@ def test_linked_class_folders_count_and_loops_do_not(class_folders, capsys):
     for name, target in (("owl", "../far"), ("loop", "."), ("up", ".."), ("gone", "nowhere"), ("dog/far", "../../far")):
         (images / name).symlink_to(target)
     assert list_folders(class_folders) == {"cat": 3, "dog": 5, "owl": 1}
-    assert "Left out 3 links or folders that lead nowhere" in capsys.readouterr().out
+    assert "unreadable folders (3)" in capsys.readouterr().out
 
 
 def test_one_class_alone_is_a_warning(class_folders, capsys):
@@ -176,7 +176,7 @@ def test_packed_folders_empty_ones_and_loose_files_do_no_harm(tmp_path, capsys):
         "training_set.csv": 2,
     }
     printed = capsys.readouterr().out
-    assert "Left out 1 links or folders" in printed
+    assert "unreadable folders (1)" in printed
     assert "read.txt" in printed
     assert "__MACOSX" in printed
 

@@ -62,7 +62,7 @@ def test_linked_folders_are_read_without_end_and_broken_links_get_a_row(tmp_path
         Path("photos", name).symlink_to(target)
     found = list_inputs(given)[0]
     assert found == ["photos/a/1.jpg", "photos/far/2.jpg"] + ["photos/gone.jpg"] * (given == "photos")
-    assert ("Left out 1 links or folders" in capsys.readouterr().out) == (given == "photos")
+    assert ("unreadable folders (1)" in capsys.readouterr().out) == (given == "photos")
 
 
 def test_errors_name_the_file_that_is_meant(tmp_path):
