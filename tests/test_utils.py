@@ -1,4 +1,4 @@
-"""What a user's own code imports is there, and is what its module has."""
+"""The functions that a user's own code imports."""
 
 import utils
 
@@ -7,11 +7,8 @@ PROMISED |= {"set_gpu_usage", "get_class_weights", "get_multilabel_class_weights
 PROMISED |= {"get_evaluation_metrics", "get_multilabel_evaluation_metrics"}
 
 
-def test_every_name_that_is_promised_is_exported():
+def test_public_names_are_exported_from_their_modules():
     assert set(utils.__all__) >= PROMISED
     assert sorted(utils.__all__) == utils.__all__
-
-
-def test_every_name_comes_from_a_room():
     for name in utils.__all__:
         assert getattr(utils, name).__module__.startswith(("finetune.", "generator")), name

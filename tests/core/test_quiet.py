@@ -1,4 +1,4 @@
-"""What of the libraries' own output is shown."""
+"""Which messages of the libraries are shown."""
 
 import os
 import re
@@ -8,7 +8,6 @@ import sys
 import pytest
 from config_files import PROJECT
 from small_runs import options_of, tables  # noqa: F401
-from terminals import run_in_terminal
 
 from finetune.core.files import write_json
 
@@ -16,7 +15,7 @@ NOTICE = "I0000 00:00:1795772722.382590   28722 port.cc:153] oneDNN custom opera
 
 
 def run_code(tmp_path, code, *flags, library="", is_script=True, **environment):
-    """Runs code as the main of a script, or alone, with a library beside it that writes a notice, as C++ does."""
+    """Runs code in a script's main, or alone, beside a library that writes to stderr as C++ code does."""
     (tmp_path / "library.py").write_text(f"import os, warnings\nos.write(2, {NOTICE!r}.encode())\n{library}\n")
     start = f"import os, sys, warnings\nsys.path.insert(1, {str(PROJECT)!r})\nfrom finetune.core.quiet import *\n"
     if is_script:
@@ -31,7 +30,7 @@ def run_code(tmp_path, code, *flags, library="", is_script=True, **environment):
 LOADING = "with hiding_stderr(): import library"
 
 
-def test_loading_is_quiet_and_what_is_written_later_is_not_touched(tmp_path):
+def test_loading_is_quiet_and_later_output_is_shown(tmp_path):
     result = run_code(tmp_path, f"\n    {LOADING}\n    os.write(2, b'later\\n')", library="warnings.warn('old')")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "later\n")
 
@@ -51,11 +50,11 @@ def test_what_the_user_asks_for_is_shown(tmp_path, flags, environment, shown):
     assert NOTICE not in shown or NOTICE in loaded.stderr
 
 
-def test_program_that_is_no_script_is_left_alone(tmp_path):
+def test_program_other_than_a_script_is_left_alone(tmp_path):
     assert run_code(tmp_path, LOADING, is_script=False).stderr == NOTICE
 
 
-def test_warning_that_is_made_an_error_stays_one(tmp_path):
+def test_warning_turned_into_an_error_stays_one(tmp_path):
     code = "warnings.simplefilter('error', ResourceWarning)\nsilence_libraries(False)\nwarnings.warn('a')\n"
     result = run_code(tmp_path, code + "warnings.warn('b', ResourceWarning)", is_script=False)
     assert result.returncode == 1
@@ -71,25 +70,19 @@ def test_warning_that_is_made_an_error_stays_one(tmp_path):
         ("os.kill(os.getpid(), 2)", 130, ("Interrupted.\n",)),
     ],
 )
-def test_loading_that_fails_tells_why(tmp_path, fault, status, words):
-    # A shell starts its background jobs with the signal ignored, and the tests may run in one.
+def test_failed_loading_says_why(tmp_path, fault, status, words):
+    # Background jobs of a shell ignore SIGINT, and the tests may run in one.
     heeding = "import signal; from finetune.core.scripts import interrupt; signal.signal(signal.SIGINT, interrupt)"
     result = run_code(tmp_path, f"{heeding}\n    {LOADING}", library=fault)
     assert result.returncode == status
     assert all(text in result.stderr for text in words)
 
 
-# Real runs
-
-
-def command_of(tables, folder, **options):
-    write_json(str(folder / "small.json"), options_of(tables, folder / "run", num_epochs=2, **options))
-    return [sys.executable, str(PROJECT / "train.py"), "--configs", str(folder / "small.json")]
-
-
 @pytest.mark.slow
-def test_run_into_a_pipe_is_a_line_an_epoch_and_nothing_else(tables, tmp_path):
-    command = command_of(tables, tmp_path, show_model_summary=True)
+def test_run_into_a_pipe_prints_a_line_per_epoch(tables, tmp_path):
+    options = options_of(tables, tmp_path / "run", num_epochs=2, show_model_summary=True)
+    write_json(str(tmp_path / "small.json"), options)
+    command = [sys.executable, str(PROJECT / "train.py"), "--configs", str(tmp_path / "small.json")]
     environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     result = subprocess.run(command, capture_output=True, timeout=300, env=environment)
     assert (result.returncode, result.stderr) == (0, b"")
@@ -98,14 +91,3 @@ def test_run_into_a_pipe_is_a_line_an_epoch_and_nothing_else(tables, tmp_path):
     assert re.fullmatch(r"Running on .+\.", shown.splitlines()[0])
     assert len([line for line in shown.splitlines() if line.startswith("7/7 - ")]) == 2
     assert "image_classifier" in shown
-
-
-@pytest.mark.slow
-def test_run_in_a_terminal_draws_a_bar(tables, tmp_path):
-    status, shown = run_in_terminal(command_of(tables, tmp_path))
-    assert status == 0, shown
-    assert re.search(r"Running on .+\.", shown.splitlines()[0])
-    assert "7/7" in shown
-    assert "━" in shown
-    assert ("\b" in shown) or ("\r" in shown)
-    assert "InitializeLog" not in shown
