@@ -7,7 +7,7 @@ import termios
 
 
 def run_in_terminal(command, stdout=None, **environment):
-    """Returns the exit status of a program and what it shows in a terminal; stdout may be a file."""
+    """Returns the exit status and the terminal output of a program; stdout may be a file."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
     environment = {"TERM": "xterm"} | environment
@@ -15,7 +15,7 @@ def run_in_terminal(command, stdout=None, **environment):
     process = subprocess.Popen(command, **streams, env=os.environ | environment)
     os.close(theirs)
     shown = b""
-    # Linux ends a terminal that nobody writes to any more with an error.
+    # Linux reports the end of a terminal as an error.
     try:
         while part := os.read(ours, 65536):
             shown += part
