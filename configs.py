@@ -43,7 +43,7 @@ class Configs(Options):
         "CSV file of the images that test.py evaluates; training never learns from them",
         group="common",
     )
-    image_directory: str = define("", "Folder in front of the paths in the CSV files", group="data")
+    image_directory: str = define("", "Folder that the paths in the CSV files are relative to", group="data")
     visual_model_name: str = define(
         "DenseNet121", "Backbone, one of those listed in docs/options.md", describes_model=True, group="common"
     )
@@ -102,7 +102,7 @@ class Configs(Options):
     )
     conv_layers_to_train: int = define(
         -1,
-        "Train this many of the backbone's last convolutions and what follows them; -1 trains all, 0 none",
+        "Number of the backbone's last convolutions to train, with the layers after them; -1 trains all, 0 none",
         at_least=-1,
         fixed_in_run=True,
         group="model",
@@ -319,7 +319,7 @@ class Configs(Options):
     scale_learning_rate: bool = define(False, "Multiply the learning rate by the number of devices", group="machine")
     head_epochs: int = define(
         0,
-        "Number of first epochs that train only the head, with the backbone frozen",
+        "Number of epochs at the start that train only the head, with the backbone frozen",
         at_least=0,
         fixed_in_run=True,
         group="recipe",
@@ -345,7 +345,7 @@ class Configs(Options):
     )
     warmup_epochs: float = define(
         0.0,
-        "Number of first epochs, or a fraction of one, in which the learning rate rises from 0",
+        "Number of epochs at the start, or a fraction of one, in which the learning rate rises from 0",
         at_least=0,
         group="recipe",
     )
@@ -432,8 +432,8 @@ class Configs(Options):
     )
     model_selection: str = define(
         "best_epoch",
-        "Model to keep: the best epoch's, the last epoch's, or averaged with the starting weights if "
-        "validation improves (interpolate)",
+        "Model to keep: best epoch, last epoch, or the best weighted average of the starting and last "
+        "weights (interpolate)",
         choices=("best_epoch", "last_epoch", "interpolate"),
         fixed_in_run=True,
         group="recipe",
@@ -454,7 +454,7 @@ class Configs(Options):
     )
     time_budget: str = define(
         "",
-        "Time that training may take, such as 90s, 10m or 2h; empty trains for num_epochs",
+        "Time for training, such as 90s, 10m or 2h, to which num_epochs is adapted; empty trains for num_epochs",
         check=duration_fault,
         group="training",
     )

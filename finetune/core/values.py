@@ -123,14 +123,18 @@ def describe_choices(metadata: Mapping[str, Any], kind: Any) -> str:
 
 def describe_bounds(metadata: Mapping[str, Any]) -> str:
     """Returns an option's bounds in words; empty if it has none."""
-    return " and ".join(f"{word} {bound}" for word, bound in metadata["bounds"].items())
+    bounds = metadata["bounds"]
+    if bounds.keys() == {"at least", "at most"}:
+        return f"from {bounds['at least']} to {bounds['at most']}"
+    return " and ".join(f"{word} {bound}" for word, bound in bounds.items())
 
 
 def describe_values(metadata: Mapping[str, Any], kind: Any) -> str:
     """Returns the values that an option takes: its choices, or its type and bounds."""
     if metadata["choices"]:
         return describe_choices(metadata, kind)
-    return f"{describe_type(kind)} {describe_bounds(metadata)}".strip()
+    inner, optional = unwrap_optional(kind)
+    return f"{describe_type(inner)} {describe_bounds(metadata)}".strip() + " or none" * optional
 
 
 def find_nearest(text: str, known: Sequence[str], alikeness: float) -> str:

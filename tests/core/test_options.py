@@ -74,7 +74,7 @@ def test_help_begins_with_the_script_s_own_and_the_most_used_options(capsys, con
     # The usage line does not list all flags.
     assert re.match(r"usage: \S+ \[--configs FILE.json\] \[--OPTION VALUE \.\.\.\] A head\.", shown)
     assert shown.count("; default ") == len(configs_class.options())
-    assert "(3 whole numbers at least 1 and at most 16384; default 224 224 3)" in shown
+    assert "(3 whole numbers from 1 to 16384; default 224 224 3)" in shown
 
 
 def test_a_script_may_declare_an_option_differently():

@@ -268,7 +268,7 @@ def test_several_labels_are_ranked_by_mean_average_precision(multilabel_csv, tmp
     ("options", "message"),
     [
         ({"backbones": []}, "backbones: expected at least one backbone, or all"),
-        ({"image_sizes": [224, 0]}, "image_sizes: expected numbers at least 1 and at most 16384. Received: .*224, 0"),
+        ({"image_sizes": [224, 0]}, "image_sizes: expected numbers from 1 to 16384.*224, 0"),
         ({"max_images": 9}, "max_images: expected a number at least 10. Received: 9"),
     ],
 )
