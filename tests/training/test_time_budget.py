@@ -164,12 +164,12 @@ def test_the_last_epoch_of_a_random_head_is_kept_whatever_validation_says(tables
 
 
 def test_early_stopping_and_the_last_epoch_exclude_each_other(tables, tmp_path):
-    with pytest.raises(UserError, match="early_stopping_patience: expected 0 where model_selection is not"):
+    with pytest.raises(UserError, match="early_stopping_patience: .*model_selection"):
         start(**options_of(tables, tmp_path / "run", model_selection="last_epoch", early_stopping_patience=3))
 
 
 def test_crops_and_a_cache_exclude_each_other(tables, tmp_path):
-    with pytest.raises(UserError, match="random_crop_area: crops are taken from the pictures themselves"):
+    with pytest.raises(UserError, match="random_crop_area: .*image_cache"):
         start(**options_of(tables, tmp_path / "run", random_crop_area=[0.5, 1.0], image_cache="memory"))
 
 
