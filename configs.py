@@ -39,9 +39,7 @@ class Configs(Options):
         "./data/training_set.csv", "CSV file of the training images and their labels", group="common"
     )
     test_csv: str = define(
-        "./data/testing_set.csv",
-        "CSV file of the images that test.py evaluates; training never learns from them",
-        group="common",
+        "./data/testing_set.csv", "CSV file of the images for test.py; training never learns from them", group="common"
     )
     image_directory: str = define("", "Folder that the paths in the CSV files are relative to", group="data")
     visual_model_name: str = define(
@@ -83,10 +81,7 @@ class Configs(Options):
         group="data",
     )
     multi_label_classification: bool = define(
-        False,
-        "Allow several labels per image, written class1$class2 in the CSV files",
-        describes_model=True,
-        group="common",
+        False, "Several labels per image, written class1$class2 in the CSV files", describes_model=True, group="common"
     )
     classifier_layer_sizes: list[float] = define(
         [0.4],
@@ -111,15 +106,11 @@ class Configs(Options):
         True, "Start the backbone from ImageNet weights instead of random weights", group="model"
     )
     pop_conv_layers: int = define(
-        0,
-        "Number of layers to remove from the end of the backbone, before the pooling",
-        at_least=0,
-        describes_model=True,
-        group="model",
+        0, "Number of layers to remove from the end of the backbone", at_least=0, describes_model=True, group="model"
     )
     final_layer_pooling: str | None = define(
         "avg",
-        "Pooling of the backbone's output; none flattens it",
+        "Pooling of the features; none flattens them",
         choices=("avg", "max"),
         describes_model=True,
         group="model",
@@ -135,11 +126,7 @@ class Configs(Options):
     )
     learning_rate: float = define(1e-3, "Learning rate of the optimizer", above=0, group="common")
     learning_rate_decay_factor: float = define(
-        0.1,
-        "Factor that multiplies the learning rate on a plateau of the validation loss",
-        above=0,
-        below=1,
-        group="training",
+        0.1, "Factor on the learning rate at a plateau of the validation loss", above=0, below=1, group="training"
     )
     reduce_lr_patience: int = define(
         3, "Epochs without a lower validation loss that count as a plateau", at_least=0, group="training"
@@ -168,24 +155,15 @@ class Configs(Options):
         group="explaining",
     )
     report_by: str = define(
-        "",
-        "Column of test_csv, such as site or camera, for whose values test.py reports separate metrics",
-        group="explaining",
+        "", "Column of test_csv, such as site or camera, whose values test.py reports separately", group="explaining"
     )
     generator_workers: int = define(
-        4,
-        "Threads that load and augment images; more than 4 are processes, and 0 counts as 1",
-        at_least=0,
-        group="speed",
+        4, "Threads, or above 4 processes, that load and augment images; 0 counts as 1", at_least=0, group="speed"
     )
     generator_queue_length: int = define(12, "Number of batches to keep ready for the model", at_least=1, group="speed")
     show_model_summary: bool = define(True, "Print the model's layers before training", group="model")
     positive_weights_multiply: float = define(
-        1.0,
-        "Factor for the loss of the labels that are present, in multi-label classification",
-        above=0,
-        fixed_in_run=True,
-        group="training",
+        1.0, "Multi-label: factor on the loss of present labels", above=0, fixed_in_run=True, group="training"
     )
     use_class_balancing: bool = define(
         True, "Give rare classes more weight in the loss", fixed_in_run=True, group="training"
@@ -199,12 +177,7 @@ class Configs(Options):
         group="model",
     )
     cnn_downscaling_filters: int = define(
-        64,
-        "Number of filters in each downscaling convolution",
-        at_least=1,
-        at_most=2**16,
-        describes_model=True,
-        group="model",
+        64, "Filters of each downscaling convolution", at_least=1, at_most=2**16, describes_model=True, group="model"
     )
     validation_csv: str = define(
         "", "CSV file of the images that select the best model; empty uses test_csv", group="common"
@@ -229,10 +202,7 @@ class Configs(Options):
         False, "Make two runs give the same weights to the last bit; slower on a GPU", group="machine"
     )
     checkpoint_every_steps: int = define(
-        0,
-        "Steps between extra saves of latest_model.keras; 0 saves it only after each epoch",
-        at_least=0,
-        group="training",
+        0, "Steps between extra saves of latest_model.keras; 0 saves it after each epoch", at_least=0, group="training"
     )
     early_stopping_patience: int = define(
         0,
@@ -259,9 +229,7 @@ class Configs(Options):
         group="speed",
     )
     image_cache_path: str = define(
-        "./data/image_cache",
-        "Folder of the disk cache and of stored features; may be deleted at any time",
-        group="speed",
+        "./data/image_cache", "Folder of the disk cache and stored features; may be deleted at any time", group="speed"
     )
     verify_data: str = define(
         "quick",
@@ -271,10 +239,7 @@ class Configs(Options):
         group="data",
     )
     max_image_pixels: int = define(
-        MAX_IMAGE_PIXELS,
-        "Largest number of pixels that an image may have, checked before it is decoded",
-        at_least=1,
-        group="data",
+        MAX_IMAGE_PIXELS, "Largest number of pixels in an image, checked before decoding", at_least=1, group="data"
     )
     pixel_range: list[float] = define(
         [],
@@ -318,11 +283,7 @@ class Configs(Options):
     )
     scale_learning_rate: bool = define(False, "Multiply the learning rate by the number of devices", group="machine")
     head_epochs: int = define(
-        0,
-        "Number of epochs at the start that train only the head, with the backbone frozen",
-        at_least=0,
-        fixed_in_run=True,
-        group="recipe",
+        0, "Number of epochs at the start that train only the head", at_least=0, fixed_in_run=True, group="recipe"
     )
     fine_tune_learning_rate: float | None = define(
         None,
@@ -344,19 +305,13 @@ class Configs(Options):
         group="recipe",
     )
     warmup_epochs: float = define(
-        0.0,
-        "Number of epochs at the start, or a fraction of one, in which the learning rate rises from 0",
-        at_least=0,
-        group="recipe",
+        0.0, "Number of epochs, or a fraction, in which the learning rate rises from 0", at_least=0, group="recipe"
     )
     backbone_learning_rate_multiplier: float = define(
         1.0, "Factor that multiplies the learning rate of the backbone", above=0, at_most=100, group="recipe"
     )
     freeze_batch_norm: bool = define(
-        False,
-        "Keep the backbone's batch normalisation as it is in the starting weights",
-        fixed_in_run=True,
-        group="recipe",
+        False, "Freeze the batch normalisation layers of the backbone", fixed_in_run=True, group="recipe"
     )
     weight_decay: float = define(
         0.0,
@@ -388,10 +343,7 @@ class Configs(Options):
         0.0, "Mix pairs of images, with shares from Beta(alpha, alpha); 0 mixes none", at_least=0, group="recipe"
     )
     cutmix_alpha: float = define(
-        0.0,
-        "Paste a piece of one image into another, with shares from Beta(alpha, alpha); 0 pastes none",
-        at_least=0,
-        group="recipe",
+        0.0, "Paste pieces between images, shares from Beta(alpha, alpha); 0 pastes none", at_least=0, group="recipe"
     )
     ema_decay: float = define(
         0.0,
@@ -460,8 +412,6 @@ class Configs(Options):
     )
     verbose: bool = define(False, "Show the log messages of the libraries too", group="machine")
     find_learning_rate: bool = define(
-        False,
-        "Try rising learning rates, plot the loss over them and suggest one, instead of training",
-        group="training",
+        False, "Instead of training, try rising learning rates, plot the loss and suggest one", group="training"
     )
     overwrite: bool = define(False, "Remove the run that is in save_model_path and start a new one", group="common")
