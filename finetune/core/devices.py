@@ -24,8 +24,10 @@ with hiding_stderr():
     import keras
     import tensorflow as tf
 
+# The control groups of Linux, version 1 or 2, and those of this process.
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+# A folder of NVIDIA's driver and the compute device of AMD's driver.
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 AMD_DRIVER = Path("/dev/kfd")
 DRIVER_LIBRARY = "libcuda.so.1"
@@ -44,30 +46,25 @@ class Gpu(NamedTuple):
     memory: int
 
 
-def count_cores(cgroups: Path = CGROUPS, own_cgroups: Path = OWN_CGROUPS) -> float:
-    """Returns the number of CPU cores that this process may use, by its affinity and its container's limit.
-
-    Args:
-        cgroups: the folder of control groups in Linux, version 1 or 2.
-        own_cgroups: the file that names the control groups of this process.
-    """
+def count_cores() -> float:
+    """Returns the number of CPU cores that this process may use, by its affinity and its container's limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limits = [read_cpu_limit(folder) for folder in list_cgroups(cgroups, own_cgroups)]
+    limits = [read_cpu_limit(folder) for folder in list_cgroups()]
     return min([cores, *(limit for limit in limits if limit)])
 
 
-def list_cgroups(cgroups: Path, own_cgroups: Path) -> list[Path]:
+def list_cgroups() -> set[Path]:
     """Returns the folders of this process's control groups and of their parents, whose limits hold too."""
-    folders = {cgroups: None, cgroups / "cpu": None}
+    folders = {CGROUPS, CGROUPS / "cpu"}
     with contextlib.suppress(OSError, ValueError):
-        for line in own_cgroups.read_text(encoding="utf-8").splitlines():
+        for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
             # In version 2 this field is empty.
             _, controllers, name = line.split(":", 2)
             if not controllers or "cpu" in controllers.split(","):
-                top = cgroups / "cpu" if controllers else cgroups
+                top = CGROUPS / "cpu" if controllers else CGROUPS
                 group = top / name.strip("/")
-                folders |= dict.fromkeys((group, *group.parents[: len(group.parts) - len(top.parts)]))
-    return list(folders)
+                folders |= {group, *group.parents[: len(group.parts) - len(top.parts)]}
+    return folders
 
 
 def read_cpu_limit(folder: Path) -> float:
@@ -115,19 +112,11 @@ def hides_gpus(environment: Mapping[str, str]) -> bool:
     return any(not value or value.startswith("-") or value == "NoDevFiles" for value in values)
 
 
-def explain_unused_gpu(
-    nvidia_driver: Path = NVIDIA_DRIVER, amd_driver: Path = AMD_DRIVER, platform: str = sys.platform
-) -> str:
-    """Returns why TensorFlow does not use this machine's GPU, and the remedy, in one line; empty without a GPU.
-
-    Args:
-        nvidia_driver: the folder that NVIDIA's Linux driver makes.
-        amd_driver: the compute device of AMD's driver.
-        platform: as `sys.platform`.
-    """
-    if has_nvidia_gpu(nvidia_driver):
-        return f"Warning: this machine has an NVIDIA GPU that TensorFlow does not use: {_explain_nvidia(platform)}"
-    if amd_driver.exists():
+def explain_unused_gpu() -> str:
+    """Returns why TensorFlow does not use this machine's GPU, and the remedy, in one line; empty without a GPU."""
+    if has_nvidia_gpu():
+        return f"Warning: this machine has an NVIDIA GPU that TensorFlow does not use: {_explain_nvidia()}"
+    if AMD_DRIVER.exists():
         return (
             "Warning: this machine has an AMD GPU that TensorFlow does not use: it needs TensorFlow's ROCm build. "
             "See https://rocm.docs.amd.com to install it."
@@ -135,8 +124,8 @@ def explain_unused_gpu(
     return ""
 
 
-def _explain_nvidia(platform: str) -> str:
-    if platform == "win32":
+def _explain_nvidia() -> str:
+    if sys.platform == "win32":
         return "since version 2.11 it supports no GPUs on Windows. Use WSL2."
     if not can_load(DRIVER_LIBRARY):
         return (
@@ -151,11 +140,11 @@ def _explain_nvidia(platform: str) -> str:
     )
 
 
-def has_nvidia_gpu(driver: Path) -> bool:
+def has_nvidia_gpu() -> bool:
     """Returns whether the machine has an NVIDIA GPU, according to its driver or nvidia-smi."""
-    if (driver / "gpus").is_dir():
-        return any((driver / "gpus").iterdir())
-    if (driver / "version").exists():
+    if (NVIDIA_DRIVER / "gpus").is_dir():
+        return any((NVIDIA_DRIVER / "gpus").iterdir())
+    if (NVIDIA_DRIVER / "version").exists():
         return True
     tool = shutil.which("nvidia-smi")
     if not tool:

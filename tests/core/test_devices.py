@@ -144,14 +144,15 @@ def test_line_of_the_hardware(gpus, share, trains_on_all, cores, line):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no CPU affinity")
-def test_cores_follow_the_affinity(tmp_path):
+def test_cores_follow_the_affinity(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path)
     cores = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(cores)})
-        assert count_cores(tmp_path, tmp_path / "none") == 1
+        assert count_cores() == 1
     finally:
         os.sched_setaffinity(0, cores)
-    assert count_cores(tmp_path, tmp_path / "none") == BOUND
+    assert count_cores() == BOUND
 
 
 def write(path, text):
@@ -176,11 +177,13 @@ def write(path, text):
         ({"cpu/d/cpu.cfs_quota_us": "50000", "cpu/d/cpu.cfs_period_us": "100000"}, "4:cpuset:/\n3:cpu:/d\n", 0.5),
     ],
 )
-def test_cores_follow_the_limit_of_a_container(tmp_path, files, own, cores):
+def test_cores_follow_the_limit_of_a_container(tmp_path, monkeypatch, files, own, cores):
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(devices, "OWN_CGROUPS", tmp_path / "own")
     for name, text in files.items():
         write(tmp_path / "cgroup" / name, text)
     write(tmp_path / "own", own)
-    assert count_cores(tmp_path / "cgroup", tmp_path / "own") == cores
+    assert count_cores() == cores
 
 
 # Unused GPUs
@@ -208,6 +211,8 @@ INSTALL = "pip install -r requirements-gpu.txt"
 )
 def test_unused_gpu_is_explained(tmp_path, monkeypatch, files, loads, words):
     monkeypatch.setattr(devices, "SECONDS_OF_A_TOOL", 1)
+    monkeypatch.setattr(devices, "NVIDIA_DRIVER", tmp_path / "nvidia")
+    monkeypatch.setattr(devices, "AMD_DRIVER", tmp_path / "kfd")
     monkeypatch.setattr(devices, "can_load", lambda library: library in loads)
     monkeypatch.setattr(devices, "is_installed", lambda package: False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -216,13 +221,14 @@ def test_unused_gpu_is_explained(tmp_path, monkeypatch, files, loads, words):
             (tmp_path / name).mkdir(parents=True)
         else:
             write(tmp_path / name, f"#!/bin/sh\n{text}\n")
-    shown = explain_unused_gpu(tmp_path / "nvidia", tmp_path / "kfd", "linux")
+    shown = explain_unused_gpu()
     assert bool(shown) is bool(words)
     assert len(shown.splitlines()) <= 1
     assert all(word in shown for word in words)
     assert not any(word in shown for word in {INSTALL, "--gpus all", "--verbose"} - {*words})
     if words and files == VERSION:
-        assert "WSL2" in explain_unused_gpu(tmp_path / "nvidia", tmp_path / "kfd", "win32")
+        monkeypatch.setattr(devices.sys, "platform", "win32")
+        assert "WSL2" in explain_unused_gpu()
 
 
 @pytest.mark.parametrize(
