@@ -11,4 +11,4 @@ SCRIPT_CONFIGS = runpy.run_path(str(PROJECT / "docs" / "make_options.py"))["SCRI
 
 
 def run_python(*arguments, cwd=PROJECT):
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)

@@ -100,7 +100,7 @@ def test_a_full_and_a_read_only_disk_are_noticed(tmp_path):
     if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
         pytest.skip("needs a mount namespace")
     words = [*alone, sys.executable, "-c", ON_REAL_DISKS, str(tmp_path / "full"), str(tmp_path / "fixed")]
-    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, timeout=300)
     lines = done.stdout.splitlines()
     assert len(lines) == 6, done.stderr
     assert all(FAULTS[errno.ENOSPC] in line for line in lines[:2])

@@ -24,7 +24,7 @@ def run_code(tmp_path, code, *flags, library="", is_script=True, **environment):
     (tmp_path / "tiny.py").write_text(f'"""A tiny script."""\n{start}{code}\n')
     clean = {name: value for name, value in os.environ.items() if name not in ("TF_CPP_MIN_LOG_LEVEL", "PYTHONPATH")}
     command = [sys.executable, str(tmp_path / "tiny.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean | environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=clean | environment)
 
 
 LOADING = "with hiding_stderr(): import library"

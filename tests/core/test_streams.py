@@ -101,7 +101,7 @@ def test_streams_are_restored(monkeypatch, capsys):
 @pytest.mark.parametrize("redirection", ["| head -2 >shown", "2>&-", "<&- >&- 2>&-", ">/dev/full"])
 def test_lost_output_does_no_harm(tmp_path, command, redirection):
     line = f"set -o pipefail; {sys.executable} tiny.py {redirection}"
-    result = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, timeout=60)
+    result = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, timeout=300)
     assert result.returncode == 0, result.stderr
     # Nothing else is in the file, although its descriptor may be that of a standard stream.
     assert (tmp_path / "first").read_bytes() == b"result"
@@ -120,7 +120,7 @@ def test_closed_terminal_of_a_disowned_program_does_no_harm(tmp_path, command):
     os.close(theirs)
     assert os.read(ours, 4) == b"line"
     os.close(ours)
-    assert program.wait(60) == 0
+    assert program.wait(300) == 0
     assert (tmp_path / "first").read_bytes() == b"result"
 
 
@@ -130,7 +130,7 @@ def test_closed_terminal_of_a_disowned_program_does_no_harm(tmp_path, command):
 def run(script, *arguments, cwd, **environment):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LC_", "LANG"))}
     command = [sys.executable, str(PROJECT / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, timeout=60, env=clean | environment)
+    return subprocess.run(command, cwd=cwd, capture_output=True, timeout=300, env=clean | environment)
 
 
 ASCII_NAMES = {"LC_ALL": "C", "PYTHONUTF8": "0"}
@@ -164,7 +164,9 @@ def test_names_of_all_scripts_work_in_any_environment(photo_folder, tmp_path, en
 @posix
 def test_python_option_for_ascii_names_causes_no_endless_restarts(tmp_path, command):
     line = [command[0], "-X", "utf8=0", command[1]]
-    result = subprocess.run(line, cwd=tmp_path, capture_output=True, timeout=60, env={"LC_ALL": "C", "PYTHONUTF8": "0"})
+    result = subprocess.run(
+        line, cwd=tmp_path, capture_output=True, timeout=300, env={"LC_ALL": "C", "PYTHONUTF8": "0"}
+    )
     assert (result.returncode, (tmp_path / "first").read_bytes()) == (0, b"result")
 
 
@@ -178,7 +180,7 @@ def test_warning_about_ascii_names_in_own_code(tmp_path):
         "main(FolderConfigs(folder_path='photos'))\n"
     )
     command = [sys.executable, "own.py"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ASCII_NAMES, timeout=60)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ASCII_NAMES, timeout=300)
     first, *_, last = result.stderr.splitlines()
     assert all("ASCII" in line and "PYTHONUTF8=1" in line for line in (first, last))
     assert first.startswith("Warning: ")
@@ -200,35 +202,22 @@ def test_tables_are_written_before_anything_is_printed(photo_folder, tmp_path, m
 # Real runs
 
 
-def start_run(tables, folder, **options):
-    write_json(str(folder / "small.json"), options_of(tables, folder / "run", **options))
-    return [sys.executable, str(PROJECT / "train.py"), "--configs", str(folder / "small.json")]
-
-
 @pytest.mark.slow
-def test_run_of_own_code_needs_no_streams(tables, tmp_path, monkeypatch):
-    for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, None)
-    results = start(**options_of(tables, tmp_path / "run", num_epochs=1))
-    assert sys.stdout is None
-    assert results["epoch"] == 1
-
-
-@posix
-@pytest.mark.slow
-def test_run_continues_if_nobody_reads_its_output(tables, tmp_path):
-    words = " ".join(start_run(tables, tmp_path, num_epochs=2))
-    line = f"set -o pipefail; {words} | head -2"
-    result = subprocess.run(["bash", "-c", line], capture_output=True, timeout=300)
-    assert (result.returncode, result.stderr) == (0, b"")
-    assert len(result.stdout.splitlines()) == 2
+def test_run_of_own_code_needs_no_working_streams(tables, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Broken())
+    monkeypatch.setattr(sys, "stderr", None)
+    results = start(**options_of(tables, tmp_path / "run", num_epochs=2))
+    assert sys.stderr is None
+    assert results["epoch"] == 2
     assert pd.read_csv(tmp_path / "run" / "training_log.csv")["epoch"].tolist() == [1, 2]
 
 
 @posix
 @pytest.mark.slow
 def test_run_whose_terminal_closes_ends_with_a_checkpoint(tables, tmp_path):
-    command = start_run(tables, tmp_path, num_epochs=1000, generator_workers=1)
+    options = options_of(tables, tmp_path / "run", num_epochs=1000, generator_workers=1)
+    write_json(str(tmp_path / "small.json"), options)
+    command = [sys.executable, str(PROJECT / "train.py"), "--configs", str(tmp_path / "small.json")]
     ours, theirs = pty.openpty()
     lead = "import fcntl, os, signal, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
     # The tests may run with nohup.
@@ -244,7 +233,7 @@ def test_run_whose_terminal_closes_ends_with_a_checkpoint(tables, tmp_path):
     assert "━".encode() in shown
     assert (b"\b" in shown) or (b"\r" in shown.replace(b"\r\n", b""))
     assert b"InitializeLog" not in shown
-    assert training.wait(60) == 128 + signal.SIGHUP
+    assert training.wait(300) == 128 + signal.SIGHUP
     assert (tmp_path / "run" / "latest_model.keras").exists()
     log = pd.read_csv(tmp_path / "run" / "training_log.csv")
     assert log["epoch"].tolist() == [*range(1, len(log) + 1)]

@@ -1,11 +1,13 @@
 """Text output and progress, in a terminal and elsewhere."""
 
+import os
+import pty
 import subprocess
 import sys
+import termios
 
 import pytest
 from config_files import PROJECT
-from terminals import run_in_terminal
 
 from finetune.core import texts as progress
 from finetune.core.texts import ProgressLines, begin_line, choose_keras_verbosity, show, show_count, show_progress
@@ -18,6 +20,25 @@ CODE = (
     "print(repr(begin_line()), choose_keras_verbosity())\n"
 )
 COMMAND = [sys.executable, "-c", CODE]
+
+
+def run_in_terminal(command, stdout=None, **environment):
+    """Returns the exit status and the terminal output of a program; stdout may be a file."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    environment = {"TERM": "xterm"} | environment
+    streams = {"stdin": theirs, "stdout": stdout or theirs, "stderr": theirs}
+    process = subprocess.Popen(command, **streams, env=os.environ | environment)
+    os.close(theirs)
+    shown = b""
+    # Linux reports the end of a terminal as an error.
+    try:
+        while part := os.read(ours, 65536):
+            shown += part
+    except OSError:
+        pass
+    os.close(ours)
+    return process.wait(), shown.decode()
 
 
 def test_terminal_has_a_bar():
