@@ -271,7 +271,7 @@ def test_the_range_is_that_of_the_training_images(tmp_path, capsys):
     assert find_range([files[4], *rest]) == []
     assert capsys.readouterr().out == ""
     assert find_range(files[:2] + rest) == [0, 1]
-    assert "Float TIFFs: 0 is black and 1 white (the 2 of train.csv hold 0 to 1)" in capsys.readouterr().out
+    assert "0 is black and 1 white (values in the 2 of train.csv: 0 to 1)" in capsys.readouterr().out
     assert find_range(files[:3]) == [0, 1.5]
     assert find_range([files[3]]) == [-7, 293]
     assert find_range([files[5]]) == [7, 14]
