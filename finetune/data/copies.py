@@ -41,12 +41,9 @@ class Place(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """The images of tables with all rows of each, and the pairs of near copies among them.
+    """The images of tables, each with all its rows, and the pairs of near copies among them, by position in `places`.
 
-    Attributes:
-        places: of each image, in the order of the tables.
-        pairs: near copies, by position in `places`; empty if the images were not decoded.
-        left_out: candidate pairs that were not compared for lack of time.
+    There are no pairs if the images were not decoded. `left_out` candidate pairs were not compared for lack of time.
     """
 
     places: list[list[Place]]
@@ -78,11 +75,7 @@ def find_copies(
 ) -> Copies:
     """Finds images that are in the tables more than once, by path, content or looks.
 
-    Args:
-        tables: of the sets.
-        known: the inspected files; near copies are found among those with a thumbnail.
-        workers: threads.
-        seconds: limit for the search for near copies; None: no limit.
+    Near copies are found among the `known` files with a thumbnail, for so many `seconds` (None: no limit).
     """
     content_of, places = group_by_content(known), defaultdict(list)
     for table in tables:

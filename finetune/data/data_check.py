@@ -113,12 +113,9 @@ def check_tables(
         tables: of the sets, the training set first, or one without a set's name.
         configs: the options.
         multi_label: whether a label may hold several class names.
-        skip_contradictions: leave out images that have two labels instead of raising an error.
+        skip_contradictions: leave out images that have two labels; otherwise they are errors.
         show_copies: is called with the copies before an error is raised.
         folder: receives data_report.csv; empty: the folder of the first table.
-
-    Raises:
-        UserError: there are errors.
     """
     files = [file for table in tables for file in table.files]
     configs = resolve_pixel_range_of_files(configs, {tables[0].csv_path: files})
@@ -131,14 +128,10 @@ def check_tables(
 
 
 def check_data(tables: Sequence[ImageTable], configs: Configs, multi_label: bool, mode: str = "quick") -> DataCheck:
-    """Returns everything in tables and their images that makes training fail or go wrong.
+    """Returns everything in tables, the training set first, and their images that makes training fail or go wrong.
 
-    Args:
-        tables: of the sets, the training set first.
-        configs: the options.
-        multi_label: whether a label may hold several class names.
-        mode: `headers` reads headers, and whole files only if two may be equal; `full` decodes every image and finds
-            near copies; `quick` does so for about a minute, and near copies in two sets are warnings.
+    The mode `headers` reads headers, and whole files only if two may be equal. `full` decodes every image and finds
+    near copies. `quick` does so for about a minute, and near copies in two sets are warnings.
     """
     findings = [finding for table in tables for finding in check_labels(table, multi_label)]
     findings += find_unknown_classes(tables, multi_label)
@@ -220,13 +213,9 @@ def check_labels(table: ImageTable, multi_label: bool) -> list[Finding]:
 
 
 def compare_names(counts: dict[str, int]) -> list[tuple[str, str, str]]:
-    """Finds class names that are variants of another one, or begin or end with white space.
+    """Returns class names that are variants of others or have white space around them, each with a kind and a detail.
 
-    Args:
-        counts: images of each class name.
-
-    Returns:
-        For each, the name, a key of `KINDS` and the detail.
+    `counts` has the number of images of each class name.
     """
     found, variants = [], defaultdict(list)
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
@@ -264,17 +253,10 @@ def find_unknown_classes(tables: Sequence[ImageTable], multi_label: bool) -> lis
 def find_unusual_sizes(
     known: dict[str, Inspection], image_size: Sequence[int], resize_mode: str
 ) -> dict[str, list[tuple[str, str]]]:
-    """Finds images that will be enlarged, or whose size or shape is far from the median.
+    """Returns kinds and details, by file, of images that will be enlarged or are far from the median size or shape.
 
-    Far is a mean side 4 times as long or short, or a ratio of the sides 3 times as large or small.
-
-    Args:
-        known: the inspected files.
-        image_size: `(height, width)` that images are resized to.
-        resize_mode: padding enlarges only images that are smaller in both directions.
-
-    Returns:
-        The kinds and details by file.
+    Far is a mean side 4 times as long or short, or a ratio of the sides 3 times as large or small. Padding enlarges
+    only images that are smaller than `image_size`, `(height, width)`, in both directions.
     """
     files = [file for file, inspection in known.items() if min(inspection.sides)]
     if not files:

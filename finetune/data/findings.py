@@ -145,10 +145,7 @@ def format_findings(
 ) -> str:
     """Returns findings as text: one paragraph per kind with the first few findings, and one line for all notes.
 
-    Args:
-        findings: in any order.
-        severities: those to show.
-        heading: begins each paragraph instead of the severity.
+    Only those of the given severities are shown. A `heading` replaces the severity in each paragraph.
     """
     groups = defaultdict(list)
     for finding in findings:
@@ -192,12 +189,9 @@ def report_findings(
     Args:
         findings: from `check_data`.
         folder: receives the report.
-        skip_bad_images: images that cannot be read or have two labels are left out, and no errors.
+        skip_bad_images: images that cannot be read or have two labels are left out; otherwise they are errors.
         writes_report: False if another process writes the same report.
         skip_contradictions: images that have two labels are left out in any case.
-
-    Raises:
-        UserError: there are errors; it lists them.
     """
     unreadable = [finding for finding in findings if finding.kind in IMAGE_FAULTS and skip_bad_images]
     contradictions = {*find_contradictions(findings)} if skip_bad_images or skip_contradictions else set()

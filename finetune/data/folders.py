@@ -105,11 +105,7 @@ def report_unread_heic(paths: Sequence[str]) -> None:
 
 
 def tabulate_images(images: dict[str, list[str]], label_column: str, folder_path: str) -> pd.DataFrame:
-    """Returns a table with the path of each image and, in `label_column`, its class.
-
-    Raises:
-        UserError: there is no image, or a folder's name cannot be a class name.
-    """
+    """Returns a table with the path of each image and, in `label_column`, its class; UserError if there is none."""
     for name in images:
         if LABEL_SEPARATOR in name:
             raise UserError(
@@ -130,17 +126,14 @@ def leave_out_bad_images(
 ) -> dict[str, pd.DataFrame]:
     """Checks every image, writes data_report.csv beside the tables, and returns the tables without the bad rows.
 
-    Images with two labels are left out and, with `skip_bad_images`, those that cannot be read. The report's row
-    numbers count all images.
+    These are images with two labels and, with `skip_bad_images`, those that cannot be read. Other errors are raised.
+    The report's row numbers count all images.
 
     Args:
         tables: by the CSV file to write each to.
         set_names: of the tables; empty for a single one.
         configs: the options of every script.
         multi_label: whether a label may hold several class names.
-
-    Raises:
-        UserError: there are other errors, or a table has no row left.
     """
     listed = [
         make_image_table(name, csv_path, table, configs.csv_label_column)
@@ -161,10 +154,7 @@ def find_set_name(folder: str) -> str:
 
 
 def find_set_folders(photos: Photos, folder_path: str) -> dict[str, str]:
-    """Returns the folder of each set, training first, if the folders are sets with class folders inside.
-
-    Returns:
-        Paths by the set's name; empty if the folders are classes.
+    """Returns the folder of each set by its name, training first; empty if the folders are classes.
 
     Raises:
         UserError: some folders are sets, but one is missing, doubled, or has no class folders.
@@ -211,16 +201,13 @@ def write_sets(folders: dict[str, str], beside: Photos, configs: Configs, write_
 
     Args:
         folders: from `find_set_folders`.
-        beside: the files beside the sets' folders, which are left out.
+        beside: the contents of the folder around them; its files are left out.
         configs: the options of every script.
         write_path: the tables go into its folder.
         verify: whether to decode every image.
 
     Returns:
         The image count of each class in each set.
-
-    Raises:
-        UserError: an image is bad, or a folder's name cannot be a class name.
     """
     found = {name: list_photos(folder) for name, folder in folders.items()}
     lists = zip(*[photos[1:] for photos in found.values()], strict=True)

@@ -60,18 +60,11 @@ def reads_heic() -> bool:
 
 
 def read_header(file: BinaryIO, max_pixels: int = MAX_IMAGE_PIXELS) -> PIL.Image.Image | None:
-    """Reads the header of an open image file with Pillow, without decoding a pixel.
-
-    Args:
-        file: the image file.
-        max_pixels: the largest number of pixels allowed.
-
-    Returns:
-        The image, not loaded; None if Pillow does not know the format.
+    """Reads the header of an open image file with Pillow, without decoding a pixel; None if Pillow lacks the format.
 
     Raises:
-        BadImage: the header is damaged or claims too many pixels, the file is a Git LFS pointer, or reading it needs
-            a package that is not installed.
+        BadImage: the header is damaged or claims more than `max_pixels`, the file is a Git LFS pointer, or reading it
+            needs a package that is not installed.
     """
     PIL.Image.MAX_IMAGE_PIXELS = max_pixels
     start, size = file.read(26), file.seek(0, os.SEEK_END)
@@ -144,8 +137,7 @@ def _read_all(file: BinaryIO) -> bytes:
 def find_orientation(image: PIL.Image.Image) -> int:
     """Returns the orientation of an image by its EXIF or XMP, 1 to 8; 1, upright, if it has none.
 
-    Args:
-        image: from `read_header`. A PNG with its metadata after the pixels must be loaded first.
+    A PNG with its metadata after the pixels must be loaded first.
     """
     value: object = 1
     with contextlib.suppress(*PILLOW_ERRORS):
@@ -162,12 +154,9 @@ def is_transparent(image: PIL.Image.Image) -> bool:
 
 
 class JpegFrame(NamedTuple):
-    """How a JPEG file's pixels are coded; zeros if the file does not say.
+    """How a JPEG's pixels are coded: the second byte of the frame's marker, bits per channel, and where they begin.
 
-    Attributes:
-        marker: second byte of the marker that names the coding.
-        bits: per channel.
-        scan: where the compressed pixels begin. Thumbnails before it have end marks of their own.
+    Unknown values are 0. Thumbnails before the pixels, at `scan`, have end marks of their own.
     """
 
     marker: int = 0
@@ -197,12 +186,8 @@ def read_frame(data: bytes) -> JpegFrame:
 def check_chunks(data: bytes) -> bool:
     """Checks the lengths and checksums of a PNG's chunks: OpenCV allocates whatever a length claims.
 
-    Returns:
-        Whether Pillow must decode the file: it is animated, on which OpenCV 4.12 crashes if it is damaged, or has
-        metadata after its pixels.
-
-    Raises:
-        BadImage: a chunk is damaged.
+    Returns whether Pillow must decode it: OpenCV 4.12 crashes on damaged animations, and some files have metadata after
+    the pixels. Raises BadImage if a chunk is damaged.
     """
     view, position, has_pixels, needs_pillow = memoryview(data), len(PNG_START), False, False
     while position + 8 <= len(data):

@@ -59,12 +59,7 @@ REMEDIES = {
 
 
 class Placement(NamedTuple):
-    """Which part of a picture a model sees, and where in the model's input it is.
-
-    Attributes:
-        seen: rows and columns of the picture, at least one of each.
-        filled: rows and columns of the model's input, at least one of each.
-    """
+    """The rows and columns of a picture that a model sees, and those of the model's input that they fill."""
 
     seen: tuple[slice, slice]
     filled: tuple[slice, slice]
@@ -241,10 +236,7 @@ def fit_image(image: np.ndarray, image_size: Sequence[int], resize_mode: str) ->
 def _decode_jpeg(
     encoded: np.ndarray, sides: Sequence[int], orientation: int, image_size: Sequence[int] | None
 ) -> np.ndarray:
-    """Decodes a JPEG upright and strictly, reduced if that suffices for `image_size`.
-
-    A warning of libjpeg-turbo is an error. A missing end mark is none if all pixels are there.
-    """
+    """Decodes a JPEG upright, reduced if that suffices. Warnings are errors, a lost end mark alone is none."""
     divisor = choose_divisor(sides, image_size) if image_size else 1
     data = encoded.tobytes()
     has_end = data.endswith(END_OF_JPEG)

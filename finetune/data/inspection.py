@@ -100,11 +100,7 @@ def estimate_seconds(files: Sequence[str], max_pixels: int, workers: int, pixel_
 def inspect_image(
     path: str, decode: bool = False, max_pixels: int = MAX_IMAGE_PIXELS, pixel_range: Sequence[float] = ()
 ) -> Inspection:
-    """Inspects the header and the end of an image file or URL and, with `decode`, its pixels.
-
-    Raises:
-        UserError: fsspec needs another package for the URL.
-    """
+    """Inspects the header and the end of an image file or URL and, with `decode`, its pixels."""
     # Also skips folders, devices and pipes.
     if not is_url(path) and not os.path.isfile(path):
         return Inspection(("missing", "does not exist"), [])

@@ -55,19 +55,16 @@ class TableForm(NamedTuple):
 def convert_label_table(
     table_path: str, folder_path: str, form: TableForm, leave_out_missing: bool = False
 ) -> pd.DataFrame:
-    """Makes a table of images from a table of labels and the folder of its images.
+    """Makes a table of images from a table of labels and the folder of its images, at any depth.
 
     Args:
         table_path: a CSV file with commas, semicolons, tabs or bars between its fields.
-        folder_path: contains the images, at any depth.
+        folder_path: the folder.
         form: how to read the table.
-        leave_out_missing: leave out rows without an image instead of raising an error.
+        leave_out_missing: leave out rows without an image; otherwise they are errors.
 
     Returns:
         The columns `path` and the form's `label_column`, one row per image, in the order of the table.
-
-    Raises:
-        UserError: the table or the folder cannot be used, or a row is ambiguous.
     """
     label_column, multi_label, separator = form.label_column, form.multi_label, form.separator
     table = read_label_table(table_path)
@@ -91,11 +88,7 @@ def convert_label_table(
 
 
 def read_label_table(table_path: str) -> pd.DataFrame:
-    """Reads a table of texts, stripped, indexed by line number, without columns that have no name.
-
-    Raises:
-        UserError: it cannot be read, or has no header or no rows.
-    """
+    """Reads a table of texts, stripped, indexed by line number, without columns that have no name."""
     text = read_text(table_path)
     first, _, rest = text.partition("\n")
     separator = find_separator_line(first)
@@ -187,11 +180,7 @@ class ImageNames:
 
 
 def find_image_column(table: pd.DataFrame, images: ImageNames, image_column: str, table_path: str) -> str:
-    """Returns the column that names images: the given one, or the one that names most of them.
-
-    Raises:
-        UserError: there is no such column, none of its values names an image, or its own name does.
-    """
+    """Returns the column that names images: the given one, or the one that names most of them."""
     if image_column and image_column not in table.columns:
         columns = join_names(table.columns)
         raise UserError(f"{table_path} has no column {image_column!r}. Its columns: {columns}. Correct --image_column.")
@@ -213,11 +202,7 @@ def find_image_column(table: pd.DataFrame, images: ImageNames, image_column: str
 
 
 def pick_files(names: pd.Series, images: ImageNames, table_path: str, leave_out_missing: bool) -> list[str]:
-    """Returns the image that each row names; empty for a missing one that is left out.
-
-    Raises:
-        UserError: a row names several images, or none and `leave_out_missing` is False.
-    """
+    """Returns the image that each row names, empty if it is missing and left out; UserError if it is ambiguous."""
     found = [images.find(name) for name in names]
     for row, name, paths in zip(names.index, names, found, strict=True):
         if len(paths) > 1:
@@ -237,11 +222,7 @@ def pick_files(names: pd.Series, images: ImageNames, table_path: str, leave_out_
 
 
 def find_labels(others: pd.DataFrame, form: TableForm, table_path: str) -> list[str]:
-    """Returns the label of each row, empty if it has none, from the columns other than that of the images.
-
-    Raises:
-        UserError: the column of labels is missing, and the others are neither a single one nor of 0 and 1.
-    """
+    """Returns the label of each row, empty if it has none, from the columns other than that of the images."""
     label_column, is_given = form.label_column, form.is_label_column_given
     columns = list(others.columns)
     if label_column in columns or len(columns) == 1:
@@ -267,11 +248,7 @@ def find_labels(others: pd.DataFrame, form: TableForm, table_path: str) -> list[
 
 
 def join_classes(others: pd.DataFrame, multi_label: bool, table_path: str) -> list[str]:
-    """Returns the label of each row of a table that has a column of 0 and 1 for each class.
-
-    Raises:
-        UserError: a class name contains the separator, or a row has several labels without `multi_label`.
-    """
+    """Returns the label of each row of a table that has a column of 0 and 1 for each class."""
     if wrong := [name for name in others.columns if LABEL_SEPARATOR in name]:
         raise UserError(
             f"{table_path}: the column {wrong[0]} contains '{LABEL_SEPARATOR}', which separates labels. Rename it."
@@ -295,11 +272,7 @@ def join_classes(others: pd.DataFrame, multi_label: bool, table_path: str) -> li
 
 
 def replace_separator(label: str, separator: str, table_path: str) -> str:
-    """Returns a label with its class names joined by `$` instead of `separator`; a blank stands for several, too.
-
-    Raises:
-        UserError: the label contains a `$`.
-    """
+    """Returns a label with its class names joined by `$` instead of `separator`; a blank means one or more."""
     if LABEL_SEPARATOR in label:
         raise UserError(
             f"{table_path}: the label {show_text(label)} contains '{LABEL_SEPARATOR}'. Leave out label_separator."

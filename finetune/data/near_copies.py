@@ -88,14 +88,7 @@ class _Candidates(NamedTuple):
 
 
 def make_thumbnail(image: np.ndarray) -> bytes | None:
-    """Returns the grey thumbnail by which an image is compared with others.
-
-    Args:
-        image: uint8 RGB `(height, width, 3)`.
-
-    Returns:
-        The bytes of uint8 `(THUMBNAIL_SIDE, THUMBNAIL_SIDE)`; None if the image has one tone.
-    """
+    """Returns the grey thumbnail of an image, uint8 RGB `(height, width, 3)`; None if it has one tone."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     thumbnail = cv2.resize(grey, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=cv2.INTER_AREA)
     return thumbnail.tobytes() if thumbnail.std() >= LEAST_CONTRAST else None
@@ -172,10 +165,7 @@ def group_near_pairs(number: int, pairs: Sequence[NearPair]) -> DisjointSet:
 def correlate(viewed: np.ndarray, other: np.ndarray, view: tuple[int, int, int] = VIEWS[0]) -> float:
     """Returns the correlation of two thumbnails less their local means, -1 to 1: the best of unaligned and aligned.
 
-    Args:
-        viewed: uint8 `(THUMBNAIL_SIDE, THUMBNAIL_SIDE)`.
-        other: of the same shape; looks like the view of `viewed`.
-        view: one of `VIEWS`, from which the alignment starts.
+    `other` looks like the view `view`, one of `VIEWS`, of `viewed`.
     """
     top, left, side = view
     scale = side / THUMBNAIL_SIDE
@@ -255,9 +245,9 @@ def _find_candidates(thumbnails: np.ndarray) -> _Candidates:
 
 
 def _find_similar(views: np.ndarray, whole: np.ndarray, is_symmetric: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields positions of similar pairs, int `(pairs,)` each, for one block of views at a time.
+    """Yields positions of similar pairs, int `(pairs,)` each, of descriptors of unit length, a block at a time.
 
-    Both arguments are float32 `(images, values)` of unit length. If `is_symmetric`, each pair comes in one order.
+    With `is_symmetric` each pair comes in one order.
     """
     number = len(views)
     sample = np.random.default_rng(0).choice(number, min(number, BLOCK), replace=False)

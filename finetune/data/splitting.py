@@ -88,8 +88,7 @@ def _find_copies(
 ) -> tuple[list[Finding], np.ndarray | None]:
     """Looks for copies among a table's images and prints their number.
 
-    Returns:
-        The findings of a full check, and a number per row, equal for copies; None if no image is read.
+    Returns the findings of a full check, and a number per row, equal for copies; None if no image is read.
     """
     if mode not in ("quick", "full"):
         return [], None
@@ -193,21 +192,11 @@ def split_groups(
     multi_label: bool,
     rng: np.random.Generator | None,
 ) -> dict[str, np.ndarray]:
-    """Splits rows as `split_rows` does, but keeps each group whole.
+    """Splits rows as `split_rows` does, but keeps each group whole; `groups` has the number of each row's group.
 
     Groups with the rarest class come first, the largest of them before the others. Each goes to the set where it most
     reduces the squared distance to the wanted counts, relative to these; but if a class has no more groups left than
-    there are sets without it, to one of those sets.
-
-    Args:
-        labels: texts, one per row.
-        groups: the number of each row's group.
-        fractions: the share of each set, by its name; they add up to 1.
-        multi_label: whether a text may hold several class names.
-        rng: draws among equal groups; None takes them in the order of the rows.
-
-    Returns:
-        The sorted row numbers of each set.
+    there are sets without it, to one of those sets. `rng` draws among equal groups.
     """
     codes, names = _label_matrix(labels, multi_label)
     kept = [name for name in SET_FILES if fractions.get(name)]
@@ -247,8 +236,7 @@ def _label_matrix(labels: np.ndarray, multi_label: bool) -> tuple[list[np.ndarra
 def _fill_sets(wanted: np.ndarray, number_of_rows: int) -> np.ndarray:
     """Returns the set of each row of a class, ascending, in proportion to the numbers that the sets still want.
 
-    Shares are rounded by largest remainders. Each set that wants a row gets one if there are enough; the first set
-    gets even the only one.
+    Largest remainders decide. Each set gets a row if there are enough; the first set gets even the only one.
     """
     wanted = np.maximum(wanted, 0)
     shares = wanted / wanted.sum() * number_of_rows if wanted.sum() else np.eye(len(wanted))[0] * number_of_rows

@@ -96,9 +96,7 @@ def read_url(url: str) -> bytes:
 def open_url(url: str) -> BinaryIO:
     """Opens the object that a URL names as a file, of which only the parts that are read are fetched if possible.
 
-    Raises:
-        BadImage: as `read_bytes` does; also while the file is read.
-        UserError: fsspec needs another package for the URL.
+    Raises as `read_bytes` does, also while the file is read.
     """
     with _describing_store_faults(url):
         store, name = _find_store(url)
@@ -115,12 +113,7 @@ def open_url(url: str) -> BinaryIO:
 
 
 def read_version(url: str) -> str:
-    """Returns those facts of an object that change with its bytes: size, hashes, times. The object is not fetched.
-
-    Raises:
-        BadImage: the object does not exist, or the store does not answer.
-        UserError: fsspec needs another package for the URL.
-    """
+    """Returns those facts of an object that change with its bytes: size, hashes, times. Raises as `read_bytes` does."""
     with _describing_store_faults(url):
         told = _ask_store(*_find_store(url))
     fields = {re.sub(r"[ _-]", "", name).lower(): value for name, value in told.items()}
@@ -139,11 +132,9 @@ def hash_file(path: str) -> bytes | str:
 
 
 class PartlyFetched(io.RawIOBase):
-    """A file whose parts are fetched when they are read, each once, and each twice as large as the one before.
+    """A file of `size` bytes whose parts are fetched when they are read, each twice as large as the one before.
 
-    Args:
-        fetch: returns the bytes from a start to an end, or the whole file if it cannot return parts.
-        size: bytes of the file.
+    `fetch` returns the bytes from a start to an end, or the whole file if it cannot return parts.
     """
 
     def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:

@@ -298,9 +298,7 @@ def find_kind_fault(start: bytes) -> str:
 def find_start_fault(start: bytes, wanted: Sequence[str] = ()) -> str:
     """Returns what is wrong with the first line of a table, and what to do; empty if it may be a header.
 
-    Args:
-        start: of the file.
-        wanted: the columns that are read, none of which may occur twice.
+    None of the `wanted` columns may occur twice.
     """
     lines = start.decode("utf-8-sig", "replace").splitlines()
     if not any(lines):
@@ -335,11 +333,7 @@ def find_separator_line(line: str) -> str:
 
 
 def find_long_rows_fault(table: pd.DataFrame) -> str:
-    """Returns what is wrong with a table whose rows have more fields than its header, and what to do.
-
-    Args:
-        table: as pandas reads it, with the first fields as its index.
-    """
+    """Returns what is wrong with a table whose rows have more fields than its header: the first are its index."""
     if table.shape[1] and (table.iloc[:, -1].fillna("") == "").all():
         return "has rows that end in a comma, unlike its first line. Remove these commas, or add one there"
     first = [str(value) for value in table.index.get_level_values(0)]

@@ -47,15 +47,7 @@ MOST_PADDING, ALWAYS_POSSIBLE = 4, 2**24
 
 
 def check_parts(image: PIL.Image.Image, data: bytes) -> None:
-    """Checks the strips or tiles of a TIFF that are compressed by deflate or as JPEG.
-
-    Args:
-        image: the opened image, of any format.
-        data: its file.
-
-    Raises:
-        BadImage: a part is damaged or cut short.
-    """
+    """Raises BadImage if a strip or tile of a TIFF is damaged or cut short; checks deflate and JPEG."""
     tags = getattr(image, "tag_v2", {})
     packing = tags.get(PACKING)
     if packing not in (*DEFLATE, JPEG):
@@ -120,9 +112,7 @@ class Layout(NamedTuple):
 def read_layout(file: BinaryIO) -> Layout | None:
     """Returns how an open file's picture is stored; None if it is no TIFF of float, signed or wide numbers.
 
-    Raises:
-        BadImage: its tags are cut short.
-        Exception: any of `headers.PILLOW_ERRORS`.
+    Raises BadImage if its tags are cut short, or any of `headers.PILLOW_ERRORS`.
     """
     file.seek(0)
     start = file.read(8)
@@ -175,9 +165,7 @@ def open_header(file: BinaryIO) -> PIL.Image.Image | None:
 def decode_values(data: bytes, layout: Layout) -> np.ndarray:
     """Returns the values of a TIFF's first picture, `(height, width, channels)` in this machine's byte order.
 
-    Raises:
-        BadImage: a part is damaged or missing.
-        Exception: any of `headers.PILLOW_ERRORS`.
+    Raises BadImage if a part is damaged or missing, or any of `headers.PILLOW_ERRORS`.
     """
     if _first(layout.tags, MEANING, -1) == LOG_LUV:
         return _decode_log_luv(data, layout)
@@ -199,10 +187,9 @@ def find_range(pixel_range: Sequence[float], kind: str) -> tuple[float, float]:
 
 
 def decode_numbers(data: bytes, layout: Layout, pixel_range: Sequence[float]) -> np.ndarray:
-    """Decodes the first picture of a TIFF, over white, not turned.
+    """Decodes the first picture of a TIFF to uint8 RGB `(height, width, 3)`, over white, not turned.
 
-    Returns:
-        uint8 RGB `(height, width, 3)`. Infinities are black or white, NaN is black.
+    Infinities are black or white, NaN is black.
     """
     values = decode_values(data, layout)
     opacity = None
@@ -344,12 +331,11 @@ def _first(tags: Mapping[int, Any], tag: int, default: int) -> int:
 
 
 class Measure(NamedTuple):
-    """The values of a picture, without its opacity.
+    """The values of a picture without its opacity.
 
     Attributes:
         kind: of `Layout`.
-        low: the least finite value; infinity if there is none.
-        high: the largest finite value; minus infinity if there is none.
+        low, high: the least and the largest finite value; infinity and minus infinity if there is none.
         odd: number of infinite values and NaN.
         beyond: share of the finite values outside the given range.
     """
