@@ -75,7 +75,7 @@ def describe_leak(test: dict[str, Any]) -> str:
     name = "accuracy" if "accuracy" in without else "mean_auroc"
     value, interval = without[name], without["intervals"].get(name)
     shown = f"{value:.4f}" if value is not None else "undefined"
-    shown += f" (95 % confidence interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+    shown += f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
     return (
         f"{text}, so the results are optimistic. Without them, on {without['images']:,} images, the "
         f"{name.replace('_', ' ').replace('auroc', 'AUROC')} is {shown}."
