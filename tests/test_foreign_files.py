@@ -113,28 +113,35 @@ def function_of(module, name):
     return {"class_name": "function", "module": module, "config": name, "registered_name": name}
 
 
-def archive(change, **options):
-    return lambda path: change_archive(path, change, **options)
-
-
-def content(change):
-    return lambda path: Path(path).write_bytes(change(Path(path).read_bytes()))
-
-
-def layers_text(text):
-    return lambda path: Path(path).with_suffix(".json").write_text(text)
-
-
-def loading(suffix, change=None, model=None):
+def loading(suffix, change):
     """Returns a case: a model file is saved, changed and loaded."""
 
     def run(folder):
-        path = save(folder, suffix, model and model())
-        if change is not None:
-            change(path)
+        path = save(folder, suffix)
+        change(path)
         load_model(path)
 
     return run
+
+
+def parts_of(change, **options):
+    return loading(".keras", lambda path: change_archive(path, change, **options))
+
+
+def bytes_of(change, suffix=".keras"):
+    return loading(suffix, lambda path: Path(path).write_bytes(change(Path(path).read_bytes())))
+
+
+def layers_of(change):
+    return loading(".keras", lambda path: change_layers(path, change))
+
+
+def json_of(text):
+    return loading("compressed", lambda path: Path(path).with_suffix(".json").write_text(text))
+
+
+def add_bomb(parts):
+    return parts | {"model.weights.h5": bytes(2**28 + 2**20)}
 
 
 def fitting(model, names=CLASSES):
@@ -147,8 +154,8 @@ def flip_weights(data):
     return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
 
 
-def replaced_weights(replace):
-    """Returns a change of a compressed model: `replace` takes the file's weights, the first one's name and shape."""
+def weights_of(replace):
+    """Returns a case: `replace` takes a compressed model's weights, the first one's name and shape."""
 
     def change(path):
         with h5py.File(path, "r+") as file:
@@ -157,7 +164,7 @@ def replaced_weights(replace):
             del file["weights"][name]
             replace(file["weights"], name, shape)
 
-    return change
+    return loading("compressed", change)
 
 
 def claim_huge_array(weights, name, shape):
@@ -190,6 +197,12 @@ def of_two_pairs(folder):
     layers = Path(path).with_suffix(".json").read_text()
     path = save(folder, "compressed")
     Path(path).with_suffix(".json").write_text(layers)
+    load_model(path)
+
+
+def half_of_a_pair(folder):
+    path = save(folder, "compressed")
+    os.remove(Path(path).with_suffix(".json"))
     load_model(path)
 
 
@@ -244,10 +257,11 @@ def graph_that_writes(folder):
 
 def metadata_of(value):
     """Returns a case: the description beside an exported model."""
-    data = json.dumps(value).encode()
-    return written(
-        "model_metadata.json", data, lambda path: describe_model(Configs(), path.replace("_metadata.json", ".onnx"))
-    )
+
+    def read(path):
+        describe_model(Configs(), path.replace("_metadata.json", ".onnx"))
+
+    return written("model_metadata.json", json.dumps(value).encode(), read)
 
 
 def flags(*words):
@@ -273,77 +287,43 @@ def log_of(data):
     return written("training_log.csv", data, read_log)
 
 
+GET_FILE = function_of("keras.utils", "get_file")
+LAYER = keras.saving.serialize_keras_object(keras.layers.Dense(3))
 HTML = b"<!DOCTYPE html><html>404 Not Found</html>"
 HUGE = b"1" + b"0" * 400
 NESTED = "[" * 10**5 + "]" * 10**5
+PACKED = {"compression": zipfile.ZIP_DEFLATED, "compresslevel": 1}
 # Name of a case: how it is made, and the names that its error must contain, separated by "|".
 CASES = {
-    "model_empty": (loading(".keras", content(lambda _: b"")), "model.keras"),
-    "model_truncated": (loading(".keras", content(lambda data: data[: len(data) // 2])), "model.keras|zip"),
-    "model_damaged": (loading(".keras", content(flip_weights)), "model.keras|CRC|model.weights.h5"),
-    "model_foreign_archive": (loading(".keras", archive(lambda _: {"notes.txt": "x"})), "model.keras|config.json"),
-    "model_without_weights": (
-        loading(".keras", archive(lambda parts: {"config.json": parts["config.json"]})),
-        "model.keras|model.weights.h5",
-    ),
-    "model_bomb": (
-        loading(
-            ".keras",
-            archive(
-                lambda parts: parts | {"model.weights.h5": bytes(2**28 + 2**20)},
-                compression=zipfile.ZIP_DEFLATED,
-                compresslevel=1,
-            ),
-        ),
-        "model.keras|256 MiB",
-    ),
-    "model_packed_otherwise": (
-        loading(".keras", archive(lambda parts: parts, compression=zipfile.ZIP_BZIP2)),
-        "model.keras|metadata.json",
-    ),
-    "model_part_outside": (
-        loading(".keras", archive(lambda parts: parts | {"../../outside.txt": "x"})),
-        "model.keras|../../outside.txt",
-    ),
+    "model_empty": (bytes_of(lambda _: b""), "model.keras"),
+    "model_truncated": (bytes_of(lambda data: data[: len(data) // 2]), "model.keras|zip"),
+    "model_damaged": (bytes_of(flip_weights), "model.keras|CRC|model.weights.h5"),
+    "model_foreign_archive": (parts_of(lambda _: {"notes.txt": "x"}), "model.keras|config.json"),
+    "model_without_weights": (parts_of(lambda p: {"config.json": p["config.json"]}), "model.keras|model.weights.h5"),
+    "model_bomb": (parts_of(add_bomb, **PACKED), "model.keras|256 MiB"),
+    "model_packed_otherwise": (parts_of(dict, compression=zipfile.ZIP_BZIP2), "model.keras|metadata.json"),
+    "model_part_outside": (parts_of(lambda p: p | {"../../outside.txt": "x"}), "model.keras|../../outside.txt"),
     "model_saved_model_layer": (loading(".keras", last_layer(class_name="TFSMLayer")), "model.keras|TFSMLayer"),
     "model_unknown_layer": (loading(".keras", last_layer(class_name="Densest")), "model.keras|Densest"),
-    "model_unknown_registered": (
-        loading(".keras", last_layer(module=None, registered_name="mine>Dense")),
-        "model.keras|Dense",
-    ),
-    "model_file_loader": (
-        loading(".keras", last_options(activation=function_of("keras.utils", "get_file"))),
-        "model.keras|get_file",
-    ),
+    "model_unknown_registered": (loading(".keras", last_layer(module=None, registered_name="a>B")), "model.keras"),
+    "model_file_loader": (loading(".keras", last_options(activation=GET_FILE)), "model.keras|get_file"),
     "model_huge_layer": (loading(".keras", last_options(units=10**12)), "model.keras|256 MiB"),
     "model_huge_number": (loading(".keras", last_options(units=10**400)), "model.keras|256 MiB"),
     "model_negative_number": (loading(".keras", last_options(units=-3)), "model.keras|units=-3"),
-    "model_layers_as_text": (
-        loading(".keras", lambda path: change_layers(path, lambda _: "Sequential")),
-        "model.keras|layers",
-    ),
-    "model_a_layer_alone": (
-        loading(
-            ".keras",
-            lambda path: change_layers(path, lambda _: keras.saving.serialize_keras_object(keras.layers.Dense(3))),
-        ),
-        "model.keras|Dense",
-    ),
-    "model_h5_empty": (loading(".h5", content(lambda _: b"")), "model.h5"),
-    "model_h5_truncated": (loading(".h5", content(lambda data: data[: len(data) // 2])), "model.h5|truncated"),
-    "model_h5_texts_damaged": (loading(".h5", content(lambda data: data.replace(b"GCOL", b"lost"))), "model.h5"),
+    "model_layers_as_text": (layers_of(lambda _: "Sequential"), "model.keras|layers"),
+    "model_a_layer_alone": (layers_of(lambda _: LAYER), "model.keras|Dense"),
+    "model_h5_empty": (bytes_of(lambda _: b"", ".h5"), "model.h5"),
+    "model_h5_truncated": (bytes_of(lambda data: data[: len(data) // 2], ".h5"), "model.h5|truncated"),
+    "model_h5_texts_damaged": (bytes_of(lambda data: data.replace(b"GCOL", b"lost"), ".h5"), "model.h5"),
     "model_h5_weights_alone": (weights_alone, "a.weights.h5|a.weights.json"),
     "model_other_ending": (written("model.pt", b"\x08\x07", load_model), "model.pt|.keras|.h5|.hdf5"),
-    "model_huge_array": (loading("compressed", replaced_weights(claim_huge_array)), "model.h5|model.json|256 MiB"),
-    "model_link": (loading("compressed", replaced_weights(point_elsewhere)), "model.h5|weights/00000"),
-    "model_raw_file": (loading("compressed", replaced_weights(read_raw_file)), "model.h5|weights/00000"),
-    "model_half_of_a_pair": (
-        loading("compressed", lambda path: os.remove(Path(path).with_suffix(".json"))),
-        "model.h5|model.json",
-    ),
+    "model_huge_array": (weights_of(claim_huge_array), "model.h5|model.json|256 MiB"),
+    "model_link": (weights_of(point_elsewhere), "model.h5|weights/00000"),
+    "model_raw_file": (weights_of(read_raw_file), "model.h5|weights/00000"),
+    "model_half_of_a_pair": (half_of_a_pair, "model.h5|model.json"),
     "model_of_two_pairs": (of_two_pairs, "model.h5|model.json|shape"),
-    "model_pair_with_bad_layers": (loading("compressed", layers_text('{"class_name": ')), "model.h5|model.json"),
-    "model_pair_nested": (loading("compressed", layers_text(NESTED)), "model.h5|model.json|recursion"),
+    "model_pair_with_bad_layers": (json_of('{"class_name": '), "model.h5|model.json"),
+    "model_pair_nested": (json_of(NESTED), "model.h5|model.json|recursion"),
     "model_int8_without_scales": (of_scales(None), "model.h5|weights/00002|scales"),
     "model_int8_of_other_scales": (of_scales(np.ones((1, 4), np.float32)), "model.h5|weights/00002|scales"),
     "model_int8_of_endless_scales": (of_scales(np.array([[1, np.inf, 1]], np.float32)), "model.h5|weights/00002"),

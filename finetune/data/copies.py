@@ -10,8 +10,7 @@ import numpy as np
 from scipy.cluster.hierarchy import DisjointSet
 
 from finetune.core.texts import show_text
-from finetune.data.findings import Finding
-from finetune.data.inspection import Inspection
+from finetune.data.findings import Finding, Inspection
 from finetune.data.near_copies import NearPair, find_near_pairs, group_near_pairs, stack_thumbnails
 from finetune.data.stores import hash_file
 from finetune.data.tables import ImageTable, split_label

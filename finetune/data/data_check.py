@@ -15,8 +15,8 @@ from configs import MAX_IMAGE_PIXELS, Configs
 from finetune.core.options import UserError
 from finetune.core.texts import LONGEST_LIST, join_names, show_count, show_duration
 from finetune.data.copies import Copies, find_copies, list_findings
-from finetune.data.findings import KINDS, Finding, describe_fault, get_bad_rows, report_findings
-from finetune.data.inspection import Inspection, estimate_seconds, inspect_images
+from finetune.data.findings import KINDS, Finding, Inspection, describe_fault, get_bad_rows, report_findings
+from finetune.data.inspection import estimate_seconds, inspect_images
 from finetune.data.pixel_range import resolve_pixel_range_of_files
 from finetune.data.stores import explain_missing
 from finetune.data.tables import ImageTable, find_class_names, make_image_table, parse_table, split_label
@@ -221,14 +221,14 @@ def compare_names(counts: dict[str, int]) -> list[tuple[str, str, str]]:
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
         plain = " ".join(name.split())
         if plain != name and plain in counts:
-            found.append((name, "white_space_variant", f"{name!r} beside {plain!r}"))
+            found.append((name, "white_space_variant", f"{name!r} and {plain!r}"))
         elif name != name.strip():
             found.append((name, "white_space", f"the label {name!r}"))
         if plain == name or plain not in counts:
             variants[unicodedata.normalize("NFKC", plain).casefold()].append(name)
     for common, *others in variants.values():
         for name in others:
-            text = f"{name!r} ({counts[name]} images) beside {common!r} ({counts[common]})"
+            text = f"{name!r} ({counts[name]} images) and {common!r} ({counts[common]})"
             found.append((name, "case_variant", text))
     return found
 
@@ -269,12 +269,12 @@ def find_unusual_sizes(
     small = is_less.all(axis=1) if resize_mode == "pad" else is_less.any(axis=1)
     typical = np.median(sides, axis=0)
     found = defaultdict(list)
-    for kind, rows, beside in (
+    for kind, rows, compared in (
         ("small", small, f"the target is {image_size[1]}x{image_size[0]}"),
         ("unusual_size", far, f"the median is {typical[0]:.0f}x{typical[1]:.0f}"),
     ):
         for row in np.flatnonzero(rows):
-            found[files[row]].append((kind, f"{sides[row, 0]:.0f}x{sides[row, 1]:.0f}, {beside}"))
+            found[files[row]].append((kind, f"{sides[row, 0]:.0f}x{sides[row, 1]:.0f}, {compared}"))
     return found
 
 

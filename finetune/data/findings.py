@@ -24,6 +24,16 @@ class BadImage(Exception):
         self.detail = detail
 
 
+class Inspection(NamedTuple):
+    """Facts of an image file: fault, remarks, `(width, height)`, its length with a checksum of its end, thumbnail."""
+
+    fault: tuple[str, str] | None
+    remarks: list[tuple[str, str]]
+    sides: tuple[int, int] = (0, 0)
+    signature: tuple[int, int] = (0, 0)
+    thumbnail: bytes | None = None
+
+
 class Finding(NamedTuple):
     """One finding of the data check; the fields are the columns of data_report.csv.
 
@@ -48,6 +58,7 @@ class Kind(NamedTuple):
     meaning: str
 
 
+SPLIT_AGAIN = "Split again with split_train_test.py, drop one, or allow it with --allow_duplicates True."
 KINDS = {
     "missing": Kind("error", "The file does not exist. Correct image_directory or the paths, or drop the rows."),
     "unreachable": Kind("error", "The store does not return it. Check address, network and permissions, or drop it."),
@@ -66,24 +77,14 @@ KINDS = {
     "duplicate_with_other_label": Kind(
         "error", "The same image has two labels. Keep the right row, or leave out all with --skip_bad_images True."
     ),
-    "duplicate_across_sets": Kind(
-        "error",
-        "The same image is in two sets: split again with split_train_test.py, drop one, or allow it with "
-        "--allow_duplicates True.",
-    ),
-    "near_duplicate_across_sets": Kind(
-        "error",
-        "Nearly the same image is in two sets: split again with split_train_test.py, drop one, or allow it with "
-        "--allow_duplicates True.",
-    ),
+    "duplicate_across_sets": Kind("error", f"The same image is in two sets. {SPLIT_AGAIN}"),
+    "near_duplicate_across_sets": Kind("error", f"Nearly the same image is in two sets. {SPLIT_AGAIN}"),
     "allowed_duplicate": Kind("warning", "The same image is in two sets: results will be optimistic."),
     "near_allowed_duplicate": Kind(
         "warning",
         "Nearly the same image is in two sets, so results will be optimistic. Split again with split_train_test.py.",
     ),
-    "near_duplicate_with_other_label": Kind(
-        "warning", "Nearly the same image has two labels. Look at both in data_report.html."
-    ),
+    "near_duplicate_with_other_label": Kind("warning", "Nearly the same image has two labels. See data_report.html."),
     "white_space": Kind("warning", "A class name begins or ends with white space, which counts as part of the name."),
     "case_variant": Kind("warning", "Class names differ only by case or width; they are different classes."),
     "doubled_label": Kind("warning", "A label names a class twice; it counts once."),

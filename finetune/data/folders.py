@@ -169,7 +169,7 @@ def find_set_folders(photos: Photos, folder_path: str) -> dict[str, str]:
     if (others and len(found) < 2) or not (nested or len(found) > 1) or (others and not nested):
         return {}
     if others:
-        fault = f"{join_names(named)} have names of sets, but {join_names(others)} beside them contain images too"
+        fault = f"{join_names(named)} have names of sets, but {join_names(others)} contain images too"
         remedy = "Move the others elsewhere, or rename the folders that are classes"
     elif len(found) < len(named):
         fault, remedy = f"{join_names(named)}: two of them mean the same set", "Join or rename them"
@@ -180,7 +180,7 @@ def find_set_folders(photos: Photos, folder_path: str) -> dict[str, str]:
             "rename them if they are classes"
         )
     elif "training" not in found or len(found) == 1:
-        fault = f"there is no {'training set' if 'training' not in found else 'other set'} beside {join_names(named)}"
+        fault = f"there is no {'training set' if 'training' not in found else 'other set'}, only {join_names(named)}"
         remedy = f"Set --folder_path {shlex.quote(os.path.join(folder_path, named[0]))}, and split its table"
     else:
         return {name: _find_inmost(os.path.join(folder_path, found[name])) for name in SET_FILES if name in found}

@@ -236,7 +236,7 @@ def fit_image(image: np.ndarray, image_size: Sequence[int], resize_mode: str) ->
 def _decode_jpeg(
     encoded: np.ndarray, sides: Sequence[int], orientation: int, image_size: Sequence[int] | None
 ) -> np.ndarray:
-    """Decodes a JPEG upright, reduced if that suffices. Warnings are errors, a lost end mark alone is none."""
+    """Decodes a JPEG upright, reduced if that suffices. Warnings are errors, but not a missing end mark."""
     divisor = choose_divisor(sides, image_size) if image_size else 1
     data = encoded.tobytes()
     has_end = data.endswith(END_OF_JPEG)

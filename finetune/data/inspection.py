@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -19,7 +19,7 @@ import PIL.Image
 from configs import MAX_IMAGE_PIXELS
 from finetune.core.files import IMAGE_SUFFIXES
 from finetune.core.texts import show_progress
-from finetune.data.findings import BadImage
+from finetune.data.findings import BadImage, Inspection
 from finetune.data.headers import (
     PILLOW_ERRORS,
     PILLOW_FORMATS,
@@ -53,16 +53,6 @@ SMALLEST_SIDES = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
 FEWEST_TONES = 16
 # Smaller pictures often have one colour.
 FEWEST_PIXELS = 64
-
-
-class Inspection(NamedTuple):
-    """Facts of an image file: fault, remarks, `(width, height)`, its length with a checksum of its end, thumbnail."""
-
-    fault: tuple[str, str] | None
-    remarks: list[tuple[str, str]]
-    sides: tuple[int, int] = (0, 0)
-    signature: tuple[int, int] = (0, 0)
-    thumbnail: bytes | None = None
 
 
 def inspect_images(

@@ -154,7 +154,7 @@ class ImageNames:
         paths = map(os.path.normpath, list_visible(folder_path).files)
         self.paths = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
         if not self.paths:
-            raise UserError(f"{folder_path} holds no image ({', '.join(IMAGE_SUFFIXES)}). Check --folder_path.")
+            raise UserError(f"{folder_path} contains no image ({', '.join(IMAGE_SUFFIXES)}). Check --folder_path.")
         self._by_name = defaultdict(list)
         for path in self.paths:
             name = os.path.basename(path)
@@ -222,7 +222,7 @@ def pick_files(names: pd.Series, images: ImageNames, table_path: str, leave_out_
 
 
 def find_labels(others: pd.DataFrame, form: TableForm, table_path: str) -> list[str]:
-    """Returns the label of each row, empty if it has none, from the columns other than that of the images."""
+    """Returns the label of each row, empty if it has none, from the columns without that of the images."""
     label_column, is_given = form.label_column, form.is_label_column_given
     columns = list(others.columns)
     if label_column in columns or len(columns) == 1:

@@ -17,8 +17,7 @@ from finetune.core.labels import clean_label
 from finetune.core.options import UserError
 from finetune.core.texts import MOST_LISTED, MOST_TELLING, join_names, show_count
 from finetune.data.data_check import Reading, ShowCopies, check_tables, look_for_copies
-from finetune.data.findings import Finding, describe_fault, get_bad_rows
-from finetune.data.inspection import Inspection
+from finetune.data.findings import Finding, Inspection, describe_fault, get_bad_rows
 from finetune.data.tables import (
     GROUP_COLUMN,
     count_classes,

@@ -1,4 +1,4 @@
-"""CSV tables of images: reading them, what is wrong with a file that is none, and what the labels mean."""
+"""CSV tables of images: reading and encoding them, and remedies for wrong files."""
 
 from __future__ import annotations
 
@@ -140,9 +140,9 @@ def describe_encoding(content: bytes) -> str:
 
 
 def _find_empty_cells(table: pd.DataFrame, label_column: str, multi_label: bool) -> dict[str, list[int]]:
-    """Returns the rows without a path or a label, or with an empty class name beside a `$`, by what is wrong."""
+    """Returns the rows without a path or a label, or with an empty class name next to a `$`, by the fault."""
     rows = defaultdict(list)
-    # predict.py reads tables without labels: the paths are in the place of both columns.
+    # predict.py reads tables without labels: the the paths replace the labels.
     for column in dict.fromkeys((IMAGE_COLUMN, label_column)):
         for position in np.flatnonzero(table[column].str.strip() == "").tolist():
             rows[f"the column '{column}' is empty. Fill it or drop the row"].append(position + 2)
@@ -150,7 +150,7 @@ def _find_empty_cells(table: pd.DataFrame, label_column: str, multi_label: bool)
         labels = table[label_column]
         wrong = labels.str.contains(rf"(?:^|\{LABEL_SEPARATOR})\s*(?:\{LABEL_SEPARATOR}|$)")
         for position in np.flatnonzero(wrong & (labels.str.strip() != "")).tolist():
-            fault = f"the label '{labels.iloc[position]}' has an empty class name beside a '{LABEL_SEPARATOR}'"
+            fault = f"the label '{labels.iloc[position]}' has an empty class name next to a '{LABEL_SEPARATOR}'"
             rows[f"{fault}. Correct it"].append(position + 2)
     return rows
 
@@ -194,7 +194,7 @@ def resolve_class_names(
         faults += [f"{train_csv} has no image of {join_names(surplus)}"] * bool(surplus)
         raise UserError(f"classes does not match {train_csv}: {'; '.join(faults)}. Correct it, or set it to none.")
     if len(found) < (1 if multi_label else 2):
-        raise UserError(f"{train_csv} holds one class, {join_names(found)}. Expected at least two to tell apart.")
+        raise UserError(f"{train_csv} has one class, {join_names(found)}. Expected at least two to tell apart.")
     return classes if classes is not None else found
 
 
@@ -320,7 +320,7 @@ def describe_parser_error(error: ValueError) -> str:
     words = " ".join(str(error).split())
     if found := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", words):
         counts = f"line {found[2]} has {found[3]} fields, those before it have {found[1]}"
-        return f"{counts}. Quote the fields that hold a comma"
+        return f"{counts}. Quote the fields that contain a comma"
     if found := re.search(r"inside string starting at row (\d+)", words):
         return f"a quotation mark that opens in line {int(found[1]) + 1} never closes. Close it, or remove it"
     return f"it is no table: {words}. Save it as one"
@@ -339,7 +339,7 @@ def find_long_rows_fault(table: pd.DataFrame) -> str:
     first = [str(value) for value in table.index.get_level_values(0)]
     if first in ([str(row) for row in range(start, len(first) + start)] for start in (0, 1)):
         return "has a number at the start of each row, without a name in the first line. Put 'row,' in front of it"
-    return "has rows with more fields than its header. Quote the fields that hold a comma"
+    return "has rows with more fields than its header. Quote the fields that contain a comma"
 
 
 def find_column_remedies(table: pd.DataFrame, missing: Sequence[str], label_column: str, csv_path: str) -> list[str]:
@@ -380,7 +380,7 @@ def is_image_path(text: str) -> bool:
 
 
 def find_spelling(name: str, missing: Sequence[str]) -> str:
-    """Returns what to do about a column whose name nearly is that of a missing one; empty otherwise."""
+    """Returns what to do about a column whose name resembles that of a missing one; empty otherwise."""
     plain = name.strip(MARKS_AROUND)
     if plain not in missing and clean_label(name) in map(clean_label, missing):
         return f"has invisible characters or accents encoded otherwise: write {clean_label(name)}"

@@ -55,7 +55,7 @@ def check_parts(image: PIL.Image.Image, data: bytes) -> None:
     for start_tag, length_tag in PART_TAGS:
         for start, length in zip(tags.get(start_tag, ()), tags.get(length_tag, ()), strict=False):
             part = data[start : start + length]
-            # A part without bytes stands for zeros.
+            # A part without bytes means zeros.
             if part and packing == JPEG:
                 _check_jpeg(part, tags.get(JPEG_TABLES, b""))
             elif part:
