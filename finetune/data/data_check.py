@@ -18,7 +18,6 @@ from finetune.data.copies import Copies, find_copies, list_findings
 from finetune.data.findings import KINDS, Finding, Inspection, describe_fault, get_bad_rows, report_findings
 from finetune.data.inspection import estimate_seconds, inspect_images
 from finetune.data.pixel_range import resolve_pixel_range_of_files
-from finetune.data.stores import explain_missing
 from finetune.data.tables import ImageTable, find_class_names, make_image_table, parse_table, split_label
 
 SIZE_FACTOR, SHAPE_FACTOR, FEWEST_SIZES = 4, 3, 10
@@ -166,7 +165,7 @@ def look_for_copies(
             )
         if not decode and not needs_headers:
             return {}, Copies([], [])
-    known = dict(zip(files, inspect_named(files, decode, *reading), strict=True))
+    known = dict(zip(files, inspect_images(files, decode, *reading), strict=True))
     left = max(QUICK_SECONDS - (time.monotonic() - started), LEAST_SECONDS) if mode == "quick" else None
     copies = find_copies(tables, known, reading.workers, left)
     if copies.left_out:
@@ -278,19 +277,6 @@ def find_unusual_sizes(
     return found
 
 
-def inspect_named(
-    files: Sequence[str], decode: bool, max_pixels: int, workers: int, pixel_range: Sequence[float] = ()
-) -> list[Inspection]:
-    """Inspects images as `inspect_images` does; for a missing file it names the one that is probably meant."""
-    inspections = inspect_images(files, decode, max_pixels, workers, pixel_range)
-    missing = [row for row, one in enumerate(inspections) if one.fault and one.fault[0] == "missing"]
-    reasons = explain_missing(files[row] for row in missing)
-    for row in missing:
-        if files[row] in reasons:
-            inspections[row] = inspections[row]._replace(fault=("missing", reasons[files[row]]))
-    return inspections
-
-
 def check_images(
     paths: Sequence[str],
     csv_path: str,
@@ -315,7 +301,7 @@ def check_images(
     Raises:
         UserError: files are missing, empty or no images; it names the first few with their rows.
     """
-    inspections = inspect_named(paths, False, max_pixels, workers)
+    inspections = inspect_images(paths, False, max_pixels, workers)
     listed = zip(range(2, len(paths) + 2) if rows is None else rows, paths, inspections, strict=True)
     faults = {row: describe_fault(path, one.fault[1]) for row, path, one in listed if one.fault}
     if not faults:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -141,19 +141,17 @@ def describe_fault(path: str, detail: str) -> str:
     return f"{show_text(path)}{colon} {show_text(detail)}"
 
 
-def format_findings(
-    findings: Sequence[Finding], severities: Collection[str] = ("error", "warning", "note"), heading: str = ""
-) -> str:
+def format_findings(findings: Sequence[Finding], heading: str = "") -> str:
     """Returns findings as text: one paragraph per kind with the first few findings, and one line for all notes.
 
-    Only those of the given severities are shown. A `heading` replaces the severity in each paragraph.
+    A `heading` replaces the severity in each paragraph.
     """
     groups = defaultdict(list)
     for finding in findings:
         groups[finding.kind].append(finding)
     lines, notes = [], []
     for name, kind in KINDS.items():
-        if not groups[name] or kind.severity not in severities:
+        if not groups[name]:
             continue
         if kind.severity == "note":
             notes.append(f"{len(groups[name])} {kind.meaning}")

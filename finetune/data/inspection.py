@@ -31,7 +31,7 @@ from finetune.data.headers import (
 )
 from finetune.data.images import decode_pixels
 from finetune.data.near_copies import THUMBNAIL_SIDE, make_thumbnail
-from finetune.data.stores import STORE_THREADS, is_url, open_url
+from finetune.data.stores import STORE_THREADS, explain_missing, is_url, open_url
 from finetune.data.tiffs import find_odd_values
 
 FORMAT_SUFFIXES = {
@@ -58,7 +58,7 @@ FEWEST_PIXELS = 64
 def inspect_images(
     files: Sequence[str], decode: bool, max_pixels: int, workers: int, pixel_range: Sequence[float] = ()
 ) -> list[Inspection]:
-    """Inspects image files in threads, with a progress bar after a second."""
+    """Inspects image files in threads; for a missing file it names the one that is probably meant."""
     size = 32
     if any(map(is_url, files)):
         size, workers = 1, max(workers, STORE_THREADS)
@@ -75,7 +75,9 @@ def inspect_images(
         for part in pool.map(inspect, parts):
             found += part
             progress.update(len(part))
-    return found
+    listed = [*zip(files, found, strict=True)]
+    reasons = explain_missing(file for file, one in listed if one.fault and one.fault[0] == "missing")
+    return [one._replace(fault=("missing", reasons[file])) if file in reasons else one for file, one in listed]
 
 
 def estimate_seconds(files: Sequence[str], max_pixels: int, workers: int, pixel_range: Sequence[float] = ()) -> float:

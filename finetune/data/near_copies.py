@@ -162,7 +162,7 @@ def group_near_pairs(number: int, pairs: Sequence[NearPair]) -> DisjointSet:
     return groups
 
 
-def correlate(viewed: np.ndarray, other: np.ndarray, view: tuple[int, int, int] = VIEWS[0]) -> float:
+def correlate(viewed: np.ndarray, other: np.ndarray, view: tuple[int, int, int]) -> float:
     """Returns the correlation of two thumbnails less their local means, -1 to 1: the best of unaligned and aligned.
 
     `other` looks like the view `view`, one of `VIEWS`, of `viewed`.

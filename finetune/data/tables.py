@@ -295,7 +295,7 @@ def find_kind_fault(start: bytes) -> str:
     return next((fault for mark, fault in STARTS.items() if text.startswith(mark.lower())), "")
 
 
-def find_start_fault(start: bytes, wanted: Sequence[str] = ()) -> str:
+def find_start_fault(start: bytes, wanted: Sequence[str]) -> str:
     """Returns what is wrong with the first line of a table, and what to do; empty if it may be a header.
 
     None of the `wanted` columns may occur twice.

@@ -11,9 +11,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 import make_csv_from_folders
 from configs import Configs
 from finetune.core.options import UserError
-from finetune.data.data_check import check_data, inspect_named
+from finetune.data.data_check import check_data
 from finetune.data.images import read_image
-from finetune.data.inspection import inspect_image
+from finetune.data.inspection import inspect_image, inspect_images
 from finetune.data.tables import make_image_table, parse_table, resolve_class_names
 
 
@@ -74,7 +74,7 @@ def path_of(text, *names):
     def run(folder):
         for number, name in enumerate(names):
             write_image(folder / name, number)
-        return inspect_named([f"{folder}/{text}"], False, 10**6, 1)[0].fault[1].replace(f"{folder}{os.sep}", "")
+        return inspect_images([f"{folder}/{text}"], False, 10**6, 1)[0].fault[1].replace(f"{folder}{os.sep}", "")
 
     return run
 

@@ -91,32 +91,15 @@ def read_tables(folder):
     return tables
 
 
-@pytest.mark.parametrize(
-    ("folder", "expected"),
-    [
-        ("train", "training"),
-        ("Training", "training"),
-        ("train_set", "training"),
-        ("training-set", "training"),
-        ("train2017", "training"),
-        ("TRAIN DATA", "training"),
-        ("val", "validation"),
-        ("valid", "validation"),
-        ("Validation", "validation"),
-        ("dev", "validation"),
-        ("test", "testing"),
-        ("testing", "testing"),
-        ("testset", "testing"),
-        ("train station", ""),
-        ("trains", ""),
-        ("valley", ""),
-        ("set", ""),
-        ("data", ""),
-        ("2017", ""),
-    ],
-)
-def test_names_of_sets_are_known_in_any_case_and_with_what_is_put_behind(folder, expected):
-    assert find_set_name(folder) == expected
+def test_names_of_sets_are_known_in_any_case_and_with_suffixes():
+    names = {
+        "training": ["train", "Training", "train_set", "training-set", "train2017", "TRAIN DATA"],
+        "validation": ["val", "valid", "Validation", "dev"],
+        "testing": ["test", "testing", "testset"],
+        "": ["train station", "trains", "valley", "set", "data", "2017"],
+    }
+    for expected, folders in names.items():
+        assert [find_set_name(folder) for folder in folders] == [expected] * len(folders)
 
 
 def test_each_set_gets_its_table(tmp_path, capsys):

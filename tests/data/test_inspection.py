@@ -1,5 +1,6 @@
 """What is found in image files before they are decoded, and in their pixels."""
 
+import functools
 import os
 
 import cv2
@@ -78,6 +79,7 @@ def test_the_limit_of_pixels_is_the_last_number_allowed(corpus):
     assert inspect_image(str(corpus["bomb_png"]), max_pixels=pixels).fault is None
 
 
+@functools.cache
 def large_files():
     """Returns files of every kind, by name, that are larger than the part of a header that is read first."""
     noisy = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)

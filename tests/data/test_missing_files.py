@@ -52,19 +52,16 @@ def test_a_path_in_the_home_folder_leads_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "meant", "reason"),
     [
-        ("images/C:\\Users\\me\\images\\cat\\1.jpg", "images/cat/1.jpg", "its path here has no C:"),
         ("D:/work/images/cat/1.jpg", "images/cat/1.jpg", "its path here has no D:"),
         ("Images/Cat/1.jpg", "images/cat/1.jpg", "its capitals differ"),
         ("images/cat\u200b/1.jpg", "images/cat/1.jpg", r"'cat\u200b' and 'cat' differ by invisible characters"),
-        # One part of it in each encoding, so that neither is that of the whole.
-        ("images/caf\u00e9/e\u0301.jpg", "images/cafe\u0301/\u00e9.jpg", "its accents are encoded otherwise"),
         ("images/~\\photos\\2.jpg", "home/photos/2.jpg", "write the home folder for ~"),
     ],
 )
 def test_the_file_is_found_by_another_spelling(tmp_path, monkeypatch, file, meant, reason):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    touch(tmp_path, "images/cat/1.jpg", "images/cafe\u0301/\u00e9.jpg", "home/photos/2.jpg")
+    touch(tmp_path, "images/cat/1.jpg", "home/photos/2.jpg")
     explained = explain_missing([file])[file].replace(r"\\", "\\")
     assert f"{meant} does: " in explained
     assert reason in explained
