@@ -45,8 +45,9 @@ def main(configs: FolderConfigs) -> dict:
     from finetune.core.labels import clean_label
     from finetune.core.texts import show_count
     from finetune.data import folders
-    from finetune.data.label_tables import TableForm, convert_label_table, count_classes_of
+    from finetune.data.label_tables import TableForm, convert_label_table
     from finetune.data.splitting import format_class_counts, refuse_own_input
+    from finetune.data.tables import count_classes
 
     label_column, write_path = configs.csv_label_column, configs.write_path
     check_folder(os.path.dirname(write_path) or os.curdir, "write_path")
@@ -71,7 +72,7 @@ def main(configs: FolderConfigs) -> dict:
         table = folders.tabulate_images(photos.images, label_column, configs.folder_path)
     if configs.verify:
         table = folders.leave_out_bad_images({write_path: table}, [""], configs, multi_label)[write_path]
-    counts = count_classes_of(table[label_column], class_names, multi_label)
+    counts = count_classes(table[label_column], multi_label, class_names)
     try:
         write_csv(write_path, table)
     finally:

@@ -12,7 +12,7 @@ from finetune.core.scripts import run_script, script
 
 @dataclasses.dataclass
 class SplitConfigs(Configs):
-    """The options of this script, beside those of every script."""
+    """The options of this script, in addition to those of every script."""
 
     csv_path: str = define("./data/all_data.csv", "CSV file to split")
     write_folder: str = define("", "Folder for the tables; empty puts them next to csv_path")
@@ -59,7 +59,8 @@ def main(configs: SplitConfigs) -> dict:
     else:
         sets = splitting.split_groups(labels.to_numpy(object), groups, fractions, multi_label, rng)
         splitting.warn_of_other_fractions(sets, fractions)
-    counts = splitting.count_classes(labels, sets, find_class_names(labels, multi_label), multi_label)
+    of_sets = {name: labels.iloc[rows] for name, rows in sets.items()}
+    counts = splitting.tabulate_counts(of_sets, find_class_names(labels, multi_label), multi_label)
     empty = [name for name, rows in sets.items() if not len(rows)]
     for name, path in written.items() if not empty else ():
         write_csv(path, table.iloc[sets[name]])

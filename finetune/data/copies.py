@@ -10,8 +10,7 @@ import numpy as np
 from scipy.cluster.hierarchy import DisjointSet
 
 from finetune.core.texts import show_text
-from finetune.data.findings import Finding
-from finetune.data.inspection import Inspection
+from finetune.data.findings import Finding, Inspection
 from finetune.data.near_copies import NearPair, find_near_pairs, group_near_pairs, stack_thumbnails
 from finetune.data.stores import hash_file
 from finetune.data.tables import ImageTable, split_label
@@ -41,12 +40,9 @@ class Place(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """The images of tables, each with all rows that hold it, and which of them are near copies.
+    """The images of tables, each with all its rows, and the pairs of near copies among them, by position in `places`.
 
-    Attributes:
-        places: of each image, in the order of the tables.
-        pairs: near copies, by position in `places`; empty where the images were not decoded.
-        left_out: candidate pairs that were not compared for want of time.
+    There are no pairs if the images were not decoded. `left_out` candidate pairs were not compared for lack of time.
     """
 
     places: list[list[Place]]
@@ -68,7 +64,7 @@ class Copies(NamedTuple):
         return numbers
 
     def find_shared(self, table: ImageTable, others: ImageTable) -> np.ndarray:
-        """Returns bool `(rows,)`: whether an image of `table` has an exact or near copy in `others`."""
+        """Returns bool `(rows,)`: whether each image of `table` has an exact or near copy in `others`."""
         numbers = self.number_rows(table)
         return np.isin(numbers, self.number_rows(others)) & (numbers < len(self.places))
 
@@ -78,11 +74,7 @@ def find_copies(
 ) -> Copies:
     """Finds images that are in the tables more than once, by path, content or looks.
 
-    Args:
-        tables: of the sets.
-        known: the inspected files; near copies are found among those with a thumbnail.
-        workers: threads.
-        seconds: after these the search for near copies ends; None: when it is complete.
+    Near copies are found among the `known` files with a thumbnail, for so many `seconds` (None: no limit).
     """
     content_of, places = group_by_content(known), defaultdict(list)
     for table in tables:
@@ -102,14 +94,7 @@ def find_copies(
 def list_findings(
     copies: Copies, multi_label: bool, allow_duplicates: bool = False, allow_near: bool = False
 ) -> list[Finding]:
-    """Says of which rows the images are copies.
-
-    Args:
-        copies: from `find_copies`.
-        multi_label: whether a label may hold several class names.
-        allow_duplicates: an image in two sets is a warning.
-        allow_near: a near copy in two sets is a warning.
-    """
+    """Returns the findings on copies; an image, or a near copy, in two sets is a warning if that is allowed."""
     groups, members = copies.group(), defaultdict(list)
     for position, places in enumerate(copies.places):
         members[groups[position]].append(places[0])
@@ -122,7 +107,7 @@ def list_findings(
 
 
 def _compare_group(group: Sequence[Place], multi_label: bool, allow_duplicates: bool, is_near: bool) -> list[Finding]:
-    """Compares each row of a group of copies with an earlier one, of another set if there is any."""
+    """Compares each row of a group of copies with an earlier one, if possible of another set."""
     found, first = [], group[0]
     for position, place in enumerate(group[1:], start=1):
         other = next((one for one in group[:position] if one.table is not place.table), first)
@@ -135,7 +120,7 @@ def _compare_group(group: Sequence[Place], multi_label: bool, allow_duplicates: 
 def compare_places(
     first: Place, second: Place, multi_label: bool, allow_duplicates: bool, is_near: bool
 ) -> list[Finding]:
-    """Says what it means that two rows have the same image, or nearly the same one."""
+    """Returns the findings on two rows that have the same image, or nearly the same one."""
     across, near = first.table is not second.table, "near_" * is_near
     kinds = []
     if across:
@@ -153,7 +138,7 @@ def compare_places(
 
 
 def group_by_content(known: dict[str, Inspection]) -> dict[str, str]:
-    """Returns for each sound file the first one with the same bytes; those that agree in length and end are read."""
+    """Returns the first file with the same bytes for each sound file; reads those of equal length and end."""
     whole = {file: inspection.signature for file, inspection in known.items() if not inspection.fault}
     counts, first, content_of = Counter(whole.values()), {}, {}
     for file, signature in whole.items():

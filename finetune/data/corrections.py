@@ -1,4 +1,4 @@
-"""corrections.csv, which the page of suspects saves: checked against the table that it is of, and applied to a copy."""
+"""corrections.csv, from the page of suspected label errors: checked against its table, and applied to a copy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MARKS = ("right", "wrong", "unsure")
 
 
 def name_corrected(csv_path: str) -> str:
-    """Returns where the corrected table of a CSV file goes: `all_data.csv` becomes `all_data_corrected.csv`."""
+    """Returns the path of the corrected table: `all_data_corrected.csv` for `all_data.csv`."""
     stem, ending = os.path.splitext(csv_path)
     return f"{stem}_corrected{ending}"
 
@@ -30,29 +30,29 @@ def name_corrected(csv_path: str) -> str:
 def apply_corrections(
     csv_path: str, corrections_path: str, write_path: str, label_column: str, multi_label: bool
 ) -> dict[str, int]:
-    """Writes a table with the labels that are marked as wrong corrected; all else of it stays as it is.
+    """Writes a copy of a table in which the labels that are marked wrong are corrected.
 
     Args:
-        csv_path: the table; it is not changed.
-        corrections_path: as the page of suspects saves it.
+        csv_path: the table.
+        corrections_path: the file that the page of suspected label errors saved.
         write_path: the new table.
         label_column: the table's column with the labels.
         multi_label: whether an image may have several labels.
 
     Returns:
-        How many rows are marked in each way.
+        The number of rows with each mark.
 
     Raises:
         UserError: a table cannot be used, or a correction does not fit; nothing is written then.
     """
     for path in (csv_path, corrections_path):
         if os.path.realpath(write_path) == os.path.realpath(path):
-            raise UserError(f"write_path: {write_path} would replace what is read. Choose another file.")
+            raise UserError(f"write_path: {write_path} would overwrite a file that is read. Choose another one.")
     table = read_table(csv_path, label_column, multi_label)
     corrections = read_corrections(corrections_path)
     if faults := find_faults(corrections, table, label_column, multi_label):
         raise UserError(
-            f"{corrections_path} does not fit {csv_path}: {join_names(faults, 3)}. Nothing was written. Name the table "
+            f"{corrections_path} does not fit {csv_path}: {join_names(faults, 3)}. Nothing was written. Give the table "
             "that find_label_errors.py was run on, or correct these rows."
         )
     wrong = corrections[corrections[MARK_COLUMN] == "wrong"]
@@ -69,26 +69,19 @@ def apply_corrections(
 
 
 def read_corrections(path: str) -> pd.DataFrame:
-    """Reads a file of corrections as a table of texts; raises UserError where it is none."""
+    """Reads a file of corrections as a table of texts; raises UserError if it is none."""
     table = parse_table(path, IMAGE_COLUMN)
     if missing := [name for name in COLUMNS if name not in table.columns]:
         raise UserError(
             f"{path} has no column '{missing[0]}'. Its columns: {join_names(table.columns)}. Expected the "
             "corrections.csv that the page of find_label_errors.py saves."
         )
-    # An older page has saved labels as its table spelt them; `read_table` cleans them now.
+    # Pages of older versions saved labels that were not cleaned.
     return table.assign(**{name: table[name].map(clean_label) for name in (GIVEN_COLUMN, CORRECTED_COLUMN)})
 
 
 def find_faults(corrections: pd.DataFrame, table: pd.DataFrame, label_column: str, multi_label: bool) -> list[str]:
-    """Returns what does not fit, a text for each row of the corrections that does not.
-
-    Args:
-        corrections: as `read_corrections` gives it.
-        table: that they are of, as `read_table` gives it.
-        label_column: of the table.
-        multi_label: whether an image may have several labels.
-    """
+    """Returns a text for each row of the corrections that does not fit the table from `read_table`."""
     class_names = {*find_class_names(table[label_column], multi_label)}
     paths, labels = table[IMAGE_COLUMN].tolist(), table[label_column].tolist()
     faults, seen = [], set()
@@ -114,9 +107,9 @@ def find_faults(corrections: pd.DataFrame, table: pd.DataFrame, label_column: st
 
 
 def find_label_fault(names: Sequence[str], given: Sequence[str], class_names: set[str]) -> str:
-    """Returns what is wrong with the labels that are to replace the given ones; empty where nothing is."""
+    """Returns what is wrong with the labels that replace the given ones; empty if they are right."""
     if unknown := [name for name in names if name not in class_names]:
         return f"{show_text(unknown[0])!r} is none of the table's {len(class_names)} classes"
     if len({*names}) < len(names):
         return f"{show_text(join_names(names))} names a class twice"
-    return "it is marked wrong and has the same label again" if {*names} == {*given} else ""
+    return "it is marked wrong but has the same label" if {*names} == {*given} else ""

@@ -1,4 +1,4 @@
-"""Looking at image files: faults, what is unusual, and the thumbnails that find near copies."""
+"""Inspects image files: faults, unusual properties, and thumbnails to find near copies by."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -19,7 +19,7 @@ import PIL.Image
 from configs import MAX_IMAGE_PIXELS
 from finetune.core.files import IMAGE_SUFFIXES
 from finetune.core.texts import show_progress
-from finetune.data.findings import BadImage
+from finetune.data.findings import BadImage, Inspection
 from finetune.data.headers import (
     PILLOW_ERRORS,
     PILLOW_FORMATS,
@@ -31,7 +31,7 @@ from finetune.data.headers import (
 )
 from finetune.data.images import decode_pixels
 from finetune.data.near_copies import THUMBNAIL_SIDE, make_thumbnail
-from finetune.data.stores import STORE_THREADS, is_url, open_url
+from finetune.data.stores import STORE_THREADS, explain_missing, is_url, open_url
 from finetune.data.tiffs import find_odd_values
 
 FORMAT_SUFFIXES = {
@@ -45,30 +45,20 @@ FORMAT_SUFFIXES = {
     "HEIF": (".heic", ".heif"),
 }
 TAIL_BYTES = 4096
-# Files that are decoded to estimate how long all of them take.
+# Files to decode for an estimate of the time that all of them take.
 SAMPLE_FILES = 48
-# A JPEG is decoded at a fraction of its size, not below this.
+# A JPEG may be decoded at a fraction of its size, but not below this.
 SMALLEST_SIDES = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
-# Grey values of 256 between the darkest and the lightest pixel: 12 bits in the place of 16 give at most 16.
+# Grey values, of 256, between the darkest and the lightest pixel: 12 bits in a 16-bit file give at most 16.
 FEWEST_TONES = 16
-# Fewer may well be of one colour.
+# Smaller pictures often have one colour.
 FEWEST_PIXELS = 64
-
-
-class Inspection(NamedTuple):
-    """What is known of an image file: its fault, if any, what is unusual, its sides, its length and last bytes."""
-
-    fault: tuple[str, str] | None
-    remarks: list[tuple[str, str]]
-    sides: tuple[int, int] = (0, 0)
-    signature: tuple[int, int] = (0, 0)
-    thumbnail: bytes | None = None
 
 
 def inspect_images(
     files: Sequence[str], decode: bool, max_pixels: int, workers: int, pixel_range: Sequence[float] = ()
 ) -> list[Inspection]:
-    """Inspects image files in threads, with a progress bar where it takes longer than a second."""
+    """Inspects image files in threads; for a missing file it names the one that is probably meant."""
     size = 32
     if any(map(is_url, files)):
         size, workers = 1, max(workers, STORE_THREADS)
@@ -85,11 +75,13 @@ def inspect_images(
         for part in pool.map(inspect, parts):
             found += part
             progress.update(len(part))
-    return found
+    listed = [*zip(files, found, strict=True)]
+    reasons = explain_missing(file for file, one in listed if one.fault and one.fault[0] == "missing")
+    return [one._replace(fault=("missing", reasons[file])) if file in reasons else one for file, one in listed]
 
 
 def estimate_seconds(files: Sequence[str], max_pixels: int, workers: int, pixel_range: Sequence[float] = ()) -> float:
-    """Returns how long `inspect_images` takes to decode all files, from a sample of them."""
+    """Returns how long `inspect_images` would take to decode all files, from a sample."""
     sample = files[:: max(len(files) // SAMPLE_FILES, 1)][:SAMPLE_FILES]
     started = time.monotonic()
     with ThreadPoolExecutor(max(workers, 1)) as pool:
@@ -100,12 +92,8 @@ def estimate_seconds(files: Sequence[str], max_pixels: int, workers: int, pixel_
 def inspect_image(
     path: str, decode: bool = False, max_pixels: int = MAX_IMAGE_PIXELS, pixel_range: Sequence[float] = ()
 ) -> Inspection:
-    """Inspects an image file or URL: its header and its end, and its pixels where `decode` is set.
-
-    Raises:
-        UserError: fsspec needs another package for the URL.
-    """
-    # False for folders, devices and pipes as well, from which nothing is to be read.
+    """Inspects the header and the end of an image file or URL and, with `decode`, its pixels."""
+    # Also skips folders, devices and pipes.
     if not is_url(path) and not os.path.isfile(path):
         return Inspection(("missing", "does not exist"), [])
     try:
@@ -135,7 +123,7 @@ def _inspect_open(path: str, file: BinaryIO, decode: bool, max_pixels: int, pixe
     remarks, sides, thumbnail = [], (0, 0), None
     if image is not None:
         remarks, sides = list(find_remarks(path, image, start)), image.size
-    # Some cameras leave the end mark out: the pixels tell.
+    # Some cameras leave the end mark out: then the pixels decide.
     if decode or (image is not None and lacks_end(image, tail, file)):
         file.seek(0)
         encoded = file.read()
@@ -146,10 +134,10 @@ def _inspect_open(path: str, file: BinaryIO, decode: bool, max_pixels: int, pixe
 
 
 def is_known_to_opencv(path: str, file: BinaryIO) -> bool:
-    """Tells whether a file, open, or the object of a URL begins as one that OpenCV has a reader for."""
+    """Returns whether OpenCV has a reader for an open file, or for the open object of a URL."""
     if not is_url(path):
         return cv2.haveImageReader(path)
-    # OpenCV looks at files alone.
+    # OpenCV examines only files.
     with tempfile.TemporaryDirectory() as folder:
         beginning = os.path.join(folder, "beginning")
         file.seek(0)
@@ -159,14 +147,14 @@ def is_known_to_opencv(path: str, file: BinaryIO) -> bool:
 
 
 def find_remarks(path: str, image: PIL.Image.Image, start: bytes) -> Iterator[tuple[str, str]]:
-    """Yields what is unusual about an image, from its header alone."""
+    """Yields what is unusual about an image by its header."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix in IMAGE_SUFFIXES and suffix not in FORMAT_SUFFIXES.get(image.format, (suffix,)):
         yield "wrong_extension", f"its content is {image.format}"
     if (orientation := find_orientation(image)) != 1:
         yield "rotated", f"EXIF orientation {orientation}"
     with contextlib.suppress(*PILLOW_ERRORS):
-        # A file of one photo and its previews is no animation.
+        # MPO files contain one photo and its previews.
         if image.format != "MPO" and getattr(image, "is_animated", False):
             yield "animated", "several frames or pages"
     if "16" in image.mode or (image.format == "PNG" and start[24:25] == b"\x10"):
@@ -180,10 +168,10 @@ def find_remarks(path: str, image: PIL.Image.Image, start: bytes) -> Iterator[tu
 
 
 def find_lack_of_tones(image: np.ndarray) -> Iterator[tuple[str, str]]:
-    """Yields a remark where a picture, uint8 RGB `(height, width, 3)`, is nearly of one colour."""
+    """Yields a remark if a picture, uint8 RGB `(height, width, 3)`, has nearly one colour."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     darkest, lightest, *_ = cv2.minMaxLoc(grey)
-    # Colours of one brightness are told apart by their channels, which takes longer.
+    # Colours of one brightness differ in their channels, which take longer to compare.
     if (
         lightest - darkest <= FEWEST_TONES
         and grey.size >= FEWEST_PIXELS

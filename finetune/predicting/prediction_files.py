@@ -13,8 +13,7 @@ import pandas as pd
 from finetune.core.files import IMAGE_SUFFIXES, check_file_name, check_folder, list_visible, report_closed
 from finetune.core.options import UserError
 from finetune.core.texts import join_names, show_count
-from finetune.data.stores import is_url, join_path
-from finetune.data.table_faults import explain_missing, find_meant
+from finetune.data.stores import explain_missing, find_meant, is_url, join_path
 from finetune.data.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table
 from finetune.evaluation.decision import Decision
 

@@ -53,22 +53,22 @@ def test_write_path_wins_but_replaces_nothing_that_is_read(csv_path):
     line = "2,a.jpg,cat,wrong,owl\n"
     apply(csv_path, line, write_path=str(csv_path.parent / "new.csv"))
     assert pd.read_csv(csv_path.parent / "new.csv")["class"].tolist() == ["owl", "dog", "cat", "owl"]
-    with pytest.raises(UserError, match="would replace what is read"):
+    with pytest.raises(UserError, match="write_path"):
         apply(csv_path, line, write_path=str(csv_path))
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("9,a.jpg,cat,wrong,owl", "row 9: the table has no such row, only 2 to 5"),
-        ("1,a.jpg,cat,wrong,owl", "row 1: the table has no such row"),
-        ("x,a.jpg,cat,wrong,owl", "row x: the table has no such row"),
-        ("2,other.jpg,cat,wrong,owl", "row 2: its path is a.jpg, not other.jpg"),
-        ("2,a.jpg,dog,wrong,owl", "row 2: its label is cat, not dog"),
-        ("2,a.jpg,cat,maybe,owl", "row 2: expected the mark right, wrong, unsure, received 'maybe'"),
-        ("2,a.jpg,cat,wrong,cow", "row 2: 'cow' is none of the table's 3 classes"),
-        ("2,a.jpg,cat,wrong,", "row 2: '' is none of"),
-        ("2,a.jpg,cat,wrong,cat", "row 2: it is marked wrong and has the same label again"),
+        ("9,a.jpg,cat,wrong,owl", "row 9: .* 2 to 5"),
+        ("1,a.jpg,cat,wrong,owl", "row 1: "),
+        ("x,a.jpg,cat,wrong,owl", "row x: "),
+        ("2,other.jpg,cat,wrong,owl", "row 2: .*a.jpg.*other.jpg"),
+        ("2,a.jpg,dog,wrong,owl", "row 2: .*cat.*dog"),
+        ("2,a.jpg,cat,maybe,owl", "row 2: .*right, wrong, unsure.*'maybe'"),
+        ("2,a.jpg,cat,wrong,cow", "row 2: 'cow'"),
+        ("2,a.jpg,cat,wrong,", "row 2: ''"),
+        ("2,a.jpg,cat,wrong,cat", "row 2: it is marked wrong"),
         ("2,a.jpg,cat,right,cat\n2,a.jpg,cat,wrong,owl", "row 2: it is listed twice"),
         ("2,b,cat,right,cat\n3,b,dog,right,dog\n4,b,cat,right,\n5,b,owl,right,", "row 2: .* row 4: .* and 1 more"),
     ],

