@@ -1,7 +1,7 @@
 """Compares the weights of compress_weights.py with the checkpoint of training; one backbone per process.
 
-python benchmarks/compression.py NAME    prints for float32, float16 and int8 how many times smaller the file is, and how
-                                         many times faster it loads
+python benchmarks/compression.py NAME    prints for float32, float16 and int8 how many times smaller the file is, and
+                                         how many times faster it loads
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compares the data check and strict decoding with OpenCV's decoding alone, on one core.
 
-python benchmarks/data_check.py FOLDER    prints three numbers: speed of the full check / of decoding, files/s of the quick
-                                          check, strict decoding / decoding; FOLDER has one folder per class
+python benchmarks/data_check.py FOLDER    prints three numbers: full check / decoding alone, files/s of the quick check,
+                                          strict decoding / OpenCV's; FOLDER has one folder per class
 """
 
 from __future__ import annotations

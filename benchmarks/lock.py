@@ -108,7 +108,8 @@ def measure_cost(number: int = 10_000) -> float:
 def predict_rates(under: float, outside: float, cores: int) -> tuple[float, float]:
     """Returns the images/s to expect of threads and of processes, if memory and disk keep up: arithmetic.
 
-    Cores and the lock limit threads. Only cores limit processes: copying an image out of shared memory releases the lock.
+    Cores and the lock limit threads. Only cores limit processes: copying an image from shared memory releases the
+    lock.
 
     Args:
         under: milliseconds per image with the lock.

@@ -74,7 +74,7 @@ ALTERATIONS: dict[str, Alteration] = {
 
 
 def measure(folder: str, pairs_path: str) -> None:
-    """Prints recall and precision of each alteration of the photos in a folder, and the groups without planted copies."""
+    """Prints recall and precision of each alteration of the photos in a folder, and the groups without copies."""
     files = sorted(str(path) for path in Path(folder).rglob("*.jpg"))
     images = [read_image(file) for file in files]
     thumbnails = [make_thumbnail(image) for image in images]

@@ -59,7 +59,7 @@ def read_all_imports() -> dict[str, set[str]]:
 
 
 def describe(imports: dict[str, set[str]]) -> str:
-    """Returns the imports and modules as text; it is stored in the picture, so that a test sees whether it is current."""
+    """Returns the imports and modules as text. The picture stores it, so that a test sees whether it is current."""
     lines = [f"{part}: {', '.join(sorted(imported))}" for part, imported in sorted(imports.items())]
     return "\n".join([*lines, *list_modules()])
 

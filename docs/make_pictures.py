@@ -1,9 +1,9 @@
 """Makes the README's pictures with the project's own scripts; run from the project's folder.
 
-The Grad-CAM pictures show crops of three CC0 photographs of scikit-image (a cat, a cup of coffee, a rocket), explained by
-a MobileNet that starts from ImageNet weights. The training curves and the report show the textures in data/. Pictures
-of pages need Chromium. compare_backbones.py drew docs/backbones.png from 500 photos of flowers, which are not part of
-the project.
+The Grad-CAM pictures show crops of three CC0 photographs of scikit-image (a cat, a cup of coffee, a rocket), explained
+by a MobileNet that starts from ImageNet weights. The training curves and the report show the textures in data/.
+Pictures of pages need Chromium. compare_backbones.py drew docs/backbones.png from 500 photos of flowers, which are not
+part of the project.
 """
 
 import os
