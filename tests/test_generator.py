@@ -19,7 +19,6 @@ from picture_sets import (
     one_epoch,
     pictures,  # noqa: F401
     sequence_of,
-    unreadable,  # noqa: F401
 )
 from PIL import Image
 
@@ -46,20 +45,16 @@ def test_batches_are_uint8_rgb_in_the_order_of_the_csv(pictures):
     # A rest of a quarter of a batch stays a batch of its own; there is no other batch for 3 of 16.
     [(33, 16, [16, 17]), (35, 16, [17, 18]), (36, 16, [16, 16, 4]), (65, 16, [16, 16, 16, 17]), (3, 16, [3])],
 )
-@pytest.mark.parametrize("workers", [0, 5])
-def test_a_small_rest_of_an_epoch_is_spread_over_the_other_batches(pictures, images, batch_size, sizes, workers):
-    paths = [pictures[0][row % len(pictures[0])] for row in range(images)]
-    labels = np.arange(images)
-    sequence = sequence_of(paths, labels=labels, shuffle=True, seed=1, batch_size=batch_size, workers=workers)
+def test_a_small_rest_of_an_epoch_is_spread_over_the_other_batches(pictures, images, batch_size, sizes):
+    paths, labels = [pictures[0][row % 10] for row in range(images)], np.arange(images)
+    sequence = sequence_of(paths, labels=labels, shuffle=True, seed=1, batch_size=batch_size)
     batches = [sequence[index] for index in range(len(sequence))]
     assert [len(batch[0]) for batch in batches] == sizes
     assert sorted(np.concatenate([batch[1] for batch in batches])) == [*range(images)]
-    still = sequence_of(paths, labels=labels, batch_size=batch_size)
-    assert [len(still[index][0]) for index in range(len(still))][:-1] == [batch_size] * (len(still) - 1)
 
 
-@pytest.mark.parametrize(("batch_size", "sizes"), [(4, [4, 4, 2]), (5, [5, 5]), (10, [10]), (16, [10]), (1, [1] * 10)])
-def test_the_last_batch_may_be_short(pictures, batch_size, sizes):
+@pytest.mark.parametrize(("batch_size", "sizes"), [(4, [4, 4, 2]), (5, [5, 5]), (9, [9, 1]), (16, [10])])
+def test_without_shuffling_the_last_batch_may_be_short(pictures, batch_size, sizes):
     sequence = sequence_of(pictures[0], batch_size=batch_size)
     assert sequence.steps == len(sequence) == len(sizes)
     assert [sequence[index][0].shape for index in range(len(sizes))] == [(size, *SIZE, 3) for size in sizes]
@@ -93,18 +88,11 @@ def test_y_true_is_what_the_batches_bring(pictures, labels, epoch, shuffle):
     np.testing.assert_array_equal(sequence.get_y_true(), one_epoch(sequence)[1])
 
 
-@pytest.mark.parametrize(
-    ("labels", "counts"),
-    [
-        (np.array([2, 0, 2, 2], np.int32), [1, 0, 3]),
-        (np.array([[1, 0], [1, 0], [0, 0], [1, 0]], np.float32), [3, 0]),
-    ],
-    ids=["single", "multi"],
-)
-def test_class_counts(labels, counts):
-    found = sequence_of(["unread.png"] * 4, labels, shuffle=True).get_class_counts()
-    assert found.tolist() == counts
-    assert np.issubdtype(found.dtype, np.integer)
+def assert_same_batch(found, expected):
+    assert len(found) == len(expected)
+    for part, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(part, other)
+        assert part.dtype == other.dtype
 
 
 def flat_model(record: list | None = None) -> keras.Model:
@@ -122,11 +110,11 @@ def flat_model(record: list | None = None) -> keras.Model:
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("kind", ["predict", "fit", "cache"])
-def test_an_unreadable_image_is_named_whatever_the_workers(pictures, unreadable, tmp_path, workers, kind):
-    paths = [*pictures[0], unreadable, *pictures[0]]
+def test_an_unreadable_image_is_named_whatever_the_workers(pictures, tmp_path, workers, kind):
+    paths = [*pictures[0], str(tmp_path / "lost image.png"), *pictures[0]]
     cache = cache_of("disk", paths, tmp_path) if kind == "cache" else None
     sequence = sequence_of(paths, workers=workers, batch_size=2, cache=cache)
-    with pytest.raises(UserError, match=os.path.basename(unreadable)), naming_bad_images(sequence):
+    with pytest.raises(UserError, match="lost image.png"), naming_bad_images(sequence):
         flat_model().fit(sequence, verbose=0) if kind == "fit" else predict(flat_model(), sequence)
 
 
@@ -135,7 +123,7 @@ def test_an_error_of_another_kind_passes_naming_bad_images(pictures):
         _ = 1 / 0
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 3])
 def test_predictions_come_in_the_order_of_the_csv_whatever_the_workers(pictures, workers):
     paths, images = pictures
     predictions = predict(flat_model(), sequence_of(paths, workers=workers, batch_size=3))
@@ -156,34 +144,23 @@ def test_augmentation_changes_with_seed_epoch_and_index(pictures):
 
 
 def test_augmented_batches_do_not_depend_on_threads_or_access_order(pictures):
-    sequential = augmented_sequence(pictures[0])
-    expected = {}
-    for sequential.epoch in range(3):
-        expected |= {(sequential.epoch, index): sequential[index] for index in range(len(sequential))}
-    for number_of_threads in (1, 3):
-        sequence = augmented_sequence(pictures[0], workers=number_of_threads)
-        for epoch in (2, 0, 1, 0):
-            sequence.epoch = epoch
-            indices = np.random.default_rng(epoch).permutation(np.tile(np.arange(len(sequence)), 4)).tolist()
-            with ThreadPoolExecutor(number_of_threads) as pool:
-                for index, batch in zip(indices, pool.map(sequence.__getitem__, indices), strict=True):
-                    np.testing.assert_array_equal(batch[0], expected[epoch, index][0])
-                    np.testing.assert_array_equal(batch[1], expected[epoch, index][1])
+    sequence, direct = augmented_sequence(pictures[0], workers=3), augmented_sequence(pictures[0])
+    for epoch in (2, 0, 1, 0):
+        sequence.epoch = direct.epoch = epoch
+        indices = np.random.default_rng(epoch).permutation(np.tile(np.arange(5), 4)).tolist()
+        with ThreadPoolExecutor(3) as pool:
+            for index, batch in zip(indices, pool.map(sequence.__getitem__, indices), strict=True):
+                assert_same_batch(batch, direct[index])
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_fit_receives_the_same_batches_whatever_the_workers(pictures, workers):
+def test_fit_receives_the_batches_of_each_epoch(pictures):
     received = []
-    sequence = augmented_sequence(pictures[0], workers=workers)
+    sequence, direct = augmented_sequence(pictures[0], workers=3), augmented_sequence(pictures[0])
     flat_model(received).fit(sequence, epochs=3, shuffle=False, verbose=0, callbacks=[EpochOrder(sequence)])
-    expected = []
-    direct = augmented_sequence(pictures[0])
-    for direct.epoch in range(3):
-        expected += [direct[index] for index in range(len(direct))]
-    assert len(received) == len(expected)
-    for (images, labels), (expected_images, expected_labels) in zip(received, expected, strict=True):
-        np.testing.assert_array_equal(labels, expected_labels)
-        np.testing.assert_array_equal(images, expected_images)
+    assert len(received) == 15
+    for position, batch in enumerate(received):
+        direct.epoch = position // 5
+        assert_same_batch(batch, direct[position % 5])
 
 
 def test_batches_are_mixed_after_augmentation(pictures):
@@ -198,12 +175,10 @@ def test_batches_are_mixed_after_augmentation(pictures):
 
 
 def test_without_alphas_or_in_order_nothing_is_mixed(pictures):
-    for options in ({"mixup_alpha": 0.0, "number_of_classes": 10}, {"mixup_alpha": 0.0, "number_of_classes": None}):
-        plain, other = sequence_of(pictures[0], shuffle=True, seed=7), mixing_sequence(pictures[0], **options)
-        for index in range(3):
-            for expected, found in zip(plain[index], other[index], strict=True):
-                np.testing.assert_array_equal(found, expected)
-                assert found.dtype == expected.dtype
+    plain = sequence_of(pictures[0], shuffle=True, seed=7)
+    other = mixing_sequence(pictures[0], mixup_alpha=0.0, number_of_classes=None)
+    for index in range(3):
+        assert_same_batch(other[index], plain[index])
     images, labels = one_epoch(mixing_sequence(pictures[0], shuffle=False, cutmix_alpha=1.0))
     np.testing.assert_array_equal(images, pictures[1])
     np.testing.assert_array_equal(labels, np.arange(10))
@@ -216,22 +191,17 @@ def test_mixing_changes_with_seed_epoch_and_index_but_not_with_threads(pictures)
     second.epoch = 1
     batches = [first[0], first[1], second[0], second[1], mixing_sequence(same, **options, seed=8)[0]]
     assert len({labels.tobytes() for _, labels in batches}) == 5
-    for workers in (1, 3):
-        sequence = mixing_sequence(same, **options, workers=workers)
-        with ThreadPoolExecutor(workers) as pool:
-            for index, found in zip([1, 0] * 8, pool.map(sequence.__getitem__, [1, 0] * 8), strict=True):
-                for part, expected in zip(found, first[index], strict=True):
-                    np.testing.assert_array_equal(part, expected)
+    with ThreadPoolExecutor(3) as pool:
+        for index, found in zip([1, 0] * 8, pool.map(first.__getitem__, [1, 0] * 8), strict=True):
+            assert_same_batch(found, batches[index])
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_the_dataset_brings_mixed_batches(pictures, workers):
-    sequence, direct = mixing_sequence(pictures[0], workers=workers), mixing_sequence(pictures[0])
+def test_the_dataset_brings_mixed_batches(pictures):
+    sequence = mixing_sequence(pictures[0], workers=3)
     dataset = sequence.to_dataset()
     assert dataset.element_spec[1] == tf.TensorSpec((None, 10), tf.float32)
-    for index, (images, labels) in enumerate(dataset.as_numpy_iterator()):
-        np.testing.assert_array_equal(images, direct[index][0])
-        np.testing.assert_array_equal(labels, direct[index][1])
+    for index, batch in enumerate(dataset.as_numpy_iterator()):
+        assert_same_batch(batch, sequence[index])
     np.testing.assert_array_equal(np.sort(sequence.get_y_true()), np.arange(10))
     assert sequence.get_labels(np.array([3, 1])).tolist() == [3, 1]
 
@@ -291,15 +261,14 @@ def test_the_configs_say_how_training_images_change(pictures, tmp_path):
 
 
 def test_the_given_augmenter_is_not_reseeded(pictures):
-    augmenter = build_augmenter()
-    augmenter.seed_(1)
-    untouched = build_augmenter()
-    untouched.seed_(1)
-    sequence_of(pictures[0], augmenter=augmenter)[0]
-    np.testing.assert_array_equal(augmenter(images=pictures[1]), untouched(images=pictures[1]))
+    given, untouched = build_augmenter(), build_augmenter()
+    for augmenter in (given, untouched):
+        augmenter.seed_(1)
+    sequence_of(pictures[0], augmenter=given)[0]
+    np.testing.assert_array_equal(given(images=pictures[1]), untouched(images=pictures[1]))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 3])
 def test_the_dataset_brings_the_batches_of_each_epoch(pictures, workers):
     sequence, direct = augmented_sequence(pictures[0], workers=workers), augmented_sequence(pictures[0])
     dataset = sequence.to_dataset()
@@ -307,30 +276,25 @@ def test_the_dataset_brings_the_batches_of_each_epoch(pictures, workers):
         sequence.epoch = direct.epoch = epoch
         batches = list(dataset.as_numpy_iterator())
         assert len(batches) == len(direct) == 5
-        for index, (images, labels) in enumerate(batches):
-            np.testing.assert_array_equal(images, direct[index][0])
-            np.testing.assert_array_equal(labels, direct[index][1])
-
-
-def test_the_dataset_begins_at_the_first_step(pictures):
-    sequence = sequence_of(pictures[0])
+        for index, batch in enumerate(batches):
+            assert_same_batch(batch, direct[index])
     sequence.first_step = 2
-    assert [labels.tolist() for _, labels in sequence.to_dataset().as_numpy_iterator()] == [[8, 9]]
+    (first, *_, last) = sequence.to_dataset().as_numpy_iterator()
+    assert_same_batch(first, direct[2])
+    assert_same_batch(last, direct[4])
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_a_cache_gives_the_same_batches_without_reading_again(pictures, tmp_path, kind, monkeypatch):
-    paths = pictures[0]
-    expected = augmented_sequence(paths)
-    cached = augmented_sequence(paths, cache=cache_of(kind, paths, tmp_path / "cache"), workers=2)
+    expected = augmented_sequence(pictures[0])
+    cached = augmented_sequence(pictures[0], cache=cache_of(kind, pictures[0], tmp_path / "cache"), workers=2)
     list(cached.to_dataset().as_numpy_iterator())
-    monkeypatch.setattr("finetune.loading.batches.read_image", lambda *_: pytest.fail("an image was read again"))
-    cached.epoch = 1
-    batches = [images for images, _ in cached.to_dataset().as_numpy_iterator()]
-    monkeypatch.undo()
-    expected.epoch = 1
-    for index, images in enumerate(batches):
-        np.testing.assert_array_equal(images, expected[index][0])
+    cached.epoch = expected.epoch = 1
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.loading.batches.read_image", lambda *_: pytest.fail("an image was read again"))
+        batches = list(cached.to_dataset().as_numpy_iterator())
+    for index, batch in enumerate(batches):
+        assert_same_batch(batch, expected[index])
 
 
 def test_a_changed_image_is_read_again(pictures, tmp_path):
@@ -384,36 +348,30 @@ def urls(pictures, store):
 
 
 def test_batches_of_urls_are_those_of_files(urls, pictures):
-    for workers in (1, 3):
-        of_files, of_urls = (
-            list(augmented_sequence(paths, workers=workers).to_dataset().as_numpy_iterator())
-            for paths in (pictures[0], urls[0])
-        )
-        for (images, labels), (expected, of_expected) in zip(of_urls, of_files, strict=True):
-            np.testing.assert_array_equal(images, expected)
-            np.testing.assert_array_equal(labels, of_expected)
+    of_urls, of_files = augmented_sequence(urls[0], workers=3), augmented_sequence(pictures[0])
+    for index, batch in enumerate(of_urls.to_dataset().as_numpy_iterator()):
+        assert_same_batch(batch, of_files[index])
 
 
 @pytest.mark.parametrize(
-    ("url", "message"),
+    ("url", "reason"),
     [
-        ("memory://bucket/lost.png", "lost.png: it does not exist. Replace it, or drop its row.$"),
-        ("memory://bucket", "memory://bucket: it does not exist"),
-        (
-            "memory://bucket/text.png",
-            "text.png: it is no image that OpenCV reads",
-        ),
-        ("htps://host/a.png", "out of reach: Protocol not known: htps. Check the address, .* or drop its row.$"),
-        ("zip://a.png::memory://bucket/a.zip", "URLs joined by '::' are not read"),
+        ("memory://bucket/lost.png", "not exist"),
+        ("memory://bucket", "not exist"),
+        ("memory://bucket/text.png", "no image"),
+        ("htps://host/a.png", "Protocol not known: htps"),
+        ("zip://a.png::memory://bucket/a.zip", "'::'"),
     ],
 )
-def test_a_url_that_brings_no_image_is_named(urls, store, url, message):
+def test_a_url_that_brings_no_image_is_named(urls, store, url, reason):
     store.put("memory://bucket/text.png", b"no image")
     sequence = sequence_of([*urls[0][:8], url], cache=None)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError) as caught:
         sequence[2]
     assert sequence.error is caught.value
-    assert "\n" not in str(caught.value)
+    (line,) = str(caught.value).splitlines()
+    assert url in line
+    assert reason in line
 
 
 def test_a_warm_disk_cache_downloads_nothing_and_asks_once_an_image(urls, tmp_path, store):
@@ -526,38 +484,31 @@ def sequences_of(paths, devices, processes, **options):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("images", [1, 3, 10, 23])
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize(
-    ("devices", "processes"), [(1, 1), (2, 1), (2, 2), (3, 3), (4, 1), (4, 2), (4, 4), (5, 1), (5, 5)]
-)
-def test_every_image_is_read_by_one_process_once_an_epoch(monkeypatch, devices, processes, batch_size, images, shuffle):
+@pytest.mark.parametrize(("images", "batch_size"), [(1, 4), (3, 1), (10, 4), (23, 1), (23, 4)])
+@pytest.mark.parametrize(("devices", "processes"), [(1, 1), (2, 2), (3, 3), (4, 1), (4, 2), (5, 5)])
+def test_every_image_is_read_by_one_process_once_an_epoch(monkeypatch, devices, processes, images, batch_size, shuffle):
     read = []
     monkeypatch.setattr(
         "finetune.loading.batches.read_image", lambda path, *_: read.append(path) or np.zeros((*SIZE, 3), np.uint8)
     )
-    paths = [f"{number}.png" for number in range(images)]
-    whole = sequence_of(paths, batch_size=batch_size * devices, shuffle=shuffle, seed=3)
-    steps = -(-images // (batch_size * devices))
-    if shuffle and images > batch_size * devices and 0 < images % (batch_size * devices) < batch_size * devices / 4:
-        steps -= 1
+    paths, step_size = [f"{number}.png" for number in range(images)], batch_size * devices
+    whole = sequence_of(paths, batch_size=step_size, shuffle=shuffle, seed=3)
+    steps = -(-images // step_size) - (shuffle and images > step_size and 0 < images % step_size < step_size / 4)
     parts = sequences_of(paths, devices, processes, batch_size=batch_size, shuffle=shuffle, seed=3)
     for epoch in (0, 1):
-        labels, read_by = [], []
+        read.clear()
+        labels = []
         for part in parts:
             part.epoch = epoch
             assert len(part) == part.steps == steps
             labels.append([part[step][1].tolist() for step in range(len(part))])
-            read_by.append(read.copy())
-            read.clear()
-        assert sorted(path for process in read_by for path in process) == sorted(paths)
+        assert sorted(read) == sorted(paths)
         whole.epoch = epoch
         for step, of_step in enumerate(zip(*labels, strict=True)):
-            # One process after the other has what one device would have at once, in parts as even as can be.
+            # The processes in turn have the images of one device, divided as evenly as possible.
             assert [label for part in of_step for label in part] == whole[step][1].tolist()
             sizes = [len(part) for part in of_step]
             assert max(sizes) - min(sizes) <= devices // processes
-        read.clear()
 
 
 def test_augmentation_does_not_depend_on_which_process_has_a_device(pictures):
@@ -578,9 +529,7 @@ def test_augmentation_does_not_depend_on_which_process_has_a_device(pictures):
 
 def test_one_device_augments_as_without_shares(pictures):
     (shared,) = sequences_of(pictures[0], 1, 1, augmenter=build_augmenter(), shuffle=True, seed=7, batch_size=2)
-    alone = augmented_sequence(pictures[0])
-    for step in range(5):
-        np.testing.assert_array_equal(shared.get_shares(step)[0], alone[step][0])
+    np.testing.assert_array_equal(shared.get_shares(3)[0], augmented_sequence(pictures[0])[3][0])
 
 
 @pytest.mark.parametrize(
@@ -625,17 +574,14 @@ def test_the_dataset_brings_the_shares(pictures, processes):
         dataset = part.to_dataset()
         assert int(dataset.cardinality()) == 2
         for step, batch in enumerate(dataset.as_numpy_iterator()):
-            for found, expected in zip(batch, part.get_shares(step), strict=True):
-                np.testing.assert_array_equal(found, expected)
+            assert_same_batch(batch, part.get_shares(step))
 
 
 def test_shares_of_an_order_that_is_not_shuffled_are_plain_batches(pictures):
-    first, second = sequences_of(pictures[0], 4, 2, batch_size=2)
-    assert [labels.tolist() for _, labels in first.to_dataset().as_numpy_iterator()] == [[0, 1, 2, 3], [8]]
-    assert [labels.tolist() for _, labels in second.to_dataset().as_numpy_iterator()] == [[4, 5, 6, 7], [9]]
-    assert [first.get_rows(step).tolist() for step in range(2)] == [[0, 1, 2, 3], [8]]
-    assert [second.get_rows(step).tolist() for step in range(2)] == [[4, 5, 6, 7], [9]]
-    np.testing.assert_array_equal(second.get_labels(np.array([9, 4])), [9, 4])
+    expected = [[[0, 1, 2, 3], [8]], [[4, 5, 6, 7], [9]]]
+    for sequence, rows in zip(sequences_of(pictures[0], 4, 2, batch_size=2), expected, strict=True):
+        assert [labels.tolist() for _, labels in sequence.to_dataset().as_numpy_iterator()] == rows
+        assert [sequence.get_rows(step).tolist() for step in range(2)] == rows
 
 
 def test_rows_leave_out_what_could_not_be_read(pictures):

@@ -1,4 +1,4 @@
-"""Photos of other shapes than the model's input: stretched, cropped or padded alike by all that reads them."""
+"""`resize_mode`: every reader stretches, crops or pads photos of another shape in the same way."""
 
 import json
 import re
@@ -40,7 +40,7 @@ MODES = ["stretch", "crop", "pad"]
 # Where the input's pixels come from the picture as it is when stretched to its size.
 IDENTITY, MIRROR = np.eye(2, 3), np.array([[-1.0, 0, 40], [0, 1, 0]])
 SIZE = (32, 40)
-SHAPES = [(300, 400), (400, 300), (90, 500), (500, 90), (320, 400), (20, 26), (1, 500), (500, 1), (1, 1)]
+SHAPES = [(300, 400), (500, 90), (320, 400), (20, 26), (1, 500), (1, 1)]
 
 
 def bounds(part):
@@ -55,14 +55,12 @@ def bounds(part):
         ((320, 240), (224, 224), [(40, 280), (0, 240)], None),
         ((300, 400), (100, 200), [(50, 250), (0, 400)], None),
         ((500, 1), (224, 224), [(249, 250), (0, 1)], None),
-        ((1, 500), (224, 100), [(0, 1), (249, 250)], None),
         ((240, 320), (120, 160), [(0, 240), (0, 320)], None),
         # Padded: 240 rows of 320 columns become 168 of 224, which leaves 56; 300x400 becomes 100x133 of 100x200.
         ((240, 320), (224, 224), None, [(28, 196), (0, 224)]),
         ((320, 240), (224, 224), None, [(0, 224), (28, 196)]),
         ((300, 400), (100, 200), None, [(0, 100), (33, 166)]),
         ((500, 1), (224, 224), None, [(0, 224), (111, 112)]),
-        ((1, 500), (224, 100), None, [(111, 112), (0, 100)]),
         ((10, 10), (224, 224), None, [(0, 224), (0, 224)]),
     ],
 )
@@ -117,8 +115,8 @@ def test_augmentation_starts_from_the_fitted_picture(tmp_path, mode, shape):
     assert np.abs(warped.astype(int) - plain).mean() < (0.5 if mode == "pad" else 2)
 
 
-@pytest.mark.parametrize("image_size", [(224, 224), (100, 200), (200, 100)])
-@pytest.mark.parametrize("shape", [(1791, 3000), (3000, 400), (448, 640), (900, 300), (400, 900)])
+@pytest.mark.parametrize("image_size", [(224, 224), (100, 200)])
+@pytest.mark.parametrize("shape", [(895, 1500), (1500, 400), (448, 640), (400, 900)])
 def test_what_is_decoded_at_a_part_of_its_size_is_not_enlarged(tmp_path, shape, image_size):
     path = str(tmp_path / "a.jpg")
     Image.fromarray(ASTRONAUT).resize(shape[::-1]).save(path)
@@ -130,7 +128,7 @@ def test_what_is_decoded_at_a_part_of_its_size_is_not_enlarged(tmp_path, shape, 
             assert now.stop - now.start >= min(wanted, before.stop - before.start)
 
 
-def test_crops_at_random_keep_the_shape_that_test_images_have():
+def test_random_crops_keep_the_shape_of_test_images():
     # Drawn around the square, the input's shape, and the picture's.
     assert [choose_shape((200, 240), (20, 40), mode) for mode in MODES] == [1, 2, 1.2]
     rng = np.random.default_rng(0)
@@ -165,8 +163,7 @@ def test_training_shows_crops_from_the_whole_photo_and_pads_them(tmp_path, mode,
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("image_size", [(224, 224), (100, 200)])
-@pytest.mark.parametrize("shape", [(1, 1), (0.4, 1), (1, 3)])
+@pytest.mark.parametrize(("image_size", "shape"), [((224, 224), (1, 1)), ((224, 224), (1, 3)), ((100, 200), (0.4, 1))])
 def test_the_smallest_crop_is_not_enlarged(mode, image_size, shape):
     """Of the smallest picture that a JPEG may be decoded at: each side as long as the longer one that is asked for."""
     sides = [round(side * max(enlarge_for_crops(image_size, (0.2, 1.0))) / min(shape)) for side in shape]
@@ -212,8 +209,8 @@ def test_features_of_another_mode_are_not_used(photo_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["crop", "pad"])
-def test_a_trained_run_is_tested_and_predicted_alike(photo_folder, small_run, tmp_path, mode):
+def test_a_trained_run_is_tested_and_predicted_alike(photo_folder, small_run, tmp_path):
+    mode = "crop"
     rows = [(str(path), path.parent.name) for path in sorted(photo_folder.glob("*/*.jpg"))]
     for number, name in enumerate(("train", "test")):
         pd.DataFrame(rows[number::2], columns=["path", "class"]).to_csv(tmp_path / f"{name}.csv", index=False)
@@ -254,16 +251,16 @@ def write_mode(folder, mode):
     (folder / "configs.json").write_text(json.dumps(stored | ({"resize_mode": mode} if mode else {})))
 
 
-@pytest.mark.parametrize(("script", "configs_of"), [(test.main, Configs), (predict.main, PredictConfigs)])
-def test_another_mode_than_the_runs_is_refused(run_folder, script, configs_of):
+def test_another_mode_than_the_runs_is_refused(run_folder):
     write_mode(run_folder, "pad")
-    given = configs_of.from_command_line(arguments=["--load_model_path", str(run_folder), "--resize_mode", "stretch"])
-    with pytest.raises(UserError, match="resize_mode is 'pad' for the model .* Received: 'stretch'"):
-        script(given)
+    flags = ["--load_model_path", str(run_folder), "--resize_mode", "stretch"]
+    for main, configs_class in ((test.main, Configs), (predict.main, PredictConfigs)):
+        with pytest.raises(UserError, match="resize_mode is 'pad' .* 'stretch'"):
+            main(configs_class.from_command_line(arguments=flags))
 
 
 @pytest.mark.parametrize("mode", [None, *MODES])
-def test_the_card_tells_how_to_fit_a_photo(run_folder, photo_folder, monkeypatch, mode):
+def test_the_card_says_how_to_resize_a_photo(run_folder, photo_folder, monkeypatch, mode):
     write_mode(run_folder, mode)
     mode = mode or "stretch"
     write_model_card(str(run_folder))
@@ -279,8 +276,9 @@ def test_the_card_tells_how_to_fit_a_photo(run_folder, photo_folder, monkeypatch
     assert np.abs(names["image"].astype(float) - expected).mean() < 8
 
 
-@pytest.mark.parametrize("mode", ["crop", "pad"])
-def test_exports_carry_their_mode(run_folder, mode, tmp_path):
+@pytest.mark.slow
+def test_exports_carry_their_mode(run_folder, tmp_path):
+    mode = "pad"
     write_mode(run_folder, mode)
     report = export(run_folder, "tflite")
     assert report["artefacts"][1]["comparison"]["changed_predictions"] == 0
@@ -319,18 +317,18 @@ def test_a_legacy_model_is_one_of_stretched_photos(run_folder):
     edited = Configs(resize_mode="crop")
     edited.given = set()
     assert describe_model(edited, path).resize_mode == "stretch"
-    with pytest.raises(UserError, match="resize_mode is 'stretch' for the model .* Received: 'pad'"):
+    with pytest.raises(UserError, match="resize_mode is 'stretch' .* 'pad'"):
         describe_model(Configs().replace(resize_mode="pad"), path)
 
 
-def test_a_mode_that_there_is_not_is_told(run_folder):
+def test_an_unknown_mode_is_refused(run_folder):
     write_mode(run_folder, "squeeze")
-    with pytest.raises(UserError, match=r"configs.json: resize_mode: expected .*stretch, crop, pad.*'squeeze'"):
+    with pytest.raises(UserError, match=r"configs.json: resize_mode: .*stretch, crop, pad.*'squeeze'"):
         describe_model(Configs(), str(run_folder / "best_model.keras"))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_heatmap_lies_where_the_model_looked(tmp_path, mode):
+def test_a_heatmap_is_placed_where_the_model_looked(tmp_path, mode):
     """A white photo, 90 wide and 30 high, that is red in its right third: a map of what is red in the input."""
     photo = np.full((30, 90, 3), 255, np.uint8)
     photo[:, 60:, 1:] = 0
@@ -351,7 +349,7 @@ def test_a_heatmap_lies_where_the_model_looked(tmp_path, mode):
     np.testing.assert_allclose(found[:, np.r_[0:58, 62:90]], expected[:, np.r_[0:58, 62:90]], atol=0.01)
 
 
-def test_what_a_model_has_not_seen_keeps_its_colours():
+def test_the_cropped_parts_of_a_photo_keep_their_colours():
     photo = np.full((30, 90, 3), 200, np.uint8)
     shown = overlay_heatmap(photo, np.zeros((2, 2)), 0.5, "jet", (60, 60), "crop")
     is_changed = (shown != photo).any(axis=2)

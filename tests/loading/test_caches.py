@@ -1,4 +1,4 @@
-"""The memory and the disk cache give what decoding gives, whatever happens to them."""
+"""The caches return what decoding returns, whatever happens to their files."""
 
 import os
 import shutil
@@ -80,7 +80,7 @@ def test_a_disk_cache_that_is_killed_while_it_is_filled_is_right_afterwards(pict
 def test_a_cache_that_does_not_fit_is_refused_before_the_start(pictures, tmp_path, monkeypatch, patched, value, kind):
     usage = shutil.disk_usage(tmp_path)._replace(free=3000)
     monkeypatch.setattr(patched, (lambda: value) if kind == "memory" else (lambda _: usage))
-    with pytest.raises(UserError, match="image_cache: .*Free are 0.0 GiB"):
+    with pytest.raises(UserError, match="image_cache: .*0.0 GiB"):
         cache_of(kind, pictures[0], tmp_path)
 
 

@@ -5,11 +5,11 @@ import pytest
 from picture_sets import assert_blended
 from PIL import Image
 
-from finetune.loading.mixing import draw_crop, enlarge_for_crops, mix_batch
+from finetune.loading.mixing import draw_crop, mix_batch
 from generator import AugmentedImageSequence
 
 
-@pytest.mark.parametrize("size", [(240, 320), (100, 100), (333, 250)])
+@pytest.mark.parametrize("size", [(240, 320), (100, 100)])
 def test_crops_keep_to_their_areas_and_ratios_and_reach_everywhere(size):
     rng = np.random.default_rng(0)
     seen, areas = np.zeros(size, int), []
@@ -28,51 +28,29 @@ def test_crops_keep_to_their_areas_and_ratios_and_reach_everywhere(size):
     assert seen.min() > 0
 
 
-def test_of_a_long_strip_the_middle_is_taken():
-    rows, columns = draw_crop((10, 1000), (0.9, 1.0), np.random.default_rng(0))
-    assert (rows, columns) == (slice(0, 10), slice(493, 506))
-
-
-def test_the_whole_is_the_only_crop_of_one_pixel():
+def test_the_only_crop_of_a_pixel_or_a_strip_is_from_its_middle():
     assert draw_crop((1, 1), (0.5, 1.0), np.random.default_rng(0)) == (slice(0, 1), slice(0, 1))
+    assert draw_crop((10, 1000), (0.9, 1.0), np.random.default_rng(0)) == (slice(0, 10), slice(493, 506))
 
 
-def test_the_smallest_crop_of_an_enlarged_picture_has_the_size():
-    height, width = enlarge_for_crops((224, 224), (0.25, 1.0))
-    assert min((height * width * 0.25 / ratio) ** 0.5 for ratio in (3 / 4, 4 / 3)) >= 224
-
-
-@pytest.fixture
-def ramp(tmp_path):
-    """A picture whose red tells the column and whose green the row."""
+def test_training_images_are_crops_that_depend_on_seed_and_epoch_alone(tmp_path):
+    """In a picture whose red is the column and whose green is the row."""
     picture = np.zeros((200, 240, 3), np.uint8)
     picture[..., 0], picture[..., 1] = np.arange(240), np.arange(200)[:, None]
     Image.fromarray(picture).save(tmp_path / "ramp.png")
-    return [str(tmp_path / "ramp.png")] * 6
-
-
-def sequence_of(paths, **options):
-    values = {"image_size": (20, 20), "batch_size": 3, "shuffle": True, "crop_area": (0.3, 0.5)} | options
-    return AugmentedImageSequence(paths, np.zeros(len(paths), np.int32), **values)
-
-
-def test_training_images_are_crops_that_follow_from_seed_and_epoch_alone(ramp):
-    sequence = sequence_of(ramp)
+    facts = {"paths": [str(tmp_path / "ramp.png")] * 6, "labels": np.zeros(6, int), "image_size": (20, 20)}
+    facts |= {"batch_size": 3, "shuffle": True, "crop_area": (0.3, 0.5)}
+    sequence = AugmentedImageSequence(**facts)
     first = np.concatenate([sequence[0][0], sequence[1][0]])
-    spans = np.stack(
-        [first[..., channel].max(axis=(1, 2)) - first[..., channel].min(axis=(1, 2)) for channel in (0, 1)]
-    )
+    spans = np.ptp(first[..., :2], axis=(1, 2))
     assert len(np.unique(first[:, 0, 0, 0])) > 1
-    areas = spans.prod(axis=0, dtype=float) / (240 * 200)
+    areas = spans.prod(axis=1, dtype=float) / (240 * 200)
     assert 0.2 < areas.min() < areas.max() < 0.5
-    np.testing.assert_array_equal(sequence_of(ramp, workers=3)[1][0], sequence[1][0])
+    np.testing.assert_array_equal(AugmentedImageSequence(**facts)[1][0], sequence[1][0])
     sequence.epoch = 1
     assert (sequence[0][0] != first[:3]).any()
-
-
-def test_images_that_are_not_trained_on_are_shown_whole(ramp):
-    whole = sequence_of(ramp, shuffle=False)[0][0]
-    assert whole[..., 0].max() - whole[..., 0].min() > 220
+    whole = AugmentedImageSequence(**facts | {"shuffle": False})[0][0]
+    assert np.ptp(whole[..., 0]) > 220
 
 
 def mix(images, labels=None, seed=0, mixup_alpha=0.0, cutmix_alpha=0.0):
@@ -99,8 +77,7 @@ def test_mixup_blends_pixels_and_labels_by_the_same_share():
 
 
 def test_cutmix_pastes_a_box_and_counts_its_pixels():
-    images = np.empty((40, 30, 50, 3), np.uint8)
-    images[:] = np.arange(40)[:, None, None, None] + [0, 50, 100]
+    images = np.zeros((40, 30, 50, 3), np.uint8) + (np.arange(40)[:, None, None, None] + [0, 50, 100]).astype(np.uint8)
     mixed, labels = mix(images, cutmix_alpha=1.0)
     assert (mixed.dtype, labels.dtype) == (np.uint8, np.float32)
     cut_off = 0
@@ -130,8 +107,8 @@ def test_boxes_of_cutmix_reach_everywhere_and_have_the_drawn_size():
     assert pasted.sum(axis=(1, 2)).max() == 49
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
-def test_shares_of_mixup_are_of_the_beta_distribution(alpha):
+@pytest.mark.parametrize("alpha", [0.2, 4.0])
+def test_shares_of_mixup_have_the_beta_distribution(alpha):
     labels = np.repeat(np.eye(2, dtype=np.float32), 5000, axis=0)
     _, mixed = mix(np.zeros((10000, 1, 1, 3), np.uint8), labels, mixup_alpha=alpha)
     # Where both are of one class, the share of the other is 0.
@@ -165,9 +142,9 @@ def test_one_image_is_mixed_with_itself(alphas):
     np.testing.assert_allclose(labels, [[0, 1, 1]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("alpha", [5e-324, 1e-3, 1e5, 1e308])
-def test_any_alpha_gives_shares(alpha):
-    for alphas in ((alpha, 0.0), (0.0, alpha)):
-        _, labels = mix(random_images(5), None, 0, *alphas)
-        np.testing.assert_allclose(labels.sum(axis=1), 1, rtol=1e-6)
-        assert labels.min() >= 0
+@pytest.mark.parametrize("alpha", [5e-324, 1e308])
+@pytest.mark.parametrize("kind", ["mixup_alpha", "cutmix_alpha"])
+def test_any_alpha_gives_shares(alpha, kind):
+    _, labels = mix(random_images(5), **{kind: alpha})
+    np.testing.assert_allclose(labels.sum(axis=1), 1, rtol=1e-6)
+    assert labels.min() >= 0

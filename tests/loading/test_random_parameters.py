@@ -1,4 +1,4 @@
-"""What is drawn for a batch at once, against what imgaug does with each image."""
+"""The parameters of a whole batch against those that imgaug draws image by image."""
 
 import numpy as np
 import pytest
