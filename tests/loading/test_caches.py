@@ -7,43 +7,27 @@ import sys
 
 import numpy as np
 import pytest
-from picture_sets import (
-    SIZE,
-    cache_of,
-    mixing_sequence,
-    one_epoch,
-    pictures,  # noqa: F401
-    sequence_of,
-)
+from picture_sets import SIZE, cache_of, mixing_sequence, one_epoch, pictures, sequence_of  # noqa: F401
 from PIL import Image
 
 from finetune.core.options import UserError
 from finetune.loading.caches import MemoryCache
 
 
-def test_mixing_leaves_a_cache_as_it_is(pictures, tmp_path):
+def test_mixing_leaves_a_cache_as_it_is(pictures):
     sequence = mixing_sequence(pictures[0], cutmix_alpha=1.0, cache=MemoryCache(10, SIZE))
     first, second = one_epoch(sequence), one_epoch(sequence)
     np.testing.assert_array_equal(first[0], second[0])
-    for row in range(10):
-        np.testing.assert_array_equal(sequence.cache.get(row), pictures[1][row])
+    np.testing.assert_array_equal([sequence.cache.get(row) for row in range(10)], pictures[1])
 
 
-@pytest.mark.slow
-def test_a_later_process_uses_the_disk_cache(pictures, tmp_path):
-    paths, images = pictures
-    sequence = sequence_of(paths, cache=cache_of("disk", paths, tmp_path))
-    one_epoch(sequence)
-    code = (
-        "import sys; from finetune.loading.caches import DiskCache; import numpy as np; "
-        f"cache = DiskCache(sys.argv[1:], {SIZE}, {str(tmp_path)!r}); "
-        "print(sum(int(cache.get(row).sum()) for row in range(len(sys.argv) - 1)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == images.sum()
+def test_each_image_size_has_its_own_file(pictures, tmp_path):
+    one_epoch(sequence_of(pictures[0], cache=cache_of("disk", pictures[0], tmp_path)))
+    other = cache_of("disk", pictures[0], tmp_path, (6, 8))
+    assert [other.get(row) for row in range(10)] == [None] * 10
 
 
-def test_an_image_that_changes_while_it_is_read_is_read_again(pictures, tmp_path):
+def test_an_image_that_changes_during_reading_is_read_again(pictures, tmp_path):
     paths, images = pictures
     cache = cache_of("disk", paths, tmp_path)
     assert cache.get(3) is None
@@ -53,7 +37,8 @@ def test_an_image_that_changes_while_it_is_read_is_read_again(pictures, tmp_path
     assert cache.get(3) is None
 
 
-def test_a_disk_cache_that_is_killed_while_it_is_filled_is_right_afterwards(pictures, tmp_path):
+@pytest.mark.slow
+def test_a_disk_cache_is_right_after_its_process_was_killed(pictures, tmp_path):
     paths, images = pictures
     code = (
         "import os, signal, sys, threading, time; import numpy as np; from finetune.loading.caches import DiskCache\n"
@@ -70,21 +55,16 @@ def test_a_disk_cache_that_is_killed_while_it_is_filled_is_right_afterwards(pict
         assert cache.get(row) is None or (cache.get(row) == image).all()
 
 
-@pytest.mark.parametrize(
-    ("patched", "value", "kind"),
-    [
-        ("finetune.loading.caches.free_memory", 5000, "memory"),
-        ("finetune.loading.caches.shutil.disk_usage", None, "disk"),
-    ],
-)
-def test_a_cache_that_does_not_fit_is_refused_before_the_start(pictures, tmp_path, monkeypatch, patched, value, kind):
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_a_cache_that_does_not_fit_is_refused_before_the_start(pictures, tmp_path, monkeypatch, kind):
     usage = shutil.disk_usage(tmp_path)._replace(free=3000)
-    monkeypatch.setattr(patched, (lambda: value) if kind == "memory" else (lambda _: usage))
+    monkeypatch.setattr("finetune.loading.caches.free_memory", lambda: 5000)
+    monkeypatch.setattr("finetune.loading.caches.shutil.disk_usage", lambda _: usage)
     with pytest.raises(UserError, match="image_cache: .*0.0 GiB"):
         cache_of(kind, pictures[0], tmp_path)
 
 
-def test_a_cache_folder_that_cannot_be_written_is_named(pictures, tmp_path):
+def test_an_unwritable_cache_folder_is_named(pictures, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot write .*file.*another image_cache_path"):
+    with pytest.raises(UserError, match="file.*image_cache_path"):
         cache_of("disk", pictures[0], tmp_path / "file")

@@ -10,7 +10,6 @@ import keras
 import numpy as np
 import pytest
 from exported_runs import CLASSES, build_colour_model
-from tiny_models import write_table
 
 import predict
 from configs import Configs
@@ -69,13 +68,13 @@ def bare(project, saved):
     return shutil.copy(saved / "bare.keras", str(project / "model" / "best_model.keras"))
 
 
+def add_member(path, name, content):
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, content)
+
+
 def read_flags(*flags):
     return PredictConfigs.from_command_line(arguments=[*flags])
-
-
-def run_predict(path, photo_folder, *flags):
-    asked = ["--load_model_path", path, "--input", str(photo_folder / "red"), "--write_path", "answers.csv"]
-    return predict.main(read_flags(*asked, *flags))["predictions"]
 
 
 def test_a_keras_file_has_a_description_and_loads_without_this_project(model_path):
@@ -89,8 +88,7 @@ def test_a_keras_file_has_a_description_and_loads_without_this_project(model_pat
 
 def test_a_decision_goes_into_the_file_and_leaves_the_rest(model_path):
     state = {"configs": {}, "given": []}
-    with zipfile.ZipFile(model_path, "a") as archive:
-        archive.writestr("training_state.json", json.dumps(state))
+    add_member(model_path, "training_state.json", json.dumps(state))
     digest, of_all = hash_model(model_path), hash_file(model_path)
     with zipfile.ZipFile(model_path) as archive:
         members = {name: archive.read(name) for name in archive.namelist() if name != "description.json"}
@@ -128,9 +126,9 @@ def test_a_locked_model_keeps_its_decision(model_path, capsys):
 
 def test_a_model_copied_elsewhere_answers_as_in_its_run(model_path, photo_folder, project, capsys):
     embed_decision(model_path, FITTED.to_dict())
-    copy = str(project / "data" / "mine.keras")
-    shutil.copy(model_path, copy)
-    answers = run_predict(copy, photo_folder)
+    copy = shutil.copy(model_path, str(project / "data" / "mine.keras"))
+    flags = ["--load_model_path", copy, "--input", str(photo_folder / "red"), "--write_path", "answers.csv"]
+    answers = predict.main(read_flags(*flags))["predictions"]
     assert set(answers["predicted"]) == {"red"}
     assert list(answers.filter(like="probability_").columns) == [f"probability_{name}" for name in CLASSES]
     printed = capsys.readouterr().out
@@ -139,8 +137,7 @@ def test_a_model_copied_elsewhere_answers_as_in_its_run(model_path, photo_folder
 
 
 def test_the_state_of_legacy_checkpoints_names_the_classes(bare):
-    with zipfile.ZipFile(bare, "a") as archive:
-        archive.writestr("training_state.json", json.dumps({"configs": OPTIONS | {"of_old_times": 1}}))
+    add_member(bare, "training_state.json", json.dumps({"configs": OPTIONS | {"of_old_times": 1}}))
     described = find_description(bare)
     assert described.options == OPTIONS | {"image_target_size": (32, 32, 3)}
     assert set(described.sources.values()) == {"own metadata"}
@@ -150,8 +147,7 @@ def test_the_state_of_legacy_checkpoints_names_the_classes(bare):
 
 @pytest.mark.parametrize("state", ["{", "null", "[" * 10_000, '{"configs": 1}', '{"configs": {"classes": 1}}'])
 def test_a_damaged_state_describes_nothing(bare, state):
-    with zipfile.ZipFile(bare, "a") as archive:
-        archive.writestr("training_state.json", state)
+    add_member(bare, "training_state.json", state)
     assert find_description(bare).options == {}
     with pytest.raises(UserError, match="damaged") as caught:
         read_state(bare)
@@ -159,22 +155,21 @@ def test_a_damaged_state_describes_nothing(bare, state):
 
 
 def test_a_bug_in_reading_a_state_is_not_hidden(bare, monkeypatch):
-    with zipfile.ZipFile(bare, "a") as archive:
-        archive.writestr("training_state.json", json.dumps({"configs": OPTIONS}))
+    add_member(bare, "training_state.json", json.dumps({"configs": OPTIONS}))
     monkeypatch.setattr("finetune.models.description.select_described", lambda _: {}["bug"])
     with pytest.raises(KeyError):
         find_description(bare)
 
 
-def test_without_a_description_nothing_is_guessed(bare, photo_folder):
+def test_without_a_description_nothing_is_guessed(bare):
+    flags = ["--load_model_path", bare]
     with pytest.raises(UserError, match="classes, image_target_size, resize_mode, multi_label") as caught:
-        run_predict(bare, photo_folder)
+        find_trained_model(read_flags(*flags))
     for words in (bare, "--classes", "--train_csv", "--resize_mode stretch|crop|pad", "best_model_metadata.json"):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=" its classes.* --classes"):
-        run_predict(bare, photo_folder, *NEEDED)
-    assert not os.path.exists("answers.csv")
+        find_trained_model(read_flags(*flags, *NEEDED))
 
 
 @pytest.mark.parametrize("missing", ["image_target_size", "resize_mode", "multi_label_classification"])
@@ -186,37 +181,25 @@ def test_one_option_that_is_missing_is_named_alone(bare, missing):
         find_trained_model(read_flags("--load_model_path", bare, "--classes", *CLASSES, *flags))
 
 
-def test_a_labels_file_next_to_the_model_contradicts_other_given_names(bare, photo_folder, capsys):
-    labels = Path(bare).with_name("best_model_labels.txt")
-    labels.write_text("Blau\nGrün\nRot\n", encoding="utf-8")
-    assert set(run_predict(bare, photo_folder, *NEEDED)["predicted"]) == {"Rot"}
-    printed = capsys.readouterr().out
-    assert "(class names from its best_model_labels.txt)" in printed
-    assert "its preprocessing has to be inside" in printed
-    with pytest.raises(UserError, match=r"classes is .*Blau.*best_model_labels\.txt"):
-        run_predict(bare, photo_folder, *NEEDED, "--classes", *CLASSES)
-
-
-@pytest.mark.parametrize("content", [b"", b"a\n\nb\n", b"a\nb\na\n", b"\xff\xfe\xfa"])
-def test_a_damaged_labels_file_is_refused(bare, content):
-    Path(bare).with_name("best_model_labels.txt").write_bytes(content)
-    with pytest.raises(UserError, match="best_model_labels.txt") as caught:
-        find_description(bare)
-    assert "\n" not in str(caught.value)
-
-
-def test_given_names_and_a_given_table_are_used(bare, photo_folder, project, capsys):
-    assert set(run_predict(bare, photo_folder, *NEEDED, "--classes", "x", "y", "z")["predicted"]) == {"z"}
-    assert "(class names from --classes)" in capsys.readouterr().out
-    table = write_table(project, "path,class\na,one\nb,two\nc,three\n")
-    assert set(run_predict(bare, photo_folder, *NEEDED, "--train_csv", table)["predicted"]) == {"two"}
-    assert f"(class names from --train_csv {table})" in capsys.readouterr().out
-
-
-def test_configs_of_the_run_describe_its_models(bare, photo_folder, capsys):
-    Path(bare).with_name("configs.json").write_text(json.dumps(OPTIONS))
-    assert set(run_predict(bare, photo_folder)["predicted"]) == {"red"}
-    assert "(class names from its configs.json)" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("name", "content", "flags", "classes", "source"),
+    [
+        ("best_model_labels.txt", "Blau\nGrün\nRot\n", NEEDED, ["Blau", "Grün", "Rot"], "its best_model_labels.txt"),
+        ("configs.json", json.dumps(OPTIONS), [], CLASSES, "its configs.json"),
+        ("table.csv", "path,class\na,one\nb,two\n", [*NEEDED, "--train_csv", "model/table.csv"], ["one", "two"], None),
+        ("table.csv", "", [*NEEDED, "--classes", "z", "x"], ["z", "x"], "--classes"),
+    ],
+)
+def test_class_names_have_a_source(bare, name, content, flags, classes, source):
+    Path(bare).with_name(name).write_text(content, encoding="utf-8")
+    path, configs = find_trained_model(read_flags("--load_model_path", bare, *flags))
+    assert configs.classes == classes
+    line = name_model(configs, path)
+    assert f"(class names from {source or '--train_csv model/table.csv'})" in line
+    assert ("its preprocessing has to be inside" in line) == (name != "configs.json")
+    if source and source.startswith("its"):
+        with pytest.raises(UserError, match=rf"classes is .*{classes[0]}.*{name}"):
+            find_trained_model(read_flags("--load_model_path", bare, *flags, "--classes", "a", "b", "c"))
 
 
 @pytest.mark.parametrize("name", ["classes", "resize_mode"])
@@ -237,10 +220,17 @@ def test_a_labels_file_of_another_model_is_refused(bare):
         find_description(bare)
 
 
+@pytest.mark.parametrize("content", [b"", b"a\n\nb\n", b"a\nb\na\n", b"\xff\xfe\xfa"])
+def test_a_damaged_labels_file_is_refused(bare, content):
+    Path(bare).with_name("best_model_labels.txt").write_bytes(content)
+    with pytest.raises(UserError, match="best_model_labels.txt") as caught:
+        find_description(bare)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("content", ["{", "null", "[]", '{"options": []}', '{"options": {}}'])
 def test_a_damaged_description_is_refused(bare, content):
-    with zipfile.ZipFile(bare, "a") as archive:
-        archive.writestr("description.json", content)
+    add_member(bare, "description.json", content)
     with pytest.raises(UserError, match=r"best_model.keras .*description.json"):
         find_description(bare)
 
@@ -284,8 +274,3 @@ def test_default_tables_are_not_taken_for_the_models(model_path, capsys):
     assert "it is not given: going without a training set" in capsys.readouterr().out
     given = read_flags("--load_model_path", model_path, "--train_csv", "./data/training_set.csv")
     assert find_trained_model(given)[1].train_csv == "./data/training_set.csv"
-
-
-def test_the_model_is_named_with_the_source_of_its_classes(bare):
-    configs = Configs(load_model_path=bare, classes=CLASSES)
-    assert name_model(configs, bare).startswith(f"Model: {bare} (class names from --classes)\n")

@@ -137,21 +137,19 @@ def test_single_labels_have_one_loss(loss):
 
 
 @pytest.mark.parametrize(
-    ("options", "present", "absent"),
+    ("options", "present"),
     [
-        ({}, 1 + np.log(3), 1),
-        ({"use_class_balancing": False}, 1, 1),
-        ({"positive_weights_multiply": 2.0}, 2 * (1 + np.log(3)), 1),
-        ({"positive_weights_multiply": 2.0, "use_class_balancing": False}, 2, 1),
+        ({}, 1 + np.log(3)),
+        ({"use_class_balancing": False}, 1),
+        ({"positive_weights_multiply": 2.0}, 2 * (1 + np.log(3))),
+        ({"positive_weights_multiply": 2.0, "use_class_balancing": False}, 2),
     ],
 )
-def test_losses_of_multiple_labels_weigh_rare_presence(options, present, absent):
+def test_losses_of_multiple_labels_weigh_rare_presence(options, present):
     configs = small_configs(multi_label_classification=True, classes=["a"], **options)
-    losses = get_losses(configs, np.array([[1], [0], [0], [0]], np.float32))
     y_true, y_pred = np.array([[1], [0]], np.float32), np.array([[0.3], [0.4]], np.float32)
-    expected = [-present * np.log(0.3), -absent * np.log(0.6)]
-    np.testing.assert_allclose(losses.training(y_true, y_pred), expected, rtol=1e-5)
-    np.testing.assert_allclose(losses.validation(y_true, y_pred), expected, rtol=1e-5)
+    for loss in get_losses(configs, np.array([[1], [0], [0], [0]], np.float32)):
+        np.testing.assert_allclose(loss(y_true, y_pred), [-present * np.log(0.3), -np.log(0.6)], rtol=1e-5)
 
 
 def multilabel_losses(**options):
