@@ -24,6 +24,7 @@ from finetune.models.freezing import freeze_layers
 from finetune.models.safety import limiting_weights
 from model import ModelFactory
 
+# The smallest network of each family.
 FAMILIES = (
     *("VGG16", "DenseNet121", "Xception", "ResNet50", "ResNet50V2", "InceptionV3", "InceptionResNetV2"),
     *("NASNetMobile", "MobileNet", "MobileNetV2", "MobileNetV3Small", "EfficientNetB0", "EfficientNetV2B0"),
