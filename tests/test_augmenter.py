@@ -85,7 +85,7 @@ def test_photo_turns_about_the_middle_and_leaves_moving_and_scaling_to_the_crops
     augmenter.seed_(0)
     maps = augmenter.draw_maps(500, (40, 60))
     np.testing.assert_allclose(maps @ [30, 20, 1], np.tile([30, 20], (500, 1)))
-    # Areas stay, but for what shearing by 8 degrees while turning by 15 makes of them.
+    # Areas stay, except for the effect of a shear by 8 degrees with a rotation by 15.
     np.testing.assert_allclose(np.abs(np.linalg.det(maps[:, :, :2])), 1, atol=0.05)
     columns = np.rad2deg(np.arctan(maps[:, 1, 0] / maps[:, 0, 0]))
     assert 13 < np.abs(columns).max() < 24

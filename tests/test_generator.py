@@ -196,7 +196,7 @@ def test_several_labels_are_mixed_as_they_are(pictures):
     present[:, 0] = 1
     _, labels = one_epoch(mixing_sequence(pictures[0], present, number_of_classes=None))
     assert labels.dtype == np.float32
-    # All images have the first label, and so has each mixed one; of the others it has shares.
+    # All images have the first label, and so do the mixed ones.
     np.testing.assert_allclose(labels[:, 0], 1, rtol=1e-6)
     assert ((labels > 0) & (labels < 0.999)).any()
 

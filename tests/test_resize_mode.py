@@ -37,7 +37,7 @@ from utils import classify_image, load_model
 
 ASTRONAUT = skimage.data.astronaut()
 MODES = ["stretch", "crop", "pad"]
-# Where the input's pixels come from the picture as it is when stretched to its size.
+# Maps from the input to the stretched picture.
 IDENTITY, MIRROR = np.eye(2, 3), np.array([[-1.0, 0, 40], [0, 1, 0]])
 SIZE = (32, 40)
 SHAPES = [(300, 400), (500, 90), (320, 400), (20, 26), (1, 500), (1, 1)]
@@ -50,13 +50,13 @@ def bounds(part):
 @pytest.mark.parametrize(
     ("picture_size", "image_size", "seen", "filled"),
     [
-        # Crops: of 240x320 a square of 240, 80 columns are left out; twice as wide as high, 400x200 of 300x400.
+        # Crops: a square of 240x320 leaves out 80 columns; a crop of 300x400 twice as wide as high is 200x400.
         ((240, 320), (224, 224), [(0, 240), (40, 280)], None),
         ((320, 240), (224, 224), [(40, 280), (0, 240)], None),
         ((300, 400), (100, 200), [(50, 250), (0, 400)], None),
         ((500, 1), (224, 224), [(249, 250), (0, 1)], None),
         ((240, 320), (120, 160), [(0, 240), (0, 320)], None),
-        # Padded: 240 rows of 320 columns become 168 of 224, which leaves 56; 300x400 becomes 100x133 of 100x200.
+        # Padding: 240x320 becomes 168x224, which leaves 56 rows; 300x400 becomes 100x133 of 100x200.
         ((240, 320), (224, 224), None, [(28, 196), (0, 224)]),
         ((320, 240), (224, 224), None, [(0, 224), (28, 196)]),
         ((300, 400), (100, 200), None, [(0, 100), (33, 166)]),
@@ -74,7 +74,7 @@ def test_the_rectangles_are_those_worked_out_by_hand(picture_size, image_size, s
 
 
 def draw_smooth(shape):
-    """A picture in which half a pixel, which Pillow crops too, and the way of interpolating are no large difference."""
+    """A smooth picture, on which interpolation and Pillow's crops at half a pixel make little difference."""
     return np.asarray(Image.fromarray(ASTRONAUT).resize((6, 6), Image.Resampling.BOX).resize(shape[::-1]))
 
 
@@ -117,7 +117,7 @@ def test_augmentation_starts_from_the_fitted_picture(tmp_path, mode, shape):
 
 @pytest.mark.parametrize("image_size", [(224, 224), (100, 200)])
 @pytest.mark.parametrize("shape", [(895, 1500), (1500, 400), (448, 640), (400, 900)])
-def test_what_is_decoded_at_a_part_of_its_size_is_not_enlarged(tmp_path, shape, image_size):
+def test_an_image_decoded_at_reduced_size_is_not_enlarged(tmp_path, shape, image_size):
     path = str(tmp_path / "a.jpg")
     Image.fromarray(ASTRONAUT).resize(shape[::-1]).save(path)
     image = read_image(path, image_size)
@@ -129,7 +129,7 @@ def test_what_is_decoded_at_a_part_of_its_size_is_not_enlarged(tmp_path, shape, 
 
 
 def test_random_crops_keep_the_shape_of_test_images():
-    # Drawn around the square, the input's shape, and the picture's.
+    # Ratios around the square, the input's shape, and the picture's.
     assert [choose_shape((200, 240), (20, 40), mode) for mode in MODES] == [1, 2, 1.2]
     rng = np.random.default_rng(0)
     for shape, size in ((2.0, (500, 500)), (0.25, (500, 500)), (1.2, (200, 240))):
@@ -143,7 +143,7 @@ def test_random_crops_keep_the_shape_of_test_images():
     ("mode", "lowest", "highest"), [("stretch", 0.75, 1.34), ("crop", 1.5, 2.67), ("pad", 0.9, 1.6)]
 )
 def test_training_shows_crops_from_the_whole_photo_and_pads_them(tmp_path, mode, lowest, highest):
-    """In a picture whose red tells the column and whose green the row."""
+    """In a picture whose red is the column and whose green is the row."""
     picture = np.zeros((200, 240, 3), np.uint8)
     picture[..., 0], picture[..., 1] = np.arange(240), np.arange(200)[:, None]
     Image.fromarray(picture).save(tmp_path / "ramp.png")
@@ -155,7 +155,7 @@ def test_training_shows_crops_from_the_whole_photo_and_pads_them(tmp_path, mode,
     high, low = shown.max(axis=(1, 2)).astype(float), shown.min(axis=(1, 2)).astype(float)
     ratios = (high - low)[:, 0] / (high - low)[:, 1]
     assert lowest * 0.93 < ratios.min() < ratios.max() < highest * 1.07
-    # A part of the sides that test images do not show is seen at times.
+    # Some crops show the margins that test images leave out.
     assert (low.min(axis=0) < 12).all()
     assert (high.max(axis=0) > [227, 187]).all()
     sequence.shuffle = sequence.crops = False
@@ -165,7 +165,7 @@ def test_training_shows_crops_from_the_whole_photo_and_pads_them(tmp_path, mode,
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("image_size", "shape"), [((224, 224), (1, 1)), ((224, 224), (1, 3)), ((100, 200), (0.4, 1))])
 def test_the_smallest_crop_is_not_enlarged(mode, image_size, shape):
-    """Of the smallest picture that a JPEG may be decoded at: each side as long as the longer one that is asked for."""
+    """Tests the smallest size at which a JPEG may be decoded."""
     sides = [round(side * max(enlarge_for_crops(image_size, (0.2, 1.0))) / min(shape)) for side in shape]
     around, rng = choose_shape(sides, image_size, mode), np.random.default_rng(0)
     for _ in range(200):
@@ -185,7 +185,7 @@ def test_a_cache_knows_the_pictures_of_its_mode_alone(photo_folder, tmp_path, ki
         expected = [fit_image(read_image(path, (32, 32)), (32, 32), mode) for path in paths]
         for _ in range(2):
             np.testing.assert_array_equal(sequence[0][0], expected)
-    # That of an older version is still found.
+    # Caches of older versions are still found.
     folder = str(tmp_path / "cache")
     named = {mode: DiskCache(paths, (32, 32), folder, mode).path for mode in MODES}
     assert named["stretch"] == DiskCache(paths, (32, 32), folder).path
@@ -219,7 +219,7 @@ def test_a_trained_run_is_tested_and_predicted_alike(photo_folder, small_run, tm
     train.main(configs)
     folder = Path(configs.save_model_path)
     assert f"| Resizing | {mode} |" in (folder / "MODEL_CARD.md").read_text()
-    # An epoch leaves a network to which all photos are alike.
+    # After one epoch, the network answers all photos alike.
     build_colour_model().save(folder / "best_model.keras")
     tested, predicted = evaluate_and_predict(folder, tmp_path / "test.csv")
     np.testing.assert_allclose(predicted, tested, atol=1e-6)
@@ -284,7 +284,7 @@ def test_exports_carry_their_mode(run_folder, tmp_path):
     assert report["artefacts"][1]["comparison"]["changed_predictions"] == 0
     metadata = json.loads((run_folder / "best_model_metadata.json").read_text())
     assert metadata["options"]["resize_mode"] == mode
-    # Away from the run, predict.py takes it from there.
+    # Without the run's folder, predict.py reads it from there.
     for name in ("best_model.tflite", "best_model_metadata.json"):
         (run_folder / name).rename(tmp_path / name)
     stored = json.loads((run_folder / "configs.json").read_text())
@@ -313,7 +313,7 @@ def test_a_legacy_model_is_one_of_stretched_photos(run_folder):
     write_mode(run_folder, None)
     path = str(run_folder / "best_model.keras")
     assert describe_model(Configs(), path).resize_mode == "stretch"
-    # Whatever the default has become since.
+    # The default does not matter.
     edited = Configs(resize_mode="crop")
     edited.given = set()
     assert describe_model(edited, path).resize_mode == "stretch"
@@ -329,7 +329,7 @@ def test_an_unknown_mode_is_refused(run_folder):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_heatmap_is_placed_where_the_model_looked(tmp_path, mode):
-    """A white photo, 90 wide and 30 high, that is red in its right third: a map of what is red in the input."""
+    """Maps the red pixels of a white photo, 90 wide and 30 high, whose right third is red."""
     photo = np.full((30, 90, 3), 255, np.uint8)
     photo[:, 60:, 1:] = 0
     Image.fromarray(photo).save(tmp_path / "a.png")
@@ -344,7 +344,7 @@ def test_a_heatmap_is_placed_where_the_model_looked(tmp_path, mode):
     expected = np.zeros((30, 90))
     expected[:, 60:] = 1
     if mode == "crop":
-        # Of the middle third, all that the model saw, nothing is red.
+        # The model saw only the middle third, without red.
         expected[:, np.r_[0:30, 60:90]] = np.nan
     np.testing.assert_allclose(found[:, np.r_[0:58, 62:90]], expected[:, np.r_[0:58, 62:90]], atol=0.01)
 

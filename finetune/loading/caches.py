@@ -98,9 +98,8 @@ class DiskCache:
         self.path = os.path.join(folder, f"images_{height}x{width}{kind}_{digest}.cache")
         try:
             os.makedirs(folder, exist_ok=True)
-            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - stays open
-            self._file.close()
-            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
+            Path(self.path).touch()
+            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - stays open
             self._reserve(self._pixels_start + len(paths) * self._image_bytes)
         except OSError as error:
             raise write_fault(self.path, error, "image_cache_path") from error

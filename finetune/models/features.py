@@ -57,20 +57,12 @@ class FeatureSequence(AugmentedImageSequence):
 
         `features` and `is_read` are results of `probe.compute_features`.
         """
-        features_only = cls(
-            features,
-            # An image that another process was to read has its reason there.
-            {row: sequence.bad_images.get(row, "it could not be read") for row in np.flatnonzero(~is_read).tolist()},
-            paths=sequence.paths,
-            labels=sequence.labels,
-            image_size=sequence.image_size,
-            batch_size=sequence.batch_size,
-            shuffle=sequence.shuffle,
-            seed=sequence.seed,
-            max_queue_size=sequence.max_queue_size,
-            skip_bad_images=sequence.skip_bad_images,
-            shares=sequence.shares if sequence.gives_shares or not sequence.shuffle else None,
-        )
+        names = ("paths", "labels", "image_size", "batch_size", "shuffle", "seed", "max_queue_size", "skip_bad_images")
+        facts = {name: getattr(sequence, name) for name in names}
+        # Only the process that was to read an image knows why it could not.
+        bad = {row: sequence.bad_images.get(row, "it could not be read") for row in np.flatnonzero(~is_read).tolist()}
+        shares = sequence.shares if sequence.gives_shares or not sequence.shuffle else None
+        features_only = cls(features, bad, **facts, shares=shares)
         features_only.epoch, features_only.first_step = sequence.epoch, sequence.first_step
         features_only.table, features_only.groups = sequence.table, sequence.groups
         return features_only

@@ -75,7 +75,7 @@ def test_processes_make_the_batches_of_threads(photos, tmp_path):
     assert not any(child.is_running() for child in children)
 
 
-def test_only_what_changes_its_pictures_starts_processes(photos):
+def test_processes_start_only_for_augmented_images(photos):
     class OfThisFunction:
         def deepcopy(self):
             return self

@@ -97,7 +97,7 @@ def test_each_device_has_its_share_or_a_grey_image_that_does_not_count(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_dataset_brings_the_shares(pictures, processes):
+def test_the_dataset_has_the_shares(pictures, processes):
     for part in sequences_of(pictures[0], 4, processes, shuffle=True, batch_size=2, workers=2):
         dataset = part.to_dataset()
         assert int(dataset.cardinality()) == 2
@@ -112,7 +112,7 @@ def test_shares_of_an_order_that_is_not_shuffled_are_plain_batches(pictures):
         assert [sequence.get_rows(step).tolist() for step in range(2)] == rows
 
 
-def test_rows_leave_out_what_could_not_be_read(pictures):
+def test_rows_leave_out_unreadable_images(pictures):
     paths, images = pictures
     paths = [*paths[:5], "lost.png", *paths[6:]]
     _, second = sequences_of(paths, 2, 2, batch_size=4, skip_bad_images=True)
@@ -131,5 +131,5 @@ def test_an_image_that_cannot_be_read_is_replaced_as_on_one_device(pictures):
     for processes in (1, 5):
         parts = sequences_of(paths, 5, processes, batch_size=2, **options)
         assert [label for part in parts for label in part.get_shares(0)[1].tolist()] == expected
-        # The one whose share it is tells of it.
+        # Only the process that was to read it notes it.
         assert [row for part in parts for row in part.bad_images] == [5]

@@ -152,7 +152,7 @@ def test_batches_of_urls_are_those_of_files(urls, pictures):
         ("zip://a.png::memory://bucket/a.zip", "'::'"),
     ],
 )
-def test_a_url_that_brings_no_image_is_named(urls, store, url, reason):
+def test_a_url_without_an_image_is_named(urls, store, url, reason):
     store.put("memory://bucket/text.png", b"no image")
     sequence = sequence_of([*urls[0][:8], url], cache=None)
     with pytest.raises(UserError) as caught:

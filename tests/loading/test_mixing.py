@@ -22,7 +22,7 @@ def test_crops_keep_to_their_areas_and_ratios_and_reach_everywhere(size):
         assert 0.74 <= width / height <= 1.35
         areas.append(height * width / (size[0] * size[1]))
         seen[rows, columns] += 1
-    # Of what is drawn between 0.6 and 1, the largest often do not fit in an allowed ratio.
+    # The largest areas between 0.6 and 1 often fit in no allowed ratio.
     assert 0.595 <= min(areas) < 0.61
     assert 0.7 < np.mean(areas) < 0.8
     assert seen.min() > 0
@@ -69,7 +69,7 @@ def test_mixup_blends_pixels_and_labels_by_the_same_share():
     assert (mixed.dtype, labels.dtype) == (np.uint8, np.float32)
     assert_blended(images, mixed, labels)
     np.testing.assert_array_equal(images, original)
-    # Each image is in the batch once as itself and once as the other one, and each pair has a share of its own.
+    # Each image occurs once as itself and once as a partner, and each pair has its own share.
     is_pair = np.count_nonzero(labels, axis=1) == 2
     assert is_pair.sum() >= 8
     assert ((labels > 0).sum(axis=0) == np.where(is_pair, 2, 1)).all()
@@ -90,7 +90,7 @@ def test_cutmix_pastes_a_box_and_counts_its_pixels():
             height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
             assert height * width == rows.size
             at_border = {rows.min(), columns.min()} & {0} or rows.max() == 29 or columns.max() == 49
-            # Where the border has cut nothing off, a box is as high to its width as an image.
+            # A box that the border has not cut has the aspect ratio of the image.
             assert at_border or abs(height / 30 - width / 50) < 0.04
             cut_off += bool(at_border)
     assert 0 < cut_off < 40
@@ -99,7 +99,7 @@ def test_cutmix_pastes_a_box_and_counts_its_pixels():
 def test_boxes_of_cutmix_reach_everywhere_and_have_the_drawn_size():
     images = np.zeros((400, 10, 10, 3), np.uint8)
     images[200:] = 255
-    # Beta(1e6, 1e6) is a half: a box of 7 pixels a side, for 7 * 7 is about half of 100; its border may cut it off.
+    # Beta(1e6, 1e6) is a half: 7 * 7 is about half of 100. The border may cut a box.
     mixed, _ = mix(images, cutmix_alpha=1e6)
     pasted = mixed[..., 0] != images[..., 0]
     assert pasted.any(axis=0).all()
@@ -111,7 +111,7 @@ def test_boxes_of_cutmix_reach_everywhere_and_have_the_drawn_size():
 def test_shares_of_mixup_have_the_beta_distribution(alpha):
     labels = np.repeat(np.eye(2, dtype=np.float32), 5000, axis=0)
     _, mixed = mix(np.zeros((10000, 1, 1, 3), np.uint8), labels, mixup_alpha=alpha)
-    # Where both are of one class, the share of the other is 0.
+    # Two images of one class have the share 1.
     shares = np.concatenate([mixed[:5000, 0], mixed[5000:, 1]])
     shares = shares[shares < 1]
     assert 4500 < len(shares) <= 5500
@@ -123,13 +123,13 @@ def test_shares_of_mixup_have_the_beta_distribution(alpha):
 def test_mixup_and_cutmix_take_turns_at_even_odds():
     images = np.zeros((4, 6, 6, 3), np.uint8)
     images[2:] = 255
-    # At shares of a half, a blend has greys and a box has none; a batch whose pairs are of one colour tells nothing.
+    # With shares of a half, blends have greys and boxes do not; pairs of one colour show nothing.
     batches = [mix(images, seed=seed, mixup_alpha=1e6, cutmix_alpha=1e6) for seed in range(300)]
     told = [mixed for mixed, _ in batches if (mixed != images).any()]
     blends = [bool(((mixed > 0) & (mixed < 255)).any()) for mixed in told]
     assert len(told) > 200
     assert 0.4 < np.mean(blends) < 0.6
-    # A batch is either the one or the other.
+    # A batch is all blends or all boxes.
     for mixed, is_blend in zip(told, blends, strict=True):
         assert all((len(np.unique(image)) == 1) == is_blend for image in mixed if len(np.unique(image)) > 1)
 

@@ -159,7 +159,7 @@ def test_popping_too_many_layers_is_refused(popped):
 
 
 @pytest.mark.slow
-def test_popping_onto_no_feature_map_suggests_what_works():
+def test_popping_onto_no_feature_map_suggests_a_number_that_works():
     with pytest.raises(UserError, match="pop_conv_layers") as caught:
         build_backbone("EfficientNetB0", (64, 64), False, 9)
     suggested = int(re.search(r"Choose (\d+)", str(caught.value)).group(1))

@@ -14,7 +14,7 @@ from finetune.models.compressed import custom_load_model, custom_save_model
 
 @pytest.fixture(scope="module")
 def wide_model():
-    """A model with each kind of weight, a depthwise kernel whose channels differ by powers of ten among them."""
+    """A model with every kind of weight. The channels of its depthwise kernel differ by powers of ten."""
     rng = np.random.default_rng(0)
     layers = keras.layers
     normalization = layers.Normalization()

@@ -70,7 +70,7 @@ def test_one_entry_adds_a_format(quantization, name, run_folder, photo_folder, t
     card = (run_folder / "MODEL_CARD.md").read_text()
     assert f'arrays = np.load("{name}")' in card
     assert f"{name}, with NumPy" in card
-    # Read, and taken by predict.py away from the run.
+    # Read, also by predict.py without the run.
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype(np.uint8)
     np.testing.assert_allclose(load_exported_model(str(run_folder / name))(images), answer(images), atol=1e-5)
     for kept in ("best_model.keras", "configs.json"):

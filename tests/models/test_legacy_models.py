@@ -1,4 +1,4 @@
-"""Models that an older version wrote answer as they did then.
+"""Models from an older version give the same answers as in that version.
 
 legacy_models/ is from before the package got subpackages (Keras 3.15.1): the first layers of a MobileNet under a head,
 trained, as model.h5, and compressed with int8 weights. answers.json holds the probabilities that this version gave.
@@ -23,5 +23,5 @@ def test_a_legacy_model_answers_as_it_did(name):
     if name == "compressed":
         models.append(custom_load_model(str(STORED), name))
     for model in models:
-        # Another processor rounds in its own way.
+        # Processors round differently.
         np.testing.assert_allclose(model.predict(IMAGES, verbose=0), answers, rtol=1e-4)

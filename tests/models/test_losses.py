@@ -176,7 +176,7 @@ def test_asymmetric_loss_of_a_hand_worked_example():
     losses = multilabel_losses(loss="asymmetric")
     y_true = np.array([[1, 0, 0], [0, 0, 0]], np.float32)
     y_pred = np.array([[0.3, 0.55, 0.04], [0.05, 0.0, 0.049]], np.float32)
-    # Present labels cost their cross-entropy, absent ones by what their probability has above 0.05.
+    # Present labels cost their cross-entropy, absent ones only for a probability above 0.05.
     expected = [-(np.log(0.3) + 0.5**4 * np.log(0.5)) / 3, 0]
     np.testing.assert_allclose(losses.training(y_true, y_pred), expected, rtol=1e-4, atol=1e-9)
     plain = [-(np.log(0.3) + np.log(0.45) + np.log(0.96)) / 3, -(np.log(0.95) + np.log(0.951)) / 3]
@@ -188,7 +188,7 @@ def test_smoothing_spreads_multiple_labels_over_all_classes(loss):
     y_true = np.array([[1, 0, 0.2], [1, 1, 1], [0, 0, 0]], np.float32)
     y_pred = np.array([[0.7, 0.2, 0.9], [0.4, 0.5, 0.6], [0.3, 0.2, 0.1]], np.float32)
     smoothed, plain = multilabel_losses(loss=loss, label_smoothing=0.2), multilabel_losses(loss=loss)
-    # A fifth of the 1.2 labels of the first image goes to its three classes; those of the others are even already.
+    # A fifth of the first image's 1.2 labels goes to its three classes; the others have even labels.
     expected = plain.training(np.array([[0.88, 0.08, 0.24], [1, 1, 1], [0, 0, 0]], np.float32), y_pred)
     np.testing.assert_allclose(smoothed.training(y_true, y_pred), expected, rtol=1e-5)
     np.testing.assert_array_equal(smoothed.validation(y_true, y_pred), plain.validation(y_true, y_pred))

@@ -59,7 +59,7 @@ def test_biases_are_excluded_from_an_optimizer_that_is_built_or_scales_the_loss(
 def test_adam_divides_by_the_root_of_the_average_and_epsilon(name):
     weight, optimizer = keras.Variable([0.0]), get_optimizer(name, 0.5, adam_beta_2=0.5, adam_epsilon=0.25)
     optimizer.apply_gradients([(np.array([1.0], np.float32), weight)])
-    # By hand: the averages without their bias, and epsilon added to the root that has it.
+    # By hand: the averages without bias, and epsilon added to the biased root.
     average, step = 0.5**0.5, 0.5 * (1 - 0.5) ** 0.5
     np.testing.assert_allclose(weight, [-step / (average + 0.25)], rtol=1e-5)
     moved = float(weight[0])
