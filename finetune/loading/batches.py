@@ -177,14 +177,19 @@ class ImageBatches:
             for place in range(start, end):
                 matrix = None if maps is None else maps[place - start]
                 kept[place] = self._load_or_replace(rows, place, first, images[place], matrix)
-            part = images[start:end]
-            part = part if kept[start:end].all() else part[kept[start:end]]
+            part, is_kept = images[start:end], kept[start:end]
+            part = part if is_kept.all() else part[is_kept]
             if augmenter is not None:
                 part = augmenter.finish(part) if isinstance(augmenter, FusedAugmenter) else augmenter(images=part)
-            parts.append(part)
-        images = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        labels = self._batch_labels_of(rows[kept])
-        return self._mix(images, labels, index, bounds) if self.mixes else (images, labels)
+            labels = self._batch_labels_of(rows[start:end][is_kept])
+            if self.mixes:
+                generator = np.random.default_rng((*self._get_key(index, position), MIXING))
+                part, labels = mix_batch(part, labels, generator, self.mixup_alpha, self.cutmix_alpha)
+            parts.append((part, labels))
+        if len(parts) == 1:
+            return parts[0]
+        images, labels = (np.concatenate(kind) for kind in zip(*parts, strict=True))
+        return images, labels
 
     def get_shares(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.float32]:
         """Returns batch `first_step + index` for several devices, each with at least one image.
@@ -291,17 +296,6 @@ class ImageBatches:
         seed = np.random.SeedSequence(self._get_key(step, position)).generate_state(1)[0]
         self._of_thread.augmenter.seed_(int(seed) % 2**31)
         return self._of_thread.augmenter
-
-    def _mix(
-        self, images: np.ndarray, labels: np.ndarray, step: int, bounds: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        parts = []
-        for position, (start, end) in enumerate(itertools.pairwise(bounds)):
-            generator = np.random.default_rng((*self._get_key(step, position), MIXING))
-            part = images[start:end], labels[start:end]
-            parts.append(mix_batch(*part, generator, self.mixup_alpha, self.cutmix_alpha))
-        images, labels = (np.concatenate(kind) for kind in zip(*parts, strict=True))
-        return images, labels
 
     def _get_key(self, step: int, position: int) -> tuple[int, int, int]:
         """Returns the seed of a device's batch."""

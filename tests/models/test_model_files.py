@@ -1,5 +1,6 @@
 """Loading model files and checking them against configs."""
 
+import json
 import os
 import shutil
 import zipfile
@@ -22,6 +23,8 @@ from finetune.core.options import UserError
 from finetune.models.compressed import custom_load_model, custom_save_model
 from finetune.models.model_files import load_fitting_model, load_model
 from finetune.models.optimizers import exclude_from_weight_decay, get_optimizer
+
+LEGACY = Path(__file__).parent / "legacy_models"
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +163,16 @@ def test_model_of_the_image_size_or_of_any_fits(tmp_path, size):
     layers = [keras.Input((*size, 3)), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3)]
     keras.Sequential(layers).save(tmp_path / "model.keras")
     assert load_fitting_model(str(tmp_path / "model.keras"), CLASSES, (8, 10)).output_shape == (None, 3)
+
+
+@pytest.mark.parametrize("name", ["model", "compressed"])
+def test_a_legacy_model_answers_as_before(name):
+    """The files are the first layers of a trained MobileNet, written before the package had subpackages."""
+    answers = json.loads((LEGACY / "answers.json").read_text())[name]
+    photos = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    models = [load_model(str(LEGACY / f"{name}.h5"))]
+    if name == "compressed":
+        models.append(custom_load_model(str(LEGACY), name))
+    for model in models:
+        # Processors round differently.
+        np.testing.assert_allclose(predict(model, photos), answers, rtol=1e-4)
