@@ -2,23 +2,17 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import skimage.data
-from exported_runs import (
-    build_colour_model,
-    export,
-    run_folder,  # noqa: F401
-)
+from exported_runs import CLASSES, export, run_folder  # noqa: F401
 from PIL import Image, ImageOps
 from probed_photos import build
 
 import predict
 import test
-import train
 from configs import Configs
 from finetune.core.options import UserError
 from finetune.data.images import fit_image, place_image, read_image, resize_image
@@ -208,43 +202,6 @@ def test_features_of_another_mode_are_not_used(photo_folder, tmp_path):
     assert len(list(tmp_path.glob("features_*.bin"))) == 3
 
 
-@pytest.mark.slow
-def test_a_trained_run_is_tested_and_predicted_alike(photo_folder, small_run, tmp_path):
-    mode = "crop"
-    rows = [(str(path), path.parent.name) for path in sorted(photo_folder.glob("*/*.jpg"))]
-    for number, name in enumerate(("train", "test")):
-        pd.DataFrame(rows[number::2], columns=["path", "class"]).to_csv(tmp_path / f"{name}.csv", index=False)
-    options = {"resize_mode": mode, "num_epochs": 1, "random_crop_area": [0.6, 1.0]}
-    configs = small_run(tmp_path / "train.csv", tmp_path / "test.csv", **options)
-    train.main(configs)
-    folder = Path(configs.save_model_path)
-    assert f"| Resizing | {mode} |" in (folder / "MODEL_CARD.md").read_text()
-    # After one epoch, the network answers all photos alike.
-    build_colour_model().save(folder / "best_model.keras")
-    tested, predicted = evaluate_and_predict(folder, tmp_path / "test.csv")
-    np.testing.assert_allclose(predicted, tested, atol=1e-6)
-    paths = pd.read_csv(tmp_path / "test.csv")["path"]
-    images = [read_image(path, (32, 32)) for path in paths]
-    model, names = load_model(str(folder / "best_model.keras")), ["blue", "green", "red"]
-    by_hand, stretched = (
-        model.predict(np.stack([fit_image(image, (32, 32), way) for image in images]), verbose=0)
-        for way in (mode, "stretch")
-    )
-    np.testing.assert_allclose(predicted, by_hand, atol=1e-6)
-    assert np.abs(by_hand - stretched).max() > 1e-3
-    answers = classify_image(model, images[0], names, resize_mode=mode)[1]
-    np.testing.assert_allclose([answers[name] for name in names], predicted[0], atol=1e-6)
-
-
-def evaluate_and_predict(folder, csv_path):
-    """Returns the probabilities that test.py and predict.py give."""
-    test.main(Configs(load_model_path=str(folder)).validate())
-    options = {"load_model_path": str(folder), "input": str(csv_path)}
-    predict.main(PredictConfigs(write_path=str(folder / "predictions.csv"), **options).validate())
-    tables = [pd.read_csv(folder / name) for name in ("evaluation/predictions.csv", "predictions.csv")]
-    return [table.filter(like="probability_").to_numpy() for table in tables]
-
-
 def write_mode(folder, mode):
     stored = json.loads((folder / "configs.json").read_text())
     stored.pop("resize_mode", None)
@@ -277,36 +234,37 @@ def test_the_card_says_how_to_resize_a_photo(run_folder, photo_folder, monkeypat
 
 
 @pytest.mark.slow
-def test_exports_carry_their_mode(run_folder, tmp_path):
-    mode = "pad"
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_scripts_and_exports_resize_alike(run_folder, tmp_path, mode):
     write_mode(run_folder, mode)
+    stored = json.loads((run_folder / "configs.json").read_text())
+    folder, photos = stored["image_directory"], {}
+    for name in ("train_csv", "test_csv"):
+        photos[name] = [read_image(f"{folder}/{path}", (32, 32)) for path in pd.read_csv(stored[name])["path"]]
+    fitted = {name: np.stack([fit_image(photo, (32, 32), mode) for photo in photos[name]]) for name in photos}
+
+    def run_predict(model_path):
+        options = {"input": stored["test_csv"], "image_directory": folder}
+        options |= {"load_model_path": str(model_path), "write_path": str(tmp_path / "predictions.csv")}
+        return predict.main(PredictConfigs(**options).validate())["predictions"]
+
+    test.main(Configs(load_model_path=str(run_folder)).validate())
+    found = [pd.read_csv(run_folder / "evaluation" / "predictions.csv"), run_predict(run_folder)]
     report = export(run_folder, "tflite")
     assert report["artefacts"][1]["comparison"]["changed_predictions"] == 0
-    metadata = json.loads((run_folder / "best_model_metadata.json").read_text())
-    assert metadata["options"]["resize_mode"] == mode
-    # Without the run's folder, predict.py reads it from there.
+    # Without the run's folder, the mode comes from the metadata.
     for name in ("best_model.tflite", "best_model_metadata.json"):
         (run_folder / name).rename(tmp_path / name)
-    stored = json.loads((run_folder / "configs.json").read_text())
-    options = {"load_model_path": str(tmp_path / "best_model.tflite"), "input": stored["test_csv"]}
-    options |= {"image_directory": stored["image_directory"], "write_path": str(tmp_path / "predictions.csv")}
-    found = predict.main(PredictConfigs(**options).validate())["predictions"]
-    paths = [f"{stored['image_directory']}/{name}" for name in pd.read_csv(stored["test_csv"])["path"]]
-    images = np.stack([fit_image(read_image(path, (32, 32)), (32, 32), mode) for path in paths])
-    expected = build_colour_model().predict(images, verbose=0)
-    np.testing.assert_allclose(found[[f"probability_{name}" for name in stored["classes"]]], expected, atol=1e-5)
-    calibration = read_calibration_images(Configs(resize_mode=mode, **stored_options(stored)))
-    by_hand = [fit_image(read_image(path, (32, 32)), (32, 32), mode) for path in list_training(stored)]
-    assert sorted(image.tobytes() for image in calibration) == sorted(image.tobytes() for image in by_hand)
-
-
-def stored_options(stored):
-    size = {"image_target_size": tuple(stored["image_target_size"])}
-    return {name: stored[name] for name in ("train_csv", "image_directory", "classes")} | size
-
-
-def list_training(stored):
-    return [f"{stored['image_directory']}/{name}" for name in pd.read_csv(stored["train_csv"])["path"]]
+    found.append(run_predict(tmp_path / "best_model.tflite"))
+    model = load_model(str(run_folder / "best_model.keras"))
+    expected = np.asarray(model(fitted["test_csv"]))
+    for table in found:
+        np.testing.assert_allclose(table[[f"probability_{name}" for name in CLASSES]], expected, atol=1e-5)
+    answers = classify_image(model, photos["test_csv"][0], CLASSES, resize_mode=mode)[1]
+    np.testing.assert_allclose([answers[name] for name in CLASSES], expected[0], atol=1e-6)
+    names = ("train_csv", "image_directory", "classes", "image_target_size")
+    calibration = read_calibration_images(Configs(resize_mode=mode, **{name: stored[name] for name in names}))
+    assert sorted(image.tobytes() for image in calibration) == sorted(image.tobytes() for image in fitted["train_csv"])
 
 
 def test_a_legacy_model_is_one_of_stretched_photos(run_folder):
