@@ -1,7 +1,7 @@
-"""The registry of backbones: how each is built, what input it takes, and which layer Grad-CAM reads.
+"""The registry of backbones: how to build each, its input, and the layer that Grad-CAM reads.
 
-To add one, write a function from `(height, width)` and whether to load weights to a Keras model, and give it an entry
-in `BACKBONES`.
+To add one, write a function that takes `(height, width)` and whether to load weights and returns a Keras model, and add
+it to `BACKBONES`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Backbone(NamedTuple):
     """An entry of the registry.
 
     Attributes:
-        build: from `(height, width)` and whether to load pretrained weights to a model without a head, whose last
-            layer gives a feature map `(batch, h, w, channels)`. What raises UserError here is shown as it is.
-        input_size: height and width that its pretrained weights were trained at.
-        minimum_size: the smallest height and width that it takes.
-        preprocessing: how its input is scaled: `torch`, `tf` or `caffe`, as Keras calls them, or a scale and an offset
-            for RGB in `[0, 255]`; None where the backbone does so itself.
-        last_layer: the name that its last spatial layer gets, which Grad-CAM reads.
+        build: takes `(height, width)` and whether to load pretrained weights; returns a model without a head, whose
+            last layer is a feature map `(batch, h, w, channels)`.
+        input_size: height and width at which its pretrained weights were trained.
+        minimum_size: the smallest height and width.
+        preprocessing: scaling of its input: `torch`, `tf` or `caffe` as in Keras, or a scale and an offset for RGB in
+            `[0, 255]`, or None if the backbone rescales its input itself.
+        last_layer: the name to give to its last spatial layer, for Grad-CAM.
     """
 
     build: Callable[[tuple[int, int], bool], keras.Model]
@@ -46,11 +46,7 @@ class Backbone(NamedTuple):
 
 
 def build_application(name: str, image_size: tuple[int, int], use_imagenet_weights: bool) -> keras.Model:
-    """Builds one of `keras.applications` without its top.
-
-    Raises:
-        UserError: its ImageNet weights cannot be had.
-    """
+    """Builds one of `keras.applications` without its top; raises UserError if its ImageNet weights are missing."""
     with _explaining_missing_weights(name), _drawing_bars_in_terminals(), _finding_stored_weights():
         return getattr(keras.applications, name)(
             include_top=False,
@@ -62,7 +58,7 @@ def build_application(name: str, image_size: tuple[int, int], use_imagenet_weigh
 def _list_applications(
     names: Sequence[str], sizes: Sequence[int], minimum_size: int, preprocessing: str | None, last_layer: str
 ) -> dict[str, Backbone]:
-    """Returns the entries of a family; it has one input size, or one for each name."""
+    """Returns the entries of a family with one input size for all, or one each."""
     sizes = sizes if len(sizes) == len(names) else [*sizes] * len(names)
     return {
         name: Backbone(functools.partial(build_application, name), size, minimum_size, preprocessing, last_layer)
@@ -98,8 +94,8 @@ BACKBONES: dict[str, Backbone] = {
         *(32, None, "last_normalization"),
     ),
 }
-# Per channel of the backbone's input: `scale * pixel + offset`, where Keras computes `(pixel / 255 - mean) / std`
-# (torch), `pixel / 127.5 - 1` (tf) or, with the channels turned to BGR, `pixel - mean` (caffe).
+# Scale and offset per channel. Keras computes `(pixel / 255 - mean) / std` (torch), `pixel / 127.5 - 1` (tf) or, with
+# the channels reversed to BGR, `pixel - mean` (caffe).
 _TORCH_MEAN, _TORCH_STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 AFFINE_PREPROCESSING = {
     "torch": (1 / (255 * _TORCH_STD), -_TORCH_MEAN / _TORCH_STD),
@@ -109,17 +105,13 @@ AFFINE_PREPROCESSING = {
 
 
 def build_preprocessing(mode: str | tuple[float, float] | None) -> keras.Layer:
-    """Builds the layer `preprocessing`, from raw RGB in `[0, 255]` to what a backbone takes.
-
-    Args:
-        mode: as `Backbone.preprocessing` has it.
-    """
+    """Builds the layer `preprocessing` for raw RGB in `[0, 255]` from the mode in `Backbone.preprocessing`."""
     if mode is None or isinstance(mode, tuple):
         return layers.Rescaling(*(mode or (1.0, 0.0)), name="preprocessing")
     scale, offset = AFFINE_PREPROCESSING[mode]
     if mode != "caffe":
         return layers.Rescaling(scale.tolist(), offset.tolist(), name="preprocessing")
-    # Turning RGB to BGR is a permutation of channels: one fixed 1x1 convolution says it together with the means.
+    # A fixed 1x1 convolution reverses the channels and subtracts the means.
     layer = layers.Conv2D(3, 1, trainable=False, name="preprocessing")
     layer.build((None, None, None, 3))
     layer.set_weights([np.eye(3)[::-1][None, None] * scale, offset])
@@ -132,14 +124,14 @@ def build_backbone(name: str, image_size: Sequence[int], use_imagenet_weights: b
     Args:
         name: a key of `BACKBONES`.
         image_size: `(height, width)`.
-        use_imagenet_weights: False starts from random ones.
-        pop_layers: layers dropped from its end.
+        use_imagenet_weights: False starts from random weights.
+        pop_layers: layers to drop from its end.
 
     Raises:
-        UserError: the weights cannot be had, or too many layers are dropped.
+        UserError: the weights are missing, or `pop_layers` is too large or leaves no feature map.
     """
     application = BACKBONES[name].build(tuple(image_size), use_imagenet_weights)
-    # Some layers of keras.applications are numbered by the order of building.
+    # Keras numbers some names by the order of building.
     application.layers[-1].name = BACKBONES[name].last_layer
     if pop_layers >= len(application.layers) - 1:
         raise UserError(
@@ -150,19 +142,19 @@ def build_backbone(name: str, image_size: Sequence[int], use_imagenet_weights: b
     if maps[-1] != pop_layers:
         raise UserError(
             f"pop_conv_layers: without its last {pop_layers} layers, {name} ends in "
-            f"'{application.layers[-1 - pop_layers].name}', which is no feature map. Choose {maps[-1]}."
+            f"'{application.layers[-1 - pop_layers].name}', which is not a feature map. Choose {maps[-1]}."
         )
     return keras.Model(application.input, application.layers[-1 - pop_layers].output, name=BACKBONE)
 
 
 def _is_feature_map(output: keras.KerasTensor, last: keras.KerasTensor) -> bool:
-    """Tells feature maps from the pooled vectors inside attention blocks, which have less height and width."""
+    """Returns whether an output is a feature map, and not a pooled vector inside an attention block."""
     return len(output.shape) == 4 and output.shape[1] >= last.shape[1] and output.shape[2] >= last.shape[2]
 
 
 @contextlib.contextmanager
 def _drawing_bars_in_terminals() -> Iterator[None]:
-    """Keeps the bar of Keras's downloads out of files and pipes, where it would be thousands of lines in one."""
+    """Hides Keras's progress bars in files and pipes, which would hold thousands of bars in one line."""
     is_drawn = draws_bars(sys.stdout) or not keras.config.is_interactive_logging_enabled()
     if is_drawn:
         yield
@@ -181,7 +173,7 @@ def _locate_weights() -> str:
 
 @contextlib.contextmanager
 def _finding_stored_weights() -> Iterator[None]:
-    """Makes Keras use weights from a folder that it cannot write: it would ask the network for them."""
+    """Makes Keras use stored weights in a read-only folder; it would download them again."""
     get_file = file_utils.get_file
 
     def find_file(fname: str, origin: str, **options: Any) -> str:
@@ -200,26 +192,26 @@ def _finding_stored_weights() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explaining_missing_weights(name: str) -> Iterator[None]:
-    """Turns Keras's failed download into the file that is missing and what to do."""
+    """Turns a failed download by Keras into an error that names the missing file and says what to do."""
     try:
         yield
     except PermissionError as error:
         raise UserError(
-            f"The ImageNet weights of {name} cannot be read: you have no permission for {error.filename or 'the file'} "
-            f"in {_locate_weights()}. Change its permissions, or name another folder by KERAS_HOME."
+            f"The ImageNet weights of {name} cannot be read: no permission for {error.filename or 'the file'} "
+            f"in {_locate_weights()}. Change its permissions, or set KERAS_HOME to another folder."
         ) from error
-    except Exception as error:  # Keras raises a bare Exception where an address cannot be reached
+    except Exception as error:  # Keras raises a bare Exception for an unreachable address
         unreachable = re.search(r"URL fetch failure on (\S+): ", str(error))
         broken_off = isinstance(error, OSError | http.client.HTTPException) or "corrupted file" in str(error)
         if not unreachable and not broken_off:
             raise
         folder = _locate_weights()
         file_name = unreachable.group(1).rsplit("/", 1)[-1] if unreachable else f"of {name}"
-        # Keras stores this family's files under another spelling than it downloads them.
+        # Keras stores this family's files under other names than it downloads.
         if file_name.startswith("NASNet-"):
             file_name = file_name.replace("NASNet-", "nasnet_").replace("-", "_")
-        whole, address = ("", f" Its address: {unreachable.group(1)}") if unreachable else (f" whole ({error})", "")
+        reason, address = ("", f" Its address: {unreachable.group(1)}") if unreachable else (f": {error}", "")
         raise UserError(
-            f"The ImageNet weights {file_name} are not in {folder} and could not be downloaded{whole}. "
-            f"Put the file there, choose another backbone, or do without: --use_imagenet_weights False.{address}"
+            f"The ImageNet weights {file_name} are not in {folder} and could not be downloaded{reason}. "
+            f"Put the file there, choose another backbone, or set --use_imagenet_weights False.{address}"
         ) from error

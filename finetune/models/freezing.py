@@ -1,4 +1,4 @@
-"""Which layers of a backbone learn, and how its batch normalisation runs."""
+"""Freezing layers of a backbone, and its batch normalisation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def prepare_backbone(
     batch_norm_momentum: float | None,
     freeze_batch_norm: bool = False,
 ) -> None:
-    """Makes a backbone trainable as a run wants it: see `freeze_layers` and `set_batch_norm_momentum`."""
-    # Keras passes on to the layers only what changes.
+    """Prepares a backbone for training: see `freeze_layers` and `set_batch_norm_momentum`."""
+    # Keras only passes changes on to the layers.
     backbone.trainable = False
     backbone.trainable = True
     freeze_layers(backbone, conv_layers_to_train)
@@ -29,24 +29,22 @@ def prepare_backbone(
 
 
 def has_fixed_features(model: keras.Model) -> bool:
-    """Tells whether what comes before the head is frozen, and gives an image the same features in training."""
+    """Returns whether an image always has the same features: all before the head is frozen, without dropout."""
     if not has_parts(model):
         return False
     before = model.layers[:-1]
     leaves = [leaf for layer in before for leaf in ([layer] if not hasattr(layer, "layers") else leaf_layers(layer))]
-    # Frozen or not, dropout drops.
+    # Freezing does not stop dropout.
     is_random = any(isinstance(leaf, layers.Dropout) and leaf.rate for leaf in leaves)
     return not is_random and not any(layer.trainable_variables for layer in before)
 
 
 def freeze_layers(backbone: keras.Model, conv_layers_to_train: int) -> None:
-    """Freezes a backbone up to the n-th convolution from its end.
-
-    A frozen batch normalisation runs in inference mode: Keras does so where `trainable` is False.
+    """Freezes a backbone before the n-th convolution from its end; frozen batch normalisation runs in inference mode.
 
     Args:
         backbone: changed in place.
-        conv_layers_to_train: -1 leaves everything trainable, 0 freezes everything.
+        conv_layers_to_train: -1 freezes nothing, 0 everything.
 
     Raises:
         UserError: there are fewer convolutions.
@@ -66,7 +64,7 @@ def freeze_layers(backbone: keras.Model, conv_layers_to_train: int) -> None:
 
 
 def leaf_layers(model: keras.Model) -> list[keras.Layer]:
-    """Returns a model's layers in their order, with those of its blocks in the blocks' place."""
+    """Returns a model's layers in order, with nested models replaced by their layers."""
     leaves = []
     for layer in model.layers:
         leaves += leaf_layers(layer) if isinstance(layer, keras.Model) else [layer]
@@ -74,10 +72,10 @@ def leaf_layers(model: keras.Model) -> list[keras.Layer]:
 
 
 def set_batch_norm_momentum(backbone: keras.Model, momentum: float | None) -> None:
-    """Sets how slowly the moving statistics follow the batches; None keeps the backbone's own.
+    """Sets the momentum of the moving statistics; None keeps the backbone's.
 
-    The backbones' own momentum suits the thousands of steps of an ImageNet epoch: on a few hundred images the
-    statistics would trail the weights for tens of epochs.
+    The backbones' momentum suits the thousands of steps of an ImageNet epoch. On a few hundred images, the statistics
+    would lag behind the weights for tens of epochs.
     """
     if momentum is None:
         return

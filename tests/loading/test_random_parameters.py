@@ -1,4 +1,4 @@
-"""What is drawn for a batch at once, against what imgaug does with each image."""
+"""The parameters of a whole batch against those that imgaug draws image by image."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_values_are_those_of_imgaug(make):
     assert (found != expected).mean() < 0.002
 
 
-def test_what_is_switched_off_or_made_deterministic_is_so_here_too():
+def test_deactivated_and_deterministic_augmenters():
     off = iaa.Affine(rotate=30)
     off.activated = False
     np.testing.assert_array_equal(draw_maps([off], 2, HEIGHT, WIDTH), np.tile(np.eye(3)[:2], (2, 1, 1)))

@@ -174,7 +174,7 @@ def test_what_cannot_be_built_is_left_out_and_named(table, tmp_path, capsys, mon
     printed = capsys.readouterr().out
     assert "Left out: ResNet50 at 32, ResNet50 at 8: The ImageNet weights of ResNet50 are not here" in printed
     assert max(map(len, printed.splitlines())) < 220
-    assert "MobileNet at 8: image_target_size: MobileNet takes images from 32 pixels" in printed
+    assert "MobileNet at 8: image_target_size: MobileNet needs at least 32 pixels" in printed
     assert "Suggestion: MobileNet at 32, the only one that could be compared." in printed
     assert "Its options: --visual_model_name MobileNet --image_target_size 32 32 3\n" in printed
 
