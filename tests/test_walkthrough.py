@@ -298,7 +298,7 @@ def test_a_model_without_state_starts_a_new_run(trained, tmp_path, capsys):
         conv_layers_to_train=0,
     )
     assert train.main(restarted)["epoch"] == 1
-    assert "carries no training state" in capsys.readouterr().out
+    assert "has no training state" in capsys.readouterr().out
     before, after = (load_model(tmp_path / path) for path in ("bare.keras", "second/latest_model.keras"))
     for name, moves in (("backbone", False), ("classifier", True)):
         pairs = zip(before.get_layer(name).get_weights(), after.get_layer(name).get_weights(), strict=True)

@@ -121,7 +121,7 @@ def test_a_model_that_is_being_replaced_keeps_what_it_carries(model_path, capsys
     with locked(os.path.dirname(model_path)):
         keep_decision(model_path, FITTED.to_dict(), os.path.dirname(model_path))
     assert read_description(model_path)["decision"] is None
-    assert "is without its new decision, which decision.json has: Another process" in capsys.readouterr().out
+    assert "lacks its new decision, which is in decision.json: Another process" in capsys.readouterr().out
     keep_decision(model_path, FITTED.to_dict(), os.path.dirname(model_path))
     assert read_description(model_path)["decision"] == FITTED.to_dict()
 
@@ -196,7 +196,7 @@ def test_labels_beside_the_model_come_before_what_is_given(bare, photo_folder, c
     assert set(run_predict(bare, photo_folder, *NEEDED)["predicted"]) == {"Rot"}
     printed = capsys.readouterr().out
     assert "(class names from its best_model_labels.txt)" in printed
-    assert "its preprocessing has to be inside" in printed
+    assert "must contain its preprocessing" in printed
     with pytest.raises(UserError, match=r"classes is .*Blau.* \(its best_model_labels.txt says so\)"):
         run_predict(bare, photo_folder, *NEEDED, "--classes", *CLASSES)
 

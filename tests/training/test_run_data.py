@@ -201,7 +201,7 @@ def test_testing_on_images_trained_on_is_refused_or_told(trained_on, capsys):
 
 def test_a_run_without_a_list_says_that_it_does_not_know(tmp_path, capsys):
     assert refuse_trained_images(str(tmp_path), "t.csv", ["a.jpg"], ["training"], False) == 0
-    assert "whether it was trained on test images is not known" in capsys.readouterr().out
+    assert "trained_images.csv" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["", "path\na.jpg\n", "set,path,bytes,crc32\ntraining,a.jpg,many,2\n"])

@@ -155,7 +155,7 @@ def test_an_image_that_has_become_unreadable_is_left_out(capsys):
 
 
 def test_there_must_be_a_start_worth_keeping(tables, tmp_path):
-    with pytest.raises(UserError, match="model_selection interpolate: expected a start that is worth keeping"):
+    with pytest.raises(UserError, match="model_selection interpolate: expected head_initialization"):
         start(**options_of(tables, tmp_path / "run", model_selection="interpolate"))
     assert not (tmp_path / "run").exists()
 
