@@ -1,4 +1,4 @@
-"""The head alone: features computed once, a logistic regression as its start, and training on features."""
+"""The linear probe: features, the regression as the start of a head, and out-of-fold probabilities."""
 
 import warnings
 
@@ -33,7 +33,7 @@ def model() -> keras.Model:
 
 
 def make_features(labels: np.ndarray, channels: int = 64, seed: int = 0) -> np.ndarray:
-    """Draws features as a ReLU gives them, that tell the labels without certainty."""
+    """Draws features as of a ReLU that predict the labels with some uncertainty."""
     rng = np.random.default_rng(seed)
     targets = labels if labels.ndim == 2 else np.eye(labels.max() + 1)[labels]
     signal = targets @ rng.normal(size=(targets.shape[1], channels))
@@ -67,7 +67,7 @@ def test_features_are_what_the_pooling_gives_in_the_order_of_paths_unaugmented(m
     assert shuffled.mixes
 
 
-def test_mirrored_features_are_those_of_images_that_are_turned_from_left_to_right(model, photos, tmp_path):
+def test_mirrored_features_equal_those_of_mirrored_images(model, photos, tmp_path):
     for row, path in enumerate(photos[0]):
         cv2.imwrite(str(tmp_path / f"{row:02d}.png"), resize_image(read_image(path), (32, 32))[:, ::-1, ::-1])
     turned = [str(tmp_path / f"{row:02d}.png") for row in range(36)]
@@ -79,7 +79,7 @@ def test_mirrored_features_are_those_of_images_that_are_turned_from_left_to_righ
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_rows_of_images_that_cannot_be_read_are_nan(model, photos, tmp_path, batch_size):
+def test_rows_of_unreadable_images_are_nan(model, photos, tmp_path, batch_size):
     paths, labels = list(photos[0]), photos[1]
     paths[5] = str(tmp_path / "missing.jpg")
     sequence = make_sequence((paths, labels), batch_size=batch_size, shuffle=True, skip_bad_images=True)
@@ -89,12 +89,8 @@ def test_rows_of_images_that_cannot_be_read_are_nan(model, photos, tmp_path, bat
     assert np.isnan(features[5]).all()
     np.testing.assert_allclose(features[is_read], whole[is_read], atol=1e-5)
     assert "missing.jpg" in sequence.bad_images[5]
-
-
-def test_an_image_that_cannot_be_read_ends_in_its_own_error(model, photos, tmp_path):
-    paths = [*photos[0][:-1], str(tmp_path / "missing.jpg")]
     with pytest.raises(UserError, match="missing.jpg"):
-        compute_features(model, make_sequence((paths, photos[1])))
+        compute_features(model, make_sequence((paths, labels)))
 
 
 def test_features_in_16_bits_arrive_as_float32(photos):
@@ -109,22 +105,22 @@ def test_a_model_without_the_parts_is_refused(photos):
     inputs = keras.Input((32, 32, 3))
     foreign = keras.Model(inputs, keras.layers.Flatten(name="flat")(inputs))
     for use in (lambda: compute_features(foreign, make_sequence(photos)), lambda: split_head(foreign)):
-        with pytest.raises(UserError, match="'backbone' and 'classifier'. Received: .*flat. Set head_epochs to 0"):
+        with pytest.raises(UserError, match="backbone.*flat.*head_epochs"):
             use()
 
 
 # The head
 
 
-@pytest.mark.parametrize("pooling", ["avg", "max", None])
-def test_the_head_gives_the_model_s_probabilities(photos, pooling):
+@pytest.mark.parametrize("pooling", ["max", None])
+def test_the_head_gives_the_probabilities_of_the_model(photos, pooling):
     model = build(pooling=pooling, layer_sizes=[8, 0.4])
     features, _ = compute_features(model, make_sequence(photos))
     expected = model.predict(make_sequence(photos).to_dataset(), verbose=0)
     np.testing.assert_allclose(split_head(model).predict(features, verbose=0), expected, atol=1e-5)
 
 
-def test_training_the_head_trains_the_model_which_saves_as_before(photos, tmp_path):
+def test_training_the_head_trains_the_model(photos, tmp_path):
     model = build(layer_sizes=[8, 0.4])
     features, _ = compute_features(model, make_sequence(photos))
     head = split_head(model)
@@ -137,17 +133,12 @@ def test_training_the_head_trains_the_model_which_saves_as_before(photos, tmp_pa
     np.testing.assert_allclose(trained, head.predict(features, verbose=0), atol=1e-5)
     for old, new in zip(before, model.get_layer("backbone").get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(loaded.predict(make_sequence(photos).to_dataset(), verbose=0), trained)
-    assert len(loaded.layers) == len(model.layers)
 
 
 # Its start
 
 
-@pytest.mark.parametrize("channels", [20, 150])
-@pytest.mark.parametrize("number", [2, 3, 5])
+@pytest.mark.parametrize(("number", "channels"), [(2, 20), (2, 150), (5, 150)])
 def test_single_label_probabilities_are_those_of_scikit_learn(number, channels):
     labels = np.random.default_rng(1).integers(0, number, 90)
     features = make_features(labels, channels)
@@ -168,24 +159,15 @@ def test_multi_label_probabilities_are_those_of_scikit_learn():
     np.testing.assert_allclose(head.predict(features, verbose=0), regressions.predict_proba(scaled), atol=1e-5)
 
 
-def factory_model(multi_label: bool) -> keras.Model:
+@pytest.mark.slow
+def test_the_whole_model_predicts_what_the_regression_does(photos):
     fixed = {"visual_model_name": "MobileNet", "image_target_size": (32, 32, 3), "pop_conv_layers": 67}
-    return ModelFactory().get_model(
-        Configs(classes=CLASSES, use_imagenet_weights=False, multi_label_classification=multi_label, **fixed)
-    )
-
-
-@pytest.mark.parametrize("multi_label", [False, True])
-def test_the_whole_model_predicts_what_the_regression_does(photos, multi_label):
-    model, (paths, labels) = factory_model(multi_label), photos
-    labels = np.eye(3, dtype=np.float32)[labels] if multi_label else labels
+    model = ModelFactory().get_model(Configs(classes=CLASSES, use_imagenet_weights=False, **fixed))
     features, _ = compute_features(model, make_sequence(photos))
-    strength = initialize_head(model, [features], labels, 0)
-    regression = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000)
-    regression = OneVsRestClassifier(regression) if multi_label else regression
+    strength = initialize_head(model, [features], photos[1], 0)
     scaled = standardise(features.astype(float))
-    expected = regression.fit(scaled, labels).predict_proba(scaled)
-    found = model.predict(make_sequence((paths, labels)).to_dataset(), verbose=0)
+    expected = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000).fit(scaled, photos[1]).predict_proba(scaled)
+    found = model.predict(make_sequence(photos).to_dataset(), verbose=0)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -202,7 +184,7 @@ def test_mirror_images_count_half_as_images_do():
     np.testing.assert_allclose(head.predict(both, verbose=0), regression.predict_proba(scaled), atol=1e-5)
 
 
-def test_pure_noise_is_regularised_more_than_features_that_tell_the_classes():
+def test_noise_is_regularised_more_than_informative_features():
     labels = np.repeat([0, 1, 2], 30)
     noise = np.random.default_rng(0).normal(size=(90, 50)).astype(np.float32)
     clear = noise + 4 * np.eye(3, 50, dtype=np.float32)[labels]
@@ -225,16 +207,16 @@ def test_the_scale_of_the_features_does_not_matter():
 
 def test_two_runs_give_the_same_head():
     labels = np.repeat([0, 1, 2], 20)
-    heads = [head_of(64) for _ in range(2)]
-    for model, _ in heads:
+    model, found = head_of(64)[0], []
+    for _ in range(2):
         initialize_head(model, [make_features(labels)], labels, 7)
-    weights = [model.get_layer("classifier").get_layer("logits").get_weights() for model, _ in heads]
-    for first, second in zip(*weights, strict=True):
+        found.append(model.get_layer("classifier").get_layer("logits").get_weights())
+    for first, second in zip(*found, strict=True):
         np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("counts", [(1, 20, 20), (1, 1, 20), (1, 1, 1), (2, 3, 9)])
-def test_classes_of_few_images_are_learnt_without_a_word(counts):
+@pytest.mark.parametrize("counts", [(1, 20, 20), (1, 1, 1), (2, 3, 9)])
+def test_classes_of_few_images_are_learnt_without_a_warning(counts):
     labels = np.repeat([0, 1, 2], counts)
     features = make_features(labels)
     model, head = head_of(64)
@@ -285,7 +267,7 @@ def test_hidden_layers_are_refused():
         initialize_head(model, [np.zeros((4, 8), np.float32)], np.arange(4) % 2, 0)
 
 
-def test_only_a_head_without_hidden_layers_can_be_fitted():
+def test_only_a_head_without_hidden_layers_takes_a_probe():
     assert takes_probe(head_of(8)[0])
     assert takes_probe(head_of(8, layer_sizes=[0.5])[0])
     assert not takes_probe(head_of(8, layer_sizes=[16, 0.5])[0])
@@ -307,8 +289,8 @@ def in_thirds(number: int) -> list[np.ndarray]:
     return [np.arange(number)[fold::3] for fold in range(3)]
 
 
-@pytest.mark.parametrize(("multi_label", "channels"), [(False, 20), (False, 150), (True, 20)])
-def test_an_image_is_judged_by_a_regression_that_was_fitted_without_it(monkeypatch, multi_label, channels):
+@pytest.mark.parametrize(("multi_label", "channels"), [(False, 150), (True, 20)])
+def test_an_image_is_predicted_by_a_regression_fitted_without_it(monkeypatch, multi_label, channels):
     rng = np.random.default_rng(1)
     labels = (rng.random((90, 3)) < [0.5, 0.2, 0.7]).astype(np.uint8) if multi_label else rng.integers(0, 3, 90)
     features = make_features(labels, channels)
@@ -324,7 +306,7 @@ def test_an_image_is_judged_by_a_regression_that_was_fitted_without_it(monkeypat
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_out_of_fold_an_answer_is_the_mean_over_an_image_and_its_mirror_image(monkeypatch):
+def test_an_out_of_fold_prediction_is_the_mean_over_an_image_and_its_mirror_image(monkeypatch):
     labels = np.random.default_rng(1).integers(0, 3, 90)
     views = [make_features(labels, 40, seed) for seed in (0, 1)]
     strength = initialize_head(head_of(40)[0], views, labels, 0)
@@ -345,7 +327,7 @@ def test_out_of_fold_noise_stays_at_chance():
     labels = np.repeat([0, 1], 100)
     noise = np.random.default_rng(0).normal(size=(200, 400)).astype(np.float32)
     found = cross_validate([noise], labels, 2, 0)
-    # In fold, 400 numbers tell 200 images apart without a mistake; by chance are 0.5, standard error 0.035.
+    # In fold, 400 features separate 200 images perfectly; chance is 0.5, standard error 0.035.
     assert np.mean(found.argmax(axis=1) == labels) == pytest.approx(0.5, abs=0.11)
 
 
@@ -371,9 +353,9 @@ def test_folds_follow_from_the_seed():
     assert np.abs(first - other).max() > 1e-3
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 0), (2, 1, 0), (4, 0, 0), (1, 20, 20), (9, 2, 0)])
+@pytest.mark.parametrize("counts", [(1, 1, 0), (4, 0, 0), (1, 20, 20), (9, 2, 0)])
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_out_of_fold_few_images_of_a_class_are_judged_without_a_word(counts, multi_label):
+def test_few_images_of_a_class_are_predicted_out_of_fold_without_a_warning(counts, multi_label):
     labels = np.repeat([0, 1, 2], counts)
     labels = np.eye(3, dtype=np.uint8)[labels] if multi_label else labels
     with warnings.catch_warnings():
@@ -389,7 +371,7 @@ def test_out_of_fold_few_images_of_a_class_are_judged_without_a_word(counts, mul
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_rows_that_were_not_read_are_replaced_or_left_out_as_images_are(photos, tmp_path, shuffle):
+def test_unread_rows_are_replaced_or_left_out_as_images_are(photos, tmp_path, shuffle):
     paths = list(photos[0])
     for row in (4, 5):
         paths[row] = str(tmp_path / f"missing_{row}.jpg")
@@ -405,7 +387,7 @@ def test_rows_that_were_not_read_are_replaced_or_left_out_as_images_are(photos, 
 
 
 def copy_photos(number=60, copies=3, channels=100):
-    """Makes photos without anything in common but their copies, and random labels that copies share."""
+    """Makes random photos with copies, and random labels that copies share."""
     rng = np.random.default_rng(4)
     photos = rng.normal(size=(number, channels))
     groups = rng.permutation(np.repeat(np.arange(number), copies))
@@ -413,7 +395,7 @@ def copy_photos(number=60, copies=3, channels=100):
     return features.astype(np.float32), rng.integers(0, 2, number)[groups], groups
 
 
-def test_copies_of_an_image_do_not_answer_for_it():
+def test_copies_of_an_image_do_not_predict_it():
     features, labels, groups = copy_photos()
     by_photo = cross_validate([features], labels, 2, 0)
     by_group = cross_validate([features], labels, 2, 0, groups=groups)
@@ -423,14 +405,14 @@ def test_copies_of_an_image_do_not_answer_for_it():
 
 
 def test_the_strength_is_chosen_on_whole_groups():
-    """By photo copies make features that mean nothing look certain: the weakest regularisation is best."""
+    """Without groups, copies make meaningless features look certain: the weakest regularisation is best."""
     features, labels, groups = copy_photos()
     model = head_of(100)[0]
     assert initialize_head(model, [features], labels, 0) == pytest.approx(10)
     assert initialize_head(model, [features], labels, 0, groups=groups) == pytest.approx(10**-2.5)
 
 
-def test_each_image_in_a_fold_of_groups_is_judged_by_those_of_other_groups():
+def test_each_image_is_predicted_by_images_of_other_groups():
     labels = np.random.default_rng(1).integers(0, 3, 90)
     groups = np.random.default_rng(2).permutation(np.repeat(np.arange(18), 5))
     features = make_features(labels, 20)
@@ -447,16 +429,15 @@ def test_each_image_in_a_fold_of_groups_is_judged_by_those_of_other_groups():
 @pytest.mark.parametrize(
     "groups",
     [
-        # Each class in one group; all in one; a class in one group; two groups; a giant one; pairs that share a class.
+        # Each class in one group; all in one; a class in one group; two groups; a giant one.
         np.repeat([0, 1, 2], [12, 12, 12]),
         np.zeros(36, int),
         np.concatenate([np.arange(24) // 3, np.full(12, 8)]),
         np.tile([0, 1], 18),
         np.concatenate([np.zeros(30, int), np.arange(1, 7)]),
-        np.arange(36) % 7,
     ],
 )
-def test_however_groups_lie_a_head_starts_and_answers_are_numbers(groups, multi_label):
+def test_any_groups_give_a_head_and_finite_probabilities(groups, multi_label):
     labels = np.repeat([0, 1, 2], 12)
     given, features = np.eye(3, dtype=np.uint8)[labels] if multi_label else labels, make_features(labels, 8)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""A run knows its own data, from anywhere, and is not tested on images that it was trained on."""
+"""A run finds its own data from anywhere, and is not tested on images that it was trained on."""
 
 import json
 import shutil
@@ -15,7 +15,6 @@ from small_runs import options_of, start, tables  # noqa: F401
 
 from configs import Configs
 from finetune.core.options import UserError
-from finetune.training.resuming import configs_to_continue
 from finetune.training.run_data import (
     find_trained_images,
     locate_data,
@@ -75,20 +74,17 @@ def test_paths_stay_as_they_are_where_the_run_was_started(project, monkeypatch):
     assert configs.save_model_path == "runs/a"
 
 
-def test_a_run_that_was_moved_with_its_data_finds_them(project):
+def test_a_moved_run_finds_its_tables_whether_they_were_moved_or_not(project, tmp_path):
+    shutil.copytree(project / "runs" / "a", tmp_path / "archive")
+    _, configs = find_trained_model(Configs(load_model_path=str(tmp_path / "archive")))
+    assert configs.test_csv == str(project / "tables" / "testing_set.csv")
     moved = project.parent / "moved"
     shutil.move(project, moved)
     _, configs = find_trained_model(Configs(load_model_path=str(moved / "runs" / "a")))
     assert configs.test_csv == str(moved / "tables" / "testing_set.csv")
 
 
-def test_a_run_that_was_moved_alone_still_takes_the_tables_that_it_was_trained_with(project, tmp_path):
-    shutil.move(project / "runs" / "a", tmp_path / "archive")
-    _, configs = find_trained_model(Configs(load_model_path=str(tmp_path / "archive")))
-    assert configs.test_csv == str(project / "tables" / "testing_set.csv")
-
-
-def test_tables_without_an_image_directory_are_relative_to_where_the_run_was_started(project):
+def test_tables_without_an_image_directory_start_where_the_run_was_started(project):
     options = {"train_csv": "tables/training_set.csv", "image_directory": ""}
     located = locate_data(options, str(project / "runs" / "a"), "runs/a")
     assert located == {
@@ -104,43 +100,40 @@ def test_urls_and_absolute_paths_are_the_same_from_everywhere(project):
 
 
 @pytest.mark.parametrize(("option", "name"), [("validation_csv", "validation"), ("train_csv", "training")])
-def test_a_table_that_is_gone_is_left_out_and_told(project, capsys, option, name):
+def test_a_missing_table_is_left_out_and_named(project, capsys, option, name):
     (project / "tables" / f"{name}_set.csv").unlink()
     _, configs = find_trained_model(Configs(load_model_path=str(project / "runs" / "a")))
     assert getattr(configs, option) == ""
     assert f"{name}_set.csv, does not exist: going without a {name} set" in capsys.readouterr().out
 
 
-def test_a_run_that_came_without_its_data_is_tested_on_others(project, tmp_path):
+def test_a_run_without_its_data_is_tested_on_others(project, tmp_path):
     shutil.move(project / "runs" / "a", tmp_path / "a")
     shutil.rmtree(project)
     _, configs = find_trained_model(Configs(load_model_path=str(tmp_path / "a"), test_csv="mine.csv"))
     assert (configs.train_csv, configs.validation_csv, configs.test_csv) == ("", "", "mine.csv")
 
 
-def test_the_runs_own_tables_are_read_as_the_run_read_them_beside_another_one(project):
-    model = str(project / "runs" / "a")
-    given = {"test_csv": "mine.csv", "image_directory": "mine", "csv_label_column": "label"}
-    path, configs = find_trained_model(Configs(load_model_path=model, **given))
+@pytest.mark.parametrize(
+    ("given", "readings"),
+    [
+        # With another table, the run's own are read as the run read them.
+        (
+            {"test_csv": "mine.csv", "image_directory": "mine", "csv_label_column": "label"},
+            [("photos", "kind"), ("photos", "kind"), ("mine", "label")],
+        ),
+        # The photos were moved.
+        ({"image_directory": "moved"}, [("moved", "kind")] * 3),
+    ],
+)
+def test_a_given_image_directory_is_for_the_given_table_or_for_all(project, given, readings):
+    path, configs = find_trained_model(Configs(load_model_path=str(project / "runs" / "a"), **given))
     tables = (configs.train_csv, configs.validation_csv, configs.test_csv)
-    readings = [configure_table(configs, path, table) for table in tables]
-    own = (str(project / "photos"), "kind")
-    assert [(one.image_directory, one.csv_label_column) for one in readings] == [own, own, ("mine", "label")]
-
-
-def test_photos_that_were_moved_are_found_where_the_user_says_for_all_tables(project):
-    path, configs = find_trained_model(Configs(load_model_path=str(project / "runs" / "a"), image_directory="moved"))
-    tables = (configs.train_csv, configs.validation_csv, configs.test_csv)
-    readings = [configure_table(configs, path, table) for table in tables]
-    assert [one.image_directory for one in readings] == ["moved"] * 3
-
-
-def test_a_run_goes_on_from_elsewhere_with_its_own_data(project):
-    stored = json.loads((project / "runs" / "a" / "configs.json").read_text())
-    state = {"configs": Configs().to_dict() | stored, "given": sorted(stored)}
-    configs = configs_to_continue(Configs(), state, str(project / "runs" / "a" / "latest_model.keras"))
-    assert configs.train_csv == str(project / "tables" / "training_set.csv")
-    assert configs.save_model_path == str(project / "runs" / "a")
+    found = [configure_table(configs, path, table) for table in tables]
+    own = {"photos": str(project / "photos")}
+    assert [(one.image_directory, one.csv_label_column) for one in found] == [
+        (own.get(folder, folder), column) for folder, column in readings
+    ]
 
 
 @pytest.fixture
@@ -178,7 +171,7 @@ def test_an_image_whose_file_was_changed_since_is_found_by_its_path(trained_on):
     assert find_trained_images(run, [photos[2]], ["training"]) == {photos[2]: photos[2]}
 
 
-def test_files_that_differ_between_the_samples_are_told_apart(trained_on, tmp_path):
+def test_files_that_differ_between_the_samples_differ(trained_on, tmp_path):
     run, _ = trained_on
     content = bytearray(40_000)
     first, second = tmp_path / "first.bin", tmp_path / "second.bin"
@@ -190,30 +183,26 @@ def test_files_that_differ_between_the_samples_are_told_apart(trained_on, tmp_pa
     assert find_trained_images(run, [str(second)], ["training"]) == {}
 
 
-def test_testing_on_images_trained_on_is_refused_or_told(trained_on, capsys):
+def test_testing_on_images_trained_on_is_refused_or_warned_of(trained_on, capsys):
     run, photos = trained_on
     with pytest.raises(UserError, match=r"t\.csv: the model was trained on 1 of these 2 images.*allow_duplicates"):
         refuse_trained_images(run, "t.csv", [photos[0], photos[4]], ["training"], False)
     assert refuse_trained_images(run, "t.csv", [photos[0], photos[4]], ["training"], True) == 1
     assert "Warning: t.csv: the model was trained on 1 of these 2 images" in capsys.readouterr().out
     assert refuse_trained_images(run, "t.csv", [photos[4]], ["training"], False) == 0
-
-
-def test_a_run_without_a_list_says_that_it_does_not_know(tmp_path, capsys):
-    assert refuse_trained_images(str(tmp_path), "t.csv", ["a.jpg"], ["training"], False) == 0
+    (Path(run) / "trained_images.csv").unlink()
+    assert refuse_trained_images(run, "t.csv", [photos[0]], ["training"], False) == 0
     assert "trained_images.csv" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["", "path\na.jpg\n", "set,path,bytes,crc32\ntraining,a.jpg,many,2\n"])
-def test_a_damaged_list_is_told(tmp_path, content):
+def test_a_damaged_list_is_named(tmp_path, content):
     (tmp_path / "trained_images.csv").write_text(content)
     with pytest.raises(UserError, match=r"trained_images\.csv is damaged"):
         find_trained_images(str(tmp_path), ["a.jpg"], ["training"])
 
 
-def test_a_table_that_selected_the_model_is_refused_unless_the_run_has_no_other_to_test_on(
-    trained_on, tmp_path, capsys
-):
+def test_a_table_that_selected_the_model_is_refused_unless_it_is_the_only_test_table(trained_on, tmp_path, capsys):
     run, photos = trained_on
     model = str(Path(run) / "best_model.keras")
     other = tmp_path / "test.csv"
@@ -230,7 +219,7 @@ def test_a_table_that_selected_the_model_is_refused_unless_the_run_has_no_other_
     assert check_test_images(model, "other.csv", [photos[3]], False) == 1
 
 
-def test_without_a_validation_table_test_images_have_selected_and_may_be_tested(trained_on, tmp_path):
+def test_without_a_validation_table_test_images_are_listed_as_such(trained_on):
     run, photos = trained_on
     images = SimpleNamespace(labels=np.zeros(1, int), paths=photos[3:4])
     sets = {"training": ("a.csv", images), "validation": ("b.csv", images)}
