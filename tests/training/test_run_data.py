@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from small_runs import options_of, start, tables  # noqa: F401
+from small_runs import options_of, tables  # noqa: F401
 
+import compress_weights
+import draw_activations
+import plot_training_log
+import predict
+import test as evaluation
+import train
 from configs import Configs
 from finetune.core.options import UserError
 from finetune.training.run_data import (
+    TABLE_OPTIONS,
     find_trained_images,
     locate_data,
     refuse_trained_images,
@@ -24,8 +29,6 @@ from finetune.training.run_data import (
 )
 from finetune.training.run_folder import describe_run
 from finetune.training.trained_model import check_test_images, configure_table, find_trained_model, has_selected
-
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -50,68 +53,52 @@ def project(tmp_path, monkeypatch):
     return home
 
 
-def test_a_model_brings_the_data_of_its_run_from_anywhere(project, capsys):
-    _, configs = find_trained_model(Configs(load_model_path=str(project / "runs" / "a")))
-    assert configs.train_csv == str(project / "tables" / "training_set.csv")
-    assert configs.validation_csv == str(project / "tables" / "validation_set.csv")
-    assert configs.test_csv == str(project / "tables" / "testing_set.csv")
+def find(path, **options):
+    return find_trained_model(Configs(load_model_path=str(path), **options))[1]
+
+
+def test_a_model_brings_the_data_of_its_run_from_anywhere_unless_given(project, capsys, monkeypatch):
+    configs = find(project / "runs" / "a")
+    for name, table in zip(TABLE_OPTIONS, ("training_set", "validation_set", "testing_set"), strict=True):
+        assert getattr(configs, name) == str(project / "tables" / f"{table}.csv")
     assert (configs.image_directory, configs.csv_label_column) == (str(project / "photos"), "kind")
     assert configs.save_model_path == str(project / "runs" / "a")
     assert f"test_csv is that of the run: {configs.test_csv}" in capsys.readouterr().out
-
-
-def test_what_is_given_wins_over_the_run(project):
-    given = Configs(load_model_path=str(project / "runs" / "a"), test_csv="mine.csv", csv_label_column="label")
-    _, configs = find_trained_model(given)
+    configs = find(project / "runs" / "a", test_csv="mine.csv", csv_label_column="label")
     assert (configs.test_csv, configs.csv_label_column) == ("mine.csv", "label")
     assert configs.train_csv == str(project / "tables" / "training_set.csv")
-
-
-def test_paths_stay_as_they_are_where_the_run_was_started(project, monkeypatch):
     monkeypatch.chdir(project)
-    _, configs = find_trained_model(Configs(load_model_path="runs/a"))
+    configs = find("runs/a")
     assert (configs.test_csv, configs.image_directory) == ("./tables/testing_set.csv", "photos")
     assert configs.save_model_path == "runs/a"
 
 
 def test_a_moved_run_finds_its_tables_whether_they_were_moved_or_not(project, tmp_path):
     shutil.copytree(project / "runs" / "a", tmp_path / "archive")
-    _, configs = find_trained_model(Configs(load_model_path=str(tmp_path / "archive")))
-    assert configs.test_csv == str(project / "tables" / "testing_set.csv")
+    assert find(tmp_path / "archive").test_csv == str(project / "tables" / "testing_set.csv")
     moved = project.parent / "moved"
     shutil.move(project, moved)
-    _, configs = find_trained_model(Configs(load_model_path=str(moved / "runs" / "a")))
-    assert configs.test_csv == str(moved / "tables" / "testing_set.csv")
+    assert find(moved / "runs" / "a").test_csv == str(moved / "tables" / "testing_set.csv")
+    # Without the data, it is tested on others.
+    shutil.rmtree(moved)
+    configs = find(tmp_path / "archive", test_csv="mine.csv")
+    assert (configs.train_csv, configs.validation_csv, configs.test_csv) == ("", "", "mine.csv")
 
 
-def test_tables_without_an_image_directory_start_where_the_run_was_started(project):
+def test_paths_are_located_from_where_the_run_was_started(project):
+    folder = str(project / "runs" / "a")
     options = {"train_csv": "tables/training_set.csv", "image_directory": ""}
-    located = locate_data(options, str(project / "runs" / "a"), "runs/a")
-    assert located == {
-        "train_csv": str(project / "tables" / "training_set.csv"),
-        "image_directory": str(project),
-    }
-
-
-def test_urls_and_absolute_paths_are_the_same_from_everywhere(project):
-    options = {"train_csv": str(project / "tables" / "training_set.csv"), "image_directory": "s3://bucket/photos"}
-    options |= {"validation_csv": ""}
-    assert locate_data(options, str(project / "runs" / "a"), "runs/a") == options
+    located = {"train_csv": str(project / "tables" / "training_set.csv"), "image_directory": str(project)}
+    assert locate_data(options, folder, "runs/a") == located
+    options = located | {"image_directory": "s3://bucket/photos", "validation_csv": ""}
+    assert locate_data(options, folder, "runs/a") == options
 
 
 @pytest.mark.parametrize(("option", "name"), [("validation_csv", "validation"), ("train_csv", "training")])
 def test_a_missing_table_is_left_out_and_named(project, capsys, option, name):
     (project / "tables" / f"{name}_set.csv").unlink()
-    _, configs = find_trained_model(Configs(load_model_path=str(project / "runs" / "a")))
-    assert getattr(configs, option) == ""
+    assert getattr(find(project / "runs" / "a"), option) == ""
     assert f"{name}_set.csv, does not exist: going without a {name} set" in capsys.readouterr().out
-
-
-def test_a_run_without_its_data_is_tested_on_others(project, tmp_path):
-    shutil.move(project / "runs" / "a", tmp_path / "a")
-    shutil.rmtree(project)
-    _, configs = find_trained_model(Configs(load_model_path=str(tmp_path / "a"), test_csv="mine.csv"))
-    assert (configs.train_csv, configs.validation_csv, configs.test_csv) == ("", "", "mine.csv")
 
 
 @pytest.mark.parametrize(
@@ -163,10 +150,7 @@ def test_images_trained_on_are_found_by_path_and_by_content(trained_on, tmp_path
     assert find_trained_images(run, [photos[3], photos[4]], ["training"]) == {}
     Path(photos[1]).unlink()
     assert find_trained_images(run, [str(copy)], both) == {str(copy): photos[1]}
-
-
-def test_an_image_whose_file_was_changed_since_is_found_by_its_path(trained_on):
-    run, photos = trained_on
+    # A changed file is found by its path.
     Path(photos[2]).write_bytes(Path(photos[4]).read_bytes())
     assert find_trained_images(run, [photos[2]], ["training"]) == {photos[2]: photos[2]}
 
@@ -227,10 +211,20 @@ def test_without_a_validation_table_test_images_are_listed_as_such(trained_on):
     assert pd.read_csv(Path(run) / "trained_images.csv")["set"].tolist() == ["training", "test"]
 
 
+SCRIPTS = {
+    "train": (train.main, Configs),
+    "test": (evaluation.main, Configs),
+    "draw_activations": (draw_activations.main, Configs),
+    "plot_training_log": (plot_training_log.main, plot_training_log.PlotConfigs),
+    "compress_weights": (compress_weights.main, compress_weights.CompressConfigs),
+    "predict": (predict.main, predict.PredictConfigs),
+}
+
+
 @pytest.mark.slow
-def test_a_run_with_tables_of_its_own_is_tested_on_them_from_anywhere(tables, tmp_path):
-    """The folder that the scripts are started in holds another split, of which the run has seen the test images."""
-    home, elsewhere = tmp_path / "my photos", tmp_path / "elsewhere"
+def test_a_run_with_its_own_tables_is_tested_on_them_from_anywhere(tables, tmp_path, monkeypatch, capsys):
+    """The working directory holds another split, whose test images the run has seen."""
+    home, elsewhere, clinic = tmp_path / "my photos", tmp_path / "elsewhere", tmp_path / "clinic"
     (home / "tables").mkdir(parents=True)
     (elsewhere / "data").mkdir(parents=True)
     table = pd.concat([pd.read_csv(tables[0]), pd.read_csv(tables[1])])
@@ -240,45 +234,36 @@ def test_a_run_with_tables_of_its_own_is_tested_on_them_from_anywhere(tables, tm
     shutil.copy(home / "tables" / "a.csv", elsewhere / "data" / "testing_set.csv")
     values = options_of(("tables/a.csv", "tables/c.csv"), "runs/a", validation_csv="tables/b.csv", num_epochs=1)
     (home / "own.json").write_text(json.dumps(values))
+    run = home / "runs" / "a"
 
-    def run(folder, script, *arguments):
-        words = [sys.executable, PROJECT / script, *arguments]
-        return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
+    def start(folder, script, *words):
+        monkeypatch.chdir(folder)
+        main, kind = SCRIPTS[script]
+        return main(kind.from_command_line(arguments=list(words)))
 
-    assert run(home, "train.py", "--configs", "own.json").returncode == 0
-    path = str(home / "runs" / "a")
-    for script in ("test.py", "draw_activations.py", "plot_training_log.py", "compress_weights.py"):
-        done = run(elsewhere, script, "--load_model_path", path)
-        assert done.returncode == 0, done.stderr
-    metrics = json.loads((home / "runs" / "a" / "evaluation" / "metrics.json").read_text())
-    assert metrics["sets"]["test"]["csv"] == str(home / "tables" / "c.csv")
-    assert metrics["sets"]["test"]["images"] == 12
-    assert len(list((home / "runs" / "a" / "cam_output").glob("*.jpg"))) == 12
-    assert (home / "runs" / "a" / "training_log.png").is_file()
-    report = json.loads((home / "runs" / "a" / "compression_report.json").read_text())
+    start(home, "train", "--configs", "own.json")
+    for script in ("test", "draw_activations", "plot_training_log", "compress_weights"):
+        start(elsewhere, script, "--load_model_path", str(run))
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())["sets"]["test"]
+    assert (metrics["csv"], metrics["images"]) == (str(home / "tables" / "c.csv"), 12)
+    assert len(list((run / "cam_output").glob("*.jpg"))) == 12
+    assert (run / "training_log.png").is_file()
+    report = json.loads((run / "compression_report.json").read_text())
     assert report["test_csv"] == str(home / "tables" / "c.csv")
-    assert [entry.name for entry in elsewhere.iterdir()] == ["data"]
+    with pytest.raises(UserError, match=r"a\.csv: the model was trained on 12 of these 12 images"):
+        start(elsewhere, "test", "--load_model_path", str(run), "--test_csv", str(home / "tables" / "a.csv"))
+    start(home, "predict", "--load_model_path", "runs/a", "--input", "tables/c.csv")
 
-    refused = run(elsewhere, "test.py", "--load_model_path", path, "--test_csv", str(home / "tables" / "a.csv"))
-    assert refused.returncode == 2
-    assert "a.csv: the model was trained on 12 of these 12 images" in refused.stderr
-    predicted = run(home, "predict.py", "--load_model_path", "runs/a", "--input", "tables/c.csv")
-    assert predicted.returncode == 0, predicted.stderr
-    check_alone(home, tmp_path / "clinic", run)
-    again = run(elsewhere, "train.py", "--load_model_path", path, "--num_epochs", "2")
-    assert again.returncode == 0, again.stderr
-    assert len((home / "runs" / "a" / "training_log.csv").read_text().splitlines()) == 3
-    assert [entry.name for entry in elsewhere.iterdir()] == ["data"]
-
-
-def check_alone(home, clinic, run):
-    """Tests a run where none of its data are: from its folder alone, on a table of other photos."""
-    away = home.rename(home.with_name("away"))
+    # The run's folder alone, without its data, on other photos.
+    away = home.rename(tmp_path / "away")
     shutil.copytree(away / "runs" / "a", clinic / "a")
     shutil.copy(away / "tables" / "c.csv", clinic / "mine.csv")
-    done = run(clinic, "test.py", "--load_model_path", "a", "--test_csv", "mine.csv", "--image_directory", str(away))
-    assert done.returncode == 0, done.stderr
-    assert "going without a training set" in done.stdout
-    assert list(json.loads((clinic / "a" / "evaluation" / "metrics.json").read_text())["sets"]) == ["test"]
+    capsys.readouterr()
+    words = ["--load_model_path", "a", "--test_csv", "mine.csv", "--image_directory", str(away)]
+    assert list(start(clinic, "test", *words)["sets"]) == ["test"]
+    assert "going without a training set" in capsys.readouterr().out
     assert (clinic / "a" / "decision.json").read_text() == (away / "runs" / "a" / "decision.json").read_text()
     away.rename(home)
+    start(elsewhere, "train", "--load_model_path", str(run), "--num_epochs", "2")
+    assert len((run / "training_log.csv").read_text().splitlines()) == 3
+    assert [entry.name for entry in elsewhere.iterdir()] == ["data"]
