@@ -36,11 +36,6 @@ class Validation(keras.callbacks.Callback):
     The metrics are `val_loss`, and `val_accuracy` or multi-label `val_auroc`: the mean AUROC over the classes with both
     positive and negative images.
 
-    Args:
-        sequence: the validation images, in order.
-        loss: of labels and probabilities, as in training.
-        multi_label: whether an image has several labels.
-
     Attributes:
         aurocs: multi-label: the AUROC of each class in the last epoch.
         y_true: the labels of the images that could be read.
@@ -83,8 +78,7 @@ class Validation(keras.callbacks.Callback):
 class InputWait(keras.callbacks.Callback):
     """Measures the share of an epoch's training time that the model waits for batches: `share`, in `[0, 1]`.
 
-    Args:
-        advise_above: a larger share is printed, with advice.
+    A share larger than `advise_above` is printed, with advice.
     """
 
     def __init__(self, advise_above: float = 0.1) -> None:
@@ -163,9 +157,7 @@ class Schedule(keras.callbacks.Callback):
 class Plateau(keras.callbacks.ReduceLROnPlateau):
     """Lowers the learning rate on a plateau of the validation loss, also across a stopped and continued run.
 
-    Args:
-        configs: for the factor, the patience and the lowest rate.
-        progress: of the run; it keeps the counters, which Keras resets whenever training begins.
+    The progress of the run keeps the counters, which Keras resets whenever training begins.
     """
 
     def __init__(self, configs: Configs, progress: Progress) -> None:
@@ -256,10 +248,7 @@ class EpochOrder(keras.callbacks.Callback):
 class BadImages(keras.callbacks.Callback):
     """Prints after each epoch which images could not be read, each image once, and adds them to data_report.csv.
 
-    Args:
-        sequences: the training and the validation images, by the path of their table.
-        folder: of the run.
-        team: the processes that read the images; its chief prints and writes.
+    The sequences of images are given by the paths of their tables. The chief prints and writes for all processes.
     """
 
     def __init__(self, sequences: dict[str, AugmentedImageSequence], folder: str, team: Team) -> None:

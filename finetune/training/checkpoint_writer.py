@@ -54,9 +54,7 @@ class CheckpointWriter:
     def get_state(self, epochs_completed: int, steps_completed: int) -> dict[str, Any]:
         """Returns all that resuming needs, except the weights and optimizer variables, which the model file holds.
 
-        Args:
-            epochs_completed: of the run.
-            steps_completed: of the next epoch.
+        `steps_completed` counts the steps of the next epoch.
         """
         return {
             **self._facts,

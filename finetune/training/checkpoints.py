@@ -19,12 +19,7 @@ from generator import AugmentedImageSequence
 class Checkpoint(keras.callbacks.Callback):
     """Writes models and logs when they are due, and on resuming restores what a model file does not.
 
-    Args:
-        writer: of the phase.
-        selection: chooses the model to keep.
-        averages: has given the model its averaged weights; None without `ema_decay`.
-        input_wait: measures the share of each epoch that the model waits for images.
-        training: the training images, which know the epoch.
+    `averages` has given the model its averaged weights before; it is None without `ema_decay`.
     """
 
     def __init__(

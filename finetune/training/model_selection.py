@@ -21,10 +21,7 @@ from finetune.training.weight_averaging import choose_weights
 class ModelSelection:
     """Chooses the model to keep, and records its metrics in the run's progress.
 
-    Args:
-        writer: of the phase; writes the start, or an average of it and the last epoch.
-        measure: validates a model.
-        refit: refits the head of averaged weights; None keeps it.
+    `refit` refits the head of averaged weights; with None they keep their averaged head.
     """
 
     def __init__(self, writer: CheckpointWriter, measure: Validation, refit: Callable[[], Any] | None) -> None:

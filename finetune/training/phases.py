@@ -55,10 +55,7 @@ def get_phases(configs: Configs, devices: int) -> list[Phase]:
 def prepare_phase(run: Run, phase: Phase, state: dict[str, Any] | None) -> TrainingModel:
     """Makes the layers of a phase trainable and builds its training model, in the scope of the strategy.
 
-    Args:
-        run: of the phase.
-        phase: to train.
-        state: of the checkpoint to continue from; None for a fresh start.
+    `state` is of the checkpoint to continue from; None for a fresh start.
     """
     set_trainable(run.model, phase, run.configs)
     continues = is_within(state, phase)

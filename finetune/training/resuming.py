@@ -40,9 +40,7 @@ from model import check_registered
 def find_start(configs: Configs, writes: bool = True) -> tuple[str, dict[str, Any] | None, Configs]:
     """Returns the path and the training state of the model to continue, each if any, and the run's configs.
 
-    Args:
-        configs: as given.
-        writes: False if another process of the run writes into its folder.
+    The folder is not checked without `writes`: another process of the run writes into it.
 
     Raises:
         UserError: there is no such model, the run cannot continue with these configs, or its folder cannot be written.
@@ -103,15 +101,10 @@ def report_end(state: dict[str, Any] | None, configs: Configs) -> dict[str, Any]
 
 
 def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str) -> Configs:
-    """Returns the configs to continue a run with, and prints what changes.
+    """Returns the configs to continue a checkpoint's run with, and prints what changes.
 
     An option given now counts, unless it would change the model or the order of the data. Next comes what was given
     when the run began, then the default.
-
-    Args:
-        configs: as given now.
-        state: of the checkpoint.
-        model_path: of the checkpoint.
 
     Raises:
         UserError: names the options that cannot change.

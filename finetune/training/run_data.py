@@ -55,9 +55,7 @@ def locate_paths(options: dict[str, Any], home: str) -> dict[str, Any]:
 def gives_other_tables(configs: Configs, located: dict[str, Any]) -> bool:
     """Returns whether a given table is neither a run's own nor in the folder in which its images' paths start.
 
-    Args:
-        configs: with the given tables.
-        located: the run's options from `locate_data`.
+    `located` has the run's options from `locate_data`.
     """
     own, home = [located[name] for name in TABLE_OPTIONS if located.get(name)], located.get("image_directory")
     given = [getattr(configs, name) for name in (*TABLE_OPTIONS, "csv_path") if name in configs.given]
@@ -183,15 +181,9 @@ def write_trained_images(folder: str, sets: dict[str, Sequence[str]]) -> None:
 
 
 def find_trained_images(folder: str, files: Sequence[str], set_names: Sequence[str]) -> dict[str, str] | None:
-    """Finds the image files that a run was trained on or selected by, by path or by content.
+    """Finds the files of a run's sets, by path or by content; returns the run's own path of each file found.
 
-    Args:
-        folder: of the run.
-        files: to look for.
-        set_names: the run's sets to look in.
-
-    Returns:
-        The run's own path of each file found; None if the run has no list.
+    Without a list of the run's images, it returns None.
 
     Raises:
         UserError: the list is damaged.

@@ -73,11 +73,7 @@ def count_views(
 ) -> tuple[float, float]:
     """Returns the cost, in training steps, of one validation, and of choosing the model at the end of the run.
 
-    Args:
-        configs: of the run.
-        training: the training images.
-        validation: the validation images.
-        refits: whether the compared averages get refitted heads.
+    With `refits`, the compared averages get refitted heads.
     """
     larger = math.prod(get_input_size(configs)) / math.prod(configs.image_target_size[:2])
     share = VALIDATION_SHARE * larger
@@ -92,11 +88,7 @@ def count_views(
 class TimeEstimate(StepTimes):
     """Prints after the first steps how long an epoch and the whole run will take, and when it will end.
 
-    Args:
-        epochs: of the whole run.
-        training: the training images.
-        validating: the cost of one validation, by `count_views`.
-        choosing: the cost of choosing the model, by `count_views`.
+    The costs of `validating` and of `choosing` the model are those of `count_views`.
     """
 
     def __init__(self, epochs: int, training: AugmentedImageSequence, validating: float, choosing: float) -> None:
@@ -135,9 +127,7 @@ def time_saving(model: keras.Model, folder: str) -> float:
 def resolve_epochs(run: Run, started: float) -> None:
     """Fits the run's number of epochs to `time_budget` or `min_steps`; a continued run keeps its own.
 
-    Args:
-        run: its configs change.
-        started: the `time.monotonic` at which the run began.
+    The run `started` at this `time.monotonic`.
     """
     configs = run.configs
     if run.state or configs.find_learning_rate:

@@ -87,11 +87,7 @@ def find_learning_rate(run: Run, phase: Phase) -> dict[str, Any]:
 
 
 def check_room(run: Run, phase: Phase) -> None:
-    """Checks, before the first epoch, that the disk has room for the checkpoints of a run.
-
-    Args:
-        run: with the number of epochs resolved.
-        phase: the last one, which trains the most layers.
+    """Checks, before the first epoch, that the disk has room for a run's checkpoints in its last and largest phase.
 
     Raises:
         UserError: names the space that is needed and the space that is left.

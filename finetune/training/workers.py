@@ -108,10 +108,7 @@ def read_cluster() -> tuple[list[str], int]:
 def join_team(distribution_strategy: str, options: dict[str, Any], folder: str) -> Team:
     """Returns the team of every worker in TF_CONFIG, with `multi_worker`, or of this process alone.
 
-    Args:
-        distribution_strategy: of the run.
-        options: of the run; except `OWN_OPTIONS`, they must be the same in all processes.
-        folder: to continue from, for the error message.
+    All workers must have the same options, except `OWN_OPTIONS`.
     """
     if distribution_strategy != "multi_worker":
         return Team()

@@ -173,8 +173,8 @@ AVERAGED |= {"early_stopping_patience": 0}
 @pytest.mark.parametrize(
     ("number", "mode", "more"),
     [
-        (3, "single-label", RECIPE),
-        (2, "multi-label", FEATURES | {"loss": "asymmetric"}),
+        (2, "single-label", RECIPE),
+        (3, "multi-label", FEATURES | {"loss": "asymmetric"}),
         (2, "single-label", AVERAGED),
     ],
 )
