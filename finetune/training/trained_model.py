@@ -62,7 +62,7 @@ def resolve_model_path(path: str, preferred: Sequence[str] = (BEST_MODEL, LATEST
             return stem + other
     raise UserError(
         f"There is no model at {path}. Expected a .keras, .h5 or .hdf5 file, or the folder of a run. "
-        "Train first, or give another path with --load_model_path."
+        "Train first, or name another by --load_model_path."
     )
 
 

@@ -50,11 +50,8 @@ def take_slurm_step(distribution_strategy: str = "multi_worker") -> None:
     Raises:
         UserError: the variables do not name the workers.
     """
-    if distribution_strategy == "multi_worker" and "TF_CONFIG" not in os.environ and "SLURM_PROCID" in os.environ:
-        os.environ["TF_CONFIG"] = json.dumps(_read_slurm_step())
-
-
-def _read_slurm_step() -> dict[str, Any]:
+    if distribution_strategy != "multi_worker" or "TF_CONFIG" in os.environ or "SLURM_PROCID" not in os.environ:
+        return
     try:
         # The GPUs stay those that Slurm gives: the resolver would number them from 0, and fails without any.
         resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
@@ -63,13 +60,14 @@ def _read_slurm_step() -> dict[str, Any]:
         cluster = resolver.cluster_spec().as_dict()
         # Not by rank: the resolver sorts the hosts by name, and Slurm may distribute the tasks in turn.
         own = f"{os.environ['SLURMD_NODENAME']}:{SLURM_PORT + int(os.environ['SLURM_LOCALID'])}"
-        return {"cluster": cluster, "task": {"type": "worker", "index": cluster["worker"].index(own)}}
+        task = {"type": "worker", "index": cluster["worker"].index(own)}
     except (RuntimeError, KeyError, ValueError) as error:
         reason = f"{error} is not set" if isinstance(error, KeyError) else shorten(str(error)).rstrip(".")
         raise UserError(
             f"distribution_strategy multi_worker: Slurm's variables do not name the workers: {reason}. Start train.py "
             "with srun, or set TF_CONFIG. docs/distributed.md shows how."
         ) from error
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
 
 
 def read_cluster() -> tuple[list[str], int]:
