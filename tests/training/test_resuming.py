@@ -117,7 +117,7 @@ def test_options_of_the_first_command_line_persist_and_safe_changes_are_printed(
 
 def test_other_images_are_refused():
     def images(*names):
-        return AugmentedImageSequence(list(names), np.zeros(2, int), (8, 8))
+        return AugmentedImageSequence(list(names), np.zeros(2, int), (8, 8), 2)
 
     state = {"data": {name: fingerprint(images("a.jpg", "b.jpg")) for name in ("train_csv", "validation_csv")}}
     state |= {"steps_completed": 0}
