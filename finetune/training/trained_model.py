@@ -134,7 +134,7 @@ def take_data_options(configs: Configs, model_path: str, names: Sequence[str] = 
             del taken[name]
     for name, value in taken.items():
         if value != getattr(configs, name):
-            print(f"{name} is that of the run: {value or 'empty'}")
+            print(f"{name} comes from the run: {value or 'empty'}")
     return configs.replace(**taken)
 
 

@@ -89,8 +89,9 @@ def choose_weights(
         if is_better(*_compare(losses, further_losses, groups)[:2]):
             kept, losses = further, further_losses
     best, lowest = min(tried[1:], key=lambda one: np.nanmean(one[1]))
-    told, told_losses = (kept, losses) if kept.share else (best, lowest)
-    print(describe_choice(told.share, told.is_refitted, kept.share > 0, *_compare(tried[0][1], told_losses, groups)))
+    chosen, chosen_losses = (kept, losses) if kept.share else (best, lowest)
+    difference = _compare(tried[0][1], chosen_losses, groups)
+    print(describe_choice(chosen.share, chosen.is_refitted, kept.share > 0, *difference))
     if kept.share not in (0, best.share):
         print(describe_rival(best.share, best.is_refitted, *_compare(losses, lowest, groups)[:2]))
     return kept

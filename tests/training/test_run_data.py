@@ -63,7 +63,7 @@ def test_a_model_brings_the_data_of_its_run_from_anywhere_unless_given(project, 
         assert getattr(configs, name) == str(project / "tables" / f"{table}.csv")
     assert (configs.image_directory, configs.csv_label_column) == (str(project / "photos"), "kind")
     assert configs.save_model_path == str(project / "runs" / "a")
-    assert f"test_csv is that of the run: {configs.test_csv}" in capsys.readouterr().out
+    assert f"test_csv comes from the run: {configs.test_csv}" in capsys.readouterr().out
     configs = find(project / "runs" / "a", test_csv="mine.csv", csv_label_column="label")
     assert (configs.test_csv, configs.csv_label_column) == ("mine.csv", "label")
     assert configs.train_csv == str(project / "tables" / "training_set.csv")
