@@ -46,6 +46,8 @@ class LoadedProcess:
         self.process = LOADED.Process(target=_run, args=(target, arguments, self.paths, environment))
         self.process.start()
         self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
+        # At its end, Python would wait for a process that a failed test has left.
+        atexit.register(self.kill)
 
     def poll(self):
         return self.process.exitcode
