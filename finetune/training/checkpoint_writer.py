@@ -1,4 +1,4 @@
-"""Writing a run's models, each with the state that training goes on from."""
+"""Writing a run's models, each with the state that training continues from."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ from finetune.training.training_state import read_metrics, save_checkpoint, seed
 
 
 class CheckpointWriter:
-    """Writes the models of a phase; every file holds the whole model.
-
-    Each is written whole or not at all, and carries the state that resuming from it needs, so that the two cannot
-    disagree: see `get_state`.
+    """Writes the models of a phase, each file atomically, with the whole model and the state to resume from.
 
     Attributes:
         progress: of the run.
@@ -34,7 +31,7 @@ class CheckpointWriter:
         self.folder = run.configs.save_model_path
         self.progress = Progress.read(run.state)
         if not is_within(run.state, phase):
-            # A plateau of one phase does not bind the next.
+            # Each phase counts its own plateau.
             self.progress.plateau = {}
         self._facts = {
             "configs": run.configs.to_stored(),
@@ -46,20 +43,18 @@ class CheckpointWriter:
         }
 
     def attach(self, trained: TrainingModel) -> None:
-        """Takes what trains the model, or its head, and its optimizer."""
+        """Takes the training model of the phase, with its optimizer."""
         self.trained = trained
         configs = self.run.configs
-        # A plain view of the model with the mode's stock loss: the file loads without this project.
+        # With a stock loss, the file loads without this project.
         self._view = build_inference_model(self.run.model, configs.test_time_augmentation)
         stock = "binary_crossentropy" if configs.multi_label_classification else "sparse_categorical_crossentropy"
         self._view.compile(trained.optimizer, loss=stock)
 
     def get_state(self, epochs_completed: int, steps_completed: int) -> dict[str, Any]:
-        """Returns all that resuming needs, except the weights and optimizer variables, which the model file has.
+        """Returns all that resuming needs, except the weights and optimizer variables, which the model file holds.
 
-        Args:
-            epochs_completed: of the run.
-            steps_completed: of the epoch after them.
+        `steps_completed` counts the steps of the next epoch.
         """
         return {
             **self._facts,
@@ -72,11 +67,11 @@ class CheckpointWriter:
 
     def save(self, names: Sequence[str], epochs_completed: int, steps_completed: int, resumes: bool = True) -> None:
         """Writes the model under one or more names; training cannot continue from averaged weights."""
-        first, *others = (os.path.join(self.folder, name) for name in names)
-        # Reading the metrics of several processes takes all of them.
+        # Every process takes part: reading the metrics exchanges them.
         state = self.get_state(epochs_completed, steps_completed)
         if not self.run.team.is_chief:
             return
+        first, *others = (os.path.join(self.folder, name) for name in names)
         save_checkpoint(self._view, first, state if resumes else None, self._facts["configs"])
         for path in others:
             duplicate_file(first, path)

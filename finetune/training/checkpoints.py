@@ -1,4 +1,4 @@
-"""When a run's models and logs are written, and what a model file does not bring back on resuming."""
+"""When a run's models and logs are written, and what a model file does not restore on resuming."""
 
 from __future__ import annotations
 
@@ -17,14 +17,9 @@ from generator import AugmentedImageSequence
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Writes models and logs where they are due, and restores on resuming what a model file does not bring back.
+    """Writes models and logs when they are due, and on resuming restores what a model file does not.
 
-    Args:
-        writer: of the phase.
-        selection: chooses the model to keep.
-        averages: what has given the model its averaged weights, where `ema_decay` is set.
-        input_wait: tells the share of each epoch that the model waited.
-        training: the training images, which know the epoch.
+    `averages` has given the model its averaged weights before; it is None without `ema_decay`.
     """
 
     def __init__(
@@ -45,7 +40,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.to_restore = writer.run.state
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        """Keeps the start of a run that begins; on resuming restores the random states and the logs."""
+        """Saves the start of a new run; on resuming restores the random states and the logs."""
         self.writer.attach(self.model)
         if self.to_restore is not None:
             for variable, value in zip(seed_states(self.model), self.to_restore["seed_states"], strict=True):
@@ -56,13 +51,12 @@ class Checkpoint(keras.callbacks.Callback):
             self.selection.keep_start()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Restores the running metrics of an epoch that began before the stop: Keras has just set them to zero."""
+        """Restores the running metrics of an epoch that began before the stop: Keras has just reset them."""
         if self.to_restore is not None and self.to_restore["steps_completed"]:
             restore_metrics(self.model, self.to_restore["metrics"])
         self.to_restore = None
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Writes a checkpoint after every so many steps."""
         every, steps_completed = self.configs.checkpoint_every_steps, self.training.first_step + batch + 1
         if every and steps_completed % every == 0 and steps_completed < self.training.steps:
             self.writer.save([LATEST_MODEL], self.training.epoch, steps_completed)
@@ -75,13 +69,12 @@ class Checkpoint(keras.callbacks.Callback):
         try:
             self._write_epoch(epoch, logs)
         except UserError:
-            # The progress bar would show them after this callback.
+            # The progress bar would show the metrics after this callback.
             shown = ", ".join(f"{name} {value:.4f}" for name, value in progress.log[-1].items() if name != "epoch")
             print(f"{begin_line()}Epoch {epoch + 1}: {shown}", flush=True)
             raise
 
     def _write_epoch(self, epoch: int, logs: dict[str, float]) -> None:
-        """Writes the models and logs that an epoch gives."""
         names = [BEST_MODEL] * self.selection.choose(epoch + 1, logs)
         names += [f"model_epoch_{epoch + 1:03d}.keras"] * (not self.configs.save_best_model_only)
         if self.averages is None:
@@ -99,9 +92,9 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 class BeforeValidation(keras.callbacks.Callback):
-    """Keeps an epoch's training where its validation is the first: an image in that may turn out unreadable.
+    """Saves the model before the first validation, which may meet an unreadable image.
 
-    It has its turn before the weights are averaged and validated.
+    It must run before the weights are averaged.
     """
 
     def __init__(self, writer: CheckpointWriter, steps: int) -> None:
@@ -111,7 +104,6 @@ class BeforeValidation(keras.callbacks.Callback):
         self.has_saved = False
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Runs before validation."""
         if not self.has_saved:
             self.writer.save([LATEST_MODEL], epoch, self.steps)
             self.has_saved = True

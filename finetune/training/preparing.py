@@ -1,4 +1,4 @@
-"""Preparing a training run: from its configs to its sets, and to the model that it starts from."""
+"""Preparing a training run: its configs, image sets, losses and model."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def prepare_run(
         configs: with `pixel_range` resolved.
         team: the processes that train together.
         strategy: of the devices.
-        bad_rows: of each CSV file, those that are left out.
-        model_path: of the model to start from; empty: a new one.
-        state: of the training, where that model carries one.
+        bad_rows: the rows to leave out, by CSV file.
+        model_path: of the model to start from; empty for a new one.
+        state: of the run that the model continues, if any.
     """
     configs = resolve_seed_and_classes(configs, team)
     shares = get_shares(configs, strategy.num_replicas_in_sync, team)
@@ -57,7 +57,7 @@ def prepare_run(
 
 
 def resolve_seed_and_classes(configs: Configs, team: Team) -> Configs:
-    """Seeds everything, and finds what configs may leave open: the seed and the classes.
+    """Resolves the seed and the classes, and seeds everything.
 
     Raises:
         UserError: the classes are not those of the training CSV, or there is nothing to interpolate from.
@@ -66,10 +66,10 @@ def resolve_seed_and_classes(configs: Configs, team: Team) -> Configs:
         configs.load_model_path
     ):
         raise UserError(
-            "model_selection interpolate: expected a start that is worth keeping, of head_initialization linear_probe "
-            "or a load_model_path. Received: head_initialization 'random'."
+            "model_selection interpolate: expected head_initialization linear_probe, or a load_model_path. Received: "
+            "head_initialization 'random', whose start is not worth keeping."
         )
-    # Drawn or given, it is the chief's: order and shares follow from it.
+    # All processes take the chief's: order and shares follow from it.
     configs.random_seed = team.exchange(set_seed(configs.random_seed, configs.deterministic))[0]
     configs.pixel_range = team.exchange(configs.pixel_range)[0]
     configs.classes = resolve_class_names(
@@ -79,7 +79,7 @@ def resolve_seed_and_classes(configs: Configs, team: Team) -> Configs:
 
 
 def get_shares(configs: Configs, devices: int, team: Team) -> Shares:
-    """Finds out which of all devices that train together are this process's, and prints how many there are.
+    """Returns this process's share of the devices that train together, and prints how many there are.
 
     Raises:
         UserError: the processes have different numbers of devices.
@@ -94,7 +94,7 @@ def get_shares(configs: Configs, devices: int, team: Team) -> Shares:
 
 
 def get_images(configs: Configs, bad_rows: dict[str, set[int]], shares: Shares) -> Images:
-    """Builds the generators of the training and of the validation images, without the bad rows of their CSV files."""
+    """Builds the generators of the training and validation images, without the bad rows of their CSV files."""
     validation_csv = configs.validation_csv or configs.test_csv
     if not configs.validation_csv:
         print(
@@ -113,10 +113,10 @@ def get_images(configs: Configs, bad_rows: dict[str, set[int]], shares: Shares) 
 
 
 def check_workers_match(team: Team, images: Images, model_path: str, state: dict[str, Any] | None) -> None:
-    """Checks that all processes start from the same images, labels and model file, and that a run's are its own.
+    """Checks that all processes start from the same images, labels and model, and a continued run from its own.
 
     Raises:
-        UserError: in every process where that is not so.
+        UserError: they differ.
     """
     if team.size > 1:
         digest = str(hash_model(model_path)) if model_path else ""
@@ -140,8 +140,8 @@ def get_start(
         return Start(model)
     if not configs.use_imagenet_weights and not has_fixed_features(model):
         print(
-            "Warning: the linear probe is fitted to a backbone of random weights, whose batch normalisation gives "
-            "other features as soon as it trains; the loss may become infinite. Set head_initialization random and "
+            "Warning: the linear probe is fitted to a backbone of random weights. Its batch normalisation changes the "
+            "features as soon as it trains, and the loss may become infinite. Set head_initialization random and "
             "model_selection best_epoch."
         )
     return Start(model, features=HeadFit(configs, model, training, team).start(configs.image_cache_path))

@@ -1,4 +1,4 @@
-"""What a run has reached so far, and the logs that show it."""
+"""The progress of a run, and its logs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from finetune.training.run_folder import AUROC_FILE, LOG_FILE, STATISTICS_FILE
 
 @dataclasses.dataclass
 class Progress:
-    """What a run has reached so far; every checkpoint stores it under these names.
+    """The progress of a run; every checkpoint stores it under these names.
 
     Attributes:
-        best: the validation metric of the model to keep; None where that is undefined.
+        best: the validation metric of the model to keep; None if undefined.
         best_epoch: the epoch of this model; 0 is the start.
         best_aurocs: multi-label: its AUROC of each class.
-        kept_share: of the way from the start to the last epoch; between them it is no epoch's model.
-        has_refitted_head: whether this model's head was refitted.
-        plateau: the counters of the `Plateau`, of this phase.
-        log: of each epoch.
+        kept_share: how far its weights are interpolated from the start (0) to the last epoch (1).
+        has_refitted_head: whether its head was refitted.
+        plateau: the counters of `Plateau` in this phase.
+        log: the metrics of each epoch.
         input_waits: the share of each epoch that the model waited for images.
     """
 
@@ -38,14 +38,14 @@ class Progress:
 
     @classmethod
     def read(cls, state: dict[str, Any] | None) -> Progress:
-        """Returns what a checkpoint's state stores; of a run that begins, nothing yet."""
+        """Returns the progress that a checkpoint's state holds; empty for a new run."""
         stored = state or {}
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: stored[name] for name in names if name in stored})
 
 
 def write_logs(folder: str, monitor: str, progress: Progress) -> None:
-    """Writes the training log, the statistics, and multi-label the AUROC of each class; nothing before an epoch."""
+    """Writes the training log, the statistics, and multi-label the AUROC of each class, once an epoch is completed."""
     if not progress.log:
         return
     write_csv(os.path.join(folder, LOG_FILE), pd.DataFrame(progress.log))
@@ -55,14 +55,13 @@ def write_logs(folder: str, monitor: str, progress: Progress) -> None:
         "best": progress.best,
         "best_epoch": progress.best_epoch,
         "latest": progress.log[-1],
-        # Not in training_log.csv: two runs of one seed have the same log, but not the same times.
+        # Not in training_log.csv: two runs of one seed share the log, but not the times.
         "input_wait_by_epoch": progress.input_waits,
     }
     if progress.kept_share is not None:
         stats |= {"kept_share": progress.kept_share, "has_refitted_head": progress.has_refitted_head}
     if progress.best_aurocs is not None:
         stats["best_auroc_by_class"] = progress.best_aurocs
-        # A validation set may define the AUROC of no class.
         values = [("mean", progress.best), *progress.best_aurocs.items()]
         lines = [f"epoch {progress.best_epoch}"]
         lines += [f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in values]

@@ -1,4 +1,4 @@
-"""What the steps of a training run share."""
+"""The data that the steps of a training run share."""
 
 from __future__ import annotations
 
@@ -17,24 +17,19 @@ from generator import AugmentedImageSequence
 
 
 class Images(NamedTuple):
-    """The sets of a run, or of a phase their features.
-
-    Attributes:
-        training: what the model learns from.
-        validation: what selects the best model.
-    """
+    """The training and the validation set of a run, as images or, in a phase, as features."""
 
     training: AugmentedImageSequence
     validation: AugmentedImageSequence
 
 
 class Start(NamedTuple):
-    """What training starts from.
+    """The start of training.
 
     Attributes:
-        model: the whole model, of which a phase may train the head alone.
-        optimizer: that of a checkpoint, which goes on; None for a fresh one.
-        features: of the training images, and which of these could be read, where the head has been started from them.
+        model: the whole model.
+        optimizer: of the checkpoint that is continued; None for a fresh one.
+        features: of the training images, and which could be read, if the head was fitted to them.
     """
 
     model: keras.Model
@@ -44,17 +39,17 @@ class Start(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """A training run: what its steps share.
+    """A training run.
 
     Attributes:
         configs: with seed, classes and pixel range resolved, and by `resolve_epochs` the number of epochs.
-        team: the processes that train together; its chief alone writes.
+        team: the processes that train together; only its chief writes.
         strategy: of the devices.
         images: the sets.
         losses: of the sets.
-        start: what training starts from.
-        state: of the checkpoint that training continues from, or of the end of the phase before; None at first.
-        interruption: tells which signal has arrived.
+        start: of training.
+        state: of the checkpoint that training continues from, or of the previous phase; None at first.
+        interruption: holds the signal that has arrived.
     """
 
     configs: Configs
@@ -68,10 +63,8 @@ class Run:
 
     @property
     def model(self) -> keras.Model:
-        """The whole model."""
         return self.start.model
 
     @property
     def csv_paths(self) -> Images:
-        """The tables of the sets."""
         return Images(self.configs.train_csv, self.configs.validation_csv or self.configs.test_csv)

@@ -1,4 +1,4 @@
-"""What a run keeps of its data: where they are from anywhere, and which images it was trained on."""
+"""The data of a run: finding its tables from anywhere, and the list of the images that it was trained on."""
 
 from __future__ import annotations
 
@@ -20,47 +20,42 @@ from finetune.models.description import CONFIGS_FILE
 
 DATA_FILE = "data.json"
 IMAGES_FILE = "trained_images.csv"
-# Where a run's images are and what their labels are called: its own configs.json knows.
+# The options in configs.json that lead to a run's data.
 TABLE_OPTIONS = ("train_csv", "validation_csv", "test_csv")
-# How a table is read.
 READING_OPTIONS = ("image_directory", "csv_label_column")
 DATA_OPTIONS = (*TABLE_OPTIONS, *READING_OPTIONS)
-# What may lead elsewhere from another working directory.
 PATH_OPTIONS = (*TABLE_OPTIONS, "image_directory", "save_model_path")
 SAMPLE_BYTES = 4096
 READERS = 8
 
 
 def locate_data(options: dict[str, Any], folder: str, save_model_path: str) -> dict[str, Any]:
-    """Returns a run's options with the paths of its data as they are from here: absolute, unless the run started here.
+    """Returns a run's options with the paths of its data valid from here: absolute, unless the run started here.
 
     Args:
         options: of the run, any of them.
         folder: the run's, absolute.
         save_model_path: as the run has stored it.
     """
-    home = find_home(options, folder, save_model_path)
-    return options | locate_paths(options, home)
+    return options | locate_paths(options, find_home(options, folder, save_model_path))
 
 
 def locate_paths(options: dict[str, Any], home: str) -> dict[str, Any]:
-    """Returns the paths among a run's data options that are other ones from here, where its paths start at `home`."""
+    """Returns the absolute paths of a run's data whose relative paths start in `home`; empty if that is here."""
     if not home or os.path.realpath(home) == os.path.realpath(os.curdir):
         return {}
     return {
         name: os.path.normpath(os.path.join(home, options[name]))
         for name in (*TABLE_OPTIONS, "image_directory")
-        # Without an image directory, the paths in the tables are relative to the same folder.
+        # Without an image directory, the paths in the tables start in `home` too.
         if name in options and not is_url(options[name]) and (options[name] or name == "image_directory")
     }
 
 
 def gives_other_tables(configs: Configs, located: dict[str, Any]) -> bool:
-    """Returns whether a table is given that is neither a run's own nor in the folder where its images' paths start.
+    """Returns whether a given table is neither a run's own nor in the folder in which its images' paths start.
 
-    Args:
-        configs: with the tables that are given.
-        located: the run's options, as `locate_data` returns them.
+    `located` has the run's options from `locate_data`.
     """
     own, home = [located[name] for name in TABLE_OPTIONS if located.get(name)], located.get("image_directory")
     given = [getattr(configs, name) for name in (*TABLE_OPTIONS, "csv_path") if name in configs.given]
@@ -72,15 +67,10 @@ def gives_other_tables(configs: Configs, located: dict[str, Any]) -> bool:
 
 
 def find_home(options: dict[str, Any], folder: str, save_model_path: str) -> str:
-    """Returns the folder that a run's relative paths start at; empty if that is not known.
+    """Returns the folder that a run's relative paths start in; empty if unknown. The arguments: see `locate_data`.
 
-    That is the folder that the run has noted. A run that was moved or copied with its data has the same training table
-    in a folder around its own, which then counts.
-
-    Args:
-        options: as for `locate_data`.
-        folder: as for `locate_data`.
-        save_model_path: as for `locate_data`.
+    It is the folder that the run has noted, or if the run was moved or copied with its data, the folder around the run
+    that has the same training table.
     """
     train_csv, (noted, digest) = options.get("train_csv", ""), read_note(folder)
     if os.path.isabs(train_csv):
@@ -93,13 +83,13 @@ def find_home(options: dict[str, Any], folder: str, save_model_path: str) -> str
         homes.append(around)
     if noted and not digest:
         digest = digest_file(os.path.join(noted, train_csv))
-    # Of a project that was copied as a whole both match: the copy goes with its own data.
+    # If a whole project was copied, both match: the copy uses its own data.
     same = [home for home in homes if digest and digest_file(os.path.join(home, train_csv)) == digest]
     return same[-1] if same else next(iter(homes), "")
 
 
 def find_around(folder: str, path: str) -> str:
-    """Returns the nearest folder that holds a file at a relative path, of a folder and those around it; empty: none."""
+    """Returns the nearest of a folder and its parents that has a file at a relative path; empty if none has."""
     while not os.path.isfile(os.path.join(folder, path)):
         folder, before = os.path.dirname(folder), folder
         if folder == before:
@@ -108,26 +98,26 @@ def find_around(folder: str, path: str) -> str:
 
 
 def digest_file(path: str) -> str:
-    """Returns a digest of a file's bytes in hexadecimal; empty where it cannot be read."""
+    """Returns a digest of a file's bytes in hexadecimal; empty if it cannot be read."""
     digest = hash_file(path)
     return digest.hex() if isinstance(digest, bytes) else ""
 
 
 def is_fixed(path: str) -> bool:
-    """Returns whether a path is the same from every folder: an absolute one or a URL."""
+    """Returns whether a path is a URL or absolute."""
     return is_url(path) or os.path.isabs(path)
 
 
 def relate_path(path: str, home: str) -> str:
-    """Returns a local path as seen from a folder: relative if it leads into it, so that both can be moved."""
+    """Returns a local path, relative to a folder if it leads into it, so that both can be moved, else absolute."""
     path = os.path.abspath(path)
     return os.path.relpath(path, home) if lies_around(home, path) else path
 
 
 def disown_paths(configs: Configs, model_path: str) -> Configs:
-    """Returns configs whose paths don't count as given where they come from the run's own `configs.json`.
+    """Returns configs whose paths don't count as given if they come from the run's own `configs.json`.
 
-    Read by `--configs`, that file names the folder and the tables that the run had before it was copied or moved.
+    Used with `--configs`, that file names the run's folder and tables before it was copied or moved.
     """
     file, in_file = configs.provenance.file, configs.provenance.in_file
     own = os.path.join(os.path.dirname(model_path), CONFIGS_FILE)
@@ -140,7 +130,7 @@ def disown_paths(configs: Configs, model_path: str) -> Configs:
 
 
 def read_note(folder: str) -> tuple[str, str]:
-    """Returns what a run has noted: the folder that its paths start at, and its training table's digest; or empty."""
+    """Returns the folder that a run's paths start in and its training table's digest, as noted by the run, or empty."""
     try:
         with open(os.path.join(folder, DATA_FILE), encoding="utf-8") as file:
             content = json.load(file)
@@ -151,9 +141,9 @@ def read_note(folder: str) -> tuple[str, str]:
 
 
 def sign_file(path: str) -> tuple[int, int] | None:
-    """Returns a file's length and a CRC of its first, middle and last 4 KiB; None for URLs, and where it is no file.
+    """Returns a file's length and a CRC of its first, middle and last 4 KiB; None for URLs and without a file.
 
-    Files that agree in it are the same, but for a few that are not packed: `hash_file` tells those apart.
+    Of uncompressed files a few may agree in it and still differ: compare `hash_file`.
     """
     if is_url(path) or not os.path.isfile(path):
         return None
@@ -169,17 +159,16 @@ def sign_file(path: str) -> tuple[int, int] | None:
 
 
 def sign_files(paths: Sequence[str]) -> list[tuple[int, int] | None]:
-    """Returns `sign_file` of each path, from threads."""
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(sign_file, paths, chunksize=64))
 
 
 def write_trained_images(folder: str, sets: dict[str, Sequence[str]]) -> None:
-    """Writes which images a run is trained on and selected by, so that they can be told from test images later.
+    """Writes which images a run is trained on and selected by, to recognise them among test images later.
 
     Args:
-        folder: of the run, which receives `trained_images.csv`: the columns `set`, `path`, absolute or a URL, and
-            `bytes` and `crc32` of `sign_file`, empty for URLs.
+        folder: of the run. Its `trained_images.csv` has the columns `set`, `path` (absolute or a URL), `bytes` and
+            `crc32` (of `sign_file`; empty for URLs).
         sets: image files by the set's name.
     """
     rows = [
@@ -192,15 +181,9 @@ def write_trained_images(folder: str, sets: dict[str, Sequence[str]]) -> None:
 
 
 def find_trained_images(folder: str, files: Sequence[str], set_names: Sequence[str]) -> dict[str, str] | None:
-    """Finds which image files are among those that a run was trained on or selected by: by path or by content.
+    """Finds the files of a run's sets, by path or by content; returns the run's own path of each file found.
 
-    Args:
-        folder: of the run.
-        files: to look for.
-        set_names: the run's sets to look in.
-
-    Returns:
-        The run's own path of each file that is found; None where the run has kept no list.
+    Without a list of the run's images, it returns None.
 
     Raises:
         UserError: the list is damaged.
@@ -214,8 +197,8 @@ def find_trained_images(folder: str, files: Sequence[str], set_names: Sequence[s
         paths, signatures = table["path"].tolist(), list(zip(table["bytes"], table["crc32"], strict=True))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{path} is damaged: {error}. Continue the run with train.py, which writes it again, or allow test images "
-            "that were trained on with --allow_duplicates True."
+            f"{path} is damaged: {error}. Continue the run with train.py, which rewrites it, or skip this check with "
+            "--allow_duplicates True."
         ) from error
     by_signature = {
         signature: trained for trained, signature in zip(paths, signatures, strict=True) if signature[0] is not pd.NA
@@ -224,14 +207,12 @@ def find_trained_images(folder: str, files: Sequence[str], set_names: Sequence[s
     for file, signature in zip(files, sign_files(files), strict=True):
         if locate_image(file) in known:
             found[file] = locate_image(file)
-        elif (trained := by_signature.get(signature)) and _has_content_of(file, trained):
+        # If the run's own file is gone, the signature decides.
+        elif (trained := by_signature.get(signature)) and (
+            not os.path.isfile(trained) or hash_file(file) == hash_file(trained)
+        ):
             found[file] = trained
     return found
-
-
-def _has_content_of(file: str, trained: str) -> bool:
-    """Compares two files of one signature; where the one trained on is no longer there, the signature decides."""
-    return not os.path.isfile(trained) or hash_file(file) == hash_file(trained)
 
 
 def locate_image(path: str) -> str:
@@ -242,25 +223,21 @@ def locate_image(path: str) -> str:
 def refuse_trained_images(
     folder: str, csv_path: str, files: Sequence[str], set_names: Sequence[str], allow_duplicates: bool
 ) -> int:
-    """Refuses to test a model on images that it was trained on or selected by.
+    """Refuses to test a model on images that it was trained on or selected by; returns how many there are.
 
     Args:
         folder: of the run.
         csv_path: of the test images.
         files: the test images.
-        set_names: the run's sets that they may not be in.
+        set_names: the run's sets that must not contain test images.
         allow_duplicates: print a warning instead.
 
-    Returns:
-        How many there are.
-
     Raises:
-        UserError: there are any, and they are not allowed.
+        UserError: there are such images, and they are not allowed.
     """
     found = find_trained_images(folder, files, set_names)
     if found is None:
-        print(f"The run has no {IMAGES_FILE}: whether it was trained on test images is not known.")
-        return 0
+        print(f"The run has no {IMAGES_FILE}: it may have been trained on test images.")
     if not found:
         return 0
     names = [
@@ -272,8 +249,8 @@ def refuse_trained_images(
     )
     if not allow_duplicates:
         raise UserError(
-            f"{what} Its metrics on them would be too good. Name other images by --test_csv, drop the rows, or allow "
-            "it by --allow_duplicates True."
+            f"{what} Its metrics on them would be too good. Give other images with --test_csv, remove the rows, or "
+            "allow them with --allow_duplicates True."
         )
     print(f"Warning: {what} The metrics are optimistic.")
     return len(found)

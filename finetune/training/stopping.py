@@ -1,4 +1,4 @@
-"""What stops a run before its end, and how it goes on: a loss that is not finite, patience, signals, bad images."""
+"""What stops a run early: a loss that is not finite, patience, signals, unreadable images; and how to continue."""
 
 from __future__ import annotations
 
@@ -21,12 +21,7 @@ from generator import AugmentedImageSequence
 
 
 class FiniteLoss(keras.callbacks.Callback):
-    """Stops training on a loss that is not finite, before anything is saved.
-
-    Args:
-        folder: of the run.
-        training: the training images, which know the epoch.
-    """
+    """Stops training on a loss that is not finite, before anything is saved."""
 
     def __init__(self, folder: str, training: AugmentedImageSequence) -> None:
         super().__init__()
@@ -34,30 +29,24 @@ class FiniteLoss(keras.callbacks.Callback):
         self.training = training
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float]) -> None:
-        """Checks the loss of the epoch so far."""
         step = self.training.first_step + batch + 1
         self._check("loss", logs["loss"], f"epoch {self.training.epoch + 1}, step {step}")
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
-        """Checks the validation loss."""
         self._check("validation loss", logs["val_loss"], f"epoch {epoch + 1}")
 
     def _check(self, name: str, value: float, moment: str) -> None:
         if not np.isfinite(value):
             raise UserError(
-                f"The {name} is {value} in {moment}. What {self.folder} holds is from before. Lower learning_rate, and "
+                f"The {name} is {value} in {moment}. The models in {self.folder} are older. Lower learning_rate, and "
                 "continue with load_model_path."
             )
 
 
 class Stopping(keras.callbacks.Callback):
-    """Stops training after `early_stopping_patience` epochs without a better score, and where a signal has arrived.
+    """Stops training after `early_stopping_patience` epochs without a better score, and on a signal.
 
-    A signal's step is completed and saved. After an epoch's last step the epoch is validated first.
-
-    Args:
-        writer: of the phase.
-        training: the training images, which know the epoch.
+    On a signal, the current step is completed and saved. After an epoch's last step, the epoch is validated first.
     """
 
     def __init__(self, writer: CheckpointWriter, training: AugmentedImageSequence) -> None:
@@ -66,14 +55,13 @@ class Stopping(keras.callbacks.Callback):
         self.training = training
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Saves and stops, where a signal has arrived."""
         steps_completed = self.training.first_step + batch + 1
         if self.writer.run.interruption.signal and steps_completed < self.training.steps:
             self.writer.save([LATEST_MODEL], self.training.epoch, steps_completed)
             self._stop_if_interrupted()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Stops where the epoch is the last, whose models are saved by then."""
+        """Runs after the epoch's models are saved."""
         configs, best_epoch = self.writer.run.configs, self.writer.progress.best_epoch
         patience = configs.early_stopping_patience
         self.model.stop_training = stops_early(epoch + 1, best_epoch, patience, configs.head_epochs)
@@ -88,25 +76,24 @@ class Stopping(keras.callbacks.Callback):
 
 @contextlib.contextmanager
 def advising_on_bad_images(folder: str, *sequences: AugmentedImageSequence) -> Iterator[None]:
-    """Adds to the error of an image that turned out unreadable in training, or of its reader, how to go on."""
+    """Adds advice to the error of an image that is unreadable in training, or of its reader."""
     try:
         yield
     except UserError as error:
         if all(error is not sequence.error for sequence in sequences):
             raise
         is_of_image = not isinstance(error, WorkerEnded)
-        advice = (
-            "Find all such images beforehand with --verify_data full, or leave them out with --skip_bad_images True."
-        )
-        parts = [str(error), *[advice] * is_of_image]
+        text = str(error)
+        if is_of_image:
+            text += " Find all such images with --verify_data full, or leave them out with --skip_bad_images True."
         if os.path.isfile(os.path.join(folder, LATEST_MODEL)):
             command = write_resume_command(folder) + " --skip_bad_images True" * is_of_image
-            parts.append(f"What was trained is kept; go on with\n{command}")
-        raise UserError(" ".join(parts)) from error
+            text += f" The training so far is saved. Continue with\n{command}"
+        raise UserError(text) from error
 
 
 def write_resume_command(folder: str) -> str:
-    """Returns the command line that goes on with a run, for the shell and the folder that this process runs in."""
+    """Returns the command line that continues a run, for this process's shell and working directory."""
     script = "train.py"
     is_here = os.path.exists(script) and os.path.exists(sys.argv[0]) and os.path.samefile(script, sys.argv[0])
     if os.path.basename(sys.argv[0]) == script and not is_here:

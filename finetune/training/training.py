@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import math
 import os
 import shutil
@@ -56,6 +55,7 @@ from finetune.training.run_folder import (
     clear_folder,
     describe_run,
     leads_into,
+    list_matches,
     locked,
 )
 from finetune.training.stopping import FiniteLoss, Stopping, advising_on_bad_images
@@ -87,14 +87,10 @@ def find_learning_rate(run: Run, phase: Phase) -> dict[str, Any]:
 
 
 def check_room(run: Run, phase: Phase) -> None:
-    """Checks, before the first epoch, that the disk has room for the checkpoints of a run.
-
-    Args:
-        run: with the number of epochs resolved; its chief alone writes.
-        phase: the last one, which trains the most.
+    """Checks, before the first epoch, that the disk has room for a run's checkpoints in its last and largest phase.
 
     Raises:
-        UserError: says how much is needed and how much there is.
+        UserError: names the space that is needed and the space that is left.
     """
     if not run.team.is_chief:
         return
@@ -104,13 +100,13 @@ def check_room(run: Run, phase: Phase) -> None:
     completed = run.state["epochs_completed"] if run.state else 0
     epochs = 0 if configs.save_best_model_only else configs.num_epochs - completed
     names = [BEST_MODEL, LATEST_MODEL, *[START_MODEL] * (configs.model_selection == "interpolate")]
-    # Each file is written whole before it takes the place of the one before.
+    # A file is complete before it replaces the previous one.
     number = max(len(names), epochs) + 1
     is_removed = configs.overwrite and not leads_into(configs.load_model_path, folder)
     needed = number * size - measure_files(folder, MODEL_FILES if is_removed else names)
     free = shutil.disk_usage(find_existing(folder)).free
     if needed > free:
-        fewer = ", or keep only the best model by --save_best_model_only True" if epochs > len(names) else ""
+        fewer = ", or keep only the best model with --save_best_model_only True" if epochs > len(names) else ""
         raise UserError(
             f"{folder}: the checkpoints of this run need {show_bytes(needed)}: up to {number} files of "
             f"{show_bytes(size)}. The disk has {show_bytes(free)} left. Free space, choose another "
@@ -119,7 +115,7 @@ def check_room(run: Run, phase: Phase) -> None:
 
 
 def estimate_checkpoint(configs: Configs, model: keras.Model) -> int:
-    """Returns about how many bytes a checkpoint has: the weights, and what the optimizer keeps of those that learn."""
+    """Returns the approximate bytes of a checkpoint: the weights, and the optimizer's variables of those that learn."""
     optimizer, probe = build_optimizer(configs), keras.Variable(np.zeros((2, 3), np.float32))
     optimizer.build([probe])
     slots = sum(variable.shape == probe.shape for variable in optimizer.variables)
@@ -132,16 +128,13 @@ def estimate_checkpoint(configs: Configs, model: keras.Model) -> int:
 
 def measure_files(folder: str, patterns: Sequence[str]) -> int:
     """Returns the bytes that files of a folder take; several names of one file count once."""
-    paths = [path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
-    found = {(status.st_dev, status.st_ino): status.st_size for status in map(os.lstat, paths)}
-    return sum(found.values())
+    found = map(os.lstat, list_matches(folder, patterns))
+    return sum({(status.st_dev, status.st_ino): status.st_size for status in found}.values())
 
 
 @contextlib.contextmanager
 def open_run(run: Run) -> Iterator[None]:
-    """Holds the run's folder while it is entered, made ready: cleared, and with the run's configs and data described.
-
-    Meanwhile signals end training after a step.
+    """Locks and clears the run's folder and describes the run in it; while entered, signals end training after a step.
 
     Raises:
         UserError: another process trains into the folder, or it cannot be written.
@@ -156,11 +149,7 @@ def open_run(run: Run) -> Iterator[None]:
 
 
 def train_phases(run: Run, phases: Sequence[Phase]) -> Progress:
-    """Trains one phase after the other, of which the run's state may have left some behind.
-
-    Returns:
-        What the run has reached.
-    """
+    """Trains the phases that the run's state has not completed; returns the progress of the run."""
     if run.configs.show_model_summary:
         run.model.summary()
     for phase in phases:
@@ -173,7 +162,7 @@ def train_phases(run: Run, phases: Sequence[Phase]) -> Progress:
         writer = CheckpointWriter(run, phase, sets)
         with advising_on_bad_images(run.configs.save_model_path, *sets):
             run_phase(trained, sets, phase, build_callbacks(run, phase, sets, writer), run)
-        # The next phase goes on from here as a run does that continues: all from the chief's random states.
+        # The next phase starts like a continued run: all processes from the chief's random states.
         run.state = run.team.exchange(writer.get_state(phase.end, 0))[0]
         if trained.stop_training:
             break
@@ -183,18 +172,16 @@ def train_phases(run: Run, phases: Sequence[Phase]) -> Progress:
 def build_callbacks(run: Run, phase: Phase, sets: Images, writer: CheckpointWriter) -> list[keras.callbacks.Callback]:
     """Builds the callbacks of a phase in the order that they need.
 
-    Before validation an epoch's training is kept, then its weights are averaged. What is measured is there for the
-    schedules, and their rates for the logs. A loss that is not finite ends the run before anything is saved, patience
-    or a signal after that.
+    An epoch is saved before validation, then its weights are averaged. The metrics come before the schedules, and the
+    learning rates before the logs. A loss that is not finite ends the run before anything is saved, patience or a
+    signal after that.
     """
     configs, (training, validation), is_chief = run.configs, sets, run.team.is_chief
     folder = configs.save_model_path
     measure = Validation(validation, run.losses.validation, configs.multi_label_classification)
     averages = AveragedWeights() if configs.ema_decay else None
     input_wait = InputWait()
-    refit = None
-    if refits_head(configs, run.model):
-        refit = HeadFit(configs, run.model, training, run.team).refit
+    refit = HeadFit(configs, run.model, training, run.team).refit if refits_head(configs, run.model) else None
     views = count_views(configs, training, validation, refits=refit is not None)
     selection = ModelSelection(writer, measure, refit)
     kind, minimum = configs.learning_rate_schedule, configs.minimum_learning_rate
@@ -217,7 +204,7 @@ def build_callbacks(run: Run, phase: Phase, sets: Images, writer: CheckpointWrit
 
 
 def report_best(progress: Progress, configs: Configs) -> dict[str, Any]:
-    """Prints the best epoch and where everything is; returns its metrics with the last's."""
+    """Prints the best epoch and the run's folder; returns the best metric and the last epoch's metrics."""
     monitor = name_monitor(configs.multi_label_classification)
     if progress.best is None and progress.kept_share is not None:
         print(f"The kept model's {monitor} is undefined: the validation set has each label on all or no image.")
@@ -225,7 +212,7 @@ def report_best(progress: Progress, configs: Configs) -> dict[str, Any]:
         print(f"{monitor} is undefined in every epoch, so no model is the best one.")
     else:
         place = describe_epoch(progress.best_epoch, progress.kept_share, progress.has_refitted_head)
-        # An average is chosen by its log loss: an epoch may have had a better metric.
+        # An average is chosen by its log loss: an epoch may have a better metric.
         word = "Best" if progress.kept_share is None else "The kept model's"
         print(f"{word} {monitor}: {progress.best:.4f} in epoch {place}.")
     print(f"Models and logs are in {configs.save_model_path}")

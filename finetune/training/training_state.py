@@ -1,4 +1,4 @@
-"""The state that a model file carries, so that training can go on from it."""
+"""The training state in a model file, from which training can continue."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ STATE_PARTS |= {"plateau", "seed_states", "metrics", "log"}
 
 
 def read_state(path: str) -> dict[str, Any] | None:
-    """Returns the training's state that a model file carries; None where it carries none.
+    """Returns the training state in a model file; None if it has none.
 
     Raises:
-        UserError: the state is damaged: starting over in its place would lose the run.
+        UserError: the state is damaged; starting over would lose the run.
     """
     try:
         state = read_member(path, STATE_MEMBER, LARGEST_STATE)
@@ -35,17 +35,17 @@ def read_state(path: str) -> dict[str, Any] | None:
         given = [LEGACY_NAMES.get(name, name) for name in state["given"]]
         return state | {"configs": rename_legacy(state["configs"]), "given": given}
     except ValueError as error:
-        raise UserError(f"{path} carries a training state that is damaged: {error}. Use another checkpoint.") from error
+        raise UserError(f"{path} has a damaged training state: {error}. Use another checkpoint.") from error
 
 
 def save_checkpoint(model: keras.Model, path: str, state: dict[str, Any] | None, options: dict[str, Any]) -> None:
-    """Writes a `.keras` file that carries, as further members of its archive, what describes it and its state.
+    """Writes a `.keras` file with the model's description and training state as further members of its archive.
 
     Args:
         model: to save.
         path: of the file.
-        state: of the training; None where training cannot go on from this model.
-        options: of the run; those that describe the model are taken.
+        state: of the training; None if training cannot continue from this model.
+        options: of the run; those that describe the model are stored.
     """
     with atomic_path(path) as temporary:
         model.save(temporary)
@@ -56,18 +56,18 @@ def save_checkpoint(model: keras.Model, path: str, state: dict[str, Any] | None,
 
 
 def seed_states(model: keras.Model) -> list[keras.Variable]:
-    """Returns the random states of a model's dropout layers, which `.keras` files do not bring back."""
+    """Returns the random states of a model's dropout layers, which `.keras` files do not restore."""
     return [variable for variable in model.variables if variable.name == "seed_generator_state"]
 
 
 def read_metrics(model: TrainingModel) -> list[Any]:
-    """Returns the values of a model's running metrics, of several devices their sums, and the sums of the loss."""
+    """Returns the values of a model's running metrics, summed over devices, and the sums of the loss."""
     values = [np.asarray(variable).tolist() for metric in model.metrics for variable in metric.variables]
     return [*values, model.loss_sums.tolist()]
 
 
 def restore_metrics(model: TrainingModel, values: Sequence[Any]) -> None:
-    """Gives a model's running metrics the values that `read_metrics` returned; the first device has all of them."""
+    """Restores the values of `read_metrics`; the first device takes the sums."""
     variables = [variable for metric in model.metrics for variable in metric.variables]
     *values, loss_sums = values
     model.loss_sums = np.array(loss_sums)

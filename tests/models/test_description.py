@@ -119,7 +119,7 @@ def test_a_locked_model_keeps_its_decision(model_path, capsys):
     with locked(os.path.dirname(model_path)):
         keep_decision(model_path, FITTED.to_dict(), os.path.dirname(model_path))
     assert read_description(model_path)["decision"] is None
-    assert "decision.json has: Another process" in capsys.readouterr().out
+    assert "lacks its new decision, which is in decision.json: Another process" in capsys.readouterr().out
     keep_decision(model_path, FITTED.to_dict(), os.path.dirname(model_path))
     assert read_description(model_path)["decision"] == FITTED.to_dict()
 

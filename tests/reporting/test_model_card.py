@@ -573,7 +573,7 @@ def test_folder_of_a_run_that_goes_on_is_told_its_data_and_loses_what_is_of_the_
     with open_run(run):
         os.remove(tmp_path / LOCK_FILE)
     assert sorted(os.listdir(tmp_path)) == sorted([*names[:3], "configs.json", "data.json", "trained_images.csv"])
-    assert capsys.readouterr().out.count("it belongs to the model before") == 2
+    assert capsys.readouterr().out.count("it belongs to the previous model") == 2
     stored = json.loads((tmp_path / "data.json").read_text())
     found = {name: [stored[name][key] for key in ("csv", "images", "sha256")] for name in ("training", "validation")}
     assert found == {

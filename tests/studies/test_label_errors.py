@@ -356,7 +356,7 @@ def test_a_run_brings_the_name_of_its_label_column(table, run_folder, capsys):
     write_json(str(run_folder / "configs.json"), options)
     pd.read_csv(table).rename(columns={"class": "colour"}).to_csv(table, index=False)
     run(table, load_model_path=str(run_folder))
-    assert "csv_label_column is that of the run: colour" in capsys.readouterr().out
+    assert "csv_label_column comes from the run: colour" in capsys.readouterr().out
 
 
 @pytest.mark.slow

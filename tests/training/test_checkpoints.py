@@ -1,4 +1,4 @@
-"""Checkpoints are written whole, and when they are due."""
+"""Checkpoints are written when they are due."""
 
 import pytest
 from small_runs import (
@@ -12,10 +12,8 @@ from finetune.training.training_state import save_checkpoint
 
 
 @pytest.mark.slow
-def test_checkpoints_between_epochs_carry_their_step(tables, tmp_path, monkeypatch):
-
-    written = []
-    original = save_checkpoint
+def test_checkpoints_within_epochs_have_their_step(tables, tmp_path, monkeypatch):
+    written, original = [], save_checkpoint
 
     def save(model, path, state, *more):
         written.append((state["epochs_completed"], state["steps_completed"]))
@@ -23,5 +21,5 @@ def test_checkpoints_between_epochs_carry_their_step(tables, tmp_path, monkeypat
 
     monkeypatch.setattr(checkpoint_writer, "save_checkpoint", save)
     start(**options_of(tables, tmp_path / "run", num_epochs=2, checkpoint_every_steps=3))
-    # Before the first validation as well, for an image in that may turn out unreadable.
+    # Also before the first validation, which may meet an unreadable image.
     assert written == [(0, 3), (0, 6), (0, 7), (1, 0), (1, 3), (1, 6), (2, 0)]

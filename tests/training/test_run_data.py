@@ -1,9 +1,7 @@
-"""A run knows its own data, from anywhere, and is not tested on images that it was trained on."""
+"""A run finds its own data from anywhere, and is not tested on images that it was trained on."""
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from small_runs import options_of, start, tables  # noqa: F401
+from small_runs import options_of, tables  # noqa: F401
 
+import compress_weights
+import draw_activations
+import plot_training_log
+import predict
+import test as evaluation
+import train
 from configs import Configs
 from finetune.core.options import UserError
-from finetune.training.resuming import configs_to_continue
 from finetune.training.run_data import (
+    TABLE_OPTIONS,
     find_trained_images,
     locate_data,
     refuse_trained_images,
@@ -25,8 +29,6 @@ from finetune.training.run_data import (
 )
 from finetune.training.run_folder import describe_run
 from finetune.training.trained_model import check_test_images, configure_table, find_trained_model, has_selected
-
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -51,96 +53,74 @@ def project(tmp_path, monkeypatch):
     return home
 
 
-def test_a_model_brings_the_data_of_its_run_from_anywhere(project, capsys):
-    _, configs = find_trained_model(Configs(load_model_path=str(project / "runs" / "a")))
-    assert configs.train_csv == str(project / "tables" / "training_set.csv")
-    assert configs.validation_csv == str(project / "tables" / "validation_set.csv")
-    assert configs.test_csv == str(project / "tables" / "testing_set.csv")
+def find(path, **options):
+    return find_trained_model(Configs(load_model_path=str(path), **options))[1]
+
+
+def test_a_model_brings_the_data_of_its_run_from_anywhere_unless_given(project, capsys, monkeypatch):
+    configs = find(project / "runs" / "a")
+    for name, table in zip(TABLE_OPTIONS, ("training_set", "validation_set", "testing_set"), strict=True):
+        assert getattr(configs, name) == str(project / "tables" / f"{table}.csv")
     assert (configs.image_directory, configs.csv_label_column) == (str(project / "photos"), "kind")
     assert configs.save_model_path == str(project / "runs" / "a")
-    assert f"test_csv is that of the run: {configs.test_csv}" in capsys.readouterr().out
-
-
-def test_what_is_given_wins_over_the_run(project):
-    given = Configs(load_model_path=str(project / "runs" / "a"), test_csv="mine.csv", csv_label_column="label")
-    _, configs = find_trained_model(given)
+    assert f"test_csv comes from the run: {configs.test_csv}" in capsys.readouterr().out
+    configs = find(project / "runs" / "a", test_csv="mine.csv", csv_label_column="label")
     assert (configs.test_csv, configs.csv_label_column) == ("mine.csv", "label")
     assert configs.train_csv == str(project / "tables" / "training_set.csv")
-
-
-def test_paths_stay_as_they_are_where_the_run_was_started(project, monkeypatch):
     monkeypatch.chdir(project)
-    _, configs = find_trained_model(Configs(load_model_path="runs/a"))
+    configs = find("runs/a")
     assert (configs.test_csv, configs.image_directory) == ("./tables/testing_set.csv", "photos")
     assert configs.save_model_path == "runs/a"
 
 
-def test_a_run_that_was_moved_with_its_data_finds_them(project):
+def test_a_moved_run_finds_its_tables_whether_they_were_moved_or_not(project, tmp_path):
+    shutil.copytree(project / "runs" / "a", tmp_path / "archive")
+    assert find(tmp_path / "archive").test_csv == str(project / "tables" / "testing_set.csv")
     moved = project.parent / "moved"
     shutil.move(project, moved)
-    _, configs = find_trained_model(Configs(load_model_path=str(moved / "runs" / "a")))
-    assert configs.test_csv == str(moved / "tables" / "testing_set.csv")
-
-
-def test_a_run_that_was_moved_alone_still_takes_the_tables_that_it_was_trained_with(project, tmp_path):
-    shutil.move(project / "runs" / "a", tmp_path / "archive")
-    _, configs = find_trained_model(Configs(load_model_path=str(tmp_path / "archive")))
-    assert configs.test_csv == str(project / "tables" / "testing_set.csv")
-
-
-def test_tables_without_an_image_directory_are_relative_to_where_the_run_was_started(project):
-    options = {"train_csv": "tables/training_set.csv", "image_directory": ""}
-    located = locate_data(options, str(project / "runs" / "a"), "runs/a")
-    assert located == {
-        "train_csv": str(project / "tables" / "training_set.csv"),
-        "image_directory": str(project),
-    }
-
-
-def test_urls_and_absolute_paths_are_the_same_from_everywhere(project):
-    options = {"train_csv": str(project / "tables" / "training_set.csv"), "image_directory": "s3://bucket/photos"}
-    options |= {"validation_csv": ""}
-    assert locate_data(options, str(project / "runs" / "a"), "runs/a") == options
-
-
-@pytest.mark.parametrize(("option", "name"), [("validation_csv", "validation"), ("train_csv", "training")])
-def test_a_table_that_is_gone_is_left_out_and_told(project, capsys, option, name):
-    (project / "tables" / f"{name}_set.csv").unlink()
-    _, configs = find_trained_model(Configs(load_model_path=str(project / "runs" / "a")))
-    assert getattr(configs, option) == ""
-    assert f"{name}_set.csv, does not exist: going without a {name} set" in capsys.readouterr().out
-
-
-def test_a_run_that_came_without_its_data_is_tested_on_others(project, tmp_path):
-    shutil.move(project / "runs" / "a", tmp_path / "a")
-    shutil.rmtree(project)
-    _, configs = find_trained_model(Configs(load_model_path=str(tmp_path / "a"), test_csv="mine.csv"))
+    assert find(moved / "runs" / "a").test_csv == str(moved / "tables" / "testing_set.csv")
+    # Without the data, it is tested on others.
+    shutil.rmtree(moved)
+    configs = find(tmp_path / "archive", test_csv="mine.csv")
     assert (configs.train_csv, configs.validation_csv, configs.test_csv) == ("", "", "mine.csv")
 
 
-def test_the_runs_own_tables_are_read_as_the_run_read_them_beside_another_one(project):
-    model = str(project / "runs" / "a")
-    given = {"test_csv": "mine.csv", "image_directory": "mine", "csv_label_column": "label"}
-    path, configs = find_trained_model(Configs(load_model_path=model, **given))
+def test_paths_are_located_from_where_the_run_was_started(project):
+    folder = str(project / "runs" / "a")
+    options = {"train_csv": "tables/training_set.csv", "image_directory": ""}
+    located = {"train_csv": str(project / "tables" / "training_set.csv"), "image_directory": str(project)}
+    assert locate_data(options, folder, "runs/a") == located
+    options = located | {"image_directory": "s3://bucket/photos", "validation_csv": ""}
+    assert locate_data(options, folder, "runs/a") == options
+
+
+@pytest.mark.parametrize(("option", "name"), [("validation_csv", "validation"), ("train_csv", "training")])
+def test_a_missing_table_is_left_out_and_named(project, capsys, option, name):
+    (project / "tables" / f"{name}_set.csv").unlink()
+    assert getattr(find(project / "runs" / "a"), option) == ""
+    assert f"{name}_set.csv, does not exist: going without a {name} set" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "readings"),
+    [
+        # With another table, the run's own are read as the run read them.
+        (
+            {"test_csv": "mine.csv", "image_directory": "mine", "csv_label_column": "label"},
+            [("photos", "kind"), ("photos", "kind"), ("mine", "label")],
+        ),
+        # The photos were moved.
+        ({"image_directory": "moved"}, [("moved", "kind")] * 3),
+    ],
+)
+def test_a_given_image_directory_is_for_the_given_table_or_for_all(project, given, readings):
+    path, configs = find_trained_model(Configs(load_model_path=str(project / "runs" / "a"), **given))
     tables = (configs.train_csv, configs.validation_csv, configs.test_csv)
-    readings = [configure_table(configs, path, table) for table in tables]
-    own = (str(project / "photos"), "kind")
-    assert [(one.image_directory, one.csv_label_column) for one in readings] == [own, own, ("mine", "label")]
-
-
-def test_photos_that_were_moved_are_found_where_the_user_says_for_all_tables(project):
-    path, configs = find_trained_model(Configs(load_model_path=str(project / "runs" / "a"), image_directory="moved"))
-    tables = (configs.train_csv, configs.validation_csv, configs.test_csv)
-    readings = [configure_table(configs, path, table) for table in tables]
-    assert [one.image_directory for one in readings] == ["moved"] * 3
-
-
-def test_a_run_goes_on_from_elsewhere_with_its_own_data(project):
-    stored = json.loads((project / "runs" / "a" / "configs.json").read_text())
-    state = {"configs": Configs().to_dict() | stored, "given": sorted(stored)}
-    configs = configs_to_continue(Configs(), state, str(project / "runs" / "a" / "latest_model.keras"))
-    assert configs.train_csv == str(project / "tables" / "training_set.csv")
-    assert configs.save_model_path == str(project / "runs" / "a")
+    found = [configure_table(configs, path, table) for table in tables]
+    own = {"photos": str(project / "photos")}
+    assert [(one.image_directory, one.csv_label_column) for one in found] == [
+        (own.get(folder, folder), column) for folder, column in readings
+    ]
 
 
 @pytest.fixture
@@ -170,15 +150,12 @@ def test_images_trained_on_are_found_by_path_and_by_content(trained_on, tmp_path
     assert find_trained_images(run, [photos[3], photos[4]], ["training"]) == {}
     Path(photos[1]).unlink()
     assert find_trained_images(run, [str(copy)], both) == {str(copy): photos[1]}
-
-
-def test_an_image_whose_file_was_changed_since_is_found_by_its_path(trained_on):
-    run, photos = trained_on
+    # A changed file is found by its path.
     Path(photos[2]).write_bytes(Path(photos[4]).read_bytes())
     assert find_trained_images(run, [photos[2]], ["training"]) == {photos[2]: photos[2]}
 
 
-def test_files_that_differ_between_the_samples_are_told_apart(trained_on, tmp_path):
+def test_files_that_differ_between_the_samples_differ(trained_on, tmp_path):
     run, _ = trained_on
     content = bytearray(40_000)
     first, second = tmp_path / "first.bin", tmp_path / "second.bin"
@@ -190,30 +167,26 @@ def test_files_that_differ_between_the_samples_are_told_apart(trained_on, tmp_pa
     assert find_trained_images(run, [str(second)], ["training"]) == {}
 
 
-def test_testing_on_images_trained_on_is_refused_or_told(trained_on, capsys):
+def test_testing_on_images_trained_on_is_refused_or_warned_of(trained_on, capsys):
     run, photos = trained_on
     with pytest.raises(UserError, match=r"t\.csv: the model was trained on 1 of these 2 images.*allow_duplicates"):
         refuse_trained_images(run, "t.csv", [photos[0], photos[4]], ["training"], False)
     assert refuse_trained_images(run, "t.csv", [photos[0], photos[4]], ["training"], True) == 1
     assert "Warning: t.csv: the model was trained on 1 of these 2 images" in capsys.readouterr().out
     assert refuse_trained_images(run, "t.csv", [photos[4]], ["training"], False) == 0
-
-
-def test_a_run_without_a_list_says_that_it_does_not_know(tmp_path, capsys):
-    assert refuse_trained_images(str(tmp_path), "t.csv", ["a.jpg"], ["training"], False) == 0
-    assert "whether it was trained on test images is not known" in capsys.readouterr().out
+    (Path(run) / "trained_images.csv").unlink()
+    assert refuse_trained_images(run, "t.csv", [photos[0]], ["training"], False) == 0
+    assert "trained_images.csv" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["", "path\na.jpg\n", "set,path,bytes,crc32\ntraining,a.jpg,many,2\n"])
-def test_a_damaged_list_is_told(tmp_path, content):
+def test_a_damaged_list_is_named(tmp_path, content):
     (tmp_path / "trained_images.csv").write_text(content)
     with pytest.raises(UserError, match=r"trained_images\.csv is damaged"):
         find_trained_images(str(tmp_path), ["a.jpg"], ["training"])
 
 
-def test_a_table_that_selected_the_model_is_refused_unless_the_run_has_no_other_to_test_on(
-    trained_on, tmp_path, capsys
-):
+def test_a_table_that_selected_the_model_is_refused_unless_it_is_the_only_test_table(trained_on, tmp_path, capsys):
     run, photos = trained_on
     model = str(Path(run) / "best_model.keras")
     other = tmp_path / "test.csv"
@@ -230,7 +203,7 @@ def test_a_table_that_selected_the_model_is_refused_unless_the_run_has_no_other_
     assert check_test_images(model, "other.csv", [photos[3]], False) == 1
 
 
-def test_without_a_validation_table_test_images_have_selected_and_may_be_tested(trained_on, tmp_path):
+def test_without_a_validation_table_test_images_are_listed_as_such(trained_on):
     run, photos = trained_on
     images = SimpleNamespace(labels=np.zeros(1, int), paths=photos[3:4])
     sets = {"training": ("a.csv", images), "validation": ("b.csv", images)}
@@ -238,10 +211,20 @@ def test_without_a_validation_table_test_images_have_selected_and_may_be_tested(
     assert pd.read_csv(Path(run) / "trained_images.csv")["set"].tolist() == ["training", "test"]
 
 
+SCRIPTS = {
+    "train": (train.main, Configs),
+    "test": (evaluation.main, Configs),
+    "draw_activations": (draw_activations.main, Configs),
+    "plot_training_log": (plot_training_log.main, plot_training_log.PlotConfigs),
+    "compress_weights": (compress_weights.main, compress_weights.CompressConfigs),
+    "predict": (predict.main, predict.PredictConfigs),
+}
+
+
 @pytest.mark.slow
-def test_a_run_with_tables_of_its_own_is_tested_on_them_from_anywhere(tables, tmp_path):
-    """The folder that the scripts are started in holds another split, of which the run has seen the test images."""
-    home, elsewhere = tmp_path / "my photos", tmp_path / "elsewhere"
+def test_a_run_with_its_own_tables_is_tested_on_them_from_anywhere(tables, tmp_path, monkeypatch, capsys):
+    """The working directory holds another split, whose test images the run has seen."""
+    home, elsewhere, clinic = tmp_path / "my photos", tmp_path / "elsewhere", tmp_path / "clinic"
     (home / "tables").mkdir(parents=True)
     (elsewhere / "data").mkdir(parents=True)
     table = pd.concat([pd.read_csv(tables[0]), pd.read_csv(tables[1])])
@@ -251,45 +234,36 @@ def test_a_run_with_tables_of_its_own_is_tested_on_them_from_anywhere(tables, tm
     shutil.copy(home / "tables" / "a.csv", elsewhere / "data" / "testing_set.csv")
     values = options_of(("tables/a.csv", "tables/c.csv"), "runs/a", validation_csv="tables/b.csv", num_epochs=1)
     (home / "own.json").write_text(json.dumps(values))
+    run = home / "runs" / "a"
 
-    def run(folder, script, *arguments):
-        words = [sys.executable, PROJECT / script, *arguments]
-        return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
+    def start(folder, script, *words):
+        monkeypatch.chdir(folder)
+        main, kind = SCRIPTS[script]
+        return main(kind.from_command_line(arguments=list(words)))
 
-    assert run(home, "train.py", "--configs", "own.json").returncode == 0
-    path = str(home / "runs" / "a")
-    for script in ("test.py", "draw_activations.py", "plot_training_log.py", "compress_weights.py"):
-        done = run(elsewhere, script, "--load_model_path", path)
-        assert done.returncode == 0, done.stderr
-    metrics = json.loads((home / "runs" / "a" / "evaluation" / "metrics.json").read_text())
-    assert metrics["sets"]["test"]["csv"] == str(home / "tables" / "c.csv")
-    assert metrics["sets"]["test"]["images"] == 12
-    assert len(list((home / "runs" / "a" / "cam_output").glob("*.jpg"))) == 12
-    assert (home / "runs" / "a" / "training_log.png").is_file()
-    report = json.loads((home / "runs" / "a" / "compression_report.json").read_text())
+    start(home, "train", "--configs", "own.json")
+    for script in ("test", "draw_activations", "plot_training_log", "compress_weights"):
+        start(elsewhere, script, "--load_model_path", str(run))
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())["sets"]["test"]
+    assert (metrics["csv"], metrics["images"]) == (str(home / "tables" / "c.csv"), 12)
+    assert len(list((run / "cam_output").glob("*.jpg"))) == 12
+    assert (run / "training_log.png").is_file()
+    report = json.loads((run / "compression_report.json").read_text())
     assert report["test_csv"] == str(home / "tables" / "c.csv")
-    assert [entry.name for entry in elsewhere.iterdir()] == ["data"]
+    with pytest.raises(UserError, match=r"a\.csv: the model was trained on 12 of these 12 images"):
+        start(elsewhere, "test", "--load_model_path", str(run), "--test_csv", str(home / "tables" / "a.csv"))
+    start(home, "predict", "--load_model_path", "runs/a", "--input", "tables/c.csv")
 
-    refused = run(elsewhere, "test.py", "--load_model_path", path, "--test_csv", str(home / "tables" / "a.csv"))
-    assert refused.returncode == 2
-    assert "a.csv: the model was trained on 12 of these 12 images" in refused.stderr
-    predicted = run(home, "predict.py", "--load_model_path", "runs/a", "--input", "tables/c.csv")
-    assert predicted.returncode == 0, predicted.stderr
-    check_alone(home, tmp_path / "clinic", run)
-    again = run(elsewhere, "train.py", "--load_model_path", path, "--num_epochs", "2")
-    assert again.returncode == 0, again.stderr
-    assert len((home / "runs" / "a" / "training_log.csv").read_text().splitlines()) == 3
-    assert [entry.name for entry in elsewhere.iterdir()] == ["data"]
-
-
-def check_alone(home, clinic, run):
-    """Tests a run where none of its data are: from its folder alone, on a table of other photos."""
-    away = home.rename(home.with_name("away"))
+    # The run's folder alone, without its data, on other photos.
+    away = home.rename(tmp_path / "away")
     shutil.copytree(away / "runs" / "a", clinic / "a")
     shutil.copy(away / "tables" / "c.csv", clinic / "mine.csv")
-    done = run(clinic, "test.py", "--load_model_path", "a", "--test_csv", "mine.csv", "--image_directory", str(away))
-    assert done.returncode == 0, done.stderr
-    assert "going without a training set" in done.stdout
-    assert list(json.loads((clinic / "a" / "evaluation" / "metrics.json").read_text())["sets"]) == ["test"]
+    capsys.readouterr()
+    words = ["--load_model_path", "a", "--test_csv", "mine.csv", "--image_directory", str(away)]
+    assert list(start(clinic, "test", *words)["sets"]) == ["test"]
+    assert "going without a training set" in capsys.readouterr().out
     assert (clinic / "a" / "decision.json").read_text() == (away / "runs" / "a" / "decision.json").read_text()
     away.rename(home)
+    start(elsewhere, "train", "--load_model_path", str(run), "--num_epochs", "2")
+    assert len((run / "training_log.csv").read_text().splitlines()) == 3
+    assert [entry.name for entry in elsewhere.iterdir()] == ["data"]
