@@ -265,7 +265,7 @@ def test_away_from_the_run_the_models_own_decision_holds(model_path, capsys):
     edited = Decision(CLASSES, False, 3.0, "validation", model="best_model.keras")
     write_decision(folder, edited)
     assert read_decision(folder, CLASSES, False, model_path) == FITTED
-    assert "decision.json is not used: " in capsys.readouterr().out
+    assert "decision.json is ignored" in capsys.readouterr().out
     # In the run what test.py has written may be edited.
     Path(folder, "configs.json").write_text(json.dumps(OPTIONS))
     assert read_decision(folder, CLASSES, False, model_path) == edited
