@@ -102,7 +102,7 @@ def test_of_averages_that_the_images_do_not_tell_apart_the_one_nearest_to_the_st
         "Kept the weights 25% of the way to the fine-tuned model's: the log loss is lower than the start's" in printed
     )
     assert (
-        "They do not tell that the fine-tuned model would be better (log loss lower by 0.0020, standard error 0.0142)."
+        "the fine-tuned model, which would not be clearly better (log loss lower by 0.0020, standard error 0.0142)."
         in printed
     )
 
@@ -122,7 +122,7 @@ def test_the_head_of_an_average_is_its_share_of_the_way_to_the_refitted_one(caps
     np.testing.assert_array_equal(model.get_weights()[0], build_line([0.0, 2.0]).get_weights()[0])
     printed = capsys.readouterr().out
     what = (
-        "Kept the weights 50% of the way to the fine-tuned model's, with a head as far on the way to the refitted one: "
+        "Kept the weights 50% of the way to the fine-tuned model's, with a head 50% of the way to the refitted one: "
     )
     assert what in printed
     # The heads that are fitted at 25 and 100 % tell nothing. Of the first a quarter counts, of the last all: a half is
@@ -189,7 +189,7 @@ def test_the_run_keeps_what_was_chosen(share, is_refitted, tables, tmp_path, mon
     assert found["best_epoch"] == (2 if share else 0)
     card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
     assert (", with a refitted head" in card) == (share == 1)
-    assert (", with a head as far on the way to the refitted one" in card) == (share == 0.5)
+    assert (", with a head 50% of the way to the refitted one" in card) == (share == 0.5)
     if is_refitted:
         model = keras.models.load_model(tmp_path / "run" / "best_model.keras")
         # The fitted head, of which the kept one is the share, and the average of both heads the rest.
