@@ -1,8 +1,8 @@
-"""Makes of a trained model what ships, and tells whether it still answers the same.
+"""Compresses and exports a trained model, and compares the results with the original on the test set.
 
-The weights go into an .h5 file without the optimizer's state, the layers into a .json file; --export writes the model
-for other runtimes as well. Each of them is read back by its own runtime and run on the test set beside the original:
-where the accuracy falls by more than --tolerance, it keeps a .rejected name and the exit status is 1.
+The weights go to an .h5 file without the optimizer's state, the layers to a .json file; --export also writes the model
+for other runtimes. Each artefact is run by its own runtime on the test set. If its accuracy is more than --tolerance
+points lower, it keeps a .rejected name and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from finetune.models.formats import FORMATS, WEIGHTS_DTYPES, exports_fault, list
 
 @dataclasses.dataclass
 class CompressConfigs(Configs):
-    """The options of this script, beside those of every script."""
+    """The options of this script, in addition to those of every script."""
 
     model_path: str = define("", "The model file or the run's folder; empty takes load_model_path or save_model_path")
     weights_dtype: str = define(
-        "float32", "What the compressed weights are: exact, a half or a quarter of that", choices=WEIGHTS_DTYPES
+        "float32", "Type of the compressed weights: exact, or a half or a quarter of the size", choices=WEIGHTS_DTYPES
     )
     export: list[str] = define(
         [], f"Also write the model for other runtimes, any of {', '.join(FORMATS)}", check=exports_fault
     )
     export_quantization: str = define(
         "none",
-        "What the tflite file holds: float32, weights in 8 bits (dynamic), or weights and activations in 8 bits with "
-        "ranges from images of train_csv (int8)",
+        "Quantization of the tflite file: none, 8-bit weights (dynamic), or 8-bit weights and activations with ranges "
+        "from images of train_csv (int8)",
         choices=("none", *list_quantizations()),
     )
     tolerance: float = define(
-        1.0, "Points of accuracy that compression may cost on the test set", at_least=0, at_most=100
+        1.0, "Points of accuracy that an artefact may lose on the test set", at_least=0, at_most=100
     )
 
     def validate(self) -> Self:
-        """Checks `export_quantization` beside `export` as well; returns and raises as `Configs` does."""
+        """Also checks `export_quantization` against `export`; returns and raises as `Configs` does."""
         super().validate()
         fitting = [name for name, one in FORMATS.items() if self.export_quantization in one.endings]
         if self.export_quantization != "none" and not {*fitting} & {*self.export}:
@@ -59,13 +59,13 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
 
     Returns:
         The content of `compression_report.json`: `model`, `model_bytes`, `model_sha256`, `test_csv` and `images` (None
-        where nothing was compared), `tolerance`, and `artefacts`. Each of these has `kind` (weights, or one of
-        `FORMATS`), `precision`, `path`, `files` (bytes by path), `rejected`, and `comparison`, as `compare` returns it,
-        or None. What an earlier call made of the same model stands there too.
+        without a comparison), `tolerance`, and `artefacts`, with those that earlier calls made from the same model.
+        Each has `kind` (weights, or one of `FORMATS`), `precision`, `path`, `files` (bytes by path), `rejected`, and
+        `comparison`, from `compare`, or None.
 
     Raises:
-        UserError: there is no model, an export needs a package that is missing, or the test set or the calibration
-            images cannot be used or are not the model's.
+        UserError: there is no model, an export needs a missing package, or the test set or the calibration images
+            cannot be read or do not fit the model.
     """
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.core.devices import start_devices
@@ -100,7 +100,7 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
 
 
 def compress(configs: CompressConfigs) -> dict[str, Any]:
-    """Runs `main`; where an artefact is rejected, the exit status is 1."""
+    """Runs `main`; the exit status is 1 if an artefact is rejected."""
     report = main(configs)
     if any(artefact["rejected"] for artefact in report["artefacts"]):
         sys.stdout.flush()
