@@ -6,12 +6,8 @@ from random_answers import NAMES, one_hot, random_multilabel, random_single_labe
 from scipy import stats
 from sklearn import metrics as sk
 
-from finetune.evaluation.decision import (
-    Decision,
-)
+from finetune.evaluation.decision import Decision
 from finetune.evaluation.intervals import get_intervals
-
-# Intervals
 
 
 def draw_groups(groups, rng):
@@ -24,13 +20,13 @@ def draw_groups(groups, rng):
 
 
 def make_groups(seed, images):
-    """Numbers groups of 1 to 6 images, which do not lie beside each other."""
+    """Numbers groups of 1 to 6 images in random order."""
     rng = np.random.default_rng(seed)
     numbers = np.repeat(np.arange(images), rng.integers(1, 7, images))[:images]
     return rng.permutation(numbers)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("is_grouped", [False, True])
 def test_each_metric_of_a_resample_is_scikit_learns_for_its_images(seed, is_grouped):
     y_true, raw = random_single_label(60, 12)
@@ -49,7 +45,7 @@ def test_each_metric_of_a_resample_is_scikit_learns_for_its_images(seed, is_grou
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("is_grouped", [False, True])
 def test_each_multilabel_metric_of_a_resample_is_scikit_learns_for_its_images(seed, is_grouped):
     number = 80 if is_grouped else 12
