@@ -130,11 +130,11 @@ def test_a_block_of_any_size_gives_the_same_temperature_and_probabilities(monkey
 @pytest.mark.parametrize("decimals", [1, 2, 7])
 def test_no_threshold_has_a_higher_f1_than_the_best_by_scikit_learn(decimals):
     generator = np.random.default_rng(decimals)
-    y_true = generator.random((80, 5)) < [0.05, 0.2, 0.5, 0.9, 0.3]
-    scores = (0.6 * generator.random((80, 5)) + 0.4 * y_true).round(decimals).astype(np.float32)
+    y_true = generator.random((40, 3)) < [0.1, 0.5, 0.9]
+    scores = (0.6 * generator.random((40, 3)) + 0.4 * y_true).round(decimals).astype(np.float32)
     for truth, column, threshold in zip(y_true.T, scores.T, find_best_f1_thresholds(y_true, scores, 0.5), strict=True):
         found = sk.f1_score(truth, column >= np.float32(threshold))
-        assert found == pytest.approx(max(sk.f1_score(truth, column >= score) for score in column))
+        assert found == pytest.approx(max(sk.f1_score(truth, column >= score) for score in np.unique(column)))
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ import tensorflow as tf
 from built_models import build_alive
 from keras import layers
 
-from configs import CAM_METHODS, Configs
+from configs import CAM_METHODS
 from finetune.core.options import UserError
 from finetune.evaluation.gradcam import METHODS, GradCam
 from finetune.models.model_files import build_inference_model
-from model import ModelFactory
 
 HEIGHT, WIDTH, CHANNELS, CLASSES = 2, 3, 3, 2
 
@@ -191,15 +190,15 @@ def test_heatmaps_equal_those_of_tf_keras_vis(peer_name):
     np.testing.assert_allclose(heatmaps, expected / expected.max(axis=(1, 2), keepdims=True), atol=1e-5)
 
 
-@pytest.mark.parametrize("class_index", [0, 1])
 @pytest.mark.parametrize("pooling", [layers.GlobalAveragePooling2D, layers.GlobalMaxPooling2D])
-def test_heatmap_with_pooling_weighs_channels_as_the_logit_does(pooling, class_index):
+def test_heatmap_with_pooling_weighs_channels_as_the_logit_does(pooling):
     model = network(pooling())
     kernel = np.array([[1.0, -0.4], [-0.7, 0.9], [0.3, 0.2]])
     set_logits(model, kernel)
-    heatmaps, _ = GradCam(model)(random_images(), np.full(4, class_index))
-    for image, heatmap in zip(random_images(), heatmaps, strict=True):
-        np.testing.assert_allclose(heatmap, normalised_heatmap(image, kernel[:, class_index]), atol=1e-5)
+    heatmaps, _ = GradCam(model)(random_images(), np.tile([0, 1], (4, 1)))
+    for image, of_classes in zip(random_images(), heatmaps, strict=True):
+        for class_index, heatmap in enumerate(of_classes):
+            np.testing.assert_allclose(heatmap, normalised_heatmap(image, kernel[:, class_index]), atol=1e-5)
 
 
 def test_the_most_probable_class_is_explained_by_default():
@@ -221,9 +220,8 @@ def test_a_class_without_support_has_a_map_of_zeros():
     np.testing.assert_array_equal(GradCam(model)(black, np.array([1]))[0], np.zeros((1, HEIGHT, WIDTH)))
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_a_saturated_probability_is_still_explained(activation):
-    model = network(layers.GlobalAveragePooling2D(), activation=activation)
+def test_a_saturated_probability_is_still_explained():
+    model = network(layers.GlobalAveragePooling2D())
     kernel = np.array([[900.0, -900.0], [300.0, -300.0], [600.0, -600.0]])
     set_logits(model, kernel)
     image = random_images()[0]
@@ -287,7 +285,7 @@ def test_a_layer_inside_a_residual_block_is_explained_by_its_own_gradient(method
             np.testing.assert_allclose(heatmap, literal_map(method, branch, gradients, 1.0), atol=1e-4)
 
 
-@pytest.mark.parametrize("mixed_precision", [False, True])
+@pytest.mark.parametrize("mixed_precision", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_layer_of_a_mobilenet_is_explained_as_if_the_network_were_cut_there(mixed_precision):
     model = build_alive(pop_conv_layers=60, mixed_precision=mixed_precision)
     images, backbone = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8), model.get_layer("backbone")
@@ -338,37 +336,27 @@ def test_a_layer_that_cannot_be_explained_is_refused(name, parts):
 
 
 @pytest.mark.parametrize(
-    ("options", "heatmap_shape"),
+    "options",
     [
-        ({"final_layer_pooling": None, "classifier_layer_sizes": [4, 0.4]}, (2, 4)),
-        ({"final_layer_pooling": "max", "multi_label_classification": True}, (2, 4)),
-        ({"pop_conv_layers": 13}, (4, 8)),
-        ({"cnn_downscaling_factor": 1, "cnn_downscaling_filters": 4}, (1, 2)),
-        ({"mixed_precision": True, "final_layer_pooling": None, "pop_conv_layers": 13}, (4, 8)),
+        {"final_layer_pooling": None, "classifier_layer_sizes": [4, 0.4]},
+        {"final_layer_pooling": "max", "multi_label_classification": True},
+        {"cnn_downscaling_factor": 1, "cnn_downscaling_filters": 4},
+        {"mixed_precision": True, "final_layer_pooling": None},
     ],
-    ids=["flatten", "max", "popped", "downscaling", "mixed"],
+    ids=["flatten", "max", "downscaling", "mixed"],
 )
-def test_heatmaps_of_a_mobilenet_by_every_method(options, heatmap_shape):
-    configs = Configs(
-        visual_model_name="MobileNet",
-        image_target_size=(64, 128, 3),
-        classes=["a", "b", "c"],
-        use_imagenet_weights=False,
-        batch_norm_momentum=0.0,
-        **options,
-    )
-    model = ModelFactory().get_model(configs)
-    images = np.random.default_rng(1).integers(0, 256, (2, 64, 128, 3), np.uint8)
-    model(images, training=True)
+def test_heatmaps_of_a_mobilenet_by_every_method(options):
+    model = build_alive(pop_conv_layers=66, image_target_size=(32, 64, 3), **options)
+    images = np.random.default_rng(1).integers(0, 256, (2, 32, 64, 3), np.uint8)
     features, probabilities = GradCam(model).read(images)
     assert np.ptp(probabilities) > 1e-3
-    # In 16 bits the compiled network rounds otherwise than the eager one.
+    # In 16 bits the compiled network rounds differently from the eager one.
     tolerance = 2e-2 if "mixed_precision" in options else 1e-6
     np.testing.assert_allclose(probabilities, model(images, training=False), atol=tolerance)
     every_map, (rows, class_indices) = [], np.indices((2, 3)).reshape(2, 6)
     for method in CAM_METHODS:
         heatmaps = GradCam(model, method).explain(features, rows, class_indices)
-        assert heatmaps.shape == (6, *heatmap_shape)
+        assert heatmaps.shape == (6, *model.get_layer("backbone").output.shape[1:3])
         assert heatmaps.dtype == np.float32
         assert np.isfinite(heatmaps).all()
         assert heatmaps.min() >= 0

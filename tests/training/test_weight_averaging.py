@@ -121,9 +121,7 @@ def test_the_head_of_an_average_is_its_share_of_the_way_to_the_refitted_one(caps
     np.testing.assert_array_equal(kept.weights[0], [[-1, 1], [-1, 1]])
     np.testing.assert_array_equal(model.get_weights()[0], build_line([0.0, 2.0]).get_weights()[0])
     printed = capsys.readouterr().out
-    what = (
-        "Kept the weights 50% of the way to the fine-tuned model's, with a head 50% of the way to the refitted one: "
-    )
+    what = "Kept the weights 50% of the way to the fine-tuned model's, with a head 50% of the way to the refitted one: "
     assert what in printed
     # The heads that are fitted at 25 and 100 % tell nothing. Of the first a quarter counts, of the last all: a half is
     # the probability of each class.
