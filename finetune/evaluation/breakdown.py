@@ -28,14 +28,6 @@ def evaluate_by(
 ) -> dict[str, Any]:
     """Evaluates the images of each value of a column separately.
 
-    Args:
-        values: of each image; named after the column.
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        raw_probabilities: of the model, `(images, classes)`.
-        decision: as fitted.
-        seed: of the bootstrap.
-        groups: of the images, from `number_groups`.
-
     Returns:
         `column`, its name, and `values`. Each has `images`, `groups` if there are fewer, the two metrics in `MEASURES`
         and their `intervals`.

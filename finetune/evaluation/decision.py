@@ -52,9 +52,6 @@ class Decision:
     def calibrate(self, probabilities: np.ndarray) -> np.ndarray:
         """Divides the logits behind probabilities by the temperature.
 
-        Args:
-            probabilities: raw, `(images, classes)`.
-
         Returns:
             float32 `(images, classes)`; the classes of a row keep their order.
         """
@@ -73,33 +70,19 @@ class Decision:
         return calibrated
 
     def thresholds(self, threshold_type: str = "exact_match") -> np.ndarray:
-        """Returns the lowest calibrated probability at which each label is predicted, float32 `(classes,)`.
-
-        Args:
-            threshold_type: `exact_match` or `best_f1`.
-        """
+        """Returns the lowest calibrated probability at which each label is predicted, float32 `(classes,)`."""
         by_class = self.best_f1_thresholds if threshold_type == "best_f1" else None
         return np.array(by_class or [self.exact_match_threshold] * len(self.class_names), np.float32)
 
     def choose(self, calibrated: np.ndarray, threshold_type: str = "exact_match") -> np.ndarray:
-        """Returns the predicted labels, bool `(images, classes)`.
-
-        Args:
-            calibrated: from `calibrate`, `(images, classes)`.
-            threshold_type: multi-label: `exact_match` or `best_f1`. Otherwise each row has one label, its highest
-                probability, the first of equal ones.
-        """
+        """Returns the predicted labels, bool `(images, classes)`; single-label: the first of the most probable ones."""
         if self.multi_label:
             # Both in float32: a float64 threshold of 0.7 is above the float32 probability 0.7.
             return np.asarray(calibrated, np.float32) >= self.thresholds(threshold_type)
         return calibrated.argmax(axis=1)[:, None] == np.arange(len(self.class_names))
 
     def measure_confidence(self, calibrated: np.ndarray) -> np.ndarray:
-        """Returns the probability of each image's answer, `(images,)`; multi-label: that of its least certain label.
-
-        Args:
-            calibrated: from `calibrate`, `(images, classes)`.
-        """
+        """Returns the probability of each image's answer, `(images,)`; multi-label: that of its least certain label."""
         if not self.multi_label:
             return calibrated.max(axis=1)
         return np.where(self.choose(calibrated), calibrated, 1 - calibrated).min(axis=1)
@@ -137,13 +120,9 @@ def fit_decision(
     """Fits the temperature on the validation set, and thresholds there or, without one, on the training set.
 
     Args:
-        truths: the labels by set; `test` is ignored, `validation` may be missing. int `(images,)`, positions in
-            `class_names`; multi-label: `(images, classes)` of zeros and ones.
-        raw_probabilities: by set, `(images, classes)`.
-        class_names: in the model's order.
-        multi_label: fits thresholds too.
+        truths: the labels by set; `test` is ignored, `validation` may be missing.
+        raw_probabilities: by set.
         threshold_range: lowest and highest exact-match threshold to try, on calibrated probabilities.
-        model: path of the model file.
 
     Raises:
         UserError: a probability is not finite.
@@ -170,11 +149,6 @@ def fit_temperature(y_true: np.ndarray, probabilities: np.ndarray, multi_label: 
     """Finds the temperature under which a set's labels are most likely.
 
     Source: Guo et al., ICML 2017, section 4.2 (arXiv:1706.04599); multi-label: the same with sigmoids.
-
-    Args:
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        probabilities: raw, `(images, classes)`.
-        multi_label: which of the two.
 
     Returns:
         A number in `TEMPERATURE_RANGE`. 1 if no answer is wrong: the likelihood then keeps rising as the temperature
@@ -217,12 +191,7 @@ def _likelihood_slope(truth: np.ndarray, probabilities: np.ndarray, multi_label:
 def find_exact_match_threshold(
     y_true: np.ndarray, probabilities: np.ndarray, threshold_range: Sequence[float]
 ) -> tuple[float, float]:
-    """Finds the threshold at which the most images have exactly the right labels.
-
-    Args:
-        y_true: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`.
-        threshold_range: lowest and highest threshold to try, in steps of 0.01.
+    """Finds the threshold, in steps of 0.01, at which the most images have exactly the right labels.
 
     Returns:
         The threshold (the middle one of equally good ones) and its exact-match accuracy.
@@ -237,12 +206,7 @@ def find_exact_match_threshold(
 
 
 def find_best_f1_thresholds(y_true: np.ndarray, probabilities: np.ndarray, fallback: float) -> list[float]:
-    """Finds the threshold with the highest F1 for each class.
-
-    Args:
-        y_true: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`, compared as float32.
-        fallback: threshold of a class without images.
+    """Finds the threshold with the highest F1 for each class; `fallback` for classes without images.
 
     Returns:
         For each class a float32 number in `[0, 1]` as a Python float: the midpoint of the lowest probability above it

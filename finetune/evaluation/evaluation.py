@@ -59,13 +59,11 @@ def evaluate_set(
     """Evaluates one set of images under a decision.
 
     Args:
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        raw_probabilities: of the model, `(images, classes)`.
-        decision: as fitted, on another set.
+        decision: fitted on another set.
         seed: of the bootstrap; adds `intervals`, see `get_intervals`.
         threshold_range: multi-label: adds `optimistic`, the best exact-match threshold in this range by the set's own
             labels.
-        groups: of the images, from `number_groups`; adds `groups`, the number of groups, for each class too.
+        groups: adds `groups`, the number of groups, for each class too.
 
     Returns:
         `images`, the metrics of `get_evaluation_metrics` or `get_multilabel_evaluation_metrics` and `calibration`;
@@ -198,10 +196,9 @@ def evaluate_sets(
 
     Args:
         sequences: by set, after prediction.
-        predictions: the model's raw probabilities by set, `(images, classes)`.
+        predictions: raw probabilities by set.
         decision: fitted without the test set.
         threshold_range: lowest and highest threshold to try on the test set.
-        seed: of the bootstrap.
         report_by: a column of the test table: adds `by` to the test set, see `evaluate_by`. Empty: none.
     """
     sets = {}
@@ -219,14 +216,7 @@ def evaluate_sets(
 
 
 class Answers(NamedTuple):
-    """A model's answers for images.
-
-    Attributes:
-        images: paths.
-        y_true: labels, `(images,)` or multi-label `(images, classes)`.
-        probabilities: calibrated, `(images, classes)`.
-        decision: chooses the predicted labels.
-    """
+    """A model's answers for images; the probabilities are calibrated, and the decision chooses the labels."""
 
     images: Sequence[str]
     y_true: np.ndarray
@@ -300,8 +290,7 @@ def evaluate_leak(
 
     Args:
         sequences: by set, after prediction; the training set may be missing.
-        predictions: the model's raw probabilities by set, `(images, classes)`.
-        decision: as fitted.
+        predictions: raw probabilities by set.
         configs: `verify_data`, how to search for copies, and the seed of the bootstrap.
 
     Returns:
@@ -326,15 +315,9 @@ def evaluate_leak(
 
 
 def find_leaked(training: Sequence[str], tested: Sequence[str], configs: Configs) -> np.ndarray | None:
-    """Returns which test images have an exact or near copy among the training images.
+    """Returns which test images have an exact or near copy among the training images, bool `(tested,)`.
 
-    Args:
-        training: image files.
-        tested: image files.
-        configs: `verify_data`, how to search for copies.
-
-    Returns:
-        bool `(tested,)`; None if `verify_data` skips near copies, or the search would take too long, which is printed.
+    It is None if `verify_data` skips near copies, or if the search would take too long, which is printed.
     """
     if configs.verify_data not in ("quick", "full"):
         return None

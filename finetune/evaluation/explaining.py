@@ -42,36 +42,24 @@ class Explained(NamedTuple):
     heatmaps: np.ndarray
 
 
-def choose_most_probable(probabilities: np.ndarray, labels: np.ndarray, decision: Decision, top_k: int) -> np.ndarray:
-    """Chooses the `top_k` most probable classes of each image, or all if there are fewer."""
+def _choose_most_probable(probabilities: np.ndarray, number: int) -> np.ndarray:
     # Stable, so that the first of equal ones is the predicted class.
-    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :number]
     chosen = np.zeros(probabilities.shape, bool)
     np.put_along_axis(chosen, order, True, axis=1)
     return chosen
 
 
-def choose_predicted(probabilities: np.ndarray, labels: np.ndarray, decision: Decision, top_k: int) -> np.ndarray:
-    """Chooses the most probable class of each image, multi-label too."""
-    return choose_most_probable(probabilities, labels, decision, 1)
-
-
-def choose_true(probabilities: np.ndarray, labels: np.ndarray, decision: Decision, top_k: int) -> np.ndarray:
-    """Chooses the labels of each image."""
+def _choose_true(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return labels > 0 if labels.ndim == 2 else labels[:, None] == np.arange(probabilities.shape[1])
 
 
-def choose_above_threshold(probabilities: np.ndarray, labels: np.ndarray, decision: Decision, top_k: int) -> np.ndarray:
-    """Chooses the predicted class of each image; multi-label: all classes above their threshold."""
-    return decision.choose(probabilities)
-
-
-# Each takes calibrated probabilities, labels, the decision and `cam_top_k`; returns bool `(batch, classes)`.
+# The classes to explain, bool `(batch, classes)`, from calibrated probabilities, labels, the decision and `cam_top_k`.
 CHOOSERS: dict[str, Callable[..., np.ndarray]] = {
-    "predicted": choose_predicted,
-    "true": choose_true,
-    "top_k": choose_most_probable,
-    "threshold": choose_above_threshold,
+    "predicted": lambda probabilities, labels, decision, top_k: _choose_most_probable(probabilities, 1),
+    "true": lambda probabilities, labels, decision, top_k: _choose_true(probabilities, labels),
+    "top_k": lambda probabilities, labels, decision, top_k: _choose_most_probable(probabilities, top_k),
+    "threshold": lambda probabilities, labels, decision, top_k: decision.choose(probabilities),
 }
 
 
@@ -112,11 +100,6 @@ class Explainer(NamedTuple):
 def choose_removal_on(explainer: Explainer, sequence: AugmentedImageSequence, seed: int) -> Removal:
     """Chooses how to remove parts of a sequence's images, see `choose_removal`, from a few of them.
 
-    Args:
-        explainer: makes the heatmaps.
-        sequence: the images.
-        seed: of the random parts.
-
     Raises:
         UserError: an image cannot be read and `skip_bad_images` is not set.
     """
@@ -147,8 +130,6 @@ def measure_some(
         batches: all images, in order.
         number_of_images: in all batches; at most `MOST_MEASURED` of them, evenly spaced, are measured.
         predict: from images to calibrated probabilities `(batch, classes)`.
-        removal: removes the parts.
-        seed: of the random parts.
         found: receives one row per measured image that has a class: the three probabilities that
             `summarise_faithfulness` takes, and the image's position.
     """

@@ -74,9 +74,7 @@ def find_parts(
 
     Args:
         heatmaps: `(batch, h, w)` in `[0, 1]`, of any size.
-        image_size: `(height, width)`.
         share: of the pixels in a part.
-        rng: draws the random parts.
 
     Returns:
         The highlighted and the random parts, bool `(batch, height, width)` each.
@@ -92,13 +90,9 @@ def find_parts(
 def find_highlighted(
     heatmap: np.ndarray, image_size: tuple[int, int], share: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Returns the pixels where a heatmap is highest, bool `(height, width)`.
+    """Returns a share of the pixels, those where a heatmap `(h, w)` is highest, bool `(height, width)`.
 
-    Args:
-        heatmap: `(h, w)`, of any size.
-        image_size: `(height, width)`.
-        share: of the pixels to choose, rounded to whole pixels.
-        rng: chooses among equal values, such as zeros, in blocks as coarse as the heatmap.
+    `rng` chooses among equal values, such as zeros, in blocks as coarse as the heatmap.
     """
     fields = heatmap.astype(np.float32), rng.random(heatmap.shape, np.float32)
     values, noise = (cv2.resize(field, image_size[::-1], interpolation=cv2.INTER_LINEAR).ravel() for field in fields)
@@ -116,30 +110,19 @@ def predict_without(
     class_indices: np.ndarray,
     removal: Removal,
 ) -> np.ndarray:
-    """Returns the probability of each image's class after a part is removed, float `(batch,)`.
-
-    Args:
-        predict: from images to probabilities `(batch, classes)`.
-        images: uint8 RGB `(batch, height, width, 3)`.
-        parts: bool `(batch, height, width)`.
-        class_indices: int `(batch,)`.
-        removal: removes the parts.
-    """
+    """Returns the probability of each image's class after a part is removed, float `(batch,)`."""
     removed = np.stack([removal.remove(image, part) for image, part in zip(images, parts, strict=True)])
     return predict(removed)[np.arange(len(images)), class_indices]
 
 
 def choose_removal(measure: Callable[[Removal], float], removals: Sequence[Removal] = REMOVALS) -> Removal:
-    """Chooses the strongest removal that keeps most of the answer when a random part is removed.
+    """Returns the first removal that leaves at least `KEPT`, or else the one that leaves the most.
 
     If removing any part destroys the answer, removing the highlighted one shows nothing.
 
     Args:
         measure: returns the share of the class's probability that is left without a random part.
         removals: the strongest first.
-
-    Returns:
-        The first one that leaves at least `KEPT`, or else the one that leaves the most.
     """
     kept = []
     for removal in removals:
@@ -157,8 +140,6 @@ def summarise_faithfulness(
     Args:
         probabilities: of that class, `(images, 3)`: of the whole image, without the highlighted part, and without a
             random part.
-        removal: how the parts were removed.
-        groups: of the images, from `number_groups`.
 
     Returns:
         `images`, their number, and `groups` if there are fewer; `removal` and `share`; `highlighted` and `random`, the

@@ -98,7 +98,6 @@ class GradCam:
         """Explains a batch.
 
         Args:
-            images: RGB `(batch, height, width, 3)`, pixels in `[0, 255]`.
             class_indices: int `(batch,)`, the class to explain, or `(batch, k)`, several per image; by default the
                 most probable one.
 
@@ -114,9 +113,6 @@ class GradCam:
 
     def read(self, images: np.ndarray) -> tuple[tf.Tensor, np.ndarray]:
         """Runs the network on a batch.
-
-        Args:
-            images: RGB `(batch, height, width, 3)`, pixels in `[0, 255]`.
 
         Returns:
             The features for `explain`, and the model's probabilities, float32 `(batch, classes)`.

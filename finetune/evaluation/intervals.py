@@ -30,14 +30,6 @@ def get_intervals(
     Bootstrap Methods and their Application, 1997, section 3.8. Images, or whole groups of them, are drawn with
     replacement. As in the metrics themselves, means leave out classes that are undefined in a resample.
 
-    Args:
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        raw_probabilities: of the model, `(images, classes)`.
-        decision: turns them into answers.
-        seed: of the resamples.
-        resamples: their number.
-        groups: of the images, from `number_groups`; None: the images are independent.
-
     Returns:
         `[low, high]` by the metric's name. None if it is undefined in all resamples, if all images are of one group, or
         if all resamples are equal, see `_interval`. Multi-label: `per_class` has those of `precision`, `recall` and
@@ -75,7 +67,7 @@ def _interval(values: np.ndarray, units: int = 0) -> list[float] | None:
 
     Args:
         values: of the resamples; NaN if undefined.
-        units: the number of images or groups that the values are shares of; 0 if they are other metrics.
+        units: the number of images or groups that the values are shares of; 0 for other metrics.
     """
     defined = values[~np.isnan(values)]
     if not len(defined):

@@ -24,11 +24,7 @@ LONGEST_CURVE = 500
 class Cells(NamedTuple):
     """The cells of a confusion matrix that are above 0, row by row.
 
-    Attributes:
-        rows: int `(cells,)`, positions of the true classes.
-        columns: int `(cells,)`, positions of the predicted classes.
-        counts: int `(cells,)`, images.
-        shares: `(cells,)`, counts as shares of the true class, in `(0, 1]`.
+    Rows and columns are positions of true and predicted classes, shares are of the true class, in `(0, 1]`.
     """
 
     rows: np.ndarray
@@ -39,11 +35,6 @@ class Cells(NamedTuple):
 
 def count_confusions(y_true: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]) -> ConfusionMatrix:
     """Returns the confusion matrix.
-
-    Args:
-        y_true: int `(images,)`, positions in `class_names`.
-        predicted: int `(images,)`, the same.
-        class_names: in the order of the positions.
 
     Returns:
         Lists of counts, rows true and columns predicted, for up to `MOST_LISTED` classes. For more, the counts above 0
@@ -81,11 +72,6 @@ def read_cells(stored: ConfusionMatrix, class_names: Sequence[str]) -> Cells:
 
 def list_confusions(stored: ConfusionMatrix, class_names: Sequence[str], most: int) -> list[dict[str, Any]]:
     """Lists the most frequent confusions of two classes, the most frequent first.
-
-    Args:
-        stored: from `count_confusions`.
-        class_names: in the order of the positions.
-        most: the length of the list.
 
     Returns:
         `true` and `predicted`, names; `count` of images, and their `share` of the true class.
@@ -149,13 +135,7 @@ def get_evaluation_metrics(y_true: np.ndarray, probabilities: np.ndarray, class_
 
 
 def is_in_top_k(y_true: np.ndarray, probabilities: np.ndarray, k: int = TOP_K) -> np.ndarray:
-    """Returns whether each image's class is among its `k` most probable ones, bool `(images,)`.
-
-    Args:
-        y_true: int `(images,)`, class positions.
-        probabilities: `(images, classes)`; of equal ones the first ranks higher.
-        k: the number of classes.
-    """
+    """Returns whether each image's class is among its `k` most probable ones; of equal ones the first ranks higher."""
     at_truth = np.take_along_axis(probabilities, y_true[:, None], axis=1)
     equal_before = (probabilities == at_truth) & (np.arange(probabilities.shape[1]) < y_true[:, None])
     return ((probabilities > at_truth) | equal_before).sum(axis=1) < k
@@ -222,10 +202,7 @@ def _macro_f1(truth: np.ndarray, predicted: np.ndarray, positions: np.ndarray) -
 def class_metrics(right: np.ndarray, chosen: np.ndarray, support: np.ndarray) -> list[dict[str, Any]]:
     """Returns precision, recall, f1 and support of each class, 0 if undefined.
 
-    Args:
-        right: int `(classes,)`, true positives.
-        chosen: int `(classes,)`, predicted images.
-        support: int `(classes,)`, images of the class.
+    They come from the numbers of true positives, of images predicted to be of the class, and of images of the class.
     """
     # If a denominator is 0, so is its numerator.
     quotients = [right / np.maximum(chosen, 1), right / np.maximum(support, 1)]
@@ -314,11 +291,6 @@ def get_calibration(confidences: np.ndarray, outcomes: np.ndarray) -> tuple[floa
 
 def get_curves(y_true: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Computes each class's ROC and precision-recall curve against all others.
-
-    Args:
-        y_true: int `(images,)`, class positions; or `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`.
-        class_names: in the order of the columns.
 
     Returns:
         By class name: `false_positive_rate` and `true_positive_rate`, `precision` and `recall` (lists of at most

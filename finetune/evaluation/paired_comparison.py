@@ -21,10 +21,6 @@ BY_CHANCE = 1.96
 def score_images(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Scores the answer to each image, in `[0, 1]`.
 
-    Args:
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`.
-
     Returns:
         float64 `(images,)`: whether the most probable class is right; multi-label the label ranking average precision
         (Tsoumakas et al., Data Mining and Knowledge Discovery Handbook, 2010, 34.7.2), 1 for an image without labels.
@@ -45,7 +41,6 @@ def compare_scores(
     Args:
         simple: the scores of each image by the simpler model.
         other: the scores by the other model.
-        groups: of the images, from `number_groups`; None: the images are independent.
 
     Returns:
         The mean difference, other less simple, and its standard error; 0 for one image. With groups, it is that of a
@@ -85,10 +80,6 @@ def get_log_losses(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     It needs fewer images than accuracy does to show a difference between two models. Without a temperature, which
     `test.py` fits later, it would count label smoothing as doubt.
 
-    Args:
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`, clipped to 1e-7 from 0 and 1.
-
     Returns:
         float64 `(images,)` in nats, multi-label: the mean over the labels; infinite if a probability is not finite.
     """
@@ -126,8 +117,6 @@ def describe_choice(share: float, is_refitted: bool, is_kept: bool, gain: float,
         is_refitted: their head is the same share of the way to the refitted head.
         is_kept: they are kept, not the start.
         gain: how much lower their log loss is than the start's.
-        error: its standard error.
-        number: of validation images.
     """
     what = _describe_weights(share, is_refitted)
     difference = f"by {gain:.4f}, standard error {error:.4f}, on {number} validation images"

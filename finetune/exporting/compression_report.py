@@ -75,9 +75,6 @@ def write_artefacts(
     """Writes each artefact and adds it to the report. If one fails, the report is printed so far.
 
     Args:
-        report: from `start_report`.
-        kinds: kind and precision of each.
-        model: the original.
         model_path: the artefacts are written next to it and named after it.
         calibrate: reads images for the ranges of 8-bit activations.
         subject: the original on its test set; None compares nothing.

@@ -115,11 +115,8 @@ def compare(
     """Compares the answers of a model and of its compressed form.
 
     Args:
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
         before: the original's raw probabilities, `(images, classes)`.
         after: those of the compressed model.
-        decision: turns both into answers.
-        groups: of the images, from `number_groups`.
 
     Returns:
         `images`, and `groups` if there are fewer; `largest_difference` and `mean_difference` of the probabilities;
@@ -162,7 +159,6 @@ def find_drop_interval(before: np.ndarray, after: np.ndarray, groups: np.ndarray
     Args:
         before: bool `(images,)`, whether the original is right.
         after: bool `(images,)`, whether the artefact is right.
-        groups: of the images, from `number_groups`.
     """
     units = count_groups(groups, len(before))
     lost, won = (one.sum() * units / len(before) + 0.5 for one in (before & ~after, after & ~before))

@@ -47,9 +47,6 @@ class KeptAnswers:
 
     Args:
         write_path: the table to write; the file is a hidden one next to it.
-        paths: of the images.
-        batch_size: number of images that are predicted together.
-        classes: number of classes.
         facts: what the probabilities depend on except the images, from `list_facts`.
 
     Attributes:
@@ -107,8 +104,6 @@ class KeptAnswers:
         """Adds and writes the answers for a batch of the missing rows.
 
         Args:
-            rows: of its images.
-            probabilities: `(batch, classes)`.
             errors: by row, why an image could not be read.
             identities: of its images, from `identify`, before they were read.
 

@@ -31,14 +31,9 @@ from generator import AugmentedImageSequence, naming_bad_images, tell_bad_images
 def predict(
     model: keras.Model | ExportedModel, sequence: AugmentedImageSequence, title: str = "Predicting"
 ) -> np.ndarray:
-    """Returns the probabilities of a sequence's images in its order, float32 `(images, classes)`.
+    """Returns the probabilities of an unshuffled sequence's images, float32 `(images, classes)`.
 
     With `skip_bad_images`, unreadable images are left out and listed on the terminal.
-
-    Args:
-        model: a Keras model or an exported one.
-        sequence: not shuffled.
-        title: of the progress bar.
 
     Raises:
         UserError: an image cannot be read.
@@ -114,12 +109,7 @@ def _take_input_size(model: keras.Model | ExportedModel, class_names: Sequence[s
 
 
 class ForgivingReader:
-    """Reads images for the generator instead of its cache: it notes unreadable images and returns black ones.
-
-    Args:
-        paths: image files.
-        configs: how images are read.
-    """
+    """Reads images for the generator instead of its cache: it notes unreadable images and returns black ones."""
 
     def __init__(self, paths: Sequence[str], configs: Configs) -> None:
         self.paths = paths
@@ -152,7 +142,6 @@ class Views:
     Args:
         copies: number of changed copies of each image.
         augmenter: makes them; None mirrors the image left to right.
-        seed: of the augmenter.
     """
 
     def __init__(self, copies: int, augmenter: FusedAugmenter | None = None, seed: int = 0) -> None:
@@ -168,11 +157,7 @@ class Views:
         """Does nothing: the generator's seed differs from batch to batch."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Returns the images, then their first changed copies, and so on, uint8 `(number * batch, height, width, 3)`.
-
-        Args:
-            images: uint8 RGB `(batch, height, width, 3)`.
-        """
+        """Returns the images, then their first changed copies, and so on, uint8 `(number * batch, h, w, 3)`."""
         views = np.repeat(images[None], self.number, axis=0)
         if self._augmenter is None:
             views[1:] = images[:, :, ::-1]
@@ -198,10 +183,7 @@ def predict_missing(
     If images need a `pixel_range`, it prints the assumed one, or which images do not fit the given one.
 
     Args:
-        model: a Keras model or an exported one.
-        kept: receives the answers.
         views: whose probabilities are averaged, or None.
-        configs: how images are read.
 
     Raises:
         UserError: a probability is not finite, or the answers cannot be written.

@@ -154,10 +154,8 @@ def make_table(
     """Returns the table of predictions, one row per image.
 
     Args:
-        names: of the images.
         raw_probabilities: the model's own, float32 `(images, classes)`; ignored in the rows of `errors`.
         errors: by row, why an image could not be read.
-        decision: turns the probabilities into an answer.
         threshold_type: multi-label: which of its thresholds to use.
         top_k: adds columns for that many most probable classes.
 
