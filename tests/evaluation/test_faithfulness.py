@@ -202,16 +202,6 @@ def test_the_summary_is_a_ratio_of_means_with_its_error():
     assert summary["verdict"] == "faithful"
 
 
-def test_the_interval_holds_the_true_share_in_about_95_of_100_samples():
-    rng, held = np.random.default_rng(0), 0
-    for _ in range(400):
-        random = rng.uniform(0.5, 1, 60)
-        without = random - rng.uniform(0, 0.3, 60)
-        found = summarise_faithfulness(np.stack([np.ones(60), without, random], axis=1), BLUR_A_FIFTH)
-        held += found["low"] <= 0.15 / 0.75 <= found["high"]
-    assert 0.92 < held / 400 < 0.975
-
-
 @pytest.mark.parametrize("number", [0, 1, 9])
 def test_few_images_have_no_verdict(number):
     summary = summarise_faithfulness(np.tile([0.9, 0.1, 0.9], (number, 1)), BLUR_A_FIFTH)

@@ -7,8 +7,6 @@ import pandas as pd
 import pytest
 from random_answers import (
     NAMES,
-    PREDICTED,
-    Y_TRUE,
     one_hot,
     random_multilabel,
     random_single_label,
@@ -123,21 +121,6 @@ def test_undefined_curves_are_empty():
 # Metrics
 
 
-def test_single_label_metrics_of_a_hand_worked_example():
-    results = get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES)
-    assert results["accuracy"] == pytest.approx(3 / 5)
-    assert results["confusion_matrix"] == [[1, 1, 0], [0, 2, 0], [1, 0, 0]]
-    assert results["per_class"] == {
-        "ant": pytest.approx({"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "support": 2}),
-        "bee": pytest.approx({"precision": 2 / 3, "recall": 1, "f1": 4 / 5, "support": 2}),
-        "cow": pytest.approx({"precision": 0, "recall": 0, "f1": 0, "support": 1}),
-    }
-    assert results["balanced_accuracy"] == pytest.approx((1 / 2 + 1 + 0) / 3)
-    assert results["macro_f1"] == pytest.approx((1 / 2 + 4 / 5 + 0) / 3)
-    assert "top_5_accuracy" not in results
-    assert json.loads(json.dumps(results, allow_nan=False)) == results
-
-
 @pytest.mark.parametrize("number", [4, 12])
 def test_single_label_metrics_equal_scikit_learns(number):
     y_true, probabilities = random_single_label(300, number)
@@ -153,23 +136,8 @@ def test_single_label_metrics_equal_scikit_learns(number):
     expected |= {"top_5_accuracy": sk.top_k_accuracy_score(y_true, probabilities, k=5)} if number > 5 else {}
     assert {name: results[name] for name in expected} == pytest.approx(expected)
     assert results["confusion_matrix"] == sk.confusion_matrix(y_true, predicted).tolist()
-
-
-def test_multilabel_metrics_of_a_hand_worked_example():
-    y_true = np.array([[1, 0], [1, 1], [0, 1], [0, 0]], np.float32)
-    probabilities = np.array([[0.9, 0.6], [0.3, 0.8], [0.4, 0.5], [0.1, 0.2]], np.float32)
-    results = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant", "bee"], threshold=0.5)
-    assert results["exact_match_accuracy"] == pytest.approx(2 / 4)
-    assert results["hamming_loss"] == pytest.approx(2 / 8)
-    assert results["threshold"] == 0.5
-    assert results["per_class"]["ant"] == pytest.approx(
-        {"precision": 1, "recall": 1 / 2, "f1": 2 / 3, "support": 2, "auroc": 3 / 4, "average_precision": 5 / 6}
-    )
-    assert results["per_class"]["bee"] == pytest.approx(
-        {"precision": 2 / 3, "recall": 1, "f1": 4 / 5, "support": 2, "auroc": 3 / 4, "average_precision": 5 / 6}
-    )
-    assert results["mean_auroc"] == pytest.approx(3 / 4)
-    assert results["mean_average_precision"] == pytest.approx(5 / 6)
+    assert results.keys() == {*expected, "per_class", "confusion_matrix"}
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
 def test_multilabel_metrics_equal_independent_ones_on_random_data():
@@ -186,7 +154,9 @@ def test_multilabel_metrics_equal_independent_ones_on_random_data():
         assert row["support"] == truth.sum()
         assert row["auroc"] == pytest.approx(share_of_ordered_pairs(truth, probabilities[:, column]))
         assert row["average_precision"] == pytest.approx(sk.average_precision_score(truth, probabilities[:, column]))
+    assert results["threshold"] == 0.45
     assert results["mean_auroc"] == pytest.approx(sk.roc_auc_score(y_true, probabilities))
+    assert results["mean_average_precision"] == pytest.approx(sk.average_precision_score(y_true, probabilities))
     assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
@@ -236,15 +206,6 @@ def test_multilabel_macro_f1_leaves_out_what_is_neither_true_nor_predicted():
 
 
 # Calibration
-
-
-def test_calibration_of_a_hand_worked_example():
-    confidences = np.array([0.95, 0.97, 0.99, 1.0, 0.55, 0.6, 0.1], np.float32)
-    error, bins = get_calibration(confidences, np.array([1, 1, 1, 0, 1, 0, 0], bool))
-    assert [place["count"] for place in bins] == [1, 2, 4]
-    assert [place["confidence"] for place in bins] == pytest.approx([0.1, 0.575, 0.9775])
-    assert [place["accuracy"] for place in bins] == pytest.approx([0, 0.5, 0.75])
-    assert error == pytest.approx((1 * 0.1 + 2 * 0.075 + 4 * 0.2275) / 7)
 
 
 def test_calibration_equals_a_grouping_by_pandas():

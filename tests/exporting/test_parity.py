@@ -1,4 +1,4 @@
-"""An artefact's answers against its model's."""
+"""Comparing the answers of an artefact and its model."""
 
 import numpy as np
 import pytest
@@ -46,16 +46,6 @@ def test_no_difference_on_few_images_rules_out_little():
     alike = np.ones(98, bool)
     # Half an image lost and half won of 98 + 2: 0 plus or minus 1.96 * sqrt(1) / 100.
     assert find_drop_interval(alike, alike) == pytest.approx([-1.96, 1.96])
-
-
-def test_the_interval_holds_the_true_drop_in_about_95_of_100_samples():
-    rng, held = np.random.default_rng(0), 0
-    for _ in range(1000):
-        lost, won = rng.random((2, 150))
-        before, after = won > 0.04, lost > 0.08
-        low, high = find_drop_interval(before, after)
-        held += low <= 4 <= high
-    assert 0.93 < held / 1000 < 0.98
 
 
 def test_the_interval_of_a_drop_counts_groups_and_not_their_images():
