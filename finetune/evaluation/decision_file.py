@@ -22,6 +22,7 @@ from finetune.models.formats import artefact_stem, is_exported, metadata_path
 
 DECISION_FILE = "decision.json"
 LARGEST_DECISION_FILE = 2**22
+FITTED_ON = (None, "validation", "training")
 
 
 def get_decision(
@@ -94,8 +95,7 @@ def read_decision(folder: str, class_names: Sequence[str], multi_label: bool, mo
         model_path: of the model in use. The compressed and exported forms of `best_model.keras` use its decision.
 
     Returns:
-        The stored decision, see `_find_stored`. Without one, or if it belongs to another model, which is printed, the
-        defaults.
+        The stored decision. Without one, or if it belongs to another model, which is printed, the defaults.
 
     Raises:
         UserError: the file is invalid, or its classes are not the model's.
@@ -218,17 +218,13 @@ _DECISION_FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
         lambda value: TEMPERATURE_RANGE[0] <= value <= TEMPERATURE_RANGE[1],
         "a number from {} to {}".format(*TEMPERATURE_RANGE),
     ),
-    "temperature_fitted_on": (str | None, lambda name: name in (None, "validation"), "validation or null"),
+    "temperature_fitted_on": (str | None, (None, "validation").__contains__, "validation or null"),
     "exact_match_threshold": (float, _is_probability, "a number from 0 to 1"),
     "best_f1_thresholds": (
         list[float] | None,
         lambda values: values is None or all(map(_is_probability, values)),
         "a number from 0 to 1 for each of classes, or null",
     ),
-    "thresholds_fitted_on": (
-        str | None,
-        lambda name: name in (None, "validation", "training"),
-        "validation, training or null",
-    ),
+    "thresholds_fitted_on": (str | None, FITTED_ON.__contains__, "validation, training or null"),
     "model": (str, lambda name: name.isprintable() and name == os.path.basename(name), "the file name of a model"),
 }
