@@ -23,49 +23,14 @@ SIDE, SPOT = 60, 12
 # Parts of images
 
 
-class FixedShift:
-    """Stands in for a random generator: no noise, and one shift."""
-
-    def __init__(self, *shift: int) -> None:
-        self.shift = shift
-
-    def random(self, shape, dtype):
-        return np.zeros(shape, dtype)
-
-    def integers(self, bounds):
-        return np.array(self.shift)
-
-
-def sigmoid(logit):
-    return 1 / (1 + np.exp(-logit))
-
-
-def predict_steps(images):
-    """Answers by the mean step to the right: a 20th of it is the logit of class 0 against class 1."""
-    steps = np.maximum(np.diff(images[..., 0].astype(float), axis=2), 0).mean(axis=(1, 2))
-    return np.stack([sigmoid(steps / 20), sigmoid(-steps / 20)], axis=1)
-
-
-def draw_stripes():
-    """Draws an image whose steps are all in its first four of twenty rows.
-
-    These rows are a checkerboard of 0 and 200, all else is 100, which is what blurring makes of the checkerboard too.
-    38 of 380 steps are +200: their mean is 20.
-    """
-    image = np.full((20, 20, 3), 100, np.uint8)
-    image[:4] = 200 * (np.indices((4, 20)).sum(axis=0) % 2)[..., None]
-    return image
-
-
-@pytest.mark.parametrize(("rows", "remaining_logit"), [(0, 0), (1, 0.25), (2, 0.5), (10, 1), (18, 0.5)])
-def test_the_effect_of_blurring_by_hand(rows, remaining_logit):
-    image, heatmap = draw_stripes(), np.array([[1], [0], [0], [0], [0]], np.float32)
-    parts = find_parts(heatmap[None], (20, 20), 0.2, FixedShift(rows, 7))
-    for class_index, sign in ((0, 1), (1, -1)):
-        found = [
-            predict_without(predict_steps, image[None], part, np.array([class_index]), BLUR_A_FIFTH) for part in parts
-        ]
-        np.testing.assert_allclose(found, [[0.5], [sigmoid(sign * remaining_logit)]], atol=5e-3)
+def test_the_random_part_is_the_highlighted_one_moved_around_the_edges():
+    heatmaps = np.random.default_rng(0).random((40, 4, 5))
+    highlighted, moved = find_parts(heatmaps, (20, 20), 0.2, np.random.default_rng(1))
+    for part, other in zip(highlighted, moved, strict=True):
+        shifts = [shift for shift in np.ndindex(20, 20) if (np.roll(part, shift, axis=(0, 1)) == other).all()]
+        assert shifts
+    # Every pixel is equally likely to be in it.
+    assert 0 < moved.mean(axis=0).min() < 0.2 < moved.mean(axis=0).max() < 0.5
 
 
 @pytest.mark.parametrize("image_size", [(7, 7), (224, 160)])

@@ -76,13 +76,6 @@ def test_each_multilabel_metric_of_a_resample_is_scikit_learns_for_its_images(se
             assert per_class[name][key] == expected, (name, key)
 
 
-def test_the_interval_of_accuracy_is_that_of_a_binomial_number():
-    """Drawing images with replacement makes the number of right ones binomial."""
-    y_true, predicted = np.zeros(200, int), (np.arange(200) >= 160).astype(int)
-    intervals = get_intervals(y_true, one_hot(predicted, 2), Decision(["ant", "bee"], False), resamples=4000)
-    assert intervals["accuracy"] == pytest.approx(stats.binom.ppf([0.025, 0.975], 200, 0.8) / 200, abs=0.006)
-
-
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_intervals_depend_on_the_seed_alone(multi_label, monkeypatch):
     y_true, raw = random_multilabel() if multi_label else random_single_label(60, 3)
