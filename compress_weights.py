@@ -33,8 +33,8 @@ class CompressConfigs(Configs):
     )
     export_quantization: str = define(
         "none",
-        "Quantization of the tflite file: none, 8-bit weights (dynamic), or 8-bit weights and activations with ranges "
-        "from images of train_csv (int8)",
+        "Of the tflite file: none, 8-bit weights (dynamic), or 8-bit weights and activations calibrated on train_csv "
+        "(int8)",
         choices=("none", *list_quantizations()),
     )
     tolerance: float = define(

@@ -26,7 +26,9 @@ class PredictConfigs(Configs):
 
     input: str = define("", "An image, its URL, a folder, a quoted pattern ('photos/**/*.jpg'), or a CSV file of paths")
     write_path: str = define("./predictions.csv", "The CSV file to write")
-    top_k: int = define(0, "Also write that many most probable classes of each image, the first one first", at_least=0)
+    top_k: int = define(
+        0, "Also write this many most probable classes of each image, the most probable first", at_least=0
+    )
     tta: str = define(
         "none",
         "Average each image's probabilities with its mirror image's (flip), or with those of n augmented copies; none "
@@ -35,7 +37,7 @@ class PredictConfigs(Configs):
     )
     threshold_type: str = define(
         "exact_match",
-        "Multi-label: the thresholds of test.py that decide, one for all classes or the best F1's for each",
+        "Multi-label: one threshold for all classes (exact_match), or for each class the one with the best F1",
         choices=("exact_match", "best_f1"),
     )
 
