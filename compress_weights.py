@@ -1,8 +1,8 @@
-"""Makes of a trained model what ships, and tells whether it still answers the same.
+"""Compresses and exports a trained model, and compares the results with the original on the test set.
 
-The weights go into an .h5 file without the optimizer's state, the layers into a .json file; --export writes the model
-for other runtimes as well. Each of them is read back by its own runtime and run on the test set beside the original:
-where the accuracy falls by more than --tolerance, it keeps a .rejected name and the exit status is 1.
+The weights go to an .h5 file without the optimizer's state, the layers to a .json file; --export also writes the model
+for other runtimes. Each artefact is run by its own runtime on the test set. If its accuracy is more than --tolerance
+points lower, it keeps a .rejected name and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finetune.models.formats import FORMATS, WEIGHTS_DTYPES, exports_fault, list
 
 @dataclasses.dataclass
 class CompressConfigs(Configs):
-    """The options of this script, beside those of every script."""
+    """The options of this script, in addition to those of every script."""
 
     model_path: str = define("", "Model file or run folder; empty takes load_model_path or save_model_path")
     weights_dtype: str = define(
@@ -43,7 +43,7 @@ class CompressConfigs(Configs):
     )
 
     def validate(self) -> Self:
-        """Checks `export_quantization` beside `export` as well; returns and raises as `Configs` does."""
+        """Also checks `export_quantization` against `export`; returns and raises as `Configs` does."""
         super().validate()
         fitting = [name for name, one in FORMATS.items() if self.export_quantization in one.endings]
         if self.export_quantization != "none" and not {*fitting} & {*self.export}:
@@ -60,13 +60,13 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
 
     Returns:
         The content of `compression_report.json`: `model`, `model_bytes`, `model_sha256`, `test_csv` and `images` (None
-        where nothing was compared), `tolerance`, and `artefacts`. Each of these has `kind` (weights, or one of
-        `FORMATS`), `precision`, `path`, `files` (bytes by path), `rejected`, and `comparison`, as `compare` returns it,
-        or None. What an earlier call made of the same model stands there too.
+        without a comparison), `tolerance`, and `artefacts`, with those that earlier calls made from the same model.
+        Each has `kind` (weights, or one of `FORMATS`), `precision`, `path`, `files` (bytes by path), `rejected`, and
+        `comparison`, from `compare`, or None.
 
     Raises:
-        UserError: there is no model, an export needs a package that is missing, or the test set or the calibration
-            images cannot be used or are not the model's.
+        UserError: there is no model, an export needs a missing package, or the test set or the calibration images
+            cannot be read or do not fit the model.
     """
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.core.devices import start_devices
@@ -101,7 +101,7 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
 
 
 def compress(configs: CompressConfigs) -> dict[str, Any]:
-    """Runs `main`; where an artefact is rejected, the exit status is 1."""
+    """Runs `main`; the exit status is 1 if an artefact is rejected."""
     report = main(configs)
     if any(artefact["rejected"] for artefact in report["artefacts"]):
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Predicts images that have no labels - a photo, a folder, a pattern or a CSV file of them - into a CSV file."""
+"""Predicts unlabelled images - a photo, a folder, a pattern or a CSV file of paths - and writes a CSV file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def views_fault(value: str) -> str:
 
 @dataclasses.dataclass
 class PredictConfigs(Configs):
-    """The options of this script, beside those of every script."""
+    """The options of this script, in addition to those of every script."""
 
     input: str = define("", "An image, its URL, a folder, a quoted pattern ('photos/**/*.jpg') or a CSV file of paths")
     write_path: str = define("./predictions.csv", "CSV file to write")
@@ -48,7 +48,7 @@ def main(configs: PredictConfigs) -> dict:
     Returns:
         `predictions`, the table as written, and `failed`, how many of its images could not be read.
     """
-    # Imported here, so that --help does not wait for pandas, nor a mistake for TensorFlow.
+    # Imported here, so that --help does not wait for pandas, and a user's mistake not for TensorFlow.
     from finetune.core.files import write_csv
     from finetune.predicting.prediction_files import (
         check_top_k,
@@ -64,7 +64,8 @@ def main(configs: PredictConfigs) -> dict:
 
     is_given = "image_directory" in configs.given
     model_path, configs = find_trained_model(configs, ("image_directory",))
-    notes: list[str] = []  # Told behind the first line, what the script runs on, which TensorFlow knows.
+    # Printed after the first line, which names the device and so needs TensorFlow.
+    notes: list[str] = []
     names, paths = list_inputs(configs.input, configs.image_directory, notes.append)
     paths = paths if is_given else prefer_existing(paths, names, notes.append)
     check_write_path(configs.write_path, configs.input)

@@ -1,4 +1,4 @@
-"""How good the answers are for each site, camera or other value of a column of the table."""
+"""Metrics of a set of images, or of each site, camera or other value of a table's column."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from finetune.evaluation.decision import Decision
 from finetune.evaluation.intervals import get_intervals
 from finetune.evaluation.metrics import get_evaluation_metrics, get_multilabel_evaluation_metrics
 
-# The metrics of each value, by whether an image may have several labels. Lines are chosen by the first.
+# The metrics of each value, by whether an image may have several labels. Of many values, those with the lowest first
+# metric are shown.
 MEASURES = {False: ("accuracy", "balanced_accuracy"), True: ("exact_match_accuracy", "mean_average_precision")}
 
 
@@ -25,37 +26,28 @@ def evaluate_by(
     seed: int,
     groups: np.ndarray | None,
 ) -> dict[str, Any]:
-    """Evaluates the images of each value of a column by themselves.
-
-    Args:
-        values: of each image; its name is that of the column.
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        raw_probabilities: of the model, `(images, classes)`.
-        decision: as fitted.
-        seed: of the bootstrap.
-        groups: of the images, as `number_groups` gives them.
+    """Evaluates the images of each value of a column separately.
 
     Returns:
-        `column`, its name, and `values`: by value `images`; `groups`, where these are fewer; the two of `MEASURES`; and
-        their `intervals`.
+        `column`, its name, and `values`. Each has `images`, `groups` if there are fewer, the two metrics in `MEASURES`
+        and their `intervals`.
     """
-    texts = values.str.strip().to_numpy()
-    by_value = {}
+    texts, names, by_value = values.str.strip().to_numpy(), MEASURES[decision.multi_label], {}
     for value in sorted(set(texts)):
         rows = np.flatnonzero(texts == value)
         its_groups, part = pick_groups(groups, rows), (y_true[rows], raw_probabilities[rows])
-        row: dict[str, Any] = {"images": len(rows)}
+        counts = {"images": len(rows)}
         if its_groups is not None:
-            row["groups"] = count_groups(its_groups, len(rows))
-        metrics = _measure(*part, decision)
+            counts["groups"] = count_groups(its_groups, len(rows))
+        metrics = measure(*part, decision)
         intervals = get_intervals(*part, decision, seed, groups=its_groups)
-        names = MEASURES[decision.multi_label]
-        row |= {name: metrics[name] for name in names}
-        by_value[value] = row | {"intervals": {name: intervals[name] for name in names}}
+        chosen = {name: metrics[name] for name in names}
+        by_value[value] = counts | chosen | {"intervals": {name: intervals[name] for name in names}}
     return {"column": values.name, "values": by_value}
 
 
-def _measure(y_true: np.ndarray, raw: np.ndarray, decision: Decision) -> dict[str, Any]:
+def measure(y_true: np.ndarray, raw: np.ndarray, decision: Decision) -> dict[str, Any]:
+    """Returns the metrics of `get_evaluation_metrics` or `get_multilabel_evaluation_metrics` under a decision."""
     if not decision.multi_label:
         return get_evaluation_metrics(y_true, raw, decision.class_names)
     calibrated, threshold = decision.calibrate(raw), decision.exact_match_threshold
@@ -63,19 +55,22 @@ def _measure(y_true: np.ndarray, raw: np.ndarray, decision: Decision) -> dict[st
 
 
 def list_breakdown(breakdown: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the values to show, each with its metrics: all, or of many the ones with the lowest first metric."""
+    """Returns the values to show with their metrics: all, or of many those with the lowest first metric."""
     rows = list(breakdown["values"].items())
     if len(rows) <= MOST_LISTED:
         return rows
-    measure = next(name for names in MEASURES.values() for name in names if name in rows[0][1])
-    return sorted(rows, key=lambda row: row[1][measure])[:MOST_TELLING]
+    return sorted(rows, key=lambda row: row[1][_list_measures(row[1])[0]])[:MOST_TELLING]
+
+
+def _list_measures(row: dict[str, Any]) -> list[str]:
+    return [name for names in MEASURES.values() for name in names if name in row]
 
 
 def format_breakdown(breakdown: dict[str, Any]) -> str:
-    """Lays out what `evaluate_by` returned as a text table, a line a value."""
+    """Formats the result of `evaluate_by` as a text table, one line per value."""
     rows, number = list_breakdown(breakdown), len(breakdown["values"])
     counts = [name for name in ("images", "groups") if any(name in row for _, row in rows)]
-    measures = [name for names in MEASURES.values() for name in names if name in rows[0][1]]
+    measures = _list_measures(rows[0][1])
     cells = [[breakdown["column"], *counts, *(name.replace("_", " ") for name in measures)]]
     for value, row in rows:
         shown = [_format_measure(row[name], row["intervals"][name]) for name in measures]

@@ -16,12 +16,13 @@ from finetune.evaluation.metrics import check_finite
 THRESHOLD_STEP = 0.01
 THRESHOLD_TYPES = ("exact_match", "best_f1")
 TEMPERATURE_RANGE = (0.05, 20.0)
-# Below float32's least positive number, so that 0 stays the lowest of a row and its logarithm finite.
+# Below float32's smallest positive number: 0 stays the lowest probability of a row, and its logarithm is finite.
 LEAST_PROBABILITY = 1e-46
-# Half of float32's step below 1: where a sigmoid that rounds to 1 begins.
+# Half of float32's step below 1: a sigmoid closer to 1 than this rounds to 1.
 LEAST_DISTANCE_FROM_ONE = 2.0**-25
-# Numbers in one block of work: a few arrays of it fit into a processor's cache.
+# Numbers in one block of work: a few arrays of this size fit into a processor's cache.
 BLOCK = 2**20
+SOFTMAX = functools.partial(special.softmax, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +31,13 @@ class Decision:
 
     Attributes:
         class_names: in the model's order.
-        multi_label: whether several labels may hold.
+        multi_label: whether an image may have several labels.
         temperature: divides the logits.
-        temperature_fitted_on: "validation"; None where there was no validation set, and the temperature is 1.
-        exact_match_threshold: multi-label: the one threshold that gives the most exact matches.
-        best_f1_thresholds: multi-label: one a class; None stands for `exact_match_threshold` in each.
-        thresholds_fitted_on: "validation" or "training"; None where they are not fitted.
-        model: file name of the model that all this was fitted for; empty for any.
+        temperature_fitted_on: "validation"; None without a validation set, and the temperature is 1.
+        exact_match_threshold: multi-label: one threshold for all classes, with the most exact matches.
+        best_f1_thresholds: multi-label: one per class; None uses `exact_match_threshold` for each.
+        thresholds_fitted_on: "validation" or "training"; None if they are not fitted.
+        model: file name of the model that this was fitted for; empty for any.
     """
 
     class_names: list[str]
@@ -51,63 +52,43 @@ class Decision:
     def calibrate(self, probabilities: np.ndarray) -> np.ndarray:
         """Divides the logits behind probabilities by the temperature.
 
-        Args:
-            probabilities: raw, `(images, classes)`.
-
         Returns:
-            float32 `(images, classes)`; no row's classes change their order, nor its highest class.
+            float32 `(images, classes)`; the classes of a row keep their order.
         """
         raw = np.asarray(probabilities, np.float32)
         if self.temperature == 1:
             return raw
         calibrated = np.empty_like(raw)
-        to_probabilities = special.expit if self.multi_label else _softmax
+        to_probabilities = special.expit if self.multi_label else SOFTMAX
         for rows in _row_blocks(*raw.shape):
             calibrated[rows] = to_probabilities(_logits(raw[rows], self.multi_label) / self.temperature)
         if not self.multi_label:
             highest = raw.argmax(axis=1)
-            # Rounding to float32 may bring the two highest classes of a row together.
+            # Rounding to float32 can make the two highest probabilities of a row equal.
             tied = np.flatnonzero(calibrated.argmax(axis=1) != highest)
             calibrated[tied, highest[tied]] = np.nextafter(calibrated[tied].max(axis=1), np.float32(2))
         return calibrated
 
     def thresholds(self, threshold_type: str = "exact_match") -> np.ndarray:
-        """Returns the lowest calibrated probability of each label that holds, float32 `(classes,)`.
-
-        Args:
-            threshold_type: `exact_match` or `best_f1`.
-        """
-        same_for_all = [self.exact_match_threshold] * len(self.class_names)
-        by_type = {"exact_match": same_for_all, "best_f1": self.best_f1_thresholds or same_for_all}
-        return np.array(by_type[threshold_type], np.float32)
+        """Returns the lowest calibrated probability at which each label is predicted, float32 `(classes,)`."""
+        by_class = self.best_f1_thresholds if threshold_type == "best_f1" else None
+        return np.array(by_class or [self.exact_match_threshold] * len(self.class_names), np.float32)
 
     def choose(self, calibrated: np.ndarray, threshold_type: str = "exact_match") -> np.ndarray:
-        """Chooses the labels that hold.
-
-        Args:
-            calibrated: what `calibrate` returned, `(images, classes)`.
-            threshold_type: multi-label: `exact_match` or `best_f1`.
-
-        Returns:
-            bool `(images, classes)`; where one label holds, one True a row, the first of the highest.
-        """
+        """Returns the predicted labels, bool `(images, classes)`; single-label: the first of the most probable ones."""
         if self.multi_label:
-            # In float32 both: a float64 threshold of 0.7 is above the float32 probability 0.7.
+            # Both in float32: a float64 threshold of 0.7 is above the float32 probability 0.7.
             return np.asarray(calibrated, np.float32) >= self.thresholds(threshold_type)
         return calibrated.argmax(axis=1)[:, None] == np.arange(len(self.class_names))
 
     def measure_confidence(self, calibrated: np.ndarray) -> np.ndarray:
-        """Returns how probable each image's answer is, `(images,)`; where there are several, of the least certain one.
-
-        Args:
-            calibrated: what `calibrate` returned, `(images, classes)`.
-        """
+        """Returns the probability of each image's answer, `(images,)`; multi-label: that of its least certain label."""
         if not self.multi_label:
             return calibrated.max(axis=1)
         return np.where(self.choose(calibrated), calibrated, 1 - calibrated).min(axis=1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what `decision.json` holds."""
+        """Returns the content of `decision.json`."""
         content = dataclasses.asdict(self)
         classes, by_class = content.pop("class_names"), self.best_f1_thresholds
         if by_class is not None:
@@ -116,18 +97,14 @@ class Decision:
 
 
 def _logits(probabilities: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Returns the logits behind probabilities, float64 of the same shape; of a softmax, up to a constant a row."""
+    """Returns the logits, float64 of the same shape; of a softmax, up to a constant per row."""
     clipped = np.clip(probabilities, LEAST_PROBABILITY, 1, dtype=np.float64)
     logits = np.log(clipped)
     return logits - np.log(np.maximum(1 - clipped, LEAST_DISTANCE_FROM_ONE)) if multi_label else logits
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    return special.softmax(logits, axis=1)
-
-
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Yields slices that cover the rows, each of about `BLOCK` numbers."""
+    """Yields slices of rows, about `BLOCK` numbers each."""
     step = max(1, BLOCK // max(1, columns))
     return (slice(start, start + step) for start in range(0, rows, step))
 
@@ -143,13 +120,9 @@ def fit_decision(
     """Fits the temperature on the validation set, and thresholds there or, without one, on the training set.
 
     Args:
-        truths: by `training`, `validation` (may be absent) and `test`, which is never looked at: int `(images,)`,
-            positions in `class_names`; multi-label: `(images, classes)` of zeros and ones.
-        raw_probabilities: `(images, classes)` by the same names.
-        class_names: in the model's order.
-        multi_label: whether thresholds are wanted.
-        threshold_range: lowest and highest threshold to try for exact matches, on calibrated probabilities.
-        model: the model's file.
+        truths: the labels by set; `test` is ignored, `validation` may be missing.
+        raw_probabilities: by set.
+        threshold_range: lowest and highest exact-match threshold to try, on calibrated probabilities.
 
     Raises:
         UserError: a probability is not finite.
@@ -175,16 +148,11 @@ def fit_decision(
 def fit_temperature(y_true: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> float:
     """Finds the temperature under which a set's labels are most likely.
 
-    Source: Guo et al., ICML 2017, section 4.2 (arXiv:1706.04599); multi-label: the same for each label's sigmoid.
-
-    Args:
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        probabilities: raw, `(images, classes)`; 0 and 1 count as what float32 rounds to them.
-        multi_label: which of the two.
+    Source: Guo et al., ICML 2017, section 4.2 (arXiv:1706.04599); multi-label: the same with sigmoids.
 
     Returns:
-        In `TEMPERATURE_RANGE`. 1 where no answer is wrong: the likelihood then grows without end towards
-        temperature 0, for the set cannot tell how sure is too sure.
+        A number in `TEMPERATURE_RANGE`. 1 if no answer is wrong: the likelihood then keeps rising as the temperature
+        falls to 0.
 
     Raises:
         UserError: a probability is not finite.
@@ -207,7 +175,7 @@ def fit_temperature(y_true: np.ndarray, probabilities: np.ndarray, multi_label: 
 
 
 def _likelihood_slope(truth: np.ndarray, probabilities: np.ndarray, multi_label: bool, log_temperature: float) -> float:
-    """Returns the negative log-likelihood's derivative by `1 / temperature`, which rises with that."""
+    """Returns the derivative of the negative log-likelihood by `1 / temperature`, with which it rises."""
     total = 0.0
     for rows in _row_blocks(*probabilities.shape):
         logits = _logits(probabilities[rows], multi_label)
@@ -216,25 +184,20 @@ def _likelihood_slope(truth: np.ndarray, probabilities: np.ndarray, multi_label:
             total += (logits * (special.expit(scaled) - truth[rows])).sum()
         else:
             at_truth = np.take_along_axis(logits, truth[rows, None], axis=1)
-            total += (logits * _softmax(scaled)).sum() - at_truth.sum()
+            total += (logits * SOFTMAX(scaled)).sum() - at_truth.sum()
     return float(total)
 
 
 def find_exact_match_threshold(
     y_true: np.ndarray, probabilities: np.ndarray, threshold_range: Sequence[float]
 ) -> tuple[float, float]:
-    """Finds the threshold at which most images have exactly their labels predicted.
-
-    Args:
-        y_true: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`.
-        threshold_range: lowest and highest threshold to try, in steps of 0.01.
+    """Finds the threshold, in steps of 0.01, at which the most images have exactly the right labels.
 
     Returns:
-        The threshold (the middle of the best ones where several do equally well) and its exact-match accuracy.
+        The threshold (the middle one of equally good ones) and its exact-match accuracy.
     """
     lowest, highest = threshold_range
-    # Python numbers: NumPy's own would compare in another precision than the evaluation does.
+    # Python floats: NumPy's float64 would be compared in another precision than in the evaluation.
     candidates = np.round(np.arange(lowest, highest + THRESHOLD_STEP / 2, THRESHOLD_STEP), 4).tolist()
     truth = y_true.astype(bool)
     accuracies = np.array([((probabilities >= threshold) == truth).all(axis=1).mean() for threshold in candidates])
@@ -243,16 +206,11 @@ def find_exact_match_threshold(
 
 
 def find_best_f1_thresholds(y_true: np.ndarray, probabilities: np.ndarray, fallback: float) -> list[float]:
-    """Finds the threshold of each class that gives it the highest F1.
-
-    Args:
-        y_true: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`, compared as float32.
-        fallback: threshold of a class that no image has: none is better than another.
+    """Finds the threshold with the highest F1 for each class; `fallback` for classes without images.
 
     Returns:
-        For each class a float32 number in `[0, 1]` as a Python float, halfway between the lowest probability that
-        it lets hold and the highest that it does not; the middle one where several do equally well.
+        For each class a float32 number in `[0, 1]` as a Python float: the midpoint of the lowest probability above it
+        and the highest one below; the middle one of equally good thresholds.
     """
     return [
         _find_best_f1_threshold(truth, scores) if truth.any() else float(fallback)

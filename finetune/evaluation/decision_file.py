@@ -20,9 +20,9 @@ from finetune.evaluation.decision import TEMPERATURE_RANGE, Decision, fit_decisi
 from finetune.models.description import CONFIGS_FILE, read_description
 from finetune.models.formats import artefact_stem, is_exported, metadata_path
 
-# Beside a model: its temperature and thresholds.
 DECISION_FILE = "decision.json"
 LARGEST_DECISION_FILE = 2**22
+FITTED_ON = (None, "validation", "training")
 
 
 def get_decision(
@@ -33,10 +33,10 @@ def get_decision(
     multi_label: bool,
     threshold_range: Sequence[float],
 ) -> Decision:
-    """Fits temperature and thresholds, as `fit_decision` does.
+    """Fits temperature and thresholds, see `fit_decision`.
 
-    An exported model keeps those that it ships with, and so gives the labels of the model that it was made of. Where
-    there is no validation set now, those that were fitted on one before stay.
+    An exported model keeps the stored decision, so that it predicts the same labels as the original. So does a model
+    whose decision was fitted on a validation set, if there is none now.
     """
     folder = os.path.dirname(os.path.abspath(model_path))
     if is_exported(model_path):
@@ -44,40 +44,42 @@ def get_decision(
     if "validation" not in truths:
         place, kept = _find_fitted(folder, class_names, multi_label, model_path)
         if kept:
-            print(f"There is no validation set here: the decision in {place} stays as it was fitted.")
+            print(f"No validation set: keeping the decision in {place}.")
             return dataclasses.replace(kept, model=os.path.basename(model_path))
     return fit_decision(truths, predictions, class_names, multi_label, threshold_range, model_path)
 
 
 def store_decision(folder: str, decision: Decision, model_path: str) -> None:
-    """Writes a model's decision into a folder, unless it is an exported one's or would replace a better fitted one."""
-    stored = _find_fitted(folder, decision.class_names, decision.multi_label, model_path)[1]
+    """Writes a decision into a folder, unless the model is exported or one fitted on a validation set would be lost."""
+    _, stored = _find_fitted(folder, decision.class_names, decision.multi_label, model_path)
     if not is_exported(model_path) and (decision.temperature_fitted_on or stored is None):
         write_decision(folder, decision)
 
 
 def find_decision_folder(model_path: str, folder: str) -> str:
-    """Returns the folder whose `decision.json` counts: the one for a script's output if it has one, or the model's."""
+    """Returns the folder whose `decision.json` is used: the output folder if it has one, or else the model's."""
     return folder if os.path.isfile(os.path.join(folder, DECISION_FILE)) else os.path.dirname(model_path) or os.curdir
 
 
 def _find_fitted(
     folder: str, class_names: Sequence[str], multi_label: bool, model_path: str
 ) -> tuple[str, Decision | None]:
-    """Returns where a model's stored decision is, and it, if it was fitted on a validation set and is not damaged."""
+    """Returns the stored decision of this model and its path; None unless it is valid and has a fitted temperature."""
     try:
         place, stored, _ = _find_stored(folder, model_path)
     except UserError:
         return "", None
-    if stored is None or not stored.temperature_fitted_on:
-        return "", None
-    is_its = (list(class_names), multi_label) == (stored.class_names, stored.multi_label)
-    is_its &= place == model_path or stored.model == os.path.basename(model_path)
-    return (place, stored) if is_its else ("", None)
+    fits = (
+        stored is not None
+        and stored.temperature_fitted_on
+        and (stored.class_names, stored.multi_label) == (list(class_names), multi_label)
+        and (place == model_path or stored.model == os.path.basename(model_path))
+    )
+    return (place, stored) if fits else ("", None)
 
 
 def write_decision(folder: str, decision: Decision) -> str:
-    """Writes `decision.json` into a run's folder and returns its path."""
+    """Writes `decision.json` into a folder and returns its path."""
     path = os.path.join(folder, DECISION_FILE)
     write_json(path, decision.to_dict())
     return path
@@ -89,15 +91,14 @@ def read_decision(folder: str, class_names: Sequence[str], multi_label: bool, mo
     Args:
         folder: of the run.
         class_names: the model's.
-        multi_label: whether the model's labels are independent.
-        model_path: of the model in use; what `compress_weights.py` makes of `best_model.keras` counts as that.
+        multi_label: whether an image may have several labels.
+        model_path: of the model in use. The compressed and exported forms of `best_model.keras` use its decision.
 
     Returns:
-        The stored decision: see `_find_stored`. The defaults where there is none, or only another model's, which is
-        printed.
+        The stored decision. Without one, or if it belongs to another model, which is printed, the defaults.
 
     Raises:
-        UserError: the file is not as `write_decision` writes it, or is of other classes.
+        UserError: the file is invalid, or its classes are not the model's.
     """
     folder, model_path = take_path("folder", folder), take_path("model_path", model_path)
     class_names, multi_label = take_names(class_names), take_flag("multi_label", multi_label)
@@ -116,14 +117,13 @@ def read_decision(folder: str, class_names: Sequence[str], multi_label: bool, mo
 
 
 def _find_stored(folder: str, model_path: str) -> tuple[str, Decision | None, str]:
-    """Finds a model's decision in `decision.json`, or the one that the model brings itself.
+    """Finds a model's decision: the one in `decision.json`, or the model's own, inside it or in its `_metadata.json`.
 
-    A model brings its decision inside, or in its `_metadata.json`. Away from its run that one holds. In its run
-    `decision.json` does, which may be edited, but an exported model keeps the one that it brings if that was fitted:
-    it gives the same labels everywhere.
+    In the run's folder `decision.json` takes precedence, because users may edit it. Elsewhere the model's own does. So
+    does the fitted one of an exported model, which predicts the same labels everywhere.
 
     Returns:
-        Where the decision is, the decision or None, and what has to be said about it.
+        The path of the decision, the decision or None, and a notice to print, or nothing.
     """
     path = os.path.join(folder, DECISION_FILE)
     is_at_home = os.path.isfile(os.path.join(os.path.dirname(os.path.abspath(model_path)), CONFIGS_FILE))
@@ -132,34 +132,30 @@ def _find_stored(folder: str, model_path: str) -> tuple[str, Decision | None, st
     own_is_fitted = own is not None and bool(own.temperature_fitted_on or own.thresholds_fitted_on)
     if named is None or (own_is_fitted and (is_exported(model_path) or not is_at_home)):
         differs = named is not None and not is_exported(model_path) and named != own
-        return place, own, f"{path} is not used: {place} brings another decision." * differs
+        return place, own, f"{path} is ignored: {place} has its own decision." * differs
     if named.model and artefact_stem(named.model) != artefact_stem(model_path):
         if own_is_fitted:
             return place, own, ""
         name = os.path.basename(model_path)
-        return (
-            path,
-            None,
-            (f"{path} was fitted for {named.model}: {name} goes without it. Run test.py on this model to fit its own."),
-        )
+        return path, None, f"{path} is ignored: it was fitted for {named.model}. Run test.py on {name} to fit its own."
     differs = own_is_fitted and place == model_path and named != own
-    return path, named, f"The decision is that of {path}; the one inside {place} differs." * differs
+    return path, named, f"Using the decision in {path}; the one inside {place} differs." * differs
 
 
 def _read_own(model_path: str, is_at_home: bool) -> tuple[str, Decision | None]:
-    """Returns where the decision is that a model brings, and that decision; None where it brings none."""
+    """Returns the path of the model's own decision, and the decision or None."""
     content = read_description(model_path)
     if content is not None:
         own = content["decision"]
         return model_path, None if own is None else _check_decision(own, f"{model_path}, decision")
     path = metadata_path(model_path)
-    # In the run, the decision that was fitted for a model of Keras may be older than the model.
+    # In the run's folder, the metadata of an earlier export may be older than the Keras model.
     is_its = os.path.lexists(path) and not (is_at_home and model_path.endswith(".keras"))
     return path, _read_decision_file(path, "decision") if is_its else None
 
 
 def _read_decision_file(path: str, part: str = "") -> Decision:
-    """Reads `decision.json`, or that part of another file, and checks its form; raises UserError."""
+    """Reads and checks `decision.json`, or one part of another JSON file; raises UserError."""
     try:
         if os.path.getsize(path) > LARGEST_DECISION_FILE:
             raise _decision_fault(path, f"expected at most {LARGEST_DECISION_FILE} bytes", "a larger file")
@@ -175,13 +171,13 @@ def _read_decision_file(path: str, part: str = "") -> Decision:
 
 
 def _check_decision(stored: Any, path: str) -> Decision:
-    """Returns the decision that a JSON object is; raises UserError where it has another form."""
+    """Returns a JSON object as a decision; raises UserError if it is none."""
     if not isinstance(stored, dict):
         raise _decision_fault(path, "expected a JSON object", repr(stored))
     if unknown := sorted(stored.keys() - _DECISION_FIELDS.keys()):
         raise _decision_fault(path, f"expected no fields but {', '.join(_DECISION_FIELDS)}", repr(unknown[0]))
     if missing := sorted(_DECISION_FIELDS.keys() - stored.keys()):
-        raise _decision_fault(path, f"expected a field {missing[0]}", "none")
+        raise _decision_fault(path, f"expected the field {missing[0]}", "none")
     values = {}
     for name, (kind, is_allowed, words) in _DECISION_FIELDS.items():
         value = stored[name]
@@ -197,7 +193,7 @@ def _check_decision(stored: Any, path: str) -> Decision:
 
 
 def _in_order(by_class: Any, class_names: Sequence[str]) -> list | None:
-    """Returns the values of a JSON object in the order of the classes, None for null; else raises ValueError."""
+    """Returns the values of a JSON object in the order of the classes, or None for null; raises ValueError."""
     if by_class is None:
         return None
     if not isinstance(by_class, dict) or by_class.keys() != set(class_names):
@@ -222,17 +218,13 @@ _DECISION_FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
         lambda value: TEMPERATURE_RANGE[0] <= value <= TEMPERATURE_RANGE[1],
         "a number from {} to {}".format(*TEMPERATURE_RANGE),
     ),
-    "temperature_fitted_on": (str | None, lambda name: name in (None, "validation"), "validation or null"),
+    "temperature_fitted_on": (str | None, (None, "validation").__contains__, "validation or null"),
     "exact_match_threshold": (float, _is_probability, "a number from 0 to 1"),
     "best_f1_thresholds": (
         list[float] | None,
         lambda values: values is None or all(map(_is_probability, values)),
         "a number from 0 to 1 for each of classes, or null",
     ),
-    "thresholds_fitted_on": (
-        str | None,
-        lambda name: name in (None, "validation", "training"),
-        "validation, training or null",
-    ),
+    "thresholds_fitted_on": (str | None, FITTED_ON.__contains__, "validation, training or null"),
     "model": (str, lambda name: name.isprintable() and name == os.path.basename(name), "the file name of a model"),
 }

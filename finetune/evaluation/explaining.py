@@ -1,4 +1,4 @@
-"""What Grad-CAM explains: which classes of which images, and how faithful the maps of some are."""
+"""Which classes of which images Grad-CAM explains, and how the faithfulness of the maps is measured."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from finetune.evaluation.metrics import check_finite
 from finetune.models.features import select_rows
 from generator import AugmentedImageSequence, naming_bad_images
 
-# Each takes two more passes of the network; as many tell the mean drop to about 0.02.
+# Each takes two more passes of the network. The mean drop of 200 images is accurate to about 0.02.
 MOST_MEASURED = 200
-# Images on which the way to remove parts is chosen; each takes up to ten more passes.
+# Images for choosing the removal; each takes up to ten more passes.
 PILOT_IMAGES = 32
 
 
@@ -24,11 +24,11 @@ class Explained(NamedTuple):
     """A batch with the heatmaps of pairs of an image and a class.
 
     Attributes:
-        positions: int `(batch,)`, of the images in their sequence.
+        positions: int `(batch,)`, in the sequence.
         images: uint8 RGB `(batch, height, width, 3)`.
         labels: `(batch,)` class positions or `(batch, classes)` of zeros and ones.
         probabilities: calibrated, `(batch, classes)`.
-        rows: int `(pairs,)`, rising positions in the batch.
+        rows: int `(pairs,)`, positions in the batch, in ascending order.
         class_indices: int `(pairs,)`.
         heatmaps: float32 `(pairs, h, w)` in `[0, 1]`.
     """
@@ -42,26 +42,6 @@ class Explained(NamedTuple):
     heatmaps: np.ndarray
 
 
-def choose_predicted(probabilities: np.ndarray, labels: np.ndarray, decision: Decision, top_k: int) -> np.ndarray:
-    """Chooses the most probable class of each image, of several labels as well."""
-    return _choose_most_probable(probabilities, 1)
-
-
-def choose_true(probabilities: np.ndarray, labels: np.ndarray, decision: Decision, top_k: int) -> np.ndarray:
-    """Chooses the classes that the CSV gives each image."""
-    return labels > 0 if labels.ndim == 2 else labels[:, None] == np.arange(probabilities.shape[1])
-
-
-def choose_top_k(probabilities: np.ndarray, labels: np.ndarray, decision: Decision, top_k: int) -> np.ndarray:
-    """Chooses the `top_k` most probable classes of each image, or all where there are fewer."""
-    return _choose_most_probable(probabilities, top_k)
-
-
-def choose_above_threshold(probabilities: np.ndarray, labels: np.ndarray, decision: Decision, top_k: int) -> np.ndarray:
-    """Chooses each image's classes that hold: multi-label those above their threshold, else the predicted one."""
-    return decision.choose(probabilities)
-
-
 def _choose_most_probable(probabilities: np.ndarray, number: int) -> np.ndarray:
     # Stable, so that the first of equal ones is the predicted class.
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :number]
@@ -70,22 +50,26 @@ def _choose_most_probable(probabilities: np.ndarray, number: int) -> np.ndarray:
     return chosen
 
 
-# Of calibrated probabilities, labels, the decision and `cam_top_k`; returns bool `(batch, classes)`.
+def _choose_true(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return labels > 0 if labels.ndim == 2 else labels[:, None] == np.arange(probabilities.shape[1])
+
+
+# The classes to explain, bool `(batch, classes)`, from calibrated probabilities, labels, the decision and `cam_top_k`.
 CHOOSERS: dict[str, Callable[..., np.ndarray]] = {
-    "predicted": choose_predicted,
-    "true": choose_true,
-    "top_k": choose_top_k,
-    "threshold": choose_above_threshold,
+    "predicted": lambda probabilities, labels, decision, top_k: _choose_most_probable(probabilities, 1),
+    "true": lambda probabilities, labels, decision, top_k: _choose_true(probabilities, labels),
+    "top_k": lambda probabilities, labels, decision, top_k: _choose_most_probable(probabilities, top_k),
+    "threshold": lambda probabilities, labels, decision, top_k: decision.choose(probabilities),
 }
 
 
 class Explainer(NamedTuple):
-    """Explains images, each one's classes by falling probability.
+    """Explains the chosen classes of images, the most probable class first.
 
     Attributes:
-        grad_cam: locates the evidence.
+        grad_cam: makes the heatmaps.
         decision: calibrates the probabilities.
-        choose: a value of `CHOOSERS`, of probabilities and labels.
+        choose: one of `CHOOSERS`, as a function of probabilities and labels.
     """
 
     grad_cam: GradCam
@@ -100,7 +84,7 @@ class Explainer(NamedTuple):
         """Explains a sequence's images in order, batch by batch.
 
         Raises:
-            UserError: the model's probabilities are no numbers.
+            UserError: a probability is not finite.
         """
         for index, (images, labels) in enumerate(sequence.to_dataset().as_numpy_iterator()):
             features, probabilities = self.grad_cam.read(images)
@@ -114,12 +98,7 @@ class Explainer(NamedTuple):
 
 
 def choose_removal_on(explainer: Explainer, sequence: AugmentedImageSequence, seed: int) -> Removal:
-    """Chooses how to remove parts of a sequence's images, as `choose_removal` does, on a few of them.
-
-    Args:
-        explainer: of the images.
-        sequence: the images.
-        seed: of the random parts.
+    """Chooses how to remove parts of a sequence's images, see `choose_removal`, from a few of them.
 
     Raises:
         UserError: an image cannot be read and `skip_bad_images` is not set.
@@ -145,16 +124,14 @@ def measure_some(
     seed: int,
     found: list[np.ndarray],
 ) -> Iterator[Explained]:
-    """Passes batches on, and measures how faithful the maps of some images are, those of their most probable class.
+    """Passes batches on, and measures the faithfulness of some images' maps of their most probable class.
 
     Args:
-        batches: of all images, in order.
-        number_of_images: of all; at most `MOST_MEASURED` of them, evenly taken, are measured.
+        batches: all images, in order.
+        number_of_images: in all batches; at most `MOST_MEASURED` of them, evenly spaced, are measured.
         predict: from images to calibrated probabilities `(batch, classes)`.
-        removal: removes the parts.
-        seed: of the random parts.
-        found: receives the probabilities that `summarise_faithfulness` takes, and the image's position, an item an
-            image; images without a class have none.
+        found: receives one row per measured image that has a class: the three probabilities that
+            `summarise_faithfulness` takes, and the image's position.
     """
     measured = np.zeros(number_of_images, bool)
     measured[_take_evenly(number_of_images, MOST_MEASURED)] = True
@@ -173,7 +150,7 @@ def _take_evenly(number: int, most: int) -> np.ndarray:
 
 
 def _find_first_pairs(batch: Explained) -> np.ndarray:
-    """Returns each image's first pair, that of its most probable class."""
+    """Returns the pair of each image's most probable class."""
     return np.unique(batch.rows, return_index=True)[1]
 
 
@@ -184,7 +161,7 @@ def _measure(
     removal: Removal,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Returns the probabilities of pairs' classes: as it is, without the highlighted part, without a random part."""
+    """Returns each pair's probability in the whole image, without its highlighted part, and without a random part."""
     rows, class_indices = batch.rows[pairs], batch.class_indices[pairs]
     images = batch.images[rows]
     parts = find_parts(batch.heatmaps[pairs], images.shape[1:3], removal.share, rng)

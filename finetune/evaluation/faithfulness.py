@@ -1,4 +1,4 @@
-"""How faithful class activation maps are: what removing the highlighted part of an image does, against a random one."""
+"""Faithfulness of class activation maps: the effect of removing the highlighted part of an image, or a random part."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from finetune.data.groups import count_groups, describe_group_count, is_single_g
 
 # Standard deviation of the blur, as a share of the image's longer side: 14 pixels of 224.
 BLUR_WIDTH = 1 / 16
-# Pixels around a hole that OpenCV's filling looks at.
+# Radius in pixels around a hole from which OpenCV fills it.
 FILL_RADIUS = 3
 # The mean of fewer images is noise.
 FEWEST_IMAGES = 10
-# The share of the class's probability that random parts must leave for a removal to be chosen.
+# A removal is chosen if at least this share of the class's probability is left without a random part.
 KEPT = 2 / 3
-# Where they leave less than this share, the maps cannot be told from a random part.
+# If less than this share is left, maps are not called faithful.
 LEAST_KEPT = 0.5
-# What the interval's lower end must reach for "faithful" and for "weakly faithful". It was 0.17 for Grad-CAM on 100
-# flowers and on 100 tiles; 0.02 and -0.05 for the maps of other photos, 0.03 and -0.15 for those of random weights.
+# Least lower end of the interval for "faithful" and for "weakly faithful". It was 0.17 for Grad-CAM on 100 flowers and
+# on 100 tiles, 0.02 and -0.05 for the maps of other photos, and 0.03 and -0.15 for those of random weights.
 FAITHFUL = 0.1
 WEAKLY_FAITHFUL = 0.02
 
@@ -31,9 +31,9 @@ class Removal(NamedTuple):
     """A way to take a part out of an image.
 
     Attributes:
-        name: what it does to a part, with `{}` as the place of the part's own name.
-        share: of the image's pixels that the part has.
-        remove: from an image, uint8 RGB `(height, width, 3)`, and the part, bool `(height, width)`, to the image
+        name: for messages, with `{}` for the part.
+        share: of the image's pixels in the part.
+        remove: from an image, uint8 RGB `(height, width, 3)`, and a part, bool `(height, width)`, to the image
             without it.
     """
 
@@ -56,7 +56,7 @@ def fill_part(image: np.ndarray, part: np.ndarray) -> np.ndarray:
     return cv2.inpaint(image, part.astype(np.uint8), FILL_RADIUS, cv2.INPAINT_TELEA)
 
 
-# The strongest first. A part that is blurred looks like nothing in nature, which alone can change an answer.
+# The strongest first. Nothing in nature looks like a blurred part, which alone can change an answer.
 REMOVALS = (
     Removal("blurring {}", 0.2, blur_part),
     *(Removal("filling {} from its surroundings", share, fill_part) for share in (0.2, 0.1, 0.05, 0.02)),
@@ -68,15 +68,13 @@ def find_parts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the highlighted part of each image, and a random part of the same shape.
 
-    The random part is the highlighted one moved by a random distance, around the image's edges: each pixel is as
-    likely to be in it. It has the same area and the same shape, because removing whole parts of an object takes more
-    from an answer than removing as many scattered pixels.
+    The random part is the highlighted one moved by a random distance, around the image's edges: every pixel is equally
+    likely to be in it. It has the same shape because removing whole parts of an object changes an answer more than
+    removing the same number of scattered pixels.
 
     Args:
         heatmaps: `(batch, h, w)` in `[0, 1]`, of any size.
-        image_size: `(height, width)`.
-        share: of the pixels that a part has.
-        rng: draws the random parts, image by image.
+        share: of the pixels in a part.
 
     Returns:
         The highlighted and the random parts, bool `(batch, height, width)` each.
@@ -92,20 +90,13 @@ def find_parts(
 def find_highlighted(
     heatmap: np.ndarray, image_size: tuple[int, int], share: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Finds the share of an image's pixels where a heatmap is highest.
+    """Returns a share of the pixels, those where a heatmap `(h, w)` is highest, bool `(height, width)`.
 
-    Args:
-        heatmap: `(h, w)`, of any size.
-        image_size: `(height, width)`.
-        share: of the pixels to find.
-        rng: chooses among equal values, which in a heatmap are zeros: blocks as coarse as the heatmap.
-
-    Returns:
-        bool `(height, width)`, exactly that share of it True, rounded.
+    `rng` chooses among equal values, such as zeros, in blocks as coarse as the heatmap.
     """
     fields = heatmap.astype(np.float32), rng.random(heatmap.shape, np.float32)
     values, noise = (cv2.resize(field, image_size[::-1], interpolation=cv2.INTER_LINEAR).ravel() for field in fields)
-    # The noise is below what tells two places of a heatmap apart: it decides between equal values only.
+    # The noise is smaller than any difference in a heatmap: it only decides between equal values.
     keys, others = values + 1e-9 * noise.astype(float), len(values) - round(len(values) * share)
     mask = np.zeros(len(values), bool)
     mask[np.argpartition(keys, others)[others:]] = True
@@ -119,30 +110,19 @@ def predict_without(
     class_indices: np.ndarray,
     removal: Removal,
 ) -> np.ndarray:
-    """Returns the probability of each image's class once a part of it is removed, float `(batch,)`.
-
-    Args:
-        predict: from images as below to probabilities `(batch, classes)`.
-        images: uint8 RGB `(batch, height, width, 3)`.
-        parts: bool `(batch, height, width)`.
-        class_indices: int `(batch,)`.
-        removal: removes the parts.
-    """
+    """Returns the probability of each image's class after a part is removed, float `(batch,)`."""
     removed = np.stack([removal.remove(image, part) for image, part in zip(images, parts, strict=True)])
     return predict(removed)[np.arange(len(images)), class_indices]
 
 
 def choose_removal(measure: Callable[[Removal], float], removals: Sequence[Removal] = REMOVALS) -> Removal:
-    """Chooses how to remove parts: the first way that leaves an answer mostly intact where a random part is removed.
+    """Returns the first removal that leaves at least `KEPT`, or else the one that leaves the most.
 
-    If removing anything destroys the answer, the highlighted part has nothing left to show.
+    If removing any part destroys the answer, removing the highlighted one shows nothing.
 
     Args:
         measure: returns the share of the class's probability that is left without a random part.
         removals: the strongest first.
-
-    Returns:
-        The first one that leaves at least `KEPT`, or the one that leaves most where none does.
     """
     kept = []
     for removal in removals:
@@ -155,21 +135,18 @@ def choose_removal(measure: Callable[[Removal], float], removals: Sequence[Remov
 def summarise_faithfulness(
     probabilities: np.ndarray, removal: Removal, groups: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """Summarises what removing parts of images does to the class that each map explains.
+    """Summarises the effect of removing parts of images on the probability of the explained class.
 
     Args:
         probabilities: of that class, `(images, 3)`: of the whole image, without the highlighted part, and without a
             random part.
-        removal: how the parts were removed.
-        groups: of the images, as `number_groups` gives them.
 
     Returns:
-        `images`, their number, and `groups` where these are fewer;
-        `removal` and `share`, how much was removed in which way; `highlighted` and `random`,
-        the mean drops; `kept`, the share of the probability that a random part leaves; `explained`, the share of the
-        drop possible beyond a random part that the highlighted part causes, 1 where nothing of the class is left, with
-        its 95 % confidence interval `low` and `high`; `verdict`: faithful, weakly faithful or not faithful. None where
-        there are too few images.
+        `images`, their number, and `groups` if there are fewer; `removal` and `share`; `highlighted` and `random`, the
+        mean drops; `kept`, the share of the probability that is left without a random part. `explained` is how much
+        more the highlighted part lowers the probability than a random part, as a share of the largest possible
+        difference; `low` and `high` are its 95 % confidence interval; `verdict` is faithful, weakly faithful or not
+        faithful. They are None if there are too few images.
     """
     number = len(probabilities)
     names = ("highlighted", "random", "kept", "explained", "low", "high", "verdict")
@@ -190,17 +167,13 @@ def summarise_faithfulness(
     error = float(sums.std(ddof=1)) * np.sqrt(units) / number / random if random else 0.0
     margin = float(stats.t.ppf(0.975, units - 1) * error)
     summary |= {"explained": explained, "low": explained - margin, "high": explained + margin}
-    return summary | {"verdict": _judge(summary)}
-
-
-def _judge(summary: dict[str, Any]) -> str:
-    if summary["low"] >= FAITHFUL and summary["kept"] >= LEAST_KEPT:
-        return "faithful"
-    return "weakly faithful" if summary["low"] >= WEAKLY_FAITHFUL else "not faithful"
+    is_faithful = summary["low"] >= FAITHFUL and summary["kept"] >= LEAST_KEPT
+    other = "weakly faithful" if summary["low"] >= WEAKLY_FAITHFUL else "not faithful"
+    return summary | {"verdict": "faithful" if is_faithful else other}
 
 
 def describe_faithfulness(summary: dict[str, Any], number_of_images: int) -> str:
-    """Says what `summarise_faithfulness` returned, of a set of `number_of_images`, and whether to believe the maps."""
+    """Describes the result of `summarise_faithfulness`, for a set of `number_of_images`, and how far to trust maps."""
     if not summary["images"]:
         return "Faithfulness: no class was explained, so there is nothing to measure."
     effects = [

@@ -1,4 +1,4 @@
-"""Which of two models to keep, by the images of a validation set: the simpler one where these cannot tell."""
+"""Comparing two models image by image, and which of them to keep: the simpler one unless the other is better."""
 
 from __future__ import annotations
 
@@ -10,20 +10,16 @@ from scipy.stats import rankdata
 
 from finetune.data.groups import count_groups, is_single_group
 
-# Of the comparison of two models: 1 and steps of 9 % to a quarter and to 4.
+# In steps of 9 %.
 TEMPERATURES = np.geomspace(1 / 4, 4, 33)
-# Of a standard error: a smaller difference of two models tells nothing.
-TELLING = 0.25
-# Standard errors that 95 % of the differences by chance are within.
+# In standard errors: a smaller gain does not justify the less simple model.
+LEAST_GAIN = 0.25
+# In standard errors: 95 % of random differences are smaller.
 BY_CHANCE = 1.96
 
 
 def score_images(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Scores the answer to each image, in `[0, 1]`, so that two models can be compared image by image.
-
-    Args:
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`.
+    """Scores the answer to each image, in `[0, 1]`.
 
     Returns:
         float64 `(images,)`: whether the most probable class is right; multi-label the label ranking average precision
@@ -44,13 +40,12 @@ def compare_scores(
 
     Args:
         simple: the scores of each image by the simpler model.
-        other: those by the other one.
-        groups: of the images, as `number_groups` gives them; None: the images are independent.
+        other: the scores by the other model.
 
     Returns:
-        The mean difference, other less simple, and its standard error, of the images' own differences; 0 for one image.
-        Of groups, the error of a mean of clusters (Cameron and Miller, Journal of Human Resources, 2015, section II);
-        a single one leaves that of the images, which is too small.
+        The mean difference, other less simple, and its standard error; 0 for one image. With groups, it is that of a
+        mean of clusters (Cameron and Miller, Journal of Human Resources, 2015, section II). With a single group it is
+        that of independent images, which is too small.
     """
     differences = np.asarray(other) - np.asarray(simple)
     number = len(differences)
@@ -62,34 +57,31 @@ def compare_scores(
 
 
 def describe_errors(groups: np.ndarray) -> str:
-    """Says what the standard errors of `compare_scores` are worth."""
+    """Says what the standard errors of `compare_scores` are based on."""
     if is_single_group(groups):
-        return "standard errors are over images, and too small"
+        return "standard errors are over images, and are too small"
     return "standard errors are over groups"
 
 
 def is_better(difference: float, error: float) -> bool:
-    """Tells whether to prefer a model to a simpler one: it is better by more than a share of the standard error.
+    """Returns whether to prefer a model to a simpler one, by the mean difference and its standard error.
 
-    A whole one, as in the one-standard-error rule (Breiman, Friedman, Olshen and Stone, Classification and Regression
-    Trees, 1984, section 3.4.3), took few validation photos for none: on 20 training and 6 validation photos of each of
-    ten hand signs it kept the probe in two splits of two, which had 4 and 6 points less on the test photos.
+    A whole standard error, as in the one-standard-error rule (Breiman, Friedman, Olshen and Stone, Classification and
+    Regression Trees, 1984, section 3.4.3), is too strict for few validation images. With 20 training and 6 validation
+    photos of each of ten hand signs it kept the probe in two splits of two, which lost 4 and 6 points on the test
+    photos.
     """
-    return difference > TELLING * error
+    return difference > LEAST_GAIN * error
 
 
 def get_log_losses(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Returns the log loss of each image under the temperature of the lowest mean, so that two models can be compared.
+    """Returns the log loss of each image at the temperature with the lowest mean.
 
-    It tells them apart on fewer images than the share of right answers does. Without the temperature, which `test.py`
-    fits for the model that is kept, smoothed labels would count as doubt.
-
-    Args:
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`; 0 and 1 count as 1e-7 from there.
+    It needs fewer images than accuracy does to show a difference between two models. Without a temperature, which
+    `test.py` fits later, it would count label smoothing as doubt.
 
     Returns:
-        float64 `(images,)` in nats, of several labels their mean; infinite where a probability is not finite.
+        float64 `(images,)` in nats, multi-label: the mean over the labels; infinite if a probability is not finite.
     """
     if not np.isfinite(probabilities).all():
         return np.full(len(y_true), np.inf)
@@ -104,49 +96,46 @@ def get_log_losses(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 
 
 def describe_epoch(epoch: int, kept_share: float | None, is_refitted: bool) -> str:
-    """Names the epoch of the model that is kept, of an average how far it is from the start, and a head of its own."""
+    """Names the epoch of the kept model; if it is an average, also its share and its head."""
     place = str(epoch)
     if kept_share not in (None, 0, 1):
-        place += f", of the average that is {kept_share:.0%} of the way from the start to its weights"
+        place += f", averaged {kept_share:.0%} of the way from the start to its weights"
     return place + _describe_head(kept_share, is_refitted)
 
 
 def _describe_head(share: float | None, is_refitted: bool) -> str:
     if not is_refitted:
         return ""
-    return ", with a refitted head" if share == 1 else ", with a head as far on the way to the refitted one"
+    return ", with a refitted head" if share == 1 else f", with a head {share:.0%} of the way to the refitted one"
 
 
 def describe_choice(share: float, is_refitted: bool, is_kept: bool, gain: float, error: float, number: int) -> str:
     """Says which weights are kept, and why.
 
     Args:
-        share: of the way from the start to the last epoch, where the weights stand that are kept, or the best but the
-            start.
-        is_refitted: their head stands as far on the way to the refitted one.
-        is_kept: they are kept, and not the start.
-        gain: by how much their log loss is below the start's.
-        error: its standard error.
-        number: of validation images.
+        share: of the way from the start to the last epoch: the kept weights, or the best ones except the start.
+        is_refitted: their head is the same share of the way to the refitted head.
+        is_kept: they are kept, not the start.
+        gain: how much lower their log loss is than the start's.
     """
     what = _describe_weights(share, is_refitted)
     difference = f"by {gain:.4f}, standard error {error:.4f}, on {number} validation images"
     if is_kept:
-        doubt = " Chance alone could explain that." if gain <= BY_CHANCE * error else ""
+        doubt = " Chance alone could explain this." if gain <= BY_CHANCE * error else ""
         return f"Kept {what}: the log loss is lower than the start's {difference}.{doubt}"
-    # Rounding is no difference, and alike for each image.
+    # Rounding is no difference, and the same for every image.
     if -gain > error + 1e-6:
-        return f"Kept the start: the log loss of {what} would be no lower ({difference})."
+        return f"Kept the start: the log loss of {what} is no lower ({difference})."
     return (
-        f"Kept the start, the simpler model: the validation images do not tell that {what} would be better (log loss "
-        f"lower {difference}). latest_model.keras is the fine-tuned one."
+        f"Kept the start, the simpler model: {what} would not be clearly better (log loss lower {difference}). "
+        "latest_model.keras is the fine-tuned model."
     )
 
 
 def describe_rival(share: float, is_refitted: bool, gain: float, error: float) -> str:
-    """Says why weights of a lower log loss are not kept; takes what `describe_choice` does, against the kept ones."""
-    what = _describe_weights(share, is_refitted)
-    return f"They do not tell that {what} would be better (log loss lower by {gain:.4f}, standard error {error:.4f})."
+    """Says why weights with a lower log loss than the kept ones are not kept; arguments as in `describe_choice`."""
+    numbers = f"log loss lower by {gain:.4f}, standard error {error:.4f}"
+    return f"Not kept: {_describe_weights(share, is_refitted)}, which would not be clearly better ({numbers})."
 
 
 def _describe_weights(share: float, is_refitted: bool) -> str:

@@ -1,4 +1,4 @@
-"""What compress_weights.py tells: its table, its report and the metadata beside the artefacts."""
+"""Output of compress_weights.py: the artefacts with their metadata, the report and the table."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from finetune.training.trained_model import find_output_folder
 
 
 def write_metadata(model_path: str, configs: Configs, decision: Decision, has_exports: bool) -> None:
-    """Writes beside the artefacts what they need where the run's folder is not: labels, options and decision."""
+    """Writes the class names, and the options and the decision, so that the artefacts work without the run's folder."""
     if has_exports and not (decision.temperature_fitted_on or decision.thresholds_fitted_on):
-        print("No temperature and no thresholds are shipped: test.py fits them where there is a validation set.")
-    # Of a model that no file describes, only what was given is known.
+        print("The exports have no temperature and no thresholds. test.py fits them on the validation set.")
+    # If no file describes the model, only the given options are known.
     known = {name: value for name, value in configs.to_dict().items() if name in configs.given or name == "classes"}
     content = {
         "model": os.path.basename(model_path),
         "input": "RGB, float32, (batch, height, width, 3), pixels from 0 to 255; the preprocessing is inside; "
-        "resize_mode of the options tells how a photo comes to this size",
+        "resize_mode in the options says how a photo is resized",
         "output": "raw probabilities, float32, (batch, classes)",
         "options": select_described(known),
         "decision": decision.to_dict(),
@@ -42,7 +42,7 @@ def write_metadata(model_path: str, configs: Configs, decision: Decision, has_ex
 
 
 def choose_target(configs: Configs, model_path: str) -> str:
-    """Returns the path whose folder and name without ending the artefacts get: the model's own, or in another folder.
+    """Returns the model's path in the output folder, after which the artefacts are named.
 
     Raises:
         UserError: the folder cannot be written.
@@ -52,7 +52,7 @@ def choose_target(configs: Configs, model_path: str) -> str:
 
 
 def start_report(model_path: str, test_csv: str, tolerance: float, subject: Subject | None) -> dict[str, Any]:
-    """Returns the report without an artefact; see `compress_weights.main`."""
+    """Returns the report without artefacts; see `compress_weights.main`."""
     return {
         "model": model_path,
         "model_bytes": os.path.getsize(model_path),
@@ -72,15 +72,12 @@ def write_artefacts(
     calibrate: Calibration,
     subject: Subject | None,
 ) -> None:
-    """Writes each artefact and adds its comparison to the report, which is printed if a later one fails.
+    """Writes each artefact and adds it to the report. If one fails, the report is printed so far.
 
     Args:
-        report: of `start_report`.
-        kinds: kind and precision of each.
-        model: the original.
         model_path: the artefacts are written next to it and named after it.
         calibrate: reads images for the ranges of 8-bit activations.
-        subject: what they are compared with; None compares nothing.
+        subject: the original on its test set; None compares nothing.
     """
     try:
         for kind, precision in kinds:
@@ -98,7 +95,7 @@ def write_artefacts(
 
 
 def find_earlier(folder: str, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the accepted artefacts of the earlier report that were made of the same model and are still there."""
+    """Returns the accepted artefacts of an earlier report that come from the same model and still exist."""
     try:
         with open(os.path.join(folder, COMPRESSION_FILE), encoding="utf-8") as file:
             earlier = json.load(file)
@@ -112,12 +109,12 @@ def find_earlier(folder: str, report: dict[str, Any]) -> list[dict[str, Any]]:
             and all(os.path.isfile(path) and os.path.getsize(path) == size for path, size in artefact["files"].items())
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        # None, or one of another form.
+        # There is no report, or it is invalid.
         return []
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Prints the sizes and, where the models were compared, the table and the verdicts."""
+    """Prints the table and the verdict on each artefact."""
     print(f"\n{format_table(report)}\n")
     for artefact in report["artefacts"]:
         comparison = artefact["comparison"]
@@ -137,7 +134,10 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """Lays out a row for the original and one for each artefact; the original's speed is that beside the artefact."""
+    """Formats a table with a row for the original and one for each artefact.
+
+    The original's speed differs between rows, because it is measured again with each artefact.
+    """
     compared = [artefact["comparison"] for artefact in report["artefacts"] if artefact["comparison"]]
     measure = compared[0]["measure"] if compared else "accuracy"
     rows = [("", "size, MB", measure, "images/s", "original's", "largest diff.", "mean diff.", "changed")]
@@ -152,7 +152,7 @@ def format_table(report: dict[str, Any]) -> str:
             cells += [f"{found['changed_predictions']} of {found['images']}"]
         rows.append((*cells, *[""] * (8 - len(cells))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    # Without a test set there is nothing in the other columns.
+    # Without a test set the other columns are empty.
     shown = 8 if compared else 2
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:shown], widths[1:shown])]).rstrip() for row in rows

@@ -1,4 +1,4 @@
-"""What compress_weights.py writes of a model, and what it needs for that."""
+"""The artefacts that compress_weights.py writes, and the packages and images that it needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.models.formats import FORMATS, WEIGHTS_DTYPES, WEIGHTS_ENDING, For
 from generator import get_generator
 
 CALIBRATION_IMAGES = 200
-# Always written, and read by Keras.
+# Always written. Keras reads them.
 WEIGHTS = Format(
     title="compressed weights",
     endings=dict.fromkeys(WEIGHTS_DTYPES, WEIGHTS_ENDING),
@@ -38,7 +38,7 @@ def list_kinds(weights_dtype: str, exports: Sequence[str], quantization: str) ->
 
 
 def require_packages(exports: Sequence[str]) -> None:
-    """Raises UserError where a package is missing that an export needs, before any work."""
+    """Raises UserError if an export needs a package that is not installed; called before any work."""
     for name in exports:
         packages = {**FORMATS[name].writer_packages, **FORMATS[name].reader_packages}
         with importing(f"--export {name}", packages):
@@ -48,21 +48,17 @@ def require_packages(exports: Sequence[str]) -> None:
 
 
 def read_calibration_images(configs: Configs) -> list[np.ndarray]:
-    """Reads up to `CALIBRATION_IMAGES` training images, drawn at random, uint8 RGB `(height, width, 3)`.
+    """Reads up to `CALIBRATION_IMAGES` random training images, uint8 RGB `(height, width, 3)`.
 
     Raises:
-        UserError: there is no training table, it is neither the run's nor given, or an image cannot be read.
+        UserError: the training table is unknown or does not exist, or an image cannot be read.
     """
+    purpose = "train_csv: --export_quantization int8 takes its ranges from training images"
     if "train_csv" not in configs.given:
-        raise UserError(
-            "train_csv: --export_quantization int8 takes its ranges from training images, and no configs.json names "
-            "those of this model. Give --train_csv."
-        )
+        raise UserError(f"{purpose}, and no configs.json names those of this model. Give --train_csv.")
     if not os.path.isfile(configs.train_csv):
-        raise UserError(
-            f"train_csv: --export_quantization int8 takes its ranges from training images. Expected a CSV file. "
-            f"Received: {configs.train_csv!r}, and there is none. Give --train_csv."
-        )
+        received = f"Received: {configs.train_csv!r}, and there is none."
+        raise UserError(f"{purpose}. Expected a CSV file. {received} Give --train_csv.")
     paths = get_generator(configs.train_csv, configs.classes, configs, training=False).paths
     rng = np.random.default_rng(configs.random_seed or 0)
     chosen = rng.permutation(len(paths))[:CALIBRATION_IMAGES]

@@ -1,4 +1,4 @@
-"""Loading what predicts: a Keras model, or an exported one in its own runtime."""
+"""Loading a model to predict with: a Keras model, or an exported one in its own runtime."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from finetune.models.safety import telling_damage
 
 
 def load_predictor(path: str, class_names: Sequence[str], image_size: Sequence[int]) -> keras.Model | ExportedModel:
-    """Loads what is to predict, a Keras model or an exported one; which `compile_predictor` makes a function.
+    """Loads a Keras model or an exported one.
 
     Raises:
-        UserError: the file is no model, does not fit, or its runtime is not installed.
+        UserError: the file is no model, does not fit the classes or the image size, or its runtime is not installed.
     """
-    # Of compressed weights, the layers' file leads to both.
+    # The .json file of compressed weights leads to both of their files.
     if not is_exported(path) and path.endswith((*MODEL_SUFFIXES, ".json")):
         return load_fitting_model(path, class_names, image_size)
     model = load_exported_model(path)
@@ -37,7 +37,7 @@ def load_exported_model(path: str) -> ExportedModel:
         path: a `.tflite` or `.onnx` file, or the folder of a SavedModel.
 
     Raises:
-        UserError: the file is no such model or is damaged, or its runtime is not installed.
+        UserError: the file is not such a model or is damaged, or its runtime is not installed.
     """
     path = take_path("path", path)
     found = require_format(path)
@@ -49,7 +49,7 @@ def load_exported_model(path: str) -> ExportedModel:
 
 
 def compile_predictor(model: keras.Model | ExportedModel) -> Callable[[Any], Any]:
-    """Returns what takes uint8 images `(batch, height, width, 3)` to probabilities; compiled once for all sizes."""
+    """Returns a function from uint8 images `(batch, height, width, 3)` to probabilities, compiled once."""
     if isinstance(model, ExportedModel):
         return model
     signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)

@@ -1,4 +1,4 @@
-"""The metrics of each value of a column, against those of its images alone."""
+"""The metrics of each value of a column, compared with those of its images alone."""
 
 import numpy as np
 import pandas as pd
@@ -57,8 +57,7 @@ def test_a_site_of_one_class_or_one_group_has_a_line_too():
     assert found["values"]["one class"]["intervals"] == {"accuracy": None, "balanced_accuracy": None}
     lines = format_breakdown(found).splitlines()
     assert lines[1].split() == ["site", "images", "groups", "accuracy", "balanced", "accuracy"]
-    assert lines[2].startswith("one class")
-    assert lines[2].endswith("(no interval)")
+    assert lines[2].split()[:4] == ["one", "class", "10", "1"]
     assert lines[3].split()[:3] == ["other", "30", "2"]
     assert len(lines) == 4
 
@@ -67,7 +66,7 @@ def test_of_many_sites_the_worst_are_shown():
     row = {"images": 9, "balanced_accuracy": 0.5, "intervals": {"accuracy": [0, 1], "balanced_accuracy": [0, 1]}}
     values = {f"site {number}": row | {"accuracy": (number * 37 % 200) / 200} for number in range(200)}
     lines = format_breakdown({"column": "site", "values": values}).splitlines()
-    assert lines[0].startswith("The 20 worst of 200 values of site")
+    assert "20 worst of 200" in lines[0]
     assert [float(line.split()[3]) for line in lines[2:]] == [number / 200 for number in range(20)]
 
 
@@ -75,7 +74,7 @@ def test_a_column_that_is_not_there_or_names_each_image_is_refused():
     table = pd.DataFrame({"path": [f"{row}.jpg" for row in range(1001)], "class": "a", "site": "x"})
     check_report_by(table, "", "t.csv")
     check_report_by(table, "site", "t.csv")
-    with pytest.raises(UserError, match="t.csv has no column 'camera'. Its columns: path, class, site. Set report_by"):
+    with pytest.raises(UserError, match=r"t.csv .*'camera'.* path, class, site\. Set report_by"):
         check_report_by(table, "camera", "t.csv")
-    with pytest.raises(UserError, match="at most 1000 different values. Received: 1001 in the column 'path'"):
+    with pytest.raises(UserError, match="report_by .* 1001 in the column 'path'"):
         check_report_by(table, "path", "t.csv")

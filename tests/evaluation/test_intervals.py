@@ -6,12 +6,8 @@ from random_answers import NAMES, one_hot, random_multilabel, random_single_labe
 from scipy import stats
 from sklearn import metrics as sk
 
-from finetune.evaluation.decision import (
-    Decision,
-)
+from finetune.evaluation.decision import Decision
 from finetune.evaluation.intervals import get_intervals
-
-# Intervals
 
 
 def draw_groups(groups, rng):
@@ -24,13 +20,13 @@ def draw_groups(groups, rng):
 
 
 def make_groups(seed, images):
-    """Numbers groups of 1 to 6 images, which do not lie beside each other."""
+    """Numbers groups of 1 to 6 images in random order."""
     rng = np.random.default_rng(seed)
     numbers = np.repeat(np.arange(images), rng.integers(1, 7, images))[:images]
     return rng.permutation(numbers)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("is_grouped", [False, True])
 def test_each_metric_of_a_resample_is_scikit_learns_for_its_images(seed, is_grouped):
     y_true, raw = random_single_label(60, 12)
@@ -49,7 +45,7 @@ def test_each_metric_of_a_resample_is_scikit_learns_for_its_images(seed, is_grou
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("is_grouped", [False, True])
 def test_each_multilabel_metric_of_a_resample_is_scikit_learns_for_its_images(seed, is_grouped):
     number = 80 if is_grouped else 12
@@ -78,13 +74,6 @@ def test_each_multilabel_metric_of_a_resample_is_scikit_learns_for_its_images(se
             value = scorer(truth[:, column], predicted[:, column], zero_division=np.nan)
             expected = None if np.isnan(value) else pytest.approx([value, value])
             assert per_class[name][key] == expected, (name, key)
-
-
-def test_the_interval_of_accuracy_is_that_of_a_binomial_number():
-    """Drawing images with replacement makes the number of right ones binomial."""
-    y_true, predicted = np.zeros(200, int), (np.arange(200) >= 160).astype(int)
-    intervals = get_intervals(y_true, one_hot(predicted, 2), Decision(["ant", "bee"], False), resamples=4000)
-    assert intervals["accuracy"] == pytest.approx(stats.binom.ppf([0.025, 0.975], 200, 0.8) / 200, abs=0.006)
 
 
 @pytest.mark.parametrize("multi_label", [False, True])

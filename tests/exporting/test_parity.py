@@ -1,4 +1,4 @@
-"""An artefact's answers against its model's."""
+"""Comparing the answers of an artefact and its model."""
 
 import numpy as np
 import pytest
@@ -40,22 +40,8 @@ def test_one_image_of_a_hundred_is_exactly_one_point():
     after[0] = [0, 1]
     found = compare(np.zeros(100, int), before, after, Decision(["cat", "dog"], False))
     assert found["accuracy_drop"] == 1
-
-
-def test_no_difference_on_few_images_rules_out_little():
-    alike = np.ones(98, bool)
     # Half an image lost and half won of 98 + 2: 0 plus or minus 1.96 * sqrt(1) / 100.
-    assert find_drop_interval(alike, alike) == pytest.approx([-1.96, 1.96])
-
-
-def test_the_interval_holds_the_true_drop_in_about_95_of_100_samples():
-    rng, held = np.random.default_rng(0), 0
-    for _ in range(1000):
-        lost, won = rng.random((2, 150))
-        before, after = won > 0.04, lost > 0.08
-        low, high = find_drop_interval(before, after)
-        held += low <= 4 <= high
-    assert 0.93 < held / 1000 < 0.98
+    assert find_drop_interval(*[np.ones(98, bool)] * 2) == pytest.approx([-1.96, 1.96])
 
 
 def test_the_interval_of_a_drop_counts_groups_and_not_their_images():

@@ -261,8 +261,8 @@ def test_outside_its_run_a_models_own_decision_is_used(model_path, capsys):
     edited = Decision(CLASSES, False, 3.0, "validation", model="best_model.keras")
     write_decision(folder, edited)
     assert read_decision(folder, CLASSES, False, model_path) == FITTED
-    assert "decision.json is not used: " in capsys.readouterr().out
-    # In the run, the file of test.py may be edited.
+    assert "decision.json is ignored" in capsys.readouterr().out
+    # In the run what test.py has written may be edited.
     Path(folder, "configs.json").write_text(json.dumps(OPTIONS))
     assert read_decision(folder, CLASSES, False, model_path) == edited
     assert "the one inside" in capsys.readouterr().out

@@ -22,23 +22,20 @@ def photo():
     return np.random.default_rng(2).integers(0, 256, (32, 40, 3)).astype(np.uint8)
 
 
-def test_single_label_image_gets_the_most_probable_class(trained_model, photo):
+def test_an_image_gets_the_most_probable_class_after_resizing(trained_model, photo, images):
     blocks = photo.reshape(8, 4, 10, 4, 3).mean(axis=(1, 3))
-    resized = np.rint(blocks).astype(np.uint8)
-    expected = predict(trained_model, resized[None])[0]
-    names, probabilities = classify_image(trained_model, photo, CLASSES)
-    assert names == [CLASSES[expected.argmax()]]
-    assert list(probabilities) == CLASSES
-    assert list(probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-3)
-
-
-def test_image_of_the_model_s_size_is_taken_as_it_is(trained_model, images):
-    _, probabilities = classify_image(trained_model, images[0], CLASSES)
-    assert list(probabilities.values()) == pytest.approx(predict(trained_model, images[:1])[0].tolist(), abs=1e-6)
+    # The second one has the model's size.
+    for image, resized in ((photo, np.rint(blocks).astype(np.uint8)), (images[0], images[0])):
+        expected = predict(trained_model, resized[None])[0]
+        names, probabilities = classify_image(trained_model, image, CLASSES)
+        assert names == [CLASSES[expected.argmax()]]
+        assert list(probabilities) == CLASSES
+        assert list(probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-3)
+    assert list(probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def build_constant_model():
-    """A model that answers 0.9, 0.5 and 0.1 of any image."""
+    """Builds a model that answers 0.9, 0.5 and 0.1 for any image."""
     head = keras.layers.Dense(3, "sigmoid", kernel_initializer="zeros")
     model = keras.Sequential([keras.Input((8, 10, 3)), keras.layers.GlobalAveragePooling2D(), head])
     head.bias.assign([math.log(9), 0.0, -math.log(9)])
@@ -48,7 +45,7 @@ def build_constant_model():
 @pytest.mark.parametrize(
     ("threshold", "names"), [(0.5, ["owl", "dog"]), (0.75, ["owl"]), (0.95, []), (0.0, ["owl", "dog", "cat"])]
 )
-def test_multi_label_image_gets_every_class_from_the_threshold_on(images, threshold, names):
+def test_multi_label_an_image_gets_every_class_at_or_above_the_threshold(images, threshold, names):
     model = build_constant_model()
     chosen, probabilities = classify_image(model, images[0], ["owl", "dog", "cat"], True, threshold)
     assert chosen == names
@@ -58,7 +55,7 @@ def test_multi_label_image_gets_every_class_from_the_threshold_on(images, thresh
 @pytest.mark.parametrize(
     ("threshold_type", "names"), [("exact_match", ["owl"]), ("best_f1", ["owl", "dog", "cat"])], ids=["one", "each"]
 )
-def test_a_decision_takes_the_place_of_mode_and_threshold(images, threshold_type, names):
+def test_a_decision_replaces_mode_and_threshold(images, threshold_type, names):
     model = build_constant_model()
     # Temperature 2 halves the logits: odds of 9 become odds of 3.
     decision = Decision(["owl", "dog", "cat"], True, 2.0, "validation", 0.7, [0.6, 0.4, 0.2], "validation")
@@ -69,6 +66,6 @@ def test_a_decision_takes_the_place_of_mode_and_threshold(images, threshold_type
     assert probabilities == pytest.approx({"owl": 0.75, "dog": 0.5, "cat": 0.25})
 
 
-def test_names_that_do_not_number_the_outputs_are_refused(trained_model, images):
+def test_another_number_of_names_is_refused(trained_model, images):
     with pytest.raises(UserError, match=r"class_names: expected 3 names.*\['cat', 'dog'\]"):
         classify_image(trained_model, images[0], ["cat", "dog"])
