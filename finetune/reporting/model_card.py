@@ -273,7 +273,7 @@ def _list_progress(folder: str, configs: dict[str, Any], stats: dict[str, Any] |
     if stats["best"] is None or epoch is None:
         return rows
     is_refitted = bool(stats.get("has_refitted_head"))
-    place = describe_epoch(epoch, stats.get("kept_share"), is_refitted) + ", the start" * (epoch == 0)
+    place = describe_epoch(epoch, stats.get("kept_share"), is_refitted) + ", the starting weights" * (epoch == 0)
     rows["Best epoch"] = f"{place}: {stats['monitor']} {stats['best']:.4f}"
     if place != str(epoch):
         # The log has no metrics of the starting weights and of averaged weights.
@@ -352,5 +352,5 @@ def _list_limits(configs: dict[str, Any], data: dict[str, Any] | None, results: 
         *found,
         f"Whatever an image shows, the model predicts {answers} of the classes above.",
         "The model was not tested on photos from other cameras, places, times or people.",
-        "The author must add the licence, which the metadata at the top lacks, and the intended use.",
+        "The licence and the intended use are missing; the author must add them.",
     ]

@@ -133,11 +133,11 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
     found += filter(None, (describe_shared(name, results["sets"].get(name, {})) for name in ("test", "validation")))
     supports = {name: row["support"] for name, row in test["per_class"].items()}
     faults = {
-        "Classes without a test image, so without metrics": [name for name, support in supports.items() if not support],
-        f"Classes with fewer than {FEW_IMAGES} test images, so with rough metrics": [
+        "No metrics for classes without test images": [name for name, support in supports.items() if not support],
+        f"Metrics are imprecise for classes with fewer than {FEW_IMAGES} test images": [
             name for name, support in supports.items() if 0 < support < FEW_IMAGES
         ],
-        "Classes with an undefined AUROC, which the mean leaves out": [
+        "The mean leaves out classes with an undefined AUROC": [
             name for name, row in test["per_class"].items() if "auroc" in row and row["auroc"] is None
         ],
     }
@@ -150,14 +150,14 @@ def _list_warnings_of_groups(test: dict[str, Any]) -> list[str]:
     if number is None:
         return []
     if number == 1:
-        return ["All test images are one group, so the metrics of other groups may differ by any amount."]
+        return ["All test images are one group, so the variation between groups is unknown."]
     if number < FEW_GROUPS:
-        return [f"The test images are in only {number} groups, so the intervals are rough and often too narrow."]
+        return [f"The test images are in only {number} groups, so the intervals are imprecise and often too narrow."]
     names = [
         name for name, row in test["per_class"].items() if row["groups"] < FEW_GROUPS and row["support"] >= FEW_IMAGES
     ]
     longest = MOST_LISTED if len(test["per_class"]) <= MOST_LISTED else MOST_TELLING
-    what = f"Classes whose test images are in fewer than {FEW_GROUPS} groups, so with rough metrics"
+    what = f"Metrics are imprecise for classes whose test images are in fewer than {FEW_GROUPS} groups"
     return [f"{what}: {join_names(names, longest)}."] if names else []
 
 

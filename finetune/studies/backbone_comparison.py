@@ -163,8 +163,7 @@ def probe_backbones(
         What was probed, and by name and size why the others were not.
 
     Raises:
-        UserError: no backbone could be probed, an image cannot be read and `skip_bad_images` is not set, or features
-            cannot be written.
+        UserError: none could be probed, an image cannot be read without `skip_bad_images`, or a file not be written.
     """
     combinations = [(name, size) for name in names for size in image_sizes]
     candidates, left_out, bad_images, sequence = [], {}, {}, None
@@ -182,9 +181,8 @@ def probe_backbones(
             continue
         sequence = get_generator(configs.train_csv, configs.classes, chosen, False, left_out_rows)
         try:
-            with without_retracing_warnings():
-                title = f"[{number}/{len(combinations)}] {place}"
-                candidates.append(probe_backbone(model, sequence, chosen, training_images, title))
+            title = f"[{number}/{len(combinations)}] {place}"
+            candidates.append(probe_backbone(model, sequence, chosen, training_images, title))
         except (FloatingPointError, tf.errors.ResourceExhaustedError) as error:
             left_out[place] = str(error)
         bad_images |= sequence.bad_images
@@ -218,6 +216,7 @@ def without_retracing_warnings() -> Iterator[None]:
         tf.get_logger().removeFilter(is_other)
 
 
+@without_retracing_warnings()
 def probe_backbone(
     model: keras.Model, sequence: AugmentedImageSequence, configs: Configs, training_images: int, title: str
 ) -> Candidate:
