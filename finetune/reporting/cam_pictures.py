@@ -214,7 +214,12 @@ def arrange(panels: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
     """Returns images with their captions in rows of cells of one size, uint8 RGB."""
     height = max(image.shape[0] for image, _ in panels)
     width = max(LEAST_SIDE, *(image.shape[1] for image, _ in panels))
-    pictures = [write_caption(fill(image, height, width), caption) for image, caption in panels]
+    pictures = []
+    for image, caption in panels:
+        rest = width - image.shape[1]
+        borders = (0, height - image.shape[0], rest // 2, rest - rest // 2)
+        padded = cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        pictures.append(write_caption(padded, caption))
     columns = count_columns(len(pictures))
     pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % columns)
     starts = range(0, len(pictures), columns)
@@ -224,13 +229,6 @@ def arrange(panels: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
 def count_columns(number: int) -> int:
     """Returns the number of panels in a row."""
     return min(number, max(PANELS_A_ROW, math.isqrt(number)))
-
-
-def fill(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pads an image with white to a size, centred at the top."""
-    rest = width - image.shape[1]
-    borders = (0, height - image.shape[0], rest // 2, rest - rest // 2)
-    return cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
 
 def name_outputs(paths: list[str]) -> list[str]:

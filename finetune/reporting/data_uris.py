@@ -21,7 +21,7 @@ EMBEDDED_DPI = 144
 CSS_DPI = 96
 WIDEST_IN_COLUMN = 560
 LARGEST_SVG = 250_000
-PHOTO_SIZE = 320
+PHOTO_SIDE = 320
 JPEG_QUALITY = 85
 
 
@@ -87,24 +87,7 @@ def _encode_figure(figure: Figure) -> str:
     return _data_uri(smaller[0], smaller[1].getvalue())
 
 
-def embed_gallery(gallery: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Returns a gallery with data URIs instead of pixels, and adds which labels are right."""
-    return {
-        name: [
-            item
-            | {
-                "photo": encode_photo(item["photo"]),
-                "heatmap": None if item["heatmap"] is None else encode_photo(item["heatmap"]),
-                "missed": [label for label in item["true"] if label not in item["predicted"]],
-                "is_right": set(item["true"]) == set(item["predicted"]),
-            }
-            for item in items
-        ]
-        for name, items in gallery.items()
-    }
-
-
-def encode_photo(photo: np.ndarray, longest_side: int = PHOTO_SIZE, quality: int = JPEG_QUALITY) -> str:
+def encode_photo(photo: np.ndarray, longest_side: int = PHOTO_SIDE, quality: int = JPEG_QUALITY) -> str:
     """Returns a uint8 RGB image, shrunk to at most `longest_side` pixels, as the data URI of a JPEG."""
     scale = longest_side / max(photo.shape[:2])
     if scale < 1:

@@ -17,10 +17,10 @@ from finetune.evaluation.evaluation import Answers, name_labels
 from finetune.evaluation.gradcam import GradCam
 from finetune.models.exported import ExportedModel
 from finetune.reporting.cam_pictures import overlay_heatmap
+from finetune.reporting.data_uris import PHOTO_SIDE, encode_photo
 
 GALLERIES = ("mistakes", "least_confident")
 GALLERY_IMAGES = 12
-PHOTO_SIDE = 320
 LEAST_PROBABILITY = 1e-7
 
 
@@ -64,32 +64,32 @@ def get_image_losses(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarra
 def build_gallery(
     draw: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]], answers: Answers
 ) -> dict[str, list[dict[str, Any]]]:
-    """Collects the worst mistakes and the least confident predictions, as `report.write_report` takes them.
+    """Returns the worst mistakes and the least confident predictions, as `report.write_report` takes them.
 
     Args:
-        draw: returns for each path the photo, and the photo with its heatmap.
+        draw: returns for each path the photo, and the photo with its heatmap or None.
         answers: of the model.
     """
     paths, y_true, probabilities, decision = answers
     chosen = decision.choose(probabilities)
     rows = dict(zip(GALLERIES, choose_gallery(y_true, probabilities, chosen, GALLERY_IMAGES), strict=True))
     shown = np.unique(np.concatenate(list(rows.values())))
-    photos = dict(zip(shown.tolist(), draw([paths[row] for row in shown]), strict=True))
-    columns = {
-        "path": list(paths),
-        "true": name_labels(y_true, decision.class_names),
-        "predicted": name_labels(chosen, decision.class_names),
-        "probability": decision.measure_confidence(probabilities).tolist(),
-        "loss": get_image_losses(y_true, probabilities).tolist(),
-    }
-    return {
-        name: [
-            {column: values[row] for column, values in columns.items()}
-            | dict(zip(("photo", "heatmap"), photos[row], strict=True))
-            for row in gallery.tolist()
-        ]
-        for name, gallery in rows.items()
-    }
+    true, predicted = name_labels(y_true, decision.class_names), name_labels(chosen, decision.class_names)
+    confidences, losses = decision.measure_confidence(probabilities).tolist(), get_image_losses(y_true, probabilities)
+    items = {}
+    for row, (photo, heatmap) in zip(shown.tolist(), draw([paths[row] for row in shown]), strict=True):
+        items[row] = {
+            "path": paths[row],
+            "true": true[row],
+            "predicted": predicted[row],
+            "missed": [label for label in true[row] if label not in predicted[row]],
+            "is_right": set(true[row]) == set(predicted[row]),
+            "probability": confidences[row],
+            "loss": float(losses[row]),
+            "photo": encode_photo(photo),
+            "heatmap": None if heatmap is None else encode_photo(heatmap),
+        }
+    return {name: [items[row] for row in gallery.tolist()] for name, gallery in rows.items()}
 
 
 def build_grad_cam(model: keras.Model | ExportedModel, cam_method: str, layer_name: str) -> GradCam | None:

@@ -16,8 +16,8 @@ from finetune.core.options import UserError
 from finetune.core.texts import MOST_LISTED
 from finetune.evaluation.breakdown import list_breakdown
 from finetune.evaluation.evaluation import Answers, list_predictions, print_results
-from finetune.evaluation.metrics import ConfusionMatrix, get_curves, list_confusions
-from finetune.reporting.data_uris import embed_figures, embed_gallery, embed_log
+from finetune.evaluation.metrics import get_curves, list_confusions
+from finetune.reporting.data_uris import embed_figures, embed_log
 from finetune.reporting.figures import PAIRS_LISTED, save_figures
 from finetune.reporting.gallery import build_gallery
 from finetune.reporting.log_figures import read_log
@@ -64,13 +64,17 @@ def write_report(
         results: the content of metrics.json.
         curves: of the test set, as `metrics.get_curves` returns them.
         gallery: `mistakes` and `least_confident`, lists of images: `path`; `true` and `predicted`, class names;
-            `probability` of the predicted class (multi-label: of the least certain label); `loss` in nats; `photo`,
-            uint8 RGB `(height, width, 3)`; `heatmap`, the photo with its Grad-CAM heatmap, or None.
+            `missed`, the true ones that were not predicted; `is_right`; `probability` of the predicted class
+            (multi-label: of the least certain label); `loss` in nats; the data URIs `photo` and `heatmap`, the photo
+            with its Grad-CAM heatmap, or None.
         training_log: as `read_log` returns it, or None.
         configs: every option of the run by name.
     """
     test, model = results["sets"]["test"], results["model"]
-    missing = () if "confusion_matrix" in test else ("confusion_matrix.png",)
+    confusions, missing = [], ("confusion_matrix.png",)
+    if "confusion_matrix" in test:
+        most = CONFUSIONS_LISTED if len(results["classes"]) <= MOST_LISTED else PAIRS_LISTED
+        confusions, missing = list_confusions(test["confusion_matrix"], results["classes"], most), ()
     page = render_page(
         "report",
         ["report"],
@@ -80,10 +84,10 @@ def write_report(
         warnings=list_warnings(results, configs),
         columns=list_class_columns(results),
         class_intervals=list_class_intervals(results),
-        confusions=_list_confusions(test.get("confusion_matrix"), results["classes"]),
+        confusions=confusions,
         figures=embed_figures(results, curves),
         training_curves=embed_log(training_log),
-        galleries=embed_gallery(gallery),
+        galleries=gallery,
         breakdown=list_breakdown(test["by"]) if test.get("by") else [],
         options=list_options(configs),
         files={name: words for name, words in FILES.items() if name not in missing},
@@ -95,12 +99,6 @@ def write_report(
         ),
     )
     write_text(path, page)
-
-
-def _list_confusions(stored: ConfusionMatrix | None, names: Sequence[str]) -> list[dict[str, Any]]:
-    if stored is None:
-        return []
-    return list_confusions(stored, names, CONFUSIONS_LISTED if len(names) <= MOST_LISTED else PAIRS_LISTED)
 
 
 def _build_command(

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pandas as pd
 import tensorflow as tf
+from sklearn.metrics import recall_score
 
 from configs import Configs
 from finetune.core.devices import set_seed
@@ -348,12 +349,10 @@ def rank_by_balance(labels: np.ndarray, answers: Sequence[np.ndarray]) -> dict[s
 
     Returns:
         `balanced_accuracy`, the mean recall of the classes; `balanced_rank`, from 1; `largest_share`, the share of the
-        images that are of the most frequent class.
+        most frequent class.
     """
-    counts = np.bincount(labels)
-    present = np.flatnonzero(counts)
-    right = [np.bincount(labels[one.argmax(axis=1) == labels], minlength=len(counts)) for one in answers]
-    values = np.array([np.mean(one[present] / counts[present]) for one in right])
+    present, counts = np.unique(labels, return_counts=True)
+    values = np.array([recall_score(labels, one.argmax(axis=1), labels=present, average="macro") for one in answers])
     ranks = 1 + (values > values[:, None]).sum(axis=1)
     return {"balanced_accuracy": values, "balanced_rank": ranks, "largest_share": counts.max() / len(labels)}
 

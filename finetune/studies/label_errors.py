@@ -13,7 +13,7 @@ import pandas as pd
 from configs import Configs
 from finetune.core.devices import set_seed
 from finetune.core.options import UserError
-from finetune.core.texts import join_names
+from finetune.core.texts import join_names, show_count
 from finetune.core.values import get_input_size
 from finetune.data.data_check import check_images
 from finetune.data.groups import (
@@ -317,6 +317,6 @@ def summarize(estimate: Estimate, images: int, listed: int, groups: np.ndarray |
     narrow = " The interval treats the images of the single group as independent: it is too narrow."
     return (
         f"Of {images} labels{describe_groups(groups)}, about {estimate.number} are expected to be wrong (95 % interval "
-        f"{estimate.low} to {estimate.high}); suspected label errors listed: {listed}."
+        f"{estimate.low} to {estimate.high}). {show_count(listed, 'suspected label error')} in the list."
         f"{narrow * is_single_group(groups)} This is an estimate, not a proof: look at each photo."
     )

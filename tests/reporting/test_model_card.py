@@ -18,6 +18,7 @@ from evaluations import multi_label, single_label
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from sklearn.metrics import accuracy_score, f1_score
+from small_runs import options_of, tables  # noqa: F401
 
 import compress_weights
 import test
@@ -466,32 +467,15 @@ def test_no_folder_of_the_computer_is_shown(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(photo_folder, tmp_path_factory):
-    """A run of one epoch, tested and compressed; its tables, its configs, and its card before the test."""
-    folder = tmp_path_factory.mktemp("card")
-    rows = [(str(path), path.parent.name) for path in sorted(photo_folder.glob("*/*.jpg"))]
-    table = pd.DataFrame(rows, columns=["path", "class"])
-    parts = {"training": table[table.index % 3 > 0], "validation": table[table.index % 6 == 0][1:]}
-    parts["testing"] = table[table.index % 6 == 3]
-    for name, part in parts.items():
-        part.to_csv(folder / f"{name}.csv", index=False)
-    configs = Configs(
-        train_csv=str(folder / "training.csv"),
-        validation_csv=str(folder / "validation.csv"),
-        test_csv=str(folder / "testing.csv"),
-        visual_model_name="MobileNet",
-        pop_conv_layers=66,
-        image_target_size=(32, 32, 3),
-        use_imagenet_weights=False,
-        num_epochs=1,
-        show_model_summary=False,
-        save_model_path=str(folder / "run"),
-    )
+def trained(tables, tmp_path_factory):
+    """A run of one epoch, tested and compressed; its configs, and its card before the test."""
+    run = tmp_path_factory.mktemp("card") / "run"
+    configs = Configs(**options_of(tables, run, num_epochs=1, deterministic=False))
     train.main(configs)
-    untested = (folder / "run" / "MODEL_CARD.md").read_text()
+    untested = (run / "MODEL_CARD.md").read_text()
     test.main(configs)
-    compress_weights.main(compress_weights.CompressConfigs(model_path=str(folder / "run")))
-    return folder / "run", parts, configs, untested
+    compress_weights.main(compress_weights.CompressConfigs(model_path=str(run)))
+    return run, configs, untested
 
 
 def digest(labels, paths):
@@ -502,17 +486,17 @@ def digest(labels, paths):
 
 @pytest.mark.slow
 def test_card_of_a_run_has_its_data_and_the_metrics_of_its_predictions(trained):
-    run, parts, configs, untested = trained
+    run, configs, untested = trained
     stored = json.loads((run / "data.json").read_text())
-    for name, counts in {"training": [8, 8, 8], "validation": [1, 2, 2]}.items():
-        csv_path = configs.train_csv if name == "training" else configs.validation_csv
-        labels = parts[name]["class"].map({"blue": 0, "green": 1, "red": 2}).to_numpy(np.int32)
+    for name, csv_path in {"training": configs.train_csv, "validation": configs.test_csv}.items():
+        table = pd.read_csv(csv_path)
+        labels = table["class"].map({"blue": 0, "green": 1, "red": 2}).to_numpy(np.int32)
         assert stored[name] == {
             "csv": csv_path,
             "csv_sha256": hashlib.sha256(Path(csv_path).read_bytes()).hexdigest(),
             "images": len(labels),
-            "classes": dict(zip(["blue", "green", "red"], counts, strict=True)),
-            "sha256": digest(labels, parts[name]["path"]),
+            "classes": table["class"].value_counts().to_dict(),
+            "sha256": digest(labels, table["path"]),
         }
     assert "Not tested yet" in untested
     assert ModelCard(untested).data.eval_results is None
@@ -522,17 +506,17 @@ def test_card_of_a_run_has_its_data_and_the_metrics_of_its_predictions(trained):
     truth, predicted = predictions["true"], predictions["predicted"]
     assert found["accuracy"] == pytest.approx(accuracy_score(truth, predicted), abs=1e-6)
     assert found["f1"] == pytest.approx(f1_score(truth, predicted, average="macro"), abs=1e-6)
-    assert find_table(card, "Class", "Training", "Validation", "Test")["blue"] == ["8", "1", "2"]
+    assert find_table(card, "Class", "Training", "Validation", "Test")["blue"] == ["9", "3", "3"]
     assert find_table(card, "File")["best_model_compressed.h5"][0] == "weights, float32"
     assert str(run.parent) not in (run / "MODEL_CARD.md").read_text()
 
 
 @pytest.mark.slow
 def test_snippets_of_the_card_load_the_models(trained, monkeypatch):
-    run, parts, _, _ = trained
+    run, configs, _ = trained
     write_model_card(str(run))
     blocks = re.findall(r"```python\n(.*?)```", (run / "MODEL_CARD.md").read_text(), re.DOTALL)
-    shutil.copy(parts["testing"]["path"].iloc[0], run / "photo.jpg")
+    shutil.copy(pd.read_csv(configs.test_csv)["path"][0], run / "photo.jpg")
     monkeypatch.chdir(run)
     answers = []
     for block in blocks[1:]:
@@ -546,7 +530,7 @@ def test_snippets_of_the_card_load_the_models(trained, monkeypatch):
 
 @pytest.mark.slow
 def test_resumed_run_gets_a_new_card(trained):
-    run, _, configs, _ = trained
+    run, configs, _ = trained
     before = json.loads((run / "data.json").read_text())
     train.main(configs.replace(load_model_path=str(run), num_epochs=2))
     data, card = read_card(run)
