@@ -64,7 +64,7 @@ def place_heatmap(
         resize_mode: how the photo was resized to it.
 
     Returns:
-        float32 `(height, width)` in `[0, 1]`, to about 1e-6; NaN in parts of the photo that the network did not see.
+        float32 `(height, width)` in `[0, 1]`; NaN in parts of the photo that the network did not see.
     """
     heatmap = heatmap.astype(np.float32)
     if resize_mode == "stretch":
@@ -92,9 +92,6 @@ def overlay_heatmap(
         colormap: OpenCV's name, in lower case; jet is blue at 0 and red at 1.
         image_size: as `place_heatmap` takes it.
         resize_mode: as `place_heatmap` takes it.
-
-    Returns:
-        uint8 RGB `(height, width, 3)`.
     """
     placed = place_heatmap(heatmap, image.shape[:2], image_size, resize_mode)
     colours = colour_table(colormap)[np.uint8(255 * np.clip(np.nan_to_num(placed), 0, 1))]
@@ -103,14 +100,9 @@ def overlay_heatmap(
 
 
 def write_caption(image: np.ndarray, caption: str) -> np.ndarray:
-    """Adds a line of text in a bar below an image.
+    """Adds a line of text in a bar below a uint8 RGB image.
 
-    Args:
-        image: uint8 RGB `(height, width, 3)`.
-        caption: shortened to fit. Characters that DejaVu Sans lacks are shown as a box, control characters as `?`.
-
-    Returns:
-        uint8 RGB, taller by the bar.
+    The caption is shortened to fit. Characters that DejaVu Sans lacks are shown as a box, control characters as `?`.
     """
     bar, width = max(18, image.shape[1] // 12), image.shape[1]
     font = load_font(round(bar * 0.7))
@@ -131,14 +123,7 @@ def load_font(size: int) -> PIL.ImageFont.FreeTypeFont:
 
 
 def read_photo(path: str, longest_side: int, read: Callable[..., np.ndarray]) -> np.ndarray:
-    """Reads a photo, shrunk to `longest_side` pixels or enlarged to `LEAST_SIDE`; keeps the aspect ratio.
-
-    Returns:
-        uint8 RGB `(height, width, 3)`.
-
-    Raises:
-        UserError: it can no longer be read.
-    """
+    """Reads a photo as uint8 RGB, shrunk to `longest_side` or enlarged to `LEAST_SIDE`, with its aspect ratio."""
     image = read(path, (longest_side, longest_side))
     longest = max(image.shape[:2])
     scale = min(max(longest, LEAST_SIDE), longest_side) / longest
@@ -234,9 +219,8 @@ def count_columns(number: int) -> int:
 def name_outputs(paths: list[str]) -> list[str]:
     """Returns a unique file name for each image: its path or URL below the common folder, joined by hyphens.
 
-    Returns:
-        Names without folders, in the order of `paths`, that every system can write: forbidden characters become
-        underscores, a long name is cut and ends in a digest, and a repeated name gets a number.
+    Every system can write the names: forbidden characters become underscores, a long name is cut and ends in a digest,
+    and a repeated name gets a number.
     """
     # The protocol of a URL becomes a folder.
     absolute = [os.path.abspath(path.replace("://", os.sep, 1)) for path in paths]
@@ -286,9 +270,6 @@ def write_page(folder: str, pictures: Sequence[str], answers: Answers, title: st
 
     Returns:
         The page's path.
-
-    Raises:
-        UserError: the page cannot be written.
     """
     cards, decision = _make_cards(pictures, answers), answers.decision
     path = os.path.join(folder, INDEX_FILE)

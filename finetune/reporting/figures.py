@@ -42,11 +42,9 @@ SHORT_NAME = 18
 
 
 def draw_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Draws counts, coloured by their share of the row; the figure grows with the number of classes.
+    """Draws counts `(classes, classes)`, rows true and columns predicted, coloured by their share of the row.
 
-    Args:
-        matrix: int `(classes, classes)`, rows true and columns predicted.
-        class_names: in the order of the rows.
+    The figure grows with the number of classes.
     """
     counts = np.asarray(matrix)
     number, labels = len(counts), [label_text(name) for name in class_names]
@@ -90,10 +88,7 @@ def _write_counts(axes: Axes, counts: np.ndarray, shares: np.ndarray, cell: floa
 def draw_heat_map(stored: ConfusionMatrix, class_names: Sequence[str], pairs_listed: int = PAIRS_LISTED) -> Figure:
     """Draws a confusion matrix of many classes as a heat map, with a list of the most frequent confusions.
 
-    Args:
-        stored: as `metrics.count_confusions` returns it.
-        class_names: in the order of the positions.
-        pairs_listed: the most pairs listed; 0 draws the map alone.
+    It takes what `metrics.count_confusions` returned, and draws the map alone with `pairs_listed` 0.
     """
     cells, number = read_cells(stored, class_names), len(class_names)
     # Cells that would be too small to see are merged into blocks that show their maximum, so no confusion is lost.
@@ -145,11 +140,7 @@ def _write_pairs(axes: Axes, pairs: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_roc_curves(curves: dict[str, dict[str, Any]]) -> Figure:
-    """Draws the ROC curve of each class, with its area.
-
-    Args:
-        curves: by class name, as `metrics.get_curves` returns them; a class with an undefined area is left out.
-    """
+    """Draws the ROC curves of `metrics.get_curves` with their areas; leaves out classes with an undefined area."""
     figure, axes = _square_figure("False positive rate", "True positive rate")
     axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
     _draw_curves(axes, curves, ("false_positive_rate", "true_positive_rate"), "auroc", "AUROC")
@@ -157,11 +148,7 @@ def draw_roc_curves(curves: dict[str, dict[str, Any]]) -> Figure:
 
 
 def draw_precision_recall_curves(curves: dict[str, dict[str, Any]]) -> Figure:
-    """Draws precision over recall of each class, with its average precision.
-
-    Args:
-        curves: by class name, as `metrics.get_curves` returns them; a class without positives is left out.
-    """
+    """Draws precision over recall with average precisions; leaves out classes without positives."""
     figure, axes = _square_figure("Recall", "Precision")
     _draw_curves(axes, curves, ("recall", "precision"), "average_precision", "Average precision")
     return figure
@@ -265,17 +252,7 @@ def label_text(name: str, longest: int = LONGEST_NAME) -> str:
 
 
 def save_figures(folder: str, results: dict[str, Any], curves: dict[str, dict[str, Any]]) -> list[str]:
-    """Writes the test set's figures as PNG files.
-
-    Args:
-        folder: receives `confusion_matrix.png` (single-label), `roc_curves.png`, `precision_recall_curves.png` and
-            `reliability_diagram.png`.
-        results: the content of metrics.json.
-        curves: of the test set, as `metrics.get_curves` returns them.
-
-    Returns:
-        The files' paths.
-    """
+    """Writes the figures of `figures_of` into a folder as PNG files; returns their paths."""
     paths = []
     for name, draw in figures_of(results, curves).items():
         paths.append(os.path.join(folder, f"{name}.png"))

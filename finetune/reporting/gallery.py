@@ -48,11 +48,9 @@ def choose_gallery(
 
 
 def get_image_losses(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Returns the cross-entropy of each image, multi-label the mean of its binary ones; nats, float64 `(images,)`.
+    """Returns the cross-entropy of each image in nats, multi-label the mean of its binary ones, float64.
 
-    Args:
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`; clipped to at least 1e-7, multi-label to at most 1 - 1e-7 too.
+    Probabilities are clipped to at least 1e-7, multi-label to at most 1 - 1e-7 too.
     """
     probabilities = np.asarray(probabilities, np.float64)
     if y_true.ndim == 1:
@@ -139,8 +137,7 @@ def draw_pictures(
         paths: of the photos.
 
     Returns:
-        For each photo uint8 RGB `(height, width, 3)`, its longer side at most `PHOTO_SIDE`, and the same with its
-        heatmap, or None.
+        For each photo uint8 RGB, its longer side at most `PHOTO_SIDE`, and the same with its heatmap, or None.
     """
     pictures = []
     for path in paths:

@@ -66,11 +66,7 @@ def write_label_page(
 
 
 def embed_photos(files: dict[int, str], longest_side: int, configs: Configs) -> dict[int, str]:
-    """Returns small photos as data URIs, by the same keys; threads read them.
-
-    Raises:
-        UserError: a photo can no longer be read.
-    """
+    """Returns small photos as data URIs, by the same keys; threads read them."""
     read = build_reader(configs)
 
     def embed(key: int) -> str:
@@ -92,15 +88,9 @@ def _apply_command(csv_path: str, configs: Configs) -> str:
 
 
 def write_contradictions(folder: str, copies: Copies, multi_label: bool, configs: Configs) -> None:
-    """Writes the page and prints its path if copies of a photo have different labels; otherwise removes an old page.
+    """Writes the page and prints its path if copies of a photo have different labels; else removes an old page.
 
     The page shows photos of the first table that has any, so that its corrections can be applied to that table.
-
-    Args:
-        folder: receives the page.
-        copies: of the tables' images.
-        multi_label: whether a label may have several class names.
-        configs: how photos are read, and the options of the command that applies corrections.
     """
     path = os.path.join(folder, PAGE_FILE)
     groups = [group for group in list_groups(copies) if len({place.names(multi_label) for place in group}) > 1]
@@ -136,9 +126,8 @@ def _find_doubtful(
 ) -> list[tuple[Place, Sequence[Place], str, float]]:
     """Returns the rows of a table for which another label is at least as frequent among the copies.
 
-    Returns:
-        For each the row, its group, the most frequent other label, and that label's share of the group; the largest
-        share first.
+    Returns the row, its group, the most frequent other label and that label's share of the group; the largest share
+    first.
     """
     found = []
     for group in groups:

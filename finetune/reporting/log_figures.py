@@ -22,11 +22,7 @@ LOG_METRICS = {"accuracy": "Accuracy", "auroc": "Mean AUROC", "loss": "Loss"}
 
 
 def read_log(log_path: str) -> pd.DataFrame:
-    """Reads a training log.
-
-    Raises:
-        UserError: it is missing or not a training log.
-    """
+    """Reads a training log; raises UserError if it is missing or not a training log."""
     try:
         log = pd.read_csv(log_path)
     except OSError as error:
@@ -44,12 +40,7 @@ def read_log(log_path: str) -> pd.DataFrame:
 
 
 def draw_log(log: pd.DataFrame, figure: Figure | None = None) -> Figure:
-    """Draws each metric of a log in its own panel.
-
-    Args:
-        log: as `read_log` returns it.
-        figure: an empty one to draw in, such as a window's; by default a new one without a window.
-    """
+    """Draws each metric of a log in its own panel; by default in a new figure without a window."""
     metrics = [name for name in LOG_METRICS if name in log]
     figure = figure or Figure()
     figure.set_layout_engine("constrained")
@@ -98,10 +89,7 @@ def draw_learning_rate(rates: Sequence[float], losses: Sequence[float], suggesti
 def report_learning_rate(folder: str, found: dict[str, Any], draws: bool = True) -> dict[str, Any]:
     """Draws the result of a learning-rate range test into a run's folder, and prints the suggestion.
 
-    Args:
-        folder: of the run.
-        found: `suggestion`, `rates` and `losses`; returned unchanged.
-        draws: False leaves the picture to another process.
+    Returns `found` unchanged: `suggestion`, `rates` and `losses`. `draws` False leaves the picture to another process.
     """
     path = os.path.join(folder, "learning_rate.png")
     smooth = smooth_losses(np.array(found["losses"])[np.isfinite(found["losses"])])

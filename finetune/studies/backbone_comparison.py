@@ -221,21 +221,15 @@ def without_retracing_warnings() -> Iterator[None]:
 def probe_backbone(
     model: keras.Model, sequence: AugmentedImageSequence, configs: Configs, training_images: int, title: str
 ) -> Candidate:
-    """Cross-validates a regression on a backbone's features.
+    """Cross-validates a regression on the features of a model's backbone.
 
-    Args:
-        model: of this collection.
-        sequence: of the images.
-        configs: of the model.
-        training_images: the number of images in an epoch of the training to come.
-        title: of the progress bar.
+    `training_images` is the number of images in an epoch of the training to come, and `title` that of the progress bar.
 
     Returns:
         The candidate, its speed still to be measured.
 
     Raises:
-        UserError: an image cannot be read and `skip_bad_images` is not set, fewer than 10 can, or the features cannot
-            be written.
+        UserError: an image cannot be read without `skip_bad_images`, fewer than 10 can, or a file cannot be written.
         FloatingPointError: a feature is not finite.
     """
     views, is_read = [], np.ones(len(sequence.paths), bool)
@@ -343,10 +337,6 @@ def rank(probed: Probed, class_names: Sequence[str], multi_label: bool, seed: in
 def rank_by_balance(labels: np.ndarray, answers: Sequence[np.ndarray]) -> dict[str, np.ndarray | float]:
     """Returns the columns that show what accuracy hides if most images are of one class.
 
-    Args:
-        labels: int `(images,)`.
-        answers: probabilities `(images, classes)` of each candidate.
-
     Returns:
         `balanced_accuracy`, the mean recall of the classes; `balanced_rank`, from 1; `largest_share`, the share of the
         most frequent class.
@@ -361,12 +351,7 @@ def judge(table: pd.DataFrame, metric: str, scores: np.ndarray, groups: np.ndarr
     """Adds the paired differences, the suggestion and the front to a ranking, as `rank` returns them.
 
     The suggestion is the fastest candidate that is not significantly worse than the best, as `choose_fastest` finds it.
-
-    Args:
-        table: the best first.
-        metric: the column that it is ordered by.
-        scores: of each image by each candidate, `(candidates, images)`.
-        groups: of the images, as `number_groups` returns them.
+    `scores` are those of each image by each candidate, `(candidates, images)`.
     """
     differences, errors = np.array([compare_scores(row, scores[0], groups) for row in scores]).T
     speeds = table["images_per_second"].to_numpy()
@@ -386,14 +371,9 @@ def judge(table: pd.DataFrame, metric: str, scores: np.ndarray, groups: np.ndarr
 
 
 def find_front(values: np.ndarray, speeds: np.ndarray) -> np.ndarray:
-    """Returns which candidates are on the Pareto front: no other is better in one number and not worse in the other.
+    """Returns which candidates are on the Pareto front, bool `(candidates,)`; higher is better in both arguments.
 
-    Args:
-        values: `(candidates,)`, higher is better.
-        speeds: `(candidates,)`, higher is better.
-
-    Returns:
-        bool `(candidates,)`.
+    A candidate is on the front if no other is better in one number and not worse in the other.
     """
     at_least = (values[:, None] >= values) & (speeds[:, None] >= speeds)
     above = (values[:, None] > values) | (speeds[:, None] > speeds)

@@ -45,13 +45,7 @@ def name_candidates(ranking: pd.DataFrame) -> list[str]:
 
 
 def print_ranking(ranking: pd.DataFrame, left_out: dict[str, str], epochs: int) -> None:
-    """Prints the table, the suggestion, and what could not be compared.
-
-    Args:
-        ranking: as `backbone_comparison.rank` returns it.
-        left_out: by name, why a candidate is not in it.
-        epochs: that the training time is for.
-    """
+    """Prints the table, the suggestion, and why others were left out; `epochs` are those of the training time."""
     print(f"\n{format_ranking(ranking)}\n")
     print(f"Training: {epochs} epochs on all images of train_csv on this machine, estimated from the speed.")
     for reason in dict.fromkeys(left_out.values()):
@@ -160,15 +154,7 @@ def show_gap(ranking: pd.DataFrame, place: int) -> str:
 
 
 def draw_ranking(ranking: pd.DataFrame, write_path: str) -> str:
-    """Draws the metric over the speed as a PNG file with the name of the table's file.
-
-    Args:
-        ranking: as `backbone_comparison.rank` returns it.
-        write_path: of the table.
-
-    Returns:
-        The picture's path.
-    """
+    """Draws the metric over the speed as a PNG file with the name of the table's file; returns its path."""
     path = f"{os.path.splitext(write_path)[0]}.png"
     with style({}), atomic_path(path) as temporary:
         draw_front(ranking).savefig(temporary, dpi=PRINTED_DPI, facecolor="white")

@@ -22,7 +22,7 @@ def write_page(
 
     Args:
         path: the HTML file.
-        found: the suspected label errors and their positions among the images, as `list_suspects` returns them.
+        found: what `list_suspects` returned.
         evidence: the images.
         summary: how many labels are expected to be wrong, in sentences.
         csv_path: the table.

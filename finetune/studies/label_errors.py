@@ -257,12 +257,7 @@ def _find_lone_labels(one_hot: np.ndarray, class_names: Sequence[str], groups: n
 
 
 def list_suspects(evidence: Evidence, class_names: Sequence[str], most: int) -> tuple[pd.DataFrame, np.ndarray]:
-    """Lists the suspected label errors, the most doubtful label first.
-
-    Args:
-        evidence: the images.
-        class_names: in the order of the probabilities.
-        most: the most to list.
+    """Lists the suspected label errors, the most doubtful label first, at most `most` of them.
 
     Returns:
         A table of `row`, the line number; `path`, `given_label`, `likely_label`; `confidence` that the given label is
@@ -285,12 +280,7 @@ def list_suspects(evidence: Evidence, class_names: Sequence[str], most: int) -> 
 
 
 def find_neighbours(features: np.ndarray, positions: np.ndarray, number: int = NEIGHBOURS) -> np.ndarray:
-    """Finds the most similar images, by the cosine between features after subtracting their mean.
-
-    Args:
-        features: float32 `(images, channels)`.
-        positions: of the images to find neighbours of.
-        number: of neighbours.
+    """Finds the images most similar to some others, by the cosine between features around their mean.
 
     Returns:
         Positions, int `(len(positions), number)`, the nearest first; fewer columns if there are fewer images.

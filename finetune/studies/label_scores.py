@@ -24,12 +24,7 @@ class Estimate(NamedTuple):
 
 
 def find_wrong_labels(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Returns which labels of multi-label images are wrong by cleanlab, each class by itself, bool `(images, classes)`.
-
-    Args:
-        labels: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`.
-    """
+    """Returns which labels of multi-label images are wrong by cleanlab, class by class, bool `(images, classes)`."""
     is_wrong = np.zeros(labels.shape, bool)
     for position, (given, probability) in enumerate(zip(labels.T.astype(int), probabilities.T, strict=True)):
         pair = np.stack([1 - probability, probability], axis=1)
@@ -80,11 +75,6 @@ def rank_suspects(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ranks the images whose likely label differs from the given one.
 
-    Args:
-        labels: as `encode_labels` returns them.
-        probabilities: `(images, classes)`, each by a model that was not trained on the image.
-        multi_label: whether an image may have several labels.
-
     Returns:
         Their positions, the most doubtful label first; and of every image the quality of its label, and the likely
         labels as `find_likely` returns them.
@@ -116,16 +106,9 @@ def estimate_errors(
 ) -> Estimate:
     """Estimates how many labels are wrong, with a bootstrap over images or groups.
 
-    Args:
-        labels: as `encode_labels` returns them.
-        probabilities: `(images, classes)`.
-        multi_label: whether an image may have several labels.
-        seed: of the bootstrap.
-        groups: of the images, as `number_groups` returns them.
-
     Returns:
-        The estimate. If no label is found wrong, the upper end is 3 images (the rule of three) or, with groups, as many
-        images as three groups have on average.
+        The estimate. If no label is found wrong, the upper end is 3 images (the rule of three) or, with groups, as
+        many images as three groups have on average.
     """
     # A single group cannot be resampled: `summarize` warns.
     groups = None if is_single_group(groups) else groups
