@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -65,13 +65,12 @@ def write_label_page(
     write_text(path, page)
 
 
-def embed_photos(files: dict[int, str], longest_side: int, configs: Configs) -> dict[int, str]:
-    """Returns small photos as data URIs, by the same keys; threads read them."""
-    read = build_reader(configs)
+def embed_photos(files: Iterable[str], longest_side: int, configs: Configs) -> dict[str, str]:
+    """Returns small photos as data URIs by their paths; threads read them."""
+    files, read = list(dict.fromkeys(files)), build_reader(configs)
 
-    def embed(key: int) -> str:
-        photo = read(files[key], (longest_side, longest_side))
-        return encode_photo(photo, longest_side, QUALITY)
+    def embed(file: str) -> str:
+        return encode_photo(read(file, (longest_side, longest_side)), longest_side, QUALITY)
 
     with ThreadPoolExecutor(max(configs.generator_workers, 1)) as pool:
         return dict(zip(files, pool.map(embed, files), strict=True))
@@ -93,7 +92,10 @@ def write_contradictions(folder: str, copies: Copies, multi_label: bool, configs
     The page shows photos of the first table that has any, so that its corrections can be applied to that table.
     """
     path = os.path.join(folder, PAGE_FILE)
-    groups = [group for group in list_groups(copies) if len({place.names(multi_label) for place in group}) > 1]
+    numbers, members = copies.group(), defaultdict(list)
+    for position, places in enumerate(copies.places):
+        members[numbers[position]] += places
+    groups = [group for group in members.values() if len({place.names(multi_label) for place in group}) > 1]
     if not groups:
         if os.path.isfile(path):
             os.remove(path)
@@ -111,14 +113,6 @@ def write_contradictions(folder: str, copies: Copies, multi_label: bool, configs
     cards = _make_cards(_find_doubtful(groups, table), configs)
     write_label_page(path, cards, summary, "copies of it, with their own labels", table.csv_path, configs)
     print(f"{show_count(len(groups), 'photo')} with copies under different labels: {path} shows them side by side.")
-
-
-def list_groups(copies: Copies) -> list[list[Place]]:
-    """Returns the rows of each group of copies, exact or near, in the order of the tables."""
-    groups, members = copies.group(), defaultdict(list)
-    for position, places in enumerate(copies.places):
-        members[groups[position]] += places
-    return [places for places in members.values() if len(places) > 1]
 
 
 def _find_doubtful(
@@ -145,26 +139,23 @@ def _make_cards(
     doubtful: Sequence[tuple[Place, Sequence[Place], str, float]], configs: Configs
 ) -> list[dict[str, Any]]:
     """Returns the cards of the rows, as `write_label_page` takes them."""
-    neighbours = [_choose_neighbours(place, group) for place, group, *_ in doubtful]
-    photos = embed_photos({row: place.file for row, (place, *_) in enumerate(doubtful)}, PHOTO_SIDE, configs)
-    files = dict.fromkeys(other.file for others in neighbours for other in others)
-    small = dict(zip(files, embed_photos(dict(enumerate(files)), NEIGHBOUR_SIDE, configs).values(), strict=True))
+    neighbours = []
+    for place, group, *_ in doubtful:
+        # Copies with another label come first.
+        others = sorted(group, key=lambda other: other.label == place.label)
+        neighbours.append([other for other in others if other is not place][:MOST_NEIGHBOURS])
+    photos = embed_photos((place.file for place, *_ in doubtful), PHOTO_SIDE, configs)
+    small = embed_photos((other.file for others in neighbours for other in others), NEIGHBOUR_SIDE, configs)
     return [
         {
-            "rank": row + 1,
+            "rank": rank,
             "row": place.row,
             "path": place.path,
             "given_label": place.label,
             "likely_label": likely,
             "confidence": share,
-            "photo": photos[row],
-            "neighbours": [(small[other.file], other.label, other.path) for other in neighbours[row]],
+            "photo": photos[place.file],
+            "neighbours": [(small[other.file], other.label, other.path) for other in others],
         }
-        for row, (place, _, likely, share) in enumerate(doubtful)
+        for rank, ((place, _, likely, share), others) in enumerate(zip(doubtful, neighbours, strict=True), start=1)
     ]
-
-
-def _choose_neighbours(place: Place, group: Sequence[Place]) -> list[Place]:
-    """Returns the copies to show with a photo, those with another label first."""
-    others = [other for other in group if other is not place]
-    return sorted(others, key=lambda other: other.label == place.label)[:MOST_NEIGHBOURS]

@@ -33,12 +33,11 @@ def write_page(
     """
     suspects, positions = found
     neighbours = find_neighbours(evidence.features, positions)
-    photos, small = (
-        embed_photos({one: evidence.files[one] for one in np.unique(images).tolist()}, side, configs)
-        for images, side in ((positions, PHOTO_SIDE), (neighbours, NEIGHBOUR_SIDE))
-    )
+    files, texts, names = evidence.files, evidence.texts, evidence.names
+    photos = embed_photos((files[position] for position in positions), PHOTO_SIDE, configs)
+    small = embed_photos((files[other] for other in neighbours.flat), NEIGHBOUR_SIDE, configs)
     cards = suspects.to_dict("records")
-    for card, position, others in zip(cards, positions.tolist(), neighbours.tolist(), strict=True):
-        card["photo"] = photos[position]
-        card["neighbours"] = [(small[other], evidence.texts[other], evidence.names[other]) for other in others]
+    for card, position, others in zip(cards, positions, neighbours, strict=True):
+        card["photo"] = photos[files[position]]
+        card["neighbours"] = [(small[files[other]], texts[other], names[other]) for other in others]
     write_label_page(path, cards, summary, "the most similar ones, with their own labels", csv_path, configs)

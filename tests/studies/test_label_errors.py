@@ -334,6 +334,7 @@ def test_a_run_that_was_trained_on_all_images_judges_none(table, run_folder, pho
         run(table, load_model_path=str(run_folder))
 
 
+@pytest.mark.slow
 def test_an_error_in_the_table_does_not_wait_for_tensorflow(tmp_path):
     (tmp_path / "all.csv").write_text("path,label\na.jpg,cat\n")
     code = "import sys, find_label_errors as script\n"
