@@ -33,7 +33,7 @@ class CompareConfigs(Configs):
     image_sizes: list[int] = define(
         [], "Image sizes in pixels to compare, as squares; none takes image_target_size", at_least=1, at_most=16384
     )
-    max_images: int = define(2000, "At most that many images, drawn with their share of every class", at_least=10)
+    max_images: int = define(2000, "The most images to compare on, drawn with a share of every class", at_least=10)
     write_path: str = define(
         "./backbone_comparison.csv", "The CSV file to write; the picture gets the same name with .png"
     )

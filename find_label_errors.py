@@ -23,7 +23,7 @@ class LabelErrorConfigs(Configs):
     csv_path: str = define("./data/all_data.csv", "The CSV file whose labels are judged")
     write_path: str = define(
         "./label_errors.csv",
-        "The CSV file to write, with the page next to it; with apply the corrected table, csv_path with _corrected",
+        "The CSV file to write, with its page; with apply, the corrected table, by default csv_path with _corrected",
     )
     max_suspects: int = define(
         500, "The most suspected label errors to list, the most doubtful first", at_least=1, at_most=MOST_SUSPECTS

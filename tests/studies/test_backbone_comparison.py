@@ -339,12 +339,14 @@ def probed_of(**candidates):
     return Probed(rows, labels)
 
 
+def rank_three(probed):
+    return rank(probed, ["a", "b", "c"], False, seed=0)
+
+
 def test_the_fastest_not_significantly_worse_than_the_best_is_suggested():
     # Right on the same images except for the last few: 4 of 200 differ by 0.02, standard error 0.0099, which is
     # significant; 3 of 200 differ by 0.015 with a standard error of 0.0086, which is not.
-    ranking = rank(
-        probed_of(fast=(180, 90), good=(181, 20), best=(184, 10), fastest=(100, 200)), ["a", "b", "c"], False, 0
-    )
+    ranking = rank_three(probed_of(fast=(180, 90), good=(181, 20), best=(184, 10), fastest=(100, 200)))
     assert ranking["backbone"].tolist() == ["best", "good", "fast", "fastest"]
     assert ranking["accuracy"].tolist() == [0.92, 0.905, 0.9, 0.5]
     assert ranking["behind_best"].tolist() == pytest.approx([0, 0.015, 0.02, 0.42])
@@ -362,7 +364,7 @@ def test_the_fastest_not_significantly_worse_than_the_best_is_suggested():
 
 
 def test_a_significantly_better_one_is_suggested_however_slow():
-    ranking = rank(probed_of(fast=(100, 90), best=(190, 10)), ["a", "b", "c"], False, 0)
+    ranking = rank_three(probed_of(fast=(100, 90), best=(190, 10)))
     line = describe_suggestion(ranking)
     assert line.startswith("Suggestion: best at 224, the best.")
     assert "fast at 224, is behind by 45.0 points (95 % interval 38.1 to 51.9)" in line
@@ -374,7 +376,7 @@ def test_speeds_that_contradict_the_computation_do_not_choose():
         Candidate("MobileNet", (size, size), answer(labels, right), speed, 1000.0, 2_000_000, multiply_adds)
         for size, right, speed, multiply_adds in ((144, 180, 23.6, 234_000_000), (224, 181, 29.7, 567_000_000))
     ]
-    ranking = rank(Probed(candidates, labels), ["a", "b", "c"], False, 0)
+    ranking = rank_three(Probed(candidates, labels))
     assert ranking["height"].tolist() == [224, 144]
     assert ranking["suggested"].tolist() == [False, True]
     assert ranking["measured_fastest"].tolist() == [True, False]
@@ -384,7 +386,7 @@ def test_speeds_that_contradict_the_computation_do_not_choose():
 
 
 def test_of_equal_metrics_the_faster_comes_first():
-    ranking = rank(probed_of(slow=(150, 9), fast=(150, 10)), ["a", "b", "c"], False, 0)
+    ranking = rank_three(probed_of(slow=(150, 9), fast=(150, 10)))
     assert ranking["backbone"].tolist() == ["fast", "slow"]
     assert ranking["suggested"].tolist() == [True, False]
     assert ranking["on_front"].tolist() == [True, False]
@@ -394,7 +396,7 @@ def test_an_image_that_one_candidate_could_not_read_counts_for_none():
     probed = probed_of(one=(150, 9), other=(160, 10))
     probed.candidates[0].probabilities[199] = np.nan
     probed.candidates[1].probabilities[0] = np.nan
-    ranking = rank(probed, ["a", "b", "c"], False, 0)
+    ranking = rank_three(probed)
     assert ranking["images"].tolist() == [198, 198]
     # Both were right on image 0 and wrong on image 199.
     assert ranking["accuracy"].tolist() == pytest.approx([159 / 198, 149 / 198])
@@ -407,7 +409,7 @@ def test_of_imbalanced_classes_the_order_by_balanced_accuracy_is_shown_too(capsy
         is_right = np.concatenate([np.arange(count) < right for count, right in zip((71, 20, 9), numbers, strict=True)])
         chosen = np.eye(3)[np.where(is_right, labels, (labels + 1) % 3)] * 0.7 + 0.1
         candidates.append(Candidate(name, (224, 224), chosen, 10.0, 1000.0, 2_000_000))
-    ranking = rank(Probed(candidates, labels), ["a", "b", "c"], False, 0)
+    ranking = rank_three(Probed(candidates, labels))
     assert ranking["backbone"].tolist() == ["common", "even"]
     assert ranking["accuracy"].tolist() == [0.87, 0.84]
     assert ranking["balanced_accuracy"].tolist() == pytest.approx(
@@ -425,22 +427,22 @@ def test_of_imbalanced_classes_the_order_by_balanced_accuracy_is_shown_too(capsy
 
 def test_copies_of_images_in_groups_make_no_difference_significant():
     probed = probed_of(fast=(180, 90), best=(184, 10))
-    alone = rank(probed, ["a", "b", "c"], False, 0)
+    alone = rank_three(probed)
     assert "groups" not in alone
     copied = [one._replace(probabilities=one.probabilities.repeat(4, axis=0)) for one in probed.candidates]
     labels, groups = probed.labels.repeat(4), np.arange(200).repeat(4)
-    ranking = rank(Probed(copied, labels, groups), ["a", "b", "c"], False, 0)
+    ranking = rank_three(Probed(copied, labels, groups))
     assert ranking[["images", "groups"]].to_numpy().tolist() == [[800, 200]] * 2
     names = ["accuracy", "behind_best", "standard_error", "low", "high"]
     assert ranking[names].to_numpy() == pytest.approx(alone[names].to_numpy())
     assert ranking["suggested"].tolist() == alone["suggested"].tolist() == [True, False]
-    assert rank(Probed(copied, labels), ["a", "b", "c"], False, 0)["suggested"].tolist() == [True, False]
+    assert rank_three(Probed(copied, labels))["suggested"].tolist() == [True, False]
 
 
 def test_a_class_of_one_group_is_not_compared_on():
     probed = probed_of(one=(150, 9))
     groups = np.where(probed.labels == 2, 200, np.arange(200) // 2)
-    ranking = rank(probed._replace(groups=np.unique(groups, return_inverse=True)[1]), ["a", "b", "c"], False, 0)
+    ranking = rank_three(probed._replace(groups=np.unique(groups, return_inverse=True)[1]))
     kept = probed.labels < 2
     assert ranking["images"].tolist() == [kept.sum()]
     assert ranking["accuracy"].tolist() == pytest.approx([kept[:150].sum() / kept.sum()])
@@ -505,7 +507,7 @@ def test_names_in_the_picture_have_sizes_where_these_differ():
 
 
 def test_the_table_has_a_line_for_each_and_notes():
-    ranking = rank(probed_of(fast=(180, 90), good=(181, 20), best=(184, 10)), ["a", "b", "c"], False, 0)
+    ranking = rank_three(probed_of(fast=(180, 90), good=(181, 20), best=(184, 10)))
     lines = format_ranking(ranking).splitlines()
     assert lines[0].split() == ["size", "accuracy", "95", "%", "interval", "images/s", "training", "parameters", "MB"]
     assert lines[2].split()[:3] == ["good", "224", "0.905"]
