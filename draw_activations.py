@@ -12,7 +12,7 @@ from finetune.core.values import get_input_size
 
 @script
 def main(configs: Configs) -> dict:
-    """Loads the model, explains the test images batch by batch, writes the pictures; returns paths and faithfulness."""
+    """Explains the test images and writes a picture of each; returns `paths` and `faithfulness`."""
     import numpy as np
 
     from finetune.core.devices import start_devices
@@ -58,7 +58,7 @@ def main(configs: Configs) -> dict:
     summary = describe_faithfulness(faithfulness, len(paths))
     answers = Answers(sequence.get_read_paths(), sequence.get_y_true(), probabilities, decision)
     page = write_page(folder, paths, answers, model_path, summary)
-    print(f"Wrote {len(paths)} pictures to {folder}\n{summary}\nThe page that shows them is {page}")
+    print(f"Wrote {len(paths)} pictures to {folder}\n{summary}\nThe page with all of them is {page}")
     return {"paths": paths, "faithfulness": faithfulness}
 
 

@@ -1,7 +1,7 @@
 """Finds labels that are probably wrong, by a regression on a frozen backbone's features or by a run's trained model.
 
-It writes label_errors.csv and, beside it, label_errors.html: the photos to look at, and a button that saves what you
-find as corrections.csv. With apply it writes a copy of the table in which these labels are corrected.
+It writes label_errors.csv, and label_errors.html to review the photos and to save your findings as corrections.csv.
+With apply it writes a corrected copy of the table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_SUSPECTS = 2000
 
 @dataclasses.dataclass
 class LabelErrorConfigs(Configs):
-    """The options of this script, beside those of every script."""
+    """The options of this script, in addition to those of every script."""
 
     csv_path: str = define("./data/all_data.csv", "CSV file whose labels are checked")
     write_path: str = define(
@@ -37,13 +37,13 @@ class LabelErrorConfigs(Configs):
 
 @script
 def main(configs: LabelErrorConfigs) -> dict:
-    """Judges every label of the table, writes the suspects and their page; or writes the corrected table.
+    """Judges every label of the table and writes the suspected errors with their page, or writes the corrected table.
 
     Returns:
-        `suspects`, the table as written, and `estimate`, how many labels are expected to be wrong; with `apply`, how
-        many rows are marked in each way.
+        `suspects`, the table as written, and `estimate`, the number of wrong labels; with `apply`, how many rows have
+        each mark.
     """
-    # Imported here, so that --help does not wait for pandas, nor a mistake for TensorFlow.
+    # Imported here, so that --help does not wait for pandas, nor an error in the table for TensorFlow.
     from finetune.data.corrections import apply_corrections, name_corrected
 
     csv_path, multi_label = configs.csv_path, configs.multi_label_classification
@@ -80,7 +80,7 @@ def main(configs: LabelErrorConfigs) -> dict:
         write_page(page_path, found, evidence, summary, csv_path, configs)
     finally:
         print(summary)
-    print(f"Wrote {configs.write_path} and the page to look at them, {page_path}")
+    print(f"Wrote {configs.write_path} and the page to review them, {page_path}")
     return {"suspects": suspects, "estimate": estimate}
 
 

@@ -1,4 +1,4 @@
-"""The images that are worth a look: the worst mistakes and the least confident ones."""
+"""The images that the report shows: the worst mistakes and the least confident predictions."""
 
 from __future__ import annotations
 
@@ -17,42 +17,40 @@ from finetune.evaluation.evaluation import Answers, name_labels
 from finetune.evaluation.gradcam import GradCam
 from finetune.models.exported import ExportedModel
 from finetune.reporting.cam_pictures import overlay_heatmap
+from finetune.reporting.data_uris import PHOTO_SIDE, encode_photo
 
 GALLERIES = ("mistakes", "least_confident")
 GALLERY_IMAGES = 12
-PHOTO_SIDE = 320
 LEAST_PROBABILITY = 1e-7
 
 
 def choose_gallery(
     y_true: np.ndarray, probabilities: np.ndarray, chosen: np.ndarray, number: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses the images that are worth a look.
+    """Chooses the images to show.
 
     Args:
         y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
         probabilities: `(images, classes)`.
-        chosen: bool `(images, classes)`, the classes that are predicted.
+        chosen: bool `(images, classes)`, the predicted classes.
         number: the most images of either kind.
 
     Returns:
-        Rows of the wrongly predicted images with the highest loss, the worst first; multi-label: with any label
-        wrong. And rows of the images, right or wrong, whose prediction is least probable, the least first.
+        Rows of the wrong predictions with the highest loss, the worst first; multi-label, a prediction with any wrong
+        label counts. And rows of the least probable predictions, right or wrong, the least probable first.
     """
     truth = y_true.astype(bool) if y_true.ndim == 2 else np.arange(chosen.shape[1]) == y_true[:, None]
     wrong = np.flatnonzero((truth != chosen).any(axis=1))
     losses = get_image_losses(y_true, probabilities)
-    # The loss that the prediction itself would have if it were the truth: high where the model half believes it.
+    # The loss if the prediction were true: high if the model is not sure.
     doubts = get_image_losses(chosen if y_true.ndim == 2 else chosen.argmax(axis=1), probabilities)
     return wrong[np.argsort(-losses[wrong], kind="stable")][:number], np.argsort(-doubts, kind="stable")[:number]
 
 
 def get_image_losses(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Returns the cross-entropy of each image, multi-label the mean of its binary ones; nats, float64 `(images,)`.
+    """Returns the cross-entropy of each image in nats, multi-label the mean of its binary ones, float64.
 
-    Args:
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`; taken as at least 1e-7 from 0, multi-label from 1 as well.
+    Probabilities are clipped to at least 1e-7, multi-label to at most 1 - 1e-7 too.
     """
     probabilities = np.asarray(probabilities, np.float64)
     if y_true.ndim == 1:
@@ -64,42 +62,42 @@ def get_image_losses(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarra
 def build_gallery(
     draw: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]], answers: Answers
 ) -> dict[str, list[dict[str, Any]]]:
-    """Collects the worst mistakes and the least confident images, as `report.write_report` takes them.
+    """Returns the worst mistakes and the least confident predictions, as `report.write_report` takes them.
 
     Args:
-        draw: from paths to each one's photo and the same with its heatmap.
+        draw: returns for each path the photo, and the photo with its heatmap or None.
         answers: of the model.
     """
     paths, y_true, probabilities, decision = answers
     chosen = decision.choose(probabilities)
     rows = dict(zip(GALLERIES, choose_gallery(y_true, probabilities, chosen, GALLERY_IMAGES), strict=True))
     shown = np.unique(np.concatenate(list(rows.values())))
-    photos = dict(zip(shown.tolist(), draw([paths[row] for row in shown]), strict=True))
-    columns = {
-        "path": list(paths),
-        "true": name_labels(y_true, decision.class_names),
-        "predicted": name_labels(chosen, decision.class_names),
-        "probability": decision.measure_confidence(probabilities).tolist(),
-        "loss": get_image_losses(y_true, probabilities).tolist(),
-    }
-    return {
-        name: [
-            {column: values[row] for column, values in columns.items()}
-            | dict(zip(("photo", "heatmap"), photos[row], strict=True))
-            for row in gallery.tolist()
-        ]
-        for name, gallery in rows.items()
-    }
+    true, predicted = name_labels(y_true, decision.class_names), name_labels(chosen, decision.class_names)
+    confidences, losses = decision.measure_confidence(probabilities).tolist(), get_image_losses(y_true, probabilities)
+    items = {}
+    for row, (photo, heatmap) in zip(shown.tolist(), draw([paths[row] for row in shown]), strict=True):
+        items[row] = {
+            "path": paths[row],
+            "true": true[row],
+            "predicted": predicted[row],
+            "missed": [label for label in true[row] if label not in predicted[row]],
+            "is_right": set(true[row]) == set(predicted[row]),
+            "probability": confidences[row],
+            "loss": float(losses[row]),
+            "photo": encode_photo(photo),
+            "heatmap": None if heatmap is None else encode_photo(heatmap),
+        }
+    return {name: [items[row] for row in gallery.tolist()] for name, gallery in rows.items()}
 
 
 def build_grad_cam(model: keras.Model | ExportedModel, cam_method: str, layer_name: str) -> GradCam | None:
-    """Builds what explains a model; None, and a line, where it has not the parts for that.
+    """Builds Grad-CAM for a model. Returns None and prints why if the model does not support it.
 
     Raises:
         UserError: a layer is named, and the model lacks it.
     """
     if isinstance(model, ExportedModel):
-        print("The report's photos have no heatmaps: Grad-CAM needs the Keras model that this one was made of.")
+        print("The report's photos have no heatmaps: Grad-CAM needs the Keras model that this file was exported from.")
         return None
     try:
         return GradCam(model, cam_method, layer_name)
@@ -113,7 +111,7 @@ def build_grad_cam(model: keras.Model | ExportedModel, cam_method: str, layer_na
 def build_explainer(
     model: keras.Model | ExportedModel, configs: Configs
 ) -> Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]]:
-    """Builds what draws photos by their paths, with the model's heatmaps as the configs want them."""
+    """Returns `draw_pictures` with the model and the configs filled in: a function of paths."""
     shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
     grad_cam = build_grad_cam(model, configs.cam_method, configs.cam_backbone_layer)
@@ -128,19 +126,18 @@ def draw_pictures(
     overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
     paths: Sequence[str],
 ) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """Reads photos and lays over each the heatmap of its most probable class.
+    """Reads photos and draws on each the heatmap of its most probable class.
 
     Args:
-        grad_cam: explains, or None.
+        grad_cam: of the model, or None.
         image_size: `(height, width)` of the model's input.
-        resize_mode: how photos come to that size.
+        resize_mode: how photos are resized to it.
         read: reads a photo, as `read_image` does.
         overlay: colours a photo by a heatmap.
         paths: of the photos.
 
     Returns:
-        Of each photo uint8 RGB `(height, width, 3)`, its longer side at most `PHOTO_SIDE`, and the same under its
-        heatmap, or None.
+        For each photo uint8 RGB, its longer side at most `PHOTO_SIDE`, and the same with its heatmap, or None.
     """
     pictures = []
     for path in paths:

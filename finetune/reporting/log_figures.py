@@ -1,4 +1,4 @@
-"""The training log: reading it, and its curves."""
+"""Reads the training log and draws its curves."""
 
 from __future__ import annotations
 
@@ -22,11 +22,7 @@ LOG_METRICS = {"accuracy": "Accuracy", "auroc": "Mean AUROC", "loss": "Loss"}
 
 
 def read_log(log_path: str) -> pd.DataFrame:
-    """Reads a training log.
-
-    Raises:
-        UserError: it is missing or is no training log.
-    """
+    """Reads a training log; raises UserError if it is missing or not a training log."""
     try:
         log = pd.read_csv(log_path)
     except OSError as error:
@@ -44,12 +40,7 @@ def read_log(log_path: str) -> pd.DataFrame:
 
 
 def draw_log(log: pd.DataFrame, figure: Figure | None = None) -> Figure:
-    """Draws each metric of a log in a panel of its own.
-
-    Args:
-        log: as `read_log` gives it.
-        figure: an empty one to draw in, such as a window's; by default a new one without a window.
-    """
+    """Draws each metric of a log in its own panel; by default in a new figure without a window."""
     metrics = [name for name in LOG_METRICS if name in log]
     figure = figure or Figure()
     figure.set_layout_engine("constrained")
@@ -70,8 +61,8 @@ def draw_learning_rate(rates: Sequence[float], losses: Sequence[float], suggesti
 
     Args:
         rates: `(steps,)`, rising.
-        losses: `(steps,)`; those that are not finite are left out.
-        suggestion: the rate to mark; None marks none.
+        losses: `(steps,)`; only finite ones are drawn.
+        suggestion: the rate to mark, or None.
         path: the file.
     """
     is_finite = np.isfinite(losses)
@@ -84,7 +75,7 @@ def draw_learning_rate(rates: Sequence[float], losses: Sequence[float], suggesti
         if len(known):
             smooth = smooth_losses(known)
             axes.plot(rates, smooth, color=COLOURS[0], linewidth=2, label="smoothed")
-            # Where training diverges, losses grow so far that the rest of the curve would be a flat line.
+            # Once training diverges, the losses grow so large that the rest of the curve would look flat.
             margin = 0.1 * np.ptp(smooth) or 0.1
             axes.set_ylim(min(known.min(), smooth.min()) - margin, smooth.max() + 2 * margin)
         if suggestion is not None:
@@ -96,12 +87,9 @@ def draw_learning_rate(rates: Sequence[float], losses: Sequence[float], suggesti
 
 
 def report_learning_rate(folder: str, found: dict[str, Any], draws: bool = True) -> dict[str, Any]:
-    """Draws what a learning-rate range test found into a run's folder, and prints what it suggests.
+    """Draws the result of a learning-rate range test into a run's folder, and prints the suggestion.
 
-    Args:
-        folder: of the run.
-        found: `suggestion`, `rates` and `losses`; returned as it is.
-        draws: False leaves the picture to another process.
+    Returns `found` unchanged: `suggestion`, `rates` and `losses`. `draws` False leaves the picture to another process.
     """
     path = os.path.join(folder, "learning_rate.png")
     smooth = smooth_losses(np.array(found["losses"])[np.isfinite(found["losses"])])
@@ -111,15 +99,15 @@ def report_learning_rate(folder: str, found: dict[str, Any], draws: bool = True)
             draw_learning_rate(found["rates"], found["losses"], found["suggestion"], path)
     finally:
         print(
-            f"Suggested learning_rate: {found['suggestion']:.2g}. Up to the best rate the smoothed loss falls from "
-            f"{highest:.3g} to {lowest:.3g}."
+            f"Suggested learning_rate: {found['suggestion']:.2g}. The smoothed loss falls from {highest:.3g} to "
+            f"{lowest:.3g} as the rate rises."
         )
     print(f"The curve is in {path}")
     return found
 
 
 def select_backend() -> bool:
-    """Chooses matplotlib's file-only backend where there is no display; returns whether there is one."""
+    """Selects matplotlib's file-only backend if there is no display; returns True if there is one."""
     has_display = sys.platform in ("win32", "darwin") or bool(
         os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     )

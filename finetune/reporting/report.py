@@ -17,7 +17,7 @@ from finetune.core.texts import MOST_LISTED
 from finetune.evaluation.breakdown import list_breakdown
 from finetune.evaluation.evaluation import Answers, list_predictions, print_results
 from finetune.evaluation.metrics import get_curves, list_confusions
-from finetune.reporting.data_uris import embed_figures, embed_gallery, embed_log
+from finetune.reporting.data_uris import embed_figures, embed_log
 from finetune.reporting.figures import PAIRS_LISTED, save_figures
 from finetune.reporting.gallery import build_gallery
 from finetune.reporting.log_figures import read_log
@@ -34,16 +34,16 @@ from finetune.training.run_folder import LOG_FILE
 
 CONFUSIONS_LISTED = 8
 FILES = {
-    "metrics.json": "every metric of this page, with intervals, for programs",
-    "predictions.csv": "each test image's labels, prediction and probabilities",
+    "metrics.json": "all metrics with their intervals, to read by a program",
+    "predictions.csv": "labels, prediction and probabilities of each test image",
     "confusion_matrix.png": "the confusion matrix",
     "roc_curves.png": "the ROC curves",
     "precision_recall_curves.png": "the precision-recall curves",
     "reliability_diagram.png": "the reliability diagram",
     "report.html": "this page",
-    "decision.json": "beside the model: temperature and thresholds, which predict.py uses",
+    "decision.json": "in the model's folder: the temperature and the thresholds, which predict.py applies",
 }
-# The options that test.py's metrics depend on, beside those that the model's own configs.json knows.
+# The options that the results of test.py depend on, except those that it reads from the model's configs.json.
 REPRODUCING = ("train_csv", "validation_csv", "test_csv", "image_directory", "csv_label_column")
 REPRODUCING += ("multilabel_threshold_range", "report_by", "random_seed", "cam_method", "cam_classes", "cam_top_k")
 REPRODUCING += ("cam_alpha", "cam_colormap", "cam_backbone_layer")
@@ -60,34 +60,40 @@ def write_report(
     """Writes the page that shows an evaluation, atomically.
 
     Args:
-        path: the HTML file; it loads nothing else.
+        path: the HTML file, which is self-contained.
         results: the content of metrics.json.
-        curves: of the test set, as `curves.get_curves` gives them.
+        curves: of the test set, as `metrics.get_curves` returns them.
         gallery: `mistakes` and `least_confident`, lists of images: `path`; `true` and `predicted`, class names;
-            `probability` of the predicted class (multi-label: of the answer to the least certain label); `loss` in
-            nats; `photo`, uint8 RGB `(height, width, 3)`; `heatmap`, the same with Grad-CAM over it, or None.
-        training_log: as `read_log` gives it, or None.
+            `missed`, the true ones that were not predicted; `is_right`; `probability` of the predicted class
+            (multi-label: of the least certain label); `loss` in nats; the data URIs `photo` and `heatmap`, the photo
+            with its Grad-CAM heatmap, or None.
+        training_log: as `read_log` returns it, or None.
         configs: every option of the run by name.
     """
+    test, model = results["sets"]["test"], results["model"]
+    confusions, missing = [], ("confusion_matrix.png",)
+    if "confusion_matrix" in test:
+        most = CONFUSIONS_LISTED if len(results["classes"]) <= MOST_LISTED else PAIRS_LISTED
+        confusions, missing = list_confusions(test["confusion_matrix"], results["classes"], most), ()
     page = render_page(
         "report",
         ["report"],
         results=results,
-        test=results["sets"]["test"],
+        test=test,
         headlines=list_headlines(results),
         warnings=list_warnings(results, configs),
         columns=list_class_columns(results),
         class_intervals=list_class_intervals(results),
-        confusions=_list_confusions(results),
+        confusions=confusions,
         figures=embed_figures(results, curves),
         training_curves=embed_log(training_log),
-        galleries=embed_gallery(gallery),
-        breakdown=list_breakdown(by) if (by := results["sets"]["test"].get("by")) else [],
+        galleries=gallery,
+        breakdown=list_breakdown(test["by"]) if test.get("by") else [],
         options=list_options(configs),
-        files={name: words for name, words in FILES.items() if _is_written(name, results)},
-        command=_list_command("test.py", results["model"], configs, REPRODUCING),
-        label_command=_list_command(
-            *("find_label_errors.py", results["model"], configs | {"csv_path": configs["test_csv"]}),
+        files={name: words for name, words in FILES.items() if name not in missing},
+        command=_build_command("test.py", model, configs, REPRODUCING),
+        label_command=_build_command(
+            *("find_label_errors.py", model, configs | {"csv_path": configs["test_csv"]}),
             ("csv_path", "image_directory", "csv_label_column"),
             ("--write_path", os.path.join(os.path.dirname(path), "label_errors.csv")),
         ),
@@ -95,18 +101,10 @@ def write_report(
     write_text(path, page)
 
 
-def _list_confusions(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lists the most frequent confusions of the test set, as `list_confusions` does; multi-label none."""
-    stored, names = results["sets"]["test"].get("confusion_matrix"), results["classes"]
-    if stored is None:
-        return []
-    return list_confusions(stored, names, CONFUSIONS_LISTED if len(names) <= MOST_LISTED else PAIRS_LISTED)
-
-
-def _list_command(
+def _build_command(
     script: str, model_path: str, configs: dict[str, Any], names: Sequence[str], more: Sequence[str] = ()
 ) -> str:
-    """Returns the command line that runs a script on the model with the options of these names that are no defaults."""
+    """Returns the command that runs a script on the model, with those of the named options that are not defaults."""
     words, defaults = ["python", script, "--load_model_path", model_path], Configs.defaults()
     for name in names:
         value = configs.get(name)
@@ -116,10 +114,6 @@ def _list_command(
     return shlex.join([*words, *more])
 
 
-def _is_written(name: str, results: dict[str, Any]) -> bool:
-    return name != "confusion_matrix.png" or "confusion_matrix" in results["sets"]["test"]
-
-
 def write_evaluation(
     folder: str,
     answers: Answers,
@@ -127,15 +121,13 @@ def write_evaluation(
     explain: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]],
     options: dict[str, Any],
 ) -> None:
-    """Writes metrics.json, predictions.csv, the figures and report.html of the test set, then prints the results.
-
-    Results that cannot be written are printed too.
+    """Writes metrics.json, predictions.csv, the plots and report.html of the test set; prints the results in any case.
 
     Args:
-        folder: where to write, in that of the run.
+        folder: to write into, in the folder of the run.
         answers: of the model.
         results: the content of metrics.json.
-        explain: from paths to each one's photo and the same with its heatmap.
+        explain: returns for each path the photo, and the photo with its heatmap.
         options: of the run, which the report lists.
     """
     path = os.path.join(folder, "report.html")
@@ -152,7 +144,7 @@ def write_evaluation(
 
 
 def read_training_log(folder: str) -> pd.DataFrame | None:
-    """Returns the run's training log; None where there is none."""
+    """Returns the run's training log, or None; prints why a log cannot be read."""
     path = os.path.join(folder, LOG_FILE)
     try:
         return read_log(path) if os.path.isfile(path) else None

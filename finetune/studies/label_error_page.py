@@ -1,8 +1,6 @@
-"""label_errors.html, the page that shows photos whose labels are probably wrong, and notes what they really are."""
+"""label_errors.html, the page on which a user reviews suspected label errors."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,41 +18,26 @@ def write_page(
     csv_path: str,
     configs: Configs,
 ) -> None:
-    """Writes the page of suspects, atomically; it loads nothing else.
+    """Writes the page, atomically; it is self-contained.
 
     Args:
         path: the HTML file.
-        found: the suspects and their positions among the images, as `list_suspects` gives them.
+        found: what `list_suspects` returned.
         evidence: the images.
         summary: how many labels are expected to be wrong, in sentences.
         csv_path: the table.
-        configs: with `classes`, what photos may have, and what the command line that corrects the table repeats.
+        configs: with `classes`; how photos are read, and the options of the command that corrects the table.
 
     Raises:
-        UserError: a photo can no longer be read, or the page not be written.
+        UserError: a photo can no longer be read, or the page cannot be written.
     """
-    cards = _make_cards(*found, evidence, configs)
-    write_label_page(path, cards, summary, "those most like it, with their own labels", csv_path, configs)
-
-
-def _make_cards(
-    suspects: pd.DataFrame, positions: np.ndarray, evidence: Evidence, configs: Configs
-) -> list[dict[str, Any]]:
-    """Returns what the page shows of each suspect: its columns, `photo`, and of `neighbours` photo, label and path."""
+    suspects, positions = found
     neighbours = find_neighbours(evidence.features, positions)
-    photos = _embed(positions, evidence, PHOTO_SIDE, configs)
-    small = _embed(np.unique(neighbours), evidence, NEIGHBOUR_SIDE, configs)
-    return [
-        suspect
-        | {
-            "photo": photos[position],
-            "neighbours": [(small[other], evidence.texts[other], evidence.names[other]) for other in others],
-        }
-        for suspect, position, others in zip(
-            suspects.to_dict("records"), positions.tolist(), neighbours.tolist(), strict=True
-        )
-    ]
-
-
-def _embed(positions: np.ndarray, evidence: Evidence, longest_side: int, configs: Configs) -> dict[int, str]:
-    return embed_photos({one: evidence.files[one] for one in positions.tolist()}, longest_side, configs)
+    files, texts, names = evidence.files, evidence.texts, evidence.names
+    photos = embed_photos((files[position] for position in positions), PHOTO_SIDE, configs)
+    small = embed_photos((files[other] for other in neighbours.flat), NEIGHBOUR_SIDE, configs)
+    cards = suspects.to_dict("records")
+    for card, position, others in zip(cards, positions, neighbours, strict=True):
+        card["photo"] = photos[files[position]]
+        card["neighbours"] = [(small[files[other]], texts[other], names[other]) for other in others]
+    write_label_page(path, cards, summary, "the most similar ones, with their own labels", csv_path, configs)

@@ -1,5 +1,8 @@
-"""Which images the report shows."""
+"""The images that the report shows."""
 
+import base64
+
+import cv2
 import keras
 import numpy as np
 import PIL.Image
@@ -8,8 +11,10 @@ from sklearn.metrics import log_loss
 
 from finetune.core.options import UserError
 from finetune.data.images import read_image
+from finetune.evaluation.decision import Decision
+from finetune.evaluation.evaluation import Answers
 from finetune.reporting.cam_pictures import overlay_heatmap
-from finetune.reporting.gallery import build_grad_cam, choose_gallery, draw_pictures, get_image_losses
+from finetune.reporting.gallery import build_gallery, build_grad_cam, choose_gallery, draw_pictures, get_image_losses
 
 
 def test_gallery_of_single_labels():
@@ -17,7 +22,7 @@ def test_gallery_of_single_labels():
     probabilities = np.array([[0.9, 0.05, 0.05], [0.8, 0.15, 0.05], [0.05, 0.93, 0.02], [0.4, 0.3, 0.3]])
     chosen = probabilities == probabilities.max(axis=1, keepdims=True)
     mistakes, least_confident = choose_gallery(y_true, probabilities, chosen, 2)
-    # Wrong are the rows 1 (0.15 for the true class) and 2 (0.02); the surest answers have 0.9, 0.8, 0.93, 0.4.
+    # Rows 1 (0.15 for the true class) and 2 (0.02) are wrong; the predictions have 0.9, 0.8, 0.93, 0.4.
     assert mistakes.tolist() == [2, 1]
     assert least_confident.tolist() == [3, 1]
 
@@ -27,7 +32,7 @@ def test_gallery_of_several_labels_follows_the_thresholds():
     probabilities = np.array([[0.3, 0.01], [0.99, 0.25], [0.05, 0.02]])
     chosen = probabilities >= 0.2
     mistakes, least_confident = choose_gallery(y_true, probabilities, chosen, 5)
-    # At 0.2 row 0 is right in spite of its loss, and row 1 wrong; the product of each answer's probabilities is
+    # With a threshold of 0.2 row 0 is right despite its loss, and row 1 is wrong. The products of the probabilities are
     # 0.3 x 0.99 = 0.297, 0.99 x 0.25 = 0.2475, 0.95 x 0.98 = 0.931.
     assert mistakes.tolist() == [1]
     assert least_confident.tolist() == [1, 0, 2]
@@ -38,6 +43,27 @@ def test_gallery_without_a_mistake_is_empty_and_ties_keep_their_order():
     mistakes, least_confident = choose_gallery(y_true, probabilities, probabilities > 0.5, 2)
     assert mistakes.tolist() == []
     assert least_confident.tolist() == [0, 1]
+
+
+def test_gallery_has_the_predictions_and_shrunken_photos_as_data_uris():
+    photo = np.zeros((500, 1000, 3), np.uint8)
+    photo[..., 0] = 255
+    truth, probabilities = np.array([[1, 1], [0, 1]]), np.array([[0.9, 0.2], [0.3, 0.8]])
+    answers = Answers(["a.jpg", "b.jpg"], truth, probabilities, Decision(["cat", "dog"], True))
+    gallery = build_gallery(lambda paths: [(photo, photo if path == "a.jpg" else None) for path in paths], answers)
+    (mistake,) = gallery["mistakes"]
+    assert [mistake[key] for key in ("path", "true", "predicted", "missed", "is_right")] == [
+        *("a.jpg", ["cat", "dog"], ["cat"], ["dog"], False)
+    ]
+    other = next(item for item in gallery["least_confident"] if item["path"] == "b.jpg")
+    assert (other["is_right"], other["missed"], other["heatmap"]) == (True, [], None)
+    assert other["probability"] == pytest.approx(0.7)
+    kind, content = mistake["photo"].split(",")
+    assert kind == "data:image/jpeg;base64"
+    decoded = cv2.imdecode(np.frombuffer(base64.b64decode(content), np.uint8), cv2.IMREAD_COLOR)
+    assert decoded.shape == (160, 320, 3)
+    # OpenCV reads blue, green, red: the photo is still red.
+    np.testing.assert_allclose(decoded[80, 160], [0, 0, 254], atol=3)
 
 
 def test_losses_are_those_of_scikit_learn():
@@ -77,13 +103,13 @@ def test_heatmaps_lie_over_photos_of_their_own_aspect_ratio(size, shown, tmp_pat
         grad_cam, (8, 8), "stretch", read_image, overlay_heatmap, [str(tmp_path / "photo.png")]
     )
     assert photo.shape == heatmap.shape == (*shown, 3)
-    # Of the four blocks that the network sees, the right upper one alone is not black.
+    # Only the top right one of the four blocks that the network sees is not black.
     np.testing.assert_array_equal(heatmap, overlay_heatmap(photo, np.array([[0, 1], [0, 0]])))
 
 
-def test_a_model_without_the_parts_has_no_heatmaps_and_a_layer_that_it_lacks_is_refused(capsys):
+def test_an_unsuitable_model_has_no_heatmaps_and_an_unknown_layer_is_refused(capsys):
     foreign = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
     assert build_grad_cam(foreign, "gradcam", "") is None
     assert "have no heatmaps" in capsys.readouterr().out
-    with pytest.raises(UserError, match="did you mean blocks"):
+    with pytest.raises(UserError, match="blocks"):
         build_grad_cam(small_network(), "gradcam", "block")
