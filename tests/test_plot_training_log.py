@@ -15,6 +15,8 @@ matplotlib.use("agg")
 def no_display(monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    # Figures of other tests.
+    plt.close("all")
     yield
     plt.close("all")
 

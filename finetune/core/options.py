@@ -368,11 +368,11 @@ def differs(value: Any, default: Any) -> bool:
 
 def rename_legacy(values: dict[str, Any]) -> dict[str, Any]:
     """Returns values by the present names of their options; raises UserError if both names of one are given."""
-    for old in values.keys() & LEGACY_NAMES.keys():
-        new = LEGACY_NAMES[old]
-        if new in values:
+    for old, new in LEGACY_NAMES.items():
+        if old in values and new in values:
             raise UserError(f"{old} is the former name of {new}. Received both. Leave {old} out.")
-        _print_renamed(old, new)
+        if old in values:
+            _print_renamed(old, new)
     return {LEGACY_NAMES.get(name, name): value for name, value in values.items()}
 
 
