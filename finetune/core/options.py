@@ -162,10 +162,11 @@ class Options:
 
     @classmethod
     def own_options(cls) -> list[str]:
-        """Returns the names of the options that a script adds or declares differently."""
+        """Returns the names of the options that a script adds, then of those that it declares differently."""
         # The first class below Options declares the options of all scripts.
         common = cls.__mro__[cls.__mro__.index(Options) - 1].options()
-        return [name for name, field in cls.options().items() if common.get(name) is not field]
+        own = [name for name, field in cls.options().items() if common.get(name) is not field]
+        return sorted(own, key=lambda name: name in common)
 
     @classmethod
     @functools.cache
