@@ -269,7 +269,7 @@ def test_the_card_tells_how_to_fit_a_photo(run_folder, photo_folder, monkeypatch
     write_model_card(str(run_folder))
     card = (run_folder / "MODEL_CARD.md").read_text()
     assert f"| Resizing | {mode} |" in card
-    words = {"stretch": "stretched to", "crop": "cropped to that shape", "pad": "in the middle of grey (127)"}
+    words = {"stretch": "stretched to", "crop": "cropped to that shape", "pad": "on grey (127)"}
     assert words[mode] in card
     Image.open(photo_folder / "red" / "00.jpg").save(run_folder / "photo.jpg", quality=95)
     monkeypatch.chdir(run_folder)
