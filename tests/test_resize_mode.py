@@ -223,7 +223,7 @@ def test_the_card_says_how_to_resize_a_photo(run_folder, photo_folder, monkeypat
     write_model_card(str(run_folder))
     card = (run_folder / "MODEL_CARD.md").read_text()
     assert f"| Resizing | {mode} |" in card
-    words = {"stretch": "stretched to", "crop": "cropped to that shape", "pad": "in the middle of grey (127)"}
+    words = {"stretch": "stretched to", "crop": "cropped to that shape", "pad": "on grey (127)"}
     assert words[mode] in card
     Image.open(photo_folder / "red" / "00.jpg").save(run_folder / "photo.jpg", quality=95)
     monkeypatch.chdir(run_folder)

@@ -1,7 +1,5 @@
 """Grad-CAM pictures, and cam_output/index.html: self-contained, escaped, filtered and sorted."""
 
-import base64
-import hashlib
 import html
 import json
 import re
@@ -10,7 +8,7 @@ import urllib.parse
 import cv2
 import numpy as np
 import pytest
-from browsers import browse
+from browsers import browse, check_policy, probe
 
 from configs import CAM_COLORMAPS
 from finetune.data.images import read_image
@@ -69,14 +67,10 @@ def multi_page(tmp_path_factory):
 
 def test_page_loads_only_its_pictures_runs_only_its_script_and_shows_names_as_text(page):
     source = page.read_text(encoding="utf-8")
-    assert not re.search(r"https?:|@import|url\(|<link|<iframe|<form", source)
+    check_policy(source, "'self' file:")
     sources = [html.unescape(one) for one in re.findall(r' src="([^"]+)"', source)]
     assert [urllib.parse.unquote(one) for one in sources] == PICTURES
     assert source.count('loading="lazy"') == len(PICTURES)
-    (script,) = re.findall(r"<script>(.*?)</script>", source, re.S)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src 'self' file:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    assert policy in source
     assert not any(code in source for code in ("<script>missing", "<b onclick", "<i>"))
     assert "&lt;script&gt;missing()&lt;/script&gt;" in source
 
@@ -138,17 +132,9 @@ window.addEventListener("load", () => {
 </script></body>"""
 
 
-def probe(page, steps, *flags):
-    """Opens a copy of a page with the test's script; returns what the script found."""
-    # Lazy pictures would load after the script.
-    source = page.read_text(encoding="utf-8").replace(' loading="lazy"', "")
-    loosened = re.sub(r"script-src [^;]+", "script-src 'unsafe-inline'", source, count=1)
-    script = PROBE.replace("STEPS", json.dumps(steps))
-    (page.parent / "probed.html").write_text(loosened.replace("</body>", script), encoding="utf-8")
-    document, console = browse(page.parent / "probed.html", *flags)
-    assert console == []
-    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", document, re.DOTALL)[1]))
-    assert "error" not in found
+def run_steps(page, steps, *flags):
+    """Returns what `PROBE` finds on a page after each choice."""
+    found = probe(page, page.parent, PROBE.replace("STEPS", json.dumps(steps)), *flags)
     assert (found["overflow"], {*found["widths"]}, found["focusable"]) == (0, {40}, True)
     return found
 
@@ -162,7 +148,7 @@ def test_browser_opens_the_page_without_an_error(page):
 def test_pictures_are_filtered_and_sorted_on_a_desktop(page):
     steps = [("true", "0"), ("answer", "wrong"), ("predicted", "2"), ("true", ""), ("answer", "right")]
     steps += [("predicted", ""), ("order", "-1"), ("answer", ""), ("order", "1"), ("order", "0")]
-    found = probe(page, steps, "--window-size=1280,4000")
+    found = run_steps(page, steps, "--window-size=1280,4000")
     assert found["steps"] == [
         [[0, 1, 2], "3 of 8 pictures"],
         [[1], "1 of 8 pictures"],
@@ -184,7 +170,7 @@ def test_pictures_are_filtered_and_sorted_on_a_desktop(page):
 
 def test_pictures_of_several_labels_are_filtered_on_a_dark_phone(multi_page):
     steps = [("true", "0"), ("true", "-1"), ("true", ""), ("predicted", "-1"), ("answer", "wrong")]
-    found = probe(multi_page, steps, "--window-size=390,4000", "--force-dark-mode")
+    found = run_steps(multi_page, steps, "--window-size=390,4000", "--force-dark-mode")
     assert [shown for shown, _ in found["steps"]] == [[0, 1], [2], [0, 1, 2, 3], [2, 3], [3]]
     assert found["choices"] == [["any", "no label", *CLASSES]] * 2
     assert found["dark"] is True
