@@ -124,7 +124,7 @@ def tabulate_images(images: dict[str, list[str]], label_column: str, folder_path
 def leave_out_bad_images(
     tables: dict[str, pd.DataFrame], set_names: Sequence[str], configs: Configs, multi_label: bool = False
 ) -> dict[str, pd.DataFrame]:
-    """Checks every image, writes data_report.csv beside the tables, and returns the tables without the bad rows.
+    """Checks every image, writes data_report.csv next to the tables, and returns these without the bad rows.
 
     These are images with two labels and, with `skip_bad_images`, those that cannot be read. Other errors are raised.
     The report's row numbers count all images.
