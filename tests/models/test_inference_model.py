@@ -93,8 +93,9 @@ def test_exports_answer_as_the_file_does(flipped_run, tables):
 
 @pytest.mark.slow
 def test_a_run_keeps_its_augmentation_and_another_run_may_start_from_its_weights(flipped_run, tables, tmp_path):
+    options = {"load_model_path": str(flipped_run), "num_epochs": 2, "test_time_augmentation": "none"}
     with pytest.raises(UserError, match="test_time_augmentation"):
-        start(**options_of(tables, flipped_run, load_model_path=str(flipped_run), num_epochs=2))
+        start(**options_of(tables, flipped_run, **options))
     # A file saved by Keras is no checkpoint.
     keras.models.load_model(flipped_run / "best_model.keras").save(tmp_path / "weights.keras")
     start(**options_of(tables, tmp_path / "next", load_model_path=str(tmp_path / "weights.keras"), num_epochs=1))
