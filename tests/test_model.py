@@ -186,7 +186,7 @@ def test_saved_models_load_without_this_project(tmp_path):
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 def test_mixed_precision_computes_in_16_bits_and_answers_in_32(monkeypatch, tmp_path, kind):
     monkeypatch.setattr("finetune.core.devices.choose_mixed_policy", lambda: f"mixed_{kind}")
-    model, full = build(mixed_precision=True), build()
+    model, full = build(mixed_precision=True, pop_conv_layers=66), build(pop_conv_layers=66)
     backbone, head = model.get_layer("backbone"), model.get_layer("classifier")
     assert {layer.compute_dtype for layer in backbone.layers} == {kind}
     assert model.get_layer("preprocessing").compute_dtype == "float32"

@@ -21,7 +21,7 @@ from finetune.core.options import UserError
 BACKBONE, HEAD = "backbone", "classifier"
 POOLING, LOGITS, PROBABILITIES = "pooling", "logits", "probabilities"
 POOLINGS = {"avg": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D, None: layers.Flatten}
-# Images per batch of features in the hidden layers.
+# Number of images whose features pass through the hidden layers at once.
 CHUNK = 1024
 
 

@@ -92,13 +92,14 @@ def test_exports_answer_as_the_file_does(flipped_run, tables):
 
 
 @pytest.mark.slow
-def test_a_run_keeps_its_augmentation_and_another_run_may_start_from_its_weights(flipped_run, tables, tmp_path):
-    with pytest.raises(UserError, match="test_time_augmentation"):
-        start(**options_of(tables, flipped_run, load_model_path=str(flipped_run), num_epochs=2))
+def test_another_run_may_start_from_its_weights_and_keeps_its_own_augmentation(flipped_run, tables, tmp_path):
     # A file saved by Keras is no checkpoint.
     keras.models.load_model(flipped_run / "best_model.keras").save(tmp_path / "weights.keras")
     start(**options_of(tables, tmp_path / "next", load_model_path=str(tmp_path / "weights.keras"), num_epochs=1))
     assert not has_views(keras.models.load_model(tmp_path / "next" / "latest_model.keras"))
+    options = {"load_model_path": str(tmp_path / "next"), "num_epochs": 2, "test_time_augmentation": "flip"}
+    with pytest.raises(UserError, match="test_time_augmentation"):
+        start(**options_of(tables, tmp_path / "next", **options))
 
 
 @pytest.mark.slow
