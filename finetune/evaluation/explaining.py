@@ -10,7 +10,7 @@ import numpy as np
 from finetune.evaluation.decision import Decision
 from finetune.evaluation.faithfulness import Removal, choose_removal, find_parts, predict_without
 from finetune.evaluation.gradcam import GradCam
-from finetune.evaluation.metrics import check_finite
+from finetune.evaluation.metrics import check_finite, to_indicators
 from finetune.models.features import select_rows
 from generator import AugmentedImageSequence, naming_bad_images
 
@@ -50,14 +50,10 @@ def _choose_most_probable(probabilities: np.ndarray, number: int) -> np.ndarray:
     return chosen
 
 
-def _choose_true(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return labels > 0 if labels.ndim == 2 else labels[:, None] == np.arange(probabilities.shape[1])
-
-
 # The classes to explain, bool `(batch, classes)`, from calibrated probabilities, labels, the decision and `cam_top_k`.
 CHOOSERS: dict[str, Callable[..., np.ndarray]] = {
     "predicted": lambda probabilities, labels, decision, top_k: _choose_most_probable(probabilities, 1),
-    "true": lambda probabilities, labels, decision, top_k: _choose_true(probabilities, labels),
+    "true": lambda probabilities, labels, decision, top_k: to_indicators(labels, probabilities.shape[1]),
     "top_k": lambda probabilities, labels, decision, top_k: _choose_most_probable(probabilities, top_k),
     "threshold": lambda probabilities, labels, decision, top_k: decision.choose(probabilities),
 }

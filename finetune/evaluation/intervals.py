@@ -11,7 +11,7 @@ from scipy import sparse, stats
 
 from finetune.data.groups import count_groups, is_single_group
 from finetune.evaluation.decision import BLOCK, Decision
-from finetune.evaluation.metrics import MANY_CLASSES, TOP_K, is_in_top_k
+from finetune.evaluation.metrics import MANY_CLASSES, TOP_K, is_in_top_k, to_indicators
 
 RESAMPLES = 1000
 
@@ -101,7 +101,7 @@ def _prepare_counts(y_true: np.ndarray, raw: np.ndarray, decision: Decision) -> 
     `recall` and `f1` `(resamples, classes)`; NaN if undefined.
     """
     predicted = decision.choose(decision.calibrate(raw))
-    truth = y_true.astype(bool) if decision.multi_label else y_true[:, None] == np.arange(predicted.shape[1])
+    truth = to_indicators(y_true, predicted.shape[1])
     per_image = {"accuracy": (truth == predicted).all(axis=1)}
     if decision.multi_label:
         per_image = {"exact_match_accuracy": per_image["accuracy"]}

@@ -90,6 +90,11 @@ def list_confusions(stored: ConfusionMatrix, class_names: Sequence[str], most: i
     ]
 
 
+def to_indicators(y_true: np.ndarray, classes: int) -> np.ndarray:
+    """Returns labels of either form as bool `(images, classes)`."""
+    return y_true.astype(bool) if y_true.ndim == 2 else y_true[:, None] == np.arange(classes)
+
+
 def check_finite(probabilities: np.ndarray) -> None:
     """Raises UserError if a probability is not finite."""
     if wrong := int((~np.isfinite(probabilities)).any(axis=1).sum()):
@@ -297,10 +302,7 @@ def get_curves(y_true: np.ndarray, probabilities: np.ndarray, class_names: Seque
         500 points in the curve's order; empty if undefined), `auroc` and `average_precision` of the whole curves
         (None if undefined).
     """
-    truth = np.asarray(y_true)
-    if truth.ndim == 1:
-        truth = truth[:, None] == np.arange(len(class_names))
-    truth = truth.astype(bool)
+    truth = to_indicators(np.asarray(y_true), len(class_names))
     aurocs, precisions = get_aurocs(truth, probabilities), get_average_precisions(truth, probabilities)
     curves = {}
     for position, name in enumerate(class_names):

@@ -15,7 +15,7 @@ from finetune.core.values import get_input_size
 from finetune.data.groups import count_groups
 from finetune.evaluation.decision import Decision
 from finetune.evaluation.decision_file import find_decision_folder, read_decision
-from finetune.evaluation.metrics import check_finite
+from finetune.evaluation.metrics import check_finite, to_indicators
 from finetune.models.exported import ExportedModel
 from finetune.models.formats import name_accepted
 from finetune.models.model_files import load_fitting_model, load_model
@@ -131,7 +131,7 @@ def compare(
         check_finite(probabilities)
     differences = np.abs(before.astype(np.float64) - after)
     chosen = [decision.choose(decision.calibrate(probabilities)) for probabilities in (before, after)]
-    truth = y_true.astype(bool) if decision.multi_label else y_true[:, None] == np.arange(before.shape[1])
+    truth = to_indicators(y_true, before.shape[1])
     is_right = [(labels == truth).all(axis=1) for labels in chosen]
     right = [int(images.sum()) for images in is_right]
     return {
