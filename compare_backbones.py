@@ -48,7 +48,7 @@ def main(configs: CompareConfigs) -> dict:
     from finetune.core.arguments import look_up
     from finetune.core.devices import set_seed, start_devices
     from finetune.core.files import write_csv
-    from finetune.data.pixel_range import resolve_pixel_range
+    from finetune.data.inspection import resolve_pixel_range
     from finetune.data.tables import resolve_class_names
     from finetune.models.backbones import BACKBONES
     from finetune.predicting.prediction_files import check_write_path

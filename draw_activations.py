@@ -19,10 +19,16 @@ def main(configs: Configs) -> dict:
     from finetune.core.files import check_folder
     from finetune.core.texts import show_progress
     from finetune.data.images import build_reader
-    from finetune.evaluation.decision_file import find_decision_folder, read_decision
+    from finetune.evaluation.decision import find_decision_folder, read_decision
     from finetune.evaluation.evaluation import Answers
-    from finetune.evaluation.explaining import CHOOSERS, Explainer, choose_removal_on, measure_some
-    from finetune.evaluation.faithfulness import describe_faithfulness, summarise_faithfulness
+    from finetune.evaluation.explaining import (
+        CHOOSERS,
+        Explainer,
+        choose_removal_on,
+        describe_faithfulness,
+        measure_some,
+        summarise_faithfulness,
+    )
     from finetune.evaluation.gradcam import GradCam
     from finetune.models.model_files import load_fitting_model
     from finetune.predicting.prediction_files import describe_decision

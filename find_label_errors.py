@@ -44,7 +44,7 @@ def main(configs: LabelErrorConfigs) -> dict:
         each mark.
     """
     # Imported here, so that --help does not wait for pandas, nor an error in the table for TensorFlow.
-    from finetune.data.corrections import apply_corrections, name_corrected
+    from finetune.data.label_tables import apply_corrections, name_corrected
 
     csv_path, multi_label = configs.csv_path, configs.multi_label_classification
     if configs.apply:
@@ -54,7 +54,7 @@ def main(configs: LabelErrorConfigs) -> dict:
     from finetune.core.files import write_csv
     from finetune.data.tables import read_table
     from finetune.predicting.prediction_files import check_write_path
-    from finetune.training.run_data import READING_OPTIONS
+    from finetune.training.run_folder import READING_OPTIONS
     from finetune.training.trained_model import resolve_model_path, take_data_options
 
     check_write_path(configs.write_path, csv_path)
@@ -63,8 +63,7 @@ def main(configs: LabelErrorConfigs) -> dict:
     read_table(csv_path, configs.csv_label_column, multi_label)
 
     from finetune.core.devices import start_devices
-    from finetune.studies.label_error_page import write_page
-    from finetune.studies.label_errors import gather_evidence, get_judge, list_suspects, summarize
+    from finetune.studies.label_errors import gather_evidence, get_judge, list_suspects, summarize, write_page
     from finetune.studies.label_scores import estimate_errors
 
     start_devices(configs.gpu_percentage)

@@ -23,7 +23,7 @@ from finetune.core.texts import join_names, show_count
 from finetune.core.values import get_input_size
 from finetune.data.data_check import check_images
 from finetune.data.groups import pick_groups, read_group_names, read_groups
-from finetune.data.pixel_range import tell_assumed_range, tell_unfit_range
+from finetune.data.inspection import tell_assumed_range, tell_unfit_range
 from finetune.data.stores import join_path
 from finetune.data.tables import IMAGE_COLUMN, encode_labels, read_table
 from finetune.loading.batch_processes import BatchProcesses

@@ -18,8 +18,7 @@ from finetune.core.arguments import look_up, take_names
 from finetune.core.devices import precision_policy
 from finetune.core.options import UserError
 from finetune.core.values import get_input_size
-from finetune.models.backbones import BACKBONES, build_backbone, build_preprocessing
-from finetune.models.freezing import prepare_backbone
+from finetune.models.backbones import BACKBONES, build_backbone, build_preprocessing, prepare_backbone
 from finetune.models.heads import HEADS, HeadOptions, build_head
 from finetune.models.losses import find_loss
 from finetune.models.optimizers import build_optimizer, check_optimizer, compile_model

@@ -34,7 +34,7 @@ def main(configs: PlotConfigs) -> dict:
     """Draws the log and shows it if there is a display; returns the picture's path."""
     # Imported here, so that --help does not wait for matplotlib.
     from finetune.core.files import atomic_path, check_folder
-    from finetune.reporting.log_figures import draw_log, read_log, select_backend
+    from finetune.reporting.figures import draw_log, read_log, select_backend
     from finetune.training.run_folder import find_log
 
     log_path = configs.train_log_path or find_log(configs.load_model_path or configs.save_model_path)

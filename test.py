@@ -18,13 +18,11 @@ def main(configs: Configs) -> dict[str, Any]:
     """Loads the model, predicts and evaluates each set, and writes the results; returns those of metrics.json."""
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.core.devices import start_devices
-    from finetune.evaluation.decision_file import get_decision, store_decision
+    from finetune.evaluation.decision import get_decision, store_decision
     from finetune.evaluation.evaluation import Answers, check_report_by, evaluate_leak, evaluate_sets
-    from finetune.predicting.predicting import predict
-    from finetune.predicting.runtimes import load_predictor
-    from finetune.reporting.gallery import build_explainer
+    from finetune.predicting.predicting import load_predictor, predict
     from finetune.reporting.model_card import write_model_card
-    from finetune.reporting.report import write_evaluation
+    from finetune.reporting.report import build_explainer, write_evaluation
     from finetune.training import run_folder, trained_model
     from generator import get_generator
 

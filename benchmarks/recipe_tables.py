@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from finetune.evaluation.paired_comparison import compare_scores
+from finetune.evaluation.intervals import compare_scores
 
 # The `scores`, `seconds` and `photos` of each run, by data set and recipe.
 Metrics = dict[str, dict[str, dict[str, list]]]

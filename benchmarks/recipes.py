@@ -75,7 +75,7 @@ from benchmarks.recipe_tables import (  # noqa: E402
 from configs import Configs  # noqa: E402
 from finetune.core.files import write_json  # noqa: E402
 from finetune.core.options import UserError  # noqa: E402
-from finetune.evaluation.paired_comparison import score_images  # noqa: E402
+from finetune.evaluation.intervals import score_images  # noqa: E402
 
 FASTAI = "fastai_peer.py"
 # For each script, the file with the probabilities of each recipe.

@@ -7,9 +7,7 @@ import sys
 import traceback
 
 LOADED = multiprocessing.get_context("forkserver")
-LOADED.set_forkserver_preload(
-    ["finetune.training.training", "finetune.training.preparing", "finetune.reporting.model_card"]
-)
+LOADED.set_forkserver_preload(["finetune.training.training", "finetune.reporting.model_card"])
 
 
 def _run(target, arguments, paths, environment):

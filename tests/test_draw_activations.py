@@ -18,9 +18,8 @@ from configs import Configs
 from finetune.core.files import write_json
 from finetune.core.options import UserError
 from finetune.evaluation import explaining, gradcam
-from finetune.evaluation.decision import Decision
-from finetune.evaluation.decision_file import write_decision
-from finetune.evaluation.faithfulness import REMOVALS
+from finetune.evaluation.decision import Decision, write_decision
+from finetune.evaluation.explaining import REMOVALS
 from finetune.reporting import cam_pictures
 from finetune.reporting.cam_pictures import name_outputs, overlay_heatmap
 from generator import get_generator

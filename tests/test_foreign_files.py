@@ -27,15 +27,14 @@ from finetune.core.files import TEMPORARY_PREFIX
 from finetune.core.options import UserError
 from finetune.data.images import read_image
 from finetune.data.inspection import inspect_image
-from finetune.evaluation.decision import Decision
-from finetune.evaluation.decision_file import read_decision, write_decision
+from finetune.evaluation.decision import Decision, read_decision, write_decision
 from finetune.models.compressed import custom_save_model
 from finetune.models.description import describe_model
 from finetune.models.model_files import load_fitting_model, load_model
-from finetune.predicting.runtimes import load_exported_model
+from finetune.predicting.predicting import load_exported_model
 from finetune.reporting import cam_pictures
 from finetune.reporting.cam_pictures import name_outputs
-from finetune.reporting.log_figures import read_log
+from finetune.reporting.figures import read_log
 from finetune.training.trained_model import resolve_model_path
 
 ROOT = Path(__file__).resolve().parent.parent

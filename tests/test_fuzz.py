@@ -30,14 +30,13 @@ from finetune.data.images import read_image
 from finetune.data.inspection import inspect_image
 from finetune.data.label_tables import TableForm, convert_label_table
 from finetune.data.tables import encode_labels, read_table, resolve_class_names
-from finetune.evaluation.decision import Decision
-from finetune.evaluation.decision_file import read_decision
+from finetune.evaluation.decision import Decision, read_decision
 from finetune.models import hdf5_attributes
 from finetune.models.compressed import custom_save_model
 from finetune.models.description import DESCRIPTION_MEMBER, find_description
 from finetune.models.model_files import load_model
 from finetune.reporting.cam_pictures import name_outputs, write_image
-from finetune.reporting.log_figures import read_log
+from finetune.reporting.figures import read_log
 from finetune.training.training_state import STATE_MEMBER, STATE_PARTS, read_state, save_checkpoint
 from make_csv_from_folders import FolderConfigs
 from plot_training_log import PlotConfigs

@@ -13,8 +13,8 @@ import train
 from configs import Configs
 from finetune.core.options import UserError
 from finetune.loading.batches import Shares
-from finetune.training.preparing import get_images
 from finetune.training.probe import initialize_head
+from finetune.training.training import get_images
 
 SMALL = {**TINY, "image_target_size": (32, 32, 3), "use_imagenet_weights": False, "show_model_summary": False}
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import utils
+
 PROJECT = Path(__file__).resolve().parent.parent
 # From the bottom up: a part imports only from those before it. Scripts and utils.py import from all of them.
 ORDER = (
@@ -260,3 +262,15 @@ def test_configs_hold_constants_and_options_alone():
 
 def test_templates_are_files_of_their_own_kind():
     assert {path.suffix for path in (PROJECT / "finetune" / "reporting" / "templates").iterdir()} >= TEMPLATES
+
+
+PROMISED = {"custom_load_model", "custom_save_model", "classify_image", "load_model", "get_generator", "get_optimizer"}
+PROMISED |= {"set_gpu_usage", "get_class_weights", "get_multilabel_class_weights"}
+PROMISED |= {"get_evaluation_metrics", "get_multilabel_evaluation_metrics"}
+
+
+def test_public_names_are_exported_from_their_modules():
+    assert set(utils.__all__) >= PROMISED
+    assert sorted(utils.__all__) == utils.__all__
+    for name in utils.__all__:
+        assert getattr(utils, name).__module__.startswith(("finetune.", "generator")), name

@@ -26,8 +26,7 @@ import train
 from configs import Configs
 from finetune.core.files import check_folder, write_fault
 from finetune.core.options import UserError
-from finetune.evaluation.decision import Decision
-from finetune.evaluation.decision_file import find_decision_folder, read_decision, store_decision, write_decision
+from finetune.evaluation.decision import Decision, find_decision_folder, read_decision, store_decision, write_decision
 from finetune.reporting import report
 from finetune.training import training
 from finetune.training.phases import Phase
@@ -249,7 +248,7 @@ def test_the_metrics_of_an_epoch_that_cannot_be_kept_are_printed(tables, tmp_pat
     def fail(path, content):
         raise write_fault(path, OSError(errno.EROFS, ""))
 
-    monkeypatch.setattr("finetune.training.progress.write_csv", fail)
+    monkeypatch.setattr("finetune.training.run.write_csv", fail)
     with pytest.raises(UserError, match=r"training_log\.csv: the file system is read-only"):
         start(**options_of(tables, tmp_path / "run", num_epochs=1))
     log = read_state(str(tmp_path / "run" / "latest_model.keras"))["log"]

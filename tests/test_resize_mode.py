@@ -21,8 +21,8 @@ from finetune.loading.caches import DiskCache
 from finetune.loading.mixing import choose_shape, draw_crop, enlarge_for_crops
 from finetune.models.description import describe_model
 from finetune.reporting.cam_pictures import overlay_heatmap, place_heatmap
-from finetune.reporting.gallery import draw_pictures
 from finetune.reporting.model_card import write_model_card
+from finetune.reporting.report import draw_pictures
 from finetune.training.feature_store import find_features, get_features
 from finetune.training.probe import compute_features
 from generator import AugmentedImageSequence, get_generator

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from finetune.core import quiet
+from finetune.core import streams
 from finetune.core.options import UserError
 from finetune.core.streams import protect_output, protecting_output, restart_in_utf8
 
@@ -47,7 +47,7 @@ def run_script(main: Callable[[Any], dict]) -> None:
         signal.signal(signal.SIGINT, interrupt)
     try:
         configs = typing.get_type_hints(main)["configs"].from_command_line(sys.modules[main.__module__].__doc__)
-        quiet.silence_libraries(configs.verbose)
+        streams.silence_libraries(configs.verbose)
         # OpenCV reads this variable when it is imported.
         os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(configs.max_image_pixels))
         main(configs)
@@ -66,7 +66,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             sys.stdout.flush()
             with contextlib.suppress(OSError):
-                os.write(quiet.screen, b"Interrupted.\n")
+                os.write(streams.screen, b"Interrupted.\n")
             os._exit(130)
         frame = frame.f_back
     raise KeyboardInterrupt

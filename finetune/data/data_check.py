@@ -14,10 +14,9 @@ import numpy as np
 from configs import MAX_IMAGE_PIXELS, Configs
 from finetune.core.options import UserError
 from finetune.core.texts import LONGEST_LIST, join_names, show_count, show_duration
-from finetune.data.copies import Copies, find_copies, list_findings
 from finetune.data.findings import KINDS, Finding, Inspection, describe_fault, get_bad_rows, report_findings
-from finetune.data.inspection import estimate_seconds, inspect_images
-from finetune.data.pixel_range import resolve_pixel_range_of_files
+from finetune.data.inspection import estimate_seconds, inspect_images, resolve_pixel_range_of_files
+from finetune.data.near_copies import Copies, find_copies, list_findings
 from finetune.data.tables import ImageTable, find_class_names, make_image_table, parse_table, split_label
 
 SIZE_FACTOR, SHAPE_FACTOR, FEWEST_SIZES = 4, 3, 10

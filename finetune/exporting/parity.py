@@ -13,15 +13,13 @@ from configs import Configs
 from finetune.core.files import atomic_path, list_files
 from finetune.core.values import get_input_size
 from finetune.data.groups import count_groups
-from finetune.evaluation.decision import Decision
-from finetune.evaluation.decision_file import find_decision_folder, read_decision
+from finetune.evaluation.decision import Decision, find_decision_folder, read_decision
 from finetune.evaluation.metrics import check_finite, to_indicators
 from finetune.models.exported import ExportedModel
 from finetune.models.formats import name_accepted
 from finetune.models.model_files import load_fitting_model, load_model
-from finetune.predicting.predicting import predict
+from finetune.predicting.predicting import compile_predictor, load_predictor, predict
 from finetune.predicting.prediction_files import describe_decision
-from finetune.predicting.runtimes import compile_predictor, load_predictor
 from finetune.training.speeds import time_in_turns
 from finetune.training.trained_model import name_model
 from generator import AugmentedImageSequence, get_generator

@@ -11,7 +11,7 @@ from keras import optimizers
 from configs import ADAM_BETA_2, ADAM_EPSILON, Configs
 from finetune.core.arguments import look_up
 from finetune.core.options import UserError
-from finetune.models.freezing import leaf_layers
+from finetune.models.backbones import leaf_layers
 
 
 class Optimizer(NamedTuple):

@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from finetune.reporting.figures import MUTED, figures_of, style
-from finetune.reporting.log_figures import LOG_METRICS, draw_log
+from finetune.reporting.figures import LOG_METRICS, MUTED, draw_log, figures_of, style
 
 INK_OPTIONS = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
 INKS = {"light": "#24292f", "dark": "#e6edf3"}

@@ -13,9 +13,9 @@ from configs import Configs
 from finetune.core.files import write_text
 from finetune.core.labels import LABEL_SEPARATOR
 from finetune.core.texts import show_count
-from finetune.data.copies import Copies, Place
-from finetune.data.corrections import COLUMNS
 from finetune.data.images import build_reader
+from finetune.data.label_tables import COLUMNS
+from finetune.data.near_copies import Copies, Place
 from finetune.data.tables import ImageTable, find_class_names
 from finetune.reporting.data_uris import encode_photo
 from finetune.reporting.summaries import render_page

@@ -17,13 +17,13 @@ from finetune.core.options import UserError
 from finetune.core.texts import MOST_LISTED, MOST_TELLING, show
 from finetune.data.groups import describe_group_count
 from finetune.data.images import PAD_GREY
-from finetune.evaluation.decision_file import DECISION_FILE
+from finetune.evaluation.decision import DECISION_FILE
 from finetune.evaluation.evaluation import find_worst
-from finetune.evaluation.paired_comparison import describe_epoch
+from finetune.evaluation.intervals import describe_epoch
 from finetune.exporting.exports import WEIGHTS
 from finetune.models.description import LEGACY_DEFAULTS, hash_model
 from finetune.models.formats import FORMATS, MODEL_SUFFIXES
-from finetune.reporting.log_figures import LOG_METRICS, read_log
+from finetune.reporting.figures import LOG_METRICS, read_log
 from finetune.reporting.summaries import (
     CHOSEN_ON_TEST_SET,
     HEADLINES,
@@ -36,12 +36,12 @@ from finetune.reporting.summaries import (
     list_warnings,
     show_value,
 )
-from finetune.training.run_data import DATA_FILE
 from finetune.training.run_folder import (
     BEST_MODEL,
     CARD_FILE,
     COMPRESSION_FILE,
     CONFIGS_FILE,
+    DATA_FILE,
     LATEST_MODEL,
     LOG_FILE,
     METRICS_FILE,

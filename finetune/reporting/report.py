@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import pandas as pd
 
@@ -14,13 +16,15 @@ from configs import Configs
 from finetune.core.files import write_csv, write_json, write_text
 from finetune.core.options import UserError
 from finetune.core.texts import MOST_LISTED
-from finetune.evaluation.breakdown import list_breakdown
-from finetune.evaluation.evaluation import Answers, list_predictions, print_results
+from finetune.core.values import get_input_size
+from finetune.data.images import build_reader, fit_image, resize_image
+from finetune.evaluation.evaluation import Answers, list_breakdown, list_predictions, name_labels, print_results
+from finetune.evaluation.gradcam import GradCam
 from finetune.evaluation.metrics import get_curves, list_confusions
-from finetune.reporting.data_uris import embed_figures, embed_log
-from finetune.reporting.figures import PAIRS_LISTED, save_figures
-from finetune.reporting.gallery import build_gallery
-from finetune.reporting.log_figures import read_log
+from finetune.models.exported import ExportedModel
+from finetune.reporting.cam_pictures import overlay_heatmap
+from finetune.reporting.data_uris import PHOTO_SIDE, embed_figures, embed_log, encode_photo
+from finetune.reporting.figures import PAIRS_LISTED, read_log, save_figures
 from finetune.reporting.summaries import (
     list_class_columns,
     list_class_intervals,
@@ -151,3 +155,136 @@ def read_training_log(folder: str) -> pd.DataFrame | None:
     except UserError as error:
         print(f"The report has no training curves: {error}")
         return None
+
+
+GALLERIES = ("mistakes", "least_confident")
+GALLERY_IMAGES = 12
+LEAST_PROBABILITY = 1e-7
+
+
+def choose_gallery(
+    y_true: np.ndarray, probabilities: np.ndarray, chosen: np.ndarray, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses the images to show.
+
+    Args:
+        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
+        probabilities: `(images, classes)`.
+        chosen: bool `(images, classes)`, the predicted classes.
+        number: the most images of either kind.
+
+    Returns:
+        Rows of the wrong predictions with the highest loss, the worst first; multi-label, a prediction with any wrong
+        label counts. And rows of the least probable predictions, right or wrong, the least probable first.
+    """
+    truth = y_true.astype(bool) if y_true.ndim == 2 else np.arange(chosen.shape[1]) == y_true[:, None]
+    wrong = np.flatnonzero((truth != chosen).any(axis=1))
+    losses = get_image_losses(y_true, probabilities)
+    # The loss if the prediction were true: high if the model is not sure.
+    doubts = get_image_losses(chosen if y_true.ndim == 2 else chosen.argmax(axis=1), probabilities)
+    return wrong[np.argsort(-losses[wrong], kind="stable")][:number], np.argsort(-doubts, kind="stable")[:number]
+
+
+def get_image_losses(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Returns the cross-entropy of each image in nats, multi-label the mean of its binary ones, float64.
+
+    Probabilities are clipped to at least 1e-7, multi-label to at most 1 - 1e-7 too.
+    """
+    probabilities = np.asarray(probabilities, np.float64)
+    if y_true.ndim == 1:
+        return -np.log(np.maximum(probabilities[np.arange(len(y_true)), y_true], LEAST_PROBABILITY))
+    clipped = np.clip(probabilities, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+    return -np.log(np.where(y_true.astype(bool), clipped, 1 - clipped)).mean(axis=1)
+
+
+def build_gallery(
+    draw: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]], answers: Answers
+) -> dict[str, list[dict[str, Any]]]:
+    """Returns the worst mistakes and the least confident predictions, as `report.write_report` takes them.
+
+    Args:
+        draw: returns for each path the photo, and the photo with its heatmap or None.
+        answers: of the model.
+    """
+    paths, y_true, probabilities, decision = answers
+    chosen = decision.choose(probabilities)
+    rows = dict(zip(GALLERIES, choose_gallery(y_true, probabilities, chosen, GALLERY_IMAGES), strict=True))
+    shown = np.unique(np.concatenate(list(rows.values())))
+    true, predicted = name_labels(y_true, decision.class_names), name_labels(chosen, decision.class_names)
+    confidences, losses = decision.measure_confidence(probabilities).tolist(), get_image_losses(y_true, probabilities)
+    items = {}
+    for row, (photo, heatmap) in zip(shown.tolist(), draw([paths[row] for row in shown]), strict=True):
+        items[row] = {
+            "path": paths[row],
+            "true": true[row],
+            "predicted": predicted[row],
+            "missed": [label for label in true[row] if label not in predicted[row]],
+            "is_right": set(true[row]) == set(predicted[row]),
+            "probability": confidences[row],
+            "loss": float(losses[row]),
+            "photo": encode_photo(photo),
+            "heatmap": None if heatmap is None else encode_photo(heatmap),
+        }
+    return {name: [items[row] for row in gallery.tolist()] for name, gallery in rows.items()}
+
+
+def build_grad_cam(model: keras.Model | ExportedModel, cam_method: str, layer_name: str) -> GradCam | None:
+    """Builds Grad-CAM for a model. Returns None and prints why if the model does not support it.
+
+    Raises:
+        UserError: a layer is named, and the model lacks it.
+    """
+    if isinstance(model, ExportedModel):
+        print("The report's photos have no heatmaps: Grad-CAM needs the Keras model that this file was exported from.")
+        return None
+    try:
+        return GradCam(model, cam_method, layer_name)
+    except UserError as error:
+        if layer_name:
+            raise
+        print(f"The report's photos have no heatmaps: {error}")
+        return None
+
+
+def build_explainer(
+    model: keras.Model | ExportedModel, configs: Configs
+) -> Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]]:
+    """Returns `draw_pictures` with the model and the configs filled in: a function of paths."""
+    shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
+    overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
+    grad_cam = build_grad_cam(model, configs.cam_method, configs.cam_backbone_layer)
+    return functools.partial(draw_pictures, grad_cam, *shape.values(), build_reader(configs), overlay)
+
+
+def draw_pictures(
+    grad_cam: GradCam | None,
+    image_size: Sequence[int],
+    resize_mode: str,
+    read: Callable[..., np.ndarray],
+    overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    paths: Sequence[str],
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Reads photos and draws on each the heatmap of its most probable class.
+
+    Args:
+        grad_cam: of the model, or None.
+        image_size: `(height, width)` of the model's input.
+        resize_mode: how photos are resized to it.
+        read: reads a photo, as `read_image` does.
+        overlay: colours a photo by a heatmap.
+        paths: of the photos.
+
+    Returns:
+        For each photo uint8 RGB, its longer side at most `PHOTO_SIDE`, and the same with its heatmap, or None.
+    """
+    pictures = []
+    for path in paths:
+        image = read(path)
+        scale = min(1, PHOTO_SIDE / max(image.shape[:2]))
+        photo = resize_image(image, [max(1, round(side * scale)) for side in image.shape[:2]])
+        heatmap = None
+        if grad_cam is not None:
+            heatmaps, _ = grad_cam(fit_image(read(path, image_size), image_size, resize_mode)[None])
+            heatmap = overlay(photo, heatmaps[0])
+        pictures.append((photo, heatmap))
+    return pictures

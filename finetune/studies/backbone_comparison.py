@@ -31,10 +31,9 @@ from finetune.data.splitting import split_rows
 from finetune.data.stores import join_path
 from finetune.data.tables import IMAGE_COLUMN, encode_labels, read_table
 from finetune.evaluation.decision import Decision
-from finetune.evaluation.intervals import get_intervals
+from finetune.evaluation.intervals import compare_scores, get_intervals, score_images
 from finetune.evaluation.metrics import get_average_precisions, mean_of_defined
-from finetune.evaluation.paired_comparison import compare_scores, score_images
-from finetune.models.freezing import has_fixed_features
+from finetune.models.backbones import has_fixed_features
 from finetune.training.feature_store import get_features
 from finetune.training.phases import changes_images
 from finetune.training.probe import build_extractor, cross_validate

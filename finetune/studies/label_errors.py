@@ -23,16 +23,17 @@ from finetune.data.groups import (
     read_groups,
     refuse_lone_classes,
 )
-from finetune.data.pixel_range import resolve_pixel_range, tell_assumed_range, tell_unfit_range
+from finetune.data.inspection import resolve_pixel_range, tell_assumed_range, tell_unfit_range
 from finetune.data.stores import join_path
 from finetune.data.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table, resolve_class_names
-from finetune.evaluation.decision_file import read_decision
+from finetune.evaluation.decision import read_decision
 from finetune.models.heads import has_parts
 from finetune.models.model_files import has_views, load_fitting_model, strip_views
+from finetune.reporting.label_page import NEIGHBOUR_SIDE, PHOTO_SIDE, embed_photos, write_label_page
 from finetune.studies.label_scores import Estimate, count_errors, rank_suspects
 from finetune.training.feature_store import get_features
 from finetune.training.probe import cross_validate, split_head
-from finetune.training.run_data import IMAGES_FILE, READING_OPTIONS, find_trained_images
+from finetune.training.run_folder import IMAGES_FILE, READING_OPTIONS, find_trained_images
 from finetune.training.trained_model import find_trained_model, name_model
 from generator import get_generator, tell_bad_images
 from model import ModelFactory
@@ -310,3 +311,36 @@ def summarize(estimate: Estimate, images: int, listed: int, groups: np.ndarray |
         f"{estimate.low} to {estimate.high}). {show_count(listed, 'suspected label error')} in the list."
         f"{narrow * is_single_group(groups)} This is an estimate, not a proof: look at each photo."
     )
+
+
+def write_page(
+    path: str,
+    found: tuple[pd.DataFrame, np.ndarray],
+    evidence: Evidence,
+    summary: str,
+    csv_path: str,
+    configs: Configs,
+) -> None:
+    """Writes the page, atomically; it is self-contained.
+
+    Args:
+        path: the HTML file.
+        found: what `list_suspects` returned.
+        evidence: the images.
+        summary: how many labels are expected to be wrong, in sentences.
+        csv_path: the table.
+        configs: with `classes`; how photos are read, and the options of the command that corrects the table.
+
+    Raises:
+        UserError: a photo can no longer be read, or the page cannot be written.
+    """
+    suspects, positions = found
+    neighbours = find_neighbours(evidence.features, positions)
+    files, texts, names = evidence.files, evidence.texts, evidence.names
+    photos = embed_photos((files[position] for position in positions), PHOTO_SIDE, configs)
+    small = embed_photos((files[other] for other in neighbours.flat), NEIGHBOUR_SIDE, configs)
+    cards = suspects.to_dict("records")
+    for card, position, others in zip(cards, positions, neighbours, strict=True):
+        card["photo"] = photos[files[position]]
+        card["neighbours"] = [(small[files[other]], texts[other], names[other]) for other in others]
+    write_label_page(path, cards, summary, "the most similar ones, with their own labels", csv_path, configs)

@@ -12,9 +12,8 @@ from finetune.core.files import duplicate_file
 from finetune.evaluation.metrics import none_if_undefined
 from finetune.models.model_files import load_model, strip_views
 from finetune.training.callbacks import Validation, name_monitor
-from finetune.training.checkpoint_writer import CheckpointWriter
 from finetune.training.run_folder import BEST_MODEL, LATEST_MODEL, START_MODEL, find_beside
-from finetune.training.training_state import read_state
+from finetune.training.training_state import CheckpointWriter, read_state
 from finetune.training.weight_averaging import choose_weights
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from configs import Configs
 from finetune.core.options import UserError
+from finetune.models.backbones import has_fixed_features, prepare_backbone
 from finetune.models.features import FeatureSequence
-from finetune.models.freezing import has_fixed_features, prepare_backbone
 from finetune.models.heads import BACKBONE
 from finetune.training.probe import compute_features, split_head, takes_probe
 from finetune.training.run import Images, Run

@@ -13,23 +13,21 @@ from finetune.core.options import UserError
 from finetune.core.values import quote_difference
 from finetune.models.description import LEGACY_DEFAULTS
 from finetune.training.phases import count_epochs
-from finetune.training.run_data import (
-    TABLE_OPTIONS,
-    disown_paths,
-    find_home,
-    gives_other_tables,
-    is_fixed,
-    locate_paths,
-    relate_path,
-)
 from finetune.training.run_folder import (
     BEST_MODEL,
     CONFIGS_FILE,
     LATEST_MODEL,
     START_MODEL,
+    TABLE_OPTIONS,
+    disown_paths,
     find_beside,
+    find_home,
     fingerprint,
+    gives_other_tables,
+    is_fixed,
+    locate_paths,
     refuse_other_run,
+    relate_path,
 )
 from finetune.training.trained_model import resolve_model_path
 from finetune.training.training_state import read_state

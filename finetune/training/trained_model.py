@@ -10,7 +10,7 @@ from configs import Configs
 from finetune.core.options import UserError
 from finetune.data.stores import is_url
 from finetune.data.tables import resolve_class_names
-from finetune.evaluation.decision_file import DECISION_FILE
+from finetune.evaluation.decision import DECISION_FILE
 from finetune.models.description import (
     CONFIGS_FILE,
     NEEDED,
@@ -21,16 +21,19 @@ from finetune.models.description import (
     require_description,
 )
 from finetune.models.formats import MODEL_SUFFIXES, is_exported
-from finetune.training.run_data import (
+from finetune.training.run_folder import (
+    BEST_MODEL,
     DATA_OPTIONS,
+    LATEST_MODEL,
     READING_OPTIONS,
     TABLE_OPTIONS,
     disown_paths,
     gives_other_tables,
+    leads_into,
     locate_data,
+    locked,
     refuse_trained_images,
 )
-from finetune.training.run_folder import BEST_MODEL, LATEST_MODEL, leads_into, locked
 
 # Tables that test.py does not need.
 OPTIONAL_TABLES = {"train_csv": "a training set", "validation_csv": "a validation set"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import zipfile
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +13,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from finetune.core.files import atomic_path
+from finetune.core.files import atomic_path, duplicate_file
 from finetune.core.options import LEGACY_NAMES, UserError, rename_legacy
 from finetune.models.description import LARGEST_STATE, STATE_MEMBER, add_description, read_member
+from finetune.models.model_files import build_inference_model
+from finetune.training.phases import Phase, is_within
+from finetune.training.run import Images, Progress, Run
+from finetune.training.run_folder import fingerprint
 from finetune.training.trainer import TrainingModel
 
 STATE_PARTS = {"configs", "given", "data", "epochs_completed", "steps_completed", "best", "best_epoch", "best_aurocs"}
@@ -78,3 +84,61 @@ def restore_metrics(model: TrainingModel, values: Sequence[Any]) -> None:
             variable.assign(np.array(value, dtype=variable.dtype) * tf.cast(is_first, variable.dtype))
 
     model.distribute_strategy.run(assign)
+
+
+class CheckpointWriter:
+    """Writes the models of a phase, each file atomically, with the whole model and the state to resume from.
+
+    Attributes:
+        progress: of the run.
+    """
+
+    def __init__(self, run: Run, phase: Phase, sets: Images) -> None:
+        self.run = run
+        self.folder = run.configs.save_model_path
+        self.progress = Progress.read(run.state)
+        if not is_within(run.state, phase):
+            # Each phase counts its own plateau.
+            self.progress.plateau = {}
+        self._facts = {
+            "configs": run.configs.to_stored(),
+            "given": sorted(run.configs.given),
+            "data": {"train_csv": fingerprint(sets.training), "validation_csv": fingerprint(sets.validation)},
+            "devices": sets.training.shares.devices,
+            "steps": sets.training.steps,
+            "learning_rate": phase.learning_rate,
+        }
+
+    def attach(self, trained: TrainingModel) -> None:
+        """Takes the training model of the phase, with its optimizer."""
+        self.trained = trained
+        configs = self.run.configs
+        # With a stock loss, the file loads without this project.
+        self._view = build_inference_model(self.run.model, configs.test_time_augmentation)
+        stock = "binary_crossentropy" if configs.multi_label_classification else "sparse_categorical_crossentropy"
+        self._view.compile(trained.optimizer, loss=stock)
+
+    def get_state(self, epochs_completed: int, steps_completed: int) -> dict[str, Any]:
+        """Returns all that resuming needs, except the weights and optimizer variables, which the model file holds.
+
+        `steps_completed` counts the steps of the next epoch.
+        """
+        return {
+            **self._facts,
+            "epochs_completed": epochs_completed,
+            "steps_completed": steps_completed,
+            **dataclasses.asdict(self.progress),
+            "seed_states": [np.asarray(variable).tolist() for variable in seed_states(self.trained)],
+            "metrics": read_metrics(self.trained) if steps_completed else [],
+        }
+
+    def save(self, names: Sequence[str], epochs_completed: int, steps_completed: int, resumes: bool = True) -> None:
+        """Writes the model under one or more names; training cannot continue from averaged weights."""
+        # Every process takes part: reading the metrics exchanges them.
+        state = self.get_state(epochs_completed, steps_completed)
+        if not self.run.team.is_chief:
+            return
+        first, *others = (os.path.join(self.folder, name) for name in names)
+        save_checkpoint(self._view, first, state if resumes else None, self._facts["configs"])
+        for path in others:
+            duplicate_file(first, path)

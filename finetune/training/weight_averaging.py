@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from finetune.data.groups import describe_groups, pick_groups
-from finetune.evaluation.paired_comparison import (
+from finetune.evaluation.intervals import (
     compare_scores,
     describe_choice,
     describe_errors,

@@ -14,12 +14,11 @@ from configs import Configs
 from finetune.core.files import write_json
 from finetune.core.labels import clean_label
 from finetune.core.options import UserError
-from finetune.data.corrections import apply_corrections
 from finetune.data.data_check import check_data
+from finetune.data.label_tables import apply_corrections
 from finetune.data.splitting import read_rows
 from finetune.data.tables import encode_labels, find_class_names, make_image_table, read_table, resolve_class_names
-from finetune.evaluation.decision import Decision
-from finetune.evaluation.decision_file import read_decision, write_decision
+from finetune.evaluation.decision import Decision, read_decision, write_decision
 from finetune.models.description import describe_model
 
 ZERO_WIDTH = "ant\u200b"

@@ -18,8 +18,7 @@ from finetune.core.options import UserError
 from finetune.data.data_check import check_data
 from finetune.data.findings import BadImage
 from finetune.data.images import decode_image, read_image
-from finetune.data.inspection import inspect_image
-from finetune.data.pixel_range import resolve_pixel_range, resolve_pixel_range_of_files, tell_unfit_range
+from finetune.data.inspection import inspect_image, resolve_pixel_range, resolve_pixel_range_of_files, tell_unfit_range
 from finetune.data.tables import ImageTable
 from finetune.loading.caches import DiskCache, digest_image
 from finetune.models.description import describe_model

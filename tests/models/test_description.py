@@ -15,8 +15,7 @@ import predict
 from configs import Configs
 from finetune.core.options import UserError
 from finetune.data.stores import hash_file
-from finetune.evaluation.decision import Decision
-from finetune.evaluation.decision_file import get_decision, read_decision, write_decision
+from finetune.evaluation.decision import Decision, get_decision, read_decision, write_decision
 from finetune.models.description import (
     add_description,
     embed_decision,

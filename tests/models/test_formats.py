@@ -19,7 +19,7 @@ from finetune.core.files import atomic_path
 from finetune.core.options import UserError
 from finetune.models.exported import ExportedModel
 from finetune.models.formats import FORMATS, Format, artefact_stem, find_format, require_format
-from finetune.predicting.runtimes import load_exported_model, load_predictor
+from finetune.predicting.predicting import load_exported_model, load_predictor
 from finetune.training.run_folder import list_derived_files
 from finetune.training.trained_model import resolve_model_path
 

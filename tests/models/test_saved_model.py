@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from finetune.core.options import UserError
-from finetune.predicting.runtimes import load_exported_model
+from finetune.predicting.predicting import load_exported_model
 
 
 def save_program(folder, compute):

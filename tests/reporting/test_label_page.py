@@ -6,8 +6,7 @@ import numpy as np
 from conftest import write_photo
 
 from configs import Configs
-from finetune.data.copies import Copies, Place
-from finetune.data.near_copies import NearPair
+from finetune.data.near_copies import Copies, NearPair, Place
 from finetune.data.tables import ImageTable
 from finetune.reporting.label_page import write_contradictions
 

@@ -11,8 +11,7 @@ from conftest import write_photo
 
 import find_label_errors
 from find_label_errors import LabelErrorConfigs
-from finetune.studies.label_error_page import write_page
-from finetune.studies.label_errors import Evidence, list_suspects
+from finetune.studies.label_errors import Evidence, list_suspects, write_page
 
 COLOURS = [(200, 40, 40), (40, 200, 40), (40, 40, 200)]
 # Names that would be code, or end a field, unless they are escaped.

@@ -20,7 +20,7 @@ from finetune.core.options import UserError
 from finetune.studies.label_errors import answer_out_of_fold, find_neighbours, summarize
 from finetune.studies.label_scores import count_errors, estimate_errors, find_likely, rank_suspects, score_labels
 from finetune.training.probe import compute_features, cross_validate, initialize_head
-from finetune.training.run_data import write_trained_images
+from finetune.training.run_folder import write_trained_images
 from generator import AugmentedImageSequence
 from model import ModelFactory
 

@@ -21,7 +21,7 @@ from small_runs import (
 
 from configs import Configs
 from finetune.data.images import read_image, resize_image
-from finetune.models.freezing import prepare_backbone
+from finetune.models.backbones import prepare_backbone
 from finetune.training import phases
 from finetune.training.phases import Phase, describe_phase, refits_head
 from generator import Shares

@@ -4,11 +4,18 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from small_runs import (
+    options_of,
+    start,
+    tables,  # noqa: F401
+)
 
 from configs import Configs
 from finetune.core.options import UserError
-from finetune.training.progress import Progress
-from finetune.training.stopping import FiniteLoss, Stopping, write_resume_command
+from finetune.training import training_state
+from finetune.training.checkpoints import FiniteLoss, Stopping, write_resume_command
+from finetune.training.run import Progress
+from finetune.training.training_state import save_checkpoint
 
 
 class Writer:
@@ -78,3 +85,17 @@ def test_the_command_to_continue_is_quoted_and_names_the_script_as_started(monke
     )
     monkeypatch.setattr("sys.argv", ["pytest"])
     assert write_resume_command("runs/a") == "python train.py --configs runs/a/configs.json --load_model_path runs/a"
+
+
+@pytest.mark.slow
+def test_checkpoints_within_epochs_have_their_step(tables, tmp_path, monkeypatch):
+    written, original = [], save_checkpoint
+
+    def save(model, path, state, *more):
+        written.append((state["epochs_completed"], state["steps_completed"]))
+        original(model, path, state, *more)
+
+    monkeypatch.setattr(training_state, "save_checkpoint", save)
+    start(**options_of(tables, tmp_path / "run", num_epochs=2, checkpoint_every_steps=3))
+    # Also before the first validation, which may meet an unreadable image.
+    assert written == [(0, 3), (0, 6), (0, 7), (1, 0), (1, 3), (1, 6), (2, 0)]

@@ -22,10 +22,10 @@ from finetune.core.options import UserError
 from finetune.models.losses import get_class_weights
 from finetune.training.callbacks import EpochOrder
 from finetune.training.phases import get_phases
-from finetune.training.preparing import get_images
 from finetune.training.resuming import check_same_data
 from finetune.training.run_folder import fingerprint
 from finetune.training.trainer import TrainingModel
+from finetune.training.training import get_images
 from generator import AugmentedImageSequence, Shares, get_generator
 from model import ModelFactory
 

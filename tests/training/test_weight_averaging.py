@@ -11,7 +11,7 @@ import pytest
 from small_runs import assert_same_run, options_of, start, stop_at, tables  # noqa: F401
 
 from finetune.core.options import UserError
-from finetune.evaluation.paired_comparison import get_log_losses
+from finetune.evaluation.intervals import get_log_losses
 from finetune.models.model_files import strip_views
 from finetune.training.training_state import read_state
 from finetune.training.weight_averaging import SHARES, choose_weights, mix_weights

@@ -2,7 +2,7 @@
 
 import json
 
-from finetune.training.progress import Progress, write_logs
+from finetune.training.run import Progress, write_logs
 
 
 def test_a_run_without_a_defined_auroc_writes_its_logs(tmp_path):
