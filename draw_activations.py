@@ -19,16 +19,9 @@ def main(configs: Configs) -> dict:
     from finetune.core.files import check_folder
     from finetune.core.texts import show_progress
     from finetune.data.images import build_reader
+    from finetune.evaluation import explaining
     from finetune.evaluation.decision import find_decision_folder, read_decision
     from finetune.evaluation.evaluation import Answers
-    from finetune.evaluation.explaining import (
-        CHOOSERS,
-        Explainer,
-        choose_removal_on,
-        describe_faithfulness,
-        measure_some,
-        summarise_faithfulness,
-    )
     from finetune.evaluation.gradcam import GradCam
     from finetune.models.model_files import load_fitting_model
     from finetune.predicting.prediction_files import describe_decision
@@ -46,22 +39,26 @@ def main(configs: Configs) -> dict:
     model = load_fitting_model(model_path, configs.classes, get_input_size(configs))
     print(name_model(configs, model_path), describe_decision(decision, "exact_match"), sep="\n")
     paths = [os.path.join(folder, name) for name in name_outputs(sequence.paths)]
-    choose = functools.partial(CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
-    explainer = Explainer(GradCam(model, configs.cam_method, configs.cam_backbone_layer), decision, choose)
+    choose = functools.partial(explaining.CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
+    explainer = explaining.Explainer(GradCam(model, configs.cam_method, configs.cam_backbone_layer), decision, choose)
     shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
     facts = {"files": list(zip(sequence.paths, paths, strict=True)), "class_names": configs.classes, "overlay": overlay}
     draw = functools.partial(draw_batch, **facts, longest_side=configs.cam_picture_size, read=build_reader(configs))
     found, seed = [], configs.random_seed or 0
-    removal = choose_removal_on(explainer, sequence, seed)
+    removal = explaining.choose_removal_on(explainer, sequence, seed)
     with show_progress(len(paths), configs.cam_method) as progress, naming_bad_images(sequence):
-        batches = measure_some(explainer.explain(sequence), len(paths), explainer.predict, removal, seed, found)
+        batches = explaining.measure_some(
+            explainer.explain(sequence), len(paths), explainer.predict, removal, seed, found
+        )
         probabilities = draw_all(batches, draw, progress.update)
     tell_bad_images(sequence)
     paths = [path for row, path in enumerate(paths) if row not in sequence.bad_images]
     found = np.reshape(found, (-1, 4))
-    faithfulness = summarise_faithfulness(found[:, :3], removal, sequence.get_groups(found[:, 3].astype(int)))
-    summary = describe_faithfulness(faithfulness, len(paths))
+    faithfulness = explaining.summarise_faithfulness(
+        found[:, :3], removal, sequence.get_groups(found[:, 3].astype(int))
+    )
+    summary = explaining.describe_faithfulness(faithfulness, len(paths))
     answers = Answers(sequence.get_read_paths(), sequence.get_y_true(), probabilities, decision)
     page = write_page(folder, paths, answers, model_path, summary)
     print(f"Wrote {len(paths)} pictures to {folder}\n{summary}\nThe page with all of them is {page}")

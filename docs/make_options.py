@@ -39,34 +39,37 @@ INTRODUCTION = """\
 
 `--configs FILE.json` overrides the defaults in `configs.py`, and a command-line flag overrides both. Every script takes
 every option and `--help`. `none` on the command line is `null` in JSON. An unknown option or a value out of range ends
-the script with an error that says what was expected."""
+the script with an error that says what was expected. Defaults are in brackets."""
 
 
 def make_page() -> str:
     """Returns the page: the options of every script, the backbones, and the scripts' own options."""
     parts = [INTRODUCTION, "## Options of every script"]
     for title, names in Configs.grouped_options().items():
-        parts += [f"### {title}", make_table(Configs, names)]
+        parts += [f"### {title}", make_list(Configs, names)]
     parts += ["## Backbones", f"Backbones: {', '.join(BACKBONES)}."]
     without_own = []
     for script, configs_class in SCRIPTS.items():
         if own := configs_class.own_options():
-            parts += [f"## Options of {script} alone", make_table(configs_class, own)]
+            parts += [f"## Options of {script} alone", make_list(configs_class, own)]
         else:
             without_own.append(f"`{script}`")
     parts += ["## Scripts without options of their own", f"{', '.join(without_own)}."]
     return "\n\n".join(parts) + "\n"
 
 
-def make_table(configs_class: type[Configs], names: list[str]) -> str:
-    """Returns a Markdown table of some of a class's options: name, values, default and description."""
+def make_list(configs_class: type[Configs], names: list[str]) -> str:
+    """Returns a Markdown list of some of a class's options: name, default, description, and choices not named there."""
     options, types, defaults = configs_class.options(), configs_class.types(), configs_class.defaults()
-    rows = ["| option | values | default | what it does |", "|---|---|---|---|"]
+    lines = []
     for name in names:
-        values = describe_values(options[name].metadata, types[name])
+        description = options[name].metadata["description"]
+        choices = options[name].metadata.get("choices") or ()
+        if not all(str(choice) in description for choice in choices):
+            description += f"; {describe_values(options[name].metadata, types[name])}"
         default = "''" if defaults[name] == "" else defaults[name]
-        rows.append(f"| `{name}` | {values} | `{default}` | {options[name].metadata['description']} |")
-    return "\n".join(rows)
+        lines.append(f"- `{name}` (`{default}`): {description}.")
+    return "\n".join(lines)
 
 
 def main() -> None:

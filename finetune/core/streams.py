@@ -1,4 +1,4 @@
-"""Standard output and error that never fail: unknown characters are escaped, and lost output is ignored."""
+"""Standard output and error: they never fail a script, and the libraries keep quiet on them."""
 
 from __future__ import annotations
 

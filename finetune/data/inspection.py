@@ -1,4 +1,4 @@
-"""Inspects image files: faults, unusual properties, and thumbnails to find near copies by."""
+"""Inspects image files: faults, unusual properties, the range of their values, and thumbnails."""
 
 from __future__ import annotations
 

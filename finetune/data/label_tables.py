@@ -1,4 +1,8 @@
-"""Tables of labels as competitions publish them, with ids or a column of 0 and 1 per class, become tables of images."""
+"""Tables of labels that become tables of images, and corrections of labels.
+
+Competitions publish tables with ids, or with a column of 0 and 1 for each class. corrections.csv comes from the page of
+suspected label errors.
+"""
 
 from __future__ import annotations
 

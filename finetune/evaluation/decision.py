@@ -1,4 +1,7 @@
-"""How a model's raw probabilities become an answer: temperature and thresholds."""
+"""How a model's raw probabilities become an answer: temperature and thresholds.
+
+`decision.json` in a run's folder holds them: test.py fits and writes it, predict.py reads it.
+"""
 
 from __future__ import annotations
 

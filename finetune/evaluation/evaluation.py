@@ -1,4 +1,4 @@
-"""Evaluation of each set, and of the test set without near copies of training images."""
+"""Evaluation of each set, by group and by the values of a column, and without near copies of training images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which classes of which images Grad-CAM explains, and how the faithfulness of the maps is measured."""
+"""Which classes of which images Grad-CAM explains, and how faithful the maps are."""
 
 from __future__ import annotations
 

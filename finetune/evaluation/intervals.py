@@ -1,4 +1,4 @@
-"""95 % bootstrap confidence intervals of metrics."""
+"""95 % bootstrap confidence intervals of metrics, and paired comparisons of models on the same images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The artefacts that compress_weights.py writes, and the packages and images that it needs."""
+"""The artefacts that compress_weights.py writes, what they need, and the table that compares them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From images to probabilities and answers."""
+"""From images to probabilities and answers, by a Keras model or an exported one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Input and output of predict.py: lists of images, and the table of answers."""
+"""Input and output of predict.py: lists of images, and the table of answers.
+
+Answers are kept in a file as they are computed, so that a stopped prediction resumes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of an evaluation, for paper and for light and dark pages."""
+"""Figures of an evaluation and of a training log, for paper and for light and dark pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.html, the page that shows an evaluation."""
+"""report.html, the page that shows an evaluation, and its gallery of mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a run's models and logs are written, and what a model file does not restore on resuming."""
+"""When models and logs are written, what stops a run, and what a model file does not restore on resuming."""
 
 from __future__ import annotations
 

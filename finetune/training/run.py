@@ -1,4 +1,4 @@
-"""The data that the steps of a training run share."""
+"""The data that the steps of a training run share: the run itself and its progress."""
 
 from __future__ import annotations
 

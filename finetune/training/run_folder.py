@@ -1,4 +1,4 @@
-"""The folder of a run: its files, refusing, clearing and locking it, and describing the run in it."""
+"""A run's folder: its files, clearing and locking it, and the record of the data that the run was trained on."""
 
 from __future__ import annotations
 

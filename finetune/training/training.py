@@ -1,4 +1,4 @@
-"""The steps of a training run, once it is prepared."""
+"""The steps of a training run: preparing it from its configs, training, and finishing it."""
 
 from __future__ import annotations
 

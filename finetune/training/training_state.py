@@ -1,4 +1,4 @@
-"""The training state in a model file, from which training can continue."""
+"""The training state in a model file, from which training continues, and writing both."""
 
 from __future__ import annotations
 
