@@ -70,7 +70,7 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     """
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.core.devices import start_devices
-    from finetune.exporting import compression_report
+    from finetune.exporting import exports
     from finetune.exporting.exports import list_kinds, read_calibration_images, require_packages
     from finetune.exporting.parity import load_subject
     from finetune.reporting.model_card import write_model_card
@@ -81,22 +81,22 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     start_devices(configs.gpu_percentage)
     require_packages(configs.export)
     configs = take_test_data(configs, model_path)
-    target = compression_report.choose_target(configs, model_path)
+    target = exports.choose_target(configs, model_path)
     configs = take_description(configs, model_path, needs_classes=bool(configs.test_csv or configs.export))
     model, decision, subject = load_subject(model_path, configs)
-    report = compression_report.start_report(model_path, configs.test_csv, configs.tolerance, subject)
+    report = exports.start_report(model_path, configs.test_csv, configs.tolerance, subject)
     calibrate = functools.partial(read_calibration_images, configure_table(configs, model_path, configs.train_csv))
     kinds = list_kinds(configs.weights_dtype, configs.export, configs.export_quantization)
-    compression_report.write_artefacts(report, kinds, model, target, calibrate, subject)
+    exports.write_artefacts(report, kinds, model, target, calibrate, subject)
     folder, own = os.path.dirname(target), dict(report)
-    report["artefacts"] = report["artefacts"] + compression_report.find_earlier(folder, report)
+    report["artefacts"] = report["artefacts"] + exports.find_earlier(folder, report)
     try:
         if configs.classes:
-            compression_report.write_metadata(target, configs, decision, bool(configs.export))
+            exports.write_metadata(target, configs, decision, bool(configs.export))
         write_json(os.path.join(folder, COMPRESSION_FILE), report)
         write_model_card(folder)
     finally:
-        compression_report.print_report(own)
+        exports.print_report(own)
     return report
 
 

@@ -45,19 +45,16 @@ def main(configs: Configs) -> dict:
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
     facts = {"files": list(zip(sequence.paths, paths, strict=True)), "class_names": configs.classes, "overlay": overlay}
     draw = functools.partial(draw_batch, **facts, longest_side=configs.cam_picture_size, read=build_reader(configs))
-    found, seed = [], configs.random_seed or 0
+    explained, found, seed = explainer.explain(sequence), [], configs.random_seed or 0
     removal = explaining.choose_removal_on(explainer, sequence, seed)
     with show_progress(len(paths), configs.cam_method) as progress, naming_bad_images(sequence):
-        batches = explaining.measure_some(
-            explainer.explain(sequence), len(paths), explainer.predict, removal, seed, found
-        )
+        batches = explaining.measure_some(explained, len(paths), explainer.predict, removal, seed, found)
         probabilities = draw_all(batches, draw, progress.update)
     tell_bad_images(sequence)
     paths = [path for row, path in enumerate(paths) if row not in sequence.bad_images]
     found = np.reshape(found, (-1, 4))
-    faithfulness = explaining.summarise_faithfulness(
-        found[:, :3], removal, sequence.get_groups(found[:, 3].astype(int))
-    )
+    groups = sequence.get_groups(found[:, 3].astype(int))
+    faithfulness = explaining.summarise_faithfulness(found[:, :3], removal, groups)
     summary = explaining.describe_faithfulness(faithfulness, len(paths))
     answers = Answers(sequence.get_read_paths(), sequence.get_y_true(), probabilities, decision)
     page = write_page(folder, paths, answers, model_path, summary)

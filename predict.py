@@ -72,8 +72,8 @@ def main(configs: PredictConfigs) -> dict:
 
     from finetune.core.devices import start_devices
     from finetune.evaluation.decision import find_decision_folder, read_decision
+    from finetune.predicting.kept_answers import KeptAnswers, list_facts
     from finetune.predicting.predicting import build_views, load_predictor, predict_missing
-    from finetune.predicting.prediction_files import KeptAnswers, list_facts
 
     start_devices(configs.gpu_percentage)
     check_top_k(configs.top_k, configs.classes)

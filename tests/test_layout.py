@@ -47,7 +47,7 @@ FILES = [
 ]
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 LINES = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
-MOST_LINES = 470
+MOST_LINES = 450
 MOST_LINES_AT_THE_MEDIAN = 250
 MOST_LINES_OF_UTILS, MOST_LINES_OF_A_SCRIPT = 150, 200
 MOST_LINES_OF_A_FUNCTION = 50

@@ -35,7 +35,7 @@ from finetune.models.exported import ExportedModel
 from finetune.models.formats import MODEL_SUFFIXES, importing, is_exported, require_format
 from finetune.models.model_files import check_fit, load_fitting_model
 from finetune.models.safety import telling_damage
-from finetune.predicting.prediction_files import KeptAnswers, identify
+from finetune.predicting.kept_answers import KeptAnswers, identify
 from generator import AugmentedImageSequence, naming_bad_images, tell_bad_images
 
 

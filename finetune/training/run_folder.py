@@ -82,8 +82,9 @@ def choose_evaluation_folder(folder: str, model_path: str) -> str:
 
 
 def list_matches(folder: str, patterns: Iterable[str]) -> list[str]:
-    """Returns the paths in a folder that match glob patterns."""
-    return [path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
+    """Returns the paths in a folder that match any of some glob patterns, each once."""
+    found = (path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(folder), pattern)))
+    return list(dict.fromkeys(found))
 
 
 def refuse_other_run(folder: str, load_model_path: str) -> None:

@@ -206,7 +206,7 @@ def test_class_names_have_a_source(bare, name, content, flags, classes, source):
     assert configs.classes == classes
     line = name_model(configs, path)
     assert f"(class names from {source or '--train_csv model/table.csv'})" in line
-    assert ("its preprocessing has to be inside" in line) == (name != "configs.json")
+    assert ("must contain its preprocessing" in line) == (name != "configs.json")
     if source and source.startswith("its"):
         with pytest.raises(UserError, match=rf"classes is .*{classes[0]}.*{name}"):
             find_trained_model(read_flags("--load_model_path", bare, *flags, "--classes", "a", "b", "c"))
