@@ -1,7 +1,4 @@
-"""How a model's raw probabilities become an answer: temperature and thresholds.
-
-`decision.json` in a run's folder holds them: test.py fits and writes it, predict.py reads it.
-"""
+"""From raw probabilities to an answer: temperature and thresholds, and decision.json, which holds them."""
 
 from __future__ import annotations
 
