@@ -1,4 +1,4 @@
-"""The random changes that training makes to its images, so that the model learns to ignore them."""
+"""Augmentation: the random changes to training images that a model should learn to ignore."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from finetune.loading.kernels import AugmentationFunction, FusedAugmenter, Satur
 
 
 def build_augmenter(strength: str = "default") -> FusedAugmenter | None:
-    """Builds the pipeline for uint8 RGB batches `(batch, height, width, 3)`; it keeps shape and type.
+    """Builds the augmenter for uint8 RGB batches `(batch, height, width, 3)`; it keeps their shape and type.
 
-    To remove a change, delete its line below; to add one, add a line with any augmenter of imgaug that keeps an image's
-    size (https://imgaug.readthedocs.io/en/latest/source/overview_of_augmenters.html), or with a function from uint8
-    images `(batch, height, width, 3)` and a `numpy.random.Generator` to changed images.
+    To remove a change, delete its line below. To add one, add a line with an augmenter of imgaug that keeps an image's
+    size (https://imgaug.readthedocs.io/en/latest/source/overview_of_augmenters.html), or with a function that takes
+    uint8 images `(batch, height, width, 3)` and a `numpy.random.Generator`, and returns changed images.
 
     Args:
         strength: a key of `STRENGTHS`.
 
     Returns:
-        The pipeline; None where nothing changes.
+        The augmenter, or None if nothing changes.
 
     Raises:
-        UserError: there is no such strength.
+        UserError: the strength is unknown.
     """
     Configs.check_values(augmentation_strength=strength)
     augmenters = STRENGTHS[strength]()
@@ -54,7 +54,7 @@ def _default() -> list[iaa.Augmenter]:
             order=1,
             mode="reflect",
         ),
-        # Colour: each channel is made up to a tenth brighter or darker on its own.
+        # Brightness; for half of the images, each channel separately.
         iaa.Multiply((0.9, 1.1), per_channel=0.5),
         iaa.LinearContrast((0.8, 1.25)),
     ]
@@ -73,8 +73,8 @@ def _strong() -> list[iaa.Augmenter]:
         ),
         iaa.Multiply((0.75, 1.25), per_channel=0.5),
         iaa.LinearContrast((0.6, 1.6)),
-        # Random erasing (Zhong et al., AAAI 2020, arXiv:1708.04896): a box of any colour hides a part of every other
-        # image, so that no single part of a thing is enough to know it.
+        # Random erasing (Zhong et al., AAAI 2020, arXiv:1708.04896): a box of random colour hides a part of half of the
+        # images, so that the model does not rely on a single detail.
         iaa.Sometimes(
             0.5,
             iaa.Cutout(nb_iterations=1, size=(0.15, 0.45), squared=False, cval=(0, 255), fill_per_channel=True),
@@ -83,7 +83,7 @@ def _strong() -> list[iaa.Augmenter]:
 
 
 def _photo() -> list[iaa.Augmenter]:
-    # What random_crop_area, which moves and scales, leaves: turning, shearing, brightness, contrast and colour.
+    # Without translation and scaling, which random_crop_area provides.
     return [
         iaa.Fliplr(0.5),
         iaa.Affine(rotate=(-15, 15), shear=(-8, 8), order=1, mode="reflect"),

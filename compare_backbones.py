@@ -1,6 +1,6 @@
-"""Compares backbones on the images of train_csv before any is trained: how good, how fast, how large.
+"""Compares backbones on the images of train_csv before training: quality, speed and size.
 
-Each one's features of the images are computed once, kept on the disk, and judged by a logistic regression out of fold.
+The features of each backbone are computed once, stored on disk, and judged by a cross-validated logistic regression.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from finetune.core.options import define
 from finetune.core.scripts import run_script, script
 
 ALL = "all"
-# Of each family one or two that a machine without a GPU bears.
+# One or two of each family, small enough for a machine without a GPU.
 USUAL_BACKBONES = [
     *("MobileNetV3Small", "MobileNetV3Large", "MobileNetV2", "MobileNet", "EfficientNetB0", "EfficientNetV2B0"),
     *("NASNetMobile", "DenseNet121", "ResNet50V2", "InceptionV3", "Xception", "ConvNeXtTiny"),
@@ -21,22 +21,20 @@ USUAL_BACKBONES = [
 
 
 def backbones_fault(names: list[str]) -> str:
-    """Returns what is wrong with names of backbones; empty where nothing is."""
+    """Returns what is wrong with a list of backbones; empty if nothing is."""
     return "" if names else "expected at least one backbone, or all. Received: none"
 
 
 @dataclasses.dataclass
 class CompareConfigs(Configs):
-    """The options of this script, beside those of every script."""
+    """The options of this script, in addition to those of every script."""
 
-    backbones: list[str] = define(USUAL_BACKBONES, "The backbones to compare, or all", check=backbones_fault)
+    backbones: list[str] = define(USUAL_BACKBONES, "Backbones to compare, or all", check=backbones_fault)
     image_sizes: list[int] = define(
-        [], "Heights, which are widths too, to compare; none given takes image_target_size", at_least=1, at_most=16384
+        [], "Sides of square images to compare, in pixels; empty uses image_target_size", at_least=1, at_most=16384
     )
-    max_images: int = define(2000, "At most that many images, drawn with their share of every class", at_least=10)
-    write_path: str = define(
-        "./backbone_comparison.csv", "The CSV file to write; the picture is written beside it, of the same name"
-    )
+    max_images: int = define(2000, "Largest number of images to use, drawn in proportion to the classes", at_least=10)
+    write_path: str = define("./backbone_comparison.csv", "CSV file to write; the picture next to it has the same name")
 
 
 @script
@@ -44,22 +42,25 @@ def main(configs: CompareConfigs) -> dict:
     """Draws the images, probes each backbone at each size, and ranks them.
 
     Returns:
-        `ranking`, the table as written, and `left_out`, why backbones are not in it, by their names and sizes.
+        `ranking`, the table as written, and `left_out`: by name and size, why a backbone is not in it.
     """
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.core.devices import set_seed, start_devices
     from finetune.core.files import write_csv
-    from finetune.data.pixel_range import resolve_pixel_range
+    from finetune.data.inspection import resolve_pixel_range
     from finetune.data.tables import resolve_class_names
     from finetune.models.backbones import BACKBONES, find_backbone
     from finetune.predicting.prediction_files import check_write_path
     from finetune.studies.backbone_comparison import draw_images, probe_backbones, rank
     from finetune.studies.backbone_report import draw_ranking, print_ranking
     from finetune.training.phases import count_epochs
+    from model import check_registered
 
     check_write_path(configs.write_path, configs.train_csv)
+    names = list(BACKBONES if ALL in configs.backbones else dict.fromkeys(configs.backbones))
     for name in {*configs.backbones} - {ALL}:
         find_backbone(name, configs.backbone_preprocessing, "backbones")
+    check_registered(configs.replace(visual_model_name=names[0]))
     configs.classes = resolve_class_names(
         configs.classes, configs.train_csv, configs.csv_label_column, configs.multi_label_classification
     )
@@ -69,10 +70,9 @@ def main(configs: CompareConfigs) -> dict:
     left_out_rows, number = draw_images(configs, configs.max_images)
     steps = math.ceil(number / (configs.batch_size * configs.gradient_accumulation_steps))
     configs.num_epochs = count_epochs(configs.num_epochs, configs.min_steps, steps)
-    names = BACKBONES if ALL in configs.backbones else dict.fromkeys(configs.backbones)
     sizes = [(side, side) for side in dict.fromkeys(configs.image_sizes)] or [configs.image_target_size[:2]]
-    # Each is probed at the size that is compared.
-    configs.test_image_size = []
+    # Each backbone is probed at the size that is compared.
+    configs.eval_image_size = []
     probed, left_out = probe_backbones(configs, names, sizes, left_out_rows, number)
     ranking = rank(probed, configs.classes, configs.multi_label_classification, configs.random_seed)
     try:

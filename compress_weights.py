@@ -1,8 +1,8 @@
-"""Makes of a trained model what ships, and tells whether it still answers the same.
+"""Compresses and exports a trained model, and compares the results with the original on the test set.
 
-The weights go into an .h5 file without the optimizer's state, the layers into a .json file; --export writes the model
-for other runtimes as well. Each of them is read back by its own runtime and run on the test set beside the original:
-where the accuracy falls by more than --tolerance, it keeps a .rejected name and the exit status is 1.
+The weights go to an .h5 file without the optimizer's state, the layers to a .json file; --export also writes the model
+for other runtimes. Each artefact is run by its own runtime on the test set. If its accuracy is more than --tolerance
+points lower, it keeps a .rejected name and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from finetune.models.formats import FORMATS, WEIGHTS_DTYPES, exports_fault, list
 
 @dataclasses.dataclass
 class CompressConfigs(Configs):
-    """The options of this script, beside those of every script."""
+    """The options of this script, in addition to those of every script."""
 
-    model_path: str = define("", "The model file or the run's folder; empty takes load_model_path or save_model_path")
+    model_path: str = define("", "Model file or run folder; empty takes load_model_path or save_model_path")
     weights_dtype: str = define(
-        "float32", "What the compressed weights are: exact, a half or a quarter of that", choices=WEIGHTS_DTYPES
+        "float32",
+        "Type of the compressed weights: exact (float32), half the size (float16) or a quarter (int8)",
+        choices=WEIGHTS_DTYPES,
     )
     export: list[str] = define(
         [], f"Also write the model for other runtimes, any of {', '.join(FORMATS)}", check=exports_fault
     )
     export_quantization: str = define(
         "none",
-        "What the tflite file holds: float32, weights in 8 bits (dynamic), or weights and activations in 8 bits with "
-        "ranges from images of train_csv (int8)",
+        "Numbers in the tflite file: float32 (none), 8-bit weights (dynamic), or 8-bit weights and activations (int8)",
         choices=("none", *list_quantizations()),
     )
     tolerance: float = define(
-        1.0, "Points of accuracy that compression may cost on the test set", at_least=0, at_most=100
+        1.0, "Percentage points of test accuracy that compression may cost", at_least=0, at_most=100
     )
 
     def validate(self) -> Self:
-        """Checks `export_quantization` beside `export` as well; returns and raises as `Configs` does."""
+        """Also checks `export_quantization` against `export`; returns and raises as `Configs` does."""
         super().validate()
         fitting = [name for name, one in FORMATS.items() if self.export_quantization in one.endings]
         if self.export_quantization != "none" and not {*fitting} & {*self.export}:
@@ -59,17 +60,17 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
 
     Returns:
         The content of `compression_report.json`: `model`, `model_bytes`, `model_sha256`, `test_csv` and `images` (None
-        where nothing was compared), `tolerance`, and `artefacts`. Each of these has `kind` (weights, or one of
-        `FORMATS`), `precision`, `path`, `files` (bytes by path), `rejected`, and `comparison`, as `compare` returns it,
-        or None. What an earlier call made of the same model stands there too.
+        without a comparison), `tolerance`, and `artefacts`, with those that earlier calls made from the same model.
+        Each has `kind` (weights, or one of `FORMATS`), `precision`, `path`, `files` (bytes by path), `rejected`, and
+        `comparison`, from `compare`, or None.
 
     Raises:
-        UserError: there is no model, an export needs a package that is missing, or the test set or the calibration
-            images cannot be used or are not the model's.
+        UserError: there is no model, an export needs a missing package, or the test set or the calibration images
+            cannot be read or do not fit the model.
     """
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.core.devices import start_devices
-    from finetune.exporting import compression_report
+    from finetune.exporting import exports
     from finetune.exporting.exports import list_kinds, read_calibration_images, require_packages
     from finetune.exporting.parity import load_subject
     from finetune.reporting.model_card import write_model_card
@@ -80,27 +81,27 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     start_devices(configs.gpu_percentage)
     require_packages(configs.export)
     configs = take_test_data(configs, model_path)
-    target = compression_report.choose_target(configs, model_path)
+    target = exports.choose_target(configs, model_path)
     configs = take_description(configs, model_path, needs_classes=bool(configs.test_csv or configs.export))
     model, decision, subject = load_subject(model_path, configs)
-    report = compression_report.start_report(model_path, configs.test_csv, configs.tolerance, subject)
+    report = exports.start_report(model_path, configs.test_csv, configs.tolerance, subject)
     calibrate = functools.partial(read_calibration_images, configure_table(configs, model_path, configs.train_csv))
     kinds = list_kinds(configs.weights_dtype, configs.export, configs.export_quantization)
-    compression_report.write_artefacts(report, kinds, model, target, calibrate, subject)
+    exports.write_artefacts(report, kinds, model, target, calibrate, subject)
     folder, own = os.path.dirname(target), dict(report)
-    report["artefacts"] = report["artefacts"] + compression_report.find_earlier(folder, report)
+    report["artefacts"] = report["artefacts"] + exports.find_earlier(folder, report)
     try:
         if configs.classes:
-            compression_report.write_metadata(target, configs, decision, bool(configs.export))
+            exports.write_metadata(target, configs, decision, bool(configs.export))
         write_json(os.path.join(folder, COMPRESSION_FILE), report)
         write_model_card(folder)
     finally:
-        compression_report.print_report(own)
+        exports.print_report(own)
     return report
 
 
 def compress(configs: CompressConfigs) -> dict[str, Any]:
-    """Runs `main`; where an artefact is rejected, the exit status is 1."""
+    """Runs `main`; the exit status is 1 if an artefact is rejected."""
     report = main(configs)
     if any(artefact["rejected"] for artefact in report["artefacts"]):
         sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""Every option of the collection: its name, type, default, meaning and bounds.
+"""All options: name, type, default, meaning and bounds.
 
-Edit a default below, or override it without editing: `--configs FILE.json` beats the default, and a command-line
-flag beats both. The one line that declares an option is also its type check, its `--help` entry and its flag.
+Edit a default below, or override it: `--configs FILE.json` beats the default, and a command-line flag beats both. The
+declaration of an option is also its type check, its `--help` entry and its flag.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import dataclasses
 from finetune.core.options import Exclusion, Options, define
 from finetune.core.values import (
     classes_fault,
-    crop_area_fault,
     duration_fault,
+    eval_image_size_fault,
     folder_fault,
     image_size_fault,
     layer_sizes_fault,
     pixel_range_fault,
+    range_fault,
     scaling_fault,
-    test_image_size_fault,
-    threshold_range_fault,
 )
 
-# Keras's own; the paper and PyTorch have an epsilon of 1e-8.
+# Keras's defaults; the paper and PyTorch use an epsilon of 1e-8.
 ADAM_BETA_2, ADAM_EPSILON = 0.999, 1e-7
 VERIFY_MODES = ("quick", "full", "headers", "off")
 MAX_IMAGE_PIXELS = 179_000_000
@@ -37,14 +36,16 @@ CAM_COLORMAPS = ("jet", "turbo", "viridis", "inferno", "magma", "plasma")
 class Configs(Options):
     """The options that every script takes. Building one reads no file; `validate` checks them all at once."""
 
-    train_csv: str = define("./data/training_set.csv", "The training images and their labels", group="common")
-    test_csv: str = define(
-        "./data/testing_set.csv", "The images that training never learns from, for test.py", group="common"
+    train_csv: str = define(
+        "./data/training_set.csv", "CSV file of the training images and their labels", group="common"
     )
-    image_directory: str = define("", "Put in front of the paths in the CSV files", group="data")
+    test_csv: str = define(
+        "./data/testing_set.csv", "CSV file of the images for test.py; training never learns from them", group="common"
+    )
+    image_directory: str = define("", "Folder that the paths in the CSV files are relative to", group="data")
     visual_model_name: str = define(
         "DenseNet121",
-        "The backbone: a name listed in docs/options.md, kerashub:PRESET or :FOLDER, or a Keras model file",
+        "Backbone: one of those listed in docs/options.md, kerashub:PRESET, kerashub:FOLDER, or a Keras model file",
         describes_model=True,
         group="common",
     )
@@ -57,163 +58,144 @@ class Configs(Options):
         check=image_size_fault,
         group="common",
     )
-    test_image_size: list[int] = define(
+    eval_image_size: list[int] = define(
         [],
-        "Height and width that validation, tests and every file of the model see, where training sees "
-        "image_target_size; empty is the same size",
+        "Height and width for validation, testing and prediction; empty uses image_target_size",
         at_least=1,
         at_most=16384,
         describes_model=True,
-        check=test_image_size_fault,
+        check=eval_image_size_fault,
         group="recipe",
     )
     backbone_preprocessing: list[str] = define(
         [],
-        "Input scaling of a backbone from a file or preset: torch, tf, caffe, none, or a scale and an offset; empty: "
-        "the preset's own",
+        "Input scaling of a model file or preset: torch, tf, caffe, none, or scale and offset; empty for the preset's own",
         describes_model=True,
         check=scaling_fault,
         group="model",
     )
     resize_mode: str = define(
         "stretch",
-        "How an image of another shape comes to image_target_size: stretched, the largest part of that shape from its "
-        "middle (crop), or whole on grey (pad)",
+        "Fit images to the target size by distorting them (stretch), cropping the centre (crop) or adding "
+        "grey borders (pad)",
         choices=RESIZE_MODES,
         describes_model=True,
         group="data",
     )
-    num_epochs: int = define(100, "Epochs in total, those before a resume included", at_least=1, group="common")
-    csv_label_column: str = define("class", "The CSV column with the labels", group="data")
+    num_epochs: int = define(100, "Total number of epochs, including those before a resume", at_least=1, group="common")
+    csv_label_column: str = define("class", "CSV column that contains the labels", group="data")
     classes: list[str] | None = define(
         None,
-        "The class names; none finds them in train_csv, sorted",
+        "Class names in the model's order; none takes them from train_csv, sorted",
         describes_model=True,
         check=classes_fault,
         group="data",
     )
     multi_label_classification: bool = define(
-        False,
-        "Several labels an image, written class1$class2",
-        describes_model=True,
-        group="common",
+        False, "Several labels per image, written class1$class2 in the CSV files", describes_model=True, group="common"
     )
     classifier_layer_sizes: list[float] = define(
         [0.4],
-        "Layers before the output: 1 or more is a hidden layer of that size, less than 1 a dropout rate",
+        "Head layers before the output: values of 1 or more are hidden units, values below 1 are dropout rates",
         at_least=0,
         at_most=2**20,
         describes_model=True,
         check=layer_sizes_fault,
         group="model",
     )
-    head: str = define("dense", "The head: a name in finetune/models/heads.py", describes_model=True, group="model")
+    head: str = define(
+        "dense", "Type of the head, a name in finetune/models/heads.py", describes_model=True, group="model"
+    )
     conv_layers_to_train: int = define(
         -1,
-        "Convolutions of the backbone, or blocks of a transformer, to train: -1 all, 0 none, n the last n and what "
-        "follows them",
+        "Number of the backbone's last convolutions, or transformer blocks, to train with what follows; -1 trains all, 0 none",
         at_least=-1,
         fixed_in_run=True,
         group="model",
     )
     use_imagenet_weights: bool = define(
-        True, "Start the backbone from its ImageNet weights, not from random ones", group="model"
+        True, "Start the backbone from ImageNet weights instead of random weights", group="model"
     )
     pop_conv_layers: int = define(
-        0,
-        "Layers dropped from the end of the backbone, before the pooling",
-        at_least=0,
-        describes_model=True,
-        group="model",
+        0, "Number of layers to remove from the end of the backbone", at_least=0, describes_model=True, group="model"
     )
     final_layer_pooling: str | None = define(
         "avg",
-        "Pooling of the backbone's output; none flattens it",
+        "Pooling of the features; none flattens them",
         choices=("avg", "max"),
         describes_model=True,
         group="model",
     )
     load_model_path: str = define(
-        "", "A model file, or the folder of a run, to continue from or to test", group="common"
+        "", "Model file or run folder to continue, to test or to predict with", group="common"
     )
     save_model_path: str = define(
-        "saved_model", "The folder that receives everything a run writes", check=folder_fault, group="common"
+        "saved_model", "Folder for everything that a run writes", check=folder_fault, group="common"
     )
-    save_best_model_only: bool = define(True, "False also keeps the model of every epoch", group="training")
-    learning_rate: float = define(1e-3, "The optimizer's learning rate", above=0, group="common")
+    save_best_model_only: bool = define(
+        True, "Keep only the best and the latest model; False also keeps the model of every epoch", group="training"
+    )
+    learning_rate: float = define(1e-3, "Learning rate of the optimizer", above=0, group="common")
     learning_rate_decay_factor: float = define(
-        0.1,
-        "The learning rate is multiplied by this on a plateau of the validation loss",
-        above=0,
-        below=1,
-        group="training",
+        0.1, "Factor on the learning rate at a plateau of the validation loss", above=0, below=1, group="training"
     )
     reduce_lr_patience: int = define(
-        3, "Epochs without a lower validation loss that make a plateau", at_least=0, group="training"
+        3, "Epochs without a lower validation loss that count as a plateau", at_least=0, group="training"
     )
     minimum_learning_rate: float = define(
-        1e-7, "The learning rate is never reduced below this", at_least=0, group="training"
+        1e-7, "Lowest learning rate that a schedule may reach", at_least=0, group="training"
     )
     optimizer_type: str = define(
         "Adam",
-        "The optimizer: Adam, Adamax, Nadam, AdamW, SGD, RMSprop, Adagrad, Adadelta or Lion",
+        "Optimizer: Adam, Adamax, Nadam, AdamW, SGD, RMSprop, Adagrad, Adadelta or Lion",
         fixed_in_run=True,
         group="training",
     )
     gpu_percentage: float = define(
-        0.95,
-        "Share of each visible GPU's memory to use; 0 runs on the CPU",
-        at_least=0,
-        at_most=1,
-        group="machine",
+        0.95, "Share of each visible GPU's memory to use; 0 runs on the CPU", at_least=0, at_most=1, group="machine"
     )
-    batch_size: int = define(16, "Images a training step", at_least=1, fixed_in_run=True, group="common")
+    batch_size: int = define(
+        16, "Number of images in a batch, on each device", at_least=1, fixed_in_run=True, group="common"
+    )
     multilabel_threshold_range: list[float] = define(
         [0.01, 0.99],
-        "Lowest and highest threshold tried, in steps of 0.01",
+        "Lowest and highest decision threshold to try, in steps of 0.01",
         above=0,
         below=1,
-        check=threshold_range_fault,
+        check=range_fault,
         group="explaining",
     )
     report_by: str = define(
-        "", "test.py: a column of test_csv, such as site or camera; each value gets its own line", group="explaining"
+        "", "Column of test_csv, such as site or camera, whose values test.py reports separately", group="explaining"
     )
     generator_workers: int = define(
-        4, "Threads that read and augment images, above 4 processes; 0 counts as 1", at_least=0, group="speed"
+        4, "Threads, or above 4 processes, that load and augment images; 0 counts as 1", at_least=0, group="speed"
     )
-    generator_queue_length: int = define(12, "Batches kept ready for the model", at_least=1, group="speed")
+    generator_queue_length: int = define(12, "Number of batches to keep ready for the model", at_least=1, group="speed")
     show_model_summary: bool = define(True, "Print the model's layers before training", group="model")
     positive_weights_multiply: float = define(
-        1.0,
-        "Multi-label: multiplies the loss of the labels that are present",
-        above=0,
-        fixed_in_run=True,
-        group="training",
+        1.0, "Multi-label: factor on the loss of present labels", above=0, fixed_in_run=True, group="training"
     )
-    use_class_balancing: bool = define(True, "Weigh rare classes more in the loss", fixed_in_run=True, group="training")
+    use_class_balancing: bool = define(
+        True, "Give rare classes more weight in the loss", fixed_in_run=True, group="training"
+    )
     cnn_downscaling_factor: int = define(
         0,
-        "Trained convolutions that halve the image this many times before the backbone",
+        "Number of trainable convolutions before the backbone that each halve the image; 0 adds none",
         at_least=0,
         at_most=14,
         describes_model=True,
         group="model",
     )
     cnn_downscaling_filters: int = define(
-        64,
-        "Filters of each downscaling convolution",
-        at_least=1,
-        at_most=2**16,
-        describes_model=True,
-        group="model",
+        64, "Filters of each downscaling convolution", at_least=1, at_most=2**16, describes_model=True, group="model"
     )
     validation_csv: str = define(
-        "", "The images that select the best model; empty uses test_csv, and says so", group="common"
+        "", "CSV file of the images that select the best model; empty uses test_csv", group="common"
     )
     random_seed: int | None = define(
         0,
-        "Seed of weights, order, augmentation and splits; none draws one",
+        "Seed of weights, order, augmentation and splits; none draws a random seed",
         at_least=0,
         at_most=2**32 - 1,
         fixed_in_run=True,
@@ -228,144 +210,123 @@ class Configs(Options):
         group="model",
     )
     deterministic: bool = define(
-        False, "Two runs give the same weights to the last bit; slower on a GPU", group="machine"
+        False, "Make two runs give the same weights to the last bit; slower on a GPU", group="machine"
     )
     checkpoint_every_steps: int = define(
-        0,
-        "Also write latest_model.keras every that many steps; 0 only after each epoch",
-        at_least=0,
-        group="training",
+        0, "Steps between extra saves of latest_model.keras; 0 saves it after each epoch", at_least=0, group="training"
     )
     early_stopping_patience: int = define(
         0,
-        "Stop after that many epochs without a better validation figure; 0 never does",
+        "Epochs without a better validation metric before training stops; 0 never stops early",
         at_least=0,
         excludes=Exclusion(
             0,
             "model_selection",
             ("best_epoch",),
-            "expected 0 where model_selection is not best_epoch: the schedule has to end",
+            "expected 0 unless model_selection is best_epoch: the others need the whole schedule",
         ),
         group="training",
     )
     mixed_precision: bool = define(
         False,
-        "Compute in 16 bits where the GPU is faster so: bfloat16 where it has it, else float16 with loss scaling",
+        "Compute in 16 bits: bfloat16, or float16 with loss scaling on GPUs that lack bfloat16",
         describes_model=True,
         group="speed",
     )
     image_cache: str = define(
         "none",
-        "Keep decoded, resized images after their first use: in memory, or in a file that later runs use too",
+        "Keep decoded, resized images in memory, or on disk for later runs too; none keeps none",
         choices=("none", "memory", "disk"),
         group="speed",
     )
     image_cache_path: str = define(
-        "./data/image_cache",
-        "The folder of the disk cache, and of features; may be deleted at any time",
-        group="speed",
+        "./data/image_cache", "Folder of the disk cache and stored features; may be deleted at any time", group="speed"
     )
     verify_data: str = define(
         "quick",
-        "Check images and find near copies: about a minute (quick), completely (full), headers only, or nothing (off)",
+        "Check images and find near copies: about a minute (quick), everything (full), only headers "
+        "(headers) or nothing (off)",
         choices=VERIFY_MODES,
         group="data",
     )
     max_image_pixels: int = define(
-        MAX_IMAGE_PIXELS,
-        "Pixels that an image may have; its header tells before it is decoded",
-        at_least=1,
-        group="data",
+        MAX_IMAGE_PIXELS, "Largest number of pixels in an image, checked before decoding", at_least=1, group="data"
     )
     pixel_range: list[float] = define(
         [],
-        "Black and white of float and 32-bit TIFFs, or of floats, then integers; empty: the training set's range",
+        "Black and white values of float and 32-bit integer TIFFs, or one pair each; empty takes the "
+        "training set's range",
         describes_model=True,
         check=pixel_range_fault,
         group="data",
     )
     skip_bad_images: bool = define(
-        False, "Leave out images that cannot be read, and say which, instead of stopping", group="data"
+        False, "Leave out and report images that cannot be read, instead of stopping", group="data"
     )
-    allow_duplicates: bool = define(False, "The same image in two sets is a warning, not an error", group="data")
+    allow_duplicates: bool = define(
+        False, "Only warn if the same image is in two sets, instead of stopping", group="data"
+    )
     cam_method: str = define(
-        "gradcam", "How draw_activations.py weighs the backbone's features", choices=CAM_METHODS, group="explaining"
+        "gradcam", "Method by which draw_activations.py computes heatmaps", choices=CAM_METHODS, group="explaining"
     )
     cam_classes: str = define(
         "predicted",
-        "Classes that draw_activations.py explains: the predicted one, those in the CSV (true), the cam_top_k most "
-        "probable ones, or every label above its threshold",
+        "Classes that draw_activations.py explains: predicted, true, the cam_top_k most probable, or those "
+        "above their threshold",
         choices=CAM_CLASSES,
         group="explaining",
     )
-    cam_top_k: int = define(3, "How many classes cam_classes top_k explains", at_least=1, group="explaining")
+    cam_top_k: int = define(3, "Number of classes that cam_classes top_k explains", at_least=1, group="explaining")
     cam_alpha: float = define(0.4, "Opacity of the heatmap over the image", at_least=0, at_most=1, group="explaining")
-    cam_colormap: str = define("jet", "Colours of the heatmap", choices=CAM_COLORMAPS, group="explaining")
+    cam_colormap: str = define("jet", "Colour map of the heatmap", choices=CAM_COLORMAPS, group="explaining")
     cam_backbone_layer: str = define(
-        "",
-        "Spatial layer of the backbone whose features are weighed, by its name; empty: the last one",
-        group="explaining",
+        "", "Backbone layer whose features make the heatmap; empty takes the last spatial layer", group="explaining"
     )
     cam_picture_size: int = define(
         640, "Longest side of a photo in draw_activations.py's pictures, in pixels", at_least=160, group="explaining"
     )
     distribution_strategy: str = define(
         "none",
-        "Train on one device, on every visible GPU of this machine (mirrored), or on those of all hosts in TF_CONFIG "
-        "or a Slurm step (multi_worker); batch_size is that of each GPU",
+        "Train on one device (none), all GPUs of this machine (mirrored), or several hosts by TF_CONFIG or "
+        "Slurm (multi_worker)",
         choices=DISTRIBUTION_STRATEGIES,
         group="machine",
     )
-    scale_learning_rate: bool = define(
-        False, "Multiply the learning rate by the number of devices that train together", group="machine"
-    )
+    scale_learning_rate: bool = define(False, "Multiply the learning rate by the number of devices", group="machine")
     head_epochs: int = define(
-        0,
-        "Epochs that train the classifier alone, the backbone frozen, before all is trained",
-        at_least=0,
-        fixed_in_run=True,
-        group="recipe",
+        0, "Number of epochs at the start that train only the head", at_least=0, fixed_in_run=True, group="recipe"
     )
     fine_tune_learning_rate: float | None = define(
         None,
-        "The learning rate after head_epochs; none keeps learning_rate",
+        "Learning rate after head_epochs; none keeps learning_rate",
         above=0,
         needs=("head_epochs", "head_epochs of 1 or more"),
         group="recipe",
     )
     head_initialization: str = define(
         "random",
-        "Start the classifier from random weights, or from a logistic regression on the backbone's features of the "
-        "training images (linear_probe)",
+        "Start the head from random weights, or from a logistic regression on the backbone's features (linear_probe)",
         choices=("random", "linear_probe"),
         group="recipe",
     )
     learning_rate_schedule: str = define(
         "plateau",
-        "Reduce the learning rate on a plateau of the validation loss, along a cosine down to minimum_learning_rate in "
-        "the last step, likewise after a rise in the first quarter of the steps (one_cycle), or not at all (constant)",
+        "Learning rate schedule: reduced on a plateau, cosine decay, a rise before the cosine (one_cycle), or constant",
         choices=("plateau", "cosine", "one_cycle", "constant"),
         group="recipe",
     )
     warmup_epochs: float = define(
-        0.0, "Epochs in which the learning rate rises from 0, at the start", at_least=0, group="recipe"
+        0.0, "Number of epochs, or a fraction, in which the learning rate rises from 0", at_least=0, group="recipe"
     )
     backbone_learning_rate_multiplier: float = define(
-        1.0,
-        "The backbone learns at the learning rate times this",
-        above=0,
-        at_most=100,
-        group="recipe",
+        1.0, "Factor that multiplies the learning rate of the backbone", above=0, at_most=100, group="recipe"
     )
     freeze_batch_norm: bool = define(
-        False,
-        "Leave the backbone's batch normalisation as its weights have it",
-        fixed_in_run=True,
-        group="recipe",
+        False, "Freeze the batch normalisation layers of the backbone", fixed_in_run=True, group="recipe"
     )
     weight_decay: float = define(
         0.0,
-        "Decoupled weight decay of kernels; biases and normalisations have none",
+        "Decoupled weight decay of kernels; biases and normalisation layers are not decayed",
         at_least=0,
         below=1,
         fixed_in_run=True,
@@ -373,7 +334,7 @@ class Configs(Options):
     )
     adam_beta_2: float = define(
         ADAM_BETA_2,
-        "The decay of the squared gradients' average by whose root Adam divides a step: 0.99 forgets ten times as fast",
+        "Decay rate of Adam's moving average of squared gradients",
         at_least=0,
         at_most=0.9999,
         fixed_in_run=True,
@@ -381,26 +342,23 @@ class Configs(Options):
     )
     adam_epsilon: float = define(
         ADAM_EPSILON,
-        "What Adam adds to the root of that average: a weight whose gradients are usually smaller hardly moves",
+        "Number that Adam adds to the root of its average of squared gradients",
         at_least=1e-12,
         fixed_in_run=True,
         group="recipe",
     )
     label_smoothing: float = define(
-        0.0, "Share of each label that is spread over all classes", at_least=0, below=1, group="recipe"
+        0.0, "Share of each label to spread over all classes", at_least=0, below=1, group="recipe"
     )
     mixup_alpha: float = define(
-        0.0, "Mix pairs of images, with shares from Beta(alpha, alpha); 0 does not", at_least=0, group="recipe"
+        0.0, "Mix pairs of images, with shares from Beta(alpha, alpha); 0 mixes none", at_least=0, group="recipe"
     )
     cutmix_alpha: float = define(
-        0.0,
-        "Paste a piece of one image into another, with shares from Beta(alpha, alpha); 0 does not",
-        at_least=0,
-        group="recipe",
+        0.0, "Paste pieces between images, shares from Beta(alpha, alpha); 0 pastes none", at_least=0, group="recipe"
     )
     ema_decay: float = define(
         0.0,
-        "Test and keep the moving average of the weights with this decay a step; 0 keeps the weights",
+        "Decay per step of the moving average of the weights, which is tested and saved; 0 uses no average",
         at_least=0,
         below=1,
         fixed_in_run=True,
@@ -408,75 +366,63 @@ class Configs(Options):
     )
     loss: str = define(
         "cross_entropy",
-        "The training loss; multi-label also focal or asymmetric, which look less at what is easy",
+        "Training loss: cross_entropy, or for multi-label also focal or asymmetric, which give easy examples "
+        "less weight",
         group="recipe",
     )
     gradient_accumulation_steps: int = define(
-        1,
-        "Batches whose gradients make one training step: batch_size images at a time in memory",
-        at_least=1,
-        fixed_in_run=True,
-        group="recipe",
+        1, "Number of batches whose gradients make one training step", at_least=1, fixed_in_run=True, group="recipe"
     )
     augmentation_strength: str = define(
         "default",
-        "How far training changes its images at random; photo leaves moving and scaling to random_crop_area",
+        "Strength of the random augmentation; photo leaves moving and scaling to random_crop_area",
         choices=("none", "light", "default", "strong", "photo"),
         group="recipe",
     )
     random_crop_area: list[float] = define(
         [1.0, 1.0],
-        "Training shows a random part of each image, of an area between these shares of it and up to a third wider or "
-        "higher than a square, in resize_mode crop than image_target_size, in pad, which pads the part, than the "
-        "image; 1 1 shows all",
+        "Smallest and largest share of an image's area in a random training crop; 1 1 crops nothing",
         above=0,
         at_most=1,
-        check=crop_area_fault,
+        check=range_fault,
         excludes=Exclusion(
             [1.0, 1.0],
             "image_cache",
             ("none",),
-            "crops are taken from the pictures themselves, which image_cache has not",
+            "expected 1 1 unless image_cache is none: random crops need the original images",
         ),
         group="recipe",
     )
     model_selection: str = define(
         "best_epoch",
-        "Keep the model of the epoch with the best validation figure, that of the last epoch (last_epoch), or the "
-        "start or an average of its and the last epoch's weights, of one label an image with a head fitted anew in "
-        "part, where the validation images tell this to be better (interpolate)",
+        "Model to keep: best epoch, last epoch, or the best weighted average of the starting and last "
+        "weights (interpolate)",
         choices=("best_epoch", "last_epoch", "interpolate"),
         fixed_in_run=True,
         group="recipe",
     )
     test_time_augmentation: str = define(
         "none",
-        "Answer with the mean over an image and its mirror image (flip), in validation, tests and every file of the "
-        "model; it takes twice the time",
+        "Average over an image and its mirror image (flip) in validation, tests and saved models; takes twice the time",
         choices=("none", "flip"),
         fixed_in_run=True,
         group="recipe",
     )
     min_steps: int = define(
         0,
-        "Raise num_epochs to as many as hold this number of training steps, a batch each: few images need more epochs; "
-        "time_budget goes before it",
+        "Smallest number of training steps; num_epochs is raised to reach it, unless time_budget is set",
         at_least=0,
         fixed_in_run=True,
         group="training",
     )
     time_budget: str = define(
         "",
-        "Fit num_epochs to this time, such as 90s, 10m or 2h, so that the schedule ends in it; empty takes num_epochs",
+        "Time for training, such as 90s, 10m or 2h, to which num_epochs is adapted; empty trains for num_epochs",
         check=duration_fault,
         group="training",
     )
-    verbose: bool = define(False, "Show the libraries' own notices too", group="machine")
+    verbose: bool = define(False, "Show the log messages of the libraries too", group="machine")
     find_learning_rate: bool = define(
-        False,
-        "Do not train: try rising learning rates, plot the loss over them and suggest one",
-        group="training",
+        False, "Instead of training, try rising learning rates, plot the loss and suggest one", group="training"
     )
-    overwrite: bool = define(
-        False, "Start a new run where save_model_path holds another one, and remove that", group="common"
-    )
+    overwrite: bool = define(False, "Remove the run that is in save_model_path and start a new one", group="common")

@@ -12,17 +12,16 @@ from finetune.core.values import get_input_size
 
 @script
 def main(configs: Configs) -> dict:
-    """Loads the model, explains the test images batch by batch, writes the pictures; returns paths and faithfulness."""
+    """Explains the test images and writes a picture of each; returns `paths` and `faithfulness`."""
     import numpy as np
 
     from finetune.core.devices import start_devices
     from finetune.core.files import check_folder
     from finetune.core.texts import show_progress
     from finetune.data.images import build_reader
-    from finetune.evaluation.decision_file import find_decision_folder, read_decision
+    from finetune.evaluation import explaining
+    from finetune.evaluation.decision import find_decision_folder, read_decision
     from finetune.evaluation.evaluation import Answers
-    from finetune.evaluation.explaining import CHOOSERS, Explainer, choose_removal_on, measure_some
-    from finetune.evaluation.faithfulness import describe_faithfulness, summarise_faithfulness
     from finetune.evaluation.gradcam import GradCam
     from finetune.models.model_files import load_fitting_model
     from finetune.predicting.prediction_files import describe_decision
@@ -40,25 +39,26 @@ def main(configs: Configs) -> dict:
     model = load_fitting_model(model_path, configs.classes, get_input_size(configs))
     print(name_model(configs, model_path), describe_decision(decision, "exact_match"), sep="\n")
     paths = [os.path.join(folder, name) for name in name_outputs(sequence.paths)]
-    choose = functools.partial(CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
-    explainer = Explainer(GradCam(model, configs.cam_method, configs.cam_backbone_layer), decision, choose)
+    choose = functools.partial(explaining.CHOOSERS[configs.cam_classes], decision=decision, top_k=configs.cam_top_k)
+    explainer = explaining.Explainer(GradCam(model, configs.cam_method, configs.cam_backbone_layer), decision, choose)
     shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
     overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
     facts = {"files": list(zip(sequence.paths, paths, strict=True)), "class_names": configs.classes, "overlay": overlay}
     draw = functools.partial(draw_batch, **facts, longest_side=configs.cam_picture_size, read=build_reader(configs))
-    found, seed = [], configs.random_seed or 0
-    removal = choose_removal_on(explainer, sequence, seed)
+    explained, found, seed = explainer.explain(sequence), [], configs.random_seed or 0
+    removal = explaining.choose_removal_on(explainer, sequence, seed)
     with show_progress(len(paths), configs.cam_method) as progress, naming_bad_images(sequence):
-        batches = measure_some(explainer.explain(sequence), len(paths), explainer.predict, removal, seed, found)
+        batches = explaining.measure_some(explained, len(paths), explainer.predict, removal, seed, found)
         probabilities = draw_all(batches, draw, progress.update)
     tell_bad_images(sequence)
     paths = [path for row, path in enumerate(paths) if row not in sequence.bad_images]
     found = np.reshape(found, (-1, 4))
-    faithfulness = summarise_faithfulness(found[:, :3], removal, sequence.get_groups(found[:, 3].astype(int)))
-    summary = describe_faithfulness(faithfulness, len(paths))
+    groups = sequence.get_groups(found[:, 3].astype(int))
+    faithfulness = explaining.summarise_faithfulness(found[:, :3], removal, groups)
+    summary = explaining.describe_faithfulness(faithfulness, len(paths))
     answers = Answers(sequence.get_read_paths(), sequence.get_y_true(), probabilities, decision)
     page = write_page(folder, paths, answers, model_path, summary)
-    print(f"Wrote {len(paths)} pictures to {folder}\n{summary}\nThe page that shows them is {page}")
+    print(f"Wrote {len(paths)} pictures to {folder}\n{summary}\nThe page with all of them is {page}")
     return {"paths": paths, "faithfulness": faithfulness}
 
 

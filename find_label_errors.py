@@ -1,7 +1,7 @@
 """Finds labels that are probably wrong, by a regression on a frozen backbone's features or by a run's trained model.
 
-It writes label_errors.csv and, beside it, label_errors.html: the photos to look at, and a button that saves what you
-find as corrections.csv. With apply it writes a copy of the table in which these labels are corrected.
+It writes label_errors.csv, and label_errors.html to review the photos and to save your findings as corrections.csv.
+With apply it writes a corrected copy of the table.
 """
 
 from __future__ import annotations
@@ -18,30 +18,33 @@ MOST_SUSPECTS = 2000
 
 @dataclasses.dataclass
 class LabelErrorConfigs(Configs):
-    """The options of this script, beside those of every script."""
+    """The options of this script, in addition to those of every script."""
 
-    csv_path: str = define("./data/all_data.csv", "The CSV file whose labels are judged")
+    csv_path: str = define("./data/all_data.csv", "CSV file whose labels are checked")
     write_path: str = define(
         "./label_errors.csv",
-        "The CSV file of suspects to write, and beside it the page; with apply the corrected table, by default "
-        "csv_path with _corrected in its name",
+        "CSV file of suspected label errors, or with apply of corrected labels, by default csv_path with "
+        "_corrected added",
     )
     max_suspects: int = define(
-        500, "List that many suspects at most, the most doubtful ones", at_least=1, at_most=MOST_SUSPECTS
+        500,
+        "Largest number of suspected label errors to list, the most doubtful first",
+        at_least=1,
+        at_most=MOST_SUSPECTS,
     )
-    apply: str = define("", "The corrections.csv that the page has saved: write a copy of csv_path corrected by it")
+    apply: str = define("", "The corrections.csv that the page saved; with it, a corrected copy of csv_path is written")
 
 
 @script
 def main(configs: LabelErrorConfigs) -> dict:
-    """Judges every label of the table, writes the suspects and their page; or writes the corrected table.
+    """Judges every label of the table and writes the suspected errors with their page, or writes the corrected table.
 
     Returns:
-        `suspects`, the table as written, and `estimate`, how many labels are expected to be wrong; with `apply`, how
-        many rows are marked in each way.
+        `suspects`, the table as written, and `estimate`, the number of wrong labels; with `apply`, how many rows have
+        each mark.
     """
-    # Imported here, so that --help does not wait for pandas, nor a mistake for TensorFlow.
-    from finetune.data.corrections import apply_corrections, name_corrected
+    # Imported here, so that --help does not wait for pandas, nor an error in the table for TensorFlow.
+    from finetune.data.label_tables import apply_corrections, name_corrected
 
     csv_path, multi_label = configs.csv_path, configs.multi_label_classification
     if configs.apply:
@@ -51,7 +54,7 @@ def main(configs: LabelErrorConfigs) -> dict:
     from finetune.core.files import write_csv
     from finetune.data.tables import read_table
     from finetune.predicting.prediction_files import check_write_path
-    from finetune.training.run_data import READING_OPTIONS
+    from finetune.training.run_folder import READING_OPTIONS
     from finetune.training.trained_model import resolve_model_path, take_data_options
 
     check_write_path(configs.write_path, csv_path)
@@ -60,8 +63,7 @@ def main(configs: LabelErrorConfigs) -> dict:
     read_table(csv_path, configs.csv_label_column, multi_label)
 
     from finetune.core.devices import start_devices
-    from finetune.studies.label_error_page import write_page
-    from finetune.studies.label_errors import gather_evidence, get_judge, list_suspects, summarize
+    from finetune.studies.label_errors import gather_evidence, get_judge, list_suspects, summarize, write_page
     from finetune.studies.label_scores import estimate_errors
 
     start_devices(configs.gpu_percentage)
@@ -77,7 +79,7 @@ def main(configs: LabelErrorConfigs) -> dict:
         write_page(page_path, found, evidence, summary, csv_path, configs)
     finally:
         print(summary)
-    print(f"Wrote {configs.write_path} and the page to look at them, {page_path}")
+    print(f"Wrote {configs.write_path} and the page to review them, {page_path}")
     return {"suspects": suspects, "estimate": estimate}
 
 

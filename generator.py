@@ -1,4 +1,4 @@
-"""Hands images to the model as batches of uint8 RGB, which worker threads read and augment; from the tables."""
+"""The Keras sequence of a table: batches of uint8 RGB images, which workers read and augment."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from finetune.core.texts import join_names, show_count
 from finetune.core.values import get_input_size
 from finetune.data.data_check import check_images
 from finetune.data.groups import pick_groups, read_group_names, read_groups
-from finetune.data.pixel_range import tell_assumed_range, tell_unfit_range
+from finetune.data.inspection import tell_assumed_range, tell_unfit_range
 from finetune.data.stores import join_path
 from finetune.data.tables import IMAGE_COLUMN, encode_labels, read_table
 from finetune.loading.batch_processes import BatchProcesses
 from finetune.loading.batches import ImageBatches, Shares
 from finetune.loading.caches import build_cache
 
-# More threads would wait for Python's lock, which each image needs for an eighth of its time: benchmarks/lock.py.
+# More threads would wait for Python's lock, which an image holds for an eighth of its time: benchmarks/lock.py.
 MOST_THREADS = 4
-# Seconds that Python's end waits for batches which are being made.
+# Seconds that Python's exit waits for unfinished batches.
 PATIENCE = 10
 
 _making: set[int] = set()
@@ -41,25 +41,25 @@ _has_ended = threading.Event()
 
 @atexit.register
 def _end_batches() -> None:
-    """Lets threads end the batches that they are in, and refuses others, before Python ends.
+    """Lets threads finish their batches and refuses new ones before Python exits.
 
-    A thread that asks for Python's lock after that is gone, and TensorFlow would wait for its batch for ever.
+    Otherwise a thread would wait for Python's lock for ever, and TensorFlow for its batch.
     """
     _has_ended.set()
     end = time.monotonic() + PATIENCE
     while _making and time.monotonic() < end:
         time.sleep(0.01)
-    # Those that TensorFlow has asked for already are refused meanwhile.
+    # Meanwhile, batches that TensorFlow has already requested are refused.
     time.sleep(0.05)
 
 
 class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
-    """The batches of `ImageBatches` for Keras, prepared ahead by workers.
+    """The batches of `ImageBatches` for Keras, prepared in advance by workers.
 
     Args:
-        workers: threads that prepare batches.
+        workers: threads or processes that prepare batches.
         max_queue_size: batches kept ready.
-        facts: what `ImageBatches` takes.
+        facts: the arguments of `ImageBatches`.
     """
 
     def __init__(self, *facts: Any, workers: int = 1, max_queue_size: int = 12, **named_facts: Any) -> None:
@@ -67,7 +67,7 @@ class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
         keras.utils.Sequence.__init__(self, workers=max(workers, 1), max_queue_size=max_queue_size)
         ImageBatches.__init__(self, *facts, **named_facts)
         self.error: UserError | None = None
-        # The rows of the table that the images are of, in the order of `paths`, and their groups; where there are any.
+        # The table's rows in the order of `paths`, and their groups, if there are any.
         self.table: pd.DataFrame | None = None
         self.groups: np.ndarray | None = None
         self.group_names = np.zeros(0, object)
@@ -88,29 +88,29 @@ class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
                 raise RuntimeError("Python is ending.")
             return make(index)
         except UserError as error:
-            # Keras turns what a worker raises into an error of its own: kept for whoever runs the model.
+            # Keras replaces a worker's error by its own: `naming_bad_images` brings this one back.
             self.error = error
             raise
         finally:
             _making.discard(thread)
 
     def get_groups(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray | None:
-        """Returns the groups of the images at these positions in `paths`, as `number_groups` does."""
+        """Returns the groups of the images at these positions in `paths`."""
         return pick_groups(self.groups, rows)
 
     def get_read_groups(self) -> np.ndarray | None:
-        """Returns the groups of the images that could be read, in the order of `paths`, as `get_groups` does."""
-        return self.get_groups(np.setdiff1d(np.arange(len(self.paths)), list(self.bad_images)))
+        """Returns the groups of the images that could be read."""
+        return self.get_groups(self._list_read())
 
     def get_read_table(self) -> pd.DataFrame:
-        """Returns the rows of the table whose images could be read, in the order of `paths`."""
+        """Returns the table's rows whose images could be read."""
         return self.table.drop(index=list(self.bad_images))
 
     def to_dataset(self) -> tf.data.Dataset:
-        """Returns the batches of an epoch for `fit` or `predict`, prepared ahead by threads of TensorFlow.
+        """Returns the batches for `fit` or `predict`, prepared in advance by TensorFlow's threads.
 
-        Each pass over it is an epoch, the one that `epoch` says when it begins. Where `shares` are given, and `shuffle`
-        is set, a batch is what `get_shares` returns.
+        Each pass is one epoch: that of `epoch` when it begins. With `shares` and `shuffle`, a batch is the result of
+        `get_shares`.
         """
         return self._make_dataset(tf.TensorSpec((None, *self.image_size, 3), tf.uint8))
 
@@ -129,7 +129,7 @@ class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
             make = functools.partial(self._make, functools.partial(self.processes.make, name))
 
         def load(index: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            # What it returns follows from the index: op determinism would otherwise run it in the model's own thread.
+            # Not stateful: op determinism would otherwise run it in the model's thread.
             types = [spec.dtype for spec in specs]
             batch = tf.numpy_function(make, [index], types, stateful=False)
             return tuple(tf.ensure_shape(part, spec.shape) for part, spec in zip(batch, specs, strict=True))
@@ -140,17 +140,17 @@ class AugmentedImageSequence(ImageBatches, keras.utils.Sequence):
         return batches.prefetch(self.max_queue_size).with_options(options)
 
     def _start_processes(self) -> None:
-        """Starts processes in the place of more threads than can run at once, where pictures are changed at random.
+        """Starts processes instead of threads if many workers augment or crop images.
 
-        Those that are only read hold Python's lock for a few hundredths of a millisecond each.
+        Images that are only read hold Python's lock too briefly to matter.
         """
         is_changed = self.augmenter is not None or self.crops
         if self.processes is None and self.workers > MOST_THREADS and is_changed and self.cache is None:
             try:
                 self.processes = BatchProcesses(self, self.workers)
             except Exception as error:
-                # Whatever is written in augmenter.py: what cannot go to another process stays with threads. It raises
-                # errors of three types, which have one of these words in common, the second since Python 3.13.
+                # A user's augmenter that cannot be pickled stays in threads. Pickling raises errors of three types, all
+                # with one of these words; the second since Python 3.13.
                 if not any(word in str(error) for word in ("pickle", "local object")):
                     raise
 
@@ -163,18 +163,18 @@ def get_generator(
     bad_rows: Collection[int] | None = None,
     shares: Shares | None = None,
 ) -> AugmentedImageSequence:
-    """Builds the generator of one CSV file: augmented, mixed and reshuffled every epoch for training, else in order.
+    """Builds the generator of one CSV file.
 
     Args:
         csv_path: the table.
         class_names: in the model's order.
         configs: the options.
-        training: whether the model learns from these images.
-        bad_rows: line numbers to leave out, where the data check has run. None checks the images now.
-        shares: the devices to feed, where several train together.
+        training: True augments, mixes and reshuffles the images; False keeps the order of the table.
+        bad_rows: line numbers to leave out, as found by the data check. None checks the images now.
+        shares: the devices to feed, if several train together.
 
     Raises:
-        UserError: the CSV, a label or an image in it is not usable, or an argument is not as described.
+        UserError: the CSV, a label, an image or an argument is invalid.
     """
     Configs.check(configs)
     csv_path, class_names = take_path("csv_path", csv_path), take_names(class_names)
@@ -210,7 +210,7 @@ def get_generator(
 def _list_images(
     csv_path: str, class_names: Sequence[str], configs: Configs, bad_rows: Collection[int] | None
 ) -> tuple[pd.DataFrame, list[str], np.ndarray]:
-    """Returns a table's rows of usable images, the paths of these, and their labels as `encode_labels` gives them."""
+    """Returns the table's rows with usable images, and the paths and encoded labels of those."""
     bad_rows = bad_rows if bad_rows is None else take_rows("bad_rows", bad_rows)
     table = read_table(csv_path, configs.csv_label_column, configs.multi_label_classification)
     labels = encode_labels(table[configs.csv_label_column], class_names, configs.multi_label_classification, csv_path)
@@ -229,7 +229,7 @@ def _list_images(
 
 @contextlib.contextmanager
 def naming_bad_images(*sequences: AugmentedImageSequence) -> Iterator[None]:
-    """Raises a sequence's own error, with the path of the image, in place of what Keras makes of it."""
+    """Raises a sequence's own error, which names the image, instead of Keras's."""
     try:
         yield
     except Exception as error:
@@ -239,7 +239,7 @@ def naming_bad_images(*sequences: AugmentedImageSequence) -> Iterator[None]:
 
 
 def tell_bad_images(sequence: AugmentedImageSequence) -> None:
-    """Prints which images of a sequence could not be read and were left out."""
+    """Prints the images that could not be read and were left out."""
     if bad_rows := sorted(sequence.bad_images):
         paths = join_names([sequence.paths[row] for row in bad_rows])
         print(f"Left out {show_count(len(bad_rows), 'image')} that could not be read: {paths}")

@@ -1,6 +1,6 @@
-"""Writes a CSV file (path,class) from a folder of photos sorted into one folder per class, or from a table of labels.
+"""Writes a CSV file (path,class) from a folder with one subfolder per class, or from a table of labels.
 
-Where the folder holds train/, val/ and test/ with class folders inside, it keeps that split and writes a CSV file each.
+If the folder contains train/, val/ and test/ with class folders, it keeps this split and writes one CSV file for each.
 """
 
 from __future__ import annotations
@@ -14,30 +14,24 @@ from finetune.core.scripts import run_script, script
 
 
 def separator_fault(separator: str) -> str:
-    """Returns what is wrong with a value of `label_separator`; empty where nothing is."""
-    return "" if separator else "expected a mark between labels, such as '|'. Received: ''"
+    """Returns what is wrong with a value of `label_separator`; empty if nothing is."""
+    return "" if separator else "expected a separator, such as '|'. Received: ''"
 
 
 @dataclasses.dataclass
 class FolderConfigs(Configs):
-    """The options of this script, beside those of every script."""
+    """The options of this script in addition to the shared ones."""
 
-    folder_path: str = define(
-        "./data/images", "The folder that holds one folder per class, or the images of table_path"
-    )
-    write_path: str = define("./data/all_data.csv", "The CSV file to write")
-    verify: bool = define(False, "Decode every image, find what is wrong with it, and list that in data_report.csv")
-    table_path: str = define(
-        "",
-        "A table that labels the images in folder_path, named with or without endings, by one column of labels or by a "
-        "column of 0 and 1 for each class; empty: the folders are the classes",
-    )
+    folder_path: str = define("./data/images", "Folder with one subfolder per class, or with the images of table_path")
+    write_path: str = define("./data/all_data.csv", "CSV file to write")
+    verify: bool = define(False, "Decode every image and list faults in data_report.csv")
+    table_path: str = define("", "Table that labels the images in folder_path; empty takes the subfolders as classes")
     image_column: str = define(
-        "", "The column of table_path that names the images; empty finds it", needs=("table_path", "table_path")
+        "", "Column of table_path with the image names; empty finds it", needs=("table_path", "table_path")
     )
     label_separator: str = define(
         "$",
-        "What joins the labels of an image in table_path",
+        "Separator between the labels of an image in table_path",
         check=separator_fault,
         needs=("multi_label_classification", "multi_label_classification True"),
     )
@@ -45,14 +39,15 @@ class FolderConfigs(Configs):
 
 @script
 def main(configs: FolderConfigs) -> dict:
-    """Writes the table; prints and returns the image count of each class, and in each set of a split that is kept."""
+    """Writes the table; prints and returns the number of images per class, for each set if there are several."""
     # Imported here, so that --help does not wait for pandas.
     from finetune.core.files import check_folder, write_csv
     from finetune.core.labels import clean_label
     from finetune.core.texts import show_count
     from finetune.data import folders
-    from finetune.data.label_tables import TableForm, convert_label_table, count_classes_of
+    from finetune.data.label_tables import TableForm, convert_label_table
     from finetune.data.splitting import format_class_counts, refuse_own_input
+    from finetune.data.tables import count_classes
 
     label_column, write_path = configs.csv_label_column, configs.write_path
     check_folder(os.path.dirname(write_path) or os.curdir, "write_path")
@@ -77,7 +72,7 @@ def main(configs: FolderConfigs) -> dict:
         table = folders.tabulate_images(photos.images, label_column, configs.folder_path)
     if configs.verify:
         table = folders.leave_out_bad_images({write_path: table}, [""], configs, multi_label)[write_path]
-    counts = count_classes_of(table[label_column], class_names, multi_label)
+    counts = count_classes(table[label_column], multi_label, class_names)
     try:
         write_csv(write_path, table)
     finally:

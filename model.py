@@ -1,9 +1,9 @@
-"""The model factory: what a model is made of.
+"""The model factory.
 
-A model takes raw RGB in `[0, 255]` of any numeric type at `image_target_size`, or at `test_image_size` where that is
-set. By name, its parts are `[downscaling ->] preprocessing -> backbone -> classifier`: the backbone's own preprocessing
-is inside, so that no script can get it wrong. `finetune/models/backbones.py` and `finetune/models/heads.py` are the
-registries of the parts.
+A model takes raw RGB in `[0, 255]` of any numeric type, at `eval_image_size` if set, else at `image_target_size`. The
+names of its parts are `[downscaling ->] preprocessing -> backbone -> classifier`. The backbone's preprocessing is part
+of the model, so that no script can get it wrong. See the registries `finetune/models/backbones.py` and
+`finetune/models/heads.py`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from finetune.core.arguments import look_up, take_names
 from finetune.core.devices import precision_policy
 from finetune.core.options import UserError
 from finetune.core.values import get_input_size
-from finetune.models.backbones import build_backbone, build_preprocessing, find_backbone
-from finetune.models.freezing import prepare_backbone
+from finetune.models.backbones import build_backbone, build_preprocessing, find_backbone, prepare_backbone
 from finetune.models.heads import HEADS, HeadOptions, build_head
 from finetune.models.losses import find_loss
 from finetune.models.optimizers import build_optimizer, check_optimizer, compile_model
 
 
 def check_registered(configs: Configs, builds: bool = True) -> None:
-    """Raises UserError where an option names what its registry lacks, so that nothing is computed in vain.
+    """Raises UserError if a name in the configs is not registered, or an option does not suit the others.
 
     Args:
         configs: to check.
-        builds: False where the model is loaded: the backbone is in it, and need not be had any more.
+        builds: False if the model is loaded from a file; the backbone's own file or preset may be gone then.
     """
     if builds:
         find_backbone(configs.visual_model_name, configs.backbone_preprocessing)
@@ -40,14 +39,14 @@ def check_registered(configs: Configs, builds: bool = True) -> None:
 
 
 class ModelFactory:
-    """Builds models as the configs describe them."""
+    """Builds models from configs."""
 
     def get_input_size(self, name: str) -> tuple[int, int]:
-        """Returns the `(height, width)` that a backbone's ImageNet weights were trained at."""
+        """Returns the `(height, width)` at which a backbone's ImageNet weights were trained."""
         return (find_backbone(name).input_size,) * 2
 
     def get_last_conv_layer(self, name: str) -> str:
-        """Returns the name of a backbone's last spatial layer, which Grad-CAM reads."""
+        """Returns the name of a backbone's last spatial layer, for Grad-CAM."""
         return find_backbone(name).last_layer
 
     def get_model(self, configs: Configs) -> keras.Model:
@@ -60,23 +59,23 @@ class ModelFactory:
             A model from RGB `(batch, height, width, 3)`, `[0, 255]`, to probabilities `(batch, classes)`.
 
         Raises:
-            UserError: the image is too small for the backbone, more layers are to be dropped or trained than there
-                are, or the ImageNet weights cannot be had.
+            UserError: the image is too small for the backbone, too many layers are to be dropped or trained, or the
+                ImageNet weights are missing.
         """
         check_registered(Configs.check(configs))
         take_names(configs.classes, "classes")
         name = configs.visual_model_name
         entry = find_backbone(name, configs.backbone_preprocessing)
         factor = 2**configs.cnn_downscaling_factor
-        # The last one is what the model is built for.
-        sizes = {"image_target_size": tuple(configs.image_target_size[:2]), "test_image_size": get_input_size(configs)}
+        # The model is built for the last one.
+        sizes = {"image_target_size": tuple(configs.image_target_size[:2]), "eval_image_size": get_input_size(configs)}
         for option, (height, width) in sizes.items():
             backbone_size = (math.ceil(height / factor), math.ceil(width / factor))
             entry.check_size(name, option, (height, width), backbone_size)
         if len({*sizes.values()}) > 1 and not entry.takes_any_size:
             raise UserError(
-                f"test_image_size: expected nothing, for {name} is built for one size and cannot be trained at "
-                f"another. Received: {height} {width}. Leave it out, and set image_target_size."
+                f"eval_image_size: expected none, because {name} is built for one size. Received: {height} {width}. "
+                "Leave it out, and set image_target_size."
             )
         with precision_policy(configs.mixed_precision):
             backbone = build_backbone(name, entry, backbone_size, configs.use_imagenet_weights, configs.pop_conv_layers)
@@ -100,8 +99,8 @@ class ModelFactory:
 def downscale(images: keras.KerasTensor, factor: int, filters: int) -> keras.KerasTensor:
     """Halves images `factor` times by trained convolutions; RGB `[0, 255]` in and out.
 
-    The convolutions see pixels in `[-1, 1]`, and their tanh is spread over `[0, 255]` again: whatever range the
-    backbone's preprocessing then makes of it is the one that the backbone knows.
+    The convolutions work on pixels in `[-1, 1]`. Their tanh output is scaled back to `[0, 255]`, the range that the
+    backbone's preprocessing expects.
     """
     stack = keras.Sequential(name="downscaling")
     for _ in range(factor):

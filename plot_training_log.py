@@ -1,4 +1,4 @@
-"""Plots loss and accuracy (or AUROC) over the epochs, training against validation, as a picture next to the log."""
+"""Plots training and validation loss and accuracy (or AUROC) over the epochs, as a picture next to the log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def picture_fault(path: str) -> str:
-    """Returns what is wrong with the name of a picture; empty where nothing is."""
+    """Returns what is wrong with the name of a picture; empty if nothing is."""
     if not path or path.lower().endswith(PICTURE_SUFFIXES):
         return ""
     return f"expected a name that ends in {', '.join(PICTURE_SUFFIXES)}. Received: {path!r}"
@@ -21,20 +21,20 @@ def picture_fault(path: str) -> str:
 
 @dataclasses.dataclass
 class PlotConfigs(Configs):
-    """The options of this script, beside those of every script."""
+    """The options of this script in addition to the shared ones."""
 
     train_log_path: str = define(
-        "", "The log to plot; empty takes that of the run of load_model_path, or of save_model_path"
+        "", "Log file to plot; empty takes the log in load_model_path, or else in save_model_path"
     )
-    write_path: str = define("", "The picture to write; empty puts a PNG next to the log", check=picture_fault)
+    write_path: str = define("", "Picture to write; empty writes a PNG next to the log", check=picture_fault)
 
 
 @script
 def main(configs: PlotConfigs) -> dict:
-    """Reads the log, draws it, shows it where there is a display; returns the picture's path."""
+    """Draws the log and shows it if there is a display; returns the picture's path."""
     # Imported here, so that --help does not wait for matplotlib.
     from finetune.core.files import atomic_path, check_folder
-    from finetune.reporting.log_figures import draw_log, read_log, select_backend
+    from finetune.reporting.figures import draw_log, read_log, select_backend
     from finetune.training.run_folder import find_log
 
     log_path = configs.train_log_path or find_log(configs.load_model_path or configs.save_model_path)

@@ -1,4 +1,4 @@
-"""Predicts images that have no labels - a photo, a folder, a pattern or a CSV file of them - into a CSV file."""
+"""Predicts unlabelled images - a photo, a folder, a pattern or a CSV file of paths - and writes a CSV file."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from finetune.core.values import get_input_size
 MOST_COPIES = 100
 
 
-def views_fault(tta: str) -> str:
-    """Returns what is wrong with a value of `tta`, which no single type describes; empty where nothing is."""
-    if tta in ("none", "flip") or (re.fullmatch(r"[0-9]{1,9}", tta) and 1 <= int(tta) <= MOST_COPIES):
+def views_fault(value: str) -> str:
+    """Returns what is wrong with a value of `test_time_augmentation`; empty if nothing is."""
+    if value in ("none", "flip") or (re.fullmatch(r"[0-9]{1,9}", value) and 1 <= int(value) <= MOST_COPIES):
         return ""
-    return f"expected none, flip, or a whole number of augmented copies from 1 to {MOST_COPIES}. Received: {tta!r}"
+    return f"expected none, flip, or a whole number of augmented copies from 1 to {MOST_COPIES}. Received: {value!r}"
 
 
 @dataclasses.dataclass
 class PredictConfigs(Configs):
-    """The options of this script, beside those of every script."""
+    """The options of this script, in addition to those of every script."""
 
-    input: str = define("", "An image, its URL, a folder, a quoted pattern ('photos/**/*.jpg'), or a CSV file of paths")
-    write_path: str = define("./predictions.csv", "The CSV file to write")
-    top_k: int = define(0, "Also write that many most probable classes of each image, the first one first", at_least=0)
-    tta: str = define(
+    input: str = define("", "An image, its URL, a folder, a quoted pattern ('photos/**/*.jpg') or a CSV file of paths")
+    write_path: str = define("./predictions.csv", "CSV file to write")
+    top_k: int = define(
+        0, "Also write this many of the most probable classes of each image, in order; 0 writes none", at_least=0
+    )
+    test_time_augmentation: str = define(
         "none",
-        "Average each image's probabilities with its mirror image's (flip), or with those of n augmented copies; none "
-        "answers as the run does, see test_time_augmentation",
+        "Average over each image and its mirror image (flip) or n augmented copies; none answers as the run does",
         check=views_fault,
     )
     threshold_type: str = define(
         "exact_match",
-        "Multi-label: the thresholds of test.py that decide, one for all classes or the best F1's for each",
+        "Multi-label thresholds from test.py: one for all classes (exact_match), or one per class (best_f1)",
         choices=("exact_match", "best_f1"),
     )
 
@@ -47,7 +48,7 @@ def main(configs: PredictConfigs) -> dict:
     Returns:
         `predictions`, the table as written, and `failed`, how many of its images could not be read.
     """
-    # Imported here, so that --help does not wait for pandas, nor a mistake for TensorFlow.
+    # Imported here, so that --help does not wait for pandas, and a user's mistake not for TensorFlow.
     from finetune.core.files import write_csv
     from finetune.predicting.prediction_files import (
         check_top_k,
@@ -63,16 +64,16 @@ def main(configs: PredictConfigs) -> dict:
 
     is_given = "image_directory" in configs.given
     model_path, configs = find_trained_model(configs, ("image_directory",))
-    notes: list[str] = []  # Told behind the first line, what the script runs on, which TensorFlow knows.
+    # Printed after the first line, which names the device and so needs TensorFlow.
+    notes: list[str] = []
     names, paths = list_inputs(configs.input, configs.image_directory, notes.append)
     paths = paths if is_given else prefer_existing(paths, names, notes.append)
     check_write_path(configs.write_path, configs.input)
 
     from finetune.core.devices import start_devices
-    from finetune.evaluation.decision_file import find_decision_folder, read_decision
+    from finetune.evaluation.decision import find_decision_folder, read_decision
     from finetune.predicting.kept_answers import KeptAnswers, list_facts
-    from finetune.predicting.predicting import build_views, predict_missing
-    from finetune.predicting.runtimes import load_predictor
+    from finetune.predicting.predicting import build_views, load_predictor, predict_missing
 
     start_devices(configs.gpu_percentage)
     check_top_k(configs.top_k, configs.classes)
@@ -82,7 +83,7 @@ def main(configs: PredictConfigs) -> dict:
     print(*notes, name_model(configs, model_path), describe_decision(decision, configs.threshold_type), sep="\n")
     facts = list_facts(configs, model_path)
     with KeptAnswers(configs.write_path, paths, configs.batch_size, len(configs.classes), facts) as kept:
-        predict_missing(model, kept, build_views(configs.tta, configs.random_seed or 0), configs)
+        predict_missing(model, kept, build_views(configs.test_time_augmentation, configs.random_seed or 0), configs)
         errors = explain_errors(kept.errors, paths)
         table = make_table(names, kept.probabilities, errors, decision, configs.threshold_type, configs.top_k)
         write_csv(configs.write_path, table)

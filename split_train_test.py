@@ -12,19 +12,19 @@ from finetune.core.scripts import run_script, script
 
 @dataclasses.dataclass
 class SplitConfigs(Configs):
-    """The options of this script, beside those of every script."""
+    """The options of this script, in addition to those of every script."""
 
-    csv_path: str = define("./data/all_data.csv", "The CSV file to split")
-    write_folder: str = define("", "The folder for the tables; empty puts them next to csv_path")
-    test_split_fraction: float = define(0.2, "Share of every class that goes to the test set", above=0, below=1)
+    csv_path: str = define("./data/all_data.csv", "CSV file to split")
+    write_folder: str = define("", "Folder for the tables; empty puts them next to csv_path")
+    test_split_fraction: float = define(0.2, "Share of each class for the test set", above=0, below=1)
     validation_split_fraction: float = define(
-        0.0, "Share of every class that goes to validation_set.csv; 0 writes none", at_least=0, below=1
+        0.0, "Share of each class for validation_set.csv; 0 writes none", at_least=0, below=1
     )
     group_column: str = define(
-        "", "Rows with the same value in this column, such as patient or video, stay in one set; empty: group"
+        "", "Column, such as patient or video, whose equal values stay in one set; empty uses a column named group"
     )
     verify: bool = define(
-        False, "Check every image and find all copies, however long it takes; data_report.csv lists what is wrong"
+        False, "Check every image and find all copies without a time limit, and list faults in data_report.csv"
     )
     shuffle: bool = define(True, "Draw the images at random; False takes the last ones of each class")
 
@@ -59,7 +59,8 @@ def main(configs: SplitConfigs) -> dict:
     else:
         sets = splitting.split_groups(labels.to_numpy(object), groups, fractions, multi_label, rng)
         splitting.warn_of_other_fractions(sets, fractions)
-    counts = splitting.count_classes(labels, sets, find_class_names(labels, multi_label), multi_label)
+    of_sets = {name: labels.iloc[rows] for name, rows in sets.items()}
+    counts = splitting.tabulate_counts(of_sets, find_class_names(labels, multi_label), multi_label)
     empty = [name for name, rows in sets.items() if not len(rows)]
     for name, path in written.items() if not empty else ():
         write_csv(path, table.iloc[sets[name]])

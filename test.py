@@ -1,7 +1,7 @@
-"""Tells how well a trained model does on its training, validation and test images, where it is wrong, and why.
+"""Evaluates a trained model on its training, validation and test images.
 
-It prints the metrics and writes them with pictures and a report into evaluation/ in the run's folder, and into
-decision.json the thresholds and the temperature that predict.py uses.
+It prints the metrics, and writes them with plots and a report to evaluation/ in the run's folder. The temperature and
+the thresholds go to decision.json, for predict.py.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from finetune.core.values import get_input_size
 
 @script
 def main(configs: Configs) -> dict[str, Any]:
-    """Loads the model, predicts each set, evaluates, prints and writes; returns the content of metrics.json."""
+    """Loads the model, predicts and evaluates each set, and writes the results; returns those of metrics.json."""
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.core.devices import start_devices
-    from finetune.evaluation.decision_file import get_decision, store_decision
+    from finetune.evaluation.decision import get_decision, store_decision
     from finetune.evaluation.evaluation import Answers, check_report_by, evaluate_leak, evaluate_sets
-    from finetune.predicting.predicting import predict
-    from finetune.predicting.runtimes import load_predictor
-    from finetune.reporting.gallery import build_explainer
+    from finetune.predicting.predicting import load_predictor, predict
     from finetune.reporting.model_card import write_model_card
-    from finetune.reporting.report import write_evaluation
+    from finetune.reporting.report import build_explainer, write_evaluation
     from finetune.training import run_folder, trained_model
     from generator import get_generator
 
@@ -40,7 +38,7 @@ def main(configs: Configs) -> dict[str, Any]:
     model = load_predictor(model_path, configs.classes, get_input_size(configs))
     print(trained_model.name_model(configs, model_path))
     predictions = {name: predict(model, sequence, f"Predicting the {name} set") for name, sequence in sequences.items()}
-    # After the images have been read: under skip_bad_images those that could not be have no part.
+    # After prediction: with skip_bad_images, unreadable images are known only now.
     truths = {name: sequence.get_y_true() for name, sequence in sequences.items()}
     threshold_range, multi_label = configs.multilabel_threshold_range, configs.multi_label_classification
     decision = get_decision(model_path, truths, predictions, configs.classes, multi_label, threshold_range)

@@ -1,6 +1,6 @@
-"""Trains a model on the images of train_csv; all it writes goes to save_model_path.
+"""Trains a model on the images of train_csv and writes everything to save_model_path.
 
-With load_model_path it continues a run, and ends with the model that the run would have given without a stop.
+With load_model_path it continues a run, and ends with the same model as without the interruption.
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ from finetune.core.scripts import run_script, script
 
 @script
 def main(configs: Configs) -> dict:
-    """Trains, alone or with the other processes of TF_CONFIG; returns the last epoch's metrics and the best."""
+    """Trains, alone or with the other workers of TF_CONFIG; returns the metrics of the last and the best epoch."""
     from finetune.core.devices import choose_devices, start_strategy
     from finetune.data.data_check import check_sets, list_sets
-    from finetune.data.pixel_range import resolve_pixel_range
+    from finetune.data.inspection import resolve_pixel_range
+    from finetune.reporting.figures import report_learning_rate
     from finetune.reporting.label_page import write_contradictions
-    from finetune.reporting.log_figures import report_learning_rate
     from finetune.reporting.model_card import write_model_card
     from finetune.training.phases import get_phases
-    from finetune.training.preparing import prepare_run
     from finetune.training.resuming import find_start, report_end
     from finetune.training.time_budget import resolve_epochs
-    from finetune.training.training import check_room, find_learning_rate, open_run, report_best, train_phases
+    from finetune.training.training import (
+        check_room,
+        find_learning_rate,
+        open_run,
+        prepare_run,
+        report_best,
+        train_phases,
+    )
     from finetune.training.workers import join_team, select_common, take_slurm_step
 
     started = time.monotonic()

@@ -1,6 +1,6 @@
-"""What compress_weights.py's weights save against the checkpoint that training writes; one backbone a process.
+"""Compares the weights of compress_weights.py with the checkpoint of training; one backbone per process.
 
-python benchmarks/compression.py NAME    prints, for float32, float16 and int8, how many times smaller the file is and
+python benchmarks/compression.py NAME    prints for float32, float16 and int8 how many times smaller the file is, and
                                          how many times faster it loads
 """
 
@@ -39,7 +39,7 @@ def write_checkpoint(name: str, folder: str) -> str:
 
 
 def measure(name: str) -> list[float]:
-    """Returns how many times smaller each file is, and how many times faster it loads at its best; they take turns."""
+    """Returns how many times smaller each file is, and how many times faster its best loading is, in turns."""
     import keras
 
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def measure(name: str) -> list[float]:
 
 
 def main() -> None:
-    """Prints the values of one backbone as one line."""
+    """Prints one line of values for one backbone."""
     with contextlib.redirect_stdout(io.StringIO()):
         values = measure(sys.argv[1])
     print(*values)

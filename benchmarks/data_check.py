@@ -1,7 +1,7 @@
-"""The data check and strict decoding against OpenCV's decoding alone, on one core.
+"""Compares the data check and strict decoding with OpenCV's decoding alone, on one core.
 
-python benchmarks/data_check.py FOLDER    prints checked in full / decoded images, files/s of the quick check, and
-                                          strictly decoded / decoded images; FOLDER holds one folder per class
+python benchmarks/data_check.py FOLDER    prints three numbers: full check / decoding alone, files/s of the quick check,
+                                          strict decoding / OpenCV's; FOLDER has one folder per class
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ REPEATS = 5
 
 
 def measure(work: Callable[[], object], number: int) -> float:
-    """Returns how many of `number` things a second of processor time does."""
+    """Returns how many of `number` items are done in a second of processor time."""
     start = time.process_time()
     work()
     return number / (time.process_time() - start)
 
 
 def main() -> None:
-    """Takes turns, so that all share the machine's moods, and prints the medians."""
+    """Measures in turns, so that a busy machine affects all alike, and prints the medians."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     import cv2
 
@@ -51,7 +51,7 @@ def main() -> None:
         "full": lambda: inspect_images(files, True, MAX_IMAGE_PIXELS, 1),
         "quick": lambda: inspect_images(files, False, MAX_IMAGE_PIXELS, 1),
     }
-    # Warm: the page cache holds the files, and the libraries are loaded.
+    # Warm up: fill the page cache and load the libraries.
     for work in tasks.values():
         work()
     rounds = [{name: measure(work, len(files)) for name, work in tasks.items()} for _ in range(REPEATS)]

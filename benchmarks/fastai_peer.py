@@ -1,13 +1,13 @@
 """A peer of the recipes: fastai's `vision_learner` and `fine_tune`, as its guides teach them, on Keras's MobileNet.
 
-python benchmarks/fastai_peer.py convert FOLDER    writes backbone.npz: Keras's ImageNet weights, and what they give
+python benchmarks/fastai_peer.py convert FOLDER    writes backbone.npz: Keras's ImageNet weights, and features
 python benchmarks/fastai_peer.py train FOLDER      writes model.pth
 python benchmarks/fastai_peer.py predict FOLDER    writes probabilities.npy and probabilities_tta.npy, of the test set
 
-FOLDER holds task.json, as recipes.py writes it. `fine_tune` trains the head for an epoch, then everything, with its
-own rates, head and augmentation; the last epoch is kept. The second file of predictions is `Learner.tta`'s: four
-augmented views and the photo itself. Batches are those of train.py: with fastai's own 64 there would be a quarter of
-the steps. `convert` has a process of its own, so that TensorFlow and PyTorch are never in one.
+FOLDER holds task.json, as recipes.py writes it. `fine_tune` trains the head for an epoch, then everything, with
+fastai's learning rates, head and augmentation; the last epoch is kept. `probabilities_tta.npy` is from `Learner.tta`:
+four augmented views and the photo itself. The batch size is that of train.py: with fastai's 64 there would be a quarter
+of the steps. `convert` runs in its own process, so that TensorFlow and PyTorch are never in one.
 
 Source: https://docs.fast.ai/tutorial.vision.html, https://docs.fast.ai/vision.augment.html.
 """
@@ -43,7 +43,7 @@ DECLARED: list[Any] = []
 
 def main() -> None:
     """Converts the weights, trains, or predicts the test photos."""
-    # Threads that wait by spinning keep one another from the cores where other programs use them too: 16 times slower.
+    # On a busy machine, threads that spin while they wait block each other: 16 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     action, folder = sys.argv[1:]
     task = json.loads(Path(folder, "task.json").read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def convert(folder: str, task: dict[str, Any]) -> None:
-    """Writes Keras's weights as `LAYER/WEIGHT`, random `images` and the pooled `features` that Keras finds in them.
+    """Writes Keras's weights as `LAYER/WEIGHT`, random `images`, and their pooled `features` from Keras.
 
     The images are float32 `(images, size, size, 3)` from 0 to 255, the features `(images, 1024)`.
     """
@@ -69,7 +69,7 @@ def convert(folder: str, task: dict[str, Any]) -> None:
 
 
 def train(folder: str, task: dict[str, Any]) -> None:
-    """Fine-tunes for the task's epochs, or until the time is over, and writes the weights of the last.
+    """Fine-tunes for the task's epochs, or until the budget is spent, and writes the last weights.
 
     Raises:
         SystemExit: the converted backbone does not give Keras's features.
@@ -102,7 +102,7 @@ def predict(folder: str, task: dict[str, Any]) -> None:
 
     learner = build_learner(vision, task, build_backbone(task["image_size"]))
     learner.model.load_state_dict(torch.load(f"{folder}/model.pth", weights_only=True))
-    # What a set's photos are labelled with is no part of predicting them.
+    # Prediction does not use labels.
     loader = learner.dls.test_dl([(path, None) for path in task["sets"]["test"]["paths"]])
     with learner.no_bar():
         for name, function in (("probabilities", learner.get_preds), ("probabilities_tta", learner.tta)):
@@ -156,7 +156,7 @@ def build_learner(vision: ModuleType, task: dict[str, Any], backbone: torch.nn.M
             vision.Normalize.from_stats([0.5] * 3, [0.5] * 3),
         ],
     )
-    # fastai trains on no batch that is not full.
+    # fastai drops an incomplete batch.
     loaders = block.dataloaders(items, bs=min(BATCH_SIZE, len(sets[0]["paths"])))
 
     def get_backbone(pretrained: bool) -> torch.nn.Module:
@@ -170,7 +170,7 @@ def build_learner(vision: ModuleType, task: dict[str, Any], backbone: torch.nn.M
 
 
 def build_backbone(image_size: int) -> torch.nn.Sequential:
-    """Returns MobileNet 1.0 up to its pooled features, with random weights, by the names of Keras's layers.
+    """Returns MobileNet 1.0 up to its pooled features, with random weights and the layer names of Keras.
 
     fastai cuts a model at its pooling layer.
 
@@ -204,17 +204,17 @@ def add_activation(layers: OrderedDict[str, torch.nn.Module], name: str, channel
     """Adds batch normalisation and activation after the convolution called `name`."""
     from torch import nn
 
-    # Keras's momentum of 0.99 is what PyTorch calls 0.01.
+    # Keras's momentum of 0.99 is 0.01 in PyTorch's convention.
     layers[f"{name}_bn"] = nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
     layers[f"{name}_relu"] = nn.ReLU6(inplace=True)
 
 
 def convert_weights(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Returns Keras's weights as PyTorch's module of the same layers has them.
+    """Converts Keras's weights for the PyTorch module with the same layers.
 
     Args:
         arrays: by `LAYER/WEIGHT`. Kernels are `(height, width, inputs, outputs)`, depthwise ones `(height, width,
-            channels, 1)`; both become `(outputs, inputs of a group, height, width)`. What is no weight is left out.
+            channels, 1)`; both become `(outputs, inputs of a group, height, width)`. Other arrays are left out.
     """
     import torch
 
@@ -224,7 +224,7 @@ def convert_weights(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]
         layer, _, weight = name.partition("/")
         if weight in names:
             weights[f"{layer}.{names[weight]}"] = torch.tensor(array)
-            # Keras does not count batches; with a momentum given, PyTorch makes no use of the number.
+            # Keras does not count batches; PyTorch ignores the number if a momentum is given.
             weights[f"{layer}.num_batches_tracked"] = torch.tensor(0)
         elif weight:
             axes = (2, 3, 0, 1) if "_dw_" in layer else (3, 2, 0, 1)
@@ -233,12 +233,12 @@ def convert_weights(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]
 
 
 def measure_error(backbone: torch.nn.Module, images: np.ndarray, features: np.ndarray) -> float:
-    """Returns by how much a backbone's features differ from Keras's at most, as a part of the largest feature.
+    """Returns the largest difference between a backbone's features and Keras's, as a share of the largest feature.
 
     Args:
         backbone: as `build_backbone` returns it.
         images: float32 `(images, size, size, 3)` from 0 to 255.
-        features: what Keras finds in them, float32 `(images, 1024)`.
+        features: from Keras, float32 `(images, 1024)`.
     """
     import torch
 

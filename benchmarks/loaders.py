@@ -1,6 +1,6 @@
-"""Ways to read a folder of photos as batches for training, each measured in a process of its own on given cores.
+"""Measures ways to read a folder of photos as training batches, each in its own process on the given cores.
 
-python benchmarks/loaders.py NAME FOLDER CORES    prints images/s; FOLDER holds one folder per class
+python benchmarks/loaders.py NAME FOLDER CORES    prints images/s; FOLDER has one folder per class
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def list_images(folder: str) -> list[str]:
 
 
 def decode_full(folder: str, cores: int) -> Iterator[int]:
-    """The limit: the decoder alone, whole pictures, nothing else."""
+    """The limit: the decoder alone, on whole images."""
     import cv2
 
     cv2.setNumThreads(1)
@@ -37,7 +37,7 @@ def decode_full(folder: str, cores: int) -> Iterator[int]:
 
 
 def decode_scaled(folder: str, cores: int) -> Iterator[int]:
-    """The stricter limit: the decoder alone, at the scale that the generator asks it for."""
+    """The stricter limit: the decoder alone, at the scale that the generator uses."""
     from finetune.data.images import read_image
 
     for path in itertools.cycle(list_images(folder)):
@@ -91,7 +91,7 @@ def tf_data(folder: str, cores: int) -> Iterator[int]:
 
 
 def tf_data_once(folder: str, cores: int) -> Iterator[int]:
-    """The same with one warp in the place of resizing and three layers: TensorFlow's ImageProjectiveTransformV3."""
+    """The same with one warp instead of resizing and three layers: TensorFlow's ImageProjectiveTransformV3."""
     import tensorflow as tf
 
     def draw(path: tf.Tensor) -> tf.Tensor:
@@ -123,7 +123,7 @@ def tf_data_once(folder: str, cores: int) -> Iterator[int]:
 
 
 def warp_once(picture: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Resizes, mirrors, turns, scales and shifts a picture at random by one warp of OpenCV's."""
+    """Resizes, mirrors, turns, scales and shifts an image at random by one OpenCV warp."""
     import cv2
 
     mirror = generator.choice([-1, 1])
@@ -136,12 +136,12 @@ def warp_once(picture: np.ndarray, generator: np.random.Generator) -> np.ndarray
 
 
 def pytorch(folder: str, cores: int, once: bool = False) -> Iterator[int]:
-    """A DataLoader with Pillow and albumentations, one worker process a core.
+    """A DataLoader with Pillow and albumentations, one worker process per core.
 
     Args:
         folder: one folder per class.
-        cores: worker processes, where more than one.
-        once: OpenCV warps each picture once, in the place of albumentations' Resize, HorizontalFlip and Affine.
+        cores: worker processes, if more than one.
+        once: OpenCV warps each image once, instead of albumentations' Resize, HorizontalFlip and Affine.
     """
     import albumentations
     import cv2
@@ -180,7 +180,7 @@ def pytorch(folder: str, cores: int, once: bool = False) -> Iterator[int]:
 
 
 def ours(folder: str, cores: int, augmented: bool = True, cache: str = "none", known: bool = False) -> Iterator[int]:
-    """The project's generator, a thread a core.
+    """The project's generator, one thread per core.
 
     Args:
         folder: one folder per class.
@@ -220,7 +220,7 @@ def ours(folder: str, cores: int, augmented: bool = True, cache: str = "none", k
 
 
 def decode_processes(folder: str, cores: int) -> Iterator[int]:
-    """What the cores can do at once: a process a core, each as `decode_scaled`."""
+    """The limit of all cores: one process per core, each as `decode_scaled`."""
     from multiprocessing import get_context
 
     context = get_context("spawn")
@@ -243,7 +243,7 @@ def _count_decoded(folder: str, count: object) -> None:
 
 
 def processes(folder: str, cores: int) -> Iterator[int]:
-    """The project's generator in processes, as it is above `generator.MOST_THREADS` workers."""
+    """The project's generator with processes, as it works above `generator.MOST_THREADS` workers."""
     import generator
 
     generator.MOST_THREADS = 0
@@ -272,7 +272,7 @@ def main() -> None:
     name, folder, cores = sys.argv[1], sys.argv[2], int(sys.argv[3])
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     batches = CONTENDERS[name](folder, cores)
-    # Warm: the page cache holds the files, graphs are traced, queues are full, and a part of them is used up again.
+    # Warm up: fill the page cache, trace graphs, fill the queues and use a part of them.
     start = time.perf_counter()
     while time.perf_counter() - start < SECONDS / 2:
         next(batches)
@@ -283,7 +283,7 @@ def main() -> None:
     sys.stdout.flush()
     for worker in multiprocessing.active_children():
         worker.terminate()
-    os._exit(0)  # threads and worker processes of some contenders would not end
+    os._exit(0)  # some contenders have threads and processes that would not end
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What an image of the generator takes under Python's lock, and outside of it, by stage.
+"""Measures how long the generator holds Python's lock for an image, and how long it works without the lock, by stage.
 
-python benchmarks/lock.py FOLDER    prints milliseconds an image: under the lock, then outside; FOLDER holds one folder
-                                    per class
+python benchmarks/lock.py FOLDER    prints milliseconds per image with the lock, then without; FOLDER has one folder per
+                                    class
 
-The lock is let go of in the C calls below. The time of the thread outside of them is held against the lock, the
-little that these calls do before they let go too. A counting thread beside it would be noisier.
+The C calls below release the lock. All other time of the thread counts as time with the lock, including the little that
+these calls do before they release it. A second thread that counts would be noisier.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from finetune.core.devices import keep_freed_memory
 from finetune.loading.batches import ImageBatches
 
 SIZE, BATCH, EPOCHS = 224, 16, 4
-# By stage, the calls that let go of the lock.
+# By stage, the calls that release the lock.
 CALLS = {
     "reading": [(np, "fromfile")],
     "decoding": [(simplejpeg, "decode_jpeg"), (cv2, "imdecode")],
@@ -39,7 +39,7 @@ CORES = (8, 16, 64)
 
 
 def main() -> None:
-    """Measures, prints a line a stage and what follows for more cores, and last the two sums."""
+    """Prints a line per stage, the rates to expect on more cores, and the two sums."""
     keep_freed_memory()  # as every script does
     paths = sorted(map(str, Path(sys.argv[1]).glob("*/*")))
     batches = ImageBatches(paths, np.zeros(len(paths), int), (SIZE, SIZE), BATCH, build_augmenter(), shuffle=True)
@@ -63,24 +63,26 @@ def main() -> None:
             least = found
     of_image = {stage: 1000 * seconds / len(paths) for stage, seconds in least.items()}
     for stage, milliseconds in of_image.items():
-        print(f"{stage}: {milliseconds:.3f} ms an image")
+        print(f"{stage}: {milliseconds:.3f} ms per image")
     under = of_image.pop("under the lock")
     outside = sum(of_image.values())
     for cores in CORES:
         threads, processes = predict_rates(under, outside, cores)
-        print(f"{cores} cores, by arithmetic: at most {threads:.0f} images/s by threads, {processes:.0f} by processes")
+        print(
+            f"{cores} cores, by arithmetic: at most {threads:.0f} images/s with threads, {processes:.0f} with processes"
+        )
     print(under, outside)
 
 
 def make_epoch(batches: ImageBatches, epoch: int) -> None:
-    """Makes all batches of an epoch."""
+    """Computes all batches of an epoch."""
     batches.epoch = epoch
     for index in range(batches.steps):
         batches[index]
 
 
 def time_call(call: Callable, stage: str, spent: dict[str, float], calls: list[str]) -> Callable:
-    """Returns a call that adds the time it takes of its thread to a stage's, and the stage to the list of calls."""
+    """Wraps a call: adds its thread time to the stage, and the stage to the list of calls."""
 
     def timed(*arguments: Any, **options: Any) -> Any:
         start = time.thread_time()
@@ -94,7 +96,7 @@ def time_call(call: Callable, stage: str, spent: dict[str, float], calls: list[s
 
 
 def measure_cost(number: int = 10_000) -> float:
-    """Returns the seconds that timing a call takes beside the call."""
+    """Returns how many seconds timing adds to a call."""
     spent: dict[str, float] = defaultdict(float)
     timed = time_call(lambda: None, "", spent, [])
     start = time.thread_time()
@@ -104,15 +106,15 @@ def measure_cost(number: int = 10_000) -> float:
 
 
 def predict_rates(under: float, outside: float, cores: int) -> tuple[float, float]:
-    """Returns the images/s of threads and of processes on so many cores, if memory and disk keep up: arithmetic.
+    """Returns the images/s to expect of threads and of processes, if memory and disk keep up: arithmetic.
 
-    Threads are bound by the cores, and by the lock, which one of them holds at a time; processes by the cores alone:
-    copying an image out of shared memory lets go of the lock.
+    Cores and the lock limit threads. Only cores limit processes: copying an image from shared memory releases the
+    lock.
 
     Args:
-        under: milliseconds of an image under the lock.
-        outside: the others.
-        cores: one worker each.
+        under: milliseconds per image with the lock.
+        outside: milliseconds per image without it.
+        cores: one worker on each.
     """
     of_cores = 1000 * cores / (under + outside)
     return min(of_cores, 1000 / under), of_cores

@@ -1,11 +1,11 @@
-"""How many planted near copies the search finds, and how many pairs it takes for copies that are none.
+"""Measures how many planted near copies the search finds, and how many of its pairs are wrong.
 
 python benchmarks/near_copies.py FOLDER [FOLDER ...]
-    plants altered copies of up to 300 photos among all photos of each folder and searches them, one alteration at a
-    time; prints recall and precision of each. Pairs that the search finds without planted copies count as real ones:
-    look at those. --pairs FILE.png shows 100 of them, drawn at random.
+    plants altered copies of up to 300 photos among all photos of each folder, one alteration at a time, and searches
+    for them; prints recall and precision. Pairs that the search finds without planted copies count as real: check
+    them. --pairs FILE.png shows 100 of them, drawn at random.
 python benchmarks/near_copies.py --scale NUMBER
-    searches that many images of filtered noise, 1 % of which are altered copies; prints seconds and peak memory
+    searches that many images of filtered noise, with 1 % altered copies; prints seconds and peak memory
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Alteration = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 def compress(image: np.ndarray, quality: int = 80) -> np.ndarray:
-    """Returns an image, uint8 RGB `(height, width, 3)`, as JPEG keeps it."""
+    """Returns an image, uint8 RGB `(height, width, 3)`, after JPEG compression."""
     return cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
 
 
 def crop(image: np.ndarray, rng: np.random.Generator, share: float) -> np.ndarray:
-    """Returns an image without that share of its height and of its width, taken from random sides."""
+    """Crops a share of height and width from random sides of an image."""
     sides = np.array(image.shape[:2])
     kept = np.maximum((sides * (1 - share)).round().astype(int), 1)
     top, left = (rng.uniform(0, 1, 2) * (sides - kept)).astype(int)
@@ -48,7 +48,7 @@ def crop(image: np.ndarray, rng: np.random.Generator, share: float) -> np.ndarra
 
 
 def turn(image: np.ndarray, degrees: float) -> np.ndarray:
-    """Returns an image turned about its middle; its edges are mirrored outwards."""
+    """Turns an image about its centre; its edges are mirrored outwards."""
     height, width = image.shape[:2]
     matrix = cv2.getRotationMatrix2D((width / 2, height / 2), degrees, 1)
     return cv2.warpAffine(image, matrix, (width, height), borderMode=cv2.BORDER_REFLECT)
@@ -74,7 +74,7 @@ ALTERATIONS: dict[str, Alteration] = {
 
 
 def measure(folder: str, pairs_path: str) -> None:
-    """Prints recall and precision of each alteration of photos in a folder, and groups of the photos as they are."""
+    """Prints recall and precision of each alteration of the photos in a folder, and the groups without copies."""
     files = sorted(str(path) for path in Path(folder).rglob("*.jpg"))
     images = [read_image(file) for file in files]
     thumbnails = [make_thumbnail(image) for image in images]
@@ -91,7 +91,7 @@ def measure(folder: str, pairs_path: str) -> None:
     rows = np.sort(rng.permutation(len(base))[:PLANTED])
     for name, alter in ALTERATIONS.items():
         planted = [make_thumbnail(compress(alter(images[seen[row]], rng))) for row in rows]
-        # What became one tone shows nothing to find.
+        # An image of one tone has nothing to find.
         kept = [(row, one) for row, one in zip(rows, planted, strict=True) if one is not None]
         pairs = find_near_pairs(np.concatenate([base, stack_thumbnails([one for _, one in kept])])).pairs
         joined = group_near_pairs(len(base) + len(kept), pairs)
@@ -116,7 +116,7 @@ def draw_pairs(path: str, pairs: list[tuple[str, str]], rng: np.random.Generator
 
 
 def measure_scale(number: int) -> None:
-    """Prints how long the search takes among images of noise with the spectrum of photos."""
+    """Prints how long the search takes on images of noise with the spectrum of photos."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(*np.meshgrid(*[np.fft.fftfreq(THUMBNAIL_SIDE)] * 2)) + 1 / THUMBNAIL_SIDE
     thumbnails = np.empty((number, THUMBNAIL_SIDE, THUMBNAIL_SIDE), np.uint8)
@@ -132,13 +132,13 @@ def measure_scale(number: int) -> None:
     seconds, peak = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     hits = sum((min(pair), max(pair)) in pairs for pair in copies.T.tolist())
     print(
-        f"{number} images: {seconds:.0f} s, {(peak - before) / 2**20:.2f} GiB beside {thumbnails.nbytes / 2**30:.2f} "
+        f"{number} images: {seconds:.0f} s, {(peak - before) / 2**20:.2f} GiB and {thumbnails.nbytes / 2**30:.2f} "
         f"GiB of thumbnails; {hits} of {copies.shape[1]} copies found, {len(pairs) - hits} other pairs"
     )
 
 
 def main() -> None:
-    """Measures what the command line asks for."""
+    """Runs the measurements of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*")
     parser.add_argument("--scale", type=int, default=0)

@@ -3,9 +3,9 @@
 python benchmarks/plain_keras.py train FOLDER      writes best_model.keras
 python benchmarks/plain_keras.py predict FOLDER    writes probabilities.npy, of the test photos
 
-FOLDER holds task.json, as recipes.py writes it. The head trains on the frozen backbone, then everything at a low
-learning rate, with the backbone's batch normalisation as it is; the epoch with the best validation accuracy (several
-labels: AUC) is kept. Batches are those of train.py: with the guides' 32 there would be half as many steps.
+FOLDER holds task.json from recipes.py. The head trains on the frozen backbone, then everything trains at a low learning
+rate, with frozen batch normalisation. The epoch with the best validation accuracy (several labels: AUC) is kept. The
+batch size is that of train.py: with the guides' 32 there would be half as many steps.
 
 Source: https://keras.io/guides/transfer_learning.
 """
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def train(folder: str, task: dict[str, Any]) -> None:
-    """Trains the phases, or until the time is over, and keeps the best epoch's model."""
+    """Trains the phases, or until the budget is spent, and keeps the best epoch's model."""
     import keras
 
     keras.utils.set_random_seed(task["seed"])
@@ -51,7 +51,7 @@ def train(folder: str, task: dict[str, Any]) -> None:
         loss, metric = "binary_crossentropy", keras.metrics.AUC(multi_label=True, name="auc")
     else:
         loss, metric = "sparse_categorical_crossentropy", keras.metrics.SparseCategoricalAccuracy(name="accuracy")
-    # One for both phases: the second is to beat the best of the first.
+    # One for both phases: the second must beat the best of the first.
     keeper = keras.callbacks.ModelCheckpoint(
         f"{folder}/best_model.keras", monitor=f"val_{metric.name}", mode="max", save_best_only=True
     )

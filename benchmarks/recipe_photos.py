@@ -1,4 +1,4 @@
-"""The photos of recipes.py: which train, choose and report."""
+"""The photos of recipes.py: which train, choose and test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LABEL_COLUMN = "class"
 POOL_SEED = 77
 FIRST_SPLIT_SEED = 1000
 FEWEST_VALIDATION = 4
-# Of recipes that say nothing else.
+# For recipes without a size of their own.
 IMAGE_SIZE = 224
 
 
@@ -35,8 +35,8 @@ class Photos(NamedTuple):
         class_names: sorted.
         multi_label: whether a photo may have several labels.
         image_size: pixels a side; None leaves it to the recipes.
-        per_class: how many photos of each class train; None takes all that may.
-        copies: rows that have no part: their files are the same as others', so that what one set learns another tests.
+        per_class: training photos of each class; None takes all.
+        copies: rows that are left out, because their files are identical to others.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Photos(NamedTuple):
 
 
 def read_photos(name: str, place: str, image_size: int | None = None) -> Photos:
-    """Lists the photos of a folder of class folders, or those of a CSV file of several labels an image.
+    """Lists the photos of class folders, or of a CSV file with several labels an image.
 
     Args:
         name: in the tables.
@@ -75,19 +75,19 @@ def read_photos(name: str, place: str, image_size: int | None = None) -> Photos:
     paths = np.array([os.path.abspath(path) for path in paths])
     copies = find_copies(paths)
     if copies:
-        print(f"{name}: photos whose files are the same have no part: {', '.join(paths[copies])}")
+        print(f"{name}: left out, as their files are identical: {', '.join(paths[copies])}")
     return Photos(name, paths, truth, class_names, bool(is_csv), image_size, copies=copies)
 
 
 def find_copies(paths: Sequence[str]) -> list[int]:
-    """Returns which files are the same as another one, each of them."""
+    """Returns the rows of all files that are identical to another one."""
     digests = [hash_file(path) for path in paths]
     counts = Counter(digests)
     return [row for row, digest in enumerate(digests) if counts[digest] > 1]
 
 
 def vary_size(photos: Photos, numbers: Sequence[int], seeds: Sequence[int]) -> list[Photos]:
-    """Returns a data set once for each number of training photos a class, or as it is: without numbers, or multi-label.
+    """Returns a data set for each number of training photos a class; unchanged without numbers, or if multi-label.
 
     Raises:
         UserError: a split has fewer photos of a class than a number asks for.
@@ -111,18 +111,18 @@ def vary_size(photos: Photos, numbers: Sequence[int], seeds: Sequence[int]) -> l
 
 
 def count_validation(per_class: int) -> int:
-    """Returns how many validation photos a class go with so many training photos."""
+    """Returns the number of validation photos a class for so many training photos."""
     return max(per_class // 3, FEWEST_VALIDATION)
 
 
 def split_photos(truth: np.ndarray, seed: int, per_class: int | None = None) -> dict[str, np.ndarray]:
-    """Divides photos into three sets, so that no seed's test photo is any seed's validation photo.
+    """Splits photos into three sets, so that no test photo of any seed is a validation photo of any seed.
 
     Args:
         truth: `(photos, classes)` of zeros and ones.
         seed: of the halves; the pools are the same for all.
-        per_class: how many training photos of each class to keep; None keeps all. A smaller number's photos are among
-            a larger one's.
+        per_class: training photos of each class to keep; None keeps all. The photos of a smaller number are a subset
+            of those of a larger one.
 
     Returns:
         The rows of `training`, `validation` and `test`, ascending: about three fifths, one and one, without
@@ -146,7 +146,7 @@ def split_photos(truth: np.ndarray, seed: int, per_class: int | None = None) -> 
 
 
 def draw(truth: np.ndarray, rows: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-    """Draws photos of each class, of one label each.
+    """Draws the same number of photos of each class, with one label each.
 
     Args:
         truth: `(photos, classes)` of zeros and ones, of all photos.
@@ -162,7 +162,7 @@ def draw(truth: np.ndarray, rows: np.ndarray, number: int, rng: np.random.Genera
 
 
 def deal(truth: np.ndarray, rows: np.ndarray, sizes: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
-    """Deals photos out to parts of given sizes, the rarest label first, each to the part that lacks it the most.
+    """Deals photos to parts of given sizes: the rarest label first, each photo to the part that lacks it most.
 
     Source: Sechidis et al., ECML PKDD 2011, algorithm 1, with sizes that hold exactly.
 
@@ -184,7 +184,7 @@ def deal(truth: np.ndarray, rows: np.ndarray, sizes: Sequence[int], rng: np.rand
         rarest = np.argmin(np.where(counts > 0, counts, np.inf))
         has_rarest = truth[left, rarest] > 0
         for row in rng.permutation(left[has_rarest]):
-            # Less than any true difference, it decides between equal parts.
+            # Smaller than any true difference: it only breaks ties.
             wishes = lacking[:, rarest] + 1e-3 * rng.uniform(size=len(sizes))
             part = np.argmax(np.where(room > 0, wishes, -np.inf))
             parts[part].append(row)
@@ -195,10 +195,10 @@ def deal(truth: np.ndarray, rows: np.ndarray, sizes: Sequence[int], rng: np.rand
 
 
 def describe_split(photos: Photos) -> dict[str, int | str]:
-    """Returns how many classes, and photos in each set of the first seed, a data set has, of what size, and which.
+    """Describes a data set: number of classes, image size, photos in each set of the first seed, and a digest.
 
-    The order of the files' names decides which photos test: scores belong together where `test_photos`, a digest of
-    their contents, is the same.
+    The order of the file names decides which photos test: scores are comparable if `test_photos`, a digest of their
+    contents, is the same.
     """
     sets = select(photos, 0)
     sizes = {name: len(rows) for name, rows in sets.items()}
@@ -209,9 +209,9 @@ def describe_split(photos: Photos) -> dict[str, int | str]:
 
 
 def select(photos: Photos, seed: int) -> dict[str, np.ndarray]:
-    """Returns the rows of a data set's `training`, `validation` and `test` photos, as `split_photos` does, less copies.
+    """Returns the rows of the `training`, `validation` and `test` photos, from `split_photos`, without copies.
 
-    They are left out of the sets and not of the division, which stays that of the folder.
+    Copies are left out after the split, which stays that of the whole folder.
     """
     sets = split_photos(photos.truth, seed, photos.per_class)
     return {name: np.setdiff1d(rows, photos.copies) for name, rows in sets.items()}

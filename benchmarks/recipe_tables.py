@@ -1,4 +1,4 @@
-"""The tables of recipes.py: what recipes of training scored on which photos, and whether promises hold."""
+"""The tables of recipes.py: the scores of each recipe on each data set, and whether promises hold."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from finetune.evaluation.paired_comparison import compare_scores
+from finetune.evaluation.intervals import compare_scores
 
-# By data set and recipe the `scores`, `seconds` and `photos` of each run.
+# The `scores`, `seconds` and `photos` of each run, by data set and recipe.
 Metrics = dict[str, dict[str, dict[str, list]]]
-# What, measured, `at least` or `at most`, and the bound.
+# Name, measured value, `at least` or `at most`, and the bound.
 Target = tuple[str, float, str, float]
 
 POINTS_BELOW = 0.5
 ERROR_OF_BEST_PEER = 0.7
-# On photos that ImageNet's classes do not resemble.
+# A data set of photos unlike ImageNet's.
 FOREIGN = "signs"
 ERROR_OF_PROBE = 0.4
 SECONDS_OF_DEFAULT = 2
 
 
 def summarize(values: Sequence[float], form: str) -> str:
-    """Returns the mean of values and their range as text: mean [lowest, highest]."""
+    """Returns values as text: mean [lowest, highest]."""
     return f"{np.mean(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
 def get_differences(metrics: Metrics, name: str, recipe: str, base: str) -> np.ndarray:
-    """Returns by how many points a recipe is above another on one data set, float64 `(seeds,)`."""
+    """Returns the points by which a recipe is above another on one data set, float64 `(seeds,)`."""
     return 100 * np.subtract(*(metrics[name][key]["scores"] for key in (recipe, base)))
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lays out a table in Markdown."""
+    """Returns a Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def format_scores(metrics: Metrics, measures: dict[str, str]) -> str:
-    """Lays out each recipe's scores and seconds, means and ranges over the seeds.
+    """Returns a table of each recipe's scores and seconds, as means and ranges over the seeds.
 
     Args:
         metrics: as `run_all` returns them.
@@ -55,7 +55,7 @@ def format_scores(metrics: Metrics, measures: dict[str, str]) -> str:
 
 
 def format_differences(metrics: Metrics, base: str) -> str:
-    """Lays out by how many points each recipe is above the one called `base`, photo split by photo split."""
+    """Returns a table of the points by which each recipe is above `base`, split by split."""
     rows = {recipe: [recipe] for by_recipe in metrics.values() for recipe in by_recipe if recipe != base}
     for name in metrics:
         for recipe in rows:
@@ -64,10 +64,10 @@ def format_differences(metrics: Metrics, base: str) -> str:
 
 
 def format_paired(metrics: Metrics, recipe: str) -> str:
-    """Lays out by how many points a recipe is above each other one, photo by photo, all splits together.
+    """Returns a table of the points by which a recipe is above each other one, photo by photo over all splits.
 
-    A photo counts by its score: whether its class is right, of several labels their ranking average precision. The
-    interval is the mean and 1.96 standard errors to each side.
+    The score of a photo is 1 if its class is right, or with several labels its ranking average precision. The interval
+    is the mean and 1.96 standard errors to each side.
     """
     others = {other: [other] for by_recipe in metrics.values() for other in by_recipe if other != recipe}
     for by_recipe in metrics.values():
@@ -80,10 +80,10 @@ def format_paired(metrics: Metrics, recipe: str) -> str:
 
 
 def list_targets(metrics: Metrics) -> list[Target]:
-    """Returns what is promised of the recommended recipe against its peers, which are all other recipes that ran.
+    """Returns the promises of the recommended recipe against its peers: all other recipes that ran.
 
-    The best peer is each data set's own; the best single peer has the lowest mean error over all data sets. What needs
-    a recipe that did not run is left out.
+    The best peer is that of each data set. The best single peer has the lowest mean error over all data sets. Promises
+    about a recipe that did not run are left out.
     """
     peers = [recipe for recipe in next(iter(metrics.values())) if recipe != "recommended"]
     errors = {name: {recipe: get_error(runs) for recipe, runs in runs_of.items()} for name, runs_of in metrics.items()}
@@ -105,22 +105,22 @@ def list_targets(metrics: Metrics) -> list[Target]:
 
 
 def get_error(runs: dict[str, list]) -> float:
-    """Returns what a recipe's mean score over the seeds lacks of 1."""
+    """Returns 1 minus a recipe's mean score over the seeds."""
     return float(1 - np.mean(runs["scores"]))
 
 
 def divide(value: float, other: float) -> float:
-    """Returns value / other; where the other is 0, 1 if both are and infinity if not."""
+    """Returns value / other; if the other is 0, then 1 if both are, and infinity if not."""
     if other == 0:
         return 1.0 if value == 0 else float("inf")
     return value / other
 
 
 def format_targets(targets: Sequence[Target]) -> str:
-    """Lays out measured values beside their bounds."""
+    """Returns a table of measured values and their bounds."""
     rows = []
     for what, value, sign, bound in targets:
-        # Ratios of whole numbers of photos may equal the bound but for rounding.
+        # A ratio of whole numbers of photos may equal the bound except for rounding.
         holds = math.isclose(value, bound) or (value >= bound if sign == "at least" else value <= bound)
         rows.append([what, f"{value:.3g}", f"{sign} {bound:.3g}", "holds" if holds else "missed"])
     return format_table(["recommended", "measured", "promised", ""], rows)

@@ -1,33 +1,32 @@
-"""Compares recipes of training on the same photos, backbone weights and time budgets; writes benchmarks/recipes.json.
+"""Compares training recipes on the same photos, backbone weights and time budget; writes benchmarks/recipes.json.
 
 pip install -r benchmarks/requirements.txt
 python benchmarks/recipes.py --data flowers=FOLDER --data voc=CSV:IMAGE_FOLDER
 
-FOLDER holds one folder per class; the CSV has the columns path and class, the labels of an image joined by $.
-PLACE@N makes N pixels a side of that data set's images, in the place of 224 or what the recommended options say;
-Keras has weights of their own for MobileNet at 128, 160 and 192.
-The backbone's weights are those that Keras finds or downloads (KERAS_HOME).
+FOLDER has one folder per class. The CSV has the columns path and class; several labels of an image are joined by $.
+PLACE@N resizes that data set's images to N pixels a side, instead of 224 or the size in the recommended options.
+Keras has separate weights for MobileNet at 128, 160 and 192 pixels; it finds or downloads them (KERAS_HOME).
 
 recommended  the options of data/recommended.json
-probe        a logistic regression on the frozen backbone's features of the photos at 224x224
-probe320     the same on them and their mirror images at 320x320, or as many times N
-crop, pad    the probe of photos that are cropped or padded (resize_mode) in the place of stretched
+probe        a logistic regression on the frozen backbone's features at 224x224
+probe320     the same with mirror images too, at 320x320 or 320 / 224 of N
+crop, pad    the probe with images cropped or padded (resize_mode) instead of stretched
 default      train.py without options, for as many epochs as the recommended options have
 keras        plain_keras.py: the head alone, then everything, as Keras's guides teach
 fastai       fastai_peer.py: fastai's vision_learner and fine_tune, for as many epochs; MobileNet only
 fastai_tta   the same run, with fastai's test-time augmentation
 
-The test photos chose nothing. Each data set is divided once, for all seeds, into three pools with the same share of
-each label: a fifth always trains, two fifths may choose, two fifths may report. Each seed halves the latter two: one
-half trains as well (of 100 photos a class, 20 + 20 + 20), the other halves are the validation set, which chooses the
-best epoch, and the test set. So no photo of any seed's test set is in a validation set of any seed, and what was
-chosen by validation sets, data/recommended.json among it, has not seen it do so. Photos whose files are the same have
-no part, whatever their labels.
+Test photos never choose anything. Each data set is divided once, for all seeds, into three pools with the same share of
+each label: a fifth always trains, two fifths may choose, two fifths may test. Each seed halves the last two pools. One
+half of each trains too (of 100 photos a class, 20 + 20 + 20). The other halves are the validation set, which chooses
+the best epoch, and the test set. So no test photo of any seed is a validation photo of any seed, and choices made on
+validation sets, such as data/recommended.json, have not seen test photos. Identical files are left out, whatever their
+labels.
 
 --train_per_class 20 60 takes 20, then 60 photos a class of each seed's training set, and a third as many (at least 4)
-of its validation set; the test set stays whole. Photos of several labels are not limited so.
+of its validation set. The test set stays whole. Data sets with several labels an image are not reduced.
 
-What has been run stands in recipes_runs.json until all is: started again with the same arguments, it goes on there.
+Finished runs are kept in recipes_runs.json until all are done: started again with the same arguments, it continues.
 """
 
 from __future__ import annotations
@@ -76,10 +75,10 @@ from benchmarks.recipe_tables import (  # noqa: E402
 from configs import Configs  # noqa: E402
 from finetune.core.files import write_json  # noqa: E402
 from finetune.core.options import UserError  # noqa: E402
-from finetune.evaluation.paired_comparison import score_images  # noqa: E402
+from finetune.evaluation.intervals import score_images  # noqa: E402
 
 FASTAI = "fastai_peer.py"
-# By script, which recipe's probabilities are in which of its files.
+# For each script, the file with the probabilities of each recipe.
 PEERS = {
     "plain_keras.py": {"keras": "probabilities.npy"},
     FASTAI: {"fastai": "probabilities.npy", "fastai_tta": "probabilities_tta.npy"},
@@ -87,14 +86,14 @@ PEERS = {
 RECIPES = ("recommended", "probe", "probe320", "crop", "pad", "default")
 RECIPES += tuple(recipe for peer in PEERS.values() for recipe in peer)
 PROBE = ("--head_initialization", "linear_probe", "--conv_layers_to_train", "0", "--augmentation_strength", "none")
-# train.py trains for an epoch at least: at this rate that leaves the regression as it is.
+# train.py trains for at least an epoch; this learning rate leaves the regression unchanged.
 PROBE += ("--num_epochs", "1", "--learning_rate", "1e-7")
 PROBE_320 = ("--head_initialization", "linear_probe", "--conv_layers_to_train", "0", "--augmentation_strength", "light")
 PROBE_320 += ("--num_epochs", "1", "--learning_rate", "1e-7")
 # Keras's backbones take no smaller images.
 SMALLEST_IMAGE = 32
 RUNS_FILE = HERE / "recipes_runs.json"
-# By whether an image may have several labels.
+# The score, by whether an image may have several labels.
 METRICS = {False: "accuracy", True: "mean_average_precision"}
 STOPPED = 128 + signal.SIGTERM
 
@@ -114,12 +113,12 @@ class Place(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a recipe gave on one split.
+    """The result of a recipe on one split.
 
     Attributes:
-        score: of the test photos together.
-        seconds: of training.
-        photos: the score of each test photo, as `score_images` gives it, for differences photo by photo.
+        score: of the whole test set.
+        seconds: training time.
+        photos: the score of each test photo, from `score_images`, for paired differences.
     """
 
     score: float
@@ -169,7 +168,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="N",
-        help="photos of each class to train on",
+        help="training photos of each class",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the splits and of training")
     parser.add_argument("--budget", type=float, default=300, help="seconds after which training ends")
@@ -180,7 +179,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def parse_data(text: str) -> Place:
-    """Divides a data set's argument into name, place and the size of its images."""
+    """Splits the argument of a data set into name, place and image size."""
     name, _, rest = text.partition("=")
     path, size = re.fullmatch(r"(.*?)(?:@(\d+))?", rest).groups()
     if not name or not path:
@@ -212,7 +211,7 @@ def check_peers(arguments: argparse.Namespace) -> None:
 
 
 def read_epochs(recipe: str, images: int) -> int:
-    """Returns how many epochs of so many training images the recommended options have.
+    """Returns the number of epochs of the recommended options for so many training images.
 
     Raises:
         UserError: the file cannot be read.
@@ -225,15 +224,15 @@ def read_epochs(recipe: str, images: int) -> int:
 
 
 def count_run_epochs(photos: Photos, recipe: str) -> int:
-    """Returns how many epochs every recipe that trains has on a data set, by the first seed's training photos."""
+    """Returns the number of epochs of each recipe that trains, from the first seed's training photos."""
     return read_epochs(recipe, len(select(photos, 0)["training"]))
 
 
 def run_all(data: Sequence[Photos], arguments: argparse.Namespace) -> Metrics:
-    """Runs each recipe in a process of its own; they take turns, so that all share the machine's moods.
+    """Runs each recipe in its own process, in turns, so that a busy machine affects all alike.
 
     Returns:
-        By data set and recipe the `scores`, `seconds` and `photos` of each run, in the order of the seeds.
+        The `scores`, `seconds` and `photos` of each run by data set and recipe, in the order of the seeds.
     """
     metrics = {
         photos.name: {recipe: {"scores": [], "seconds": [], "photos": []} for recipe in arguments.recipes}
@@ -257,7 +256,7 @@ def run_all(data: Sequence[Photos], arguments: argparse.Namespace) -> Metrics:
 
 
 def describe_setting(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns what has to be the same for runs to belong together."""
+    """Returns the setting that runs must share to belong together."""
     recipe = Configs.read_json(arguments.recipe)
     return {
         "data": {place.name: [os.path.abspath(place.path), place.image_size] for place in arguments.data},
@@ -270,7 +269,7 @@ def describe_setting(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_runs(setting: dict[str, Any]) -> dict[str, Run]:
-    """Returns the runs of an earlier, unfinished call in the same setting, by what they are called."""
+    """Returns the runs of an earlier, unfinished call with the same setting, by name."""
     if not RUNS_FILE.is_file():
         return {}
     stored = json.loads(RUNS_FILE.read_text(encoding="utf-8"))
@@ -280,7 +279,7 @@ def read_runs(setting: dict[str, Any]) -> dict[str, Run]:
 
 
 def run_recipe(recipe: str, photos: Photos, seed: int, folder: str, arguments: argparse.Namespace) -> dict[str, Run]:
-    """Runs a recipe; returns its run by its name, and with it those of other recipes that come of the same training."""
+    """Runs a recipe; returns its run by name, with those of other recipes that share its training."""
     for script, answers in PEERS.items():
         if recipe in answers:
             return run_peer(script, photos, seed, folder, arguments)
@@ -319,15 +318,15 @@ def run_train(recipe: str, photos: Photos, seed: int, folder: str, arguments: ar
 
 
 def get_image_size(recipe: str, image_size: int | None) -> int | None:
-    """Returns the pixels a side that a recipe has where its data set gives `image_size`; None is the recipe's own."""
+    """Returns a recipe's pixels a side on a data set with this `image_size`; None leaves it to the recipe."""
     return round((image_size or IMAGE_SIZE) * 320 / 224) if recipe == "probe320" else image_size
 
 
 def run_peer(script: str, photos: Photos, seed: int, folder: str, arguments: argparse.Namespace) -> dict[str, Run]:
-    """Trains and predicts by a peer's script; the scores come from the same functions.
+    """Trains and predicts with a peer's script; the scores come from the same functions.
 
     Returns:
-        By recipe the runs of one training. fastai's seconds leave out turning Keras's weights into PyTorch's.
+        The runs of one training by recipe. fastai's seconds leave out the conversion of Keras's weights.
     """
     from finetune.evaluation.decision import Decision
     from finetune.evaluation.evaluation import evaluate_set
@@ -354,10 +353,10 @@ def run_peer(script: str, photos: Photos, seed: int, folder: str, arguments: arg
 
 
 def run_script(command: Sequence[str | Path], budget: float | None = None) -> float:
-    """Runs a script in a process of its own, and asks it to end after `budget` seconds; returns the process's seconds.
+    """Runs a script in its own process, asks it to end after `budget` seconds, and returns how long it took.
 
     Raises:
-        UserError: it fails, or has nothing to keep by then.
+        UserError: it fails, or had not begun to train by then.
     """
     start = time.perf_counter()
     words = [sys.executable, *map(str, command)]
@@ -367,7 +366,7 @@ def run_script(command: Sequence[str | Path], budget: float | None = None) -> fl
         output, _ = process.communicate(timeout=budget)
     except subprocess.TimeoutExpired:
         process.terminate()
-        # Stopped by anyone else, a run is not the whole recipe.
+        # Stopped by anything else, a run is incomplete.
         expected.add(STOPPED)
         output, _ = process.communicate()
     seconds = time.perf_counter() - start

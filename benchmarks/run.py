@@ -26,7 +26,7 @@ ROWS = (10_000, 100_000, 1_000_000)
 PEERS = ("tf_data", "tf_data_once", "pytorch", "pytorch_once")
 ONE_CORE = ("decode_full", "decode_scaled", "classical", *PEERS, "ours")
 ONE_CORE += ("ours_plain", "ours_memory", "ours_disk")
-# What, measured, `at least` or `at most`, and the bound.
+# Name, measured value, `at least` or `at most`, and the bound.
 Row = tuple[str, float, str, float]
 
 
@@ -34,8 +34,8 @@ def main() -> None:
     """Runs every benchmark, prints the table and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", help="a folder with one folder per class; by default photos are generated")
-    parser.add_argument("--against", metavar="COMMIT", help="also measure the generator as it was then")
-    parser.add_argument("--loaders_only", action="store_true", help="only read images")
+    parser.add_argument("--against", metavar="COMMIT", help="also measure the generator of this commit")
+    parser.add_argument("--loaders_only", action="store_true", help="only measure the loaders")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as past:
         images = arguments.images or generate_photos(folder)
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def print_rows(rows: list[Row]) -> None:
-    """Prints the table: what was measured, and whether it is what was promised."""
+    """Prints the table of measured values and promises."""
     print("\n| what | measured | promised | |\n|---|---|---|---|")
     for what, value, sign, bound in rows:
         holds = value >= bound if sign == "at least" else value <= bound
@@ -75,7 +75,7 @@ def unpack_commit(commit: str, folder: str) -> None:
 
 
 def run_alone(script: str, *arguments: str, folder: Path = HERE) -> list[float]:
-    """Runs one of a folder's scripts in a process of its own; returns the numbers of its last line."""
+    """Runs a script of a folder in its own process; returns the numbers of its last line."""
     done = subprocess.run([sys.executable, folder / script, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{script} {' '.join(arguments)} failed:\n{done.stderr}")
@@ -83,14 +83,14 @@ def run_alone(script: str, *arguments: str, folder: Path = HERE) -> list[float]:
 
 
 def measure_loaders(images: str, past: str | None) -> dict[str, float]:
-    """Returns the median images/s of each contender; the repeats take turns, so that all share the machine's moods.
+    """Returns the median images/s of each contender, measured in turns, so that a busy machine affects all alike.
 
     Args:
         images: one folder per class.
-        past: the project as it was, whose generator is called `before`, or None.
+        past: a folder with an earlier commit, whose generator is called `before`, or None.
 
     Returns:
-        By `NAME, CORES`; under `lock` and `outside` the milliseconds of `lock.py`.
+        Images/s by `NAME, CORES`; the milliseconds of `lock.py` as `lock` and `outside`.
     """
     contenders = [(name, 1) for name in ONE_CORE] + [("ours", 2), ("processes", 2), ("decode_processes", 2)]
     contenders += [("before", 1)] * (past is not None)
@@ -120,7 +120,7 @@ def measure_training(images: str) -> dict[str, dict[str, float]]:
 
 
 def table_tasks() -> list[str]:
-    """Returns the names of what `tables.py` measures."""
+    """Returns the names of the tasks of `tables.py`."""
     import tables
 
     return list(tables.TASKS)

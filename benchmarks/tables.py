@@ -1,6 +1,6 @@
-"""The scripts that read tables, on tables of any length; each measured in a process of its own.
+"""Measures the scripts that read tables, on tables of any length, each in its own process.
 
-python benchmarks/tables.py NAME ROWS    prints seconds and the process's largest memory in MiB
+python benchmarks/tables.py NAME ROWS    prints seconds and peak memory in MiB
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CLASSES = [f"class_{number:02d}" for number in range(100)]
 
 
 def write_table(path: str, rows: int, multi_label: bool) -> None:
-    """Writes a table of `rows` images of 100 classes, two labels each where `multi_label` is set."""
+    """Writes a table of `rows` images of 100 classes, with two labels each if `multi_label`."""
     labels = np.array(CLASSES)[np.random.default_rng(0).integers(0, 100, (rows, 2))]
     with open(path, "w", encoding="utf-8") as file:
         file.write("path,class\n")
@@ -38,7 +38,7 @@ def list_folders(folder: str, rows: int) -> float:
     for name in CLASSES:
         os.mkdir(f"{folder}/{name}")
         for row in range(rows // 100):
-            # Links to few files: what is measured is the listing.
+            # Links to few files: only the listing is measured.
             source = f"{folder}/{name}/photo_{row // 10_000 * 10_000:07d}.jpg"
             target = f"{folder}/{name}/photo_{row:07d}.jpg"
             os.link(source, target) if row % 10_000 else Path(target).touch()
@@ -55,7 +55,7 @@ def split(folder: str, rows: int, multi_label: bool = False) -> float:
     write_table(f"{folder}/all_data.csv", rows, multi_label)
     start = time.perf_counter()
     split_train_test.main(
-        # The images do not exist: the table alone is measured.
+        # The images do not exist: only the table is measured.
         split_train_test.SplitConfigs(
             csv_path=f"{folder}/all_data.csv", multi_label_classification=multi_label, verify_data="off"
         )
@@ -64,7 +64,7 @@ def split(folder: str, rows: int, multi_label: bool = False) -> float:
 
 
 def parse_and_construct(folder: str, rows: int, multi_label: bool = False) -> float:
-    """Reads a table, finds the classes, encodes the labels, builds the generator and its first order."""
+    """Reads a table, finds the classes, encodes the labels, and builds the generator and its first order."""
     import generator
 
     path = f"{folder}/all_data.csv"
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def largest_memory() -> float:
-    """Returns the most MiB that this process has held; `getrusage` would count the parent's that it was forked from."""
+    """Returns this process's peak memory in MiB; `getrusage` would include that of the parent before the fork."""
     line = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(line[1]) / 1024
 

@@ -1,8 +1,8 @@
-"""What training and explaining cost beside the network itself, measured with MobileNet at 224x224, random weights.
+"""Measures what training and Grad-CAM cost in addition to the network: MobileNet at 224x224, random weights.
 
-Where there is a GPU, larger networks show what it takes of the generator, its appetite.
+On a GPU, larger networks show how many images it consumes: its appetite.
 
-python benchmarks/training.py IMAGES    prints the most MiB that draw_activations.py holds on that many images
+python benchmarks/training.py IMAGES    prints the peak memory of draw_activations.py in MiB on that many images
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from finetune.training.checkpoints import Checkpoint
 
 EPOCHS, STEPS = 4, 24
-# What a GPU is fed: these backbones in mixed precision, in batches of so many.
+# Backbones in mixed precision and their batch size, on a GPU.
 APPETITES, GPU_BATCH = ("DenseNet121", "ResNet50"), 64
 
 
 def measure_checkpoint_cost(images: str) -> dict[str, float]:
-    """Trains and takes the share of each epoch that checkpointing takes.
+    """Trains, and measures the share of each epoch that checkpoints take.
 
-    Every epoch writes the best model too, which is the costlier case. The first epoch, which also builds the
-    graph, is left out.
+    Every epoch also writes the best model, the costlier case. The first epoch, which builds the graph, does not count.
 
     Args:
         images: a folder with one folder per class.
@@ -75,7 +74,7 @@ def measure_checkpoint_cost(images: str) -> dict[str, float]:
 
 
 def build_model(backbone: str = "MobileNet", mixed_precision: bool = False) -> object:
-    """Returns a model of two classes, from random weights."""
+    """Returns a model of two classes with random weights."""
     from configs import Configs
     from finetune.core.devices import keep_freed_memory
     from model import ModelFactory
@@ -86,7 +85,7 @@ def build_model(backbone: str = "MobileNet", mixed_precision: bool = False) -> o
 
 
 def measure_appetites(paths: list[str]) -> dict[str, dict[str, float]]:
-    """Returns by backbone what `measure_fit` does in mixed precision; nothing where there is no GPU."""
+    """Returns `measure_fit` of each backbone in mixed precision; nothing without a GPU."""
     import tensorflow as tf
 
     if not tf.config.list_physical_devices("GPU"):
@@ -97,7 +96,7 @@ def measure_appetites(paths: list[str]) -> dict[str, dict[str, float]]:
 def measure_fit(
     paths: list[str], backbone: str = "MobileNet", mixed_precision: bool = False, batch: int = 16, workers: int = 4
 ) -> dict[str, float]:
-    """Returns images/s of training on files, on one batch held in memory, and the median ratio of neighbouring runs."""
+    """Returns images/s of training on files and on one batch in memory, and the median ratio of neighbouring runs."""
     import keras
     import tensorflow as tf
 
@@ -137,7 +136,7 @@ def measure_fit(
 
 
 def measure_grad_cam() -> dict[str, float]:
-    """Returns images/s of Grad-CAM, of `predict`, and of Grad-CAM with a gradient model built for each image."""
+    """Returns images/s of Grad-CAM, of `predict`, and of Grad-CAM that builds a gradient model for each image."""
     import keras
     import tensorflow as tf
 
@@ -179,7 +178,7 @@ def measure_grad_cam() -> dict[str, float]:
 
 
 def measure_memory_of_drawing(number: int) -> float:
-    """Draws the activations of `number` photos of 640x480; returns the most MiB that this process has held."""
+    """Draws Grad-CAM of `number` photos of 640x480; returns this process's peak memory in MiB."""
     import photos
     import tables
 

@@ -1,7 +1,7 @@
 """Draws docs/architecture.png from the project's own imports: run `python docs/draw_architecture.py` after a change.
 
-One box per subpackage of `finetune/`, with its modules, and one per file of the root; each stands above all that it
-imports. An arrow is left out where a path over other boxes implies it.
+There is a box for each subpackage of `finetune/`, with its modules, and for each file of the root. A box is above all
+that it imports. An arrow is left out if a path over other boxes implies it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def list_modules(project: Path = PROJECT) -> dict[str, Path]:
 
 
 def read_imports(path: Path, known: set[str]) -> set[str]:
-    """Returns those of the known modules that a file imports, at any depth, also for types alone."""
+    """Returns the known modules that a file imports, at any depth, also for types only."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -44,12 +44,12 @@ def read_imports(path: Path, known: set[str]) -> set[str]:
 
 
 def name_part(module: str) -> str:
-    """Returns the subpackage of a module, or the module itself where it is of the root."""
+    """Returns the subpackage of a module, or the name of a module in the root."""
     return module.split(".")[1] if module.startswith(f"{PACKAGE}.") else module
 
 
 def read_all_imports() -> dict[str, set[str]]:
-    """Returns the parts of the project, which are subpackages and root modules, that each part imports."""
+    """Returns for each part of the project, a subpackage or a root module, the parts that it imports."""
     modules = list_modules()
     imports: dict[str, set[str]] = {name_part(module): set() for module in modules}
     for module, path in modules.items():
@@ -59,7 +59,7 @@ def read_all_imports() -> dict[str, set[str]]:
 
 
 def describe(imports: dict[str, set[str]]) -> str:
-    """Returns the imports and modules as text, which the picture carries so that a test sees whether it is current."""
+    """Returns the imports and modules as text. The picture stores it, so that a test sees whether it is current."""
     lines = [f"{part}: {', '.join(sorted(imported))}" for part, imported in sorted(imports.items())]
     return "\n".join([*lines, *list_modules()])
 
@@ -79,7 +79,7 @@ def list_direct_lines(imports: dict[str, set[str]]) -> list[tuple[str, str]]:
 
 
 def order_rows(imports: dict[str, set[str]]) -> list[list[str]]:
-    """Returns the rows of the picture from the bottom up; the scripts, which nothing imports, share the last one."""
+    """Returns the rows of the picture from the bottom up; the scripts, which nothing imports, share the last row."""
     used = set().union(*imports.values())
     order = [part for part in TopologicalSorter(imports).static_order() if part in used]
     return [*([part] for part in order), sorted(imports.keys() - used)]
@@ -106,7 +106,7 @@ def wrap_names(names: list[str], width: int = 125) -> str:
 
 
 def draw(imports: dict[str, set[str]]) -> Figure:
-    """Draws the rows, and the imports between them as arcs on the left."""
+    """Draws the rows, and the imports as arcs on the left."""
     rows = order_rows(imports)
     places = {part: number for number, parts in enumerate(rows) for part in parts}
     modules = {
@@ -133,7 +133,7 @@ def draw(imports: dict[str, set[str]]) -> Figure:
 
 
 def main() -> None:
-    """Writes the picture; it carries the imports that it shows."""
+    """Writes the picture, with its imports as text."""
     imports, content, text = read_all_imports(), io.BytesIO(), PngInfo()
     draw(imports).savefig(content, dpi=DPI)
     text.add_text("Imports", describe(imports))

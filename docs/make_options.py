@@ -1,4 +1,4 @@
-"""Writes docs/options.md from the options' declarations: `python docs/make_options.py`, after each change of one."""
+"""Writes docs/options.md from the declarations of the options; run it after every change to one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from compare_backbones import CompareConfigs  # noqa: E402
 from compress_weights import CompressConfigs  # noqa: E402
 from configs import Configs  # noqa: E402
 from find_label_errors import LabelErrorConfigs  # noqa: E402
+from finetune.core.values import describe_values  # noqa: E402
 from finetune.models.backbones import BACKBONES  # noqa: E402
 from make_csv_from_folders import FolderConfigs  # noqa: E402
 from plot_training_log import PlotConfigs  # noqa: E402
@@ -34,37 +35,41 @@ SCRIPTS: dict[str, type[Configs]] = {
 INTRODUCTION = """\
 # Options
 
-`python docs/make_options.py` writes this page from the options' declarations, in `configs.py` and in the scripts.
+`python docs/make_options.py` writes this page from the declarations in `configs.py` and the scripts.
 
-A default in `configs.py` is overridden by `--configs FILE.json`, and that by a flag of the same name. Every script
-takes every option and `--help`. `none` on the command line is `null` in JSON. An unknown option or a value out of range
-is an error that says what was expected."""
+`--configs FILE.json` overrides the defaults in `configs.py`, and a command-line flag overrides both. Every script takes
+every option and `--help`. `none` on the command line is `null` in JSON. An unknown option or a value out of range ends
+the script with an error that says what was expected. Defaults are in brackets."""
 
 
 def make_page() -> str:
     """Returns the page: the options of every script, the backbones, and the scripts' own options."""
     parts = [INTRODUCTION, "## Options of every script"]
     for title, names in Configs.grouped_options().items():
-        parts += [f"### {title}", make_table(Configs, names)]
+        parts += [f"### {title}", make_list(Configs, names)]
     parts += ["## Backbones", f"Backbones: {', '.join(BACKBONES)}."]
     without_own = []
     for script, configs_class in SCRIPTS.items():
         if own := configs_class.own_options():
-            parts += [f"## Options of {script} alone", make_table(configs_class, own)]
+            parts += [f"## Options of {script} alone", make_list(configs_class, own)]
         else:
             without_own.append(f"`{script}`")
     parts += ["## Scripts without options of their own", f"{', '.join(without_own)}."]
     return "\n\n".join(parts) + "\n"
 
 
-def make_table(configs_class: type[Configs], names: list[str]) -> str:
-    """Returns a Markdown table of some of a class's options: name, default, description."""
-    options, defaults = configs_class.options(), configs_class.defaults()
-    rows = ["| option | default | what it does |", "|---|---|---|"]
+def make_list(configs_class: type[Configs], names: list[str]) -> str:
+    """Returns a Markdown list of some of a class's options: name, default, description, and choices not named there."""
+    options, types, defaults = configs_class.options(), configs_class.types(), configs_class.defaults()
+    lines = []
     for name in names:
+        description = options[name].metadata["description"]
+        choices = options[name].metadata.get("choices") or ()
+        if not all(str(choice) in description for choice in choices):
+            description += f"; {describe_values(options[name].metadata, types[name])}"
         default = "''" if defaults[name] == "" else defaults[name]
-        rows.append(f"| `{name}` | `{default}` | {options[name].metadata['description']} |")
-    return "\n".join(rows)
+        lines.append(f"- `{name}` (`{default}`): {description}.")
+    return "\n".join(lines)
 
 
 def main() -> None:

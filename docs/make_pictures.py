@@ -1,9 +1,9 @@
 """Makes the README's pictures with the project's own scripts; run from the project's folder.
 
-The pictures of activations come from crops of three CC0 photographs of scikit-image (a cat, a cup of coffee, a rocket)
-and a MobileNet that starts from its ImageNet weights, which Keras finds in its cache or downloads. The training curves
-and the report are of the textures in data/. Pictures of pages need Chromium. docs/backbones.png is what
-compare_backbones.py drew of 500 photos of flowers, which are not part of the project.
+The Grad-CAM pictures show crops of three CC0 photographs of scikit-image (a cat, a cup of coffee, a rocket), explained
+by a MobileNet that starts from ImageNet weights. The training curves and the report show the textures in data/.
+Pictures of pages need Chromium. compare_backbones.py drew docs/backbones.png from 500 photos of flowers, which are not
+part of the project.
 """
 
 import os
@@ -26,7 +26,7 @@ ACTIVATIONS_WIDTH = 1200
 
 
 def run(script: str, *arguments: str) -> None:
-    """Runs one of the project's scripts and stops where it fails."""
+    """Runs one of the project's scripts, and stops if it fails."""
     subprocess.run([sys.executable, PROJECT / script, *arguments], check=True)
 
 
@@ -44,7 +44,7 @@ def cut_crops(folder: str) -> None:
 
 
 def draw_augmentations() -> None:
-    """Writes docs/augmentations.png: each photograph, and beside it what training makes of it."""
+    """Writes docs/augmentations.png: each photograph, next to what training makes of it."""
     from augmenter import build_augmenter
     from finetune.data.images import resize_image
 
@@ -54,14 +54,14 @@ def draw_augmentations() -> None:
     for source in PHOTOS.values():
         photo = resize_image(getattr(skimage.data, source)(), (150, 150))
         pictures = [photo, *augmenter(images=np.stack([photo] * 6))]
-        # A white gap sets the original apart.
+        # A white gap separates the original.
         gap = np.full((150, 10, 3), 255, np.uint8)
         rows.append(np.concatenate([pictures[0], gap, *pictures[1:]], axis=1))
     cv2.imwrite(str(PROJECT / "docs" / "augmentations.png"), np.concatenate(rows)[..., ::-1])
 
 
 def draw_activations() -> None:
-    """Writes docs/activations.jpg: crops of photographs beside their Grad-CAM."""
+    """Writes docs/activations.jpg: crops of photographs next to their Grad-CAM."""
     cut_crops("images")
     run("make_csv_from_folders.py", "--folder_path", "images", "--write_path", "all_data.csv")
     run("split_train_test.py", "--csv_path", "all_data.csv")

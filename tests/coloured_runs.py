@@ -1,4 +1,4 @@
-"""Runs of a model that looks at an image's colour, and predicting with them."""
+"""Runs of a model that sees the colour of an image, and predictions with them."""
 
 import os
 
@@ -13,12 +13,12 @@ from predict import PredictConfigs
 
 CLASSES = ["blue", "green", "red"]
 SIZE = 32
-# The left half's mean red, green and blue, in [0, 255], times these give the logits.
+# The mean red, green and blue of the left half, in [0, 255], times these weights are the logits.
 WEIGHTS = np.array([[-0.012, -0.004, 0.012], [-0.008, 0.016, -0.012], [0.016, -0.012, -0.004]], np.float32)
 
 
 def build_run(folder, multi_label):
-    """Saves a model that looks at the mean colour of an image's left half, and its configs."""
+    """Saves a model that sees the mean colour of an image's left half, and its configs."""
     inputs = keras.Input((SIZE, SIZE, 3))
     colours = keras.layers.GlobalAveragePooling2D()(keras.layers.Cropping2D(((0, 0), (0, SIZE // 2)))(inputs))
     dense = keras.layers.Dense(3, "sigmoid" if multi_label else "softmax", use_bias=False)
@@ -32,7 +32,7 @@ def build_run(folder, multi_label):
 
 
 def run(run_folder, given, **options):
-    """Returns what `main` does, with the table as it was written."""
+    """Returns the result of `main`, and the table that it wrote."""
     values = {"load_model_path": str(run_folder), "write_path": str(run_folder / "predictions.csv")}
     configs = PredictConfigs(**{**values, "input": str(given), "generator_workers": 2, **options}).validate()
     results = predict.main(configs)

@@ -1,11 +1,11 @@
-"""Fixtures that several test files share: small real JPEGs, tables of them, and the configs of a small run."""
+"""Shared fixtures: small JPEGs, tables of them, and the configs of a small run."""
 
 import os
 from types import SimpleNamespace
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Each process of the tests has a core, and threads of others would only wait for it.
+    # Each test process has one core.
     for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from configs import Configs
 
 # Their asserts say what they compared, as those of test files do.
-pytest.register_assert_rewrite("backbone_checks", "small_runs")
+pytest.register_assert_rewrite("small_runs")
 
 IMAGE_SIZE = 32
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
@@ -36,7 +36,7 @@ def write_photo(path, colour, rng):
 
 @pytest.fixture(autouse=True)
 def same_weights_every_time():
-    """A network that a test builds without a seed of its own has the same weights in each run of the tests."""
+    """Seeds Keras, so that networks without a seed of their own always have the same weights."""
     keras.utils.set_random_seed(0)
 
 
@@ -68,10 +68,10 @@ def multilabel_csv(tmp_path_factory):
 
 @pytest.fixture
 def store(monkeypatch):
-    """A store that `memory://` URLs lead into, empty.
+    """An empty store for `memory://` URLs.
 
-    `put` and `remove` change an object by its URL; `asked` lists what the store was asked: `info` or `bytes`, the
-    object's name, and for bytes start and end.
+    `put` and `remove` change an object by its URL; `asked` lists the requests: `info` or `bytes`, the name of the
+    object, and for bytes start and end.
     """
     monkeypatch.setattr(MemoryFileSystem, "store", {})
     asked, info, cat_file = [], MemoryFileSystem.info, MemoryFileSystem.cat_file
@@ -92,7 +92,7 @@ def store(monkeypatch):
 
 @pytest.fixture
 def small_run(tmp_path):
-    """Makes configs of a small run that saves below the test's own folder."""
+    """Makes configs of a small run that saves into the test's own folder."""
 
     def make(train_csv, test_csv, **options):
         values = {

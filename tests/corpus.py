@@ -1,13 +1,163 @@
-"""One file of every kind of bad or unusual image, and one table of every kind of bad CSV file, for all tests."""
+"""One file of each kind of bad or unusual image, and one table of each kind of bad CSV file, for all tests."""
 
+import functools
+import io
 import struct
 import zlib
 
 import cv2
 import numpy as np
 from encoding import SIZE, encode, photo, png_chunk
-from odd_images import encode_heic, grey_tiff, lossless_jpeg
 from PIL import Image
+
+# Images as other programs write them
+
+EXIF_START, XMP_START = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+# Struct's letters for the integer types of TIFF by their numbers.
+INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
+
+
+def quadrants() -> np.ndarray:
+    """Returns red, green, blue and black quarters, uint8 RGB `(64, 96, 3)`."""
+    image = np.zeros((64, 96, 3), np.uint8)
+    image[:32, :48], image[:32, 48:], image[32:, :48] = (200, 30, 30), (30, 200, 30), (30, 30, 200)
+    return image
+
+
+def exif(orientation: int, kind: int = 3, order: str = "<") -> bytes:
+    """Returns EXIF with an orientation alone, as an integer of one of `INTEGER_TYPES`."""
+    start = b"II*\0" if order == "<" else b"MM\0*"
+    value = struct.pack(order + INTEGER_TYPES[kind], orientation).ljust(4, b"\0")
+    return start + struct.pack(f"{order}IHHHI", 8, 1, 0x0112, kind, 1) + value + bytes(4)
+
+
+def xmp(orientation: int, is_attribute: bool = True) -> bytes:
+    """Returns XMP with an orientation, as an attribute or an element."""
+    attribute = f' tiff:Orientation="{orientation}"' * is_attribute
+    element = f"<tiff:Orientation>{orientation}</tiff:Orientation>" * (not is_attribute)
+    names = 'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#" xmlns:tiff="http://ns.adobe.com/tiff/1.0/"'
+    description = f'<rdf:Description rdf:about=""{attribute}>{element}</rdf:Description>'
+    return f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF {names}>{description}</rdf:RDF></x:xmpmeta>'.encode()
+
+
+def jpeg_with(*contents: bytes) -> bytes:
+    """Returns the quadrants as a JPEG with APP1 segments."""
+    data = encode("JPEG", quadrants(), quality=95, subsampling=0)
+    segments = [b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content for content in contents]
+    return data[:2] + b"".join(segments) + data[2:]
+
+
+def png_with(name: bytes, content: bytes, is_behind: bool = False) -> bytes:
+    """Returns the quadrants as a PNG with one more chunk, before or after its pixels."""
+    data = encode("PNG", quadrants())
+    place = data.index(b"IEND" if is_behind else b"IDAT") - 4
+    return data[:place] + png_chunk(name, content) + data[place:]
+
+
+def raw_profile(name: str, content: bytes) -> bytes:
+    """Returns the content of a zTXt chunk in which ImageMagick keeps metadata of other formats."""
+    digits = content.hex()
+    lines = [digits[start : start + 72] for start in range(0, len(digits), 72)]
+    text = "\n".join(["", name, f"{len(content):8}", *lines, ""])
+    return f"Raw profile type {name}".encode() + b"\0\0" + zlib.compress(text.encode())
+
+
+def oriented_files(orientation: int) -> dict[str, bytes]:
+    """Returns the quadrants by name in files with an orientation, each in another place or format."""
+    o = orientation
+    tag = Image.Exif()
+    tag[0x0112] = o
+    found = {
+        f"jpeg_exif_type_{kind}_{'little' if order == '<' else 'big'}": jpeg_with(EXIF_START + exif(o, kind, order))
+        for kind in INTEGER_TYPES
+        for order in "<>"
+    }
+    itxt = b"XML:com.adobe.xmp" + bytes(5)
+    return found | {
+        "jpeg_xmp": jpeg_with(XMP_START + xmp(o)),
+        "jpeg_xmp_before_exif": jpeg_with(XMP_START + xmp(1), EXIF_START + exif(o)),
+        "jpeg_other_segment_first": jpeg_with(b"other\0", EXIF_START + exif(o)),
+        "png_exif": png_with(b"eXIf", exif(o)),
+        "png_exif_behind": png_with(b"eXIf", exif(o), is_behind=True),
+        "png_raw_exif": png_with(b"zTXt", raw_profile("exif", EXIF_START + exif(o))),
+        "png_raw_exif_behind": png_with(b"zTXt", raw_profile("exif", EXIF_START + exif(o)), is_behind=True),
+        "png_xmp": png_with(b"iTXt", itxt + xmp(o)),
+        "png_xmp_element": png_with(b"iTXt", itxt + xmp(o, is_attribute=False)),
+        "png_xmp_behind": png_with(b"iTXt", itxt + xmp(o), is_behind=True),
+        "webp_exif": encode("WEBP", quadrants(), lossless=True, exif=EXIF_START + exif(o)),
+        "webp_xmp": encode("WEBP", quadrants(), lossless=True, xmp=xmp(o)),
+        "avif_exif": encode("AVIF", quadrants(), quality=95, exif=exif(o)),
+        "avif_xmp": encode("AVIF", quadrants(), quality=95, xmp=xmp(o)),
+        "tiff": encode("TIFF", quadrants(), exif=tag),
+        "tiff_lzw": encode("TIFF", quadrants(), exif=tag, compression="tiff_lzw"),
+        "heic": encode_heic(quadrants(), exif=EXIF_START + exif(o)),
+    }
+
+
+def encode_heic(image: np.ndarray, **options) -> bytes:
+    """Returns a picture as HEIC."""
+    import pillow_heif
+
+    file = io.BytesIO()
+    pillow_heif.from_pillow(Image.fromarray(image)).save(file, quality=95, **options)
+    return file.getvalue()
+
+
+def lossless_jpeg(grey: np.ndarray) -> bytes:
+    """Encodes uint8 `(height, width)` as a lossless JPEG, predicted from the left neighbour (ITU-T T.81, H)."""
+    height, width = grey.shape
+    values = grey.astype(int)
+    predicted = np.empty_like(values)
+    predicted[:, 1:], predicted[1:, 0], predicted[0, 0] = values[:, :-1], values[:-1, 0], 128
+    bits = []
+    for difference in (values - predicted).ravel().tolist():
+        size = abs(difference).bit_length()
+        bits.append(f"{size:04b}")
+        if size:
+            bits.append(f"{difference if difference > 0 else difference + (1 << size) - 1:0{size}b}")
+    text = "".join(bits)
+    text += "1" * (-len(text) % 8)
+    scan = bytes(int(text[start : start + 8], 2) for start in range(0, len(text), 8)).replace(b"\xff", b"\xff\0")
+
+    def segment(marker: int, content: bytes) -> bytes:
+        return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+    frame = segment(0xC3, struct.pack(">BHHB", 8, height, width, 1) + bytes([1, 0x11, 0]))
+    # Ten codes of four bits, for differences of 0 to 9 bits.
+    table = segment(0xC4, bytes([0, 0, 0, 0, 10, *[0] * 12, *range(10)]))
+    return b"\xff\xd8" + frame + table + segment(0xDA, bytes([1, 1, 0, 1, 0, 0])) + scan + b"\xff\xd9"
+
+
+def grey_tiff(values: np.ndarray, bits: int) -> bytes:
+    """Encodes grey values of 2 bits, `(height, width)` with a width of whole bytes, as a TIFF."""
+    height, width = values.shape
+    packed = np.zeros((height, width * bits // 8), np.uint8)
+    for place in range(8 // bits):
+        packed |= (values[:, place :: 8 // bits] << (8 - bits * (place + 1))).astype(np.uint8)
+    data = packed.tobytes()
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (279, len(data))]]
+    return (
+        b"II*\0"
+        + struct.pack("<I", 8 + len(data))
+        + data
+        + struct.pack("<H", len(entries))
+        + b"".join(entries)
+        + bytes(4)
+    )
+
+
+def alpha_bmp(alpha: np.ndarray) -> bytes:
+    """Encodes a black picture with an alpha channel, uint8 `(height, width)`, as a BMP with a version 5 header."""
+    height, width = alpha.shape
+    pixels = np.dstack([np.zeros((height, width, 3), np.uint8), alpha])[::-1].tobytes()
+    header = struct.pack("<IiiHHIIiiII", 124, width, height, 1, 32, 3, len(pixels), 0, 0, 0, 0)
+    header += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs"
+    header = header.ljust(124, b"\0")
+    return b"BM" + struct.pack("<IHHI", 138 + len(pixels), 0, 0, 138) + header + pixels
+
+
+# Bad and unusual images
 
 # Names of `build_corpus` that no reader may accept.
 UNREADABLE = (
@@ -29,7 +179,7 @@ def png_bomb(height: int, width: int) -> bytes:
 
 
 def jpeg_of_sides(height: int, width: int) -> bytes:
-    """Returns a JPEG whose header names other sides than it has."""
+    """Returns a JPEG whose header claims other sides than it has."""
     data = bytearray(encode("JPEG"))
     start = data.index(b"\xff\xc0")
     data[start + 5 : start + 9] = struct.pack(">HH", height, width)
@@ -57,7 +207,7 @@ def deep_jpeg() -> bytes:
 
 
 def damaged_jpegs() -> dict[str, tuple[str, bytes]]:
-    """Returns by name JPEGs that have their end mark, and not all of their pixels."""
+    """Returns JPEGs by name that have their end mark but not all of their pixels."""
     data = encode("JPEG", photo(6, (240, 320)), quality=95)
     start, end = len(data) // 2, len(data) // 2 + 4096
     noise = np.random.default_rng(1).bytes(4096)
@@ -69,8 +219,9 @@ def damaged_jpegs() -> dict[str, tuple[str, bytes]]:
     }
 
 
+@functools.cache
 def images() -> dict[str, tuple[str, bytes | None]]:
-    """Returns by name the file's name and its bytes, None where there is no such file."""
+    """Returns each file's name and its bytes by the name of the case; None if the file does not exist."""
     jpeg, png = encode("JPEG", quality=90), encode("PNG")
     frames = [Image.fromarray(photo(seed)) for seed in range(3)]
     animated = {"save_all": True, "append_images": frames[1:]}
@@ -134,7 +285,7 @@ def images() -> dict[str, tuple[str, bytes | None]]:
         "vector": ("vector.jpg", encode("EPS")),
         "wave": ("wave.jpg", b"RIFF" + (100).to_bytes(4, "little") + b"WAVEfmt " + bytes(92)),
         "lossless_jpeg": ("lossless.jpg", lossless_jpeg(photo()[..., 0])),
-        "jfif": ("photo.jfif", encode("JPEG", photo(7))),
+        **{kind: (f"photo.{kind}", encode("JPEG", photo(7))) for kind in ("jfif", "jpe", "jpeg")},
         "heic": ("photo.heic", encode_heic(photo(8))),
         "avif": ("photo.avif", encode("AVIF", photo(9))),
         "float_tiff": ("float.tif", encode("TIFF", Image.fromarray(photo(10)[..., 0] / np.float32(255)))),
@@ -150,7 +301,7 @@ def images() -> dict[str, tuple[str, bytes | None]]:
 
 
 def build_corpus(folder) -> dict:
-    """Writes every image into a folder; returns their paths by name. That of `missing` leads to no file."""
+    """Writes every image into a folder; returns their paths by name. `missing` does not exist."""
     paths = {}
     for name, (file, content) in images().items():
         paths[name] = folder / file
@@ -161,65 +312,88 @@ def build_corpus(folder) -> dict:
     return paths
 
 
-# Tables with the columns path and class; the class is multi-label where the name says so.
-BAD_TABLES = {
-    "empty": b"",
-    "blank_lines": b"\n\n\n",
-    "header_alone": b"path,class\n",
-    "no_path_column": b"file,class\na.jpg,cat\n",
-    "no_label_column": b"path,label\na.jpg,cat\n",
-    "semicolons": b"path;class\na.jpg;cat\nb.jpg;dog\n",
-    "tabs": b"path\tclass\na.jpg\tcat\nb.jpg\tdog\n",
-    "bars": b"path|class\na.jpg|cat\nb.jpg|dog\n",
-    "latin_1": "path,class\na.jpg,Ärmel\nb.jpg,dog\n".encode("latin-1"),
-    "utf_16": "path,class\na.jpg,cat\n".encode("utf-16"),
-    "utf_16_without_mark": "path,class\na.jpg,cat\n".encode("utf-16-le"),
-    "utf_16_big_endian_without_mark": "path,class\na.jpg,cat\n".encode("utf-16-be"),
-    "utf_32": "path,class\na.jpg,cat\n".encode("utf-32"),
-    "workbook": b"PK\x03\x04\x14\x00\x06\x00xl/workbook.xml",
-    "web_page": b"\n<!DOCTYPE html>\n<html><body>path,class</body></html>",
-    "image_in_place_of_a_table": b"\x89PNG\r\n\x1a\n\x00\x00\xff\x00",
-    "blanks_in_the_header": b" path ,class \na.jpg,cat\n",
-    "quoted_header": b"'path','class'\na.jpg,cat\n",
-    "capitals_in_the_header": b"Path,CLASS\na.jpg,cat\n",
-    "no_header": b"a.jpg,cat\nb.jpg,dog\n",
-    "no_header_of_three_columns": b"a.jpg,cat,7\nb.jpg,dog,8\n",
-    "no_header_and_semicolons": b"a.jpg;cat\nb.jpg;dog\n",
-    "no_header_of_ids": b"0001,cat\n0002,dog\n",
-    "other_names": b"Filename,label\na.jpg,cat\n",
-    "ids": b"id,breed\n0001,boxer\n0002,pug\n",
-    "one_hot": b"path,cat,dog\na.jpg,1,0\nb.jpg,0,1\n",
-    "one_hot_of_ids": b"image_id,cat,dog\n0001,1.0,0.0\n0002,0.0,1.0\n",
-    "separator_line": b"sep=;\npath;class\na.jpg;cat\n",
-    "separator_line_of_a_comma": b"sep=,\npath,class\na.jpg,cat\n",
-    "blank_first_line": b"\npath,class\na.jpg,cat\n",
-    "comment_in_front": b"# made by hand\npath,class\na.jpg,cat\n",
-    "header_as_a_comment": b"#path,class\na.jpg,cat\n",
-    "git_lfs_place": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-    "gzip": b"\x1f\x8b\x08\x00\x00\x00",
-    "json": b'[{"path": "a.jpg", "class": "cat"}]\n',
-    "json_lines": b'{"path": "a.jpg", "class": "cat"}\n',
-    "lines_in_quotes": b'"path,class"\n"a.jpg,cat"\n',
-    "comma_at_the_ends": b"path,class\na.jpg,cat,\nb.jpg,dog,\n",
-    "numbers_in_front": b"path,class\n0,a.jpg,cat\n1,b.jpg,dog\n",
-    "null_bytes": b"path,class\na\x00.jpg,cat\nb.jpg,do\x00g\n",
-    "open_quote": b'path,class\na.jpg,"cat\n',
-    "too_many_fields": b"path,class\na.jpg,cat,dog\nb.jpg,dog,cat\n",
-    "too_many_fields_later": b"path,class\na.jpg,cat\nb.jpg,dog,cat\n",
-    "too_few_fields": b"path,class\na.jpg,cat\nb.jpg\n",
-    "column_named_twice": b"path,class,class\na.jpg,cat,dog\n",
-    "path_column_named_twice": b"path,path,class\na.jpg,b.jpg,dog\n",
-    "empty_paths": b"path,class\n,cat\n  ,dog\nc.jpg,dog\n",
-    "empty_labels": b"path,class\na.jpg,\nb.jpg,   \nc.jpg,dog\n",
-    "blank_line_between": b"path,class\na.jpg,cat\n\nb.jpg,dog\n",
-    "multi_label_empty_parts": b"path,class\na.jpg,cat$\nb.jpg,cat$$dog\nc.jpg,$dog\nd.jpg,dog\n",
-    "multi_label_doubled": b"path,class\na.jpg,cat$cat\nb.jpg,dog\n",
-    "white_space": b"path,class\na.jpg,cat\nb.jpg,cat \nc.jpg, dog\nd.jpg,dog\n",
-    "case_variants": b"path,class\na.jpg,cat\nb.jpg,Cat\nc.jpg,dog\nd.jpg,dog\n",
-    "duplicate_paths": b"path,class\na.jpg,cat\n./a.jpg,cat\nb.jpg,dog\nb.jpg,cat\n",
-    "one_class": b"path,class\na.jpg,cat\nb.jpg,cat\n",
-    "class_of_one_image": b"path,class\na.jpg,cat\nb.jpg,cat\nc.jpg,dog\n",
-    "path_outside": b"path,class\n../../../../etc/passwd,cat\n/etc/hostname,dog\n",
-    "line_break_in_a_path": b'path,class\n"a\nb.jpg",cat\nc.jpg,dog\n',
-    "markup": b'path,class\n<script>alert(1)</script>.jpg,"<img src=x onerror=alert(1)>"\nb.jpg,dog\n',
+# Bad tables
+
+# Tables with the columns path and class, and the names that the error or the findings must contain, separated by "|".
+# The classes are multi-label if the name says so. The last two tables are sound.
+TABLE_CASES = {
+    "empty": (b"", "table.csv|empty|path|class"),
+    "blank_lines": (b"\n\n\n", "table.csv|empty"),
+    "header_alone": (b"path,class\n", "table.csv|no rows"),
+    "no_path_column": (b"file,class\na.jpg,cat\n", "'path'|file, class|Rename"),
+    "no_label_column": (b"path,label\na.jpg,cat\n", "'class'|path, label|csv_label_column"),
+    "semicolons": (b"path;class\na.jpg;cat\nb.jpg;dog\n", "'path'|semicolons"),
+    "tabs": (b"path\tclass\na.jpg\tcat\nb.jpg\tdog\n", "'path'|tabs"),
+    "bars": (b"path|class\na.jpg|cat\nb.jpg|dog\n", "'path'|bars"),
+    "latin_1": ("path,class\na.jpg,Ärmel\nb.jpg,dog\n".encode("latin-1"), "table.csv|line 2|Ärmel|Latin-1"),
+    "utf_16": ("path,class\na.jpg,cat\n".encode("utf-16"), "UTF-16|UTF-8"),
+    "utf_16_without_mark": ("path,class\na.jpg,cat\n".encode("utf-16-le"), "UTF-16|byte order mark"),
+    "utf_16_big_endian_without_mark": ("path,class\na.jpg,cat\n".encode("utf-16-be"), "UTF-16|byte order mark"),
+    "utf_32": ("path,class\na.jpg,cat\n".encode("utf-32"), "UTF-8"),
+    "workbook": (b"PK\x03\x04\x14\x00\x06\x00xl/workbook.xml", "Excel"),
+    "web_page": (b"\n<!DOCTYPE html>\n<html><body>path,class</body></html>", "web page"),
+    "image_in_place_of_a_table": (b"\x89PNG\r\n\x1a\n\x00\x00\xff\x00", "no text|line 1"),
+    "blanks_in_the_header": (b" path ,class \na.jpg,cat\n", "' path '|blanks|'class '"),
+    "quoted_header": (b"'path','class'\na.jpg,cat\n", "quotation marks|'path'|'class'"),
+    "capitals_in_the_header": (b"Path,CLASS\na.jpg,cat\n", "'Path'|capitals|'CLASS'"),
+    "no_header": (b"a.jpg,cat\nb.jpg,dog\n", "no header|path,class"),
+    "no_header_of_three_columns": (b"a.jpg,cat,7\nb.jpg,dog,8\n", "no header|path,class"),
+    "no_header_and_semicolons": (b"a.jpg;cat\nb.jpg;dog\n", "semicolons|no header|path,class"),
+    "no_header_of_ids": (b"0001,cat\n0002,dog\n", "no header|path,class"),
+    "other_names": (b"Filename,label\na.jpg,cat\n", "'Filename'|csv_label_column|'label'"),
+    "ids": (b"id,breed\n0001,boxer\n0002,pug\n", "'id'|make_csv_from_folders.py --table_path table.csv"),
+    "one_hot": (b"path,cat,dog\na.jpg,1,0\nb.jpg,0,1\n", "0 and 1|make_csv_from_folders.py --table_path table.csv"),
+    "one_hot_of_ids": (b"image_id,cat,dog\n0001,1.0,0.0\n0002,0.0,1.0\n", "0 and 1|--table_path table.csv"),
+    "separator_line": (b"sep=;\npath;class\na.jpg;cat\n", "'sep=;'|semicolons"),
+    "separator_line_of_a_comma": (b"sep=,\npath,class\na.jpg,cat\n", "'sep=,'"),
+    "blank_first_line": (b"\npath,class\na.jpg,cat\n", "blank line"),
+    "comment_in_front": (b"# made by hand\npath,class\na.jpg,cat\n", "'#'|line"),
+    "header_as_a_comment": (b"#path,class\na.jpg,cat\n", "'#'"),
+    "git_lfs_place": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+    "gzip": (b"\x1f\x8b\x08\x00\x00\x00", "gzip"),
+    "json": (b'[{"path": "a.jpg", "class": "cat"}]\n', "JSON"),
+    "json_lines": (b'{"path": "a.jpg", "class": "cat"}\n', "JSON"),
+    "lines_in_quotes": (b'"path,class"\n"a.jpg,cat"\n', "path,class|quot"),
+    "comma_at_the_ends": (b"path,class\na.jpg,cat,\nb.jpg,dog,\n", "comma"),
+    "numbers_in_front": (b"path,class\n0,a.jpg,cat\n1,b.jpg,dog\n", "number|'row,'"),
+    "null_bytes": (b"path,class\na\x00.jpg,cat\nb.jpg,do\x00g\n", "missing, row 2"),
+    "open_quote": (b'path,class\na.jpg,"cat\n', "quotation mark|line 2"),
+    "too_many_fields": (b"path,class\na.jpg,cat,dog\nb.jpg,dog,cat\n", "more fields"),
+    "too_many_fields_later": (b"path,class\na.jpg,cat\nb.jpg,dog,cat\n", "line 3|3 fields|2"),
+    "too_few_fields": (b"path,class\na.jpg,cat\nb.jpg\n", "empty_label, row 3"),
+    "column_named_twice": (b"path,class,class\na.jpg,cat,dog\n", "two columns|'class'"),
+    "path_column_named_twice": (b"path,path,class\na.jpg,b.jpg,dog\n", "two columns|'path'"),
+    "empty_paths": (b"path,class\n,cat\n  ,dog\nc.jpg,dog\n", "empty_path, row 2|empty_path, row 3"),
+    "empty_labels": (b"path,class\na.jpg,\nb.jpg,   \nc.jpg,dog\n", "empty_label, row 2|empty_label, row 3"),
+    "blank_line_between": (b"path,class\na.jpg,cat\n\nb.jpg,dog\n", "empty_path, row 3|empty_label, row 3"),
+    "multi_label_empty_parts": (
+        b"path,class\na.jpg,cat$\nb.jpg,cat$$dog\nc.jpg,$dog\nd.jpg,dog\n",
+        "empty_label_part, row 2|empty_label_part, row 3|empty_label_part, row 4|'cat$$dog'",
+    ),
+    "multi_label_doubled": (b"path,class\na.jpg,cat$cat\nb.jpg,dog\n", "doubled_label, row 2|'cat$cat'"),
+    "white_space": (
+        b"path,class\na.jpg,cat\nb.jpg,cat \nc.jpg, dog\nd.jpg,dog\n",
+        "white_space_variant, row 4|white_space_variant, row 3|'cat '",
+    ),
+    "case_variants": (
+        b"path,class\na.jpg,cat\nb.jpg,Cat\nc.jpg,dog\nd.jpg,dog\n",
+        "case_variant, row 2|'cat' (1|'Cat'",
+    ),
+    "duplicate_paths": (
+        b"path,class\na.jpg,cat\n./a.jpg,cat\nb.jpg,dog\nb.jpg,cat\n",
+        "duplicate_with_other_label, row 5|b.jpg (row 4)|'cat' here|duplicate_path, row 3|a.jpg (row 2)",
+    ),
+    "one_class": (b"path,class\na.jpg,cat\nb.jpg,cat\n", "one class|cat"),
+    "class_of_one_image": (b"path,class\na.jpg,cat\nb.jpg,cat\nc.jpg,dog\n", "class_of_one_image, row 4|'dog'"),
+    "line_break_in_a_path": (b'path,class\n"a\nb.jpg",cat\nc.jpg,dog\n', ""),
+    "markup": (b'path,class\n<script>alert(1)</script>.jpg,"<img src=x onerror=alert(1)>"\nb.jpg,dog\n', ""),
 }
+BAD_TABLES = {name: content for name, (content, _) in TABLE_CASES.items()}
+
+
+def check_message(message, names, folder) -> None:
+    """Checks that a message is one short line without the folder's path, and contains the names, separated by "|"."""
+    message = message.replace(f"{folder}/", "")
+    assert [name for name in names.split("|") if name not in message] == [], message
+    assert message.replace("\t", " ").isprintable()
+    assert len(message) < 700

@@ -1,4 +1,4 @@
-"""Pictures, and the files that hold them."""
+"""Pictures and image files."""
 
 import io
 import struct

@@ -1,27 +1,17 @@
-"""Evaluations as test.py makes them, and the pages of them."""
+"""Results as test.py returns them, written by hand."""
 
 import pandas as pd
 
 NAMES = ["cat", "dog", "owl"]
-
-
 LOG = pd.DataFrame({"epoch": [1, 2], "accuracy": [0.5, 0.7], "loss": [1.1, 0.9], "val_accuracy": [0.4, 0.6]})
-
-
 BINS = [{"confidence": 0.6, "accuracy": 0.5, "count": 4}, {"confidence": 0.9, "accuracy": 1.0, "count": 12}]
-
-
 RAW_BINS = [{"confidence": 0.97, "accuracy": 0.875, "count": 16}]
-
-
 CALIBRATION = {
     "expected_calibration_error": 0.1,
     "expected_calibration_error_uncalibrated": 0.095,
     "bins": BINS,
     "bins_uncalibrated": RAW_BINS,
 }
-
-
 CURVE = {
     "false_positive_rate": [0.0, 0.0, 1.0],
     "true_positive_rate": [0.0, 0.5, 1.0],
@@ -30,8 +20,6 @@ CURVE = {
     "auroc": 0.75,
     "average_precision": 0.75,
 }
-
-
 DECISION = {
     "temperature": 1.5,
     "temperature_fitted_on": "validation",
@@ -43,7 +31,7 @@ DECISION = {
 
 
 def single_label(names=NAMES):
-    """Results of 16 images, 14 of them right, of one label each, written by hand."""
+    """Returns results of 16 images of one label each, 14 of them right."""
     rows = [(0.9, 0.75, 0.82, 12), (0.5, 1.0, 2 / 3, 1), (0.1, 0.3, 0.15, 3)]
     columns = ("precision", "recall", "f1", "support")
     metrics = {
@@ -70,7 +58,7 @@ def single_label(names=NAMES):
 
 
 def multi_label(names=NAMES):
-    """Results of a multi-label model without a validation set, where the last class has no image."""
+    """Returns results of a multi-label model without a validation set; the last class has no image."""
     row = {"precision": 0.8, "recall": 0.6, "f1": 0.686, "support": 20, "auroc": 0.91, "average_precision": 0.72}
     row |= {"best_f1_threshold": 0.37, "f1_at_best_f1_threshold": 0.7}
     empty = row | {"support": 0, "auroc": None, "average_precision": None}

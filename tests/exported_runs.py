@@ -15,11 +15,7 @@ import predict
 from compress_weights import CompressConfigs
 
 CLASSES = ["blue", "green", "red"]
-
-
 EXPORTS = ["tflite", "onnx", "saved_model"]
-
-
 ARTEFACTS = ["best_model.tflite", "best_model.onnx", "best_model_saved_model"]
 
 
@@ -47,19 +43,32 @@ def predict_photos(model_path, photo_folder, folder):
     return pd.read_csv(path)
 
 
-@pytest.fixture
-def run_folder(photo_folder, tmp_path):
-    """A run's folder with a model that is always right, and configs.json that names two tables of 18 photos each."""
-    rows = [(f"{path.parent.name}/{path.name}", path.parent.name) for path in sorted(photo_folder.rglob("*.jpg"))]
-    for number, name in enumerate(("train", "test")):
-        pd.DataFrame(rows[number::2], columns=["path", "class"]).to_csv(tmp_path / f"{name}.csv", index=False)
-    stored = {"train_csv": str(tmp_path / "train.csv"), "test_csv": str(tmp_path / "test.csv")}
-    stored |= {"image_directory": str(photo_folder), "classes": CLASSES, "image_target_size": [32, 32, 3]}
-    folder = tmp_path / "run"
+def make_run(photo_folder, folder):
+    """Makes a run's folder with a model that is always right, and the two tables of 18 photos in its configs.json."""
     folder.mkdir()
+    rows = [(f"{path.parent.name}/{path.name}", path.parent.name) for path in sorted(photo_folder.rglob("*.jpg"))]
+    stored = {"image_directory": str(photo_folder), "classes": CLASSES, "image_target_size": [32, 32, 3]}
+    for number, name in enumerate(("train", "test")):
+        stored[f"{name}_csv"] = str(folder.parent / f"{name}.csv")
+        pd.DataFrame(rows[number::2], columns=["path", "class"]).to_csv(stored[f"{name}_csv"], index=False)
     (folder / "configs.json").write_text(json.dumps(stored))
     build_colour_model().save(folder / "best_model.keras")
     return folder
+
+
+@pytest.fixture
+def run_folder(photo_folder, tmp_path):
+    """A run's folder, see `make_run`."""
+    return make_run(photo_folder, tmp_path / "run")
+
+
+def write_decision(folder, **values):
+    """Writes a decision.json by hand."""
+    decision = {"classes": CLASSES, "multi_label": False, "temperature": 1.0, "temperature_fitted_on": None}
+    decision |= {"exact_match_threshold": 0.5, "best_f1_thresholds": None, "thresholds_fitted_on": None}
+    decision |= {"model": "best_model.keras"} | values
+    (folder / "decision.json").write_text(json.dumps(decision))
+    return decision
 
 
 def export(folder, *kinds, **options):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from augmenter import build_augmenter
 from finetune.loading.caches import DiskCache, MemoryCache
 from generator import AugmentedImageSequence
 
@@ -71,3 +72,14 @@ def mixing_sequence(paths, labels=None, **options):
 
 def cache_of(kind, paths, folder, image_size=SIZE):
     return MemoryCache(len(paths), image_size) if kind == "memory" else DiskCache(paths, image_size, str(folder))
+
+
+def assert_same_batch(found, expected):
+    assert len(found) == len(expected)
+    for part, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(part, other)
+        assert part.dtype == other.dtype
+
+
+def augmented_sequence(paths, seed=7, **options):
+    return sequence_of(paths, augmenter=build_augmenter(), shuffle=True, seed=seed, batch_size=2, **options)

@@ -4,11 +4,7 @@ import numpy as np
 from scipy import special
 
 NAMES = ["ant", "bee", "cow"]
-
-
 Y_TRUE = np.array([0, 0, 1, 1, 2])
-
-
 PREDICTED = np.array([0, 1, 1, 1, 0])
 
 

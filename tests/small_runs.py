@@ -15,11 +15,11 @@ from configs import Configs
 from finetune.training.training_state import read_state
 from generator import AugmentedImageSequence
 
-# A backbone cut to its first layers: what is tested is the training around it.
+# A backbone cut to its first layers: the tests are about the training around it.
 TINY = {"visual_model_name": "MobileNet", "pop_conv_layers": 66, "final_layer_pooling": "max"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tables(photo_folder, tmp_path_factory):
     """Training and validation tables of 27 and 9 photos: 7 steps an epoch at a batch size of 4."""
     folder = tmp_path_factory.mktemp("tables")
@@ -52,36 +52,40 @@ def start(**options):
     return train.main(Configs(**options).validate())
 
 
-def weights_and_optimizer(path):
+def read_weights(path):
     model = keras.models.load_model(path)
     return [variable.numpy() for variable in (*model.weights, *model.optimizer.variables)]
 
 
 def assert_same_run(first, second, model_names=("best_model.keras", "latest_model.keras")):
+    """Asserts that two runs have the same log and, bit by bit, the same models and states."""
     first, second = Path(first), Path(second)
     assert (first / "training_log.csv").read_bytes() == (second / "training_log.csv").read_bytes()
     for name in model_names:
-        expected, found = (weights_and_optimizer(folder / name) for folder in (first, second))
+        expected, found = (read_weights(folder / name) for folder in (first, second))
         assert len(expected) == len(found) > 10
         for one, other in zip(expected, found, strict=True):
             np.testing.assert_array_equal(one, other)
         states = [read_state(str(folder / name)) for folder in (first, second)]
+        if states == [None, None]:
+            continue  # averaged weights
         for key in ("epochs_completed", "steps_completed", "best", "best_epoch", "plateau", "seed_states", "log"):
             assert states[0][key] == states[1][key]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def uninterrupted(tables, tmp_path_factory):
+    """The folder of a finished run of three epochs."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "saved_model"
     start(**options_of(tables, folder))
     return folder
 
 
 @pytest.fixture
-def stop_at(monkeypatch):
-    """Sends this process a signal when the generator makes a batch of an epoch."""
+def stop_at():
+    """Returns a function that runs until this process gets a signal, as a batch of an epoch is made."""
 
-    def arrange(epoch, index, number=signal.SIGTERM):
+    def run_until(epoch, index, number=signal.SIGTERM, **options):
         original = AugmentedImageSequence.__getitem__
 
         def make_batch(self, position):
@@ -90,6 +94,10 @@ def stop_at(monkeypatch):
                 time.sleep(0.1)
             return original(self, position)
 
-        monkeypatch.setattr(AugmentedImageSequence, "__getitem__", make_batch)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(AugmentedImageSequence, "__getitem__", make_batch)
+            with pytest.raises(SystemExit) as stopped:
+                start(**options)
+        return stopped.value.code
 
-    return arrange
+    return run_until

@@ -19,36 +19,24 @@ def augment(images: np.ndarray, seed: int, strength: str = "default") -> np.ndar
 
 
 @pytest.mark.parametrize("strength", ["light", "default", "strong", "photo"])
-@pytest.mark.parametrize(("count", "height", "width"), [(1, 24, 37), (5, 37, 24), (3, 64, 64)])
-def test_keeps_shape_and_type(count, height, width, strength):
+@pytest.mark.parametrize(("count", "height", "width"), [(1, 24, 37), (16, 37, 24)])
+def test_changes_every_image_in_a_copy_of_the_same_shape_and_type(count, height, width, strength):
     images = noise(count, height, width)
     augmented = augment(images, 0, strength)
     assert augmented.shape == images.shape
     assert augmented.dtype == np.uint8
+    np.testing.assert_array_equal(images, noise(count, height, width))
+    assert all((after != before).any() for after, before in zip(augmented, images, strict=True))
 
 
-@pytest.mark.parametrize("strength", ["light", "default", "strong", "photo"])
-def test_changes_every_image_and_leaves_its_input_alone(strength):
-    images = noise(16)
-    original = images.copy()
-    augmented = augment(images, 0, strength)
-    np.testing.assert_array_equal(images, original)
-    assert all((after != before).any() for after, before in zip(augmented, original, strict=True))
-
-
-def test_same_seed_gives_the_same_images_and_another_seed_others():
-    images = noise(4)
-    np.testing.assert_array_equal(augment(images, seed=3), augment(images, seed=3))
-    assert (augment(images, seed=3) != augment(images, seed=4)).any()
-
-
-def test_reseeding_forgets_what_was_drawn_before():
-    images = noise(4)
-    augmenter = build_augmenter()
-    augmenter.seed_(1)
-    augmenter(images=images)
+def test_the_seed_decides_whatever_was_drawn_before():
+    images, augmenter = noise(4), build_augmenter()
+    augmenter.seed_(4)
+    other = augmenter(images=images)
     augmenter.seed_(3)
-    np.testing.assert_array_equal(augmenter(images=images), augment(images, seed=3))
+    found = augmenter(images=images)
+    np.testing.assert_array_equal(found, augment(images, seed=3))
+    assert (found != other).any()
 
 
 def test_changes_each_image_of_a_batch_differently():
@@ -65,9 +53,7 @@ def test_mirrors_about_half_of_the_images():
 
 
 def test_fills_borders_with_the_picture_and_keeps_the_order_of_channels():
-    red = np.empty((32, 32, 32, 3), np.uint8)
-    red[:] = (200, 100, 50)
-    augmented = augment(red, seed=0).astype(int)
+    augmented = augment(plain_images(32), seed=0).astype(int)
     assert augmented.min() > 0
     assert (np.diff(augmented, axis=-1) < 0).all()
 
@@ -87,9 +73,7 @@ def test_a_greater_strength_changes_more():
 
 
 def plain_images(count: int) -> np.ndarray:
-    images = np.empty((count, 40, 60, 3), np.uint8)
-    images[:] = (120, 90, 60)
-    return images
+    return np.full((count, 40, 60, 3), (120, 90, 60), np.uint8)
 
 
 def test_light_changes_no_colour():
@@ -101,7 +85,7 @@ def test_photo_turns_about_the_middle_and_leaves_moving_and_scaling_to_the_crops
     augmenter.seed_(0)
     maps = augmenter.draw_maps(500, (40, 60))
     np.testing.assert_allclose(maps @ [30, 20, 1], np.tile([30, 20], (500, 1)))
-    # Areas stay, but for what shearing by 8 degrees while turning by 15 makes of them.
+    # Areas stay, except for the effect of a shear by 8 degrees with a rotation by 15.
     np.testing.assert_allclose(np.abs(np.linalg.det(maps[:, :, :2])), 1, atol=0.05)
     columns = np.rad2deg(np.arctan(maps[:, 1, 0] / maps[:, 0, 0]))
     assert 13 < np.abs(columns).max() < 24

@@ -1,4 +1,4 @@
-"""A run goes on in the folder that load_model_path names, wherever that was copied or moved to."""
+"""A run continues in the folder that load_model_path names, wherever that was copied or moved to."""
 
 import copy
 import hashlib
@@ -15,8 +15,7 @@ from small_runs import options_of, start, tables  # noqa: F401
 from configs import Configs
 from finetune.core.options import UserError
 from finetune.training.resuming import find_start
-from finetune.training.run_data import locate_data
-from finetune.training.run_folder import CONFIGS_FILE, describe_run
+from finetune.training.run_folder import CONFIGS_FILE, describe_run, locate_data
 from finetune.training.trained_model import configure_table, find_trained_model
 from finetune.training.training_state import STATE_PARTS
 
@@ -24,7 +23,7 @@ TABLES = {"train_csv": "./data/train.csv", "validation_csv": "data/validation.cs
 
 
 def write_state(path, options, **changes):
-    """Writes a file that carries a training state and nothing else."""
+    """Writes a file with a training state and nothing else."""
     state = dict.fromkeys(STATE_PARTS) | {"configs": Configs().to_dict() | options, "given": sorted(options)}
     state |= {"epochs_completed": 1, "steps_completed": 0, "best_epoch": 1} | changes
     with zipfile.ZipFile(path, "w") as archive:
@@ -32,7 +31,7 @@ def write_state(path, options, **changes):
 
 
 def write_run(folder, home, **options):
-    """Writes what a run leaves that was started in a folder."""
+    """Writes the files of a run that was started in `home`."""
     folder.mkdir(parents=True)
     options = TABLES | {"classes": ["a", "b"]} | options
     write_state(folder / "latest_model.keras", options)
@@ -55,18 +54,34 @@ def home(tmp_path, monkeypatch):
     return home
 
 
-def go_on(path, **options):
-    """Returns the model and the configs that train.py goes on with."""
+@pytest.fixture
+def elsewhere(home, tmp_path, monkeypatch):
+    """A folder outside the project; this process is in it."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+def continue_from(path, **options):
+    """Returns the model and the configs that train.py continues with."""
     model, state, configs = find_start(Configs(load_model_path=str(path), num_epochs=9, **options).validate())
     assert state
     return model, configs
 
 
-@pytest.mark.parametrize("name", ["", "/", "/latest_model.keras", "/best_model.keras", "/best_model.h5"])
-@pytest.mark.parametrize("folder", ["runs/copy", "../home/runs/copy", "{home}/runs/copy"])
-def test_a_copied_run_goes_on_in_its_own_folder(home, folder, name):
+@pytest.mark.parametrize(
+    "path",
+    [
+        "runs/copy",
+        "runs/copy/",
+        "../home/runs/copy/latest_model.keras",
+        "{home}/runs/copy/best_model.keras",
+        "runs/copy/best_model.h5",
+    ],
+)
+def test_a_copied_run_continues_in_its_own_folder(home, path):
     shutil.copytree("runs/base", "runs/copy")
-    model, configs = go_on(folder.format(home=home) + name)
+    model, configs = continue_from(path.format(home=home))
     assert Path(configs.save_model_path).resolve() == home / "runs" / "copy"
     assert Path(model).resolve().parent == home / "runs" / "copy"
     assert (configs.train_csv, configs.image_directory) == ("./data/train.csv", "")
@@ -74,43 +89,38 @@ def test_a_copied_run_goes_on_in_its_own_folder(home, folder, name):
 
 
 @pytest.mark.parametrize("place", ["runs/other name", "../archive/2026/base", "base"])
-def test_a_moved_or_renamed_run_does_not_bring_its_old_folder_back(home, place):
+def test_a_moved_or_renamed_run_does_not_restore_its_old_folder(home, place):
     Path(place).parent.mkdir(parents=True, exist_ok=True)
     os.rename("runs/base", place)
-    configs = go_on(place)[1]
+    configs = continue_from(place)[1]
     assert (configs.save_model_path, configs.train_csv) == (place, "./data/train.csv")
 
 
-def test_a_linked_folder_is_the_folder_and_a_linked_file_is_not(home):
+def test_a_linked_folder_is_the_folder_and_a_linked_or_copied_file_is_not(home, monkeypatch):
     os.symlink("base", "runs/link")
-    assert go_on("runs/link")[1].save_model_path == "runs/link"
+    assert continue_from("runs/link")[1].save_model_path == "runs/link"
     Path("runs/files").mkdir()
     os.symlink("../base/latest_model.keras", "runs/files/latest_model.keras")
-    assert go_on("runs/files")[1].save_model_path == "runs/files"
-
-
-def test_a_checkpoint_alone_goes_on_beside_itself(home, monkeypatch):
+    assert continue_from("runs/files")[1].save_model_path == "runs/files"
     Path("alone").mkdir()
     shutil.copy("runs/base/latest_model.keras", "alone/m.keras")
-    assert go_on("alone/m.keras")[1].save_model_path == "alone"
+    assert continue_from("alone/m.keras")[1].save_model_path == "alone"
     monkeypatch.chdir("alone")
-    assert go_on("m.keras")[1].save_model_path == "."
+    assert continue_from("m.keras")[1].save_model_path == "."
 
 
-def test_a_given_folder_holds_and_may_not_hold_another_run(home):
+def test_a_given_folder_counts_and_must_not_hold_another_run(home):
     shutil.copytree("runs/base", "runs/copy")
-    assert go_on("runs/copy", save_model_path="runs/new")[1].save_model_path == "runs/new"
-    assert go_on("runs/copy", save_model_path="../home/runs/copy")[1].save_model_path == "../home/runs/copy"
+    assert continue_from("runs/copy", save_model_path="runs/new")[1].save_model_path == "runs/new"
+    assert continue_from("runs/copy", save_model_path="../home/runs/copy")[1].save_model_path == "../home/runs/copy"
     with pytest.raises(UserError, match="runs/base holds the models of another run"):
-        go_on("runs/copy", save_model_path="runs/base")
+        continue_from("runs/copy", save_model_path="runs/base")
+
+    shutil.copytree("runs/base", "saved_model")  # the default folder
+    assert continue_from("runs/base")[1].save_model_path == "runs/base"
 
 
-def test_the_default_folder_may_hold_another_run_than_the_one_that_goes_on(home):
-    shutil.copytree("runs/base", "saved_model")
-    assert go_on("runs/base")[1].save_model_path == "runs/base"
-
-
-def test_weights_without_a_state_are_a_new_run_that_removes_none(home):
+def test_weights_without_a_state_start_a_new_run_that_removes_none(home):
     (home / "runs" / "base" / "best_model_compressed.h5").touch()
     given = {"load_model_path": "runs/base/best_model_compressed.h5", "save_model_path": "runs/base"}
     with pytest.raises(UserError, match="runs/base holds the models of another run"):
@@ -127,16 +137,14 @@ def test_the_runs_own_configs_file_names_no_other_folder(home, folder):
     assert find_trained_model(Configs.from_command_line(arguments=words))[1].save_model_path == configs.save_model_path
     words += ["--save_model_path", "runs/new"]
     assert find_start(Configs.from_command_line(arguments=words))[2].save_model_path == "runs/new"
-    # Of another file it counts as given.
+    # From another file it counts as given.
     words[1] = "runs/base/configs.json"
     with pytest.raises(UserError, match="runs/base holds the models of another run"):
         find_start(Configs.from_command_line(arguments=words[:-2]))
 
 
-def test_from_elsewhere_a_run_writes_down_what_was_given(home, tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    configs = go_on("../home/runs/base")[1]
+def test_from_elsewhere_a_run_stores_what_was_given_and_may_be_moved_again(home, tmp_path, elsewhere, monkeypatch):
+    configs = continue_from("../home/runs/base")[1]
     located = {name: str(home / path) for name, path in TABLES.items()} | {"image_directory": str(home)}
     assert {name: getattr(configs, name) for name in located} == located
     given = TABLES | {"image_directory": "", "save_model_path": "runs/base", "load_model_path": ""}
@@ -144,44 +152,34 @@ def test_from_elsewhere_a_run_writes_down_what_was_given(home, tmp_path, monkeyp
     assert {name: stored[name] for name in given} == given
     assert configs.provenance.home == str(home)
     assert "image_directory" not in configs.given
-
-
-def test_after_that_it_may_be_moved_with_its_data_again(home, tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    configs = go_on("../home/runs/base")[1]
-    write_state(home / "runs" / "base" / "latest_model.keras", configs.to_stored(), given=sorted(configs.given))
-    describe_run(str(home / "runs" / "base"), configs.to_stored(), {}, ["a"], configs.provenance.home)
+    write_state(home / "runs" / "base" / "latest_model.keras", stored, given=sorted(configs.given))
+    describe_run(str(home / "runs" / "base"), stored, {}, ["a"], configs.provenance.home)
     os.rename(home, tmp_path / "moved")
     moved = tmp_path / "moved"
-    for folder in (tmp_path / "elsewhere", moved, moved / "runs" / "base"):
+    for folder in (elsewhere, moved, moved / "runs" / "base"):
         monkeypatch.chdir(folder)
-        configs = go_on(os.path.relpath(moved / "runs" / "base"))[1]
+        configs = continue_from(os.path.relpath(moved / "runs" / "base"))[1]
         assert Path(configs.train_csv).resolve() == moved / "data" / "train.csv"
         assert Path(configs.image_directory).resolve() == moved
         assert Path(configs.save_model_path).resolve() == moved / "runs" / "base"
         assert configs.to_stored()["train_csv"] == "./data/train.csv"
 
 
-def test_paths_given_from_elsewhere_are_written_down_as_seen_from_the_runs_home(home, tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+def test_paths_given_from_elsewhere_are_stored_relative_to_the_runs_home(elsewhere):
     given = {"train_csv": "../home/more/train.csv", "test_csv": "mine.csv", "image_directory": "/photos"}
-    stored = go_on("../home/runs/base", **given, save_model_path="out")[1].to_stored()
-    assert (stored["train_csv"], stored["test_csv"]) == ("more/train.csv", str(tmp_path / "elsewhere" / "mine.csv"))
+    stored = continue_from("../home/runs/base", **given, save_model_path="out")[1].to_stored()
+    assert (stored["train_csv"], stored["test_csv"]) == ("more/train.csv", str(elsewhere / "mine.csv"))
     assert (stored["image_directory"], stored["validation_csv"]) == ("/photos", "data/validation.csv")
-    assert stored["save_model_path"] == str(tmp_path / "elsewhere" / "out")
+    assert stored["save_model_path"] == str(elsewhere / "out")
 
 
-def test_tables_that_are_given_from_elsewhere_start_there(home, tmp_path, monkeypatch):
-    place = tmp_path / "elsewhere"
-    shutil.copytree(home / "data", place / "mine")
-    monkeypatch.chdir(place)
+def test_tables_given_from_elsewhere_start_there(home, elsewhere):
+    shutil.copytree(home / "data", elsewhere / "mine")
     given = {"train_csv": "mine/train.csv", "validation_csv": "mine/validation.csv", "test_csv": "mine/test.csv"}
-    configs = go_on(home / "runs" / "base", **given)[1]
+    configs = continue_from(home / "runs" / "base", **given)[1]
     assert configs.image_directory == ""
     stored = configs.to_stored()
-    # From here on they can be moved together.
+    # They can be moved together.
     assert {name: stored[name] for name in given} == given
     assert stored["image_directory"] == ""
     tested = {"load_model_path": str(home / "runs" / "base"), "test_csv": "mine/test.csv"}
@@ -191,16 +189,15 @@ def test_tables_that_are_given_from_elsewhere_start_there(home, tmp_path, monkey
     assert [configure_table(configs, path, table).image_directory for table in tables] == ["", str(home)]
     # So does another table of its project.
     shutil.copy(home / "data" / "test.csv", home / "data" / "more.csv")
-    assert find_trained_model(Configs(**tested | {"test_csv": str(home / "data" / "more.csv")}))[1].image_directory == (
-        str(home)
-    )
+    tested |= {"test_csv": str(home / "data" / "more.csv")}
+    assert find_trained_model(Configs(**tested))[1].image_directory == str(home)
 
 
 def test_absolute_paths_that_were_given_stay(home, tmp_path, monkeypatch):
     folder = home / "runs" / "absolute"
     write_run(folder, home, train_csv=str(home / "data" / "train.csv"), save_model_path=str(folder))
     monkeypatch.chdir(tmp_path)
-    configs = go_on(folder)[1]
+    configs = continue_from(folder)[1]
     assert configs.to_stored()["train_csv"] == str(home / "data" / "train.csv")
     assert (configs.image_directory, configs.to_stored()["image_directory"]) == (str(home), "")
 
@@ -212,33 +209,31 @@ def test_a_project_that_was_copied_as_a_whole_uses_its_own_data(home, tmp_path, 
     (second / name).parent.mkdir(exist_ok=True)
     os.rename(second / "runs" / "base", second / name)
     monkeypatch.chdir(tmp_path)
-    assert go_on(second / name)[1].train_csv == str(second / "data" / "train.csv")
-    # The original goes on being edited; its table is no longer that of the run.
+    assert continue_from(second / name)[1].train_csv == str(second / "data" / "train.csv")
+    # The original table is edited, and is no longer the run's.
     (home / "data" / "train.csv").write_text("path,class\nanother.jpg,a\n")
     for folder in (tmp_path, second):
         monkeypatch.chdir(folder)
-        assert Path(go_on(second / name)[1].train_csv).resolve() == second / "data" / "train.csv"
+        assert Path(continue_from(second / name)[1].train_csv).resolve() == second / "data" / "train.csv"
 
 
-def test_a_run_among_other_data_keeps_to_its_own(home, tmp_path, monkeypatch):
+def test_a_run_among_other_data_keeps_its_own_and_prints_where_they_are(home, tmp_path, monkeypatch, capsys):
+    continue_from("runs/base")
+    assert str(home) not in capsys.readouterr().out
     other = tmp_path / "other" / "data"
     other.mkdir(parents=True)
     (other / "train.csv").write_text("path,class\nanother.jpg,b\n")
     shutil.copytree(home / "runs" / "base", tmp_path / "other" / "base")
     monkeypatch.chdir(tmp_path)
-    assert go_on("other/base")[1].train_csv == str(home / "data" / "train.csv")
-    # The same without a digest, in a run of an older version.
+    assert continue_from("other/base")[1].train_csv == str(home / "data" / "train.csv")
+    # The same in a run of an older version, without a digest.
     (tmp_path / "other" / "base" / "data.json").write_text(json.dumps({"working_directory": str(home)}))
     assert locate_data(TABLES, str(tmp_path / "other" / "base"), "runs/base")["test_csv"] == str(home / "data/test.csv")
-
-
-def test_a_copied_project_whose_table_was_changed_tells_whose_data_it_takes(home, tmp_path, monkeypatch, capsys):
-    go_on("runs/base")
-    assert str(home) not in capsys.readouterr().out
+    # A copied project whose table was changed.
     shutil.copytree(home, tmp_path / "copy")
     (tmp_path / "copy" / "data" / "train.csv").write_text("path,class\nanother.jpg,b\n")
     monkeypatch.chdir(tmp_path / "copy")
-    assert go_on("runs/base")[1].train_csv == str(home / "data" / "train.csv")
+    assert continue_from("runs/base")[1].train_csv == str(home / "data" / "train.csv")
     assert f"relative paths start in {home}" in capsys.readouterr().out
 
 
@@ -262,7 +257,7 @@ def test_a_copy_is_trained_and_the_original_stays_as_it_is(tables, tmp_path):
     options = options_of(tables, "", num_epochs=3, learning_rate=1e-9)
     del options["save_model_path"]
     start(**options, load_model_path=str(copied / "latest_model.keras"))
-    # The best of the run is from before: where it goes on elsewhere, it has to come with it.
+    # The best model is from before the copy: a run that continues elsewhere brings it along.
     start(**options, load_model_path=str(base), save_model_path=str(new))
     assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
     for folder in (copied, new):

@@ -1,3 +1,5 @@
+"""draw_activations.py: the classes that are drawn, the pictures, their page, and the faithfulness of the maps."""
+
 import os
 import re
 import shutil
@@ -16,9 +18,8 @@ from configs import Configs
 from finetune.core.files import write_json
 from finetune.core.options import UserError
 from finetune.evaluation import explaining, gradcam
-from finetune.evaluation.decision import Decision
-from finetune.evaluation.decision_file import write_decision
-from finetune.evaluation.faithfulness import REMOVALS
+from finetune.evaluation.decision import Decision, write_decision
+from finetune.evaluation.explaining import REMOVALS
 from finetune.reporting import cam_pictures
 from finetune.reporting.cam_pictures import name_outputs, overlay_heatmap
 from generator import get_generator
@@ -71,7 +72,7 @@ def save_run(folder: Path, csv_path: str, multi_label: bool, image_directory: st
     )
     keras.utils.set_random_seed(1)
     model = ModelFactory().get_model(configs)
-    # Far apart probabilities, with each class the first of some images.
+    # The weights spread the probabilities, so that each class is predicted for some images.
     images, _ = get_generator(csv_path, CLASS_NAMES, configs.replace(batch_size=99), training=False)[0]
     last = model.layers[-1].get_layer("logits")
     kernel, _ = last.get_weights()
@@ -92,7 +93,7 @@ def spatial_means(model: keras.Model) -> keras.KerasTensor:
 
 
 def load(configs: Configs) -> tuple[keras.Model, np.ndarray, np.ndarray]:
-    """Returns the saved model, the test images and its probabilities for them, by Keras's own means."""
+    """Returns the saved model, the test images and the model's probabilities, computed by Keras alone."""
     model = keras.models.load_model(os.path.join(configs.save_model_path, "best_model.keras"), compile=False)
     sequence = get_generator(configs.test_csv, CLASS_NAMES, configs.replace(batch_size=99), training=False)
     return model, sequence[0][0], model.predict(sequence[0][0], verbose=0)
@@ -100,7 +101,7 @@ def load(configs: Configs) -> tuple[keras.Model, np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def panels(monkeypatch):
-    """Collects, by file name, the images and captions of each picture, which is written as well."""
+    """Collects the images and captions of each picture by file name."""
     found, arrange, write_image = {}, cam_pictures.arrange, cam_pictures.write_image
     pictures = {}
 
@@ -123,56 +124,63 @@ def captions(panels: dict, configs: Configs) -> list[list[str]]:
     return [[caption for _, caption in panels[name]] for name in names]
 
 
-def test_the_predicted_class_is_drawn_beside_the_photo(single, panels):
+def name_probabilities(row: np.ndarray, positions: list[int]) -> list[str]:
+    return [f"{row[position]:.2f} {CLASS_NAMES[position]}" for position in positions]
+
+
+def test_the_predicted_class_is_drawn_next_to_the_photo_and_shown_on_the_page(single, panels, capsys):
+    folder = Path(single.save_model_path, "cam_output")
+    folder.mkdir()
+    (folder / "index.html").write_text("previous")
     result = draw_activations.main(single)
     model, images, probabilities = load(single)
     best = probabilities.argmax(axis=1)
     assert len(set(best)) > 1
     true = np.repeat(CLASS_NAMES, 3)
     assert captions(panels, single) == [
-        [f"true: {true[row]}", f"{probabilities[row, best[row]]:.2f} {CLASS_NAMES[best[row]]}"] for row in range(9)
+        [f"true: {true[row]}", *name_probabilities(probabilities[row], [best[row]])] for row in range(9)
     ]
     heatmaps, _ = gradcam.GradCam(model)(images, best)
     sources = pd.read_csv(single.test_csv)["path"].tolist()
     for row, name in enumerate(name_outputs(sources)):
         (photo, _), (overlay, _) = panels[name]
-        # The photos have 48x64 pixels, and the network sees 32x32: neither is enough for a caption.
+        # The photos have 48x64 pixels, and the network sees 32x32: both are too small for a caption.
         np.testing.assert_allclose(photo.astype(int), cv2.resize(cv2.imread(sources[row])[..., ::-1], WIDER), atol=2)
-        expected = overlay_heatmap(photo, heatmaps[row])
-        np.testing.assert_allclose(overlay.astype(int), expected, atol=2)
+        np.testing.assert_allclose(overlay.astype(int), overlay_heatmap(photo, heatmaps[row]), atol=2)
     for path in result["paths"]:
         height, width, _ = cv2.imread(path).shape
         assert width == 2 * WIDER[0]
         assert height > WIDER[1]
-    assert {os.path.dirname(path) for path in result["paths"]} == {os.path.join(single.save_model_path, "cam_output")}
+    assert {os.path.dirname(path) for path in result["paths"]} == {str(folder)}
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert re.findall(r'<a class="picture" href="([^"]+)"', page) == [Path(path).name for path in result["paths"]]
+    assert str(folder / "index.html") in capsys.readouterr().out
+    answers = ["right" if one else "wrong" for one in best == np.repeat(range(3), 3)]
+    assert re.findall(r'data-answer="(\w+)"', page) == answers
+    confidences = [float(text) for text in re.findall(r'data-confidence="([^"]+)"', page)]
+    np.testing.assert_allclose(confidences, probabilities.max(axis=1), atol=1e-5)
 
 
-def test_top_k_draws_the_most_probable_classes_in_order(single, panels):
-    draw_activations.main(single.replace(cam_classes="top_k", cam_top_k=2))
+@pytest.mark.parametrize(("cam_classes", "number"), [("top_k", 3), ("threshold", 1), ("true", 1)])
+def test_classes_of_a_single_label_are_drawn_in_order(cam_classes, number, single, panels):
+    # At most as many classes as there are.
+    paths = draw_activations.main(single.replace(cam_classes=cam_classes, cam_top_k=50))["paths"]
     _, _, probabilities = load(single)
-    for row, found in enumerate(captions(panels, single)):
-        first, second, _ = np.argsort(probabilities[row])[::-1]
-        expected = [f"{probabilities[row, position]:.2f} {CLASS_NAMES[position]}" for position in (first, second)]
-        assert found[1:] == expected
+    for place, (row, found) in enumerate(zip(probabilities, captions(panels, single), strict=True)):
+        positions = [place // 3] if cam_classes == "true" else np.argsort(-row)[:number]
+        assert found[1:] == name_probabilities(row, positions)
+    assert {cv2.imread(path).shape[1] for path in paths} == {(1 + number) * WIDER[0]}
 
 
-def test_top_k_of_more_classes_than_there_are_draws_them_all(single, panels):
-    paths = draw_activations.main(single.replace(cam_classes="top_k", cam_top_k=50))["paths"]
-    assert {len(found) for found in captions(panels, single)} == {4}
-    assert {cv2.imread(path).shape[1] for path in paths} == {4 * WIDER[0]}
-
-
-@pytest.mark.parametrize("mode", ["single", "several"])
-def test_true_draws_the_labels_of_the_csv(mode, request, panels):
-    configs = request.getfixturevalue(mode)
-    draw_activations.main(configs.replace(cam_classes="true"))
-    labels = pd.read_csv(configs.test_csv)["class"]
-    for found, label in zip(captions(panels, configs), labels, strict=True):
+def test_true_draws_the_labels_of_the_table(several, panels):
+    draw_activations.main(several.replace(cam_classes="true"))
+    labels = pd.read_csv(several.test_csv)["class"]
+    for found, label in zip(captions(panels, several), labels, strict=True):
         assert found[0] == "true: " + label.replace("$", ", ")
         assert sorted(caption.split(" ", 1)[1] for caption in found[1:]) == sorted(label.split("$"))
 
 
-def test_threshold_draws_what_the_runs_decision_says_in_calibrated_probabilities(several, panels):
+def test_threshold_draws_the_predictions_in_calibrated_probabilities(several, panels):
     _, _, raw = load(several)
     temperature = 2.5
     calibrated = 1 / (1 + ((1 - raw.astype(float)) / raw) ** (1 / temperature))
@@ -183,109 +191,90 @@ def test_threshold_draws_what_the_runs_decision_says_in_calibrated_probabilities
     write_decision(several.save_model_path, decision)
     result = draw_activations.main(several.replace(cam_classes="threshold"))
     numbers = set()
-    for row, found in enumerate(captions(panels, several)):
-        order = [position for position in np.argsort(-calibrated[row]) if calibrated[row, position] >= threshold]
-        expected = [f"{calibrated[row, position]:.2f} {CLASS_NAMES[position]}" for position in order]
-        assert found[1:] == (expected or ["no label above its threshold"])
+    for row, found in zip(calibrated, captions(panels, several), strict=True):
+        order = [position for position in np.argsort(-row) if row[position] >= threshold]
+        assert found[1:] == (name_probabilities(row, order) or ["no label above its threshold"])
         numbers.add(len(order))
     assert {0, 1} <= numbers
     assert result["faithfulness"]["images"] == (calibrated >= threshold).any(axis=1).sum()
 
 
-def test_threshold_with_nothing_above_it_still_draws_every_photo(several, capsys, panels):
+def test_photos_without_a_label_above_the_threshold_are_drawn_too(several, capsys, panels):
     write_decision(several.save_model_path, Decision(CLASS_NAMES, True, exact_match_threshold=1.0))
     result = draw_activations.main(several.replace(cam_classes="threshold"))
     assert len(result["paths"]) == 24
-    for (photo, _), (beside, caption) in panels.values():
-        np.testing.assert_array_equal(photo, beside)
+    for (photo, _), (other, caption) in panels.values():
+        np.testing.assert_array_equal(photo, other)
         assert caption == "no label above its threshold"
     assert result["faithfulness"]["images"] == 0
     assert "nothing to measure" in capsys.readouterr().out
 
 
-def test_threshold_of_a_single_label_is_the_predicted_class(single, panels):
-    draw_activations.main(single)
-    predicted = captions(panels, single)
-    draw_activations.main(single.replace(cam_classes="threshold"))
-    assert captions(panels, single) == predicted
-
-
-@pytest.mark.parametrize("method", ["gradcam++", "layercam"])
-def test_method_opacity_and_colours_are_those_of_the_options(method, several, panels):
-    options = {"cam_method": method, "cam_alpha": 0.7, "cam_colormap": "viridis"}
-    draw_activations.main(several.replace(**options))
-    model, images, probabilities = load(several)
-    heatmaps, _ = gradcam.GradCam(model, method)(images, probabilities.argmax(axis=1))
-    for row in range(24):
-        (photo, _), (overlay, _) = panels[f"{row:02d}.jpg"]
+def test_options_set_method_layer_opacity_and_colours(single, panels):
+    options = {"cam_method": "layercam", "cam_backbone_layer": "conv_pw_1", "cam_alpha": 0.7, "cam_colormap": "viridis"}
+    draw_activations.main(single.replace(**options))
+    model, images, probabilities = load(single)
+    heatmaps, _ = gradcam.GradCam(model, "layercam", "conv_pw_1")(images, probabilities.argmax(axis=1))
+    assert heatmaps.shape == (9, 16, 16)
+    for row, name in enumerate(name_outputs(pd.read_csv(single.test_csv)["path"].tolist())):
+        (photo, _), (overlay, _) = panels[name]
         expected = overlay_heatmap(photo, heatmaps[row], 0.7, "viridis")
         np.testing.assert_allclose(overlay.astype(int), expected, atol=4)
 
 
-def test_faithfulness_is_printed_returned_and_the_same_whatever_the_batch_size(several, capsys):
+@pytest.mark.slow
+def test_faithfulness_is_printed_and_independent_of_the_batch_size(several, capsys):
     results = [draw_activations.main(several.replace(batch_size=size))["faithfulness"] for size in (5, 24)]
     assert results[0]["images"] == 24
     assert results[0] == pytest.approx(results[1], abs=1e-4)
     printed = capsys.readouterr().out
     assert printed.count("Faithfulness (24 of 24 images): ") == 2
-    assert f"by {abs(results[0]['highlighted']):.2f}, a random " in printed
-    assert f"The maps explain {100 * results[0]['explained']:.0f} % (95 % interval " in printed
+    assert f"{100 * results[0]['explained']:.0f} %" in printed
 
 
-def test_faithfulness_is_of_the_explained_class_in_calibrated_probabilities(single, monkeypatch):
+def test_faithfulness_is_that_of_the_explained_class_in_calibrated_probabilities(single, monkeypatch):
     write_decision(single.save_model_path, Decision(CLASS_NAMES, False, 3.0, "validation"))
     _, _, raw = load(single)
     calibrated = raw ** (1 / 3) / (raw ** (1 / 3)).sum(axis=1, keepdims=True)
     seen = []
 
     def measure(predict, images, parts, class_indices, removal):
-        seen.append((images, class_indices))
+        seen.append(class_indices)
         return np.zeros(len(images))
 
     monkeypatch.setattr(explaining, "predict_without", measure)
     monkeypatch.setattr(explaining, "choose_removal_on", lambda *_: REMOVALS[0])
     result = draw_activations.main(single.replace(cam_classes="top_k"))["faithfulness"]
     # Each batch is measured without its highlighted parts, then without random ones.
-    assert np.concatenate([chosen for _, chosen in seen[::2]]).tolist() == calibrated.argmax(axis=1).tolist()
+    assert np.concatenate(seen[::2]).tolist() == calibrated.argmax(axis=1).tolist()
     assert result["highlighted"] == pytest.approx(calibrated.max(axis=1).mean(), abs=1e-5)
 
 
-def test_faithfulness_is_measured_on_a_sample_evenly_taken(several, monkeypatch):
-    measured = []
-    monkeypatch.setattr(explaining, "MOST_MEASURED", 3)
-    monkeypatch.setattr(explaining, "choose_removal_on", lambda *_: REMOVALS[0])
-    monkeypatch.setattr(
-        explaining,
-        "predict_without",
-        lambda _, images, *rest: measured.extend(images) or np.zeros(len(images)),
-    )
-    assert draw_activations.main(several)["faithfulness"]["images"] == 3
-    _, images, _ = load(several)
-    # Of positions 0 to 23 the first, the last, and the one in the middle (11.5 rounds to the even 12); each twice,
-    # without the highlighted part and without a random one.
-    assert len(measured) == 6
-    for row in (0, 12, 23):
-        assert sum((image == images[row]).all() for image in measured) == 2
-
-
-def test_how_parts_are_removed_is_chosen_on_a_sample_evenly_taken(several, monkeypatch):
-    asked = []
+@pytest.mark.slow
+def test_removal_and_faithfulness_are_measured_on_evenly_spaced_samples(several, monkeypatch):
+    asked, measured = [], []
 
     def answer(predict, images, parts, class_indices, removal):
         asked.append((removal, len(images)))
-        # Only the smallest filling leaves the answers as they are.
+        measured.extend(images)
+        # Only the smallest filling does not change the predictions.
         return np.full(len(images), 1.0 if removal.share == 0.02 else 0.0)
 
     monkeypatch.setattr(explaining, "PILOT_IMAGES", 4)
+    monkeypatch.setattr(explaining, "MOST_MEASURED", 3)
     monkeypatch.setattr(explaining, "predict_without", answer)
     result = draw_activations.main(several)["faithfulness"]
-    assert (result["removal"], result["share"]) == (REMOVALS[-1].name, 0.02)
+    assert (result["removal"], result["share"], result["images"]) == (REMOVALS[-1].name, 0.02, 3)
     assert {removal for removal, _ in asked} == {*REMOVALS}
     assert sum(number for removal, number in asked if removal == REMOVALS[0]) == 2 * 4
-    assert sum(number for removal, number in asked if removal == REMOVALS[-1]) == 2 * (4 + 24)
+    assert sum(number for removal, number in asked if removal == REMOVALS[-1]) == 2 * (4 + 3)
+    _, images, _ = load(several)
+    # The first, the last and the middle one of 24 (11.5 rounds to 12), without the highlighted part and a random one.
+    for row in (0, 12, 23):
+        assert sum((image == images[row]).all() for image in measured[-6:]) == 2
 
 
-def test_a_model_that_answers_with_no_numbers_is_refused(single):
+def test_a_model_with_predictions_that_are_not_finite_is_refused(single):
     path = os.path.join(single.save_model_path, "best_model.keras")
     model = keras.models.load_model(path, compile=False)
     logits = model.layers[-1].get_layer("logits")
@@ -295,25 +284,13 @@ def test_a_model_that_answers_with_no_numbers_is_refused(single):
         draw_activations.main(single)
 
 
-@pytest.mark.parametrize(("number", "columns", "rows"), [(1, 1, 1), (4, 4, 1), (6, 6, 1), (7, 6, 2), (50, 7, 8)])
-def test_many_panels_stand_in_rows(number, columns, rows):
-    photos = [np.full((16, 200, 3), value, np.uint8) for value in range(number)]
-    picture = cam_pictures.arrange([(photo, "") for photo in photos])
-    height = picture.shape[0] // rows
-    assert picture.shape == (height * rows, columns * 200, 3)
-    for value in range(columns * rows):
-        top, left = height * (value // columns), 200 * (value % columns)
-        panel = picture[top : top + 16, left : left + 200]
-        assert (panel == (value if value < number else 255)).all()
-
-
-def test_pictures_show_photos_upright_at_their_own_aspect_ratio_and_at_most_so_large(single, panels, tmp_path):
+def test_photos_are_upright_with_their_aspect_ratio_and_within_the_largest_size(single, panels, tmp_path):
     folder = tmp_path / "photos ü#?%'"
     folder.mkdir()
     pixels = np.full((300, 900, 3), 128, np.uint8)
     pixels[:, :300] = 255
     PIL.Image.fromarray(pixels).save(folder / "wide.jpg")
-    # Orientation 6: the camera's top, here the white third's left side, is on the right.
+    # Orientation 6: the top of the scene, here the white third, is at the right of the pixels.
     turned = PIL.Image.Exif()
     turned[0x0112] = 6
     PIL.Image.fromarray(pixels).save(folder / "turned.jpg", exif=turned)
@@ -328,37 +305,11 @@ def test_pictures_show_photos_upright_at_their_own_aspect_ratio_and_at_most_so_l
     # In the middle of the white third, and of the grey rest.
     assert photos[0][53, [53, 213], 0].tolist() == [255, 128]
     assert photos[1][[53, 213], 53, 0].tolist() == [255, 128]
-    widths = [cv2.imread(path).shape[1] for path in result["paths"]]
-    # Two panels each; the narrow ones stand on white, so that their captions can be read.
-    assert widths == [640, 320, 320]
+    # Two panels each; narrow ones are padded, so that their captions are legible.
+    assert [cv2.imread(path).shape[1] for path in result["paths"]] == [640, 320, 320]
 
 
-def test_an_index_of_the_pictures_takes_the_place_of_the_earlier_one(single, capsys):
-    index = Path(single.save_model_path, "cam_output", "index.html")
-    index.parent.mkdir()
-    index.write_text("previous")
-    result = draw_activations.main(single)
-    page = index.read_text(encoding="utf-8")
-    assert re.findall(r'<a class="picture" href="([^"]+)"', page) == [Path(path).name for path in result["paths"]]
-    assert f"The page that shows them is {index}" in capsys.readouterr().out
-    _, _, probabilities = load(single)
-    right = probabilities.argmax(axis=1) == np.repeat(range(3), 3)
-    assert re.findall(r'data-answer="(\w+)"', page) == ["right" if one else "wrong" for one in right]
-    confidences = [float(text) for text in re.findall(r'data-confidence="([^"]+)"', page)]
-    np.testing.assert_allclose(confidences, probabilities.max(axis=1), atol=1e-5)
-
-
-def test_a_layer_can_be_chosen(single, panels):
-    draw_activations.main(single.replace(cam_backbone_layer="conv_pw_1"))
-    model, images, probabilities = load(single)
-    heatmaps, _ = gradcam.GradCam(model, "gradcam", "conv_pw_1")(images, probabilities.argmax(axis=1))
-    assert heatmaps.shape == (9, 16, 16)
-    for row, name in enumerate(name_outputs(pd.read_csv(single.test_csv)["path"].tolist())):
-        (photo, _), (overlay, _) = panels[name]
-        np.testing.assert_allclose(overlay.astype(int), overlay_heatmap(photo, heatmaps[row]), atol=2)
-
-
-def test_a_layer_that_is_none_is_refused_before_anything_is_written(single):
-    with pytest.raises(UserError, match="'conv_pw1', which does not exist; did you mean conv_pw_1?"):
+def test_an_unknown_layer_is_refused_before_anything_is_written(single):
+    with pytest.raises(UserError, match="conv_pw1'.*conv_pw_1"):
         draw_activations.main(single.replace(cam_backbone_layer="conv_pw1"))
     assert not Path(single.save_model_path, "cam_output").exists()

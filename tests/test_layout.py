@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import utils
+
 PROJECT = Path(__file__).resolve().parent.parent
 # From the bottom up: a part imports only from those before it. Scripts and utils.py import from all of them.
 ORDER = (
@@ -26,101 +28,76 @@ SCRIPTS = (
     *("draw_activations", "plot_training_log", "compress_weights", "predict"),
     "find_label_errors",
 )
+SCRIPTS_WITHOUT_A_MODEL = ("make_csv_from_folders", "split_train_test", "plot_training_log")
 MODULES = ("configs", "augmenter", "generator", "model", "utils")
-OTHERS = (
-    "data",
-    "docs",
-    "benchmarks",
-    "tests",
-    "finetune",
-    "requirements.txt",
-    "requirements-gpu.txt",
-    "requirements-hub.txt",
-    "README.md",
-    "LICENSE",
-)
-ROOT = {*(f"{name}.py" for name in SCRIPTS + MODULES), *OTHERS, ".gitignore", "pyproject.toml", ".ci"}
-# Installed by few, or of one system alone: imported where they are needed, or where they are missed.
+OTHERS = ("data", "docs", "benchmarks", "tests", "finetune", "README.md", "LICENSE")
+OTHERS += ("requirements.txt", "requirements-gpu.txt", "requirements-hub.txt", ".gitignore", "pyproject.toml", ".ci")
+ROOT = {*(f"{name}.py" for name in SCRIPTS + MODULES), *OTHERS}
+# Needed by few users or on one system only; imported where they are needed.
 OPTIONAL_PACKAGES = {"tf2onnx", "onnxruntime", "ai_edge_litert", "pillow_heif", "keras_hub", "kagglehub"}
-# Takes 0.1 s to import, and only images that URLs name need it.
+# Takes 0.1 s to import, and only images with URLs need it.
 LATE_PACKAGES = {"fsspec"}
 PLATFORM_MODULES = {"fcntl", "msvcrt"}
-# It tells what a file is before TensorFlow is there, and which package a format misses.
+# Recognises model files before TensorFlow is loaded, and names the package that a format lacks.
 REGISTRY = "finetune.models.formats"
-FOLDERS_WITH_CODE = ("finetune", "benchmarks", "docs", "data")
+FOLDERS_WITH_LIMITS = ("finetune", "benchmarks")
 FILES = [
-    *sorted(PROJECT.glob("*.py")),
-    *sorted(path for folder in FOLDERS_WITH_CODE for path in (PROJECT / folder).rglob("*.py")),
+    *PROJECT.glob("*.py"),
+    *(path for name in (*FOLDERS_WITH_LIMITS, "docs", "data") for path in (PROJECT / name).rglob("*.py")),
 ]
-MOST_LINES = 470
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+LINES = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+MOST_LINES = 450
 MOST_LINES_AT_THE_MEDIAN = 250
-FEWER_LINES_OF_UTILS = 150
-FEWER_LINES_OF_A_SCRIPT = 200
+MOST_LINES_OF_UTILS, MOST_LINES_OF_A_SCRIPT = 150, 200
 MOST_LINES_OF_A_FUNCTION = 50
 MOST_PARAMETERS, MOST_PARAMETERS_OF_A_CLASS = 6, 8
-# What users call by these names, and data without steps of its own: options, a batch's facts, a row of a ranking.
+# Names that users call, and data without steps of its own: options, the facts of a batch, a row of a ranking.
 MANY_PARAMETERS = {"define", "classify_image", "ImageBatches", "Candidate"}
-FOLDERS_WITH_LIMITS = ("finetune", "benchmarks")
 TEMPLATES = {".html", ".css", ".js", ".md"}
-each_module = pytest.mark.parametrize("module", PATHS)
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PROJECT)))
-each_script = pytest.mark.parametrize("script", SCRIPTS)
-
-
-def parse(path: Path) -> ast.Module:
-    """Returns a file's syntax tree."""
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def count_lines(path: Path) -> int:
-    """Returns the lines of a file."""
-    return len(path.read_text(encoding="utf-8").splitlines())
 
 
 def walk_with_parents(node: ast.AST, parents: tuple[ast.AST, ...] = ()) -> Iterator[tuple[ast.AST, tuple]]:
-    """Yields each node of a tree with the nodes that hold it, the outermost first."""
+    """Yields each node of a tree with its parents, the outermost first."""
     yield node, parents
     for child in ast.iter_child_nodes(node):
         yield from walk_with_parents(child, (*parents, node))
 
 
 def is_around_imports(node: ast.AST) -> bool:
-    """Tells whether a node is `if TYPE_CHECKING:`, or hides what TensorFlow writes when it is loaded."""
+    """Returns whether a node is `if TYPE_CHECKING:` or `with hiding_stderr():`."""
     if isinstance(node, ast.With):
         return ast.unparse(node.items[0]) == "hiding_stderr()"
     return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
 def awaits_failure(node: ast.AST) -> bool:
-    """Tells whether a node bears that an import in it fails: `except ImportError`, or `with importing(...)`."""
+    """Returns whether an import in a node may fail: `except ImportError`, or `with importing(...)`."""
     if isinstance(node, ast.Try):
         return any("ImportError" in ast.unparse(handler.type or ast.Name("")) for handler in node.handlers)
     return isinstance(node, ast.With) and any(ast.unparse(item).startswith("importing(") for item in node.items)
 
 
 def list_packages(node: ast.Import | ast.ImportFrom) -> set[str]:
-    """Returns the outermost packages that an import names."""
+    """Returns the top-level packages of an import."""
     names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
     return {name.split(".")[0] for name in names}
 
 
 def is_in_main(parents: tuple[ast.AST, ...]) -> bool:
-    """Tells whether something stands in a file's `main`, not in a function within that."""
+    """Returns whether a node is in a file's `main`, and not in a function inside it."""
     functions = [node for node in parents if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda)]
     return [getattr(function, "name", "") for function in functions] == ["main"]
 
 
-@each_module
-def test_a_module_imports_only_from_below(module):
-    own = name_part(module)
-    imported = {name_part(other) for other in IMPORTS[module]} - {own}
-    if own in ORDER:
-        assert imported <= {*ORDER[: ORDER.index(own)]}, f"{module} imports {sorted(imported)}"
-    else:
-        assert imported <= {*ORDER}, f"{module} imports a script: {sorted(imported)}"
-
-
-def test_no_modules_import_each_other_in_a_circle():
+def test_modules_import_only_from_below():
+    faults = {}
+    for module, imports in IMPORTS.items():
+        own = name_part(module)
+        allowed = {*ORDER[: ORDER.index(own)]} if own in ORDER else {*ORDER}
+        faults[module] = {name_part(other) for other in imports} - {own} - allowed
+    assert {module: parts for module, parts in faults.items() if parts} == {}
+    assert [script for script in SCRIPTS if IMPORTS[script] & {*SCRIPTS}] == []
     TopologicalSorter(IMPORTS).prepare()
 
 
@@ -135,66 +112,48 @@ def test_the_reader_of_imports_sees_all_of_them(tmp_path):
     assert DRAWING["read_imports"](file, names) == names - {"model"}
 
 
-@pytest.mark.parametrize("path", sorted((PROJECT / "finetune").rglob("__init__.py")), ids=lambda path: path.parent.name)
-def test_a_subpackage_says_what_it_owns_and_has_no_code(path):
-    body = parse(path).body
-    assert len(body) == 1
-    assert 2 <= len(ast.get_docstring(parse(path)).splitlines()) <= 5
+def test_subpackages_have_a_short_docstring_no_code_and_tests():
+    paths = sorted((PROJECT / "finetune").glob("*/__init__.py"))
+    assert {path.parent.name for path in paths} == {name for name in ORDER if name not in MODULES}
+    for path in paths:
+        assert len(TREES[path].body) == 1, path
+        assert 2 <= len(ast.get_docstring(TREES[path]).splitlines()) <= 5, path
+        assert list((PROJECT / "tests" / path.parent.name).glob("test_*.py")), path
 
 
-def test_tests_mirror_the_package():
-    folders = {path.name for path in (PROJECT / "finetune").iterdir() if (path / "__init__.py").is_file()}
-    assert folders == {name for name in ORDER if name not in MODULES}
-    for folder in folders:
-        assert list((PROJECT / "tests" / folder).glob("test_*.py")), folder
-
-
-def test_root_holds_what_a_user_runs_and_edits_alone():
+def test_root_holds_only_what_users_run_and_edit():
     listing = subprocess.run(["git", "ls-files"], cwd=PROJECT, capture_output=True, text=True)
     if listing.returncode:
         pytest.skip("no git checkout")
     assert {path.split("/")[0] for path in listing.stdout.splitlines()} == ROOT
 
 
-@each_file
-def test_no_file_is_too_long(path):
-    assert count_lines(path) <= MOST_LINES
+def test_files_are_short():
+    limits = {PROJECT / f"{script}.py": MOST_LINES_OF_A_SCRIPT for script in SCRIPTS}
+    limits[PROJECT / "utils.py"] = MOST_LINES_OF_UTILS
+    assert {path: lines for path, lines in LINES.items() if lines > limits.get(path, MOST_LINES)} == {}
+    assert statistics.median(LINES[path] for path in PATHS.values()) <= MOST_LINES_AT_THE_MEDIAN
 
 
-def test_half_of_the_modules_are_short():
-    assert statistics.median(map(count_lines, PATHS.values())) <= MOST_LINES_AT_THE_MEDIAN
+def test_scripts_have_a_main():
+    for script in SCRIPTS:
+        assert "main" in [getattr(node, "name", "") for node in TREES[PROJECT / f"{script}.py"].body], script
 
 
-def test_utils_is_short():
-    assert count_lines(PROJECT / "utils.py") < FEWER_LINES_OF_UTILS
-
-
-@each_script
-def test_a_script_is_short_and_has_a_main(script):
-    path = PROJECT / f"{script}.py"
-    assert count_lines(path) < FEWER_LINES_OF_A_SCRIPT
-    assert "main" in [node.name for node in parse(path).body if isinstance(node, ast.FunctionDef)]
-
-
-@pytest.mark.parametrize("script", ["make_csv_from_folders", "split_train_test", "plot_training_log"])
-def test_scripts_without_a_model_do_not_wait_for_tensorflow(script):
-    names = ", ".join(sorted(IMPORTS[script] - {script}))
+def test_scripts_without_a_model_do_not_wait_for_tensorflow():
+    names = ", ".join(sorted(set.union(*(IMPORTS[script] for script in SCRIPTS_WITHOUT_A_MODEL))))
     command = f"import sys; import {names}; sys.exit('tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", command], cwd=PROJECT, check=True)
 
 
-@each_script
-def test_a_script_imports_no_script(script):
-    assert not IMPORTS[script] & {*SCRIPTS}
-
-
-@each_file
-def test_no_function_is_too_long(path):
-    functions = [node for node in ast.walk(parse(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    # By name and line: a class may have methods of the same name as another one in its file.
-    starts = [min(part.lineno for part in (one, *one.decorator_list)) for one in functions]
-    sizes = {(one.name, start): one.end_lineno - start + 1 for one, start in zip(functions, starts, strict=True)}
-    assert {name: size for name, size in sizes.items() if size > MOST_LINES_OF_A_FUNCTION} == {}
+def test_functions_are_short():
+    found = []
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                start = min(part.lineno for part in (node, *node.decorator_list))
+                found.append((path.name, node.name, node.end_lineno - start + 1))
+    assert [one for one in found if one[-1] > MOST_LINES_OF_A_FUNCTION] == []
 
 
 def count_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef, is_method: bool) -> int:
@@ -221,14 +180,14 @@ def list_parameters(tree: ast.Module) -> Iterator[tuple[str, int, int]]:
                 yield node.name, fields, MOST_PARAMETERS_OF_A_CLASS
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in FILES if path.relative_to(PROJECT).parts[0] in FOLDERS_WITH_LIMITS or path.parent == PROJECT],
-    ids=lambda path: str(path.relative_to(PROJECT)),
-)
-def test_no_function_or_class_takes_too_many_parameters(path):
-    found = list_parameters(parse(path))
-    assert {name: count for name, count, most in found if count > most and name not in MANY_PARAMETERS} == {}
+def test_functions_and_classes_take_few_parameters():
+    faults = {}
+    for path, tree in TREES.items():
+        if path.relative_to(PROJECT).parts[0] in FOLDERS_WITH_LIMITS or path.parent == PROJECT:
+            for name, count, most in list_parameters(tree):
+                if count > most and name not in MANY_PARAMETERS:
+                    faults[path.name, name] = count
+    assert faults == {}
 
 
 def test_parameters_are_counted_without_self_and_with_those_of_any_kind():
@@ -249,42 +208,49 @@ def function(a, *rest, b=1, **more): pass
     assert counts == {"One": 2, "of": 2, "plain": 1, "Facts": 2, "function": 4}
 
 
-@each_module
-def test_imports_stand_at_the_top(module):
-    path, faults = PATHS[module], []
-    for node, parents in walk_with_parents(parse(path)):
+def find_misplaced_imports(module: str) -> Iterator[ast.AST]:
+    """Yields the imports of a module that neither stand at its top nor have a reason not to."""
+    of_format = {"finetune"} if module == REGISTRY else OPTIONAL_PACKAGES if module in IMPORTS[REGISTRY] else set()
+    for node, parents in walk_with_parents(TREES[PATHS[module]]):
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
+        packages = list_packages(node)
         is_at_top = len(parents) == 1 or (len(parents) == 2 and is_around_imports(parents[1]))
         is_of_script = module in SCRIPTS and is_in_main(parents)
-        is_rare = list_packages(node) <= OPTIONAL_PACKAGES | PLATFORM_MODULES and any(map(awaits_failure, parents))
-        is_late = list_packages(node) <= LATE_PACKAGES
-        of_format = {"finetune"} if module == REGISTRY else OPTIONAL_PACKAGES if module in IMPORTS[REGISTRY] else set()
-        is_late = is_late or list_packages(node) <= of_format
-        is_right = is_at_top or is_of_script or is_rare or is_late
-        faults += [f"{path.name}:{node.lineno}: {ast.unparse(node)}"] * (not is_right)
-    assert not faults
+        is_rare = packages <= OPTIONAL_PACKAGES | PLATFORM_MODULES and any(map(awaits_failure, parents))
+        if not (is_at_top or is_of_script or is_rare or packages <= LATE_PACKAGES or packages <= of_format):
+            yield node
 
 
-@each_module
-def test_nothing_but_imports_stands_before_an_import(module):
-    # What may stand between: a docstring, imports for types, and imports that may fail.
+def find_code_before_imports(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yields imports after other code than a docstring, imports for types and imports that may fail."""
     is_over = False
-    for number, node in enumerate(parse(PATHS[module]).body):
+    for number, node in enumerate(tree.body):
         is_import = isinstance(node, ast.Import | ast.ImportFrom)
-        assert not (is_import and is_over), f"line {node.lineno}"
+        if is_import and is_over:
+            yield node
         is_docstring = number == 0 and isinstance(node, ast.Expr)
         is_over = is_over or not (is_import or is_docstring or is_around_imports(node) or awaits_failure(node))
 
 
-@each_module
-def test_no_import_hides_in_a_call(module):
-    calls = [ast.unparse(node.func) for node in ast.walk(parse(PATHS[module])) if isinstance(node, ast.Call)]
-    assert not {"__import__", "import_module", "importlib.import_module"} & {*calls}
+def find_hidden_imports(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yields calls that import modules."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("__import__", "import_module"):
+            yield node
+
+
+def test_imports_stand_at_the_top():
+    faults = []
+    for module, path in PATHS.items():
+        tree = TREES[path]
+        for node in (*find_misplaced_imports(module), *find_code_before_imports(tree), *find_hidden_imports(tree)):
+            faults.append(f"{module}:{node.lineno}: {ast.unparse(node)}")
+    assert faults == []
 
 
 def test_configs_hold_constants_and_options_alone():
-    for node in parse(PROJECT / "configs.py").body:
+    for node in TREES[PROJECT / "configs.py"].body:
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         is_constant = isinstance(node, ast.Assign) and all(ast.unparse(target).isupper() for target in node.targets)
         is_options = isinstance(node, ast.ClassDef) and node.name == "Configs"
@@ -296,3 +262,15 @@ def test_configs_hold_constants_and_options_alone():
 
 def test_templates_are_files_of_their_own_kind():
     assert {path.suffix for path in (PROJECT / "finetune" / "reporting" / "templates").iterdir()} >= TEMPLATES
+
+
+PROMISED = {"custom_load_model", "custom_save_model", "classify_image", "load_model", "get_generator", "get_optimizer"}
+PROMISED |= {"set_gpu_usage", "get_class_weights", "get_multilabel_class_weights"}
+PROMISED |= {"get_evaluation_metrics", "get_multilabel_evaluation_metrics"}
+
+
+def test_public_names_are_exported_from_their_modules():
+    assert set(utils.__all__) >= PROMISED
+    assert sorted(utils.__all__) == utils.__all__
+    for name in utils.__all__:
+        assert getattr(utils, name).__module__.startswith(("finetune.", "generator")), name

@@ -1,6 +1,5 @@
-"""predict.py: what it reads, what it writes, and that its metrics are those worked out by hand."""
+"""predict.py: its inputs, its output, and its probabilities by hand."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,12 @@ import pandas as pd
 import PIL.Image
 import pytest
 from coloured_runs import CLASSES, SIZE, WEIGHTS, build_run, run
+from exported_runs import write_decision
 from imgaug import augmenters as iaa
 
 from finetune.core.options import UserError
 from finetune.data.images import read_image
-from finetune.evaluation.decision_file import read_decision
+from finetune.evaluation.decision import read_decision
 from finetune.loading.kernels import FusedAugmenter
 from finetune.models.model_files import load_model
 from finetune.predicting import predicting
@@ -102,9 +102,7 @@ def test_list_keeps_its_order_names_and_repetitions(single_run, photo_folder):
     assert written["path"].tolist() == listed
     assert written["predicted"].tolist() == ["red", "blue", "red"]
     assert "note" not in written.columns
-
-
-def test_image_directory_is_for_lists_only(single_run, photo_folder):
+    # Other inputs ignore the folder.
     written = run(single_run, photo_folder / "red" / "00.jpg", image_directory="elsewhere")["written"]
     assert written["predicted"].tolist() == ["red"]
 
@@ -119,20 +117,14 @@ def test_images_in_a_store_are_predicted_as_the_files_are(single_run, photo_fold
     written = run(single_run, single_run.parent / "list.csv", image_directory=image_directory)["written"]
     assert written["path"].tolist() == listed
     assert written["predicted"].tolist() == ["red", "blue", "green", ""]
-    assert written["error"][3] == (
-        "Cannot read the image memory://bucket/photos/red/99.jpg: it does not exist. Replace it, or drop its row."
-    )
+    assert "memory://bucket/photos/red/99.jpg" in written["error"][3]
+    written_one = run(single_run, "memory://bucket/photos/green/01.jpg")["written"]
+    assert written_one["predicted"].tolist() == ["green"]
+    with pytest.raises(UserError, match="memory://bucket/b"):
+        run(single_run, "memory://bucket/b")
     pd.DataFrame({"path": names[:3]}).to_csv(single_run.parent / "list.csv", index=False)
     of_files = run(single_run, single_run.parent / "list.csv", image_directory=str(photo_folder))["written"]
     np.testing.assert_array_equal(by_class(written[:3]), by_class(of_files))
-
-
-def test_one_url_is_an_input(single_run, photo_folder, store):
-    store.put("memory://bucket/a", (photo_folder / "green" / "01.jpg").read_bytes())
-    written = run(single_run, "memory://bucket/a")["written"]
-    assert written[["path", "predicted"]].values.tolist() == [["memory://bucket/a", "green"]]
-    with pytest.raises(UserError, match="The image could not be read; .* it does not exist"):
-        run(single_run, "memory://bucket/b")
 
 
 # What cannot be read
@@ -162,36 +154,17 @@ def test_missing_file_of_a_list_is_reported_in_one_line(single_run, photo_folder
     pd.DataFrame({"path": listed}).to_csv(single_run.parent / "list.csv", index=False)
     table = run(single_run, single_run.parent / "list.csv")["written"]
     assert table["path"].tolist() == listed
-    assert table["error"][1] == (
-        "Cannot read the image no such, file.jpg: No such file or directory. Replace it, or drop its row."
-    )
+    assert table["error"][1].startswith("Cannot read the image no such, file.jpg: ")
 
 
 def test_no_readable_image_is_an_error_that_the_output_explains(single_run, bad_folder):
-    with pytest.raises(UserError, match="None of the 2 images could be read; .* says why. Cannot decode the image"):
+    with pytest.raises(UserError, match="None of the 2 images .*predictions.csv .*Cannot decode the image"):
         run(single_run, bad_folder / "[bc]_*.jpg")
     written = pd.read_csv(single_run / "predictions.csv")
     assert written["error"].notna().tolist() == [True, True]
-    with pytest.raises(UserError, match="The image could not be read"):
-        run(single_run, bad_folder / "d_empty.jpg")
 
 
 # Decisions
-
-
-def write_decision(folder, **changes):
-    """Writes a decision.json by hand."""
-    content = {
-        "classes": CLASSES,
-        "multi_label": folder.name == "multi_label",
-        "temperature": 1.0,
-        "temperature_fitted_on": None,
-        "exact_match_threshold": 0.5,
-        "best_f1_thresholds": None,
-        "thresholds_fitted_on": None,
-        "model": "best_model.keras",
-    }
-    (folder / "decision.json").write_text(json.dumps(content | changes))
 
 
 def test_multilabel_without_decision_has_threshold_one_half(multilabel_run, multilabel_csv, capsys):
@@ -200,7 +173,7 @@ def test_multilabel_without_decision_has_threshold_one_half(multilabel_run, mult
     np.testing.assert_allclose(by_class(table), worked_out, atol=0.005)
     for predicted, row in zip(table["predicted"], worked_out, strict=True):
         assert predicted == "$".join(name for name, value in zip(CLASSES, row, strict=True) if value >= 0.5)
-    assert "not fitted: run test.py first" in capsys.readouterr().out
+    assert "not fitted" in capsys.readouterr().out
 
 
 def test_thresholds_and_temperature_of_the_run_decide(multilabel_run, photo_folder, capsys):
@@ -210,6 +183,7 @@ def test_thresholds_and_temperature_of_the_run_decide(multilabel_run, photo_fold
     assert blue < green - 0.1 < red - 0.2
     write_decision(
         multilabel_run,
+        multi_label=True,
         temperature=2.0,
         temperature_fitted_on="validation",
         exact_match_threshold=float(round((blue + green) / 2, 2)),
@@ -228,7 +202,7 @@ def test_thresholds_and_temperature_of_the_run_decide(multilabel_run, photo_fold
 
 
 def test_image_without_any_label_has_an_empty_prediction(multilabel_run, photo_folder):
-    write_decision(multilabel_run, exact_match_threshold=0.99, thresholds_fitted_on="training")
+    write_decision(multilabel_run, multi_label=True, exact_match_threshold=0.99, thresholds_fitted_on="training")
     results = run(multilabel_run, photo_folder / "green" / "00.jpg")
     row = results["written"].iloc[0]
     assert (row["predicted"], row["probability"], row["error"]) == ("", "", "")
@@ -236,7 +210,7 @@ def test_image_without_any_label_has_an_empty_prediction(multilabel_run, photo_f
     assert results["failed"] == 0
 
 
-def test_temperature_changes_probabilities_but_no_answer(single_run, photo_folder, capsys):
+def test_temperature_changes_probabilities_and_no_answer(single_run, photo_folder, capsys):
     before = run(single_run, photo_folder / "red")["written"]
     write_decision(single_run, temperature=4.0, temperature_fitted_on="validation")
     after = run(single_run, photo_folder / "red")["written"]
@@ -258,34 +232,31 @@ def test_top_k_lists_the_most_probable_classes(single_run, photo_folder):
 # Test-time augmentation, batches and workers
 
 
-def test_flip_averages_an_image_with_its_mirror_image(single_run, multilabel_csv):
+def test_flip_averages_an_image_with_its_mirror_image_before_the_temperature(single_run, multilabel_csv):
     # Left and right halves differ in colour, and the model looks at the left one.
-    table = run(single_run, multilabel_csv, image_directory=str(multilabel_csv.parent), tta="flip")["written"]
-    paths = [multilabel_csv.parent / path for path in table["path"]]
-    both = [np.array([softmax(logits_of(path, mirrored)) for path in paths]) for mirrored in (False, True)]
-    assert np.abs(both[0] - both[1]).max() > 0.5
-    np.testing.assert_allclose(by_class(table), np.mean(both, axis=0), atol=0.005)
+    for temperature in (1, 3):
+        write_decision(single_run, temperature=float(temperature), temperature_fitted_on="validation")
+        table = run(
+            single_run, multilabel_csv, image_directory=str(multilabel_csv.parent), test_time_augmentation="flip"
+        )["written"]
+        paths = [multilabel_csv.parent / path for path in table["path"]]
+        both = [np.array([softmax(logits_of(path, mirrored)) for path in paths]) for mirrored in (False, True)]
+        assert np.abs(both[0] - both[1]).max() > 0.5
+        expected = np.mean(both, axis=0) ** (1 / temperature)
+        np.testing.assert_allclose(by_class(table), expected / expected.sum(axis=1, keepdims=True), atol=0.005)
 
 
-def test_flip_comes_before_the_temperature(single_run, multilabel_csv):
-    write_decision(single_run, temperature=3.0, temperature_fitted_on="validation")
-    photo = multilabel_csv.parent / "03.jpg"
-    row = run(single_run, photo, tta="flip")["written"]
-    mean = (softmax(logits_of(photo)) + softmax(logits_of(photo, mirrored=True))) / 2
-    np.testing.assert_allclose(by_class(row)[0], mean ** (1 / 3) / (mean ** (1 / 3)).sum(), atol=0.005)
-
-
-def test_copies_count_beside_the_image_itself(single_run, multilabel_csv, monkeypatch):
+def test_copies_are_averaged_with_the_image_itself(single_run, multilabel_csv, monkeypatch):
     monkeypatch.setattr(predicting, "build_augmenter", lambda: FusedAugmenter([iaa.Fliplr(1.0)]))
     photo = multilabel_csv.parent / "03.jpg"
-    row = run(single_run, photo, tta="3")["written"]
+    row = run(single_run, photo, test_time_augmentation="3")["written"]
     expected = (softmax(logits_of(photo)) + 3 * softmax(logits_of(photo, mirrored=True))) / 4
     np.testing.assert_allclose(by_class(row)[0], expected, atol=0.005)
 
 
 def test_copies_follow_from_the_seed_and_the_image_alone(single_run, photo_folder):
     def probabilities(given, **options):
-        return by_class(run(single_run, given, tta="4", **options)["written"])
+        return by_class(run(single_run, given, test_time_augmentation="4", **options)["written"])
 
     first = probabilities(photo_folder / "red", batch_size=5)
     np.testing.assert_array_equal(probabilities(photo_folder / "red", batch_size=5, generator_workers=1), first)
@@ -295,10 +266,11 @@ def test_copies_follow_from_the_seed_and_the_image_alone(single_run, photo_folde
     assert np.abs(by_class(run(single_run, photo_folder / "red")["written"]) - first).max() > 1e-3
 
 
-@pytest.mark.parametrize("tta", ["none", "flip"])
-def test_batch_size_and_workers_do_not_matter(single_run, photo_folder, tta):
+def test_batch_size_and_workers_do_not_matter(single_run, photo_folder):
     tables = [
-        run(single_run, photo_folder, tta=tta, batch_size=batch_size, generator_workers=workers)["written"]
+        run(single_run, photo_folder, test_time_augmentation="flip", batch_size=batch_size, generator_workers=workers)[
+            "written"
+        ]
         for batch_size, workers in ((7, 1), (7, 3), (64, 2))
     ]
     pd.testing.assert_frame_equal(tables[0], tables[1])
@@ -322,7 +294,9 @@ def test_one_image_gets_the_same_answer_from_classify_image(multilabel_run, sing
     by_name = {"blue": 0.2, "green": 0.9, "red": 0.1}
     for folder, multi_label in ((multilabel_run, True), (single_run, False)):
         thresholds = {"best_f1_thresholds": by_name, "thresholds_fitted_on": "training"} if multi_label else {}
-        write_decision(folder, temperature=1.7, temperature_fitted_on="validation", **thresholds)
+        write_decision(
+            folder, multi_label=multi_label, temperature=1.7, temperature_fitted_on="validation", **thresholds
+        )
         row = run(folder, tmp_path / "photo.jpg", threshold_type=threshold_type)["written"]
         decision = read_decision(str(folder), CLASSES, multi_label, str(folder / "best_model.keras"))
         model = load_model(str(folder / "best_model.keras"))
@@ -334,31 +308,31 @@ def test_one_image_gets_the_same_answer_from_classify_image(multilabel_run, sing
 # Options and the command line
 
 
-@pytest.mark.parametrize("tta", ["", "0", "101", "-1", "2.0", "mirror", "none5"])
-def test_other_words_for_tta_are_refused(tta):
-    with pytest.raises(UserError, match=f"tta: expected none, flip, or a whole number .* 1 to 100. Received: '{tta}'"):
-        PredictConfigs(tta=tta).validate()
+@pytest.mark.parametrize("value", ["", "0", "101", "-1", "2.0", "mirror", "none5"])
+def test_other_words_for_test_time_augmentation_are_refused(value):
+    with pytest.raises(UserError, match=f"test_time_augmentation: .*'{value}'"):
+        PredictConfigs(test_time_augmentation=value).validate()
 
 
 def test_more_top_classes_than_there_are_are_refused(single_run, photo_folder):
-    with pytest.raises(UserError, match="top_k: expected at most 3, .* Received: 4"):
+    with pytest.raises(UserError, match="top_k: .* 3.* 4"):
         run(single_run, photo_folder, top_k=4)
 
 
 def test_output_replaces_no_input(single_run, photo_folder, tmp_path):
     (tmp_path / "list.csv").write_text(f"path\n{photo_folder / 'red' / '00.jpg'}\n")
     for write_path, message in (
-        (tmp_path / "list.csv", "write_path: .*is the input itself"),
-        (tmp_path / "photo.jpg", "write_path: .*expected the name of a CSV file"),
-        (tmp_path, "write_path: .*expected the name of a CSV file"),
-        (tmp_path / "list.csv" / "out.csv", "list.csv: a part of the path is a file.*another write_path"),
+        (tmp_path / "list.csv", "write_path: .*list.csv"),
+        (tmp_path / "photo.jpg", "write_path: "),
+        (tmp_path, "write_path: "),
+        (tmp_path / "list.csv" / "out.csv", "list.csv.*write_path"),
     ):
         with pytest.raises(UserError, match=message):
             run(single_run, tmp_path / "list.csv", write_path=str(write_path))
     assert (tmp_path / "list.csv").read_text().startswith("path\n")
 
 
-def test_model_that_diverged_is_told(single_run, photo_folder):
+def test_a_diverged_model_is_an_error(single_run, photo_folder):
     model = load_model(str(single_run / "best_model.keras"))
     model.set_weights([np.full((3, 3), np.nan, np.float32)])
     model.save(single_run / "best_model.keras")
@@ -366,41 +340,31 @@ def test_model_that_diverged_is_told(single_run, photo_folder):
         run(single_run, photo_folder / "red")
 
 
-def from_command_line(*arguments):
-    command = [sys.executable, str(PROJECT / "predict.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
-
-
 @pytest.mark.slow
 def test_command_line_writes_what_it_can_and_ends_with_0(single_run, bad_folder):
     output = single_run / "out" / "predictions.csv"
     (bad_folder / "notes.txt").write_text("")
-    found = from_command_line(
-        *("--load_model_path", single_run, "--input", bad_folder, "--write_path", output, "--gpu_percentage", 0),
-        *("--tta", "flip", "--top_k", 3),
-    )
+    options = {"load_model_path": single_run, "input": bad_folder, "write_path": output, "gpu_percentage": 0}
+    given = [
+        part
+        for name, value in (options | {"test_time_augmentation": "flip", "top_k": 3}).items()
+        for part in (f"--{name}", str(value))
+    ]
+    command = [sys.executable, str(PROJECT / "predict.py"), *given]
+    found = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
     first, second, *_ = found.stdout.splitlines()
     assert first.startswith("Running on ")
-    assert second.startswith("Left out 1 file without an image's ending: ")
+    assert second.startswith("Left out 1 file ")
     assert "4 of 6 images could not be read" in found.stdout
     assert pd.read_csv(output, keep_default_na=False)["predicted"].tolist() == ["red", "", "", "", "blue", ""]
 
 
-@pytest.mark.slow
-def test_command_line_ends_with_2_where_nothing_can_be_read(single_run, bad_folder):
-    found = from_command_line(
-        *("--load_model_path", single_run, "--input", bad_folder / "c_text.jpg"),
-        *("--write_path", single_run / "predictions.csv"),
-    )
-    assert found.returncode == 2
-    assert "Error: The image could not be read" in found.stderr
-    assert "Traceback" not in found.stderr
-
-
 def test_users_mistake_ends_with_2_before_tensorflow_loads(tmp_path):
-    for arguments in (("--input", tmp_path / "none.jpg"), ("--tta", "often"), ("--inputs", "x")):
-        found = from_command_line(*arguments)
-        assert found.returncode == 2
-        assert len(found.stderr.splitlines()) == 1
-        assert found.stderr.startswith("Error: ")
+    code = "import runpy, sys\ntry: runpy.run_path('predict.py', run_name='__main__')\n"
+    code += "finally: print('tensorflow' in sys.modules)"
+    command = [sys.executable, "-c", code, "--input", str(tmp_path / "none.jpg")]
+    found = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert (found.returncode, found.stdout) == (2, "False\n")
+    assert len(found.stderr.splitlines()) == 1
+    assert found.stderr.startswith("Error: ")

@@ -15,7 +15,7 @@ def write_table(folder, content, encoding="utf-8"):
 
 @pytest.fixture(scope="module")
 def trained_model():
-    """A small model whose BatchNorm statistics, dropout seed and optimizer slots have left their initial values."""
+    """A small model with changed BatchNorm statistics, dropout seed and optimizer slots."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -28,7 +28,7 @@ def trained_model():
             keras.layers.Dense(3, activation="softmax"),
         ]
     )
-    model.compile("adam", loss="sparse_categorical_crossentropy")
+    model.compile("adam", loss="sparse_categorical_crossentropy", run_eagerly=True)
     rng = np.random.default_rng(0)
     model.fit(rng.uniform(0, 255, (16, 8, 10, 3)), rng.integers(0, 3, 16), verbose=0)
     return model
@@ -44,7 +44,7 @@ def predict(model, images):
 
 
 def normalised_model():
-    """A convolution by depth, a normalisation and a dense layer; all their weights are 2."""
+    """A depthwise convolution, a normalisation and a dense layer; all their weights are 2."""
     inputs = keras.Input((4, 4, 3))
     outputs = keras.layers.BatchNormalization()(keras.layers.DepthwiseConv2D(3)(inputs))
     model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling2D()(outputs)))

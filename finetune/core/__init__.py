@@ -1,4 +1,5 @@
-"""The ground that everything stands on: options, files, text, output and hardware.
+"""The foundation of all other packages: options, scripts, files, text output and devices.
 
-Start with `options.py`: how an option is declared and a script is run. Nothing here knows of images or models.
+Start with `options.py`, which declares options, and `scripts.py`, which runs scripts. Nothing here depends on images
+or models.
 """

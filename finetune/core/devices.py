@@ -1,4 +1,4 @@
-"""What a script computes on: cores, GPUs, precision, seeds and strategies, and why a GPU goes unused."""
+"""Devices: CPU cores, GPUs, seeds, precision and distribution strategies, and why a GPU is not used."""
 
 from __future__ import annotations
 
@@ -17,61 +17,58 @@ from typing import NamedTuple
 
 from finetune.core.arguments import take_share
 from finetune.core.options import UserError
-from finetune.core.quiet import hiding_stderr
+from finetune.core.streams import hiding_stderr
 
-# Every script imports this module before others that need TensorFlow.
+# Every script imports this module before any other that needs TensorFlow.
 with hiding_stderr():
     import keras
     import tensorflow as tf
 
+# The control groups of Linux, version 1 or 2, and those of this process.
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+# A folder of NVIDIA's driver and the compute device of AMD's driver.
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 AMD_DRIVER = Path("/dev/kfd")
 DRIVER_LIBRARY = "libcuda.so.1"
-# One of the packages that requirements-gpu.txt installs, and what it holds.
+# One of the packages in requirements-gpu.txt, and its library.
 CUDA_PACKAGE = "nvidia.cudnn"
 CUDA_LIBRARY = "libcudnn.so.9"
-# Hide GPUs where they name none.
+# They hide all GPUs if they name none.
 HIDING_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 SECONDS_OF_A_TOOL = 10.0
 
 
 class Gpu(NamedTuple):
-    """A GPU that TensorFlow sees: what it is called, and the bytes of its memory, 0 where nothing tells."""
+    """A GPU that TensorFlow sees: its name, and its memory in bytes or 0 if unknown."""
 
     name: str
     memory: int
 
 
-def count_cores(cgroups: Path = CGROUPS, own_cgroups: Path = OWN_CGROUPS) -> float:
-    """Returns how many cores this process may use: those that it is bound to, or fewer where its container has fewer.
-
-    Args:
-        cgroups: where Linux shows the limits of groups of processes, of version 1 or 2.
-        own_cgroups: the file that names the groups of this process.
-    """
+def count_cores() -> float:
+    """Returns the number of CPU cores that this process may use, by its affinity and its container's limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limits = [read_cpu_limit(folder) for folder in list_cgroups(cgroups, own_cgroups)]
+    limits = [read_cpu_limit(folder) for folder in list_cgroups()]
     return min([cores, *(limit for limit in limits if limit)])
 
 
-def list_cgroups(cgroups: Path, own_cgroups: Path) -> list[Path]:
-    """Returns the folders whose limits hold for this process: its own groups', and those of all around them."""
-    folders = {cgroups: None, cgroups / "cpu": None}
+def list_cgroups() -> set[Path]:
+    """Returns the folders of this process's control groups and of their parents, whose limits hold too."""
+    folders = {CGROUPS, CGROUPS / "cpu"}
     with contextlib.suppress(OSError, ValueError):
-        for line in own_cgroups.read_text(encoding="utf-8").splitlines():
-            # Version 2 names no controllers.
+        for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
+            # In version 2 this field is empty.
             _, controllers, name = line.split(":", 2)
             if not controllers or "cpu" in controllers.split(","):
-                top = cgroups / "cpu" if controllers else cgroups
+                top = CGROUPS / "cpu" if controllers else CGROUPS
                 group = top / name.strip("/")
-                folders |= dict.fromkeys((group, *group.parents[: len(group.parts) - len(top.parts)]))
-    return list(folders)
+                folders |= {group, *group.parents[: len(group.parts) - len(top.parts)]}
+    return folders
 
 
 def read_cpu_limit(folder: Path) -> float:
-    """Returns how many cores a group of processes may use at a time; 0 where nothing limits it."""
+    """Returns the number of cores that a control group may use; 0 if it has no limit."""
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
         quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
         return int(quota) / int(period)
@@ -82,13 +79,13 @@ def read_cpu_limit(folder: Path) -> float:
 
 
 def describe_hardware(gpus: Sequence[Gpu], share: float, trains_on_all: bool, cores: float) -> str:
-    """Returns the line that says what a script runs on: `Running on NVIDIA H100 (76.0 of 80 GiB).`
+    """Returns a line such as `Running on NVIDIA H100 (76.0 of 80 GiB).`
 
     Args:
-        gpus: those that TensorFlow may use.
-        share: of each one's memory, in `[0, 1]`.
-        trains_on_all: all work together; otherwise only the first one does.
-        cores: for where there is no GPU.
+        gpus: the GPUs that TensorFlow may use.
+        share: the share of their memory, in `[0, 1]`.
+        trains_on_all: whether all GPUs are used, or only the first one.
+        cores: the number of CPU cores, shown without GPUs.
     """
     if not gpus:
         number = math.floor(cores * 10) / 10
@@ -109,60 +106,46 @@ def _describe_memory(gpu: Gpu, share: float, each: str = "") -> str:
 
 
 def hides_gpus(environment: Mapping[str, str]) -> bool:
-    """Tells whether a variable hides all GPUs on purpose: it is set and names none, as `-1` does."""
+    """Returns whether a variable hides all GPUs on purpose: it is set and names none, as with `-1`."""
     values = [environment[name].strip() for name in HIDING_VARIABLES if name in environment]
-    # Slurm writes the second into jobs that have asked for no GPU.
+    # Slurm sets NoDevFiles in jobs that requested no GPU.
     return any(not value or value.startswith("-") or value == "NoDevFiles" for value in values)
 
 
-def explain_unused_gpu(
-    nvidia_driver: Path = NVIDIA_DRIVER, amd_driver: Path = AMD_DRIVER, platform: str = sys.platform
-) -> str:
-    """Returns why TensorFlow, which sees no GPU, does not use the one that this machine has, and what helps.
-
-    Args:
-        nvidia_driver: the folder in which NVIDIA's driver for Linux shows itself.
-        amd_driver: the device by which AMD's driver is asked to compute.
-        platform: as `sys.platform`.
-
-    Returns:
-        One line; empty where there is no GPU.
-    """
-    if has_nvidia_gpu(nvidia_driver):
-        return f"Warning: this machine has an NVIDIA GPU that TensorFlow does not use: {_explain_nvidia(platform)}"
-    if amd_driver.exists():
+def explain_unused_gpu() -> str:
+    """Returns why TensorFlow does not use this machine's GPU, and the remedy, in one line; empty without a GPU."""
+    if has_nvidia_gpu():
+        return f"Warning: this machine has an NVIDIA GPU that TensorFlow does not use: {_explain_nvidia()}"
+    if AMD_DRIVER.exists():
         return (
             "Warning: this machine has an AMD GPU that TensorFlow does not use: it needs TensorFlow's ROCm build. "
-            "How to install that: https://rocm.docs.amd.com, under TensorFlow"
+            "See https://rocm.docs.amd.com to install it."
         )
     return ""
 
 
-def _explain_nvidia(platform: str) -> str:
-    if platform == "win32":
-        return "on Windows it has not been able to since version 2.11. Run this in WSL2."
+def _explain_nvidia() -> str:
+    if sys.platform == "win32":
+        return "since version 2.11 it supports no GPUs on Windows. Use WSL2."
     if not can_load(DRIVER_LIBRARY):
         return (
-            f"the driver's library {DRIVER_LIBRARY} is missing. Start a container with its GPUs "
+            f"the driver's library {DRIVER_LIBRARY} is missing. Start the container with GPUs "
             "(docker run --gpus all), or install NVIDIA's driver."
         )
     if not is_installed(CUDA_PACKAGE) and not can_load(CUDA_LIBRARY):
         return "CUDA's libraries are missing. Install them: pip install -r requirements-gpu.txt"
     return (
-        "CUDA's libraries are there. See whether nvidia-smi shows the GPU, and a driver of version 525 or later. "
-        "--verbose True shows what TensorFlow says."
+        "CUDA's libraries are installed. Check that nvidia-smi shows the GPU and a driver of version 525 or later. "
+        "--verbose True shows TensorFlow's messages."
     )
 
 
-def has_nvidia_gpu(driver: Path) -> bool:
-    """Tells whether a machine has a GPU of NVIDIA: its driver lists one, or nvidia-smi does."""
-    if (driver / "gpus").is_dir():
-        return any((driver / "gpus").iterdir())
-    return (driver / "version").exists() or asks_nvidia_smi()
-
-
-def asks_nvidia_smi() -> bool:
-    """Tells whether nvidia-smi is on the PATH and lists a GPU: the tool may be there without one."""
+def has_nvidia_gpu() -> bool:
+    """Returns whether the machine has an NVIDIA GPU, according to its driver or nvidia-smi."""
+    if (NVIDIA_DRIVER / "gpus").is_dir():
+        return any((NVIDIA_DRIVER / "gpus").iterdir())
+    if (NVIDIA_DRIVER / "version").exists():
+        return True
     tool = shutil.which("nvidia-smi")
     if not tool:
         return False
@@ -174,7 +157,7 @@ def asks_nvidia_smi() -> bool:
 
 
 def can_load(library: str) -> bool:
-    """Tells whether the system finds a library."""
+    """Returns whether the system can load a library."""
     try:
         ctypes.CDLL(library)
     except OSError:
@@ -183,7 +166,7 @@ def can_load(library: str) -> bool:
 
 
 def is_installed(package: str) -> bool:
-    """Tells whether a package of Python is there, without importing it."""
+    """Returns whether a Python package is installed, without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:
@@ -195,7 +178,7 @@ def set_seed(random_seed: int | None, deterministic: bool = False) -> int:
 
     Args:
         random_seed: below 2**32.
-        deterministic: also make TensorFlow's operations give the same bits every time, where they can.
+        deterministic: also make TensorFlow's operations deterministic.
 
     Returns:
         The seed in use.
@@ -208,13 +191,13 @@ def set_seed(random_seed: int | None, deterministic: bool = False) -> int:
 
 
 def set_gpu_usage(gpu_percentage: float) -> None:
-    """Limits TensorFlow to a share of every visible GPU's memory; to be called before TensorFlow uses one.
+    """Limits TensorFlow to a share of every visible GPU's memory; to be called before TensorFlow uses a GPU.
 
     Args:
         gpu_percentage: in `[0, 1]`; 0 hides all GPUs.
 
     Raises:
-        UserError: it is not.
+        UserError: `gpu_percentage` is out of range.
     """
     gpu_percentage = take_share("gpu_percentage", gpu_percentage)
     gpus = tf.config.list_physical_devices("GPU")
@@ -222,7 +205,7 @@ def set_gpu_usage(gpu_percentage: float) -> None:
         tf.config.set_visible_devices([], "GPU")
         return
     if not tf.test.is_built_with_cuda():
-        # AMD's and Apple's drivers are not asked for their memory: TensorFlow takes of it what it needs.
+        # The memory of AMD's and Apple's GPUs is unknown: TensorFlow takes what it needs.
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
         return
@@ -232,16 +215,16 @@ def set_gpu_usage(gpu_percentage: float) -> None:
 
 
 def build_strategy(name: str) -> tf.distribute.Strategy:
-    """Builds the strategy that makes devices train together; to be called before TensorFlow computes anything.
+    """Builds a distribution strategy; to be called before TensorFlow computes anything.
 
     Args:
-        name: `mirrored` for the visible GPUs of this machine, or where it has none for its logical CPUs;
-            `multi_worker` for those of every host in TF_CONFIG; `none` for one device.
+        name: `mirrored` for this machine's visible GPUs, or its logical CPUs if it has none; `multi_worker` for the
+            devices of every host in TF_CONFIG; `none` for one device.
     """
     if name == "none":
         return tf.distribute.get_strategy()
     if name == "multi_worker":
-        # Left alone, TensorFlow takes its own ring over gRPC for GPUs as well.
+        # By default TensorFlow uses its own ring over gRPC for GPUs as well.
         kinds = tf.distribute.experimental.CommunicationImplementation
         kind = kinds.NCCL if tf.config.list_physical_devices("GPU") else kinds.AUTO
         options = tf.distribute.experimental.CommunicationOptions(implementation=kind)
@@ -251,52 +234,52 @@ def build_strategy(name: str) -> tf.distribute.Strategy:
 
 
 def choose_devices(gpu_percentage: float, distribution_strategy: str = "none") -> None:
-    """Prints what is computed on, and why not on a GPU that is there; then limits TensorFlow as `set_gpu_usage` does.
+    """Prints which devices are used, and why a GPU is not; then limits TensorFlow as `set_gpu_usage` does.
 
     Args:
         gpu_percentage: in `[0, 1]`; 0 hides all GPUs.
-        distribution_strategy: `none` computes on the first of several GPUs.
+        distribution_strategy: `none` uses the first of several GPUs.
     """
-    # The first look at the GPUs brings notices.
+    # TensorFlow logs when it first lists the GPUs.
     with hiding_stderr():
         found = tf.config.list_physical_devices("GPU")
     gpus = describe_gpus(found) if gpu_percentage else []
     print(describe_hardware(gpus, gpu_percentage, distribution_strategy != "none", count_cores()))
     if gpu_percentage and not gpus and not hides_gpus(os.environ) and (warning := explain_unused_gpu()):
         print(warning)
-    # Before what may take long: a GPU that goes unused is to be known at once.
+    # The user should see an unused GPU before any long work.
     sys.stdout.flush()
     set_gpu_usage(gpu_percentage)
 
 
 def describe_gpus(found: list[tf.config.PhysicalDevice]) -> list[Gpu]:
-    """Returns what TensorFlow's GPUs are called, and their memory, which a build for AMD or Apple does not tell."""
+    """Returns the names of TensorFlow's GPUs and their memory, which is 0 in builds for AMD and Apple."""
     sizes = gpu_memory_sizes(len(found)) if tf.test.is_built_with_cuda() else [0] * len(found)
     names = [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in found]
     return [Gpu(name, size) for name, size in zip(names, sizes, strict=True)]
 
 
 def start_devices(gpu_percentage: float, distribution_strategy: str = "none") -> tf.distribute.Strategy:
-    """Makes the devices ready, and says which; returns the strategy that they train by."""
+    """Sets up and prints the devices as `choose_devices` does; returns their strategy."""
     choose_devices(gpu_percentage, distribution_strategy)
     return start_strategy(distribution_strategy)
 
 
 def start_strategy(name: str) -> tf.distribute.Strategy:
-    """Builds a strategy, in the order that TensorFlow wants: after `choose_devices`, and before anything else."""
+    """Builds a strategy and finishes the set-up of TensorFlow; to be called right after `choose_devices`."""
     strategy = build_strategy(name)
     keep_freed_memory()
-    # On CPUs without AVX-512 the first transposed booleans, which AUROC has, bring a notice.
+    # On CPUs without AVX-512 the first transposed booleans, as in AUROC, cause a log message.
     with hiding_stderr(), tf.device("CPU"):
         tf.transpose(tf.constant([[True]]))
     return strategy
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library reuse the memory that TensorFlow frees, where it is glibc.
+    """Lets glibc reuse the memory that TensorFlow frees.
 
-    The first `tf.data` generator of TensorFlow 2.21 tells glibc to give freed memory back to the system at once, and
-    every training step then asks for it again: on 2 cores an epoch of MobileNet took 7.5 s instead of 2.9 s.
+    The first `tf.data` generator of TensorFlow 2.21 makes glibc return freed memory to the system at once, and every
+    training step allocates it again: on 2 cores an epoch of MobileNet took 7.5 s instead of 2.9 s.
     """
     for _ in tf.data.Dataset.from_generator(lambda: iter([0]), output_signature=tf.TensorSpec((), tf.int32)):
         pass
@@ -308,10 +291,7 @@ def keep_freed_memory() -> None:
 
 
 def gpu_memory_sizes(number_of_gpus: int) -> list[int]:
-    """Asks the CUDA driver for the memory of its GPUs, in its own order, which TensorFlow shares.
-
-    Returns:
-        Bytes of each GPU.
+    """Returns the memory of each GPU in bytes, from the CUDA driver, whose order is also TensorFlow's.
 
     Raises:
         UserError: the driver does not answer.
@@ -320,7 +300,7 @@ def gpu_memory_sizes(number_of_gpus: int) -> list[int]:
         return []
     sizes = []
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        cuda = ctypes.CDLL(DRIVER_LIBRARY)
         status = cuda.cuInit(0)
         for position in range(number_of_gpus):
             device, size = ctypes.c_int(), ctypes.c_size_t()
@@ -329,7 +309,7 @@ def gpu_memory_sizes(number_of_gpus: int) -> list[int]:
             sizes.append(size.value)
     except (OSError, AttributeError) as error:
         raise UserError(
-            f"Cannot ask the CUDA driver for the GPUs' memory: {error}. Set gpu_percentage to 0."
+            f"The CUDA driver does not report the GPUs' memory: {error}. Set gpu_percentage to 0."
         ) from error
     if status:
         raise UserError(f"The CUDA driver answered with error {status}. Check nvidia-smi, or set gpu_percentage to 0.")
@@ -338,7 +318,7 @@ def gpu_memory_sizes(number_of_gpus: int) -> list[int]:
 
 @contextlib.contextmanager
 def precision_policy(mixed: bool) -> Iterator[None]:
-    """Makes the layers built inside it compute in 16 bits, where `mixed` says so; weights stay float32."""
+    """Makes layers that are built in the `with` block compute in 16 bits if `mixed`; weights stay float32."""
     before = keras.config.dtype_policy()
     if mixed:
         keras.config.set_dtype_policy(choose_mixed_policy())
@@ -349,9 +329,9 @@ def precision_policy(mixed: bool) -> Iterator[None]:
 
 
 def choose_mixed_policy() -> str:
-    """Returns `mixed_bfloat16` where every visible GPU computes in bfloat16 (or there is none), else `mixed_float16`.
+    """Returns `mixed_bfloat16` if all visible GPUs support it, else `mixed_float16`.
 
-    NVIDIA's GPUs do from compute capability 8.0 (Ampere) on.
+    NVIDIA's GPUs support bfloat16 from compute capability 8.0 (Ampere) on.
     """
     details = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
     is_new = all(gpu.get("compute_capability", (8, 0)) >= (8, 0) for gpu in details)

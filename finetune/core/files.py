@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, JSON and CSV, walking folders."""
+"""Files and folders: writing files atomically, as JSON and CSV too, and listing folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEMPORARY_PREFIX = ".tmp-"
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png")
 IMAGE_SUFFIXES += (".tif", ".tiff", ".webp")
 FREE_SPACE, CHANGE_PERMISSIONS = "Free space or choose", "Change the permissions or choose"
-# Why a path cannot be written, and what to do, in front of "another ...".
+# Why a path cannot be written, and what to do: the words before "another ...".
 WRITE_FAULTS = {
     errno.ENOSPC: ("there is no space left on the disk", FREE_SPACE),
     errno.EROFS: ("the file system is read-only", "Choose"),
@@ -38,12 +38,12 @@ if hasattr(errno, "EDQUOT"):
 
 
 def write_fault(path: str, error: OSError, option: str = "path") -> UserError:
-    """Returns the error for a path that cannot be written: no space, a read-only disk and no permission differ.
+    """Returns the error for a path that cannot be written, with the reason and a remedy.
 
     Args:
-        path: as the user knows it.
-        error: the system's. HDF5's libraries name its number in their text alone.
-        option: what to change.
+        path: the path as the user knows it.
+        error: from the system, or from HDF5, whose errors have the number only in their text.
+        option: what the user can change.
     """
     number = error.errno
     if found := re.search(r"errno = (\d+)", str(error)):
@@ -53,7 +53,7 @@ def write_fault(path: str, error: OSError, option: str = "path") -> UserError:
 
 
 def find_existing(folder: str) -> str:
-    """Returns a folder or, if it has yet to be made, the nearest one around it that exists."""
+    """Returns a folder, or its nearest parent that exists."""
     place = os.path.abspath(folder)
     while not os.path.lexists(place):
         place = os.path.dirname(place)
@@ -61,18 +61,18 @@ def find_existing(folder: str) -> str:
 
 
 def check_folder(folder: str, option: str) -> str:
-    """Returns a folder after checking, before any work, that files can be written into it.
+    """Returns a folder after checking that files can be written into it, without making it.
 
     Args:
-        folder: one that has yet to be made is not made.
-        option: the one that names it.
+        folder: its path.
+        option: the option that names it.
 
     Raises:
-        UserError: says why not.
+        UserError: the folder is not writable.
     """
     try:
         with tempfile.TemporaryFile(dir=find_existing(folder), prefix=f"{TEMPORARY_PREFIX}{os.getpid()}-") as file:
-            # Some file systems notice only here that they are full.
+            # Only now do some file systems report that they are full.
             file.write(bytes(4096))
             file.flush()
             os.fsync(file.fileno())
@@ -83,13 +83,13 @@ def check_folder(folder: str, option: str) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: str) -> Iterator[str]:
-    """Yields the name of a temporary file or folder, which takes the place of `path` once it is whole and on the disk.
+    """Yields the path of a temporary file or folder, which replaces `path` once it is complete and on the disk.
 
-    It has the same name in a temporary folder beside `path`: some writers tell the format by the ending. The
-    folder's name begins with this process's number, so that what a killed process leaves can be told.
+    It has the same name, as some writers choose the format by the suffix, in a temporary folder beside `path`. The name
+    of this folder contains the process ID, so that `remove_stale_files` finds what a killed process left.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the path cannot be written.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary_folder = os.path.join(folder, f"{TEMPORARY_PREFIX}{os.getpid()}-{name}")
@@ -101,10 +101,16 @@ def atomic_path(path: str) -> Iterator[str]:
             with open(written, "r+b") as file:
                 os.fsync(file.fileno())
         if os.path.isdir(temporary) and os.path.isdir(path):
-            # A folder takes no other one's place.
+            # A folder cannot replace another one.
             os.replace(path, f"{temporary}.before")
         os.replace(temporary, path)
-        sync_folder(folder)
+        if os.name == "posix":
+            # The new name is on the disk only after this.
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         raise write_fault(path, error) from error
     finally:
@@ -112,20 +118,10 @@ def atomic_path(path: str) -> Iterator[str]:
 
 
 def list_files(path: str) -> list[str]:
-    """Returns the files of a folder and of the folders in it, sorted, or the file that `path` is."""
+    """Returns all files below a folder, sorted, or the path itself if it is a file."""
     if not os.path.isdir(path):
         return [path]
     return sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
-
-
-def sync_folder(folder: str) -> None:
-    """Brings a folder's list of names to the disk, where the system has that (Windows has not)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_text(path: str, text: str) -> None:
@@ -146,12 +142,12 @@ def write_csv(path: str, table: pd.DataFrame) -> None:
 
 
 class Visible(NamedTuple):
-    """What lies below a folder, each list sorted.
+    """The contents of a folder, each list sorted.
 
     Attributes:
-        files: their paths.
-        closed: what leads to no file: broken links, links to a folder around them, folders that cannot be opened.
-        folders: the folder itself and those below it.
+        files: the paths of all files.
+        closed: broken links, links to a parent folder, and folders that cannot be opened.
+        folders: the folder itself and all folders below it.
     """
 
     files: list[str]
@@ -160,16 +156,16 @@ class Visible(NamedTuple):
 
 
 def list_visible(folder_path: str) -> Visible:
-    """Lists the files below a folder, those of linked folders too; hidden files and folders are left out.
+    """Lists the files below a folder and in linked folders, without hidden files and folders.
 
-    Each folder is entered once: under its own name where it has one below `folder_path`, else through the first link.
-    A link to a folder around itself is not followed, since that would have no end.
+    Each folder is entered once, preferably under its own name rather than through a link. A link to a parent folder is
+    not followed, as that would never end.
 
     Raises:
-        UserError: a name is no text, so that a CSV file cannot hold it.
+        UserError: a CSV file cannot hold a file name.
     """
     files, closed, entered = [], [], {}
-    # Folders before links to folders: a name of its own comes first. With each, the folders that lie around it.
+    # Each with its parent folders. Links come last, so that a folder is found under its own name first.
     folders, links = [(folder_path, ())], []
     while folders or links:
         folder, around = folders.pop() if folders else links.pop(0)
@@ -185,7 +181,7 @@ def list_visible(folder_path: str) -> Visible:
             continue
         for entry in entries:
             check_file_name(entry.path)
-            # Only links cost another look.
+            # Only links need another system call.
             if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 is_link = os.path.realpath(entry.path) != os.path.join(place, entry.name)
                 if is_link and any(lies_around(entry.path, inner) for inner in (*around, place)):
@@ -200,20 +196,19 @@ def list_visible(folder_path: str) -> Visible:
 
 
 def report_closed(paths: Sequence[str], report: Callable[[str], object] = print) -> None:
-    """Reports which links and folders lead to no file."""
+    """Reports the links and folders that `list_visible` could not enter."""
     if paths:
-        what = "links or folders that lead nowhere, lead back or are closed"
-        report(f"Left out {len(paths)} {what}: {join_names(paths)}")
+        report(f"Left out broken or circular links and unreadable folders ({len(paths)}): {join_names(paths)}")
 
 
 def lies_around(folder: str, other: str) -> bool:
-    """Tells whether a folder is another one or holds it at any depth, links followed."""
+    """Returns whether a folder is or contains another one, with links resolved."""
     folder, other = os.path.realpath(folder), os.path.realpath(other)
     return os.path.join(other, "").startswith(os.path.join(folder, ""))
 
 
 def check_file_name(path: str) -> None:
-    """Raises UserError where a path is no text, so that a CSV file cannot hold it."""
+    """Raises UserError if a CSV file cannot hold a path."""
     try:
         path.encode()
     except UnicodeEncodeError as error:
@@ -222,7 +217,7 @@ def check_file_name(path: str) -> None:
 
 
 def duplicate_file(source: str, path: str) -> None:
-    """Gives a file a second name, without a second copy where the file system allows it."""
+    """Gives a file a second name: as a hard link, or as a copy if the file system has no hard links."""
     with atomic_path(path) as temporary:
         try:
             os.link(source, temporary)
@@ -231,7 +226,7 @@ def duplicate_file(source: str, path: str) -> None:
 
 
 def remove_stale_files(folder: str) -> None:
-    """Removes the temporary files that processes of the past left in a folder when they were killed."""
+    """Removes the temporary files that killed processes left in a folder."""
     for entry in os.scandir(folder):
         found = re.match(rf"{re.escape(TEMPORARY_PREFIX)}(\d+)-", entry.name)
         if found and (int(found[1]) == os.getpid() or not is_running(int(found[1]))):
@@ -239,11 +234,12 @@ def remove_stale_files(folder: str) -> None:
 
 
 def is_running(process_id: int) -> bool:
-    """Tells whether a process exists; where the system cannot say, that it does."""
-    try:
-        os.kill(process_id, 0) if os.name == "posix" else None
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    """Returns whether a process exists; True if the system cannot say."""
+    if os.name == "posix":
+        try:
+            os.kill(process_id, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
     return True

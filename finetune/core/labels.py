@@ -1,4 +1,4 @@
-"""Spellings of a label that look the same, read as one."""
+"""Unicode clean-up of labels, so that labels that look the same are equal."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from collections.abc import Sequence
 from finetune.core.texts import join_names, show_count
 
 LABEL_SEPARATOR = "$"
-# Controls, soft hyphen, zero-width spaces, directional marks, fillers, and which of two pictures an emoji has: code
-# points that Unicode calls default ignorable, and that no script needs.
+# Control characters and the code points that Unicode calls default ignorable and that no script needs: soft hyphen,
+# zero-width spaces, directional marks, fillers, emoji presentation selectors.
 INVISIBLE = re.compile(
     "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u200b\u200e\u200f\u202a-\u202e"
     "\u2060-\u206f\u3164\ufe0e\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
     "\U000e0000-\U000e001f\U000e0080-\U000e00ff\U000e01f0-\U000e0fff]"
 )
-# Joiners, variation selectors and the letters of a flag's region: each changes some characters, and is invisible
-# next to all others.
+# Joiners, variation selectors and the letters of a region's flag: each changes the look of some characters only.
 CONDITIONAL = re.compile("[\u200c\u200d]+|[\u180b-\u180f\ufe00-\ufe0d\U000e0100-\U000e01ef]+|[\U000e0020-\U000e007f]+")
 JOINER, NON_JOINER = "\u200d", "\u200c"
 VIRAMA = 9
 EMOJI_CATEGORIES = ("So", "Sk", "Sm")
 CURSIVE_SCRIPTS = ("ARABIC", "SYRIAC", "MONGOLIAN", "NKO", "MANDAIC", "ADLAM", "HANIFI", "PHAGS-PA", "SOGDIAN")
 VARIED_SCRIPTS = ("MONGOLIAN", "CJK", "MYANMAR", "PHAGS-PA", "MANICHAEAN", "KHITAN")
-# Arabic letters that never join the next one, by Unicode's ArabicShaping.txt.
+# Arabic letters that never join the next letter (Unicode's ArabicShaping.txt).
 RIGHT_JOINING = re.compile(
     "[\u0622-\u0625\u0627\u0629\u062f-\u0632\u0648\u0671-\u0673\u0675-\u0677\u0688-\u0699\u06c0\u06c3-\u06cb\u06cd"
     "\u06cf\u06d2\u06d3\u06d5\u06ee\u06ef]"
@@ -35,21 +34,18 @@ RIGHT_JOINING = re.compile(
 
 @functools.lru_cache(maxsize=100_000)
 def clean_label(label: str) -> str:
-    """Returns a label in NFC without invisible characters, so that labels that look the same are equal.
-
-    Joiners and variation selectors that change how a script or an emoji looks are kept.
-    """
+    """Returns a label in NFC without invisible characters, but with joiners and selectors that change how it looks."""
     if label.isascii() and not INVISIBLE.search(label):
         return label
     text = unicodedata.normalize("NFC", INVISIBLE.sub("", label))
-    # What is left out makes others neighbours.
+    # Removing a character gives others new neighbours.
     while (shorter := unicodedata.normalize("NFC", CONDITIONAL.sub(_keep_needed, text))) != text:
         text = shorter
     return text
 
 
 def _keep_needed(match: re.Match[str]) -> str:
-    """Returns an invisible character, the first of several, if its neighbours need it."""
+    """Returns the first of some invisible characters if it changes how its neighbours look; else nothing."""
     found, before, after = match[0], match.string[: match.start()], match.string[match.end() :]
     previous = before[-1:]
     if found[0] in (JOINER, NON_JOINER):
@@ -61,7 +57,7 @@ def _keep_needed(match: re.Match[str]) -> str:
 
 
 def _needs_joiner(joiner: str, before: str, after: str) -> bool:
-    """Returns True if a joiner changes how its neighbours look: see the Unicode Standard, section 23.2."""
+    """Returns whether a joiner changes how its neighbours look (Unicode Standard, section 23.2)."""
     if any(unicodedata.combining(mark) == VIRAMA for mark in before[-1:] + after[:1]):
         return joiner == JOINER or bool(after.strip())
     left = next((one for one in reversed(before) if _category(one) != "Mn"), "")
@@ -69,7 +65,7 @@ def _needs_joiner(joiner: str, before: str, after: str) -> bool:
     if joiner == JOINER and _category(left) in EMOJI_CATEGORIES and _category(right) in EMOJI_CATEGORIES:
         return True
     joins_right = _is_cursive(left) and not RIGHT_JOINING.match(left)
-    # Between two letters that join anyway, only the non-joiner changes anything.
+    # Between two letters that join anyway, only the non-joiner has an effect.
     return joins_right and _is_cursive(right) if joiner == NON_JOINER else joins_right != _is_cursive(right)
 
 
@@ -86,11 +82,11 @@ def _has_script(character: str, scripts: tuple[str, ...]) -> bool:
 
 
 def clean_labels(labels: Sequence[str], source: str) -> list[str]:
-    """Returns labels as `clean_label` does, and prints in one line which of them changed.
+    """Cleans labels with `clean_label`, and prints the changed ones in one line.
 
     Args:
-        labels: one an image; each may hold several class names.
-        source: the file or folder that they are from, for the line.
+        labels: one per image, with one or several class names.
+        source: the file or folder that contains them, for the line.
     """
     cleaned = [clean_label(label) for label in labels]
     differing = (label for label, other in zip(labels, cleaned, strict=True) if label != other)
@@ -100,21 +96,18 @@ def clean_labels(labels: Sequence[str], source: str) -> list[str]:
             f"'{show_difference(name)}' ({show_count(count, 'image')}) as '{clean_label(name)}'"
             for name, count in changed.most_common()
         ]
-        _print_once(
-            f"{source}: read the label {join_names(shown)}: invisible characters and how accents are encoded don't "
-            "count."
-        )
+        _print_once(f"{source}: read the label {join_names(shown)}, without invisible characters, in Unicode's NFC.")
     return cleaned
 
 
 @functools.cache
 def _print_once(line: str) -> None:
-    """Prints a line the first time: a script reads a table several times."""
+    # A script reads a table several times.
     print(line)
 
 
 def look_the_same(first: object, second: object) -> bool:
-    """Returns True if two values are equal, or lists of names are after cleaning."""
+    """Returns whether two values are equal; lists of names are cleaned first."""
     if first == second or not (isinstance(first, list) and isinstance(second, list)):
         return first == second
     plain = [[clean_label(one) if isinstance(one, str) else one for one in names] for names in (first, second)]
@@ -122,6 +115,6 @@ def look_the_same(first: object, second: object) -> bool:
 
 
 def show_difference(label: str) -> str:
-    """Returns a label with escapes for the characters that its cleaned spelling lacks."""
+    """Returns a label with escapes for the characters that `clean_label` removes."""
     kept = {*clean_label(label)}
     return "".join(one if one in kept else one.encode("unicode_escape").decode() for one in label)

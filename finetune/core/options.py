@@ -1,4 +1,4 @@
-"""Options: how one is declared, converted, checked, and read from JSON and the command line."""
+"""Options: declaring, converting and checking them, and reading them from JSON and the command line."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from finetune.core.values import (
     LONGEST_SHOWN,
     bound_fault,
     convert,
-    describe_bounds,
-    describe_choices,
-    describe_type,
+    describe_values,
     find_nearest,
+    is_list,
     quote_value,
     type_fault,
-    unwrap_optional,
 )
 
-# The parts of --help and of docs/options.md, in their order.
+# The sections of --help and of docs/options.md, in order.
 GROUPS = {
     "common": "Most used",
     "data": "Data",
     "model": "Model",
     "training": "Training",
-    "recipe": "Recipe of the training",
+    "recipe": "Training recipe",
     "speed": "Input and speed",
     "explaining": "Testing and explaining",
     "machine": "Machine",
     "": "Others",
 }
+# Names that options had in earlier versions, on the command line and in JSON files, and their present names.
+LEGACY_NAMES = {"test_image_size": "eval_image_size", "tta": "test_time_augmentation"}
 LARGEST_JSON_FILE = 2**24
 MOST_FAULTS = 20
 
 
 class UserError(Exception):
-    """A mistake that its user can mend: shown as its message alone, with exit status 2."""
+    """A mistake that the user can correct: a script prints only its message and ends with exit status 2."""
 
 
 class Exclusion(NamedTuple):
-    """Another option that one does not go with.
+    """A conflict between an option and another one.
 
     Attributes:
-        off: the value of the option itself that goes with all.
+        off: the value of the option that never conflicts.
         other: the name of the other option.
-        harmless: the values of that one that go with all.
-        reason: why, and what was expected, in words.
+        harmless: the values of the other option that never conflict.
+        reason: what was expected and why, in words.
     """
 
     off: Any
@@ -79,19 +79,19 @@ def define(
     """Declares one option.
 
     Args:
-        default: value where nothing else is given.
-        description: one sentence, shown by `--help`.
-        above: exclusive lower bound; of each element where the option is a list.
-        at_least: inclusive lower bound, likewise.
-        below: exclusive upper bound, likewise.
-        at_most: inclusive upper bound, likewise.
-        choices: the only texts allowed.
-        check: returns what is wrong with a value of the right type and within its bounds; empty where nothing is.
-        needs: the name of another option without which this one has no effect, and what that has to be, in words.
-        excludes: another option that this one does not go with.
-        describes_model: the option says what a trained model is; a model's own `configs.json` then decides it.
-        fixed_in_run: a run cannot go on with another value, for it would not be the same run.
-        group: a key of `GROUPS`: where `--help` has the option; a script's own options are a group of themselves.
+        default: the value unless another one is given.
+        description: one sentence of at most 20 words, for `--help`.
+        above: exclusive lower bound, which in a list every element must satisfy.
+        at_least: inclusive lower bound.
+        below: exclusive upper bound.
+        at_most: inclusive upper bound.
+        choices: the allowed texts.
+        check: returns what is wrong with a value of the right type and within the bounds; empty if nothing is.
+        needs: the name of another option without which this one has no effect, and its required value in words.
+        excludes: a conflict with another option.
+        describes_model: the option is a property of the trained model, so the model's own `configs.json` decides it.
+        fixed_in_run: a run cannot continue with another value.
+        group: the section of `--help`, a key of `GROUPS`; the options of a single script have a section of their own.
     """
     if group not in GROUPS:
         raise ValueError(f"group: expected one of {', '.join(filter(None, GROUPS))}. Received: {quote_value(group)}")
@@ -113,8 +113,13 @@ def define(
 
 
 class Provenance(NamedTuple):
-    """The JSON file that was read, and the options that it alone gave; the values to store in place of those in use,
-    and the folder that the paths among these are relative to, empty for the working directory.
+    """Where options come from.
+
+    Attributes:
+        file: the JSON file that was read, if any.
+        in_file: the options that only this file gave.
+        home: the folder that stored paths are relative to; empty for the working directory.
+        stored: options and the values to store instead of those in use.
     """
 
     file: str = ""
@@ -125,7 +130,7 @@ class Provenance(NamedTuple):
 
 @dataclasses.dataclass
 class Options:
-    """The base of a class of options. Building one reads no file; `validate` checks all at once."""
+    """Base class for sets of options. Building one reads no file; `validate` checks all options at once."""
 
     def __post_init__(self) -> None:
         defaults = type(self).defaults()
@@ -143,24 +148,25 @@ class Options:
     @classmethod
     @functools.cache
     def options(cls) -> dict[str, dataclasses.Field]:
-        """Returns the declared options by name, in the order of their declaration."""
+        """Returns the options by name, in the order of their declaration."""
         return {field.name: field for field in dataclasses.fields(cls)}
 
     @classmethod
     def grouped_options(cls) -> dict[str, list[str]]:
-        """Returns the names of the options of every script by the title of their group, in the order of `GROUPS`."""
-        common = cls.__mro__[cls.__mro__.index(Options) - 1]
+        """Returns the names of the options that all scripts share, by the titles in `GROUPS`."""
+        own = cls.own_options()
         members: dict[str, list[str]] = {title: [] for title in GROUPS.values()}
-        for name, field in common.options().items():
-            members[GROUPS[field.metadata["group"]]].append(name)
+        for name, field in cls.options().items():
+            members[GROUPS[field.metadata["group"]]] += [name] * (name not in own)
         return {title: names for title, names in members.items() if names}
 
     @classmethod
     def own_options(cls) -> list[str]:
-        """Returns the names of the options that a script has beside those of every script."""
-        # The class that adds the first options is that of every script.
-        common = cls.__mro__[cls.__mro__.index(Options) - 1]
-        return [name for name in cls.options() if name not in common.options()]
+        """Returns the names of the options that a script adds, then of those that it declares differently."""
+        # The first class below Options declares the options of all scripts.
+        common = cls.__mro__[cls.__mro__.index(Options) - 1].options()
+        own = [name for name, field in cls.options().items() if common.get(name) is not field]
+        return sorted(own, key=lambda name: name in common)
 
     @classmethod
     @functools.cache
@@ -177,15 +183,15 @@ class Options:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the options as JSON can hold them."""
+        """Returns a copy of the options and their values, for JSON."""
         return {name: copy.deepcopy(getattr(self, name)) for name in self.options()}
 
     def to_stored(self) -> dict[str, Any]:
-        """Returns the options as `to_dict` does, with the values that are to be written down."""
+        """Returns the options as `to_dict` does, with the values to store."""
         return self.to_dict() | dict(self.provenance.stored)
 
     def replace(self, **values: Any) -> Self:
-        """Returns a copy with some options changed; they count as given by the user, as those of this one do."""
+        """Returns a copy with some options changed, which then count as given by the user."""
         changed = dataclasses.replace(self, **values)
         changed.given = self.given | values.keys()
         stored = tuple(pair for pair in self.provenance.stored if pair[0] not in values)
@@ -198,20 +204,20 @@ class Options:
 
         Args:
             path: of the file.
-            part: the member of its object that holds the options; empty where that is the object itself.
+            part: the member of the JSON object that holds the options; empty if the object itself does.
 
         Returns:
-            The converted values of the options that the file holds.
+            The converted values by option.
 
         Raises:
-            UserError: the file is missing, too large or no JSON object, or an option in it is unknown, there twice
-                or of a wrong type.
+            UserError: the file is missing, too large or not a JSON object, or an option is unknown, repeated or of the
+                wrong type.
         """
         try:
             with open(path, "rb") as file:
                 content = file.read(LARGEST_JSON_FILE + 1)
             if len(content) > LARGEST_JSON_FILE:
-                raise UserError(f"{path} is no configs file: expected at most {LARGEST_JSON_FILE} bytes. It has more.")
+                raise UserError(f"{path}: expected a configs file of at most {LARGEST_JSON_FILE} bytes. It is larger.")
             stored = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_refuse_repeated)
         except OSError as error:
             raise UserError(f"Cannot read the configs file {path}: {error.strerror}. Check the path.") from error
@@ -226,34 +232,34 @@ class Options:
 
     @classmethod
     def from_json(cls, path: str) -> Self:
-        """Builds configs from a JSON file over the defaults; raises UserError as `read_json` does."""
+        """Builds configs from the defaults and a JSON file; raises UserError as `read_json` does."""
         values = cls.read_json(path)
         return cls._build(values, Provenance(path, frozenset(values)))
 
     @classmethod
     def from_command_line(cls, description: str | None = None, arguments: Sequence[str] | None = None) -> Self:
-        """Builds and validates configs from the defaults, then `--configs FILE.json`, then the flags.
+        """Builds and validates configs: flags override `--configs FILE.json`, which overrides the defaults.
 
         Args:
-            description: shown at the top of `--help`.
-            arguments: the command line without the program's name; by default this process's own.
+            description: the first lines of `--help`.
+            arguments: the command line without the program's name; by default that of this process.
 
         Raises:
-            UserError: an option is unknown, has no value, or has one of a wrong type or out of range.
+            UserError: an option is unknown, or its value is missing, of the wrong type or out of range.
             SystemExit: after `--help`.
         """
         parser = _argument_parser(cls, description)
         namespace, unknown = parser.parse_known_args(arguments)
         if unknown:
-            # What else is there may be the value of an unknown flag.
+            # Words without hyphens may be the values of unknown flags.
             flags = [word for word in unknown if word.startswith("--")] or unknown[:1]
             faults = [unknown_flag(flag.split("=")[0], list(cls.options())) for flag in flags[:MOST_FAULTS]]
             raise UserError("\n".join(faults))
         flags = {name: value for name, value in vars(namespace).items() if name != "configs"}
+        flags = cls.convert_all(flags, is_text=True, source="command line")
         file = getattr(namespace, "configs", "")
         from_file = cls.read_json(file) if "configs" in namespace else {}
-        values = from_file | cls.convert_all(flags, is_text=True, source="command line")
-        return cls._build(values, Provenance(file, frozenset(from_file.keys() - flags.keys()))).validate()
+        return cls._build(from_file | flags, Provenance(file, frozenset(from_file.keys() - flags.keys()))).validate()
 
     @classmethod
     def _build(cls, values: dict[str, Any], provenance: Provenance) -> Self:
@@ -264,19 +270,19 @@ class Options:
 
     @classmethod
     def convert_all(cls, raw: dict[str, Any], is_text: bool, source: str) -> dict[str, Any]:
-        """Converts raw values of options to their types.
+        """Converts raw values to the types of their options.
 
         Args:
             raw: values by option.
-            is_text: they come from the command line, and not from JSON.
-            source: begins the line of each fault.
+            is_text: the values come from the command line and not from JSON.
+            source: the first words of each line of the error.
 
         Raises:
-            UserError: an option is unknown, or its value of a wrong type.
+            UserError: an option is unknown, or its value is of the wrong type.
         """
         types = cls.types()
         values, faults = {}, []
-        for name, value in raw.items():
+        for name, value in rename_legacy(raw).items():
             if len(faults) == MOST_FAULTS:
                 faults.append("and more")
                 break
@@ -298,65 +304,47 @@ class Options:
             These configs.
 
         Raises:
-            UserError: one line for each fault: the option, what was expected, what was received.
+            UserError: one line per fault with the option, what was expected and what was received.
         """
-        faults = []
-        for name in self.options():
-            value, fault = self._check_value(name, getattr(self, name))
+        for name, value in self.check_values(**{name: getattr(self, name) for name in self.options()}).items():
             super().__setattr__(name, value)
-            faults += [fault] * bool(fault)
-        faults += self._find_contradictions() if not faults else []
-        if faults:
+        if faults := self._find_contradictions():
             raise UserError("\n".join(faults))
         return self
 
     @classmethod
     def check(cls, configs: Any) -> Self:
-        """Validates the configs that a script or a user's own code passes.
-
-        Returns:
-            The same configs.
-
-        Raises:
-            UserError: they are not of this class, or as `validate` says.
-        """
+        """Returns configs after validating them; raises UserError also if they are not of this class."""
         if not isinstance(configs, cls):
             raise UserError(f"configs: expected {cls.__name__}. Received: {quote_value(configs)}")
         return configs.validate()
 
     @classmethod
     def check_values(cls, **values: Any) -> dict[str, Any]:
-        """Checks values as those of options, whatever the other options are.
+        """Checks single values: their types and bounds.
 
         Returns:
-            The values by the option's name, each in the option's type.
+            The values by option, converted to its type.
 
         Raises:
-            UserError: one line for each fault.
+            UserError: one line per fault.
         """
-        found, faults = {}, []
+        faults = []
         for name, value in values.items():
-            found[name], fault = cls._check_value(name, value)
-            faults += [fault] * bool(fault)
+            kind, metadata = cls.types()[name], cls.options()[name].metadata
+            try:
+                values[name] = value = convert(value, kind, is_text=False)
+            except ValueError:
+                faults.append(type_fault(name, kind, value))
+                continue
+            fault = bound_fault(value, metadata, kind) or (metadata["check"] and metadata["check"](value))
+            faults += [f"{name}: {fault}"] * bool(fault)
         if faults:
             raise UserError("\n".join(faults))
-        return found
-
-    @classmethod
-    def _check_value(cls, name: str, value: Any) -> tuple[Any, str]:
-        """Returns a value in its option's type and the line that says what is wrong with it; empty if nothing is."""
-        kind, metadata = cls.types()[name], cls.options()[name].metadata
-        try:
-            value = convert(value, kind, is_text=False)
-        except ValueError:
-            return value, type_fault(name, kind, value)
-        found = bound_fault(value, metadata, kind)
-        if not found and metadata["check"]:
-            found = metadata["check"](value)
-        return value, f"{name}: {found}" if found else ""
+        return values
 
     def _find_contradictions(self) -> list[str]:
-        """Returns a line for each option that has no effect beside another one's value, or does not go with it."""
+        """Returns a line for each option that conflicts with another one or has no effect without it."""
         defaults = self.defaults()
         excluding = {name: field.metadata["excludes"] for name, field in self.options().items()}
         return [
@@ -372,22 +360,38 @@ class Options:
 
 
 def differs(value: Any, default: Any) -> bool:
-    """Tells whether a value is another one than the default, also where it cannot be compared, such as an array."""
+    """Returns whether a value differs from the default; True for values that cannot be compared, such as arrays."""
     try:
         return bool(value != default)
     except (TypeError, ValueError):
         return True
 
 
+def rename_legacy(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns values by the present names of their options; raises UserError if both names of one are given."""
+    for old, new in LEGACY_NAMES.items():
+        if old in values and new in values:
+            raise UserError(f"{old} is the former name of {new}. Received both. Leave {old} out.")
+        if old in values:
+            _print_renamed(old, new)
+    return {LEGACY_NAMES.get(name, name): value for name, value in values.items()}
+
+
+@functools.cache
+def _print_renamed(old: str, new: str) -> None:
+    # Once: a script reads the files of a run several times.
+    print(f"The option {old} is now called {new}.")
+
+
 def unknown_option(name: str, known: Sequence[str]) -> str:
-    """Returns the message for an option that does not exist, naming the nearest one that does."""
+    """Returns the error message for an unknown option, with the most similar known one."""
     nearest = find_nearest(name, known, alikeness=0.5)
     shown = name if name.isprintable() and len(name) <= LONGEST_SHOWN else quote_value(name)
     return f"Unknown option {shown}. " + (f"Did you mean {nearest}?" if nearest else "See --help for all options.")
 
 
 def unknown_flag(flag: str, known: Sequence[str]) -> str:
-    """Returns the message for a word on the command line that is no flag, as it was typed."""
+    """Returns the error message for an unexpected word on the command line."""
     flags = [f"--{name}" for name in known]
     if flag.startswith("-") or find_nearest(flag, flags, alikeness=0.5):
         return unknown_option(flag, flags)
@@ -409,10 +413,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _argument_parser(cls: type[Options], description: str | None) -> argparse.ArgumentParser:
-    # A list of all flags would fill a screen before the first word about one.
+    # The default usage line lists every flag.
     usage = "%(prog)s [--configs FILE.json] [--OPTION VALUE ...]"
     parser = _Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    types = typing.get_type_hints(cls)
     groups = {"Options of this script": cls.own_options()} if cls.own_options() else {}
     groups |= cls.grouped_options()
     for position, (title, names) in enumerate(groups.items()):
@@ -420,17 +423,15 @@ def _argument_parser(cls: type[Options], description: str | None) -> argparse.Ar
         if position == len(groups) - len(cls.grouped_options()):
             group.add_argument("--configs", metavar="FILE.json", help="A JSON file of options, read before the flags")
         for name in names:
-            _add_flag(group, name, types[name], cls)
+            _add_flag(group, name, cls)
+    for old, new in LEGACY_NAMES.items():
+        if new in cls.options():
+            parser.add_argument(f"--{old}", nargs="*" if is_list(cls.types()[new]) else None, help=argparse.SUPPRESS)
     return parser
 
 
-def _add_flag(group: argparse._ArgumentGroup, name: str, kind: Any, cls: type[Options]) -> None:
-    metadata = cls.options()[name].metadata
-    is_list = typing.get_origin(unwrap_optional(kind)[0]) in (list, tuple)
-    words = [describe_type(kind), describe_bounds(metadata)]
-    if metadata["choices"]:
-        words = [describe_choices(metadata, kind)]
-    default = cls.defaults()[name]
-    default = "empty" if default == "" else " ".join(map(str, default)) if is_list and default else default
-    text = f"{metadata['description']} ({' '.join(filter(None, words))}; default {default})"
-    group.add_argument(f"--{name}", metavar="VALUE", nargs="*" if is_list else None, help=text.replace("%", "%%"))
+def _add_flag(group: argparse._ArgumentGroup, name: str, cls: type[Options]) -> None:
+    kind, metadata, default = cls.types()[name], cls.options()[name].metadata, cls.defaults()[name]
+    default = "empty" if default == "" else " ".join(map(str, default)) if is_list(kind) and default else default
+    text = f"{metadata['description']} ({describe_values(metadata, kind)}; default {default})".replace("%", "%%")
+    group.add_argument(f"--{name}", metavar="VALUE", nargs="*" if is_list(kind) else None, help=text)

@@ -1,4 +1,4 @@
-"""Running a script: its options, its output, and what ends it."""
+"""Running a script: its options, output and exit status."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from finetune.core import quiet
+from finetune.core import streams
 from finetune.core.options import UserError
 from finetune.core.streams import protect_output, protecting_output, restart_in_utf8
 
@@ -21,7 +21,7 @@ def script(main: Callable[[Any], dict]) -> Callable[[Any], dict]:
     """Makes a script's `main` safe to call from a user's own code: it checks its configs and protects its output.
 
     Args:
-        main: takes `configs`, whose annotation is the class that they must be of.
+        main: takes `configs`, annotated with their class.
     """
 
     @functools.wraps(main)
@@ -33,14 +33,13 @@ def script(main: Callable[[Any], dict]) -> Callable[[Any], dict]:
 
 
 def run_script(main: Callable[[Any], dict]) -> None:
-    """Runs a script's `main` on the command line's configs.
+    """Runs a script's `main` with configs from the command line.
 
-    A user's mistake ends in its message on stderr and exit status 2, Ctrl-C in 130; a bug keeps its traceback. Output
-    that fails ends nothing.
+    A user's mistake prints its message on stderr and exits with status 2, Ctrl-C with 130. A bug keeps its traceback.
+    Failing output does not end the script.
 
     Args:
-        main: takes `configs`, whose annotation says which options there are; the docstring of its module is the head
-            of `--help`.
+        main: takes `configs`, annotated with their class; the docstring of its module begins `--help`.
     """
     restart_in_utf8()
     protect_output()
@@ -48,8 +47,8 @@ def run_script(main: Callable[[Any], dict]) -> None:
         signal.signal(signal.SIGINT, interrupt)
     try:
         configs = typing.get_type_hints(main)["configs"].from_command_line(sys.modules[main.__module__].__doc__)
-        quiet.silence_libraries(configs.verbose)
-        # OpenCV reads it when it is imported.
+        streams.silence_libraries(configs.verbose)
+        # OpenCV reads this variable when it is imported.
         os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(configs.max_image_pixels))
         main(configs)
     except UserError as error:
@@ -62,12 +61,12 @@ def run_script(main: Callable[[Any], dict]) -> None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Raises KeyboardInterrupt on Ctrl-C; within an import, where libraries make other errors of it, ends at once."""
+    """Raises KeyboardInterrupt on Ctrl-C; ends at once during an import, where libraries turn it into other errors."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             sys.stdout.flush()
             with contextlib.suppress(OSError):
-                os.write(quiet.screen, b"Interrupted.\n")
+                os.write(streams.screen, b"Interrupted.\n")
             os._exit(130)
         frame = frame.f_back
     raise KeyboardInterrupt

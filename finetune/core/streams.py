@@ -1,27 +1,31 @@
-"""Standard output and error that never end the work: what they cannot show is escaped, what they lose is ignored."""
+"""Standard output and error: they never fail a script, and the libraries keep quiet on them."""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
+import faulthandler
+import logging
 import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
 STANDARD = ("stdout", "stderr")
 UTF8_VARIABLE = "PYTHONUTF8"
-ASCII_NAMES = f"Python takes file names as ASCII here. For files with other names, start it with {UTF8_VARIABLE}=1 set."
+ASCII_NAMES = f"Python takes file names as ASCII here. Set {UTF8_VARIABLE}=1 to use files with other names."
 
 
 class LastingStream:
-    """A text stream whose writing never fails; all else is that of the stream itself.
+    """Wraps a text stream such that writing never fails.
 
-    Terminals close, pipes lose their readers, disks fill up, and redirected output has 256 characters on Windows. None
-    of that is a reason to lose an hour of training.
+    Terminals close, pipes lose their readers, disks fill up, and redirected output on Windows has 256 characters. None
+    of this should end hours of training.
 
     Args:
-        stream: where text goes. None, which Python has where the process was started without one, shows nothing.
+        stream: the stream to wrap. None, as Python has it if the process started without one, discards all text.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -31,32 +35,32 @@ class LastingStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Writes text, with escapes for the characters that the stream's encoding lacks."""
-        # Streams that are not files, such as those of notebooks and windows, have errors of their own.
+        """Writes text, and escapes characters that the encoding of the stream lacks."""
+        # The streams of notebooks and windows raise errors of their own.
         with contextlib.suppress(Exception):
             try:
                 self.stream.write(text)
             except UnicodeEncodeError:
                 encoding = getattr(self.stream, "encoding", None) or "ascii"
-                # Bars are redrawn too often to be escapes.
+                # Progress bars are redrawn often, and escapes would make them long.
                 shown = text.replace("━", "=").encode(encoding, "backslashreplace")
                 self.stream.write(shown.decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        """Brings what was written to its place, where there still is one."""
+        """Flushes the stream, if it still works."""
         with contextlib.suppress(Exception):
             self.stream.flush()
 
     def isatty(self) -> bool:
-        """Returns whether the stream leads to a terminal; a closed one does not."""
+        """Returns whether the stream is an open terminal."""
         with contextlib.suppress(Exception):
             return self.stream.isatty()
         return False
 
 
 def protect_output() -> None:
-    """Replaces the standard streams by such as never fail, for the rest of the process."""
+    """Replaces the standard streams by streams that never fail, for the rest of the process."""
     fill_descriptors()
     for name in STANDARD:
         stream = getattr(sys, name)
@@ -66,7 +70,7 @@ def protect_output() -> None:
 
 @contextlib.contextmanager
 def protecting_output() -> Iterator[None]:
-    """Does the same while it is entered: for a script's `main`, which a program of the user's may call."""
+    """Protects the output in a `with` block, for a `main` that a user's own program calls."""
     before = {name: getattr(sys, name) for name in STANDARD}
     protect_output()
     if has_ascii_names():
@@ -80,26 +84,76 @@ def protecting_output() -> Iterator[None]:
 
 
 def fill_descriptors() -> None:
-    """Opens the standard descriptors that are closed: else the next file has their number, and gets what C++ prints."""
+    """Opens closed standard descriptors; otherwise the next file gets their number, and the output of C++ libraries."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # The system takes the lowest number that is free.
+            # The system assigns the lowest free number.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def has_ascii_names() -> bool:
-    """Returns whether this Python takes file names as ASCII, so that it can neither read nor write others as text."""
+    """Returns whether this Python takes file names as ASCII and therefore cannot handle other names."""
     return codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
 
 
 def restart_in_utf8() -> None:
-    """Starts this program again in Python's UTF-8 mode where file names could only be ASCII.
+    """Restarts this program in Python's UTF-8 mode if file names could only be ASCII.
 
-    That is so in the locale C, as with LC_ALL=C, where that mode is switched off: most systems' file names are UTF-8.
+    That happens in the C locale (LC_ALL=C) with UTF-8 mode switched off. Most systems have UTF-8 file names.
     """
     if has_ascii_names() and sys.executable and os.environ.get(UTF8_VARIABLE) != "1":
-        # The processes that this one starts read the variable; the option also counts under -E and -I.
+        # Child processes read the variable. The option also works with -E and -I.
         os.environ[UTF8_VARIABLE] = "1"
         os.execv(sys.executable, [sys.executable, "-X", "utf8=1", *sys.orig_argv[1:]])
+
+
+# 0 shows all messages, 2 only errors.
+LEVEL_VARIABLE = "TF_CPP_MIN_LOG_LEVEL"
+# The descriptor of the real stderr, also while it is hidden.
+screen = 2
+
+
+def silence_libraries(verbose: bool) -> None:
+    """Hides the log messages of the libraries, or shows all of them; to be called before they are loaded.
+
+    Without `verbose`, the user's own settings for TensorFlow and Python's warnings win.
+    """
+    if verbose:
+        os.environ[LEVEL_VARIABLE] = "0"
+        return
+    os.environ.setdefault(LEVEL_VARIABLE, "2")
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    if not sys.warnoptions:
+        # After the existing filters, which may turn warnings into errors.
+        warnings.simplefilter("ignore", append=True)
+
+
+@contextlib.contextmanager
+def hiding_stderr() -> Iterator[None]:
+    """Hides what TensorFlow's C++ code writes to stderr at any log level, unless wanted; shows it on an exception."""
+    global screen
+    if os.environ.get(LEVEL_VARIABLE, "0") == "0":
+        yield
+        return
+    with tempfile.TemporaryFile() as hidden:
+        screen = os.dup(2)
+        if tells_crashes := not faulthandler.is_enabled():
+            # After a crash nothing else could explain it.
+            faulthandler.enable(screen)
+        os.dup2(hidden.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            hidden.seek(0)
+            os.write(screen, hidden.read())
+            raise
+        finally:
+            os.dup2(screen, 2)
+            if tells_crashes:
+                faulthandler.disable()
+            os.close(screen)
+            screen = 2
+    for name in ("tensorflow", "absl"):
+        logging.getLogger(name).setLevel(logging.ERROR)

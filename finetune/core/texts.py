@@ -1,4 +1,4 @@
-"""How text is shown: counts, sizes, lists and escapes, progress bars, and lines in a log."""
+"""Text output: counts, sizes, lists, escapes, durations and progress."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any, Self, TextIO
 from tqdm import tqdm
 
 LONGEST_LIST = 5
-# Where there are more classes, people are shown the most telling ones, and told where all are.
+# With more classes than this, only the most informative ones are shown.
 MOST_LISTED = 100
 MOST_TELLING = 20
-# Between two lines, in seconds.
+# Seconds between two progress lines.
 LINE_EVERY = 60.0
-# As Keras draws the bar of an epoch.
+# In the style of the Keras progress bar.
 BAR = {
     "bar_format": "{desc}: {n_fmt}/{total_fmt} {bar:20} {elapsed}, {remaining} to go, {rate_fmt}",
     "ascii": " ━",
@@ -28,27 +28,28 @@ BAR = {
 
 
 def join_names(names: Sequence[Any], longest: int = LONGEST_LIST) -> str:
-    """Returns the first few names joined by commas, and how many more there are."""
+    """Returns the first few names joined by commas, and the number of the others."""
     shown = ", ".join(str(name) for name in names[:longest])
     return shown + (f" and {len(names) - longest} more" if len(names) > longest else "")
 
 
 def show_count(number: int, noun: str) -> str:
-    """Returns a number with its noun: `1 image`, `2 images`."""
+    """Returns a number and a noun: `1 image`, `2 images`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def show_bytes(number: int) -> str:
-    """Returns a number of bytes in the unit that suits it: `12.5 MiB`, `1.2 GiB`."""
+    """Returns a number of bytes in MiB or GiB: `12.5 MiB`, `1.2 GiB`."""
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
 def show_text(text: str) -> str:
-    """Returns a text on one line: as it is, or with escapes where it holds what cannot be printed."""
+    """Returns a text on one line, escaped if it has unprintable characters."""
     return text if text.isprintable() else ascii(text)
 
 
 def shorten(text: str) -> str:
+    """Returns a text without unprintable characters and cut to 300 characters."""
     shown = "".join(character if character.isprintable() else " " for character in text)
     return shown if len(shown) <= 300 else f"{shown[:300]}..."
 
@@ -57,7 +58,7 @@ BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2
 
 
 def show(text: str) -> str:
-    """Returns a text with the characters that cannot be seen, or that reorder others, written as their escapes."""
+    """Returns a text with escapes for control characters and for characters that reorder others."""
     return "".join(
         character.encode("unicode_escape").decode()
         if unicodedata.category(character) in ("Cc", "Cs") or character in BIDI_CONTROLS
@@ -67,7 +68,7 @@ def show(text: str) -> str:
 
 
 def show_duration(seconds: float) -> str:
-    """Returns a duration in the two largest units that it has: `45 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Returns a duration in its two largest units: `45 s`, `3 min 20 s`, `2 h 5 min`."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -76,42 +77,42 @@ def show_duration(seconds: float) -> str:
 
 
 def show_moment(seconds: float) -> str:
-    """Returns when it will be so many seconds from now, local time: `14:05`, `Sat 28 Nov 14:05` on another day."""
+    """Returns the local time this many seconds from now: `14:05`, or `Sat 28 Nov 14:05` on another day."""
     now = datetime.datetime.now()
     moment = now + datetime.timedelta(seconds=seconds)
     return moment.strftime("%H:%M" if moment.date() == now.date() else "%a %d %b %H:%M")
 
 
 def draws_bars(stream: TextIO | None) -> bool:
-    """Tells whether a stream leads to a terminal that can draw over what it shows."""
+    """Returns whether a stream is a terminal that can redraw a line."""
     try:
         return stream.isatty() and os.environ.get("TERM") != "dumb"
     except (AttributeError, ValueError):
-        # There is none, or it is closed.
+        # The stream is None or closed.
         return False
 
 
 def begin_line() -> str:
-    """Returns what goes before a line that is printed while Keras draws a bar: the end of the bar's own line."""
+    """Returns the line break to print before a line while Keras draws a progress bar; empty without a bar."""
     return "\n" if draws_bars(sys.stdout) else ""
 
 
 def choose_keras_verbosity() -> int:
-    """Returns what Keras calls a bar (1) in a terminal, and a line an epoch (2) where there is none."""
+    """Returns the Keras verbosity: 1 (a bar) in a terminal, else 2 (a line per epoch)."""
     return 1 if draws_bars(sys.stdout) else 2
 
 
 def show_progress(
     total: int, title: str, initial: int = 0, delay: float = 0.0, unit: str = "image"
 ) -> tqdm | ProgressLines:
-    """Shows how many images are done, on stderr; to be entered, and told of more by `update`.
+    """Shows progress on stderr: a bar in a terminal, else lines. Use it in a `with` block and call `update`.
 
     Args:
-        total: of the images.
-        title: what is done with them; nothing is shown without one.
-        initial: of them, done before.
+        total: the number of images.
+        title: the current task; nothing is shown if it is empty.
+        initial: the number of images that are already done.
         delay: seconds before a bar appears.
-        unit: what a bar counts in the place of images.
+        unit: what the bar counts.
     """
     if draws_bars(sys.stderr) or not title:
         return tqdm(total=total, initial=initial, unit=unit, desc=title, delay=delay, disable=not title, **BAR)
@@ -119,12 +120,12 @@ def show_progress(
 
 
 class ProgressLines:
-    """Says every minute how many images are done; nothing where all are done within the first one.
+    """Prints a progress line every minute, and so nothing for tasks under a minute.
 
     Args:
-        total: of the images.
-        title: what is done with them.
-        initial: of them, done before.
+        total: the number of images.
+        title: the current task.
+        initial: the number of images that are already done.
     """
 
     def __init__(self, total: int, title: str, initial: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Everything in tables and their images that makes training fail, or wrong."""
+"""The data check: finds everything in tables and their images that makes training fail or go wrong."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,25 +14,20 @@ import numpy as np
 from configs import MAX_IMAGE_PIXELS, Configs
 from finetune.core.options import UserError
 from finetune.core.texts import LONGEST_LIST, join_names, show_count, show_duration
-from finetune.data.copies import Copies, find_copies, list_findings
-from finetune.data.findings import KINDS, Finding, describe_fault, get_bad_rows, report_findings
-from finetune.data.inspection import Inspection, estimate_seconds, inspect_images
-from finetune.data.pixel_range import resolve_pixel_range_of_files
-from finetune.data.table_faults import explain_missing
+from finetune.data.findings import KINDS, Finding, Inspection, describe_fault, get_bad_rows, report_findings
+from finetune.data.inspection import estimate_seconds, inspect_images, resolve_pixel_range_of_files
+from finetune.data.near_copies import Copies, find_copies, list_findings
 from finetune.data.tables import ImageTable, find_class_names, make_image_table, parse_table, split_label
 
 SIZE_FACTOR, SHAPE_FACTOR, FEWEST_SIZES = 4, 3, 10
-# How long the quick check may take to decode images and to compare them.
+# Seconds that the quick check may take to decode images, and at least has to compare them.
 QUICK_SECONDS, LEAST_SECONDS = 60, 10
-
-
-# Shows copies whose labels differ: takes the folder to write to, the copies, whether an image may have several labels,
-# and the options.
+# Shows copies with different labels. Arguments: the folder to write to, the copies, multi_label, the options.
 ShowCopies = Callable[[str, Copies, bool, Configs], None]
 
 
 class Reading(NamedTuple):
-    """How images are read: the pixels that one may have, threads, and what is black and white."""
+    """How images are read: the limit of pixels, threads, and which values are black and white."""
 
     max_pixels: int
     workers: int
@@ -40,12 +35,12 @@ class Reading(NamedTuple):
 
     @classmethod
     def of(cls, configs: Configs) -> Reading:
-        """Returns what the options say."""
+        """Returns the values of the options."""
         return cls(configs.max_image_pixels, configs.generator_workers, configs.pixel_range)
 
 
 class DataCheck(NamedTuple):
-    """What is wrong with tables and their images, in the order of `KINDS`, and which images are copies."""
+    """The findings on tables and their images, in the order of `KINDS`, and the copies among the images."""
 
     findings: list[Finding]
     copies: Copies
@@ -54,8 +49,8 @@ class DataCheck(NamedTuple):
 def list_sets(configs: Configs) -> dict[str, str]:
     """Returns the CSV files of a run's sets by name.
 
-    The test set counts where it is also the validation set, or where its name is the user's choice as that of the
-    training set is: an old data/testing_set.csv may be of other images.
+    The test set is one of them if it is the validation set, or if the user chose both tables or neither: an old
+    data/testing_set.csv may have other images.
     """
     sets = {"training": configs.train_csv, "validation": configs.validation_csv or configs.test_csv}
     is_chosen = "test_csv" in configs.given or "train_csv" not in configs.given
@@ -67,25 +62,25 @@ def list_sets(configs: Configs) -> dict[str, str]:
 def check_sets(
     csv_paths: dict[str, str], configs: Configs, writes_report: bool = True, show_copies: ShowCopies | None = None
 ) -> dict[str, set[int]]:
-    """Checks the tables of a run and their images, prints what it finds and writes data_report.csv.
+    """Checks the tables of a run and their images, prints the findings and writes data_report.csv.
 
     Args:
-        csv_paths: by the set's name: training, validation, and where it is another one test.
+        csv_paths: by the set's name: training, validation and, if it is another table, test.
         configs: the options.
-        writes_report: False leaves the report to another process that finds the same.
-        show_copies: is called with the copies before anything is raised.
+        writes_report: False if another process writes the same report.
+        show_copies: is called with the copies before an error is raised.
 
     Returns:
-        The line numbers of each CSV file that `skip_bad_images` leaves out.
+        The line numbers to leave out of each CSV file.
 
     Raises:
-        UserError: a table is not usable, or something makes training wrong: the summary of that.
+        UserError: a table is not usable, or there are errors.
     """
     if configs.verify_data == "off":
         return {path: set() for path in csv_paths.values()}
     label_column, mode = configs.csv_label_column, configs.verify_data
     if mode == "quick" and configs.distribution_strategy == "multi_worker":
-        # The processes of several hosts must agree on what they find, which a time limit does not ensure.
+        # The processes of several hosts must agree on the findings, which a time limit does not ensure.
         mode = "headers"
         print("Near copies are not looked for on several hosts. --verify_data full does it.") if writes_report else None
     tables = [
@@ -110,18 +105,15 @@ def check_tables(
     show_copies: ShowCopies | None = None,
     folder: str = "",
 ) -> DataCheck:
-    """Checks tables and every image in them, prints what it finds and writes data_report.csv.
+    """Checks tables and every image in them, prints the findings and writes data_report.csv.
 
     Args:
-        tables: of the sets, the training set first, or one of no set's name.
-        configs: for the images' size and limits, and what is no error.
+        tables: of the sets, the training set first, or one without a set's name.
+        configs: the options.
         multi_label: whether a label may hold several class names.
-        folder: receives data_report.csv; empty: that of the first table.
-        skip_contradictions: whether an image that has two labels is left out, and no error.
-        show_copies: is called with the copies before anything is raised.
-
-    Raises:
-        UserError: there are errors; of images that cannot be read only where `skip_bad_images` is not set.
+        skip_contradictions: leave out images that have two labels; otherwise they are errors.
+        show_copies: is called with the copies before an error is raised.
+        folder: receives data_report.csv; empty: the folder of the first table.
     """
     files = [file for table in tables for file in table.files]
     configs = resolve_pixel_range_of_files(configs, {tables[0].csv_path: files})
@@ -134,15 +126,10 @@ def check_tables(
 
 
 def check_data(tables: Sequence[ImageTable], configs: Configs, multi_label: bool, mode: str = "quick") -> DataCheck:
-    """Looks for everything in tables and their images that makes training fail, or wrong.
+    """Returns everything in tables, the training set first, and their images that makes training fail or go wrong.
 
-    Args:
-        tables: of the sets, the training set first.
-        configs: for the images' size, limits and reading, and whether an image in two sets is a warning.
-        multi_label: whether a label may hold several class names.
-        mode: `headers` reads headers, and whole files only where two may be the same; `full` decodes every image and
-            finds near copies; `quick` does so as long as it takes about a minute, and near copies in two sets are
-            warnings.
+    The mode `headers` reads headers, and whole files only if two may be equal. `full` decodes every image and finds
+    near copies. `quick` does so for about a minute, and near copies in two sets are warnings.
     """
     findings = [finding for table in tables for finding in check_labels(table, multi_label)]
     findings += find_unknown_classes(tables, multi_label)
@@ -161,13 +148,9 @@ def check_data(tables: Sequence[ImageTable], configs: Configs, multi_label: bool
 def look_for_copies(
     tables: Sequence[ImageTable], mode: str, reading: Reading, needs_headers: bool = True
 ) -> tuple[dict[str, Inspection], Copies]:
-    """Inspects the images of tables, in the way that `check_data` describes, and finds copies among them.
+    """Inspects the images of tables by a mode of `check_data`, and finds copies among them.
 
-    In the mode `quick` it prints what was left out for want of time. Headers are then read only if `needs_headers` is
-    set.
-
-    Returns:
-        What is known of each file, and the copies.
+    If the mode `quick` has no time to decode them, it says so, and reads headers only if `needs_headers` is set.
     """
     files = list(dict.fromkeys(file for table in tables for file in table.files if file))
     started, decode = time.monotonic(), mode == "full"
@@ -181,13 +164,13 @@ def look_for_copies(
             )
         if not decode and not needs_headers:
             return {}, Copies([], [])
-    known = dict(zip(files, inspect_named(files, decode, *reading), strict=True))
+    known = dict(zip(files, inspect_images(files, decode, *reading), strict=True))
     left = max(QUICK_SECONDS - (time.monotonic() - started), LEAST_SECONDS) if mode == "quick" else None
     copies = find_copies(tables, known, reading.workers, left)
     if copies.left_out:
         more = " --verify_data full compares more." if mode == "quick" else ""
         print(
-            f"Near copies: {copies.left_out:,} candidate pairs, the least similar ones, were not compared: "
+            f"Near copies: the {copies.left_out:,} least similar candidate pairs were not compared: "
             f"too many for {'a minute' if mode == 'quick' else 'one check'}.{more}"
         )
     return known, copies
@@ -200,64 +183,56 @@ def check_labels(table: ImageTable, multi_label: bool) -> list[Finding]:
         rows_of[label].append(row)
     found, names, first_row = [], Counter(), {}
 
-    def add(kind: str, row: int, detail: str) -> None:
-        found.append(Finding(kind, table.set_name, table.csv_path, row, table.paths[row - 2], detail))
+    def add(kind: str, rows: Iterable[int], detail: str) -> None:
+        for row in rows:
+            found.append(Finding(kind, table.set_name, table.csv_path, row, table.paths[row - 2], detail))
 
-    for row, file in enumerate(table.files, start=2):
-        if not file:
-            add("empty_path", row, "the path is empty")
+    add("empty_path", (row for row, file in enumerate(table.files, start=2) if not file), "the path is empty")
     for label, rows in rows_of.items():
         parts = split_label(label, multi_label)
         for name in set(parts):
             names[name] += len(rows)
             first_row[name] = min(rows[0], first_row.get(name, rows[0]))
-        faults = [("empty_label", "the label is empty")] * (not label.strip())
-        if label.strip() and not all(part.strip() for part in parts):
-            faults.append(("empty_label_part", f"the label {label!r}"))
+        if not label.strip():
+            add("empty_label", rows, "the label is empty")
+        elif not all(part.strip() for part in parts):
+            add("empty_label_part", rows, f"the label {label!r}")
         if len(set(parts)) < len(parts):
-            faults.append(("doubled_label", f"the label {label!r}"))
-        for kind, detail in faults:
-            for row in rows:
-                add(kind, row, detail)
+            add("doubled_label", rows, f"the label {label!r}")
     named = {name: count for name, count in names.items() if name.strip()}
     for name, kind, detail in compare_names(named):
         for label, rows in rows_of.items():
             if name in split_label(label, multi_label):
-                for row in rows:
-                    add(kind, row, detail)
+                add(kind, rows, detail)
     if table.set_name in ("", "training"):
         for name in sorted(name for name, count in named.items() if count == 1):
-            add("class_of_one_image", first_row[name], f"the class {name!r}")
+            add("class_of_one_image", [first_row[name]], f"the class {name!r}")
     return found
 
 
 def compare_names(counts: dict[str, int]) -> list[tuple[str, str, str]]:
-    """Finds class names that are variants of another one, or have white space at their ends.
+    """Returns class names that are variants of others or have white space around them, each with a kind and a detail.
 
-    Args:
-        counts: images of each class name.
-
-    Returns:
-        For each, the name, a key of `KINDS` and what was found.
+    `counts` has the number of images of each class name.
     """
     found, variants = [], defaultdict(list)
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
         plain = " ".join(name.split())
         if plain != name and plain in counts:
-            found.append((name, "white_space_variant", f"{name!r} beside {plain!r}"))
+            found.append((name, "white_space_variant", f"{name!r} and {plain!r}"))
         elif name != name.strip():
             found.append((name, "white_space", f"the label {name!r}"))
         if plain == name or plain not in counts:
             variants[unicodedata.normalize("NFKC", plain).casefold()].append(name)
     for common, *others in variants.values():
         for name in others:
-            text = f"{name!r} ({counts[name]} images) beside {common!r} ({counts[common]})"
+            text = f"{name!r} ({counts[name]} images) and {common!r} ({counts[common]})"
             found.append((name, "case_variant", text))
     return found
 
 
 def find_unknown_classes(tables: Sequence[ImageTable], multi_label: bool) -> list[Finding]:
-    """Finds the labels of other sets that the training set has no image of."""
+    """Finds rows of other sets whose classes have no image in the training set."""
     training = next((table for table in tables if table.set_name == "training"), None)
     if training is None:
         return []
@@ -267,7 +242,7 @@ def find_unknown_classes(tables: Sequence[ImageTable], multi_label: bool) -> lis
         for row, label in enumerate(table.labels, start=2):
             if unknown[label] and label.strip():
                 names = join_names([repr(name) for name in unknown[label]])
-                text = f"the label {names} is none of the {len(known)} classes of the training set"
+                text = f"the label {names} is not one of the {len(known)} classes of the training set"
                 path = table.paths[row - 2]
                 found.append(Finding("unknown_class", table.set_name, table.csv_path, row, path, text))
     return found
@@ -276,17 +251,10 @@ def find_unknown_classes(tables: Sequence[ImageTable], multi_label: bool) -> lis
 def find_unusual_sizes(
     known: dict[str, Inspection], image_size: Sequence[int], resize_mode: str
 ) -> dict[str, list[tuple[str, str]]]:
-    """Finds images that will be enlarged, or whose size or shape is far from the median.
+    """Returns kinds and details, by file, of images that will be enlarged or are far from the median size or shape.
 
-    Far is a mean side 4 times as long or as short, or sides' ratio 3 times as large or as small.
-
-    Args:
-        known: the inspected files.
-        image_size: `(height, width)` that images are resized to.
-        resize_mode: in which way: padding enlarges only what is smaller both ways.
-
-    Returns:
-        The kinds and details of each such file.
+    Far is a mean side 4 times as long or short, or a ratio of the sides 3 times as large or small. Padding enlarges
+    only images that are smaller than `image_size`, `(height, width)`, in both directions.
     """
     files = [file for file, inspection in known.items() if min(inspection.sides)]
     if not files:
@@ -299,26 +267,13 @@ def find_unusual_sizes(
     small = is_less.all(axis=1) if resize_mode == "pad" else is_less.any(axis=1)
     typical = np.median(sides, axis=0)
     found = defaultdict(list)
-    for kind, rows, beside in (
+    for kind, rows, compared in (
         ("small", small, f"the target is {image_size[1]}x{image_size[0]}"),
         ("unusual_size", far, f"the median is {typical[0]:.0f}x{typical[1]:.0f}"),
     ):
         for row in np.flatnonzero(rows):
-            found[files[row]].append((kind, f"{sides[row, 0]:.0f}x{sides[row, 1]:.0f}, {beside}"))
+            found[files[row]].append((kind, f"{sides[row, 0]:.0f}x{sides[row, 1]:.0f}, {compared}"))
     return found
-
-
-def inspect_named(
-    files: Sequence[str], decode: bool, max_pixels: int, workers: int, pixel_range: Sequence[float] = ()
-) -> list[Inspection]:
-    """Inspects images as `inspect_images` does; of a file that is missing it tells which one may be meant."""
-    inspections = inspect_images(files, decode, max_pixels, workers, pixel_range)
-    missing = [row for row, one in enumerate(inspections) if one.fault and one.fault[0] == "missing"]
-    reasons = explain_missing(files[row] for row in missing)
-    for row in missing:
-        if files[row] in reasons:
-            inspections[row] = inspections[row]._replace(fault=("missing", reasons[files[row]]))
-    return inspections
 
 
 def check_images(
@@ -329,23 +284,23 @@ def check_images(
     skip_bad_images: bool = False,
     rows: Sequence[int] | None = None,
 ) -> list[int]:
-    """Checks that every path is a file that starts and ends as an image does; decoding waits until it is read.
+    """Checks that every path is a file that begins and ends as an image does, without decoding it.
 
     Args:
         paths: image files or URLs.
-        csv_path: the table that they are from.
-        max_pixels: what an image may have.
+        csv_path: the table that lists them.
+        max_pixels: the largest number of pixels allowed.
         workers: threads.
-        skip_bad_images: print what is wrong in the place of raising it.
-        rows: the line number of each path in the table; None where the paths are those of all its lines.
+        skip_bad_images: print the faults instead of raising an error.
+        rows: the line number of each path in the table; None if every line is in `paths`.
 
     Returns:
-        The line numbers of those that are not, where `skip_bad_images` is set; they are printed.
+        The line numbers of the bad images, if `skip_bad_images` is set.
 
     Raises:
-        UserError: names the first few files that are missing, empty or no images, with their rows.
+        UserError: files are missing, empty or no images; it names the first few with their rows.
     """
-    inspections = inspect_named(paths, False, max_pixels, workers)
+    inspections = inspect_images(paths, False, max_pixels, workers)
     listed = zip(range(2, len(paths) + 2) if rows is None else rows, paths, inspections, strict=True)
     faults = {row: describe_fault(path, one.fault[1]) for row, path, one in listed if one.fault}
     if not faults:
@@ -355,5 +310,5 @@ def check_images(
     if skip_bad_images:
         print(f"{csv_path}: left out {show_count(len(faults), 'image')}: {'; '.join(shown)}{more}.")
         return list(faults)
-    remedy = "Correct image_directory, the paths or the files, or leave the rows out by --skip_bad_images True."
+    remedy = "Correct image_directory, the paths or the files, or leave the rows out with --skip_bad_images True."
     raise UserError(f"{csv_path}: {'; '.join(shown)}{more}. {remedy}")

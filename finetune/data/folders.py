@@ -5,36 +5,35 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from configs import Configs
 from finetune.core.files import IMAGE_SUFFIXES, lies_around, list_visible, report_closed, write_csv
-from finetune.core.labels import clean_label, clean_labels
+from finetune.core.labels import LABEL_SEPARATOR, clean_label, clean_labels
 from finetune.core.options import UserError
 from finetune.core.texts import join_names, show_count
 from finetune.data.data_check import check_tables
 from finetune.data.findings import get_bad_rows
 from finetune.data.headers import reads_heic
-from finetune.data.splitting import SET_FILES, count_classes, format_counts, warn_of_stale_sets
-from finetune.data.tables import IMAGE_COLUMN, LABEL_SEPARATOR, make_image_table
+from finetune.data.splitting import SET_FILES, format_counts, tabulate_counts, warn_of_stale_sets
+from finetune.data.tables import IMAGE_COLUMN, make_image_table
 
 SET_WORDS = {"train": "training", "training": "training", "test": "testing", "testing": "testing"}
 SET_WORDS |= dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "validation")
 SET_OPTIONS = {"training": "train_csv", "validation": "validation_csv", "testing": "test_csv"}
-EXPECTED = "Expected train, val and test, or two of them with train, with class folders inside, and no other folder"
+EXPECTED = "Expected train and val, test or both, with class folders inside, and no other folder"
 
 
 class Photos(NamedTuple):
-    """What a folder of class folders holds, each list sorted.
+    """The contents of a folder of class folders, sorted.
 
     Attributes:
-        images: the paths of each class folder's images, subfolders included, by its name, sorted.
-        others: files in class folders that by their ending are no images.
-        loose: files beside the class folders.
+        images: paths of each class folder's images, subfolders included, by the folder's name.
+        others: files in class folders without the ending of an image.
+        loose: files outside the class folders.
         closed: links and folders that lead to no file.
     """
 
@@ -48,7 +47,7 @@ def list_photos(folder_path: str) -> Photos:
     """Lists the images under each visible folder in a folder; linked folders are followed.
 
     Raises:
-        UserError: the folder cannot be read, holds no folder, or a name in it is no text.
+        UserError: the folder cannot be read, contains no folder, or a name in it is no text.
     """
     folder_path = os.path.normpath(folder_path)
     try:
@@ -66,16 +65,12 @@ def list_photos(folder_path: str) -> Photos:
         photos.closed.extend(closed)
     if not folders:
         report_left_out(photos)
-        raise UserError(f"{folder_path} holds no folders. Expected one folder per class, each with its images.")
+        raise UserError(f"{folder_path} contains no folders. Expected one folder per class, each with its images.")
     return photos
 
 
 def refuse_a_level_above(images: dict[str, list[str]], folder_path: str) -> None:
-    """Refuses a folder that is no folder of class folders but, as archives often are, one that holds it alone.
-
-    Raises:
-        UserError: one folder alone holds images, and all of these lie in folders of its own.
-    """
+    """Raises UserError for a folder that only contains the folder of class folders, as archives often do."""
     filled = [name for name, paths in images.items() if paths]
     if len(filled) != 1:
         return
@@ -85,37 +80,32 @@ def refuse_a_level_above(images: dict[str, list[str]], folder_path: str) -> None
         print(f"Warning: {only} is the only class. train.py expects at least two to tell apart.")
         return
     raise UserError(
-        f"{folder_path}: expected one folder per class. One folder alone, {filled[0]}, holds images, and these lie in "
-        f"folders below it: {join_names(below)}. Set --folder_path {only}."
+        f"{folder_path}: expected one folder per class. Only {filled[0]} contains images, in the folders "
+        f"{join_names(below)}. Set --folder_path {only}."
     )
 
 
 def report_left_out(photos: Photos) -> None:
-    """Prints which files were left out, and which links."""
+    """Prints which files and links were left out."""
     if photos.others:
         number = show_count(len(photos.others), "file")
-        print(f"Left out {number} without an image's ending: {join_names(photos.others)}")
+        print(f"Left out {number} without the ending of an image: {join_names(photos.others)}")
     if photos.loose:
-        print(f"Left out {show_count(len(photos.loose), 'file')} in no class folder: {join_names(photos.loose)}")
+        print(f"Left out {show_count(len(photos.loose), 'file')} outside the class folders: {join_names(photos.loose)}")
     report_closed(photos.closed)
 
 
 def report_unread_heic(paths: Sequence[str]) -> None:
-    """Prints how many images are HEIC where the package that reads them is not installed."""
+    """Prints how many images are HEIC if the package that reads them is not installed."""
     found = [path for path in paths if path.lower().endswith((".heic", ".heif"))]
     if found and not reads_heic():
         print(
-            "HEIC takes a package: pip install pillow-heif. "
-            f"Without it {show_count(len(found), 'image')} will count as unreadable."
+            f"{show_count(len(found), 'HEIC image')} cannot be read without another package: pip install pillow-heif."
         )
 
 
 def tabulate_images(images: dict[str, list[str]], label_column: str, folder_path: str) -> pd.DataFrame:
-    """Returns a table of images, a row each: its path and, in `label_column`, its class.
-
-    Raises:
-        UserError: there is no image, or the name of a folder cannot be a class name.
-    """
+    """Returns a table with the path of each image and, in `label_column`, its class; UserError if there is none."""
     for name in images:
         if LABEL_SEPARATOR in name:
             raise UserError(
@@ -125,7 +115,7 @@ def tabulate_images(images: dict[str, list[str]], label_column: str, folder_path
             raise UserError(f"The folder name {name!a} has no visible character. Rename the folder.")
     rows = [(path, name) for name, paths in images.items() for path in paths]
     if not rows:
-        raise UserError(f"The class folders of {folder_path} hold no image ({', '.join(IMAGE_SUFFIXES)}).")
+        raise UserError(f"The class folders of {folder_path} contain no image ({', '.join(IMAGE_SUFFIXES)}).")
     report_unread_heic([path for path, _ in rows])
     paths, names = zip(*rows, strict=True)
     return pd.DataFrame({IMAGE_COLUMN: paths, label_column: clean_labels(names, folder_path)})
@@ -134,19 +124,16 @@ def tabulate_images(images: dict[str, list[str]], label_column: str, folder_path
 def leave_out_bad_images(
     tables: dict[str, pd.DataFrame], set_names: Sequence[str], configs: Configs, multi_label: bool = False
 ) -> dict[str, pd.DataFrame]:
-    """Checks every image, writes data_report.csv beside the tables, and returns the rows that can be used.
+    """Checks every image, writes data_report.csv next to the tables, and returns these without the bad rows.
 
-    The report's row numbers count all images, those that are left out as well: images that have two labels and, where
-    `skip_bad_images` is set, those that cannot be read.
+    These are images with two labels and, with `skip_bad_images`, those that cannot be read. Other errors are raised.
+    The report's row numbers count all images.
 
     Args:
-        tables: by the CSV file that each is to be written to.
-        set_names: of each; of a single table empty.
+        tables: by the CSV file to write each to.
+        set_names: of the tables; empty for a single one.
         configs: the options of every script.
         multi_label: whether a label may hold several class names.
-
-    Raises:
-        UserError: there are errors, or no row of a table is left.
     """
     listed = [
         make_image_table(name, csv_path, table, configs.csv_label_column)
@@ -161,60 +148,47 @@ def leave_out_bad_images(
 
 
 def find_set_name(folder: str) -> str:
-    """Returns the set that a folder's name means, a key of `SET_FILES`: `Val`, `test_set`, `train2017`; or nothing."""
+    """Returns the key of `SET_FILES` that a folder's name means, such as `Val` or `train2017`; else an empty text."""
     words = re.sub(r"[\W\d_]", "", folder.casefold())
     return SET_WORDS.get(re.sub(r"(?<=.)(set|data|images|split)$", "", words), "")
 
 
 def find_set_folders(photos: Photos, folder_path: str) -> dict[str, str]:
-    """Tells which folders are sets, with class folders inside, and not classes.
-
-    Args:
-        photos: what `folder_path` holds.
-        folder_path: the folder.
-
-    Returns:
-        The path of each set's folder, training first; empty where the folders are classes.
+    """Returns the folder of each set by its name, training first; empty if the folders are classes.
 
     Raises:
-        UserError: some are sets, but not as they have to be.
+        UserError: some folders are sets, but one is missing, doubled, or has no class folders.
     """
     filled = [name for name, paths in photos.images.items() if paths]
     named = [name for name in filled if find_set_name(name)]
-    nested = [name for name in named if any(_has_class(path, folder_path, name) for path in photos.images[name])]
+    own = {name: os.path.normpath(os.path.join(folder_path, name)) for name in named}
+    nested = [name for name in named if any(os.path.dirname(path) != own[name] for path in photos.images[name])]
     found = {find_set_name(name): name for name in named}
     others = [name for name in filled if name not in named]
-    # One folder of such a name beside others is a class: photos of trains.
+    # A single folder with such a name is a class, such as photos of trains.
     if (others and len(found) < 2) or not (nested or len(found) > 1) or (others and not nested):
         return {}
     if others:
-        fault = f"{join_names(named)} are named as sets, but {join_names(others)} beside them hold images too"
-        remedy = "Move the others elsewhere, or rename what are classes"
+        fault = f"{join_names(named)} have names of sets, but {join_names(others)} contain images too"
+        remedy = "Move the others elsewhere, or rename the folders that are classes"
     elif len(found) < len(named):
         fault, remedy = f"{join_names(named)}: two of them mean the same set", "Join or rename them"
     elif flat := [name for name in named if name not in nested]:
-        fault = f"{join_names(flat)} hold images without class folders, so that these have no labels"
+        fault = f"{join_names(flat)} contain images without class folders, hence without labels"
         remedy = (
-            "Move them elsewhere (predict.py --input reads such a folder), or name a table of labels by --table_path"
+            "Move them elsewhere (predict.py --input reads such a folder), give a table of labels by --table_path, or "
+            "rename them if they are classes"
         )
-        remedy += "; rename them where they are classes"
     elif "training" not in found or len(found) == 1:
-        fault = f"there is no {'training set' if 'training' not in found else 'other set'} beside {join_names(named)}"
-        remedy = (
-            f"Give one set as --folder_path {shlex.quote(os.path.join(folder_path, named[0]))}, and split its table"
-        )
+        fault = f"there is no {'training set' if 'training' not in found else 'other set'}, only {join_names(named)}"
+        remedy = f"Set --folder_path {shlex.quote(os.path.join(folder_path, named[0]))}, and split its table"
     else:
         return {name: _find_inmost(os.path.join(folder_path, found[name])) for name in SET_FILES if name in found}
     raise UserError(f"{folder_path}: {fault}. {EXPECTED}. {remedy}.")
 
 
-def _has_class(path: str, folder_path: str, name: str) -> bool:
-    """Tells whether an image lies in a folder below that of its set."""
-    return os.path.dirname(path) != os.path.normpath(os.path.join(folder_path, name))
-
-
 def _find_inmost(folder: str) -> str:
-    """Returns the folder of a set, or the only one in it where that has the same name: archives pack train/train."""
+    """Returns a set's folder, or the only folder in it if both mean the same set, as in train/train."""
     photos = list_photos(folder)
     filled = [name for name, paths in photos.images.items() if paths]
     if len(filled) == 1 and find_set_name(filled[0]) == find_set_name(os.path.basename(folder)):
@@ -223,20 +197,17 @@ def _find_inmost(folder: str) -> str:
 
 
 def write_sets(folders: dict[str, str], beside: Photos, configs: Configs, write_path: str, verify: bool) -> dict:
-    """Writes the table of each set, and prints the counts and what to type next.
+    """Writes the table of each set; prints the counts and the next command.
 
     Args:
-        folders: of `find_set_folders`.
-        beside: what lies beside the folders of the sets, which is left out.
+        folders: from `find_set_folders`.
+        beside: the contents of the folder around them; its files are left out.
         configs: the options of every script.
-        write_path: receives the tables beside it.
+        write_path: the tables go into its folder.
         verify: whether to decode every image.
 
     Returns:
         The image count of each class in each set.
-
-    Raises:
-        UserError: there is an error in the images, or a name cannot be a class name.
     """
     found = {name: list_photos(folder) for name, folder in folders.items()}
     lists = zip(*[photos[1:] for photos in found.values()], strict=True)
@@ -253,8 +224,10 @@ def write_sets(folders: dict[str, str], beside: Photos, configs: Configs, write_
         tables = leave_out_bad_images(tables, list(folders), configs)
     for path, table in tables.items():
         write_csv(path, table)
-    print(f"Kept the split into {', '.join(map(_quote_folder, folders.values()))}: nothing is left to split.")
-    counts = _count(tables, list(folders), _name_classes(found.values()))
+    print(f"Kept the split into {', '.join(os.path.join(folder, '') for folder in folders.values())}.")
+    class_names = sorted({clean_label(name) for photos in found.values() for name in photos.images})
+    labels = dict(zip(folders, (table[label_column] for table in tables.values()), strict=True))
+    counts = tabulate_counts(labels, class_names, multi_label=False)
     print(format_counts(counts))
     warn_of_gaps(counts)
     for path, table in tables.items():
@@ -264,50 +237,24 @@ def write_sets(folders: dict[str, str], beside: Photos, configs: Configs, write_
     return counts.to_dict()
 
 
-def _name_classes(found: Iterable[Photos]) -> list[str]:
-    """Returns the class names of the folders in all sets, sorted, those of empty ones included."""
-    return sorted({clean_label(name) for photos in found for name in photos.images})
-
-
 def warn_of_gaps(counts: pd.DataFrame) -> None:
-    """Prints which classes have no image in a set, or in none, a line each kind.
-
-    Args:
-        counts: a row a class and a column a set.
-    """
+    """Prints which classes have no image in a set, or in none, by a table with a row per class and a column per set."""
     empty = counts.sum(axis=1) == 0
     if empty.any():
         print(f"No images, so in no table: {join_names([*counts.index[empty]])}")
     unknown = ~empty & (counts["training"] == 0)
     if unknown.any():
         print(
-            f"Warning: training has no image of {join_names([*counts.index[unknown]])}, other sets have: train.py "
-            "cannot use those. Move or drop them."
+            f"Warning: other sets have images of {join_names([*counts.index[unknown]])}, training has none: train.py "
+            "cannot use them. Move or drop them."
         )
     for set_name in counts.columns.drop("training"):
         if names := [*counts.index[~empty & ~unknown & (counts[set_name] == 0)]]:
             print(f"Warning: the {set_name} set has no image of {join_names(names)}.")
 
 
-def _quote_folder(folder: str) -> str:
-    return os.path.join(folder, "")
-
-
-def _count(tables: dict[str, pd.DataFrame], set_names: list[str], class_names: list[str]) -> pd.DataFrame:
-    """Returns a table of image counts, a row a class and a column a set."""
-    labels = pd.concat([table.iloc[:, 1] for table in tables.values()], ignore_index=True)
-    ends = np.cumsum([len(table) for table in tables.values()])
-    rows = np.split(np.arange(len(labels)), ends[:-1])
-    return count_classes(labels, dict(zip(set_names, rows, strict=True)), class_names, multi_label=False)
-
-
 def describe_next_step(paths: dict[str, str], label_column: str) -> str:
-    """Returns the command that trains on tables of sets, with the options that are not their defaults, and what lacks.
-
-    Args:
-        paths: of the tables, by the set's name.
-        label_column: the column with the labels.
-    """
+    """Returns the command that trains on the tables of sets, with the options that are not their defaults."""
     defaults, words = Configs.defaults(), []
     for name, path in paths.items():
         default = defaults[SET_OPTIONS[name]]
@@ -318,7 +265,7 @@ def describe_next_step(paths: dict[str, str], label_column: str) -> str:
     lines = [f"Next: {' '.join(['python train.py', *words])}"]
     if "testing" not in paths:
         lines.append(
-            "There is no test set. train.py needs none; test.py does: give it --test_csv with a table of other images, "
-            f"or {shlex.quote(paths['validation'])}, whose metrics are optimistic, since it selects the best model."
+            "There is no test set. test.py needs one: set --test_csv to a table of other images, or to "
+            f"{shlex.quote(paths['validation'])}, whose metrics are optimistic, since it selects the best model."
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Groups of photos that are not independent of each other, and folds that keep each group whole."""
+"""Groups of photos that are not independent, and folds that keep each group whole."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from finetune.data.tables import GROUP_COLUMN, parse_table
 
 
 def read_groups(table: pd.DataFrame, label_column: str) -> np.ndarray | None:
-    """Returns the groups of a table's images as `number_groups` does; None if it names none."""
+    """Returns the groups of a table's images as `number_groups` does; None if it has no column of groups."""
     names = read_group_names(table, label_column)
     return number_groups(names) if len(names) else None
 
 
 def read_group_names(table: pd.DataFrame, label_column: str) -> np.ndarray:
-    """Returns what a table calls each image's group, text `(images,)`; nothing if it has no such column."""
+    """Returns the name of each image's group in a table, `(images,)`; empty if it has no column of groups."""
     if GROUP_COLUMN not in table or label_column == GROUP_COLUMN:
         return np.zeros(0, object)
     return table[GROUP_COLUMN].str.strip().to_numpy(object)
 
 
 def find_shared(names: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the positions of the images whose group, as `read_group_names` gives it, is in another table too."""
+    """Returns the positions of images whose group name is also in another table."""
     known = {name for other in others for name in other if name}
     return np.flatnonzero([name in known for name in names])
 
 
 def warn_of_shared_groups(csv_paths: dict[str, str], label_column: str) -> None:
-    """Prints how many images of the other sets belong to groups that are in the training set too.
+    """Prints how many images of the other sets belong to groups of the training set.
 
     Args:
         csv_paths: by the set's name, `training` first.
@@ -47,37 +47,31 @@ def warn_of_shared_groups(csv_paths: dict[str, str], label_column: str) -> None:
             found = show_count(len({*groups[shared]}), "group")
             print(
                 f"Warning: {len(shared)} of the {len(groups)} images of {csv_paths[name]} belong to {found} of "
-                f"{csv_paths['training']} (column '{GROUP_COLUMN}'): the results of the {name} set will be too good. "
+                f"{csv_paths['training']} (column '{GROUP_COLUMN}'): the results of the {name} set will be optimistic. "
                 "Split again with split_train_test.py."
             )
 
 
 def describe_shared(set_name: str, metrics: dict[str, Any]) -> str:
-    """Says how many images of a set are of groups that the model knows, by the set's metrics; nothing without any."""
+    """Returns a sentence on a set's images whose groups the model knows, by the set's metrics; empty without any."""
     if not (number := metrics.get("images_of_known_groups")):
         return ""
-    known, worth = ("trained on or selected by", "its metrics are too good")
+    known, worth = ("trained on or selected by", "its metrics are optimistic")
     if set_name == "validation":
-        known, worth = ("trained on", "what is fitted on it is too sure of itself")
+        known, worth = ("trained on", "a temperature fitted on it is overconfident")
     which = f"{number} of the {metrics['images']} images of the {set_name} set"
     return f"{which} belong to groups that the model was {known}: {worth}."
 
 
 def describe_leak(test: dict[str, Any]) -> str:
-    """Returns one sentence or two on near copies of test images in the training set; empty if there are none.
-
-    Args:
-        test: the test set's part of metrics.json.
-    """
+    """Returns a text on near copies of test images in the training set, by its metrics; empty without any."""
     found = test.get("near_copies_in_training")
     if not found or not found["images"]:
         return ""
     text = f"{found['images']:,} of {test['images']:,} test images have a near copy in the training set"
     without = found["without"]
     if without is None:
-        return (
-            f"{text}: these results are those of photos that the model has seen. Split again with split_train_test.py."
-        )
+        return f"{text}: the model has seen all of them in training. Split again with split_train_test.py."
     name = "accuracy" if "accuracy" in without else "mean_auroc"
     value, interval = without[name], without["intervals"].get(name)
     shown = f"{value:.4f}" if value is not None else "undefined"
@@ -89,13 +83,10 @@ def describe_leak(test: dict[str, Any]) -> str:
 
 
 def number_groups(values: Sequence[str]) -> np.ndarray | None:
-    """Numbers the groups that a table's column names.
+    """Returns the number of each image's group, int `(images,)` from 0 without gaps; None if each is its own group.
 
     Args:
-        values: of each image; those that are equal but for blanks around them are one group, each empty one is its own.
-
-    Returns:
-        int `(images,)`, from 0 without gaps; None where each image is a group of its own.
+        values: of each image. Blanks around them don't count; each empty value is a group of its own.
     """
     texts = pd.Series(values, dtype=object).str.strip()
     numbers, names = pd.factorize(texts)
@@ -113,7 +104,7 @@ def pick_groups(groups: np.ndarray | None, rows: np.ndarray | slice) -> np.ndarr
 
 
 def count_groups(groups: np.ndarray | None, images: int) -> int:
-    """Returns how many groups there are; without any, each of so many images is one."""
+    """Returns the number of groups; without groups, the number of images."""
     return images if groups is None else int(groups.max()) + 1
 
 
@@ -123,17 +114,17 @@ def is_single_group(groups: np.ndarray | None) -> bool:
 
 
 def describe_groups(groups: np.ndarray | None) -> str:
-    """Returns ` in 239 groups`, to follow a number of images; nothing without groups."""
+    """Returns ` in 239 groups`, to append to a number of images; empty without groups."""
     return "" if groups is None else describe_group_count(count_groups(groups, len(groups)))
 
 
 def describe_group_count(number: int | None) -> str:
-    """Returns what `describe_groups` does, from the number of groups; nothing without one."""
+    """Returns ` in 239 groups` from the number of groups; empty without one."""
     return "" if number is None else f" in {show_count(number, 'group')}"
 
 
 def count_groups_of_classes(labels: np.ndarray, groups: np.ndarray, number: int) -> np.ndarray:
-    """Returns in how many groups each class lies, int `(classes,)`.
+    """Returns the number of groups of each class, int `(classes,)`.
 
     Args:
         labels: int `(images,)`, or `(images, classes)` of zeros and ones.
@@ -144,57 +135,51 @@ def count_groups_of_classes(labels: np.ndarray, groups: np.ndarray, number: int)
 
 
 def find_lone_classes(labels: np.ndarray, groups: np.ndarray | None, number: int) -> np.ndarray:
-    """Returns the classes whose images all lie in one group: none is left to learn them from when it is held out.
-
-    Args:
-        labels: as `count_groups_of_classes` takes them.
-        groups: of the images; None finds none.
-        number: of classes.
-    """
+    """Returns the classes whose images are all in one group, which cross-validation cannot hold out."""
     if groups is None:
         return np.zeros(0, int)
     return np.flatnonzero(count_groups_of_classes(labels, groups, number) == 1)
 
 
 def describe_lone_classes(class_names: Sequence[str]) -> str:
-    """Says that classes cannot be cross-validated; nothing without any."""
+    """Returns a sentence on the classes that cannot be cross-validated; empty without any."""
     if not len(class_names):
         return ""
-    return f"Not cross-validated, as all their images lie in one group: {join_names(class_names)}."
+    return f"Not cross-validated, because all their images are in one group: {join_names(class_names)}."
 
 
 def refuse_lone_classes(labels: np.ndarray, groups: np.ndarray | None, number: int, what: str) -> None:
-    """Raises UserError where no image can be judged by others: each class lies in one group.
+    """Raises UserError if each class is in one group only, so that no group can be held out.
 
     Args:
         labels: as `count_groups_of_classes` takes them.
-        groups: of the images; None: they are independent.
+        groups: of the images; None if they are independent.
         number: of classes.
-        what: names the images.
+        what: name of the images for the error.
     """
     if groups is not None and count_groups_of_classes(labels, groups, number).max() < 2:
         raise UserError(
-            f"{what}: expected a class with images in at least two groups, so that others than their own can judge "
-            f"them. Received: {len(groups)} images{describe_groups(groups)} of the column '{GROUP_COLUMN}', each class "
-            "in one of them. Correct the column, or remove it."
+            f"{what}: expected a class with images in at least two groups, so that one can be held out. Received: "
+            f"{len(groups)} images{describe_groups(groups)} of the column '{GROUP_COLUMN}', each class in one of them. "
+            "Correct the column, or remove it."
         )
 
 
 def deal_groups(labels: np.ndarray, groups: np.ndarray, number: int, folds: int, seed: int) -> list[np.ndarray]:
     """Deals whole groups out to folds so that each fold has its share of every class and of the images.
 
-    Those with the rarest class come first, of them the largest. Each goes where it adds least to the sum of the squared
-    shares of classes and images, each class counting the same. A class that has several groups is not in one fold
-    alone, unless every fold would be the only one of some class.
+    Groups with the rarest class come first, the largest of them before the others. Each goes where it adds least to the
+    sum of the squared shares of classes and images, with equal weight for each class. A class of several groups is not
+    in one fold only, unless every fold would be the only one of some class.
 
-    scikit-learn's StratifiedGroupKFold may put both groups of a class into one fold, and knows one label an image.
+    scikit-learn's StratifiedGroupKFold may put both groups of a class into one fold, and takes one label per image.
 
     Args:
         labels: int `(images,)`, or `(images, classes)` of zeros and ones.
         groups: of the images, numbered from 0 without gaps.
         number: of classes.
-        folds: at most; there are no more than groups.
-        seed: of the order of groups that are alike.
+        folds: at most, and no more than there are groups.
+        seed: for the order of equal groups.
 
     Returns:
         The sorted positions of each fold's images.
@@ -202,7 +187,7 @@ def deal_groups(labels: np.ndarray, groups: np.ndarray, number: int, folds: int,
     members = _count_members(labels, groups, number)
     sizes, left = np.bincount(groups), np.bincount(members.indices, minlength=number)
     totals = np.maximum(np.asarray(members.sum(axis=0)).ravel(), 1)
-    # Each row sums to the shares of the classes in one fold, and last to that of the images.
+    # A row has the shares of the classes in one fold, then its share of the images.
     shares, folds = np.zeros((min(folds, len(sizes)), number + 1)), min(folds, len(sizes))
     assigned, rarity = np.zeros(len(sizes), int), np.full(len(sizes), np.iinfo(int).max)
     np.minimum.at(rarity, np.repeat(np.arange(len(sizes)), np.diff(members.indptr)), left[members.indices])
@@ -213,7 +198,7 @@ def deal_groups(labels: np.ndarray, groups: np.ndarray, number: int, folds: int,
         columns = np.append(classes, number)
         added = np.append(members.data[part] / totals[classes], sizes[group] / len(groups))
         costs = shares[:, columns] @ added
-        # The last group of a class does not join all others of it in their fold.
+        # The last group of a class must not join all its other groups in one fold.
         last = classes[left[classes] == 1]
         closes = ((shares[:, last] > 0) & (np.count_nonzero(shares[:, last], axis=0) == 1)).any(axis=1)
         assigned[group] = np.lexsort((costs, closes))[0]

@@ -25,25 +25,20 @@ from finetune.data.headers import (
     check_chunks,
     check_length,
     find_orientation,
-    find_scan,
-    has_zeroed_part,
-    is_animated_png,
-    is_ordinary_jpeg,
     is_transparent,
-    lacks_scans,
-    open_bytes,
+    read_frame,
     read_header,
 )
 from finetune.data.stores import read_bytes
 from finetune.data.tiffs import BITS, check_parts, decode_numbers, read_layout
 
-# Around a picture that is padded: the middle of the range, which most preprocessing makes 0 or nearly so, as
-# convolutions pad. One for all backbones, so that a cached picture suits each.
+# The border of a padded picture: the middle of the range, which most preprocessing maps to about 0, as convolutions
+# pad. It is the same for all backbones, so that they share cached pictures.
 PAD_GREY = 127
 END_OF_JPEG = b"\xff\xd9"
-# What the header of a JPEG file of so many bytes says, which has to be read once only.
+# The contents of a JPEG header, to be read once only, and the length of the file that it belongs to.
 JPEG_HEADER = np.dtype([("bytes", "<i8"), ("width", "<i4"), ("height", "<i4"), ("orientation", "u1")])
-# What turns a picture upright, by its orientation. Source: EXIF 2.32 (CIPA DC-008-2019), tag 0x0112.
+# Turns a picture upright, by its orientation. Source: EXIF 2.32 (CIPA DC-008-2019), tag 0x0112.
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda image: cv2.flip(image, 1),
     3: lambda image: cv2.rotate(image, cv2.ROTATE_180),
@@ -53,9 +48,9 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda image: cv2.rotate(cv2.transpose(image), cv2.ROTATE_180),
     8: lambda image: cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
-# Faults whose details go on after "it".
+# The details of these faults continue "it".
 STORE_FAULTS = ("missing", "unreachable")
-# What to do about an image that cannot be used, by its fault.
+# What to do about an image, by its fault.
 REMEDIES = {
     "unreachable": "Check the address, the network and your permissions",
     "needs_package": "Install it",
@@ -64,12 +59,7 @@ REMEDIES = {
 
 
 class Placement(NamedTuple):
-    """Where a picture is in what a model sees of it.
-
-    Attributes:
-        seen: the rows and the columns of the picture that are shown, at least one of each.
-        filled: those of the model's input that they fill, at least one of each.
-    """
+    """The rows and columns of a picture that a model sees, and those of the model's input that they fill."""
 
     seen: tuple[slice, slice]
     filled: tuple[slice, slice]
@@ -82,23 +72,23 @@ def read_image(
     header: np.ndarray | None = None,
     pixel_range: Sequence[float] = (),
 ) -> np.ndarray:
-    """Decodes an image as a person sees it: upright by its EXIF or XMP, and what is transparent over white.
+    """Decodes an image as a person sees it: upright by its EXIF or XMP, transparency over white.
 
     Args:
         path: a file, or a URL that fsspec reads.
-        image_size: `(height, width)` that the picture will be resized to, in whichever way: a JPEG at least twice as
-            large is decoded at 1/2, 1/4 or 1/8 of its size, which is faster, and neither side comes below these two.
-        max_pixels: what the picture may have; the header tells before anything is decoded.
-        header: `(1,)` of the type `JPEG_HEADER`: what this file's said when it was read before, which holds as long as
-            the file has that length; or zeros, which are filled in.
-        pixel_range: the option of that name, as a run's `configs.json` has it: the values of float and 32-bit TIFFs
-            that are black and white. Empty assumes 0 and 1 for numbers with a point, 0 and 255 for integers.
+        image_size: `(height, width)` that the picture will be resized to. A JPEG at least twice as large is decoded
+            at 1/2, 1/4 or 1/8 of its size, which is faster; neither side gets smaller than these two.
+        max_pixels: the largest number of pixels allowed; the header is checked before anything is decoded.
+        header: `(1,)` of the type `JPEG_HEADER`, from an earlier reading of this file: valid while the file has the
+            same length. Zeros are filled in.
+        pixel_range: the option of that name, as in a run's `configs.json`: the values of float and 32-bit TIFFs that
+            are black and white. Empty assumes 0 and 1 for floats, 0 and 255 for integers.
 
     Returns:
-        uint8 RGB `(height, width, 3)`; grey is repeated, 16 bits reduced to 8.
+        uint8 RGB `(height, width, 3)`; grey is repeated, 16 bits are reduced to 8.
 
     Raises:
-        UserError: the file is missing, damaged, too large or cannot be decoded, or an argument is not as described.
+        UserError: the file is missing, damaged, too large or cannot be decoded, or an argument is invalid.
     """
     path = take_path("path", path)
     if image_size is not None:
@@ -117,7 +107,7 @@ def read_image(
 
 
 def build_reader(configs: Configs) -> Callable[..., np.ndarray]:
-    """Builds what reads an image as `read_image` does, by the limits and the range that the options have."""
+    """Returns `read_image` with the options' limit of pixels and pixel range."""
     return functools.partial(read_image, max_pixels=configs.max_image_pixels, pixel_range=configs.pixel_range)
 
 
@@ -128,7 +118,7 @@ def decode_image(
     known: np.ndarray | None = None,
     pixel_range: Sequence[float] = (),
 ) -> np.ndarray:
-    """Decodes the bytes of an image file, uint8 `(bytes,)`, as `read_image` does; raises BadImage in its place."""
+    """Decodes the bytes of an image file, uint8 `(bytes,)`, as `read_image` does; raises BadImage, not UserError."""
     is_jpeg = encoded[:3].tobytes() == JPEG_START
     size, width, height, orientation = known.item() if known is not None else (0, 0, 0, 0)
     if is_jpeg and size == encoded.size:
@@ -147,48 +137,30 @@ def decode_pixels(
     image_size: Sequence[int] | None = None,
     pixel_range: Sequence[float] = (),
 ) -> np.ndarray:
-    """Decodes an image file whose header is known: the data check, training and prediction all do it here.
+    """Decodes the bytes of an image file, uint8 `(bytes,)`, with its header from `read_header`.
 
-    Args:
-        encoded: uint8 `(bytes,)`.
-        header: from `read_header`.
-        image_size: as `read_image` takes it.
-        pixel_range: likewise.
-
-    Returns:
-        uint8 RGB `(height, width, 3)`.
-
-    Raises:
-        BadImage: it is damaged, or no image.
+    The data check, training and prediction share it; raises BadImage if the file is damaged or no image.
     """
     if header is None:
         return _decode_by_opencv(encoded, header)
     if encoded[:3].tobytes() == JPEG_START:
-        image = _decode_jpeg(encoded, header.size, find_orientation(header), image_size)
-        if lacks_scans(encoded.tobytes()):
-            raise BadImage("truncated", "its last scans are missing")
-        return image
-    if encoded[:8].tobytes() == PNG_START:
-        data = encoded.tobytes()
-        # OpenCV 4.12 crashes on damaged animations.
-        if check_chunks(data) or is_animated_png(data):
-            return _decode_by_pillow(data)
+        return _decode_jpeg(encoded, header.size, find_orientation(header), image_size)
+    if encoded[:8].tobytes() == PNG_START and check_chunks(data := encoded.tobytes()):
+        return _decode_by_pillow(data)
     if header.format == "TIFF":
         data = encoded.tobytes()
         with _describing_failures(data):
             if layout := read_layout(io.BytesIO(data)):
                 return turn_upright(decode_numbers(data, layout, pixel_range), find_orientation(header))
-    # Of damaged TIFFs OpenCV gives what it has.
+    # OpenCV returns incomplete pictures of damaged TIFFs.
     if header.format in ("GIF", "AVIF", "HEIF", "TIFF") or is_transparent(header):
         return _decode_by_pillow(encoded.tobytes())
     return turn_upright(_decode_by_opencv(encoded, header), find_orientation(header))
 
 
-def choose_divisor(encoded: np.ndarray, sides: Sequence[int], image_size: Sequence[int]) -> int:
-    """Returns the largest of 8, 4, 2 and 1 by which a JPEG file's picture stays at least as large as `image_size`."""
-    if encoded[:3].tobytes() != JPEG_START:
-        return 1
-    # Its EXIF orientation may turn the picture: the shorter side is taken for both.
+def choose_divisor(sides: Sequence[int], image_size: Sequence[int]) -> int:
+    """Returns the largest of 8, 4, 2 and 1 by which a JPEG of these sides can shrink and still cover `image_size`."""
+    # Its orientation may swap the sides, so the shorter one has to suffice for both.
     return next(divisor for divisor in (8, 4, 2, 1) if divisor == 1 or min(sides) // divisor >= max(image_size))
 
 
@@ -198,10 +170,10 @@ def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def resize_image(image: np.ndarray, image_size: Sequence[int], target: np.ndarray | None = None) -> np.ndarray:
-    """Stretches an image to `(height, width)`; `fit_image` is what the model sees.
+    """Stretches an image to `(height, width)`; `fit_image` returns what the model sees.
 
-    Where it shrinks, areas are averaged; where the sides shrink by less than 1.5, neighbours are interpolated, which
-    takes 0.1 ms instead of 0.5 ms from 240x320 to 224x224.
+    Shrinking averages areas. If neither side shrinks by 1.5, neighbours are interpolated instead: 0.1 ms, not 0.5 ms,
+    from 240x320 to 224x224.
 
     Args:
         image: `(any height, any width, 3)`.
@@ -220,13 +192,13 @@ def resize_image(image: np.ndarray, image_size: Sequence[int], target: np.ndarra
 
 
 def place_image(picture_size: Sequence[int], image_size: Sequence[int], resize_mode: str) -> Placement:
-    """Tells which part of a picture a model sees, and where, in whole pixels.
+    """Returns which part of an upright picture a model sees, and where, in whole pixels.
 
-    `stretch` shows all of it everywhere. `crop` shows the largest part of the input's shape, from the middle. `pad`
-    shows all of it in the middle, as large as its shape allows.
+    `stretch` fills the input with all of it. `crop` shows the largest central part of the input's shape. `pad` centres
+    all of it, as large as it fits.
 
     Args:
-        picture_size: `(height, width)` of the upright picture.
+        picture_size: `(height, width)` of the picture.
         image_size: `(height, width)` of the model's input.
         resize_mode: one of `configs.RESIZE_MODES`.
     """
@@ -247,16 +219,7 @@ def _take_middle(whole: Sequence[int], part: Sequence[float]) -> tuple[slice, sl
 
 
 def shape_image(image: np.ndarray, image_size: Sequence[int], resize_mode: str) -> np.ndarray:
-    """Returns a picture that only has to be stretched to `image_size` to be what the model sees of an image.
-
-    Args:
-        image: `(any height, any width, 3)`.
-        image_size: `(height, width)` of the model's input.
-        resize_mode: as `place_image` takes it.
-
-    Returns:
-        The image, a part of it, or on grey `(height, width, 3)`.
-    """
+    """Returns the part of an image that the model sees, or the padded image: to be stretched to `image_size`."""
     seen, filled = place_image(image.shape[:2], image_size, resize_mode)
     if resize_mode != "pad":
         return image[seen]
@@ -266,44 +229,33 @@ def shape_image(image: np.ndarray, image_size: Sequence[int], resize_mode: str) 
 
 
 def fit_image(image: np.ndarray, image_size: Sequence[int], resize_mode: str) -> np.ndarray:
-    """Returns what a model sees of an image, `(height, width, 3)`; takes what `shape_image` takes."""
+    """Returns what a model sees of an image, `(height, width, 3)`, by `resize_mode`."""
     return resize_image(shape_image(image, image_size, resize_mode), image_size)
 
 
 def _decode_jpeg(
     encoded: np.ndarray, sides: Sequence[int], orientation: int, image_size: Sequence[int] | None
 ) -> np.ndarray:
-    """Decodes a JPEG upright, at a part of its size where that suffices.
-
-    It does so strictly: libjpeg-turbo's warnings are errors; a lost end mark is none if all pixels are there.
-    """
-    divisor = choose_divisor(encoded, sides, image_size) if image_size else 1
+    """Decodes a JPEG upright, reduced if that suffices. Warnings are errors, but not a missing end mark."""
+    divisor = choose_divisor(sides, image_size) if image_size else 1
     data = encoded.tobytes()
     has_end = data.endswith(END_OF_JPEG)
     smallest = {"min_width": -(-sides[0] // divisor), "min_height": -(-sides[1] // divisor)} if divisor > 1 else {}
     try:
         image = simplejpeg.decode_jpeg(data if has_end else data + END_OF_JPEG, "RGB", **smallest)
     except ValueError as error:
-        if not is_ordinary_jpeg(data) or "subsampling" in str(error):
-            return turn_upright(_decode_unusual_jpeg(data), orientation)
-        if not has_end and data.find(END_OF_JPEG, find_scan(data)) < 0:
+        frame = read_frame(data)
+        # simplejpeg makes no RGB of lossless JPEGs and of rare subsampling.
+        if not frame.is_ordinary or "subsampling" in str(error):
+            return turn_upright(_decode_by_pillow(data, turns=False), orientation)
+        if not has_end and data.find(END_OF_JPEG, frame.scan) < 0:
             raise BadImage("truncated", "its end is missing") from error
         raise BadImage("unreadable", f"it is damaged: {str(error).removeprefix('Corrupt JPEG data: ')}") from error
-    if has_zeroed_part(data):
-        raise BadImage("unreadable", "it is damaged: a part of it was overwritten by zeros")
     return turn_upright(image, orientation)
 
 
-def _decode_unusual_jpeg(data: bytes) -> np.ndarray:
-    """Decodes a JPEG of a kind that simplejpeg does not turn into RGB: lossless grey, or of rare subsampling."""
-    try:
-        return cv2.cvtColor(simplejpeg.decode_jpeg(data, "GRAY"), cv2.COLOR_GRAY2RGB)
-    except ValueError:
-        return _decode_by_pillow(data, turns=False)
-
-
 def _decode_by_opencv(encoded: np.ndarray, header: PIL.Image.Image | None) -> np.ndarray:
-    """Decodes with OpenCV, or where that refuses and Pillow knows the format, with Pillow; not turned."""
+    """Decodes with OpenCV or, if that fails and Pillow knows the format, with Pillow; not turned."""
     reason = ""
     try:
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION) if encoded.size else None
@@ -321,44 +273,41 @@ def _decode_by_opencv(encoded: np.ndarray, header: PIL.Image.Image | None) -> np
 def _decode_by_pillow(data: bytes, turns: bool = True) -> np.ndarray:
     """Decodes the first picture of a file with Pillow, over white."""
     with _describing_failures(data):
-        image = open_bytes(data)
+        image = PIL.Image.open(io.BytesIO(data))
         if image.format not in PILLOW_FORMATS:
             raise BadImage("unsupported", f"it is a file of the kind {image.format}")
         check_parts(image, data)
         image.load()
-        # Pillow turns TIFF as it loads, and then says that it is upright.
+        # Pillow turns TIFFs when it loads them, and then reports them as upright.
         return turn_upright(_convert_to_rgb(image), find_orientation(image) if turns else 1)
 
 
 @contextlib.contextmanager
 def _describing_failures(data: bytes) -> Iterator[None]:
-    """Raises BadImage in the place of what Pillow raises over the bytes of a file."""
+    """Turns Pillow's exceptions into BadImage."""
     try:
         yield
     except PILLOW_ERRORS as error:
-        raise _describe_failure(data, error) from error
-
-
-def _describe_failure(data: bytes, error: Exception) -> BadImage:
-    """Says why Pillow did not decode a file: of a kind that it lacks, cut short, or in its own words."""
-    reason = " ".join(str(error).split()).rstrip(".")
-    if data.startswith(JPEG_START) or isinstance(error, NotImplementedError) or "not available" in reason:
-        return BadImage("unsupported", f"it is of a kind that is not read: {reason or type(error).__name__}")
-    if "truncated" in reason or "not enough" in reason or isinstance(error, EOFError):
-        return BadImage("truncated", "its end is missing")
-    return BadImage("unreadable", f"it cannot be decoded: {reason or type(error).__name__}")
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if data.startswith(JPEG_START) or isinstance(error, NotImplementedError) or "not available" in reason:
+            fault = BadImage("unsupported", f"it is of a kind that is not read: {reason}")
+        elif "truncated" in reason or "not enough" in reason or isinstance(error, EOFError):
+            fault = BadImage("truncated", "its end is missing")
+        else:
+            fault = BadImage("unreadable", f"it cannot be decoded: {reason}")
+        raise fault from error
 
 
 def _convert_to_rgb(image: PIL.Image.Image) -> np.ndarray:
     """Converts a loaded image of any of Pillow's modes to uint8 RGB `(height, width, 3)`."""
     if image.mode.startswith("I"):
-        # A TIFF may have 12 bits; all other formats come with 16.
+        # A TIFF may have 12 bits; other formats have 16.
         deepest = getattr(image, "tag_v2", {}).get(BITS, (16,))[0]
         return cv2.cvtColor(np.clip(np.asarray(image) >> (deepest - 8), 0, 255).astype(np.uint8), cv2.COLOR_GRAY2RGB)
     if is_transparent(image):
         layer = image.convert("RGBA")
         if image.format in ("BMP", "DIB") and not layer.getchannel("A").getextrema()[1]:
-            # Many programs leave the fourth byte 0, and no viewer heeds it then.
+            # Many programs write 0 into the fourth byte, which viewers then ignore.
             return np.array(image.convert("RGB"))
         white = PIL.Image.new("RGBA", image.size, "white")
         return np.array(PIL.Image.alpha_composite(white, layer).convert("RGB"))

@@ -1,4 +1,4 @@
-"""Dividing a table into sets, with every class in each."""
+"""Splits a table into sets, with every class in each, and keeps groups of rows together."""
 
 from __future__ import annotations
 
@@ -17,36 +17,43 @@ from finetune.core.labels import clean_label
 from finetune.core.options import UserError
 from finetune.core.texts import MOST_LISTED, MOST_TELLING, join_names, show_count
 from finetune.data.data_check import Reading, ShowCopies, check_tables, look_for_copies
-from finetune.data.findings import Finding, describe_fault, get_bad_rows
-from finetune.data.inspection import Inspection
-from finetune.data.tables import GROUP_COLUMN, find_class_names, make_image_table, parse_table, read_table, split_label
+from finetune.data.findings import Finding, Inspection, describe_fault, get_bad_rows
+from finetune.data.tables import (
+    GROUP_COLUMN,
+    count_classes,
+    find_class_names,
+    make_image_table,
+    parse_table,
+    read_table,
+    split_label,
+)
 
 SET_FILES = {"training": "training_set.csv", "validation": "validation_set.csv", "testing": "testing_set.csv"}
 
 
 def refuse_own_input(csv_path: str, written: dict[str, str]) -> None:
-    """Raises UserError where a file to be written is the one that is read."""
+    """Raises UserError if a file to be written is the one that is read."""
     if os.path.realpath(csv_path) in map(os.path.realpath, written.values()):
-        raise UserError(f"{csv_path} would be replaced by what is made of it. Rename it first.")
+        raise UserError(f"{csv_path} would be overwritten by the result. Rename it first.")
 
 
 def read_rows(
     csv_path: str, group_column: str, mode: str, configs: Configs, show_copies: ShowCopies, folder: str = ""
 ) -> tuple[pd.DataFrame, np.ndarray | None]:
-    """Reads the table, looks for copies among its images, and finds which rows have to stay together.
+    """Reads the table, looks for copies among its images, and groups the rows that have to stay together.
 
     Args:
         csv_path: the table.
-        group_column: the rows of one value in it stay together; empty: those of the column `group`, if there is one.
-        mode: `full` checks every image, and its faults are errors; `quick` looks for copies for about a minute;
-            `headers` and `off` read no image.
+        group_column: rows with the same value stay together; empty: the column `group`, if there is one.
+        mode: `full` checks every image, and raises errors; `quick` looks for copies for about a minute; `headers` and
+            `off` read no image.
         configs: the options of every script.
-        show_copies: shows those whose labels differ.
-        folder: receives what the check writes; empty: that of the table.
+        show_copies: shows copies with different labels.
+        folder: receives the check's files; empty: the table's folder.
 
     Returns:
-        The table, without the images that `skip_bad_images` leaves out, and the number of each row's group, int
-        `(rows,)`; None if no two rows belong together. The column `group` then names the groups.
+        The table, without the images that `skip_bad_images` leaves out and with the groups' names in the column
+        `group`; and the number of each row's group, int `(rows,)`, or None if all groups are single rows.
 
     Raises:
         UserError: the table, an image in it or `group_column` is not usable.
@@ -57,8 +64,8 @@ def read_rows(
     names_groups = label_column != GROUP_COLUMN
     groups = DisjointSet(range(len(table)))
     given = group_column or GROUP_COLUMN * (names_groups and GROUP_COLUMN in table.columns)
-    values = read_groups(table, given, csv_path) if given else [""] * len(table)
-    # In the column `group` an empty cell is a group of its own.
+    values = _read_column(table, given, csv_path) if given else [""] * len(table)
+    # An empty cell of the column `group` is a group of its own.
     join_equal(groups, [value or row for row, value in enumerate(values)])
     join_equal(groups, range(len(table)) if numbers is None else numbers)
     kept = np.setdiff1d(np.arange(len(table)), [row - 2 for row in get_bad_rows(findings)[csv_path]])
@@ -70,9 +77,7 @@ def read_rows(
     if len(np.unique(numbers)) == len(numbers):
         return table, None
     if not names_groups:
-        print(
-            f"The column '{GROUP_COLUMN}' holds the labels, so no column names the groups of rows that stay together."
-        )
+        print(f"The column '{GROUP_COLUMN}' contains the labels, so the groups of rows are not written.")
         return table, numbers
     return table.assign(**{GROUP_COLUMN: name_groups(numbers, [values[row] for row in kept])}), numbers
 
@@ -80,10 +85,9 @@ def read_rows(
 def _find_copies(
     csv_path: str, mode: str, configs: Configs, show_copies: ShowCopies, folder: str
 ) -> tuple[list[Finding], np.ndarray | None]:
-    """Looks for copies among the images of a table and prints how many there are.
+    """Looks for copies among a table's images and prints their number.
 
-    Returns:
-        The findings of a full check, and a number for each row, equal for copies; None if images are not looked at.
+    Returns the findings of a full check, and a number per row, equal for copies; None if no image is read.
     """
     if mode not in ("quick", "full"):
         return [], None
@@ -101,7 +105,7 @@ def _find_copies(
 
 
 def join_equal(groups: DisjointSet, numbers: Iterable[Any]) -> None:
-    """Joins the rows that have the same number."""
+    """Joins rows with equal numbers."""
     first_row = {}
     for row, number in enumerate(numbers):
         groups.merge(first_row.setdefault(number, row), row)
@@ -110,12 +114,7 @@ def join_equal(groups: DisjointSet, numbers: Iterable[Any]) -> None:
 def name_groups(numbers: np.ndarray, values: Sequence[str]) -> list[str]:
     """Returns the name of each row's group: its first value, or `copies 1`, `copies 2` if no row of it has a value.
 
-    Args:
-        numbers: of each row's group, `(rows,)`.
-        values: of the column that groups rows; empty if a row has none.
-
-    Returns:
-        A text for each row; empty for a row that is alone and has no value.
+    A row that is alone and has no value gets an empty name.
     """
     sizes, named = Counter(numbers.tolist()), {}
     for number, value in zip(numbers.tolist(), values, strict=True):
@@ -129,7 +128,7 @@ def name_groups(numbers: np.ndarray, values: Sequence[str]) -> list[str]:
 
 
 def report_unread(known: dict[str, Inspection]) -> None:
-    """Prints how many images could not be read, so that copies of these were not found."""
+    """Prints how many images could not be read: their copies are not found."""
     faults = [(path, one.fault[1]) for path, one in known.items() if one.fault]
     if faults:
         print(
@@ -139,7 +138,7 @@ def report_unread(known: dict[str, Inspection]) -> None:
 
 
 def report_copies(numbers: np.ndarray) -> None:
-    """Prints how many images are copies of each other, by the group number of each."""
+    """Prints how many images are copies, by the group number of each image."""
     sizes = np.unique(numbers, return_counts=True)[1]
     sizes = sizes[sizes > 1]
     if sizes.size:
@@ -152,16 +151,16 @@ def report_copies(numbers: np.ndarray) -> None:
 def split_rows(
     labels: np.ndarray, fractions: dict[str, float], multi_label: bool, rng: np.random.Generator | None
 ) -> dict[str, np.ndarray]:
-    """Divides rows so that every class is divided by the same fractions, as nearly as whole images allow.
+    """Splits rows so that every class is divided by the same fractions, as far as whole images allow.
 
-    The rarest class is divided first, so that its few images reach every set; multi-label, an image counts for
-    each of its labels (the iterative stratification of Sechidis et al., ECML PKDD 2011, one label after another).
+    The rarest class is divided first, so that its few images reach every set. A multi-label image counts for each of
+    its labels (iterative stratification, Sechidis et al., ECML PKDD 2011, one label after another).
 
     Args:
-        labels: texts, one a row.
+        labels: texts, one per row.
         fractions: the share of each set, by its name; they add up to 1.
-        multi_label: whether a text holds several class names.
-        rng: draws the rows; None fills each set in the order of the rows: training first, then validation, then test.
+        multi_label: whether a text may hold several class names.
+        rng: draws the rows; None fills the sets in the order of the rows: training, validation, test.
 
     Returns:
         The sorted row numbers of each set.
@@ -192,21 +191,11 @@ def split_groups(
     multi_label: bool,
     rng: np.random.Generator | None,
 ) -> dict[str, np.ndarray]:
-    """Divides rows as `split_rows` does, but each group as a whole, so that fractions hold as nearly as groups allow.
+    """Splits rows as `split_rows` does, but keeps each group whole; `groups` has the number of each row's group.
 
-    The groups with the rarest class come first, the largest of them before the others. Each goes to the set where it
-    lowers the squared distance to the wanted numbers most, relative to them; where a class has no more groups than
-    there are sets without it, to one of those.
-
-    Args:
-        labels: texts, one a row.
-        groups: the number of each row's group.
-        fractions: the share of each set, by its name; they add up to 1.
-        multi_label: whether a text holds several class names.
-        rng: draws among groups that are alike; None takes them in the order of the rows.
-
-    Returns:
-        The sorted row numbers of each set.
+    Groups with the rarest class come first, the largest of them before the others. Each goes to the set where it most
+    reduces the squared distance to the wanted counts, relative to these; but if a class has no more groups left than
+    there are sets without it, to one of those sets. `rng` draws among equal groups.
     """
     codes, names = _label_matrix(labels, multi_label)
     kept = [name for name in SET_FILES if fractions.get(name)]
@@ -244,10 +233,9 @@ def _label_matrix(labels: np.ndarray, multi_label: bool) -> tuple[list[np.ndarra
 
 
 def _fill_sets(wanted: np.ndarray, number_of_rows: int) -> np.ndarray:
-    """Gives `number_of_rows` rows of a class to sets in proportion to what they still want; ascending set numbers.
+    """Returns the set of each row of a class, ascending, in proportion to the numbers that the sets still want.
 
-    Largest remainders round the shares. A set that wants something gets at least one row where there are enough,
-    the first set even the only one.
+    Largest remainders decide. Each set gets a row if there are enough; the first set gets even the only one.
     """
     wanted = np.maximum(wanted, 0)
     shares = wanted / wanted.sum() * number_of_rows if wanted.sum() else np.eye(len(wanted))[0] * number_of_rows
@@ -261,57 +249,47 @@ def _fill_sets(wanted: np.ndarray, number_of_rows: int) -> np.ndarray:
     return np.repeat(np.arange(len(wanted)), counts)
 
 
-def count_classes(
-    labels: pd.Series, sets: dict[str, np.ndarray], class_names: list[str], multi_label: bool
-) -> pd.DataFrame:
-    """Returns a table of image counts, a row a class and a column a set."""
-    counts = pd.DataFrame(0, index=class_names, columns=list(sets))
-    for name, rows in sets.items():
-        for label, count in labels.iloc[rows].value_counts().items():
-            for class_name in set(split_label(label, multi_label)):
-                counts.loc[class_name, name] += count
-    return counts
+def tabulate_counts(labels: dict[str, pd.Series], class_names: list[str], multi_label: bool) -> pd.DataFrame:
+    """Returns the image counts of the labels of sets, with a row per class and a column per set."""
+    counts = {name: count_classes(of_set, multi_label, class_names) for name, of_set in labels.items()}
+    return pd.DataFrame(counts, index=class_names)
 
 
 def warn_of_other_fractions(sets: dict[str, np.ndarray], fractions: dict[str, float]) -> None:
-    """Prints which sets differ by more than 2 points from the share that they were to have."""
+    """Prints which sets differ by more than 2 percentage points from their fraction."""
     number = sum(map(len, sets.values()))
     for name, rows in sets.items():
         if abs(len(rows) / number - fractions[name]) > 0.02:
             print(
                 f"Warning: the {name} set has {len(rows) / number:.1%} of the images, not {fractions[name]:.1%}: "
-                "groups stay whole, and each class is divided by itself."
+                "groups stay whole, and each class is divided separately."
             )
 
 
 def warn_of_stale_sets(written: Collection[str]) -> None:
-    """Prints which tables of sets stand beside those that were written, but were not."""
+    """Prints which tables of sets in the same folder were not written now."""
     folder = os.path.dirname(next(iter(written)))
     for file in SET_FILES.values():
         path = os.path.join(folder, file)
         if path not in written and os.path.exists(path):
-            print(f"Warning: {path} is of an earlier split and may share images with the new sets. Delete it.")
+            print(f"Warning: {path} is from an earlier split and may share images with the new sets. Delete it.")
 
 
 def format_counts(counts: pd.DataFrame) -> str:
-    """Lays out the image counts of each class in each set; of many classes the smallest ones, and how many there are.
-
-    Args:
-        counts: a row a class and a column a set.
-    """
+    """Returns a table of image counts as text; of many classes only the smallest."""
     if len(counts) <= MOST_LISTED:
         return counts.to_string()
     order = counts.sum(axis=1).sort_values(kind="stable").index
     smallest = counts.loc[order[:MOST_TELLING]].to_string()
-    return f"The {MOST_TELLING} smallest of {len(counts)} classes; the tables below have the others too.\n{smallest}"
+    return f"The {MOST_TELLING} smallest of {len(counts)} classes; the tables below have all.\n{smallest}"
 
 
 def format_class_counts(counts: dict[str, int]) -> str:
-    """Lays out how many images each class has, a line a class; of many the smallest ones, and how many there are."""
+    """Returns the number of images of each class as text, one line each; of many classes only the smallest."""
     names, lines = [*counts], []
     if len(names) > MOST_LISTED:
         names = sorted(names, key=counts.__getitem__)[:MOST_TELLING]
-        lines = [f"The {MOST_TELLING} smallest of {len(counts)} classes; the table has the others too."]
+        lines = [f"The {MOST_TELLING} smallest of {len(counts)} classes; the table has all."]
     for name in names:
         count = counts[name]
         lines.append(f"{name}: {show_count(count, 'image') if count else 'no images, so it is not in the table'}")
@@ -319,7 +297,7 @@ def format_class_counts(counts: dict[str, int]) -> str:
 
 
 def warn_of_missing_classes(counts: pd.DataFrame) -> None:
-    """Prints which classes are too small to be in every set; where they are many, how many each set lacks."""
+    """Prints which classes are too small to be in every set; if there are many, how many each set lacks."""
     missing = counts.index[(counts == 0).any(axis=1)]
     for set_name in counts.columns if len(missing) > MOST_TELLING else ():
         if names := [*counts.index[counts[set_name] == 0]]:
@@ -330,12 +308,8 @@ def warn_of_missing_classes(counts: pd.DataFrame) -> None:
             print(f"Warning: {name} has {show_count(row.sum(), 'image')}, so the {set_name} set has none of it.")
 
 
-def read_groups(table: pd.DataFrame, column: str, csv_path: str) -> list[str]:
-    """Returns the values of the column that groups the rows of a table; only the column `group` may have empty cells.
-
-    Raises:
-        UserError: there is no such column, or a row has no value in it.
-    """
+def _read_column(table: pd.DataFrame, column: str, csv_path: str) -> list[str]:
+    """Returns the values of the column that groups rows; UserError if it lacks one and is not `group`."""
     if column not in table.columns:
         columns = ", ".join(table.columns)
         raise UserError(

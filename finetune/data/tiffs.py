@@ -1,4 +1,4 @@
-"""TIFF files: their tags, and those whose pixels are numbers of another range than 0 to 255."""
+"""TIFF files: checks of their parts, and pictures of numbers whose range is not 0 to 255."""
 
 from __future__ import annotations
 
@@ -18,55 +18,46 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from finetune.core.texts import show_count
 from finetune.data.findings import BadImage
 
-PACKING_TAG, TABLES_TAG = 259, 347
-# Where the parts begin, and how long they are.
-PART_TAGS = ((273, 279), (324, 325))
-DEFLATE, JPEG = (8, 32946), 7
-UNPACKED_AT_ONCE = 2**20
-# Of BigTIFF, Pillow reads the tags in one byte order alone.
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0")
 WIDTH, HEIGHT, BITS, PACKING, MEANING, FILL_ORDER, ORIENTATION, CHANNELS = 256, 257, 258, 259, 262, 266, 274, 277
 STRIP_HEIGHT, PLANES, PREDICTOR, TILE_WIDTH, TILE_HEIGHT, EXTRAS, FORMAT = 278, 284, 317, 322, 323, 338, 339
-# Of photometric interpretations: grey from white or from black on, and RGB.
+JPEG_TABLES = 347
+# Offsets and lengths of the strips, and of the tiles.
+PART_TAGS = ((273, 279), (324, 325))
+UNPACKED, JPEG, DEFLATE = 1, 7, (8, 32946)
+UNPACKED_AT_ONCE = 2**20
+# Pillow reads the tags of BigTIFF in one byte order only.
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0")
+# Photometric interpretations: grey with 0 as white, grey with 0 as black, RGB.
 WHITE_IS_ZERO, GREY, RGB = 0, 1, 2
-# How OpenCV writes three channels of float32 unless told otherwise: libtiff makes RGB of it again.
+# OpenCV's default for three channels of float32; libtiff makes RGB of it again.
 LOG_LUV = 32845
-UNPACKED = 1
 DIFFERENCES, FLOAT_DIFFERENCES = 2, 3
-# With other kinds of packing libtiff ignores a predictor.
+# libtiff ignores a predictor with other compressions.
 PREDICTED = (5, 8, 32946, 34925, 50000)
 ASSOCIATED, UNASSOCIATED = 1, 2
-# NumPy's letters by TIFF's sample formats; 4 is undefined, which readers take for the first.
+# NumPy's letters by sample format. 4 is undefined: readers take it for unsigned integers.
 FORMATS = {1: "u", 2: "i", 3: "f", 4: "u"}
-# Black and white of values that nothing else tells, by what `Layout.kind` is.
+# Black and white without a `pixel_range`, by `Layout.kind`.
 ASSUMED_RANGES = {"float": (0.0, 1.0), "integer": (0.0, 255.0)}
 VALUES_AT_ONCE = 2**20
-# The share of a picture's values beyond black and white that is worth a remark.
+# The share of values outside the range from which the data check warns.
 MOST_BEYOND = 0.01
-# A tile may be larger than the picture, within reason.
+# Tiles may be larger than the picture, within reason.
 MOST_PADDING, ALWAYS_POSSIBLE = 4, 2**24
 
 
 def check_parts(image: PIL.Image.Image, data: bytes) -> None:
-    """Checks the parts of a TIFF that are packed by deflate or as JPEG.
-
-    Args:
-        image: opened, of any format.
-        data: of the file.
-
-    Raises:
-        BadImage: one is damaged, or cut short.
-    """
+    """Raises BadImage if a strip or tile of a TIFF is damaged or cut short; checks deflate and JPEG."""
     tags = getattr(image, "tag_v2", {})
-    packing = tags.get(PACKING_TAG)
+    packing = tags.get(PACKING)
     if packing not in (*DEFLATE, JPEG):
         return
     for start_tag, length_tag in PART_TAGS:
         for start, length in zip(tags.get(start_tag, ()), tags.get(length_tag, ()), strict=False):
             part = data[start : start + length]
-            # A part of no bytes is one of zeros.
+            # A part without bytes means zeros.
             if part and packing == JPEG:
-                _check_jpeg(part, tags.get(TABLES_TAG, b""))
+                _check_jpeg(part, tags.get(JPEG_TABLES, b""))
             elif part:
                 _check_deflated(part)
 
@@ -84,7 +75,7 @@ def _check_deflated(part: bytes) -> None:
 
 
 def _check_jpeg(part: bytes, tables: bytes) -> None:
-    """Decodes a part strictly, with the tables that all parts share, which end and begin with marks of their own."""
+    """Decodes a part strictly, after the tables that all parts share; both have start and end marks."""
     try:
         simplejpeg.decode_jpeg(tables[:-2] + part[2:] if tables else part, "GRAY")
     except ValueError as error:
@@ -97,8 +88,8 @@ class Layout(NamedTuple):
     Attributes:
         size: `(width, height)`.
         dtype: of a value, in the file's byte order.
-        channels: that are stored for each pixel.
-        alpha: `ASSOCIATED` or `UNASSOCIATED` where the last channel is the opacity, else 0.
+        channels: values per pixel.
+        alpha: `ASSOCIATED` or `UNASSOCIATED` if the last channel is the opacity, else 0.
         white_is_zero: the least value is white.
         tags: of the picture.
     """
@@ -112,18 +103,16 @@ class Layout(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """`type` where the values' type tells black and white, or what `pixel_range` is needed for."""
+        """`type` if the type of the values defines black and white; `float` or `integer` need a `pixel_range`."""
         if self.dtype.kind == "f":
             return "float"
         return "integer" if self.dtype.itemsize > 2 else "type"
 
 
 def read_layout(file: BinaryIO) -> Layout | None:
-    """Returns how an open file's picture is stored if it is a TIFF of this kind, else None.
+    """Returns how an open file's picture is stored; None if it is no TIFF of float, signed or wide numbers.
 
-    Raises:
-        BadImage: its tags are cut short.
-        Exception: any of `headers.PILLOW_ERRORS`.
+    Raises BadImage if its tags are cut short, or any of `headers.PILLOW_ERRORS`.
     """
     file.seek(0)
     start = file.read(8)
@@ -134,14 +123,14 @@ def read_layout(file: BinaryIO) -> Layout | None:
     file.seek(place)
     tags.load(file)
     layout = describe_tags(tags, "<" if start.startswith(b"II") else ">")
-    # Pillow keeps the tags that it has read when the file ends among them. The one with the type may be missing then.
+    # If the file ends within its tags, Pillow keeps those that it has read: the type may be missing.
     if layout is not None and tags.next == place:
         raise BadImage("truncated", "its end is missing")
     return layout
 
 
 def describe_tags(tags: ImageFileDirectory_v2, order: str) -> Layout | None:
-    """Returns the layout that tags describe; None where they are no picture of numbers in grey or RGB."""
+    """Returns the layout that tags describe; None if that is no such picture in grey or RGB."""
     bits, formats = set(_list(tags, BITS, 1)), set(_list(tags, FORMAT, 1))
     size = tuple(_first(tags, tag, 0) for tag in (WIDTH, HEIGHT))
     meaning, channels, extras = _first(tags, MEANING, -1), _first(tags, CHANNELS, 1), _list(tags, EXTRAS, 0)
@@ -154,14 +143,14 @@ def describe_tags(tags: ImageFileDirectory_v2, order: str) -> Layout | None:
     if (form, bit) in ((1, 8), (4, 8)) or dtype[1:] not in ("u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8"):
         return None
     has_alpha = channels in (2, 4) and extras[-1] in (ASSOCIATED, UNASSOCIATED)
-    # RGB and a fourth channel of no meaning is RGB to all readers; so are three channels that GDAL writes as grey.
+    # All readers ignore a fourth channel without a meaning, and take three channels that GDAL writes as grey for RGB.
     if channels not in (1, 3) and not has_alpha and not (meaning == RGB and channels == 4):
         return None
     return Layout(size, np.dtype(dtype), channels, extras[-1] * has_alpha, meaning == WHITE_IS_ZERO, tags)
 
 
 def open_header(file: BinaryIO) -> PIL.Image.Image | None:
-    """Returns a header of 8 bits, not to be loaded, for a TIFF of this kind that Pillow has no mode for; else None."""
+    """Returns an 8-bit header, not to be loaded, for a TIFF that has a `Layout` but no mode of Pillow; else None."""
     if (layout := read_layout(file)) is None:
         return None
     channels = 1 if layout.channels < 3 else 3
@@ -176,9 +165,7 @@ def open_header(file: BinaryIO) -> PIL.Image.Image | None:
 def decode_values(data: bytes, layout: Layout) -> np.ndarray:
     """Returns the values of a TIFF's first picture, `(height, width, channels)` in this machine's byte order.
 
-    Raises:
-        BadImage: a part is damaged or missing.
-        Exception: any of `headers.PILLOW_ERRORS`, of Pillow or libtiff.
+    Raises BadImage if a part is damaged or missing, or any of `headers.PILLOW_ERRORS`.
     """
     if _first(layout.tags, MEANING, -1) == LOG_LUV:
         return _decode_log_luv(data, layout)
@@ -193,17 +180,16 @@ def decode_values(data: bytes, layout: Layout) -> np.ndarray:
 
 
 def find_range(pixel_range: Sequence[float], kind: str) -> tuple[float, float]:
-    """Returns the values that are black and white by the option `pixel_range`, for one of `ASSUMED_RANGES`."""
+    """Returns the values that are black and white by the option `pixel_range`, for a kind of `ASSUMED_RANGES`."""
     if len(pixel_range) == 0:
         return ASSUMED_RANGES[kind]
     return tuple(pixel_range[2:] if kind == "integer" and len(pixel_range) == 4 else pixel_range[:2])
 
 
 def decode_numbers(data: bytes, layout: Layout, pixel_range: Sequence[float]) -> np.ndarray:
-    """Decodes the picture of a TIFF as `decode_values` does, composited over white; not turned.
+    """Decodes the first picture of a TIFF to uint8 RGB `(height, width, 3)`, over white, not turned.
 
-    Returns:
-        uint8 RGB `(height, width, 3)`. Infinities are black or white, NaN is black.
+    Infinities are black or white, NaN is black.
     """
     values = decode_values(data, layout)
     opacity = None
@@ -223,7 +209,7 @@ def decode_numbers(data: bytes, layout: Layout, pixel_range: Sequence[float]) ->
 
 
 def _reduce(values: np.ndarray, layout: Layout, pixel_range: Sequence[float]) -> np.ndarray:
-    """Reduces values to 8 bits: by their type the highest ones, else what part of the range they are, rounded."""
+    """Reduces values to 8 bits: by their type to the highest bits, else to their rounded share of the range."""
     if layout.kind == "type":
         shift = 8 * (layout.dtype.itemsize - 1)
         reduced = (np.rint(np.nan_to_num(values)).astype(np.int32) - np.iinfo(layout.dtype).min) >> shift
@@ -236,13 +222,13 @@ def _reduce(values: np.ndarray, layout: Layout, pixel_range: Sequence[float]) ->
 
 
 def _measure_opacity(values: np.ndarray) -> np.ndarray:
-    """Returns the alpha channel's share of its type's largest value, of numbers with a point of 1, float64."""
+    """Returns the alpha channel as float64 in `[0, 1]`."""
     most = 1 if values.dtype.kind == "f" else np.iinfo(values.dtype).max
     return np.nan_to_num(np.clip(values.astype(np.float64) / most, 0, 1), nan=0)
 
 
 def _list_parts(layout: Layout) -> tuple[list[int], list[int], bool]:
-    """Returns where the strips or tiles of all planes begin, how long they are, and whether they are tiles."""
+    """Returns the offsets and lengths of the strips or tiles of all planes, and whether they are tiles."""
     tags, (width, height) = layout.tags, layout.size
     is_tiled = TILE_WIDTH in tags
     starts, lengths = (_list(tags, tag, 0) for tag in PART_TAGS[is_tiled])
@@ -251,9 +237,9 @@ def _list_parts(layout: Layout) -> tuple[list[int], list[int], bool]:
     number *= layout.channels if _first(tags, PLANES, 1) == 2 else 1
     pixels = math.ceil(width / part_width) * part_width * math.ceil(height / part_height) * part_height
     if is_tiled and pixels > MOST_PADDING * width * height + ALWAYS_POSSIBLE:
-        raise BadImage("unreadable", f"it is damaged: its tiles are of {part_width}x{part_height} pixels")
+        raise BadImage("unreadable", f"it is damaged: its tiles have {part_width}x{part_height} pixels")
     if PART_TAGS[is_tiled][1] not in tags and _first(tags, PACKING, UNPACKED) == UNPACKED:
-        # Old writers leave them out.
+        # Old writers leave the lengths out.
         lengths = [part_width * part_height * layout.channels * layout.dtype.itemsize] * len(starts)
     if min(len(starts), len(lengths)) < number:
         raise BadImage("truncated", "a part of its pixels is missing")
@@ -261,7 +247,7 @@ def _list_parts(layout: Layout) -> tuple[list[int], list[int], bool]:
 
 
 def _get_part_size(layout: Layout) -> tuple[int, int]:
-    """Returns the width and height of a tile; of a strip, which may be the last, at most the picture's."""
+    """Returns `(width, height)` of a tile, or of a strip, which is at most as high as the picture."""
     width, height = layout.size
     if TILE_WIDTH in layout.tags:
         return max(_first(layout.tags, TILE_WIDTH, width), 1), max(_first(layout.tags, TILE_HEIGHT, height), 1)
@@ -271,7 +257,7 @@ def _get_part_size(layout: Layout) -> tuple[int, int]:
 def _decode_plane(
     data: bytes, layout: Layout, channels: int, parts: tuple[Sequence[int], Sequence[int], bool]
 ) -> np.ndarray:
-    """Unpacks strips or tiles as grey bytes and makes values of them, `(height, width, channels)`."""
+    """Returns the values of a plane, `(height, width, channels)`: Pillow unpacks its parts as grey bytes."""
     offsets, counts, is_tiled = parts
     (width, height), (part_width, part_height) = layout.size, _get_part_size(layout)
     pixel = channels * layout.dtype.itemsize
@@ -293,7 +279,7 @@ def _decode_plane(
 
 def _decode_log_luv(data: bytes, layout: Layout) -> np.ndarray:
     kept = (WIDTH, HEIGHT, BITS, PACKING, MEANING, CHANNELS, STRIP_HEIGHT, PLANES, FORMAT, *PART_TAGS[0])
-    # Without the orientation, by which OpenCV would turn the picture.
+    # The orientation is left out: OpenCV would turn the picture by it.
     file = _build_file(data, {tag: _list(layout.tags, tag, 1) for tag in kept if tag in layout.tags})
     values = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != layout.dtype or values.shape != (*layout.size[::-1], 3):
@@ -302,12 +288,12 @@ def _decode_log_luv(data: bytes, layout: Layout) -> np.ndarray:
 
 
 def _undo_predictor(rows: np.ndarray, layout: Layout, channels: int) -> np.ndarray:
-    """Makes values, `(rows, columns, values)`, of the bytes of rows of tiles, `(rows, columns, bytes)`."""
+    """Turns the bytes of rows of tiles, `(rows, columns, bytes)`, into values, `(rows, columns, values)`."""
     size, native = layout.dtype.itemsize, layout.dtype.newbyteorder("=")
     predictor = _first(layout.tags, PREDICTOR, 1) if _first(layout.tags, PACKING, UNPACKED) in PREDICTED else 1
     if predictor == FLOAT_DIFFERENCES:
         steps = rows.reshape(*rows.shape[:2], -1, channels)
-        # The bytes of one rank stand together, the highest first.
+        # A row has first the highest byte of all values, then the next one.
         ranks = np.cumsum(steps, axis=2, dtype=np.uint8).reshape(*rows.shape[:2], size, -1)
         return np.ascontiguousarray(np.moveaxis(ranks, 2, -1)).view(native.newbyteorder(">"))[..., 0].astype(native)
     if predictor == DIFFERENCES:
@@ -319,7 +305,7 @@ def _undo_predictor(rows: np.ndarray, layout: Layout, channels: int) -> np.ndarr
 
 
 def _build_file(data: bytes, tags: Mapping[int, Sequence[int]], has_more: bool = False) -> bytes:
-    """Returns a BigTIFF of these tags, whose parts are those of another file."""
+    """Returns a BigTIFF with these tags around another TIFF file, whose strips or tiles it uses."""
     header = 16
     shifted = {tag: [offset + header for offset in tags[tag]] for tag in (273, 324) if tag in tags}
     place = header + len(data)
@@ -345,14 +331,13 @@ def _first(tags: Mapping[int, Any], tag: int, default: int) -> int:
 
 
 class Measure(NamedTuple):
-    """What the values of a picture are, without those of its opacity.
+    """The values of a picture without its opacity.
 
     Attributes:
         kind: of `Layout`.
-        low: the least finite value; infinite if there is none.
-        high: the largest finite value; minus infinity if there is none.
-        odd: how many are infinite or NaN.
-        beyond: the share of the finite values outside the given range.
+        low, high: the least and the largest finite value; infinity and minus infinity if there is none.
+        odd: number of infinite values and NaN.
+        beyond: share of the finite values outside the given range.
     """
 
     kind: str
@@ -375,7 +360,7 @@ def measure_values(data: bytes, layout: Layout, pixel_range: Sequence[float] = (
 
 
 def find_odd_values(data: bytes, pixel_range: Sequence[float]) -> Iterator[tuple[str, str]]:
-    """Yields a remark if a file is a TIFF with infinite values or NaN, or with many beyond `pixel_range`."""
+    """Yields a remark on a TIFF with infinite values or NaN, and on one with many values outside `pixel_range`."""
     layout = read_layout(io.BytesIO(data))
     if layout is None or layout.kind == "type":
         return
@@ -384,5 +369,5 @@ def find_odd_values(data: bytes, pixel_range: Sequence[float]) -> Iterator[tuple
         yield "odd_values", f"it has {show_count(found.odd, 'infinite or NaN value')}"
     if found.beyond > MOST_BEYOND:
         low, high = find_range(pixel_range, layout.kind)
-        reach = f"its values reach from {found.low:g} to {found.high:g}"
-        yield "odd_values", f"{reach}; {100 * found.beyond:.0f} % of them are beyond {low:g} to {high:g}"
+        reach = f"its values are from {found.low:g} to {found.high:g}"
+        yield "odd_values", f"{reach}; {100 * found.beyond:.0f} % of them are outside {low:g} to {high:g}"

@@ -1,27 +1,37 @@
-"""How a model's raw probabilities become an answer: temperature and thresholds."""
+"""From raw probabilities to an answer: temperature and thresholds, and decision.json, which holds them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import optimize, special
 
+from finetune.core.arguments import take_flag, take_names, take_path
+from finetune.core.files import write_json
+from finetune.core.labels import look_the_same
+from finetune.core.options import UserError
+from finetune.core.texts import join_names
+from finetune.core.values import convert
 from finetune.evaluation.metrics import check_finite
+from finetune.models.description import CONFIGS_FILE, read_description
+from finetune.models.formats import artefact_stem, is_exported, metadata_path
 
 THRESHOLD_STEP = 0.01
 THRESHOLD_TYPES = ("exact_match", "best_f1")
 TEMPERATURE_RANGE = (0.05, 20.0)
-# Below float32's least positive number, so that 0 stays the lowest of a row and its logarithm finite.
+# Below float32's smallest positive number: 0 stays the lowest probability of a row, and its logarithm is finite.
 LEAST_PROBABILITY = 1e-46
-# Half of float32's step below 1: where a sigmoid that rounds to 1 begins.
+# Half of float32's step below 1: a sigmoid closer to 1 than this rounds to 1.
 LEAST_DISTANCE_FROM_ONE = 2.0**-25
-# Numbers in one block of work: a few arrays of it fit into a processor's cache.
+# Numbers in one block of work: a few arrays of this size fit into a processor's cache.
 BLOCK = 2**20
+SOFTMAX = functools.partial(special.softmax, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +40,13 @@ class Decision:
 
     Attributes:
         class_names: in the model's order.
-        multi_label: whether several labels may hold.
+        multi_label: whether an image may have several labels.
         temperature: divides the logits.
-        temperature_fitted_on: "validation"; None where there was no validation set, and the temperature is 1.
-        exact_match_threshold: multi-label: the one threshold that gives the most exact matches.
-        best_f1_thresholds: multi-label: one a class; None stands for `exact_match_threshold` in each.
-        thresholds_fitted_on: "validation" or "training"; None where they are not fitted.
-        model: file name of the model that all this was fitted for; empty for any.
+        temperature_fitted_on: "validation"; None without a validation set, and the temperature is 1.
+        exact_match_threshold: multi-label: one threshold for all classes, with the most exact matches.
+        best_f1_thresholds: multi-label: one per class; None uses `exact_match_threshold` for each.
+        thresholds_fitted_on: "validation" or "training"; None if they are not fitted.
+        model: file name of the model that this was fitted for; empty for any.
     """
 
     class_names: list[str]
@@ -51,63 +61,43 @@ class Decision:
     def calibrate(self, probabilities: np.ndarray) -> np.ndarray:
         """Divides the logits behind probabilities by the temperature.
 
-        Args:
-            probabilities: raw, `(images, classes)`.
-
         Returns:
-            float32 `(images, classes)`; no row's classes change their order, nor its highest class.
+            float32 `(images, classes)`; the classes of a row keep their order.
         """
         raw = np.asarray(probabilities, np.float32)
         if self.temperature == 1:
             return raw
         calibrated = np.empty_like(raw)
-        to_probabilities = special.expit if self.multi_label else _softmax
+        to_probabilities = special.expit if self.multi_label else SOFTMAX
         for rows in _row_blocks(*raw.shape):
             calibrated[rows] = to_probabilities(_logits(raw[rows], self.multi_label) / self.temperature)
         if not self.multi_label:
             highest = raw.argmax(axis=1)
-            # Rounding to float32 may bring the two highest classes of a row together.
+            # Rounding to float32 can make the two highest probabilities of a row equal.
             tied = np.flatnonzero(calibrated.argmax(axis=1) != highest)
             calibrated[tied, highest[tied]] = np.nextafter(calibrated[tied].max(axis=1), np.float32(2))
         return calibrated
 
     def thresholds(self, threshold_type: str = "exact_match") -> np.ndarray:
-        """Returns the lowest calibrated probability of each label that holds, float32 `(classes,)`.
-
-        Args:
-            threshold_type: `exact_match` or `best_f1`.
-        """
-        same_for_all = [self.exact_match_threshold] * len(self.class_names)
-        by_type = {"exact_match": same_for_all, "best_f1": self.best_f1_thresholds or same_for_all}
-        return np.array(by_type[threshold_type], np.float32)
+        """Returns the lowest calibrated probability at which each label is predicted, float32 `(classes,)`."""
+        by_class = self.best_f1_thresholds if threshold_type == "best_f1" else None
+        return np.array(by_class or [self.exact_match_threshold] * len(self.class_names), np.float32)
 
     def choose(self, calibrated: np.ndarray, threshold_type: str = "exact_match") -> np.ndarray:
-        """Chooses the labels that hold.
-
-        Args:
-            calibrated: what `calibrate` returned, `(images, classes)`.
-            threshold_type: multi-label: `exact_match` or `best_f1`.
-
-        Returns:
-            bool `(images, classes)`; where one label holds, one True a row, the first of the highest.
-        """
+        """Returns the predicted labels, bool `(images, classes)`; single-label: the first of the most probable ones."""
         if self.multi_label:
-            # In float32 both: a float64 threshold of 0.7 is above the float32 probability 0.7.
+            # Both in float32: a float64 threshold of 0.7 is above the float32 probability 0.7.
             return np.asarray(calibrated, np.float32) >= self.thresholds(threshold_type)
         return calibrated.argmax(axis=1)[:, None] == np.arange(len(self.class_names))
 
     def measure_confidence(self, calibrated: np.ndarray) -> np.ndarray:
-        """Returns how probable each image's answer is, `(images,)`; where there are several, of the least certain one.
-
-        Args:
-            calibrated: what `calibrate` returned, `(images, classes)`.
-        """
+        """Returns the probability of each image's answer, `(images,)`; multi-label: that of its least certain label."""
         if not self.multi_label:
             return calibrated.max(axis=1)
         return np.where(self.choose(calibrated), calibrated, 1 - calibrated).min(axis=1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what `decision.json` holds."""
+        """Returns the content of `decision.json`."""
         content = dataclasses.asdict(self)
         classes, by_class = content.pop("class_names"), self.best_f1_thresholds
         if by_class is not None:
@@ -116,18 +106,14 @@ class Decision:
 
 
 def _logits(probabilities: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Returns the logits behind probabilities, float64 of the same shape; of a softmax, up to a constant a row."""
+    """Returns the logits, float64 of the same shape; of a softmax, up to a constant per row."""
     clipped = np.clip(probabilities, LEAST_PROBABILITY, 1, dtype=np.float64)
     logits = np.log(clipped)
     return logits - np.log(np.maximum(1 - clipped, LEAST_DISTANCE_FROM_ONE)) if multi_label else logits
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    return special.softmax(logits, axis=1)
-
-
 def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Yields slices that cover the rows, each of about `BLOCK` numbers."""
+    """Yields slices of rows, about `BLOCK` numbers each."""
     step = max(1, BLOCK // max(1, columns))
     return (slice(start, start + step) for start in range(0, rows, step))
 
@@ -143,13 +129,9 @@ def fit_decision(
     """Fits the temperature on the validation set, and thresholds there or, without one, on the training set.
 
     Args:
-        truths: by `training`, `validation` (may be absent) and `test`, which is never looked at: int `(images,)`,
-            positions in `class_names`; multi-label: `(images, classes)` of zeros and ones.
-        raw_probabilities: `(images, classes)` by the same names.
-        class_names: in the model's order.
-        multi_label: whether thresholds are wanted.
-        threshold_range: lowest and highest threshold to try for exact matches, on calibrated probabilities.
-        model: the model's file.
+        truths: the labels by set; `test` is ignored, `validation` may be missing.
+        raw_probabilities: by set.
+        threshold_range: lowest and highest exact-match threshold to try, on calibrated probabilities.
 
     Raises:
         UserError: a probability is not finite.
@@ -175,16 +157,11 @@ def fit_decision(
 def fit_temperature(y_true: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> float:
     """Finds the temperature under which a set's labels are most likely.
 
-    Source: Guo et al., ICML 2017, section 4.2 (arXiv:1706.04599); multi-label: the same for each label's sigmoid.
-
-    Args:
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        probabilities: raw, `(images, classes)`; 0 and 1 count as what float32 rounds to them.
-        multi_label: which of the two.
+    Source: Guo et al., ICML 2017, section 4.2 (arXiv:1706.04599); multi-label: the same with sigmoids.
 
     Returns:
-        In `TEMPERATURE_RANGE`. 1 where no answer is wrong: the likelihood then grows without end towards
-        temperature 0, for the set cannot tell how sure is too sure.
+        A number in `TEMPERATURE_RANGE`. 1 if no answer is wrong: the likelihood then keeps rising as the temperature
+        falls to 0.
 
     Raises:
         UserError: a probability is not finite.
@@ -207,7 +184,7 @@ def fit_temperature(y_true: np.ndarray, probabilities: np.ndarray, multi_label: 
 
 
 def _likelihood_slope(truth: np.ndarray, probabilities: np.ndarray, multi_label: bool, log_temperature: float) -> float:
-    """Returns the negative log-likelihood's derivative by `1 / temperature`, which rises with that."""
+    """Returns the derivative of the negative log-likelihood by `1 / temperature`, with which it rises."""
     total = 0.0
     for rows in _row_blocks(*probabilities.shape):
         logits = _logits(probabilities[rows], multi_label)
@@ -216,25 +193,20 @@ def _likelihood_slope(truth: np.ndarray, probabilities: np.ndarray, multi_label:
             total += (logits * (special.expit(scaled) - truth[rows])).sum()
         else:
             at_truth = np.take_along_axis(logits, truth[rows, None], axis=1)
-            total += (logits * _softmax(scaled)).sum() - at_truth.sum()
+            total += (logits * SOFTMAX(scaled)).sum() - at_truth.sum()
     return float(total)
 
 
 def find_exact_match_threshold(
     y_true: np.ndarray, probabilities: np.ndarray, threshold_range: Sequence[float]
 ) -> tuple[float, float]:
-    """Finds the threshold at which most images have exactly their labels predicted.
-
-    Args:
-        y_true: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`.
-        threshold_range: lowest and highest threshold to try, in steps of 0.01.
+    """Finds the threshold, in steps of 0.01, at which the most images have exactly the right labels.
 
     Returns:
-        The threshold (the middle of the best ones where several do equally well) and its exact-match accuracy.
+        The threshold (the middle one of equally good ones) and its exact-match accuracy.
     """
     lowest, highest = threshold_range
-    # Python numbers: NumPy's own would compare in another precision than the evaluation does.
+    # Python floats: NumPy's float64 would be compared in another precision than in the evaluation.
     candidates = np.round(np.arange(lowest, highest + THRESHOLD_STEP / 2, THRESHOLD_STEP), 4).tolist()
     truth = y_true.astype(bool)
     accuracies = np.array([((probabilities >= threshold) == truth).all(axis=1).mean() for threshold in candidates])
@@ -243,16 +215,11 @@ def find_exact_match_threshold(
 
 
 def find_best_f1_thresholds(y_true: np.ndarray, probabilities: np.ndarray, fallback: float) -> list[float]:
-    """Finds the threshold of each class that gives it the highest F1.
-
-    Args:
-        y_true: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`, compared as float32.
-        fallback: threshold of a class that no image has: none is better than another.
+    """Finds the threshold with the highest F1 for each class; `fallback` for classes without images.
 
     Returns:
-        For each class a float32 number in `[0, 1]` as a Python float, halfway between the lowest probability that
-        it lets hold and the highest that it does not; the middle one where several do equally well.
+        For each class a float32 number in `[0, 1]` as a Python float: the midpoint of the lowest probability above it
+        and the highest one below; the middle one of equally good thresholds.
     """
     return [
         _find_best_f1_threshold(truth, scores) if truth.any() else float(fallback)
@@ -270,3 +237,213 @@ def _find_best_f1_threshold(truth: np.ndarray, scores: np.ndarray) -> float:
     lowest_chosen, highest_left = descending[count - 1], descending[count]
     middle = np.float32((float(lowest_chosen) + float(highest_left)) / 2)
     return float(middle if middle > highest_left else lowest_chosen)
+
+
+DECISION_FILE = "decision.json"
+LARGEST_DECISION_FILE = 2**22
+FITTED_ON = (None, "validation", "training")
+
+
+def get_decision(
+    model_path: str,
+    truths: dict[str, np.ndarray],
+    predictions: dict[str, np.ndarray],
+    class_names: Sequence[str],
+    multi_label: bool,
+    threshold_range: Sequence[float],
+) -> Decision:
+    """Fits temperature and thresholds, see `fit_decision`.
+
+    An exported model keeps the stored decision, so that it predicts the same labels as the original. So does a model
+    whose decision was fitted on a validation set, if there is none now.
+    """
+    folder = os.path.dirname(os.path.abspath(model_path))
+    if is_exported(model_path):
+        return read_decision(folder, class_names, multi_label, model_path)
+    if "validation" not in truths:
+        place, kept = _find_fitted(folder, class_names, multi_label, model_path)
+        if kept:
+            print(f"No validation set: keeping the decision in {place}.")
+            return dataclasses.replace(kept, model=os.path.basename(model_path))
+    return fit_decision(truths, predictions, class_names, multi_label, threshold_range, model_path)
+
+
+def store_decision(folder: str, decision: Decision, model_path: str) -> None:
+    """Writes a decision into a folder, unless the model is exported or one fitted on a validation set would be lost."""
+    _, stored = _find_fitted(folder, decision.class_names, decision.multi_label, model_path)
+    if not is_exported(model_path) and (decision.temperature_fitted_on or stored is None):
+        write_decision(folder, decision)
+
+
+def find_decision_folder(model_path: str, folder: str) -> str:
+    """Returns the folder whose `decision.json` is used: the output folder if it has one, or else the model's."""
+    return folder if os.path.isfile(os.path.join(folder, DECISION_FILE)) else os.path.dirname(model_path) or os.curdir
+
+
+def _find_fitted(
+    folder: str, class_names: Sequence[str], multi_label: bool, model_path: str
+) -> tuple[str, Decision | None]:
+    """Returns the stored decision of this model and its path; None unless it is valid and has a fitted temperature."""
+    try:
+        place, stored, _ = _find_stored(folder, model_path)
+    except UserError:
+        return "", None
+    fits = (
+        stored is not None
+        and stored.temperature_fitted_on
+        and (stored.class_names, stored.multi_label) == (list(class_names), multi_label)
+        and (place == model_path or stored.model == os.path.basename(model_path))
+    )
+    return (place, stored) if fits else ("", None)
+
+
+def write_decision(folder: str, decision: Decision) -> str:
+    """Writes `decision.json` into a folder and returns its path."""
+    path = os.path.join(folder, DECISION_FILE)
+    write_json(path, decision.to_dict())
+    return path
+
+
+def read_decision(folder: str, class_names: Sequence[str], multi_label: bool, model_path: str) -> Decision:
+    """Reads the decision that `test.py` fitted for a model.
+
+    Args:
+        folder: of the run.
+        class_names: the model's.
+        multi_label: whether an image may have several labels.
+        model_path: of the model in use. The compressed and exported forms of `best_model.keras` use its decision.
+
+    Returns:
+        The stored decision. Without one, or if it belongs to another model, which is printed, the defaults.
+
+    Raises:
+        UserError: the file is invalid, or its classes are not the model's.
+    """
+    folder, model_path = take_path("folder", folder), take_path("model_path", model_path)
+    class_names, multi_label = take_names(class_names), take_flag("multi_label", multi_label)
+    place, stored, notice = _find_stored(folder, model_path)
+    if notice:
+        print(notice)
+    if stored is None:
+        return Decision(class_names, multi_label)
+    if not look_the_same(stored.class_names, class_names) or stored.multi_label != multi_label:
+        raise _decision_fault(
+            place,
+            f"expected the model's classes {join_names(class_names)} and multi_label {multi_label}",
+            f"{join_names(stored.class_names)!r} and multi_label {stored.multi_label}",
+        )
+    return stored
+
+
+def _find_stored(folder: str, model_path: str) -> tuple[str, Decision | None, str]:
+    """Finds a model's decision: the one in `decision.json`, or the model's own, inside it or in its `_metadata.json`.
+
+    In the run's folder `decision.json` takes precedence, because users may edit it. Elsewhere the model's own does. So
+    does the fitted one of an exported model, which predicts the same labels everywhere.
+
+    Returns:
+        The path of the decision, the decision or None, and a notice to print, or nothing.
+    """
+    path = os.path.join(folder, DECISION_FILE)
+    is_at_home = os.path.isfile(os.path.join(os.path.dirname(os.path.abspath(model_path)), CONFIGS_FILE))
+    place, own = _read_own(model_path, is_at_home)
+    named = _read_decision_file(path) if os.path.lexists(path) else None
+    own_is_fitted = own is not None and bool(own.temperature_fitted_on or own.thresholds_fitted_on)
+    if named is None or (own_is_fitted and (is_exported(model_path) or not is_at_home)):
+        differs = named is not None and not is_exported(model_path) and named != own
+        return place, own, f"{path} is ignored: {place} has its own decision." * differs
+    if named.model and artefact_stem(named.model) != artefact_stem(model_path):
+        if own_is_fitted:
+            return place, own, ""
+        name = os.path.basename(model_path)
+        return path, None, f"{path} is ignored: it was fitted for {named.model}. Run test.py on {name} to fit its own."
+    differs = own_is_fitted and place == model_path and named != own
+    return path, named, f"Using the decision in {path}; the one inside {place} differs." * differs
+
+
+def _read_own(model_path: str, is_at_home: bool) -> tuple[str, Decision | None]:
+    """Returns the path of the model's own decision, and the decision or None."""
+    content = read_description(model_path)
+    if content is not None:
+        own = content["decision"]
+        return model_path, None if own is None else _check_decision(own, f"{model_path}, decision")
+    path = metadata_path(model_path)
+    # In the run's folder, the metadata of an earlier export may be older than the Keras model.
+    is_its = os.path.lexists(path) and not (is_at_home and model_path.endswith(".keras"))
+    return path, _read_decision_file(path, "decision") if is_its else None
+
+
+def _read_decision_file(path: str, part: str = "") -> Decision:
+    """Reads and checks `decision.json`, or one part of another JSON file; raises UserError."""
+    try:
+        if os.path.getsize(path) > LARGEST_DECISION_FILE:
+            raise _decision_fault(path, f"expected at most {LARGEST_DECISION_FILE} bytes", "a larger file")
+        with open(path, encoding="utf-8") as file:
+            stored = json.load(file)
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}. Check the file.") from error
+    except (ValueError, RecursionError) as error:
+        raise _decision_fault(path, "expected valid JSON", f"{error}") from error
+    if part and isinstance(stored, dict):
+        stored = stored.get(part)
+    return _check_decision(stored, path)
+
+
+def _check_decision(stored: Any, path: str) -> Decision:
+    """Returns a JSON object as a decision; raises UserError if it is none."""
+    if not isinstance(stored, dict):
+        raise _decision_fault(path, "expected a JSON object", repr(stored))
+    if unknown := sorted(stored.keys() - _DECISION_FIELDS.keys()):
+        raise _decision_fault(path, f"expected no fields but {', '.join(_DECISION_FIELDS)}", repr(unknown[0]))
+    if missing := sorted(_DECISION_FIELDS.keys() - stored.keys()):
+        raise _decision_fault(path, f"expected the field {missing[0]}", "none")
+    values = {}
+    for name, (kind, is_allowed, words) in _DECISION_FIELDS.items():
+        value = stored[name]
+        try:
+            if name == "best_f1_thresholds":
+                value = _in_order(value, values["classes"])
+            values[name] = convert(value, kind, is_text=False)
+            if not is_allowed(values[name]):
+                raise ValueError(value)
+        except ValueError as error:
+            raise _decision_fault(path, f"{name}: expected {words}", repr(stored[name])) from error
+    return Decision(class_names=values.pop("classes"), **values)
+
+
+def _in_order(by_class: Any, class_names: Sequence[str]) -> list | None:
+    """Returns the values of a JSON object in the order of the classes, or None for null; raises ValueError."""
+    if by_class is None:
+        return None
+    if not isinstance(by_class, dict) or by_class.keys() != set(class_names):
+        raise ValueError(by_class)
+    return [by_class[name] for name in class_names]
+
+
+def _decision_fault(path: str, expected: str, received: str) -> UserError:
+    shown = received if len(received) <= 200 else f"{received[:200]}..."
+    return UserError(f"{path}: {expected}. Received: {shown}. Run test.py again, or delete the file.")
+
+
+def _is_probability(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+_DECISION_FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "classes": (list[str], lambda names: 0 < len(set(names)) == len(names), "a list of different class names"),
+    "multi_label": (bool, lambda _: True, "true or false"),
+    "temperature": (
+        float,
+        lambda value: TEMPERATURE_RANGE[0] <= value <= TEMPERATURE_RANGE[1],
+        "a number from {} to {}".format(*TEMPERATURE_RANGE),
+    ),
+    "temperature_fitted_on": (str | None, (None, "validation").__contains__, "validation or null"),
+    "exact_match_threshold": (float, _is_probability, "a number from 0 to 1"),
+    "best_f1_thresholds": (
+        list[float] | None,
+        lambda values: values is None or all(map(_is_probability, values)),
+        "a number from 0 to 1 for each of classes, or null",
+    ),
+    "thresholds_fitted_on": (str | None, FITTED_ON.__contains__, "validation, training or null"),
+    "model": (str, lambda name: name.isprintable() and name == os.path.basename(name), "the file name of a model"),
+}

@@ -1,16 +1,16 @@
-"""Evaluates the predictions of each set, and the test set without near copies of training images."""
+"""Evaluation of each set, by group and by the values of a column, and without near copies of training images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from configs import Configs
 from finetune.core.options import UserError
-from finetune.core.texts import MOST_LISTED, MOST_TELLING, join_names
+from finetune.core.texts import MOST_LISTED, MOST_TELLING, join_names, show
 from finetune.data.data_check import Reading, look_for_copies
 from finetune.data.groups import (
     count_groups,
@@ -22,7 +22,6 @@ from finetune.data.groups import (
     pick_groups,
 )
 from finetune.data.tables import LABEL_SEPARATOR, ImageTable, warn_of_missing_classes
-from finetune.evaluation.breakdown import evaluate_by, format_breakdown
 from finetune.evaluation.decision import Decision, find_exact_match_threshold
 from finetune.evaluation.intervals import get_intervals
 from finetune.evaluation.metrics import (
@@ -34,17 +33,14 @@ from finetune.evaluation.metrics import (
 )
 from generator import AugmentedImageSequence
 
-if TYPE_CHECKING:
-    from generator import AugmentedImageSequence
-
-# What a set is to be independent of: what the model has learnt from, or was selected by.
+# The sets that a set must be independent of: the model was trained on or selected by them.
 SETS_BEFORE = {"validation": ("training",), "test": ("training", "validation")}
-# Of the column that metrics are reported by: each takes about 20 ms.
+# Of the column `report_by`: each takes about 20 ms.
 MOST_VALUES = 1000
 
 
 def check_report_by(table: pd.DataFrame, column: str, csv_path: str) -> None:
-    """Raises UserError where a table has no such column, or one with as many values as only names of images have."""
+    """Raises UserError if a table lacks the column, or it has too many different values to be a site or a camera."""
     if column and column not in table.columns:
         raise UserError(
             f"{csv_path} has no column '{column}'. Its columns: {join_names(table.columns, MOST_TELLING)}. "
@@ -53,7 +49,7 @@ def check_report_by(table: pd.DataFrame, column: str, csv_path: str) -> None:
     if column and (number := table[column].str.strip().nunique()) > MOST_VALUES:
         raise UserError(
             f"{csv_path}: report_by expects a column with at most {MOST_VALUES} different values. "
-            f"Received: {number} in the column '{column}'. Set it to a column such as that of the site or camera."
+            f"Received: {number} in the column '{column}'. Set it to a column such as the site or the camera."
         )
 
 
@@ -68,17 +64,15 @@ def evaluate_set(
     """Evaluates one set of images under a decision.
 
     Args:
-        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
-        raw_probabilities: of the model, `(images, classes)`.
-        decision: as fitted; the set's own labels have no part in it.
-        seed: of the bootstrap; one adds `intervals`, as `get_intervals` returns them.
-        threshold_range: multi-label, for the test set: add `optimistic`, the best exact-match threshold in this
-            range by the set's own labels.
-        groups: of the images, as `number_groups` gives them; adds `groups`, their number, of each class too.
+        decision: fitted on another set.
+        seed: of the bootstrap; adds `intervals`, see `get_intervals`.
+        threshold_range: multi-label: adds `optimistic`, the best exact-match threshold in this range by the set's own
+            labels.
+        groups: adds `groups`, the number of groups, for each class too.
 
     Returns:
         `images`, the metrics of `get_evaluation_metrics` or `get_multilabel_evaluation_metrics` and `calibration`;
-        multi-label: `best_f1_threshold` and `f1_at_best_f1_threshold` of each class as well. JSON can hold it.
+        multi-label: also `best_f1_threshold` and `f1_at_best_f1_threshold` of each class. All fits into JSON.
 
     Raises:
         UserError: a probability is not finite.
@@ -86,19 +80,13 @@ def evaluate_set(
     check_finite(raw_probabilities)
     raw_probabilities = np.asarray(raw_probabilities, np.float32)
     calibrated = decision.calibrate(raw_probabilities)
-    metrics: dict[str, Any] = {"images": len(y_true)}
+    metrics: dict[str, Any] = {"images": len(y_true)} | measure(y_true, raw_probabilities, decision)
     if decision.multi_label:
-        threshold = decision.exact_match_threshold
-        metrics |= get_multilabel_evaluation_metrics(
-            y_true, calibrated, decision.class_names, threshold, ranking=raw_probabilities
-        )
         _add_best_f1(metrics["per_class"], y_true, calibrated, decision)
         if threshold_range is not None:
             best, accuracy = find_exact_match_threshold(y_true, calibrated, threshold_range)
             note = "chosen on the test set itself: optimistic"
             metrics["optimistic"] = {"threshold": best, "exact_match_accuracy": accuracy, "note": note}
-    else:
-        metrics |= get_evaluation_metrics(y_true, raw_probabilities, decision.class_names)
     metrics["calibration"] = _evaluate_calibration(y_true, raw_probabilities, calibrated, decision.multi_label)
     if groups is not None:
         _add_groups(metrics, y_true, groups)
@@ -108,7 +96,7 @@ def evaluate_set(
 
 
 def _add_groups(metrics: dict[str, Any], y_true: np.ndarray, groups: np.ndarray) -> None:
-    """Adds the number of groups, and of those with each class, beside the numbers of images."""
+    """Adds the number of groups, in all and of each class, after the numbers of images."""
     metrics["groups"] = count_groups(groups, len(groups))
     numbers = count_groups_of_classes(y_true, groups, len(metrics["per_class"]))
     for row, number in zip(metrics["per_class"].values(), numbers.tolist(), strict=True):
@@ -126,7 +114,7 @@ def _add_best_f1(per_class: dict[str, dict], y_true: np.ndarray, calibrated: np.
 def _evaluate_calibration(
     y_true: np.ndarray, raw: np.ndarray, calibrated: np.ndarray, multi_label: bool
 ) -> dict[str, Any]:
-    """Compares the top class with being right, or multi-label every probability with the label's presence."""
+    """Returns the calibration of the highest probability of each image; multi-label: of every probability."""
     results = {}
     for suffix, probabilities in (("", calibrated), ("_uncalibrated", raw)):
         if multi_label:
@@ -139,15 +127,15 @@ def _evaluate_calibration(
 
 
 def format_evaluation(metrics: dict[str, Any]) -> str:
-    """Lays out what `evaluate_set` or either evaluation function returned as a text table.
+    """Formats a set's metrics as a text table.
 
-    Of more than `MOST_LISTED` classes it has the worst ones, and no confusion matrix.
+    If there are more than `MOST_LISTED` classes, it shows the worst ones and no confusion matrix.
     """
     per_class, intervals = metrics["per_class"], metrics.get("intervals", {})
     columns, lines, number = list(next(iter(per_class.values()))), [], len(per_class)
     if number > MOST_LISTED:
         per_class = find_worst(per_class)
-        lines = [f"The {len(per_class)} worst of {number} classes by F1; metrics.json beside the report has them all."]
+        lines = [f"The {len(per_class)} worst of {number} classes by F1; metrics.json has them all."]
     width = max(map(len, ["class", *per_class]))
     widths = {column: max(len(column), 9) + 2 for column in columns}
     lines.append(f"{'class':<{width}}" + "".join(f"{column.replace('_', ' '):>{widths[column]}}" for column in columns))
@@ -158,11 +146,11 @@ def format_evaluation(metrics: dict[str, Any]) -> str:
     lines.append("")
     for name, value in metrics.items():
         if isinstance(value, float | None):
-            lines.append(f"{name.replace('_', ' ')}: {_format(value)}{_format_interval(intervals.get(name))}")
+            interval = intervals.get(name)
+            shown = " (95 % interval {:.4f} to {:.4f})".format(*interval) if interval else ""
+            lines.append(f"{name.replace('_', ' ')}: {_format(value)}{shown}")
     if "calibration" in metrics:
-        after, before = (
-            metrics["calibration"][f"expected_calibration_error{suffix}"] for suffix in ("", "_uncalibrated")
-        )
+        after, before = _get_calibration_errors(metrics)
         without = f" ({_format(before)} without the temperature)" * (before != after)
         lines.append(f"expected calibration error: {_format(after)}{without}")
     if "optimistic" in metrics:
@@ -173,25 +161,20 @@ def format_evaluation(metrics: dict[str, Any]) -> str:
 
 
 def find_worst(per_class: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns the classes of lowest F1, the worst first, of equal ones that of more images; without an image, none."""
+    """Returns the classes with the lowest F1, the worst first, of equal ones the largest; none without images."""
     known = [name for name, row in per_class.items() if row["support"]]
     worst = sorted(known, key=lambda name: (per_class[name]["f1"], -per_class[name]["support"], name))
     return {name: per_class[name] for name in worst[:MOST_TELLING]}
 
 
 def _format_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[str]:
-    head = "true, predicted ->"
-    rows = [f"{position} {name}" for position, name in enumerate(class_names)]
-    width = max(len(head), *map(len, rows))
-    cell = 1 + max(4, *(len(str(max(row))) for row in matrix))
-    return [
-        "confusion matrix",
-        f"{head:<{width}}" + "".join(f"{position:>{cell}}" for position in range(len(class_names))),
-        *(
-            f"{name:<{width}}" + "".join(f"{count:>{cell}}" for count in row)
-            for name, row in zip(rows, matrix, strict=True)
-        ),
+    heads = ["true, predicted ->", *(f"{position} {name}" for position, name in enumerate(class_names))]
+    width, cell = max(map(len, heads)), 1 + max(4, *(len(str(max(row))) for row in matrix))
+    lines = [
+        f"{head:<{width}}" + "".join(f"{count:>{cell}}" for count in row)
+        for head, row in zip(heads, [range(len(class_names)), *matrix], strict=True)
     ]
+    return ["confusion matrix", *lines]
 
 
 def _format(value: float | int | None) -> str:
@@ -200,8 +183,10 @@ def _format(value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
-def _format_interval(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else " (95 % interval {:.4f} to {:.4f})".format(*interval)
+def _get_calibration_errors(metrics: dict[str, Any]) -> tuple[float, float]:
+    """Returns the expected calibration error of a set with and without the temperature."""
+    found = metrics["calibration"]
+    return found["expected_calibration_error"], found["expected_calibration_error_uncalibrated"]
 
 
 def evaluate_sets(
@@ -212,15 +197,14 @@ def evaluate_sets(
     seed: int,
     report_by: str,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluates each set, the test set with intervals and, multi-label, beside the optimum by its own labels.
+    """Evaluates each set; the test set with intervals and, multi-label, its own best threshold.
 
     Args:
-        sequences: by set, their images read.
-        predictions: the model's raw probabilities by set, `(images, classes)`.
+        sequences: by set, after prediction.
+        predictions: raw probabilities by set.
         decision: fitted without the test set.
-        threshold_range: lowest and highest threshold of that optimum.
-        seed: of the bootstrap.
-        report_by: a column of the test table; `by` of the test set is what `evaluate_by` returns of it. Empty: none.
+        threshold_range: lowest and highest threshold to try on the test set.
+        report_by: a column of the test table: adds `by` to the test set, see `evaluate_by`. Empty: none.
     """
     sets = {}
     for name, sequence in sequences.items():
@@ -237,14 +221,7 @@ def evaluate_sets(
 
 
 class Answers(NamedTuple):
-    """What a model says of images.
-
-    Attributes:
-        images: paths.
-        y_true: their labels, `(images,)` or multi-label `(images, classes)`.
-        probabilities: calibrated, `(images, classes)`.
-        decision: chooses the predicted labels.
-    """
+    """A model's answers for images; the probabilities are calibrated, and the decision chooses the labels."""
 
     images: Sequence[str]
     y_true: np.ndarray
@@ -253,7 +230,7 @@ class Answers(NamedTuple):
 
 
 def list_predictions(answers: Answers) -> pd.DataFrame:
-    """Returns a row per image: path, true and predicted labels, and the probability of each class."""
+    """Returns one row per image: path, true and predicted labels, and the probability of each class."""
     paths, y_true, probabilities, decision = answers
     labels = {"true": y_true, "predicted": decision.choose(probabilities)}
     names = {column: name_labels(values, decision.class_names) for column, values in labels.items()}
@@ -270,14 +247,12 @@ def name_labels(labels: np.ndarray, class_names: Sequence[str]) -> list[list[str
 
 
 def describe_temperature(decision: dict[str, Any], sets: dict[str, dict[str, Any]]) -> str:
-    """Returns the line that names the temperature, and what it does to the calibration error of each set."""
-    fitted_on = decision["temperature_fitted_on"]
-    errors = {name: metrics["calibration"] for name, metrics in sets.items() if name in (fitted_on, "test")}
-    changes = [
-        f"{_format(error['expected_calibration_error_uncalibrated'])} to "
-        f"{_format(error['expected_calibration_error'])} on the {name} set"
-        for name, error in errors.items()
-    ]
+    """Returns a sentence on the temperature and how it changes the calibration error."""
+    fitted_on, changes = decision["temperature_fitted_on"], []
+    for name in sets:
+        if name in (fitted_on, "test"):
+            after, before = _get_calibration_errors(sets[name])
+            changes.append(f"{_format(before)} to {_format(after)} on the {name} set")
     return (
         f"Temperature {decision['temperature']:.3f}, fitted on the {fitted_on} set: it changes the expected "
         f"calibration error from {' and from '.join(changes)}."
@@ -285,12 +260,12 @@ def describe_temperature(decision: dict[str, Any], sets: dict[str, dict[str, Any
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """Prints what was fitted, and the metrics of each set."""
+    """Prints the decision and the metrics of each set."""
     decision = results["decision"]
     if decision["temperature_fitted_on"]:
         print(describe_temperature(decision, results["sets"]))
     else:
-        print("No temperature is fitted, for want of a validation set: probabilities stay as they are.")
+        print("No validation set, so no temperature was fitted: the probabilities are the model's own.")
     fitted_on, threshold = decision["thresholds_fitted_on"], decision["exact_match_threshold"]
     if results["multi_label"] and fitted_on in results["sets"]:
         accuracy = results["sets"][fitted_on]["exact_match_accuracy"]
@@ -319,19 +294,18 @@ def evaluate_leak(
     """Evaluates the test set without the images that have a near copy in the training set.
 
     Args:
-        sequences: by set, their images read; there may be no training set.
-        predictions: the model's raw probabilities by set, `(images, classes)`.
-        decision: as fitted.
-        configs: `verify_data` says how thoroughly to look; the seed of the bootstrap.
+        sequences: by set, after prediction; the training set may be missing.
+        predictions: raw probabilities by set.
+        configs: `verify_data`, how to search for copies, and the seed of the bootstrap.
 
     Returns:
-        `near_copies_in_training`: of it `images` is how many test images have a near copy, `without` the metrics of the
-        others with `intervals`, None if there are no others. Empty if near copies are not looked for.
+        `near_copies_in_training` with `images`, the number of test images that have a near copy, and `without`, the
+        metrics and `intervals` of the others, None if no image or every image has one. Empty without a search.
     """
     test = sequences["test"]
-    leaked = (
-        find_leaked(sequences["training"].paths, test.get_read_paths(), configs) if "training" in sequences else None
-    )
+    if "training" not in sequences:
+        return {}
+    leaked = find_leaked(sequences["training"].paths, test.get_read_paths(), configs)
     if leaked is None:
         return {}
     found: dict[str, Any] = {"images": int(leaked.sum()), "without": None}
@@ -346,16 +320,9 @@ def evaluate_leak(
 
 
 def find_leaked(training: Sequence[str], tested: Sequence[str], configs: Configs) -> np.ndarray | None:
-    """Returns which test images have an exact or near copy among the training images.
+    """Returns which test images have an exact or near copy among the training images, bool `(tested,)`.
 
-    Args:
-        training: image files.
-        tested: image files.
-        configs: `verify_data` says how thoroughly to look.
-
-    Returns:
-        bool `(tested,)`; None if `verify_data` leaves near copies out or the search would take too long, which is
-        printed.
+    It is None if `verify_data` skips near copies, or if the search would take too long, which is printed.
     """
     if configs.verify_data not in ("quick", "full"):
         return None
@@ -367,3 +334,80 @@ def find_leaked(training: Sequence[str], tested: Sequence[str], configs: Configs
     if all(one.thumbnail is None for one in known.values()):
         return None
     return copies.find_shared(tables[1], tables[0])
+
+
+# The metrics of each value, by whether an image may have several labels. Of many values, those with the lowest first
+# metric are shown.
+MEASURES = {False: ("accuracy", "balanced_accuracy"), True: ("exact_match_accuracy", "mean_average_precision")}
+
+
+def evaluate_by(
+    values: pd.Series,
+    y_true: np.ndarray,
+    raw_probabilities: np.ndarray,
+    decision: Decision,
+    seed: int,
+    groups: np.ndarray | None,
+) -> dict[str, Any]:
+    """Evaluates the images of each value of a column separately.
+
+    Returns:
+        `column`, its name, and `values`. Each has `images`, `groups` if there are fewer, the two metrics in `MEASURES`
+        and their `intervals`.
+    """
+    texts, names, by_value = values.str.strip().to_numpy(), MEASURES[decision.multi_label], {}
+    for value in sorted(set(texts)):
+        rows = np.flatnonzero(texts == value)
+        its_groups, part = pick_groups(groups, rows), (y_true[rows], raw_probabilities[rows])
+        counts = {"images": len(rows)}
+        if its_groups is not None:
+            counts["groups"] = count_groups(its_groups, len(rows))
+        metrics = measure(*part, decision)
+        intervals = get_intervals(*part, decision, seed, groups=its_groups)
+        chosen = {name: metrics[name] for name in names}
+        by_value[value] = counts | chosen | {"intervals": {name: intervals[name] for name in names}}
+    return {"column": values.name, "values": by_value}
+
+
+def measure(y_true: np.ndarray, raw: np.ndarray, decision: Decision) -> dict[str, Any]:
+    """Returns the metrics of `get_evaluation_metrics` or `get_multilabel_evaluation_metrics` under a decision."""
+    if not decision.multi_label:
+        return get_evaluation_metrics(y_true, raw, decision.class_names)
+    calibrated, threshold = decision.calibrate(raw), decision.exact_match_threshold
+    return get_multilabel_evaluation_metrics(y_true, calibrated, decision.class_names, threshold, ranking=raw)
+
+
+def list_breakdown(breakdown: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the values to show with their metrics: all, or of many those with the lowest first metric."""
+    rows = list(breakdown["values"].items())
+    if len(rows) <= MOST_LISTED:
+        return rows
+    return sorted(rows, key=lambda row: row[1][_list_measures(row[1])[0]])[:MOST_TELLING]
+
+
+def _list_measures(row: dict[str, Any]) -> list[str]:
+    return [name for names in MEASURES.values() for name in names if name in row]
+
+
+def format_breakdown(breakdown: dict[str, Any]) -> str:
+    """Formats the result of `evaluate_by` as a text table, one line per value."""
+    rows, number = list_breakdown(breakdown), len(breakdown["values"])
+    counts = [name for name in ("images", "groups") if any(name in row for _, row in rows)]
+    measures = _list_measures(rows[0][1])
+    cells = [[breakdown["column"], *counts, *(name.replace("_", " ") for name in measures)]]
+    for value, row in rows:
+        shown = [_format_measure(row[name], row["intervals"][name]) for name in measures]
+        cells.append([show(value) or "(empty)", *(str(row.get(name, row["images"])) for name in counts), *shown])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [f"test set by {breakdown['column']}, with 95 % intervals"]
+    if len(rows) < number:
+        lines = [f"The {len(rows)} worst of {number} values of {breakdown['column']}; metrics.json has them all."]
+    for first, *others in cells:
+        padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *padded]))
+    return "\n".join(lines)
+
+
+def _format_measure(value: float | None, interval: list[float] | None) -> str:
+    shown = "undefined" if value is None else f"{value:.4f}"
+    return shown + (" ({:.4f} to {:.4f})".format(*interval) if interval else " (no interval)")

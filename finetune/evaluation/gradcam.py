@@ -16,7 +16,7 @@ from finetune.models.model_files import has_views, strip_views
 
 
 def weigh_by_mean_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
-    """Grad-CAM: one weight a channel.
+    """Grad-CAM: one weight per channel, its mean gradient.
 
     Source: Selvaraju et al., ICCV 2017, eq. 1 (arXiv:1610.02391).
     """
@@ -24,12 +24,12 @@ def weigh_by_mean_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tens
 
 
 def weigh_by_positive_gradients(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
-    """Grad-CAM++: one weight a channel, the sum of its positive gradients, each damped by the channel's total.
+    """Grad-CAM++: one weight per channel, the sum of its positive gradients, each damped by the channel's total.
 
-    The score is the exponential of the logit, and what lies between features and logit is piecewise linear: the
-    second and third derivative are then powers of the logit's gradient `g`, all times the exponential, which
-    normalising the map cancels. Eq. 19's `g^2 / (2 g^2 + sum(A) g^3)` is `1 / (2 + sum(A) g)` wherever `g` is not 0,
-    and written so it does not underflow. The derivation takes features of at least 0.
+    The score is the exponential of the logit, and the head is piecewise linear. So the second and third derivatives are
+    powers of the logit's gradient `g` times the exponential, which normalising the map cancels. Eq. 19's
+    `g^2 / (2 g^2 + sum(A) g^3)` is `1 / (2 + sum(A) g)` if `g` is not 0, and does not underflow in this form. The
+    derivation assumes features of at least 0.
 
     Source: Chattopadhay et al., WACV 2018, eq. 19 (arXiv:1710.11063).
     """
@@ -39,7 +39,7 @@ def weigh_by_positive_gradients(features: tf.Tensor, gradients: tf.Tensor) -> tf
 
 
 def weigh_by_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
-    """HiResCAM: each place and channel by its own gradient.
+    """HiResCAM: each place and channel has its own gradient as its weight.
 
     Source: Draelos and Carin, 2020 (arXiv:2011.08891).
     """
@@ -47,14 +47,14 @@ def weigh_by_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
 
 
 def weigh_by_positive_gradient(features: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
-    """LayerCAM: each place and channel by its own gradient where that is positive.
+    """LayerCAM: each place and channel has its own gradient as its weight, or 0 if it is negative.
 
     Source: Jiang et al., IEEE Transactions on Image Processing 30, 2021.
     """
     return tf.nn.relu(gradients)
 
 
-# Of features and gradients, float32 `(batch, h, w, channels)`; returns weights that broadcast to the same shape.
+# From features and gradients, float32 `(batch, h, w, channels)`, to weights that broadcast to that shape.
 METHODS: dict[str, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = {
     "gradcam": weigh_by_mean_gradient,
     "gradcam++": weigh_by_positive_gradients,
@@ -64,22 +64,22 @@ METHODS: dict[str, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = {
 
 
 class GradCam:
-    """Locates the image regions that raise a class's score: the positive part of the weighted sum of the features.
+    """Finds the image regions that raise a class's score: the positive part of the weighted sum of the features.
 
-    The network up to the backbone's last spatial layer runs once an image, whatever the number of classes; the
-    gradient crosses the head only. Scores are logits, which do not saturate as probabilities do. Of a model that
-    answers with the mean over an image and its mirror image, the map is that of the image as it is.
+    The network up to the backbone's last spatial layer runs once per image, for any number of classes; the gradient
+    crosses only the head. Scores are logits, because probabilities saturate. If a model averages an image with its
+    mirror image, the map is that of the image itself.
 
-    Of another layer the network cannot always be cut in two: what leads around it, as in residual blocks, would be
-    lost. Every explanation then runs all of it, and the gradient goes from the logits back to that layer.
+    For another layer, the network cannot be cut in two, because residual connections go around it. Each explanation
+    then runs all of it, and the gradient goes from the logits back to that layer.
 
     Args:
         model: a model of this collection.
         method: a key of `METHODS`.
-        layer_name: of a spatial layer of the backbone; empty for its last one.
+        layer_name: a spatial layer of the backbone; empty for its last one.
 
     Raises:
-        UserError: the model lacks these parts, or the backbone that layer.
+        UserError: the model is of another structure, or has no such layer.
     """
 
     def __init__(self, model: keras.Model, method: str = "gradcam", layer_name: str = "") -> None:
@@ -98,13 +98,12 @@ class GradCam:
         """Explains a batch.
 
         Args:
-            images: RGB `(batch, height, width, 3)`, pixels in `[0, 255]`.
-            class_indices: int `(batch,)`, the class to explain, or `(batch, k)`, several an image; by default the
+            class_indices: int `(batch,)`, the class to explain, or `(batch, k)`, several per image; by default the
                 most probable one.
 
         Returns:
-            Heatmaps, float32 `(batch, h, w)` or `(batch, k, h, w)`, unitless in `[0, 1]`, zeros where nothing supports
-            the class; and probabilities, float32 `(batch, classes)`.
+            Heatmaps, float32 `(batch, h, w)` or `(batch, k, h, w)` in `[0, 1]`, zeros if nothing supports the class;
+            and probabilities, float32 `(batch, classes)`.
         """
         features, probabilities = self.read(images)
         chosen = probabilities.argmax(axis=1) if class_indices is None else np.asarray(class_indices)
@@ -115,27 +114,21 @@ class GradCam:
     def read(self, images: np.ndarray) -> tuple[tf.Tensor, np.ndarray]:
         """Runs the network on a batch.
 
-        Args:
-            images: RGB `(batch, height, width, 3)`, pixels in `[0, 255]`.
-
         Returns:
-            What `explain` starts from, and the model's probabilities, float32 `(batch, classes)`.
+            The features for `explain`, and the model's probabilities, float32 `(batch, classes)`.
         """
-        # One trace for every number of images: the last batch is often a smaller one.
+        # One trace for any number of images: the last batch is often smaller.
         read = self._read.get_concrete_function(tf.TensorSpec((None, *images.shape[1:]), images.dtype))
         start, probabilities = read(tf.convert_to_tensor(images))
         return start, probabilities.numpy()
 
     def explain(self, start: tf.Tensor, rows: np.ndarray, class_indices: np.ndarray) -> np.ndarray:
-        """Explains pairs of an image and a class, any number of them, in memory that the batch's own size bounds.
+        """Returns the heatmaps of pairs of an image and a class, float32 `(pairs, h, w)` in `[0, 1]`.
 
         Args:
-            start: of a batch, from `read`.
+            start: of a batch, from `read`. No more pairs than it has images are in memory at once.
             rows: int `(pairs,)`, positions in that batch.
-            class_indices: int `(pairs,)`, the class to explain of each.
-
-        Returns:
-            Heatmaps, float32 `(pairs, h, w)` as from calling this object.
+            class_indices: int `(pairs,)`, the class to explain.
         """
         integers = tf.TensorSpec((None,), tf.int32)
         signature = tf.TensorSpec((None, *start.shape[1:]), start.dtype), integers, integers
@@ -164,7 +157,7 @@ class GradCam:
             tape.watch(start)
             maps, features = self._maps(start, training=False) if self._maps else (start, start)
             logits = self._logits(tf.cast(features, tf.float32), training=False)
-            # Images do not mix in inference mode: the gradient of the sum holds each one's own.
+            # Images are independent in inference mode: the gradient of the sum has that of each one.
             score = tf.reduce_sum(tf.gather(logits, class_indices, batch_dims=1))
         gradients = tf.cast(tape.gradient(score, maps), tf.float32)
         maps = tf.cast(maps, tf.float32)
@@ -173,7 +166,6 @@ class GradCam:
 
 
 def _input_of_head(model: keras.Model) -> keras.KerasTensor:
-    """Returns the tensor that a model's graph feeds its head."""
     images = model.inputs[0]
     for layer in model.layers[1:-1]:
         images = layer(images)
@@ -181,7 +173,7 @@ def _input_of_head(model: keras.Model) -> keras.KerasTensor:
 
 
 def _build_maps(model: keras.Model, layer_name: str) -> keras.Model:
-    """Returns a model from images to what a layer of the backbone gives, and to what the head is fed."""
+    """Returns a model from images to the output of a backbone's layer, and to the input of the head."""
     backbone = model.get_layer(BACKBONE)
     outputs = [find_spatial_layer(backbone, layer_name).output, backbone.output]
     maps = images = model.inputs[0]
@@ -194,9 +186,9 @@ def _build_maps(model: keras.Model, layer_name: str) -> keras.Model:
 
 
 def find_spatial_layer(backbone: keras.Model, name: str) -> keras.Layer:
-    """Returns the layer of a backbone that has a name and whose output has places, `(batch, h, w, channels)`.
+    """Returns a layer of a backbone by its name; its output must be a feature map, `(batch, h, w, channels)`.
 
-    Layers inside attention blocks have none: their output is smaller than the backbone's own.
+    The output of a layer inside an attention block is smaller than the backbone's own, and is no feature map.
 
     Raises:
         UserError: there is no such layer.

@@ -24,11 +24,7 @@ LONGEST_CURVE = 500
 class Cells(NamedTuple):
     """The cells of a confusion matrix that are above 0, row by row.
 
-    Attributes:
-        rows: int `(cells,)`, positions of the true classes.
-        columns: int `(cells,)`, positions of the predicted classes.
-        counts: int `(cells,)`, images.
-        shares: `(cells,)`, of the images of the true class, in `(0, 1]`.
+    Rows and columns are positions of true and predicted classes, shares are of the true class, in `(0, 1]`.
     """
 
     rows: np.ndarray
@@ -38,17 +34,11 @@ class Cells(NamedTuple):
 
 
 def count_confusions(y_true: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]) -> ConfusionMatrix:
-    """Counts which class was taken for which.
-
-    Args:
-        y_true: int `(images,)`, positions in `class_names`.
-        predicted: likewise.
-        class_names: in the order of the positions.
+    """Returns the confusion matrix.
 
     Returns:
-        Lists of counts, rows true and columns predicted, of up to `MOST_LISTED` classes. Of more, the counts above 0
-        by the name of the true and then of the predicted class: `{"cat": {"cat": 9, "dog": 1}}`; a true class without
-        images is not in it.
+        Lists of counts, rows true and columns predicted, for up to `MOST_LISTED` classes. For more, the counts above 0
+        by the names of the true and the predicted class: `{"cat": {"cat": 9, "dog": 1}}`.
     """
     number = len(class_names)
     pairs, counts = np.unique(y_true.astype(np.int64) * number + predicted, return_counts=True)
@@ -63,7 +53,7 @@ def count_confusions(y_true: np.ndarray, predicted: np.ndarray, class_names: Seq
 
 
 def read_cells(stored: ConfusionMatrix, class_names: Sequence[str]) -> Cells:
-    """Returns the cells above 0 of what `count_confusions` returned, of either form."""
+    """Returns the cells above 0 of a confusion matrix, in either form of `count_confusions`."""
     if isinstance(stored, dict):
         positions = {name: position for position, name in enumerate(class_names)}
         found = sorted(
@@ -83,13 +73,8 @@ def read_cells(stored: ConfusionMatrix, class_names: Sequence[str]) -> Cells:
 def list_confusions(stored: ConfusionMatrix, class_names: Sequence[str], most: int) -> list[dict[str, Any]]:
     """Lists the most frequent confusions of two classes, the most frequent first.
 
-    Args:
-        stored: as `count_confusions` returns it.
-        class_names: in the order of the positions.
-        most: how many to list.
-
     Returns:
-        `true` and `predicted`, names; `count` of images and their `share` of those of the true class.
+        `true` and `predicted`, names; `count` of images, and their `share` of the true class.
     """
     cells = read_cells(stored, class_names)
     wrong = np.flatnonzero(cells.rows != cells.columns)
@@ -105,8 +90,13 @@ def list_confusions(stored: ConfusionMatrix, class_names: Sequence[str], most: i
     ]
 
 
+def to_indicators(y_true: np.ndarray, classes: int) -> np.ndarray:
+    """Returns labels of either form as bool `(images, classes)`."""
+    return y_true.astype(bool) if y_true.ndim == 2 else y_true[:, None] == np.arange(classes)
+
+
 def check_finite(probabilities: np.ndarray) -> None:
-    """Raises UserError where a model answered with something that is not a number."""
+    """Raises UserError if a probability is not finite."""
     if wrong := int((~np.isfinite(probabilities)).any(axis=1).sum()):
         raise UserError(
             f"The model's probabilities of {wrong} of {len(probabilities)} images are not finite: its training has "
@@ -123,10 +113,9 @@ def get_evaluation_metrics(y_true: np.ndarray, probabilities: np.ndarray, class_
         class_names: in the order of the positions.
 
     Returns:
-        `accuracy`; `balanced_accuracy`, the mean recall of the classes that have images; `macro_f1`, the mean of
-        the classes that are true or predicted somewhere; `top_5_accuracy` where there are more than 10 classes;
-        `per_class` precision, recall, f1 and support by class name, 0 where undefined; `confusion_matrix`, as
-        `count_confusions` returns it.
+        `accuracy`; `balanced_accuracy`, the mean recall of the classes that have images; `macro_f1`, the mean over
+        the classes that are true or predicted somewhere; `top_5_accuracy` for more than 10 classes; `per_class`
+        precision, recall, f1 and support by class name, 0 if undefined; `confusion_matrix`, see `count_confusions`.
 
     Raises:
         UserError: the arguments are not as described, or differ in the number of images or classes.
@@ -151,16 +140,7 @@ def get_evaluation_metrics(y_true: np.ndarray, probabilities: np.ndarray, class_
 
 
 def is_in_top_k(y_true: np.ndarray, probabilities: np.ndarray, k: int = TOP_K) -> np.ndarray:
-    """Tells for each image whether its class is among the `k` highest; of equal ones the first counts as higher.
-
-    Args:
-        y_true: int `(images,)`, class positions.
-        probabilities: `(images, classes)`.
-        k: how many may be named.
-
-    Returns:
-        bool `(images,)`.
-    """
+    """Returns whether each image's class is among its `k` most probable ones; of equal ones the first ranks higher."""
     at_truth = np.take_along_axis(probabilities, y_true[:, None], axis=1)
     equal_before = (probabilities == at_truth) & (np.arange(probabilities.shape[1]) < y_true[:, None])
     return ((probabilities > at_truth) | equal_before).sum(axis=1) < k
@@ -179,15 +159,15 @@ def get_multilabel_evaluation_metrics(
         y_true: `(images, classes)` of zeros and ones.
         probabilities: `(images, classes)`.
         class_names: in the order of the columns.
-        threshold: the lowest probability of a label that holds.
-        ranking: scores for AUROC and average precision, where a temperature has made some probabilities equal;
+        threshold: the lowest probability of a predicted label.
+        ranking: scores for AUROC and average precision, because a temperature can make probabilities equal;
             `probabilities` by default.
 
     Returns:
-        `mean_auroc`, `mean_average_precision`, `exact_match_accuracy`, `hamming_loss`, `macro_f1` (of the classes
+        `mean_auroc`, `mean_average_precision`, `exact_match_accuracy`, `hamming_loss`, `macro_f1` (over the classes
         that are true or predicted somewhere), `threshold`; `per_class` by class name: precision, recall, f1 and
-        support (0 where undefined), `auroc` and `average_precision` (None where a class has no positive, or for
-        AUROC no negative, and then left out of the mean).
+        support (0 if undefined), `auroc` and `average_precision` (None and left out of the mean if a class has no
+        positive image, or for AUROC no negative one).
 
     Raises:
         UserError: the arguments are not as described, or differ in the number of images or classes.
@@ -196,11 +176,10 @@ def get_multilabel_evaluation_metrics(
     probabilities = take_table("probabilities", probabilities, len(class_names))
     y_true = take_table("y_true", y_true, len(class_names), is_binary=True)
     check_rows("y_true", y_true, probabilities)
-    check_rows("ranking", probabilities if ranking is None else ranking, probabilities)
-    truth, predicted = y_true.astype(bool), probabilities >= threshold
     scores = probabilities if ranking is None else ranking
-    aurocs = get_aurocs(y_true, scores)
-    precisions = get_average_precisions(y_true, scores)
+    check_rows("ranking", scores, probabilities)
+    truth, predicted = y_true.astype(bool), probabilities >= threshold
+    aurocs, precisions = get_aurocs(y_true, scores), get_average_precisions(y_true, scores)
     counts = ((truth & predicted).sum(axis=0), predicted.sum(axis=0), truth.sum(axis=0))
     per_class = dict(zip(class_names, class_metrics(*counts), strict=True))
     for position, name in enumerate(class_names):
@@ -218,7 +197,7 @@ def get_multilabel_evaluation_metrics(
 
 
 def _macro_f1(truth: np.ndarray, predicted: np.ndarray, positions: np.ndarray) -> float | None:
-    """Returns the mean F1 of the classes that are true or predicted somewhere; None where there is none."""
+    """Returns the mean F1 of the classes that are true or predicted somewhere; None if there are none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         mean = sk.f1_score(truth, predicted, labels=positions, average="macro", zero_division=np.nan)
@@ -226,14 +205,11 @@ def _macro_f1(truth: np.ndarray, predicted: np.ndarray, positions: np.ndarray) -
 
 
 def class_metrics(right: np.ndarray, chosen: np.ndarray, support: np.ndarray) -> list[dict[str, Any]]:
-    """Returns precision, recall, f1 and support of each class, 0 where undefined.
+    """Returns precision, recall, f1 and support of each class, 0 if undefined.
 
-    Args:
-        right: int `(classes,)`, images that are of the class and predicted to be.
-        chosen: images predicted to be of the class.
-        support: images of the class.
+    They come from the numbers of true positives, of images predicted to be of the class, and of images of the class.
     """
-    # Numerators are 0 wherever a denominator is.
+    # If a denominator is 0, so is its numerator.
     quotients = [right / np.maximum(chosen, 1), right / np.maximum(support, 1)]
     columns = [*quotients, 2 * right / np.maximum(support + chosen, 1), support]
     rows = zip(*(column.tolist() for column in columns), strict=True)
@@ -241,9 +217,9 @@ def class_metrics(right: np.ndarray, chosen: np.ndarray, support: np.ndarray) ->
 
 
 def get_aurocs(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Returns the area under the ROC curve of each class, NaN where it is undefined; `(classes,)`.
+    """Returns the area under the ROC curve of each class, `(classes,)`.
 
-    It is where all images or none have the class, and where a score is not finite.
+    It is NaN if all images or none have the class, or if a score is not finite.
 
     Source: Hanley and McNeil, Radiology 143:29, 1982: the rank sum of the positives; equal scores share their ranks.
     """
@@ -251,14 +227,14 @@ def get_aurocs(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 
 
 def get_average_precisions(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Returns the average precision of each class, NaN where no image has it or a score is not finite; `(classes,)`."""
+    """Returns the average precision of each class, `(classes,)`; NaN if no image has it or a score is not finite."""
     return _measure_columns(_average_precision, y_true, probabilities)
 
 
 def _measure_columns(
     measure: Callable[[np.ndarray, np.ndarray], float], y_true: np.ndarray, probabilities: np.ndarray
 ) -> np.ndarray:
-    """Measures each class by its positives' scores and all scores, both rising; NaN where it has no positive."""
+    """Computes a metric of each class from the sorted scores of its positives and of all images; NaN if undefined."""
     columns = zip(y_true.T, probabilities.T, strict=True)
     pairs = ((np.sort(scores[truth.astype(bool)]), np.sort(scores)) for truth, scores in columns)
     return np.array(
@@ -279,7 +255,7 @@ def _average_precision(positives: np.ndarray, scores: np.ndarray) -> float:
 
 
 def mean_of_defined(values: np.ndarray) -> float:
-    """Returns the mean of the values that are not NaN; NaN where there is none."""
+    """Returns the mean of the values that are not NaN; NaN if there are none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return float(np.nanmean(values))
@@ -291,7 +267,7 @@ def none_if_undefined(value: float) -> float | None:
 
 
 def get_calibration(confidences: np.ndarray, outcomes: np.ndarray) -> tuple[float, list[dict[str, Any]]]:
-    """Compares how sure answers are with how often they are right.
+    """Computes the expected calibration error, and the bins of a reliability diagram.
 
     Source: Guo et al., ICML 2017, eqs. 2-3 and 5 (arXiv:1706.04599).
 
@@ -300,8 +276,8 @@ def get_calibration(confidences: np.ndarray, outcomes: np.ndarray) -> tuple[floa
         outcomes: bool `(answers,)`, whether each answer is right.
 
     Returns:
-        The expected calibration error, and of each of 15 equally wide bins `(low, high]` that is not empty the mean
-        `confidence`, the share that is right (`accuracy`) and the `count`.
+        The error, and for each of 15 equally wide bins `(low, high]` that is not empty the mean `confidence`, the share
+        that is right (`accuracy`) and the `count`.
     """
     confidences = np.asarray(confidences, np.float32)
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1].astype(np.float32)
@@ -321,34 +297,24 @@ def get_calibration(confidences: np.ndarray, outcomes: np.ndarray) -> tuple[floa
 def get_curves(y_true: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Computes each class's ROC and precision-recall curve against all others.
 
-    Args:
-        y_true: int `(images,)`, class positions; or `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`.
-        class_names: in the order of the columns.
-
     Returns:
         By class name: `false_positive_rate` and `true_positive_rate`, `precision` and `recall` (lists of at most
-        500 points in the curve's order; empty where undefined), `auroc` and `average_precision` of the whole curves
-        (None where undefined).
+        500 points in the curve's order; empty if undefined), `auroc` and `average_precision` of the whole curves
+        (None if undefined).
     """
-    truth = np.asarray(y_true)
-    if truth.ndim == 1:
-        truth = truth[:, None] == np.arange(len(class_names))
-    truth = truth.astype(bool)
+    truth = to_indicators(np.asarray(y_true), len(class_names))
     aurocs, precisions = get_aurocs(truth, probabilities), get_average_precisions(truth, probabilities)
     curves = {}
     for position, name in enumerate(class_names):
         labels, scores = truth[:, position], probabilities[:, position]
-        false_positive_rate = true_positive_rate = precision = recall = []
+        roc = precision_recall = ([], [])
         if not np.isnan(aurocs[position]):
-            false_positive_rate, true_positive_rate = _thin(*sk.roc_curve(labels, scores)[:2])
+            roc = _thin(*sk.roc_curve(labels, scores)[:2])
         if labels.any():
-            precision, recall = _thin(*sk.precision_recall_curve(labels, scores)[:2])
+            precision_recall = _thin(*sk.precision_recall_curve(labels, scores)[:2])
         curves[name] = {
-            "false_positive_rate": false_positive_rate,
-            "true_positive_rate": true_positive_rate,
-            "precision": precision,
-            "recall": recall,
+            **dict(zip(("false_positive_rate", "true_positive_rate"), roc, strict=True)),
+            **dict(zip(("precision", "recall"), precision_recall, strict=True)),
             "auroc": none_if_undefined(aurocs[position]),
             "average_precision": none_if_undefined(precisions[position]),
         }
@@ -356,7 +322,7 @@ def get_curves(y_true: np.ndarray, probabilities: np.ndarray, class_names: Seque
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
-    """Keeps at most `LONGEST_CURVE` points, both ends among them, at even distances along the curve."""
+    """Keeps at most `LONGEST_CURVE` points at even distances along the curve, with both ends."""
     if len(x) > LONGEST_CURVE:
         lengths = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
         kept = np.unique(np.searchsorted(lengths, np.linspace(0, lengths[-1], LONGEST_CURVE)))

@@ -1,4 +1,4 @@
-"""Writing models in other formats, and proving that they still answer the same.
+"""Exporting models to other formats, and checking that their answers stay the same.
 
-Start with `exports.py`, the registry of formats; `parity.py` compares an export with its model.
+Start with `exports.py`; `parity.py` compares an artefact with its original.
 """

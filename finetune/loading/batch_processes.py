@@ -1,8 +1,8 @@
-"""Processes that make batches where threads would wait for one another: each has an interpreter and a lock of its own.
+"""Processes that make batches when threads would wait for each other: each process has its own interpreter lock.
 
-They are spawned, for TensorFlow's threads forbid a fork, and import nothing of it. Pixels come back in shared memory,
-which has no name and ends with its last user; the rest of a batch, and what was asked for, goes through a pipe. A
-process whose pipe breaks ends: so none outlives the one that reads its batches, however that one ends.
+They are spawned, because TensorFlow's threads rule out a fork, and don't import TensorFlow. Pixels return in anonymous
+shared memory, which is freed with its last user. Requests and the rest of a batch go through a pipe. A process ends
+when its pipe breaks, so it never outlives its reader.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ import numpy as np
 from finetune.core.options import UserError
 from finetune.loading.batches import ImageBatches
 
-# Seconds that a process has to end by itself.
+# Seconds for a process to end by itself.
 PATIENCE = 5.0
-# What a whole group of processes receives is for the one that trains; the others end with it.
+# Signals to the whole group of processes are handled by the training process; the others end with it.
 LEFT_TO_THE_PARENT = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 
 
 class WorkerEnded(UserError):
-    """A process that makes batches has ended, and with it what needs them."""
+    """A process that makes batches has ended too early."""
 
 
 class Worker(NamedTuple):
-    """A process that makes batches: what it is asked and answers through, and its memory for a batch's pixels."""
+    """A process that makes batches, its pipe, and its memory for the pixels of a batch."""
 
     process: SpawnProcess
     connection: Connection
@@ -46,15 +46,14 @@ class Worker(NamedTuple):
 
 
 class BatchProcesses:
-    """Makes batches in processes, each as the call in this one would have made it.
+    """Makes batches in processes, exactly as calls in this process would.
 
     Args:
-        batches: the batches, of which each process gets a copy; `epoch` and `first_step` are read at each call. It has
-            no cache, and its augmenter can be pickled.
+        batches: copied to each process; `epoch` and `first_step` are read at each call. They must have no cache.
         number: of processes.
 
     Raises:
-        Exception: `augmenter` cannot be pickled.
+        Exception: the augmenter cannot be pickled.
     """
 
     def __init__(self, batches: ImageBatches, number: int) -> None:
@@ -62,7 +61,7 @@ class BatchProcesses:
         self._size = batches.largest_share * math.prod(batches.image_size) * 3
         self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         workers: list[Worker] = []
-        # Before Python waits for its processes at its end: by then they have to know that nothing more will come.
+        # At its end, Python waits for its processes; their pipes have to break before that.
         self.close = multiprocessing.util.Finalize(self, _end, (workers,), exitpriority=10)
         try:
             with _without_main_module(), _blocking_signals():
@@ -79,15 +78,15 @@ class BatchProcesses:
         ours, theirs = context.Pipe()
         process = context.Process(target=_make_batches, args=(self._batches.copy_facts(), theirs, memory))
         process.start()
-        # Else the pipe would not break when the process ends.
+        # Otherwise the pipe would not break when the process ends.
         theirs.close()
         return Worker(process, ours, np.frombuffer(memory, np.uint8))
 
     def make(self, name: str, index: int) -> tuple[np.ndarray, ...]:
-        """Returns what the method `name` of the batches returns for `index`; waits where no process is free.
+        """Returns what the method `name` of the batches returns for `index`; waits for a free process.
 
         Raises:
-            UserError: what the method raised.
+            UserError: raised by the method.
             WorkerEnded: the process has ended.
         """
         worker = self._free.get()
@@ -107,16 +106,15 @@ class BatchProcesses:
 
 
 def _describe_end(process: SpawnProcess) -> str:
-    """Says how a process ended that was to make batches."""
     process.join(PATIENCE)
     code = process.exitcode
-    how = f"by signal {-code}" if code is not None and code < 0 else f"with status {code}"
-    memory = ": where the memory does not suffice, set generator_workers lower" if code == -9 else ""
-    return f"A process that reads images, one of generator_workers, was ended {how}{memory}."
+    how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
+    memory = ": if it ran out of memory, lower generator_workers" if code == -9 else ""
+    return f"A process that reads images (one of generator_workers) {how}{memory}."
 
 
 def _make_batches(batches: ImageBatches, connection: Connection, memory: Any) -> None:
-    """Makes batches as they are asked for until the pipe breaks: the main function of each process."""
+    """Makes the requested batches until the pipe breaks: the main function of each process."""
     pixels = np.frombuffer(memory, np.uint8)
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -134,7 +132,6 @@ def _make_batches(batches: ImageBatches, connection: Connection, memory: Any) ->
 
 
 def _end(workers: list[Worker]) -> None:
-    """Ends processes: their pipes break."""
     for worker in workers:
         worker.connection.close()
     for worker in workers:
@@ -147,7 +144,7 @@ def _end(workers: list[Worker]) -> None:
 
 @contextlib.contextmanager
 def _without_main_module() -> Iterator[None]:
-    """Hides the script that runs: a spawned process would import it, and TensorFlow with it, 0.7 GB and 5 s each."""
+    """Hides the running script: each spawned process would import it and TensorFlow, which costs 0.7 GB and 5 s."""
     main = sys.modules["__main__"]
     kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
     for name in kept:
@@ -161,11 +158,11 @@ def _without_main_module() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _blocking_signals() -> Iterator[None]:
-    """Blocks signals, which processes that are started meanwhile will go on with."""
+    """Blocks the signals of `LEFT_TO_THE_PARENT`; processes that are started here inherit that."""
     if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield
         return
-    # multiprocessing's own helper unblocks them when it starts.
+    # multiprocessing's helper process would unblock them when it starts.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_THE_PARENT)
     try:

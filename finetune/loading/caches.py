@@ -1,4 +1,4 @@
-"""Decoded, resized images kept after their first use, in memory or on the disk."""
+"""Caches of decoded, resized images, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from finetune.data.stores import is_url, read_version
 
 
 class MemoryCache:
-    """Keeps resized images in memory, which it takes at once: what does not fit is told before training starts.
+    """Keeps resized images in memory, which it reserves at once: too little memory is an error before training.
 
     Args:
         number: of images.
         image_size: `(height, width)`.
 
     Raises:
-        UserError: the memory that is free does not suffice.
+        UserError: there is too little free memory.
     """
 
     def __init__(self, number: int, image_size: Sequence[int]) -> None:
@@ -39,13 +39,13 @@ class MemoryCache:
         if needed > free:
             raise UserError(
                 f"image_cache: {number} images of {image_size[0]}x{image_size[1]} need {needed / 2**30:.1f} GiB of "
-                f"memory. Free are {free / 2**30:.1f} GiB. Set image_cache to disk or none."
+                f"memory. Free: {free / 2**30:.1f} GiB. Set image_cache to disk or none."
             )
         self._images = np.full(shape, 0, np.uint8)
         self._is_known = np.zeros(number, bool)
 
     def get(self, row: int) -> np.ndarray | None:
-        """Returns the image of a row, uint8 `(height, width, 3)`; None where it is not known yet."""
+        """Returns the image of a row, uint8 `(height, width, 3)`, or None if it is not cached yet."""
         return self._images[row] if self._is_known[row] else None
 
     def put(self, row: int, image: np.ndarray) -> None:
@@ -55,26 +55,25 @@ class MemoryCache:
 
 
 class DiskCache:
-    """Keeps resized images in a file that is mapped into memory, for this run, later ones and other processes.
+    """Keeps resized images in a file that is mapped into memory, for this run, later runs and other processes.
 
-    The file holds an entry per image (a digest of its path, size and modification time, or of its URL and what the
-    store tells without sending it, and a checksum of its pixels) and after the entries the pixels. Pixels are written
-    before their entry, and both are checked at an image's first use: what changed meanwhile, or was half written when
-    a process or the machine stopped, is decoded again. Processes that share the file write the same bytes.
+    The file starts with an entry per image: the digest of `digest_image` and a checksum of the pixels. The pixels
+    follow. They are written before their entry, and both are checked at an image's first use. So an image is decoded
+    again if it has changed, or if a crash left it half written. Processes that share the file write the same bytes.
 
     Args:
         paths: image files or URLs.
         image_size: `(height, width)`.
-        folder: where the file is, or will be.
-        resize_mode: how pictures come to that size; each has a file of its own.
-        pixel_range: what is black and white in some TIFFs; likewise.
+        folder: of the file.
+        resize_mode: how images of another shape are resized; each mode has its own file.
+        pixel_range: black and white of some TIFFs; each range has its own file.
 
     Raises:
-        UserError: the folder cannot be written, or has too little room.
+        UserError: the folder cannot be written, or has too little space.
     """
 
     ENTRY = np.dtype([("digest", "V16"), ("checksum", "<u4")])
-    # To be raised when images are decoded or resized in another way.
+    # To be raised when decoding or resizing changes.
     VERSION = 3
 
     def __init__(
@@ -99,9 +98,8 @@ class DiskCache:
         self.path = os.path.join(folder, f"images_{height}x{width}{kind}_{digest}.cache")
         try:
             os.makedirs(folder, exist_ok=True)
-            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - open as long as the cache
-            self._file.close()
-            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
+            Path(self.path).touch()
+            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - stays open
             self._reserve(self._pixels_start + len(paths) * self._image_bytes)
         except OSError as error:
             raise write_fault(self.path, error, "image_cache_path") from error
@@ -114,30 +112,30 @@ class DiskCache:
         free = shutil.disk_usage(os.path.dirname(self.path)).free
         if missing > free:
             raise UserError(
-                f"image_cache: {self.path} needs {missing / 2**30:.1f} GiB more. Free are {free / 2**30:.1f} GiB. "
+                f"image_cache: {self.path} needs {missing / 2**30:.1f} GiB more. Free: {free / 2**30:.1f} GiB. "
                 "Choose another image_cache_path, or set image_cache to none."
             )
         if status.st_size != size:
             self._file.truncate(size)
 
     def get(self, row: int) -> np.ndarray | None:
-        """Returns the image of a row, uint8 `(height, width, 3)`; None where it is not known, or no longer right."""
+        """Returns the image of a row, uint8 `(height, width, 3)`, or None if it is not cached or has changed."""
         if not self._checked[row]:
-            entry, image, digest = self._entries[row], self._images[row], self._digest(row)
+            entry, image, digest = self._entries[row], self._images[row], digest_image(self._paths[row])
             if entry["digest"].tobytes() != digest or entry["checksum"] != zlib.crc32(image):
-                # Kept for `put`: the file may change while it is being read.
+                # For `put`: the image file may change while it is being read.
                 self._digests[row] = digest
                 return None
             self._checked[row] = True
         return self._images[row]
 
     def put(self, row: int, image: np.ndarray) -> None:
-        """Keeps the image of a row, which was read after `get` did not have it.
+        """Keeps the image of a row that `get` did not find.
 
         Raises:
             UserError: it cannot be written.
         """
-        digest = self._digests.pop(row, None) or self._digest(row)
+        digest = self._digests.pop(row, None) or digest_image(self._paths[row])
         entry = np.zeros((), self.ENTRY)
         entry["digest"], entry["checksum"] = np.void(digest), zlib.crc32(np.ascontiguousarray(image))
         parts = (self._pixels_start + row * self._image_bytes, image), (row * self.ENTRY.itemsize, entry)
@@ -148,18 +146,15 @@ class DiskCache:
                     self._file.write(part.tobytes())
         except OSError as error:
             raise write_fault(self.path, error, "image_cache_path") from error
-        # A store is asked once a run: it takes longer to answer than a disk.
+        # A store answers more slowly than a disk, so it is asked once a run.
         self._checked[row] = is_url(self._paths[row])
-
-    def _digest(self, row: int) -> bytes:
-        return digest_image(self._paths[row])
 
 
 def digest_image(path: str, pixel_range: Sequence[float] = ()) -> bytes:
-    """Returns 16 bytes that change with an image file's path, size and time, or with what the store tells of a URL.
+    """Returns 16 bytes that identify an image: its path, size and modification time, or its URL and stored version.
 
-    They also change with `pixel_range`, by which some TIFFs are read. Where it cannot be read they are none: reading
-    the image tells what is wrong with it.
+    They also change with `pixel_range`, which some TIFFs depend on. The digest of an unreadable image is empty; reading
+    the image gives the error.
     """
     path = path if is_url(path) else os.path.abspath(path)
     try:
@@ -175,16 +170,12 @@ def digest_image(path: str, pixel_range: Sequence[float] = ()) -> bytes:
 
 
 def name_resizing(resize_mode: str) -> str:
-    """Returns the part of a file's name that tells how pictures in it were resized; older files have none."""
+    """Returns the part of a cache's file name that states the resize mode; older files have none."""
     return "" if resize_mode == "stretch" else f"_{resize_mode}"
 
 
 def build_cache(configs: Configs, paths: Sequence[str], image_size: Sequence[int]) -> MemoryCache | DiskCache | None:
-    """Builds the cache that the option `image_cache` names: `memory`, `disk`, or `none`.
-
-    Raises:
-        UserError: there is too little memory, or the folder cannot be written.
-    """
+    """Builds the cache that the option `image_cache` names; raises UserError like `MemoryCache` and `DiskCache`."""
     if configs.image_cache == "memory":
         return MemoryCache(len(paths), image_size)
     if configs.image_cache == "none":
@@ -193,7 +184,7 @@ def build_cache(configs: Configs, paths: Sequence[str], image_size: Sequence[int
 
 
 def free_memory() -> int:
-    """Returns the bytes of memory that can still be taken, within a container's limit where there is one."""
+    """Returns the free bytes of memory, within the limit of a container if there is one."""
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")

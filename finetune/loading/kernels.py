@@ -1,4 +1,4 @@
-"""Augmentation kernels: imgaug augmenters, with neighbouring ones fused where that gives the same picture faster."""
+"""Augmentation: imgaug augmenters, with neighbours fused into one warp or one look-up table for speed."""
 
 from __future__ import annotations
 
@@ -14,48 +14,46 @@ import numpy as np
 from imgaug import augmenters as iaa
 from imgaug import parameters
 from imgaug.augmenters import meta
+from imgaug.parameters import AutoPrefetcher
 from imgaug.random import RNG
-
-from finetune.loading.random_parameters import AFFINE, draw_maps, draw_values
 
 AugmentationFunction = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 FLAGS = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-# These give each value of a channel a new one, wherever in the image it stands.
+# These map the values of a channel, whatever the pixel's position.
 BY_VALUE = (iaa.Add, iaa.Multiply, iaa.LinearContrast, iaa.GammaContrast, iaa.LogContrast, iaa.SigmoidContrast)
 BY_VALUE += (iaa.Invert,)
-# Of red, green and blue in brightness. Source: ITU-R BT.601.
+# Weights of red, green and blue. Source: ITU-R BT.601.
 BRIGHTNESS = np.array([0.299, 0.587, 0.114])
 
 
 def resample(picture: np.ndarray, matrix: np.ndarray, target: np.ndarray) -> None:
-    """Draws a picture into `target`, stretched to its size and changed by an affine map, interpolating once.
+    """Draws a picture into `target`, stretched to its size and warped by an affine map, with one interpolation.
 
-    Where it shrinks to a half or less, whole blocks of pixels are averaged first, so that none is passed over; bilinear
-    interpolation takes the rest. Compared to an exact mean over the area of each pixel that comes closer than a
-    resize to the target's size, and takes a third of the time.
+    When the picture shrinks to a half or less, blocks of pixels are averaged first, so that no pixel is skipped. This
+    comes closer to the exact mean over each pixel's area than resizing first, and takes a third of the time.
 
     Args:
         picture: uint8 `(any height, any width, 3)`.
-        matrix: float64 `(2, 3)`, from the result to the picture as it is when stretched to the size of `target`:
-            coordinates are x, y, and the first pixel is from 0 to 1. Beyond the border the picture is mirrored.
+        matrix: float64 `(2, 3)`, from the result to the picture stretched to the size of `target`. Coordinates are
+            x, y; the first pixel spans 0 to 1. The picture is mirrored beyond its border.
         target: receives the result, uint8 `(height, width, 3)`.
     """
     height, width = target.shape[:2]
-    # By axis, x and then y, in Python's own numbers: arrays of six take three times as long, and hold its lock.
+    # By axis, x then y, in Python's numbers: arrays of six numbers take three times as long and hold Python's lock.
     scales = [side / wanted for side, wanted in zip(picture.shape[1::-1], (width, height), strict=True)]
     axes = [[value * scale for value in row] for row, scale in zip(matrix.tolist(), scales, strict=True)]
     blocks = [max(1, int(math.hypot(across, down))) for across, down, _ in axes]
     if max(blocks) > 1:
         picture, blocks = average_blocks(picture, *blocks)
         axes = [[value / block for value in row] for row, block in zip(axes, blocks, strict=True)]
-    # OpenCV warps four channels faster than three, and pixels from beyond the border more slowly than others.
+    # OpenCV warps four channels faster than three, and is slow with pixels beyond the border.
     picture = cv2.cvtColor(picture, cv2.COLOR_RGB2RGBA)
     (left, right), (top, bottom) = (
         find_margins(row, side, width, height) for row, side in zip(axes, picture.shape[1::-1], strict=True)
     )
     if left or right or top or bottom:
         picture = cv2.copyMakeBorder(picture, top, bottom, left, right, cv2.BORDER_REFLECT_101)
-    # From corners of pixels to OpenCV's centres.
+    # From pixel corners to OpenCV's pixel centres.
     source = [
         [across, down, shift + (across + down) / 2 - 0.5 + margin]
         for (across, down, shift), margin in zip(axes, (left, top), strict=True)
@@ -65,32 +63,29 @@ def resample(picture: np.ndarray, matrix: np.ndarray, target: np.ndarray) -> Non
 
 
 def average_blocks(picture: np.ndarray, columns: int, rows: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Returns a picture with a pixel for each whole block of so many columns and rows, their mean, and these two.
-
-    A picture that is narrower or lower than a block is one block wide or high.
-    """
+    """Returns a picture of the means of whole blocks, and the block size, which is at most the picture's size."""
     columns, rows = min(columns, picture.shape[1]), min(rows, picture.shape[0])
     size = picture.shape[1] // columns, picture.shape[0] // rows
-    # Between two neighbours, interpolation is their mean; OpenCV's own takes a fifth of the time.
+    # Linear interpolation between two neighbours is their mean, and takes OpenCV a fifth of the time.
     way = cv2.INTER_AREA if max(columns, rows) > 2 else cv2.INTER_LINEAR
     whole = picture[: size[1] * rows, : size[0] * columns]
     return cv2.resize(whole, size, interpolation=way), (columns, rows)
 
 
 def find_margins(row: Sequence[float], side: int, width: int, height: int) -> tuple[int, int]:
-    """Tells how far a warp reaches beyond a picture along one axis, before its first and after its last pixel.
+    """Returns how many pixels a warp needs before and after a picture along one axis.
 
-    Where that is farther than the picture is long, it is 0: the border's pixels are found one by one then.
+    It returns 0 for a margin longer than the picture: OpenCV then mirrors pixel by pixel.
 
     Args:
-        row: of the map from the result to the picture: what a step across and a step down add, and the first place.
-        side: pixels of the picture.
+        row: of the map from the result to the picture.
+        side: of the picture along this axis.
         width: of the result.
         height: of the result.
     """
     across, down, shift = row
     across, down = across * width, down * height
-    # A pixel more, for interpolation takes the neighbours.
+    # One pixel more, because interpolation uses the neighbours.
     before = math.ceil(1 - shift - min(across, 0) - min(down, 0))
     after = math.ceil(1 + shift + max(across, 0) + max(down, 0) - side)
     before, after = max(before, 0), max(after, 0)
@@ -98,28 +93,33 @@ def find_margins(row: Sequence[float], side: int, width: int, height: int) -> tu
 
 
 class FusedAugmenter:
-    """Runs imgaug augmenters one after another, with neighbours fused where that gives the same picture sooner.
+    """Runs imgaug augmenters in sequence, faster than imgaug itself and with the same random numbers.
 
-    imgaug draws every random number. Flips and affine augmenters that stand beside each other become one warp, which
-    also blurs an image once only; those that change values become one look-up table. All others run as they are.
+    Neighbouring flips and affine augmenters become one warp, which interpolates only once. Neighbouring augmenters of
+    pixel values become one look-up table. All others run in imgaug.
 
     Args:
-        augmenters: in the order of their use; each keeps an image's size. A function takes uint8 images
-            `(batch, height, width, 3)` and a `numpy.random.Generator`, and returns changed images.
+        augmenters: in order; each keeps an image's size. A function takes uint8 images `(batch, height, width, 3)` and
+            a `numpy.random.Generator`, and returns changed images.
     """
 
     def __init__(self, augmenters: Iterable[iaa.Augmenter | AugmentationFunction]) -> None:
-        self._all = iaa.Sequential([one if isinstance(one, iaa.Augmenter) else _wrap(one) for one in augmenters])
+        self._all = iaa.Sequential(
+            [
+                one if isinstance(one, iaa.Augmenter) else iaa.Lambda(func_images=functools.partial(_call, one))
+                for one in augmenters
+            ]
+        )
         groups = itertools.groupby(self._all, key=_way_of_running)
-        # Groups hold the same augmenters as `_all`: seeding that seeds them.
+        # The groups share their augmenters with `_all`, so seeding that seeds them.
         self._groups = [(run, list(members)) for run, members in groups]
 
     def seed_(self, seed: int) -> None:
-        """Reseeds the random numbers: the same seed gives the same images."""
+        """Seeds the random numbers."""
         self._all.seed_(seed)
 
     def deepcopy(self) -> FusedAugmenter:
-        """Returns a copy with random numbers of its own, as another thread needs one."""
+        """Returns a copy with its own random state, for another thread."""
         return copy.deepcopy(self)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -127,21 +127,16 @@ class FusedAugmenter:
         return self._run(self._groups, np.array(images))
 
     def draw_maps(self, number: int, image_size: Sequence[int]) -> np.ndarray | None:
-        """Draws the warp that comes first, for whoever reads the images to do it from pictures of any size.
+        """Draws the maps of the first step for `resample`, as `random_parameters.draw_maps`; None if it is no warp.
 
-        Args:
-            number: of images.
-            image_size: `(height, width)` of the batch.
-
-        Returns:
-            As `draws.draw_maps` has it; None where no warp comes first. `finish` does the rest.
+        The caller warps the images while it reads them; `finish` does the other steps.
         """
         if not self._groups or self._groups[0][0] is not _warp:
             return None
         return draw_maps(self._groups[0][1], number, *image_size)
 
     def finish(self, images: np.ndarray) -> np.ndarray:
-        """Changes images, in place or not, as all do that come after the warp of `draw_maps`."""
+        """Runs the steps after the warp of `draw_maps`; it may change the images in place."""
         return self._run(self._groups[self._groups[0][0] is _warp :] if self._groups else [], images)
 
     @staticmethod
@@ -149,11 +144,6 @@ class FusedAugmenter:
         for run, augmenters in groups:
             images = run(augmenters, images)
         return images
-
-
-def _wrap(function: AugmentationFunction) -> iaa.Lambda:
-    """Makes an augmenter of imgaug of a function."""
-    return iaa.Lambda(func_images=functools.partial(_call, function))
 
 
 def _call(
@@ -166,7 +156,7 @@ def _way_of_running(augmenter: iaa.Augmenter) -> Callable[[list[iaa.Augmenter], 
     if isinstance(augmenter, BY_VALUE):
         return _look_up
     is_other_warp = isinstance(augmenter, iaa.Affine) and not (
-        # `resample` knows one interpolation and one border; imgaug does the rest itself.
+        # `resample` has one interpolation and one border.
         getattr(augmenter.mode, "value", None) == "reflect"
         and getattr(augmenter.order, "value", None) == 1
         and not augmenter.fit_output
@@ -191,7 +181,7 @@ def _warp(augmenters: list[iaa.Augmenter], images: np.ndarray) -> np.ndarray:
 def _look_up(augmenters: list[iaa.Augmenter], images: np.ndarray) -> np.ndarray:
     tables = draw_values(augmenters, len(images))
     is_grey = (tables == tables[:, :, :1]).all(axis=(1, 2)).tolist()
-    # One table for all channels takes half as long.
+    # One table for all channels is twice as fast.
     for image, table, one_does in zip(images, tables, is_grey, strict=True):
         if one_does:
             rows = image.reshape(len(image), -1)
@@ -202,18 +192,13 @@ def _look_up(augmenters: list[iaa.Augmenter], images: np.ndarray) -> np.ndarray:
 
 
 class Saturation(meta.Augmenter):
-    """Moves each pixel away from the grey of its brightness, or towards it, by a factor drawn for each image.
+    """Changes the saturation of each image by a random factor, ten times as fast as imgaug's way through HSV.
 
-    imgaug's own goes through HSV, which takes ten times as long.
-
-    Args:
-        factor: 0 gives grey, 1 the image itself; a number, or a pair to draw between.
-        seed: of the random numbers.
-        name: of the augmenter.
+    The factor is a number, or a pair to draw between: 0 gives grey, 1 the image itself.
     """
 
-    def __init__(self, factor: float | tuple[float, float], seed: int | None = None, name: str | None = None) -> None:
-        super().__init__(seed=seed, name=name)
+    def __init__(self, factor: float | tuple[float, float]) -> None:
+        super().__init__()
         self.factor = parameters.handle_continuous_param(factor, "factor", value_range=(0, None))
 
     def _augment_batch_(self, batch: Any, random_state: Any, parents: Any, hooks: Any) -> Any:
@@ -224,5 +209,109 @@ class Saturation(meta.Augmenter):
         return batch
 
     def get_parameters(self) -> list[Any]:
-        """Returns the factor."""
+        """Returns the parameters, as imgaug requires."""
         return [self.factor]
+
+
+AFFINE = (iaa.Affine, iaa.Fliplr, iaa.Flipud)
+# From here on, imgaug takes a drawn number as yes.
+YES = 0.5
+MIDDLE_VALUE = 127
+
+
+def draw_maps(augmenters: Iterable[iaa.Augmenter], number: int, height: int, width: int) -> np.ndarray:
+    """Draws one affine map per image for a chain of flips and affine augmenters.
+
+    Args:
+        augmenters: of the types in `AFFINE`, without `fit_output`.
+        number: of images.
+        height: of each image.
+        width: of each image.
+
+    Returns:
+        float64 `(number, 2, 3)`, from the result to the image. Coordinates are x, y; the first pixel spans 0 to 1.
+    """
+    linear, shifts = np.tile(np.eye(2), (number, 1, 1)), np.zeros((number, 2))
+    for augmenter in augmenters:
+        if augmenter.activated:
+            draw = _draw_affine if isinstance(augmenter, iaa.Affine) else _draw_flips
+            # Both are relative to the middle of the image.
+            own_linear, own_shifts = draw(augmenter, number, height, width)
+            linear, shifts = own_linear @ linear, (own_linear @ shifts[..., None])[..., 0] + own_shifts
+    middle = np.array([width / 2, height / 2])
+    inverse = np.linalg.inv(linear)
+    return np.concatenate([inverse, middle[:, None] - inverse @ (shifts + middle)[..., None]], axis=2)
+
+
+def _draw_flips(
+    augmenter: iaa.Fliplr | iaa.Flipud, number: int, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    flips = augmenter.p.draw_samples((number,), random_state=_get_random_state(augmenter)) >= YES
+    axis = 0 if isinstance(augmenter, iaa.Fliplr) else 1
+    linear = np.tile(np.eye(2), (number, 1, 1))
+    linear[flips, axis, axis] = -1
+    return linear, np.zeros((number, 2))
+
+
+def _draw_affine(augmenter: iaa.Affine, number: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws maps from the image to the result: rotation, scaling along x and y, shear, then translation."""
+    drawn = augmenter._draw_samples(number, _get_random_state(augmenter))
+    cosine, sine = np.cos(turn := np.deg2rad(drawn.rotate.astype(float))), np.sin(turn)
+    scale_x, scale_y = drawn.scale
+    # As in imgaug: the hyperbolic tangent.
+    shear_x, shear_y = (np.tanh(np.deg2rad(angles.astype(float))) for angles in drawn.shear)
+    top, bottom = (scale_x * cosine, -scale_x * sine), (scale_y * sine, scale_y * cosine)
+    linear = np.empty((number, 2, 2))
+    for column in (0, 1):
+        linear[:, 0, column] = top[column] - shear_x * bottom[column]
+        linear[:, 1, column] = bottom[column] + shear_y * top[column]
+    sides = (width, height) if drawn.translate_mode == "percent" else (1, 1)
+    return linear, np.stack(drawn.translate, axis=1) * sides
+
+
+def draw_values(augmenters: Iterable[iaa.Augmenter], number: int) -> np.ndarray:
+    """Draws look-up tables, uint8 `(number of images, 256, 3)`, for a chain of augmenters that map pixel values."""
+    values = np.tile(np.arange(256, dtype=np.uint8)[:, None], (number, 1, 3))
+    for augmenter in augmenters:
+        change = KNOWN_CHANGES.get(type(augmenter))
+        if change is None:
+            # A picture of all 256 values shows the mapping.
+            values = augmenter(images=values[:, None])[:, 0]
+        elif augmenter.activated:
+            values = np.rint(np.clip(change(augmenter, values.astype(np.float32)), 0, 255)).astype(np.uint8)
+    return values
+
+
+def _multiply(augmenter: iaa.Multiply, values: np.ndarray) -> np.ndarray:
+    number, state = len(values), _get_random_state(augmenter)
+    of_channels = augmenter.per_channel.draw_samples((number,), random_state=state) > YES
+    factors = augmenter.mul.draw_samples((number, 3), random_state=state).astype(np.float32)
+    return values * np.where(of_channels[:, None], factors, factors[:, :1])[:, None]
+
+
+def _change_contrast(augmenter: iaa.LinearContrast, values: np.ndarray) -> np.ndarray:
+    number, state = len(values), _get_random_state(augmenter)
+    of_channels = augmenter.per_channel.draw_samples((number,), random_state=state) > YES
+    # One number per image or per channel. imgaug draws those of the first image separately, and then thousands in
+    # advance, which start with these.
+    ends = np.cumsum(np.where(of_channels, 3, 1))
+    parameter = augmenter.params1d[0]
+    drawn = [parameter.draw_samples((int(ends[0]),), random_state=state)]
+    if number > 1:
+        parameter = parameter.other_param if isinstance(parameter, AutoPrefetcher) else parameter
+        drawn.append(parameter.draw_samples((int(ends[-1] - ends[0]),), random_state=state))
+    places = np.where(of_channels, ends - 3, ends - 1)[:, None] + of_channels[:, None] * np.arange(3)
+    factors = np.concatenate(drawn)[places].astype(np.float32)
+    # imgaug truncates.
+    return np.floor(np.clip(MIDDLE_VALUE + factors[:, None] * (values - MIDDLE_VALUE), 0, 255))
+
+
+KNOWN_CHANGES: dict[type[iaa.Augmenter], Callable[[iaa.Augmenter, np.ndarray], np.ndarray]] = {
+    iaa.Multiply: _multiply,
+    iaa.LinearContrast: _change_contrast,
+}
+
+
+def _get_random_state(augmenter: iaa.Augmenter) -> RNG:
+    """Returns an augmenter's random state; a deterministic augmenter starts over each time."""
+    return augmenter.random_state.copy() if augmenter.deterministic else augmenter.random_state

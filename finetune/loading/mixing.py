@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-# Width to height of a crop, at the least and at the most.
+# Smallest and largest width to height of a crop.
 CROP_RATIOS = 3 / 4, 4 / 3
 MOST_TRIES = 10
 
@@ -16,16 +16,18 @@ MOST_TRIES = 10
 def draw_crop(
     image_size: Sequence[int], area: Sequence[float], generator: np.random.Generator, shape: float = 1.0
 ) -> tuple[slice, slice]:
-    """Draws the part of a picture that is shown: its area uniformly, the logarithm of its ratio too, then its place.
+    """Draws a random crop: its area uniformly, its aspect ratio log-uniformly, then its place.
 
-    Source: Szegedy et al., CVPR 2015 (arXiv:1409.4842), section 6; the tries and the ratios are those of torchvision's
-    RandomResizedCrop. Where none of the tries fits, it is the largest part of an allowed ratio, from the middle.
+    If no try fits into the picture, the largest centred crop of an allowed ratio is taken.
+
+    Source: Szegedy et al., CVPR 2015 (arXiv:1409.4842), section 6; tries and ratios as in torchvision's
+    RandomResizedCrop.
 
     Args:
         image_size: `(height, width)` of the picture.
-        area: the least and the largest share of it, in `(0, 1]`.
+        area: smallest and largest share of the picture, in `(0, 1]`.
         generator: draws.
-        shape: width to height that a crop's ratio is relative to, as `choose_shape` gives it.
+        shape: width to height to which ratios are relative: see `choose_shape`.
 
     Returns:
         The rows and the columns, at least one of each.
@@ -46,15 +48,10 @@ def draw_crop(
 
 
 def choose_shape(picture_size: Sequence[int], image_size: Sequence[int], resize_mode: str) -> float:
-    """Returns the width to height that crops are drawn around.
+    """Returns the width to height around which the ratios of crops are drawn.
 
-    With `crop` and `pad` things in a test image keep their shape: random crops are then of nearly the input's shape, to
-    which they are stretched, or of nearly the picture's own, padded as test images are.
-
-    Args:
-        picture_size: `(height, width)` of the picture.
-        image_size: `(height, width)` of the model's input.
-        resize_mode: one of `configs.RESIZE_MODES`.
+    With `crop` and `pad`, objects in a test image keep their shape. So random crops have about the shape of the input
+    (`crop`), or about that of the picture, and are padded like test images (`pad`).
     """
     sizes = {"stretch": (1, 1), "crop": image_size, "pad": picture_size}
     height, width = sizes[resize_mode]
@@ -62,7 +59,7 @@ def choose_shape(picture_size: Sequence[int], image_size: Sequence[int], resize_
 
 
 def enlarge_for_crops(image_size: Sequence[int], area: Sequence[float]) -> list[int]:
-    """Returns the size `(height, width)` of a picture whose smallest crop has at least `image_size` pixels."""
+    """Returns the `(height, width)` of a picture whose smallest crop still has `image_size`."""
     factor = 1 / math.sqrt(area[0] * CROP_RATIOS[0])
     return [math.ceil(side * factor) for side in image_size]
 
@@ -70,11 +67,11 @@ def enlarge_for_crops(image_size: Sequence[int], area: Sequence[float]) -> list[
 def mix_batch(
     images: np.ndarray, labels: np.ndarray, generator: np.random.Generator, mixup_alpha: float, cutmix_alpha: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mixes each image of a batch with another one of it, and their labels by the same share.
+    """Mixes each image of a batch with a partner, and their labels in the same proportion.
 
-    mixup blends the two; CutMix pastes a box of the other into the one. Where both alphas are above 0, even odds choose
-    one of them for the batch. The others are a random permutation of the batch, in which an image may meet itself.
-    Each pair has a share, and a box, of its own, as in the papers' equations; their programs draw one a batch.
+    mixup blends the two images; CutMix pastes a box of the partner. If both alphas are above 0, each batch uses one of
+    them at even odds. The partners are a random permutation of the batch; an image may be its own partner. Each pair
+    draws its own share and box, as in the papers' equations. The papers' programs draw one share a batch.
 
     Source: Zhang et al., ICLR 2018, section 1 (arXiv:1710.09412); Yun et al., ICCV 2019, eqs. 1-2 (arXiv:1905.04899).
 
@@ -82,11 +79,11 @@ def mix_batch(
         images: uint8 `(batch, height, width, 3)`.
         labels: float `(batch, classes)`.
         generator: draws everything.
-        mixup_alpha: shares are drawn from Beta(alpha, alpha); 0 leaves mixup out.
-        cutmix_alpha: likewise of CutMix; one of the two is above 0.
+        mixup_alpha: shares are drawn from Beta(alpha, alpha); 0 turns mixup off.
+        cutmix_alpha: the same for CutMix; one of the two is above 0.
 
     Returns:
-        The mixed images, uint8, and labels, float32: each image's own share of both, and its other's for the rest.
+        The mixed images, uint8, and labels, float32.
     """
     cuts = cutmix_alpha > 0 and (mixup_alpha <= 0 or generator.random() < 0.5)
     alpha = cutmix_alpha if cuts else mixup_alpha
@@ -110,10 +107,10 @@ def _blend(
 def _paste(
     images: np.ndarray, others: np.ndarray, shares: np.ndarray, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pastes boxes that have the image's own aspect ratio and any centre; the border cuts them off.
+    """Pastes boxes with the image's aspect ratio around random centres, cut off at the border.
 
     Returns:
-        The images, and their own shares of the pixels as they are then.
+        The images, and the share of pixels that each has kept.
     """
     mixed, sides = images.copy(), np.array(images.shape[1:3])
     box_sides = np.rint(sides * np.sqrt(1 - shares)[:, None]).astype(int)

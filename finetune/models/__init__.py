@@ -1,4 +1,4 @@
-"""What a model is made of: backbones, heads, losses, optimizers, and the files that models are kept in.
+"""The parts of a model: backbones, heads, losses and optimizers; and the model files in every format.
 
-Start with `backbones.py` and `heads.py`, the registries; `model.py` in the root joins them to a model.
+Start with the registries `backbones.py` and `heads.py`; `model.py` in the root combines them.
 """

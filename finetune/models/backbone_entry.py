@@ -50,15 +50,15 @@ class Backbone(NamedTuple):
         """
         wrong = ""
         if min(size) < self.minimum_size:
-            wrong = f"images from {self.minimum_size} pixels a side on"
+            wrong = f"at least {self.minimum_size} pixels a side"
         elif any(side % self.size_multiple for side in size):
             wrong = f"a height and a width that are multiples of {self.size_multiple}, its patches"
         elif self.is_square and size[0] != size[1]:
-            wrong = "square images only"
+            wrong = "square images"
         if wrong:
             smaller = "" if tuple(shown) == size else f", {size[0]}x{size[1]} after downscaling"
             advice = "Enlarge it." if min(size) < self.minimum_size else f"Set {option} to {self._advise(size)}."
-            raise UserError(f"{option}: {name} takes {wrong}. Received: {shown[0]}x{shown[1]}{smaller}. {advice}")
+            raise UserError(f"{option}: {name} needs {wrong}. Received: {shown[0]}x{shown[1]}{smaller}. {advice}")
 
     def _advise(self, size: tuple[int, int]) -> str:
         """Returns the nearest size that the backbone takes."""

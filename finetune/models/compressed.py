@@ -1,4 +1,4 @@
-"""Models as layers (JSON) and weights (HDF5) in 32, 16 or 8 bits, without the optimizer."""
+"""Compressed models: layers as JSON and weights as HDF5 in 32, 16 or 8 bits, without the optimizer."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from finetune.models.exported import Calibration
 from finetune.models.formats import WEIGHTS_DTYPES
 from finetune.models.safety import check_arrays, check_layers, largest_content, limiting_weights, telling_damage
 
+# Numbers in a weight: smaller ones save nothing in a file, and only large ones are worth unpacking.
 SMALLEST_ROUNDED = 64
 PACKED_FROM = 100_000
+# Fewer numbers per channel in int8 save too little, next to their scale.
 FEWEST_PER_SCALE = 16
 
 
 def write(model: keras.Model, path: str, precision: str, _: Calibration) -> tuple[str, str]:
-    """Writes a model as `custom_save_model` does, under the path of its weights, as the module of a format does it."""
+    """Writes a model by `custom_save_model`, given the path of its weights: the interface of an export format."""
     folder, name = os.path.split(path)
     return custom_save_model(model, folder, os.path.splitext(name)[0], precision)
 
 
 def load(path: str) -> keras.Model:
-    """Reads a model as `custom_load_model` does, by the path of its weights or of its layers."""
+    """Reads a model by `custom_load_model`, given the path of its weights or its layers."""
     folder, name = os.path.split(path)
     return custom_load_model(folder, os.path.splitext(name)[0])
 
@@ -45,16 +47,16 @@ def custom_save_model(
         model: any model of stock Keras layers.
         save_path: the folder.
         model_name: the files' name without ending.
-        weights_dtype: one of `WEIGHTS_DTYPES`. `float32` is exact. `float16` rounds the weights, and packs the large
-            ones without loss. `int8` holds kernels as whole numbers from -127 to 127, each output channel times a
-            scale of its own, and the rest, kernels of a few numbers a channel too, as float16. Weights that float16
-            cannot hold, or that have fewer than 64 numbers, stay float32.
+        weights_dtype: one of `WEIGHTS_DTYPES`. `float32` is exact. `float16` rounds the weights and packs large ones
+            without loss. `int8` stores kernels as whole numbers from -127 to 127 with a scale per output channel, and
+            the other weights and kernels of a few numbers per channel as float16. Weights beyond float16's range, or
+            with fewer than 64 numbers, stay float32.
 
     Returns:
         The paths of the HDF5 and the JSON file.
 
     Raises:
-        UserError: an argument is not as described, or a file cannot be written.
+        UserError: an argument is invalid, or a file cannot be written.
     """
     save_path, model_name = take_path("save_path", save_path), take_path("model_name", model_name)
     take_choice("weights_dtype", weights_dtype, WEIGHTS_DTYPES)
@@ -86,10 +88,10 @@ def custom_load_model(load_path: str, model_name: str) -> keras.Model:
         model_name: the files' name without ending.
 
     Returns:
-        An ordinary Keras model, its weights in the precision that it was trained in.
+        An ordinary Keras model with weights in its training precision.
 
     Raises:
-        UserError: a file is missing or damaged, or the two do not belong together.
+        UserError: a file is missing or damaged, or the two files are of different models.
     """
     load_path, model_name = take_path("load_path", load_path), take_path("model_name", model_name)
     weights_path, layers_path = (os.path.join(load_path, model_name + suffix) for suffix in (".h5", ".json"))
@@ -100,7 +102,7 @@ def custom_load_model(load_path: str, model_name: str) -> keras.Model:
             raise ValueError(f"The layers take more than {LARGEST_JSON_FILE} bytes.")
         layers, limit = json.loads(content), largest_content(weights_path)
         check_layers(layers, layers_path)
-        # The optimizer of a compiled model would take a fifth of the time, and twice the weights' memory.
+        # Building the optimizer would take a fifth of the time, and memory for twice the weights.
         layers.pop("compile_config", None)
         with h5py.File(weights_path) as file:
             check_arrays(file, limit)
@@ -117,7 +119,7 @@ def custom_load_model(load_path: str, model_name: str) -> keras.Model:
                 [_decode_weight(file, name, weight) for name, weight in zip(stored, weights, strict=True)]
             )
     for layer in _walk_layers(model):
-        # It computes with copies of its weights, in another shape.
+        # This layer computes with reshaped copies of its weights.
         if isinstance(layer, keras.layers.Normalization):
             layer.finalize_state()
     return model
@@ -142,16 +144,10 @@ def _find_depthwise_kernels(model: keras.Model) -> Iterator[keras.Variable]:
 def _encode_weight(
     values: np.ndarray, weights_dtype: str, channel_axes: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Turns a weight into what a file holds.
+    """Returns the array to store for a weight and, for int8, the float32 scales of its output channels.
 
-    Args:
-        values: of the weight.
-        weights_dtype: one of `WEIGHTS_DTYPES`.
-        channel_axes: the axes, counted from the last one, along which the output channels lie.
-
-    Returns:
-        The array to store and, where it is int8, the scales to multiply it by: float32, of one number an output
-        channel, with as many axes as the array. The largest error is half a scale.
+    The scales have the array's number of axes; the largest error is half a scale. `channel_axes` are the axes of the
+    output channels, counted from the last.
     """
     if weights_dtype == "float32" or values.dtype != np.float32 or values.size < SMALLEST_ROUNDED:
         return values, None
@@ -168,7 +164,7 @@ def _encode_weight(
 
 
 def _decode_weight(file: h5py.File, name: str, weight: keras.Variable) -> np.ndarray:
-    """Returns the values that a file holds of a weight; raises ValueError where an int8 array has not its scales."""
+    """Returns the stored values of a weight; raises ValueError if the scales of an int8 array are missing or wrong."""
     values = file["weights"][name][...]
     if values.dtype != np.int8 or weight.dtype == "int8":
         return values

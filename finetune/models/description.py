@@ -1,4 +1,4 @@
-"""What a model says of itself, in its file or in files next to it: class names, image size and the like, decision."""
+"""The description of a model (class names, image size, decision), in its own file or in files next to it."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from typing import Any, NamedTuple
 from configs import Configs
 from finetune.core.files import atomic_path
 from finetune.core.labels import look_the_same
-from finetune.core.options import LARGEST_JSON_FILE, UserError
+from finetune.core.options import LARGEST_JSON_FILE, UserError, rename_legacy
 from finetune.core.texts import join_names
 from finetune.core.values import quote_difference
 from finetune.data.stores import hash_file
 from finetune.models.formats import labels_path, metadata_path
 
 CONFIGS_FILE = "configs.json"
-# A member of a .keras file, which Keras passes over. It has the form of an artefact's _metadata.json.
+# A member of a .keras file that Keras ignores, in the form of an artefact's _metadata.json.
 DESCRIPTION_MEMBER = "description.json"
-# The member from which training goes on. In files from older versions it is what names the classes.
+# The member from which training resumes. In files from older versions, only this names the classes.
 STATE_MEMBER = "training_state.json"
 LARGEST_STATE = 2**28
 INSIDE = "own metadata"
-# Options that older versions did not have, and the values that describe their models.
-LEGACY_DEFAULTS = {"resize_mode": "stretch", "test_image_size": [], "backbone_preprocessing": []}
-# What a model cannot be used without, apart from its class names, and how to give it.
+# Options that older versions did not have, with the values for their models.
+LEGACY_DEFAULTS = {"resize_mode": "stretch", "eval_image_size": [], "backbone_preprocessing": []}
+# What a model needs apart from its class names, and how to give it.
 NEEDED = {
     "image_target_size": "HEIGHT WIDTH 3",
     "resize_mode": "stretch|crop|pad",
     "multi_label_classification": "True|False",
 }
-# Values that say nothing: a run that has seen no TIFF that needs a range has an empty one.
+# Values without information: the range is empty unless the run has read a TIFF that needs one.
 UNKNOWN = (("classes", None), ("pixel_range", []))
 BLOCK = 2**20
-# What zipfile and json raise on a damaged archive; RuntimeError also of an encrypted one, and of nesting without end.
+# Raised by zipfile and json for a damaged archive; RuntimeError also for an encrypted or deeply nested one.
 DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 class Description(NamedTuple):
-    """What files say of a model.
+    """The known description of a model.
 
     Attributes:
-        options: those that describe it, as far as a file says them.
-        sources: what says each of them, in words that follow "its".
+        options: the options that describe it.
+        sources: the source of each option, in words that follow "its".
     """
 
     options: dict[str, Any]
@@ -56,7 +56,7 @@ class Description(NamedTuple):
 
 
 def select_described(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns those options that describe a model, without those that are yet to be found."""
+    """Returns the options that describe a model, without unknown ones."""
     return {
         name: options[name]
         for name, option in Configs.options().items()
@@ -65,16 +65,13 @@ def select_described(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_description(path: str, options: dict[str, Any]) -> None:
-    """Adds what describes a model to its `.keras` file, as one more member of the archive."""
+    """Adds the description of a model to its `.keras` file."""
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(DESCRIPTION_MEMBER, json.dumps({"options": select_described(options), "decision": None}))
 
 
 def embed_decision(path: str, decision: dict[str, Any]) -> bool:
-    """Writes a decision into a `.keras` file that carries a description; leaves every other file as it is.
-
-    Returns:
-        Whether the file carries the decision now.
+    """Writes a decision into a `.keras` file with a description, and returns False for any other file.
 
     Raises:
         UserError: the description is damaged, or the file cannot be written.
@@ -92,11 +89,7 @@ def embed_decision(path: str, decision: dict[str, Any]) -> bool:
 
 
 def read_description(path: str) -> dict[str, Any] | None:
-    """Returns the `options` and the `decision` that a model file carries; None where it carries no description.
-
-    Raises:
-        UserError: the description is damaged.
-    """
+    """Returns the `options` and the `decision` in a model file, or None; raises UserError if they are damaged."""
     try:
         content = read_member(path, DESCRIPTION_MEMBER, LARGEST_JSON_FILE)
         if content is None:
@@ -104,16 +97,12 @@ def read_description(path: str) -> dict[str, Any] | None:
         if not isinstance(content, dict) or not isinstance(content.get("options"), dict) or "decision" not in content:
             raise ValueError("it lacks parts")
     except ValueError as error:
-        raise UserError(f"{path} carries a {DESCRIPTION_MEMBER} that is damaged: {error}. Copy it again.") from error
+        raise UserError(f"{path} has a damaged {DESCRIPTION_MEMBER}: {error}. Copy the file again.") from error
     return content
 
 
 def read_member(path: str, name: str, largest: int) -> Any:
-    """Returns what a JSON member of a `.keras` file holds; None if the file is no archive or has no such member.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Returns the content of a JSON member of a `.keras` file, or None; raises ValueError if it is damaged."""
     if not zipfile.is_zipfile(path):
         return None
     try:
@@ -131,7 +120,7 @@ def read_member(path: str, name: str, largest: int) -> Any:
 
 
 def hash_model(path: str) -> bytes | str:
-    """Returns a digest as `hash_file` does; of a `.keras` file without its description, which test.py changes."""
+    """Returns the digest of `hash_file`; that of a `.keras` file ignores the description, which test.py changes."""
     try:
         if not zipfile.is_zipfile(path):
             return hash_file(path)
@@ -151,10 +140,10 @@ def hash_model(path: str) -> bytes | str:
 
 
 def find_description(model_path: str) -> Description:
-    """Finds what a model's own metadata, the `configs.json` next to it and its `_labels.txt` say of it.
+    """Reads the description of a model from its metadata, the `configs.json` next to it and its `_labels.txt`.
 
     Raises:
-        UserError: one of them is damaged, or two of them are of different models.
+        UserError: one of them is damaged, or two of them contradict each other.
     """
     configs_path = os.path.join(os.path.dirname(os.path.abspath(model_path)), CONFIGS_FILE)
     of_run = Configs.read_json(configs_path) if os.path.isfile(configs_path) else {}
@@ -163,7 +152,7 @@ def find_description(model_path: str) -> Description:
     _refuse_difference(model_path, own, configs_path, of_run)
     names = {} if "classes" in own else _read_labels(labels_path(model_path))
     if names and "classes" in of_run:
-        # A file of lines cannot hold the line breaks of a name.
+        # The file has one line per name, without a name's own line breaks.
         shown = {"classes": [" ".join(name.splitlines()) for name in of_run["classes"]]}
         _refuse_difference(labels_path(model_path), names, configs_path, shown)
     options, sources = {}, {}
@@ -176,7 +165,7 @@ def find_description(model_path: str) -> Description:
 
 
 def _read_own(model_path: str) -> tuple[str, dict[str, Any]]:
-    """Returns what a model file, or else its `_metadata.json`, says of the model, and which of them does."""
+    """Returns the options in a model file or its `_metadata.json`, after the name of that source."""
     if content := read_description(model_path):
         options = Configs.convert_all(content["options"], is_text=False, source=model_path)
         return INSIDE, _check_described(options, model_path)
@@ -188,23 +177,20 @@ def _read_own(model_path: str) -> tuple[str, dict[str, Any]]:
 
 
 def _read_options_of_state(model_path: str) -> dict[str, Any]:
-    """Returns what the training state in a model file, if any, says of the model.
-
-    Empty where the state is damaged, which only matters if training goes on from it.
-    """
+    """Returns the options in the training state of a model file; none if it is damaged: resuming reports that."""
     try:
         state = read_member(model_path, STATE_MEMBER, LARGEST_STATE)
         stored = state.get("configs") if isinstance(state, dict) else None
         if not isinstance(stored, dict):
             return {}
-        options = Configs.convert_all(select_described(stored), is_text=False, source=model_path)
+        options = Configs.convert_all(select_described(rename_legacy(stored)), is_text=False, source=model_path)
         return _check_described(options, model_path)
     except (ValueError, UserError):
         return {}
 
 
 def _check_described(options: dict[str, Any], path: str) -> dict[str, Any]:
-    """Returns the options that describe a model; raises UserError where one of them has a value that none can have."""
+    """Returns the options that describe a model; raises UserError if one has an impossible value."""
     try:
         return Configs.check_values(**select_described(options))
     except UserError as error:
@@ -213,11 +199,7 @@ def _check_described(options: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _read_labels(path: str) -> dict[str, list[str]]:
-    """Returns the class names in a file of one name a line, as the option `classes`; empty if it does not exist.
-
-    Raises:
-        UserError: it is no such file.
-    """
+    """Returns the option `classes` from a file with one name a line; empty if there is no file."""
     try:
         if not os.path.isfile(path):
             return {}
@@ -226,33 +208,35 @@ def _read_labels(path: str) -> dict[str, list[str]]:
         with open(path, encoding="utf-8-sig") as file:
             names = file.read().splitlines()
         if not names or not all(name.strip() for name in names) or len(set(names)) < len(names):
-            raise ValueError("a name is empty or there twice" if names else "it is empty")
+            raise ValueError("a name is empty or occurs twice" if names else "it is empty")
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected a class name a line, in UTF-8: {error}. Correct or remove it.") from error
+        raise UserError(
+            f"{path}: expected one class name per line, in UTF-8: {error}. Correct or remove it."
+        ) from error
     return {"classes": names}
 
 
 def _refuse_difference(first: str, options: dict[str, Any], second: str, others: dict[str, Any]) -> None:
-    """Raises UserError where two files differ in an option that describes a model."""
+    """Raises UserError if two files differ in an option that describes a model."""
     for name in options.keys() & others.keys():
         if not look_the_same(options[name], others[name]):
             one, other = quote_difference(options[name], others[name])
             raise UserError(
                 f"{first} and {second} are of different models: {name} is {one} in the first and {other} in the "
-                "second. Keep each model in a folder of its own, with the files that belong to it."
+                "second. Keep each model in its own folder, with its own files."
             )
 
 
 def describe_model(configs: Configs, model_path: str) -> Configs:
-    """Takes the options that describe a model from what files say of it: see `find_description`.
+    """Returns configs with the description of a model: see `find_description`.
 
     Raises:
-        UserError: an option that the user gave contradicts it, or the files are damaged or contradict each other.
+        UserError: a given option contradicts the description, or the files are damaged or contradict each other.
     """
     described, sources = find_description(model_path)
     for name in sorted(described.keys() & configs.given):
         given = getattr(configs, name)
-        # For the classes alone, none means that they are to be found.
+        # For the classes, None means unknown.
         if not look_the_same(given, described[name]) and not (name == "classes" and given is None):
             stored_words, given_words = quote_difference(described[name], given)
             raise UserError(
@@ -263,16 +247,13 @@ def describe_model(configs: Configs, model_path: str) -> Configs:
 
 
 def require_description(configs: Configs, model_path: str) -> None:
-    """Checks that a model's class names, image size and the like are known or given: a default is a guess.
+    """Raises UserError if a model's class names, image size and so on are neither described nor given.
 
     Args:
-        configs: as `describe_model` returns them, with a `train_csv` that is given or the run's.
+        configs: from `describe_model`, with a `train_csv` that is given or the run's.
         model_path: of the model.
-
-    Raises:
-        UserError: names what is missing, and how to give it.
     """
-    # Files of this project say all of it. In one that was written by hand, defaults stand for what it leaves out.
+    # This project's files are complete. A file written by hand may omit options, which then have their defaults.
     is_described = bool(find_description(model_path).options.keys() - {"classes"})
     missing = {} if is_described else {name: words for name, words in NEEDED.items() if name not in configs.given}
     flags = [f"--{name} {words}" for name, words in missing.items()]
@@ -281,7 +262,7 @@ def require_description(configs: Configs, model_path: str) -> None:
         flags.insert(0, "--classes NAME NAME ... in the model's order (or --train_csv FILE.csv, its training table)")
     if missing:
         raise UserError(
-            f"Neither {model_path} nor a file next to it says its {join_names([*missing], len(missing))}. Give "
-            f"{', '.join(flags)}; or put {os.path.basename(metadata_path(model_path))} or its run's {CONFIGS_FILE} "
-            "next to it."
+            f"Neither {model_path} nor a file next to it states its {join_names([*missing], len(missing))}. Give "
+            f"{', '.join(flags)}; or put {os.path.basename(metadata_path(model_path))} or the {CONFIGS_FILE} of its "
+            "run next to it."
         )

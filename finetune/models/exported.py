@@ -1,4 +1,4 @@
-"""What the export formats share: a model in another runtime, and what is done to a Keras model before it is written."""
+"""What export formats share: a model in another runtime, and the preparation of a Keras model for export."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# Reads the training images, uint8 `(height, width, 3)`, from which the ranges of 8-bit activations follow.
+# Reads training images, uint8 `(height, width, 3)`, for the ranges of 8-bit activations.
 Calibration = Callable[[], list[np.ndarray]]
 
 
 class ExportedModel:
-    """A model that `compress_weights.py` exported, in its own runtime; has what predicting needs of a Keras model.
+    """An exported model in its runtime, with the parts of a Keras model that predicting uses.
 
     Args:
-        run: from images, float32 RGB `(batch, height, width, 3)` in `[0, 255]`, to probabilities, `(batch, classes)`.
-        input_shape: of its images, None for a size that is not fixed; that of the batch is of no account.
+        run: takes float32 RGB `(batch, height, width, 3)` in `[0, 255]`; returns probabilities `(batch, classes)`.
+        input_shape: of its images, None for a variable size; the batch size is ignored.
         output_shape: of its probabilities.
     """
 
@@ -42,7 +42,7 @@ class ExportedModel:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps TensorFlow from telling about its own old parts, and where it writes to."""
+    """Hides TensorFlow's deprecation warnings and notes on written files."""
     logger = logging.getLogger("tensorflow")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -53,12 +53,12 @@ def quiet() -> Iterator[None]:
 
 
 def describe_input(model: keras.Model, batch_size: int | None) -> tf.TensorSpec:
-    """Returns the form of the images that an export takes."""
+    """Returns the input of an export."""
     return tf.TensorSpec((batch_size, *model.input_shape[1:]), tf.float32, name="image")
 
 
 def trace(model: keras.Model) -> tf.types.experimental.PolymorphicFunction:
-    """Returns a model as TensorFlow's function from float32 images to probabilities."""
+    """Returns a model as a TensorFlow function from float32 images to probabilities."""
 
     def serve(image: tf.Tensor) -> tf.Tensor:
         return model(image, training=False)
@@ -67,7 +67,7 @@ def trace(model: keras.Model) -> tf.types.experimental.PolymorphicFunction:
 
 
 def to_float32(model: keras.Model) -> keras.Model:
-    """Returns a model that computes in float32 with the same weights; the exporters know nothing of mixed precision."""
+    """Returns a model that computes in float32 with the same weights: exporters don't support mixed precision."""
     layers = model.to_json()
     plain = re.sub('"mixed_b?float16"', '"float32"', layers)
     if plain == layers:

@@ -1,4 +1,4 @@
-"""A frozen backbone's features in the place of images: a sequence without augmentation."""
+"""Sequences of a frozen backbone's features instead of images."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from generator import AugmentedImageSequence
 
 
 def read_plainly(sequence: AugmentedImageSequence, image_size: Sequence[int]) -> AugmentedImageSequence:
-    """Returns a sequence of the same images in the order of `paths`, without augmentation, at a size of their own."""
+    """Returns a sequence of the same images at another size, in the order of `paths`, without augmentation."""
     plain = copy.copy(sequence)
     if plain.image_size != tuple(image_size):
-        # What is kept has the other size.
+        # Cached images have the other size.
         plain.image_size, plain.cache = tuple(image_size), None
     plain.shuffle, plain.augmenter, plain.mixes, plain.crops = False, None, False, False
     plain.gives_shares, plain.processes = False, None
@@ -26,7 +26,7 @@ def read_plainly(sequence: AugmentedImageSequence, image_size: Sequence[int]) ->
 
 
 def select_rows(sequence: AugmentedImageSequence, rows: np.ndarray) -> AugmentedImageSequence:
-    """Returns a sequence of some of the images, by their positions in `paths`, without augmentation, for one device."""
+    """Returns a sequence of the images at these positions, without augmentation, for one device."""
     plain = read_plainly(sequence, sequence.image_size)
     facts = {"paths": sequence.paths[rows], "labels": sequence.labels[rows], "workers": sequence.workers}
     names = ("image_size", "resize_mode", "batch_size", "max_pixels", "pixel_range", "skip_bad_images")
@@ -35,16 +35,15 @@ def select_rows(sequence: AugmentedImageSequence, rows: np.ndarray) -> Augmented
 
 
 class FeatureSequence(AugmentedImageSequence):
-    """Batches of features in the place of the images of another sequence, with its order, labels and shares.
+    """Batches of features instead of images, to train the head on a frozen backbone without running the backbone.
 
-    It trains the head on a frozen backbone without running the backbone. Images are not augmented.
+    Order, labels and shares are those of the image sequence. There is no augmentation.
 
     Args:
-        features: float32 `(images, channels)`, in the order of `paths`, or of several views of each image
-            `(images, views, channels)`. Rows of `bad_images` are not used: the next one in the epoch's order takes
-            their place, or they are left out, as the images' own sequence does it.
+        features: float32 `(images, channels)` in the order of `paths`, or `(images, views, channels)` for several views
+            of each image. Rows of `bad_images` are replaced or left out as in the image sequence.
         bad_images: why an image could not be read, by its position in `paths`.
-        facts: what `AugmentedImageSequence` takes.
+        facts: the arguments of `AugmentedImageSequence`.
     """
 
     def __init__(self, features: np.ndarray, bad_images: dict[int, str], **facts: Any) -> None:
@@ -54,33 +53,22 @@ class FeatureSequence(AugmentedImageSequence):
 
     @classmethod
     def of(cls, sequence: AugmentedImageSequence, features: np.ndarray, is_read: np.ndarray) -> FeatureSequence:
-        """Puts features in the place of a sequence's images.
+        """Returns a sequence with the order, labels, shares, epoch and step of `sequence`.
 
-        Args:
-            sequence: whose order, labels, shares, epoch and step it takes.
-            features: as `probe.compute_features` gives them.
-            is_read: likewise.
+        `features` and `is_read` are results of `probe.compute_features`.
         """
-        features_only = cls(
-            features,
-            # What another process was to read is known to that one.
-            {row: sequence.bad_images.get(row, "it could not be read") for row in np.flatnonzero(~is_read).tolist()},
-            paths=sequence.paths,
-            labels=sequence.labels,
-            image_size=sequence.image_size,
-            batch_size=sequence.batch_size,
-            shuffle=sequence.shuffle,
-            seed=sequence.seed,
-            max_queue_size=sequence.max_queue_size,
-            skip_bad_images=sequence.skip_bad_images,
-            shares=sequence.shares if sequence.gives_shares or not sequence.shuffle else None,
-        )
+        names = ("paths", "labels", "image_size", "batch_size", "shuffle", "seed", "max_queue_size", "skip_bad_images")
+        facts = {name: getattr(sequence, name) for name in names}
+        # Only the process that was to read an image knows why it could not.
+        bad = {row: sequence.bad_images.get(row, "it could not be read") for row in np.flatnonzero(~is_read).tolist()}
+        shares = sequence.shares if sequence.gives_shares or not sequence.shuffle else None
+        features_only = cls(features, bad, **facts, shares=shares)
         features_only.epoch, features_only.first_step = sequence.epoch, sequence.first_step
         features_only.table, features_only.groups = sequence.table, sequence.groups
         return features_only
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns batch `first_step + index` of this epoch: float32 features, as they were given, and its labels."""
+        """Returns batch `first_step + index` of this epoch: its float32 features and labels."""
         bounds = self._get_bounds(index + self.first_step)
         rows = self._order()[bounds[0] : bounds[-1]].copy()
         features = np.empty((len(rows), *self.features.shape[1:]), np.float32)
@@ -89,10 +77,10 @@ class FeatureSequence(AugmentedImageSequence):
             for position, target in enumerate(features)
             if self._load_or_replace(rows, position, bounds[0], target)
         ]
-        return features[kept], self._labels_of(rows[kept])
+        return features[kept], self.get_labels(rows[kept])
 
     def to_dataset(self) -> tf.data.Dataset:
-        """Returns the batches of an epoch, as the images' own sequence does it."""
+        """Returns the batches of an epoch, as for images."""
         return self._make_dataset(tf.TensorSpec((None, *self.features.shape[1:]), tf.float32))
 
     def _load(self, row: int, target: np.ndarray, place: int, matrix: np.ndarray | None) -> None:

@@ -1,6 +1,6 @@
-"""The registry of export formats, and how the files made of a model are named.
+"""The registry of export formats, and the file names of exported and compressed models.
 
-Scripts ask it what a file is before TensorFlow is there: the module of a format is imported when it is used.
+Scripts use it without waiting for TensorFlow: the module of a format is imported on use.
 """
 
 from __future__ import annotations
@@ -20,38 +20,37 @@ if TYPE_CHECKING:
     from finetune.models.exported import Calibration, ExportedModel
 
 MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
-# Of compressed models. Numbers in a weight: fewer take less than the file's note of it, so they stay exact; and as many
-# are worth the time that unpacking takes. In int8, fewer numbers than this save too little beside their scale.
+# Precisions of compressed models.
 WEIGHTS_DTYPES = ("float32", "float16", "int8")
-# Of compressed weights, and of the file with their layers.
+# File name endings of compressed models.
 WEIGHTS_ENDING, LAYERS_ENDING = ("_compressed", ".h5"), ("_compressed", ".json")
-# Marks an artefact that costs too much accuracy, in front of its suffix.
+# Marks an artefact that loses too much accuracy, before its suffix.
 REJECTED = ".rejected"
 
 
 class Runtime(Protocol):
-    """What the module of a format has."""
+    """The interface of a format's module."""
 
     def write(self, model: keras.Model, path: str, precision: str, calibrate: Calibration) -> tuple[str, ...]:
-        """Writes a model in a precision of the format; returns the paths of what it wrote, the one to load first."""
+        """Writes a model in a precision of the format; returns the written paths, first the one to load."""
 
     def load(self, path: str) -> ExportedModel:
-        """Returns the model in a file or folder; fails in any way if it is damaged."""
+        """Returns the model in a file or folder; raises any exception if it is damaged."""
 
 
 class Format(NamedTuple):
     """An export format.
 
     Attributes:
-        title: in messages, with its article.
-        endings: by precision, what follows the name of the model: a part of the name, and the suffix. float32 is what
-            is written unless export_quantization names another precision of the format.
+        title: for messages, with an article.
+        endings: by precision, the ending of the file name after the model's name: a part of the name, and the suffix.
+            float32 is the default of export_quantization.
         runtime: imports and returns the module that writes and reads it.
-        loading: what runs it, in words, and Python code that the model card and the docs show: from `image`, the pixels
-            of a photo of the model's size, to `probabilities`; `{path}` stands for its path as Python writes it.
-        folder_mark: the name of a file that tells a folder of this format; empty where the suffix tells a file.
-        writer_packages: what only writing needs, as pip takes it, by the name to import.
-        reader_packages: what reading needs, likewise.
+        loading: name of the runtime, and Python code for the model card and the docs. The code goes from `image`, the
+            pixels of a photo of the model's size, to `probabilities`; `{path}` is replaced by the quoted path.
+        folder_mark: the file that identifies a folder of this format; empty for formats of one file.
+        writer_packages: pip requirements for writing only, by the name to import.
+        reader_packages: pip requirements for reading, by the name to import.
     """
 
     title: str
@@ -65,6 +64,12 @@ class Format(NamedTuple):
     def list_suffixes(self) -> list[str]:
         """Returns the suffixes of its files."""
         return list(dict.fromkeys(suffix for _, suffix in self.endings.values()))
+
+    def is_format_of(self, path: str) -> bool:
+        """Returns whether a file or folder has this format, judged by its suffix or its content."""
+        if self.folder_mark:
+            return os.path.isfile(os.path.join(path, self.folder_mark))
+        return os.path.splitext(path)[1] in self.list_suffixes() and not os.path.isdir(path)
 
 
 def _import_tflite() -> Runtime:
@@ -85,7 +90,7 @@ def _import_saved_model() -> Runtime:
     return saved_model
 
 
-# By the word for --export.
+# By the name for --export.
 FORMATS: dict[str, Format] = {
     "tflite": Format(
         title="a TensorFlow Lite model",
@@ -125,13 +130,13 @@ FORMATS: dict[str, Format] = {
 
 
 def list_quantizations() -> list[str]:
-    """Returns the precisions other than float32 that a format can hold."""
+    """Returns the precisions of all formats other than float32."""
     names = dict.fromkeys(name for one in FORMATS.values() for name in one.endings)
     return [name for name in names if name != "float32"]
 
 
 def exports_fault(names: Sequence[str]) -> str:
-    """Returns what is wrong with a list of formats to export; empty where nothing is."""
+    """Returns the fault in a list of formats to export, or an empty text."""
     unknown = [name for name in names if name not in FORMATS]
     if not unknown:
         return ""
@@ -142,14 +147,11 @@ def exports_fault(names: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def importing(purpose: str, packages: Mapping[str, str]) -> Iterator[None]:
-    """Says how to install an optional package if importing it fails.
+    """Turns a failed import into a UserError that says how to install the package.
 
     Args:
         purpose: begins the message.
-        packages: as pip takes them, by the name to import; without any, an ImportError is a bug.
-
-    Raises:
-        UserError: one is missing.
+        packages: pip requirements by the name to import; without any, an ImportError is a bug.
     """
     try:
         yield
@@ -161,25 +163,17 @@ def importing(purpose: str, packages: Mapping[str, str]) -> Iterator[None]:
 
 
 def find_format(path: str) -> Format | None:
-    """Returns the format of an exported model, as its path tells it; None of every other path."""
-    suffix = os.path.splitext(path)[1]
-    for one in FORMATS.values():
-        if one.folder_mark:
-            is_its = os.path.isfile(os.path.join(path, one.folder_mark))
-        else:
-            is_its = suffix in one.list_suffixes() and not os.path.isdir(path)
-        if is_its:
-            return one
-    return None
+    """Returns the format of an exported model, or None for any other path."""
+    return next((one for one in FORMATS.values() if one.is_format_of(path)), None)
 
 
 def is_exported(path: str) -> bool:
-    """Returns whether a path is that of a model for another runtime than Keras."""
+    """Returns whether a path is a model for another runtime than Keras."""
     return find_format(path) is not None
 
 
 def require_format(path: str) -> Format:
-    """Returns the format of an exported model; raises UserError where its path tells none."""
+    """Returns the format of an exported model; raises UserError for any other path."""
     found = find_format(path)
     if found is None:
         suffixes = [suffix for one in FORMATS.values() if not one.folder_mark for suffix in one.list_suffixes()]
@@ -195,14 +189,14 @@ def require_format(path: str) -> Format:
 
 
 def list_endings() -> set[tuple[str, str]]:
-    """Returns what follows the name of a model in the names of all that compress_weights.py makes of it."""
+    """Returns the file name endings of everything that compress_weights.py writes."""
     return {WEIGHTS_ENDING, LAYERS_ENDING, *(ending for one in FORMATS.values() for ending in one.endings.values())}
 
 
 def artefact_stem(path: str) -> str:
-    """Returns the name without ending of the model that a file or a folder was made of, or is."""
+    """Returns the name, without ending, of the original model of a file or folder."""
     name = os.path.basename(os.path.normpath(path)).replace(REJECTED, "")
-    # The longest that fits counts.
+    # The longest matching ending counts.
     for ending in sorted(map("".join, list_endings()), key=len, reverse=True):
         if name.endswith(ending) and name != ending:
             return name.removesuffix(ending)
@@ -210,21 +204,21 @@ def artefact_stem(path: str) -> str:
 
 
 def metadata_path(path: str) -> str:
-    """Returns the path of an artefact's metadata: its classes, its image size, its decision."""
+    """Returns the path of an artefact's metadata: classes, image size, decision."""
     return os.path.join(os.path.dirname(os.path.abspath(path)), f"{artefact_stem(path)}_metadata.json")
 
 
 def labels_path(path: str) -> str:
-    """Returns where the class names of an artefact stand, a line each."""
+    """Returns the path of the file with an artefact's class names, one per line."""
     return metadata_path(path).removesuffix("_metadata.json") + "_labels.txt"
 
 
 def name_candidate(model_path: str, ending: tuple[str, str]) -> str:
-    """Returns the path of an artefact under the name of a rejected one: nothing unproven takes the name that ships."""
+    """Returns the path for a new artefact, marked as rejected until its accuracy is measured."""
     return os.path.join(os.path.dirname(model_path), artefact_stem(model_path) + REJECTED.join(ending))
 
 
 def name_accepted(path: str) -> str:
-    """Takes `.rejected` out of the name of a file or folder; what its folder is called stays."""
+    """Returns a path with `.rejected` removed from the name of the file or folder, not from its parents."""
     folder, name = os.path.split(path)
     return os.path.join(folder, name.replace(REJECTED, ""))

@@ -1,4 +1,4 @@
-"""The attributes of HDF5 files, which are text of any length: damaged, they make HDF5 1.14 crash or never return."""
+"""A check of the attributes of an HDF5 file: damaged ones make HDF5 1.14 crash or loop for ever."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ MOST_SECONDS = 20
 
 
 def check_attributes(path: str) -> None:
-    """Raises ValueError where the attributes of an HDF5 file cannot be read; a process of its own tries it."""
-    # Without this folder among those that modules come from: its names are not those of h5py's modules.
+    """Raises ValueError if the attributes of an HDF5 file cannot be read; a separate process tries it."""
+    # -P keeps this folder out of sys.path, where its modules could hide others.
     command = [sys.executable, "-P", __file__, path]
     try:
         subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=MOST_SECONDS, check=True)
@@ -21,7 +21,7 @@ def check_attributes(path: str) -> None:
 
 
 def read_attributes(path: str) -> None:
-    """Reads all attributes of an HDF5 file; raises an exception of any kind, or does not end, where it is damaged."""
+    """Reads all attributes of an HDF5 file; if they are damaged, it fails in any way or never returns."""
     with h5py.File(path) as file:
         dict(file.attrs)
 

@@ -1,9 +1,9 @@
 """The registry of heads, and the parts that every model has.
 
-A model is, by the names of its layers, `[downscaling ->] preprocessing -> backbone -> classifier`. The last one is the
-head: `pooling` makes features `(batch, channels)` of the backbone's output, any layers may follow, and the last two
-are `logits` and `probabilities`. Linear probe, Grad-CAM, refitting and the feature store rely on this and on nothing
-else. To add a head, write a function that returns the layers before `logits`, and give it an entry in `HEADS`.
+The names of a model's layers are `[downscaling ->] preprocessing -> backbone -> classifier`. The last one is the head:
+`pooling` turns the backbone's output into features `(batch, channels)`, any layers may follow, and the last two are
+`logits` and `probabilities`. Linear probe, Grad-CAM, refitting and the feature store rely on nothing else. To add a
+head, write a function that returns the layers before `logits`, and add it to `HEADS`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from keras import layers
 
 from finetune.core.options import UserError
 
-# Names of layers. Saved files have them: the head is called classifier there.
+# Names of layers, also in saved files. The head is called classifier there.
 BACKBONE, HEAD = "backbone", "classifier"
 POOLING, LOGITS, PROBABILITIES = "pooling", "logits", "probabilities"
 POOLINGS = {"avg": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D, None: layers.Flatten}
-# Images whose features go through the hidden layers at a time.
+# Number of images whose features pass through the hidden layers at once.
 CHUNK = 1024
 
 
 class HeadOptions(NamedTuple):
-    """What the configs say of a head.
+    """The options of a head.
 
     Attributes:
         classes: the number of outputs.
         multi_label: sigmoid instead of softmax.
-        layer_sizes: each a hidden ReLU layer of that many units (1 or more) or a dropout rate (less than 1).
+        layer_sizes: units of hidden ReLU layers (1 or more) and dropout rates (less than 1).
         pooling: `avg`, `max`, or None to flatten.
     """
 
@@ -50,7 +50,7 @@ def list_dense_layers(options: HeadOptions) -> list[keras.Layer]:
     return [POOLINGS[options.pooling](name=POOLING), *hidden]
 
 
-# From the options to the layers before `logits`, the first of which is called `pooling`.
+# Each returns the layers before `logits`; the first one is called `pooling`.
 HEADS: dict[str, Callable[[HeadOptions], list[keras.Layer]]] = {"dense": list_dense_layers}
 
 
@@ -59,7 +59,7 @@ def build_head(name: str, options: HeadOptions) -> keras.Sequential:
 
     Its last two layers are float32, so that Grad-CAM can explain unsaturated scores.
     """
-    # First, so that each layer draws its seed in the order of the layers, on which a run of one seed depends.
+    # Built first: the layers must draw their seeds in order, or a seed would give another run.
     hidden = HEADS[name](options)
     activation = "sigmoid" if options.multi_label else "softmax"
     logits = layers.Dense(options.classes, dtype="float32", name=LOGITS)
@@ -68,16 +68,7 @@ def build_head(name: str, options: HeadOptions) -> keras.Sequential:
 
 
 class Parts(NamedTuple):
-    """The parts of a model, in their order.
-
-    Attributes:
-        before: the layers between the images and the backbone.
-        backbone: from preprocessed images to a feature map.
-        pooling: from that to features `(batch, channels)`.
-        hidden: the layers between features and logits.
-        logits: the dense layer of scores.
-        probabilities: their softmax or sigmoid.
-    """
+    """The parts of a model, in order: `before` the backbone, and `hidden` between features and logits."""
 
     before: list[keras.Layer]
     backbone: keras.Model
@@ -88,21 +79,12 @@ class Parts(NamedTuple):
 
 
 def has_parts(model: keras.Model) -> bool:
-    """Returns whether a model ends in a backbone and a head, as those of this collection do."""
+    """Returns whether a model ends in a backbone and a head, like all models of `ModelFactory`."""
     return [layer.name for layer in model.layers[-2:]] == [BACKBONE, HEAD]
 
 
 def split_model(model: keras.Model, purpose: str, advice: str) -> Parts:
-    """Returns the parts of a model.
-
-    Args:
-        model: whose answer is that to the image as it is.
-        purpose: begins the error message if it has no such parts.
-        advice: ends it.
-
-    Raises:
-        UserError: it has none.
-    """
+    """Returns the parts of a model, or raises UserError, whose message begins with `purpose` and ends with `advice`."""
     if not has_parts(model):
         names = ", ".join(layer.name for layer in model.layers)
         raise UserError(
@@ -114,12 +96,12 @@ def split_model(model: keras.Model, purpose: str, advice: str) -> Parts:
 
 
 def list_kernels(parts: Parts) -> list[keras.Layer]:
-    """Returns the hidden layers that mix features by learnt kernels: with them a head is no linear probe."""
+    """Returns the hidden layers with learnt kernels: a head with any of them is no linear probe."""
     return [layer for layer in parts.hidden if any(len(weight.shape) > 1 for weight in layer.weights)]
 
 
 def compute_logit_inputs(parts: Parts, features: np.ndarray) -> np.ndarray:
-    """Returns what the layer `logits` sees of features, float32 `(images, channels)`, outside of training."""
+    """Returns the input of the layer `logits` for features, float32 `(images, channels)`, in inference mode."""
     hidden = [layer for layer in parts.hidden if not isinstance(layer, layers.Dropout)]
     if not hidden:
         return features

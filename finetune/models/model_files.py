@@ -1,4 +1,4 @@
-"""Loading and saving model files."""
+"""Loading model files, checking them against configs, and the model with test-time augmentation."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def preparing(prepare: Callable[[keras.Model], None]) -> Iterator[None]:
 
 
 def load_model(path: str, with_optimizer: bool = False) -> keras.Model:
-    """Loads a model file, `.keras` or HDF5, or a compressed one; never runs code that the file brings.
+    """Loads a model file, `.keras`, HDF5 or compressed, and never runs code from it.
 
     Args:
         path: the file.
-        with_optimizer: also restore the optimizer and its state, to go on training.
+        with_optimizer: also restore the optimizer and its state, to resume training.
 
     Raises:
-        UserError: the file is no model, is damaged, holds code, or claims far more weights than it has bytes.
+        UserError: the file is not a model, is damaged, holds code, or claims far more weights than its size allows.
     """
     path, with_optimizer = take_path("path", path), take_flag("with_optimizer", with_optimizer)
     if is_exported(path):
@@ -69,13 +69,9 @@ def load_model(path: str, with_optimizer: bool = False) -> keras.Model:
 def load_fitting_model(
     path: str, class_names: Sequence[str], image_size: Sequence[int], with_optimizer: bool = False
 ) -> keras.Model:
-    """Loads a model file as `load_model` does, and checks its input and output against configs.
-
-    Raises:
-        UserError: the file is no model, or it does not fit; names what differs.
-    """
+    """Loads a model by `load_model`; raises UserError if its input or output differs from the configs."""
     model = load_model(path, with_optimizer)
-    # A model of another kind than a graph of layers has neither.
+    # A model that is not a graph of layers has neither.
     if any(len(getattr(model, ends, None) or ()) != 1 for ends in ("inputs", "outputs")):
         raise UserError(f"{path} is no classifier of images: expected one input and one output.")
     check_fit(path, model.inputs[0].shape, model.outputs[0].shape, class_names, image_size)
@@ -89,7 +85,7 @@ def check_fit(
     class_names: Sequence[str],
     image_size: Sequence[int],
 ) -> None:
-    """Raises UserError where a model's shapes are not those that the configs name."""
+    """Raises UserError if a model's shapes differ from the configs."""
     (batch, *inputs), expected = input_shape, (*image_size, 3)
     if len(output_shape) != 2 or output_shape[-1] != len(class_names):
         raise UserError(
@@ -103,34 +99,34 @@ def check_fit(
     if not fits or batch is not None:
         shown = tuple(inputs) if batch is None else (batch, *inputs)
         raise UserError(
-            f"{path} takes inputs of shape {shown}. Expected images of image_target_size or test_image_size, "
+            f"{path} takes inputs of shape {shown}. Expected images of image_target_size or eval_image_size, "
             f"{expected}."
         )
 
 
 def build_inference_model(model: keras.Model, test_time_augmentation: str) -> keras.Model:
-    """Builds what a file holds: whatever reads it then answers as the run's validation did.
+    """Builds the model to save, with test-time augmentation inside, so that every reader answers as in validation.
 
-    Source: Krizhevsky et al., NIPS 2012, section 4.1, of the mirror images.
+    Source of mirror images: Krizhevsky et al., NIPS 2012, section 4.1.
 
     Args:
-        model: from images `(batch, height, width, 3)` to probabilities `(batch, classes)`; it is shared.
+        model: from images `(batch, height, width, 3)` to probabilities `(batch, classes)`.
         test_time_augmentation: `none` or `flip`.
 
     Returns:
-        A model of stock layers with the same shapes and weights; its `optimizer` is not set.
+        A model of stock layers without an optimizer, which shares the weights of `model`.
     """
     if test_time_augmentation == "none":
         return keras.Model(model.inputs, model.outputs, name=model.name)
     (image,) = model.inputs
     images = keras.Input(image.shape[1:], dtype=image.dtype, name=image.name)
-    # A model that was read from a file may give its one output in a list.
+    # A loaded model may return its only output in a list.
     views = keras.tree.flatten([model(images), model(keras.ops.flip(images, axis=2))])
     return keras.Model(images, keras.layers.Average(name="mean")(views), name=MEAN_OF_VIEWS)
 
 
 def strip_views(model: keras.Model) -> keras.Model:
-    """Returns the model that a saved one asks about each view of an image; any other model itself."""
+    """Returns the model without test-time augmentation."""
     if model.name != MEAN_OF_VIEWS:
         return model
     (inner,) = (layer for layer in model.layers if isinstance(layer, keras.Model))
@@ -138,5 +134,5 @@ def strip_views(model: keras.Model) -> keras.Model:
 
 
 def has_views(model: keras.Model) -> bool:
-    """Tells whether a model answers with the mean over an image and its mirror image."""
+    """Returns whether a model has test-time augmentation."""
     return strip_views(model) is not model

@@ -1,4 +1,4 @@
-"""ONNX: writing a file by tf2onnx, and running it in ONNX Runtime; the registry tells which of them is missing."""
+"""ONNX: writing files with tf2onnx, and running them in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def write(model: keras.Model, path: str, precision: str, _: Calibration) -> tuple[str, ...]:
     """Writes a file that takes any number of images; returns its path.
 
-    By tf2onnx itself: through Keras 3.15 it fails on GELU and grouped convolutions, which ConvNeXt has, and on the
-    numbers of a Normalization layer, which EfficientNet has.
+    It calls tf2onnx directly: Keras 3.15's export fails on GELU and grouped convolutions (ConvNeXt), and on
+    Normalization layers (EfficientNet).
     """
     import tf2onnx
 
@@ -28,7 +28,7 @@ def write(model: keras.Model, path: str, precision: str, _: Calibration) -> tupl
     frozen = convert_variables_to_constants_v2(function, lower_control_flow=False)
     graph = frozen.graph.as_graph_def()
     for function in graph.library.function:
-        # What Keras leaves to XLA would stay a call; without this it becomes part of the graph.
+        # Without it, functions that Keras leaves to XLA are inlined.
         function.attr.pop("_noinline", None)
     for node in [*graph.node, *(node for function in graph.library.function for node in function.node_def)]:
         node.attr.pop("_XlaMustCompile", None)
@@ -42,13 +42,13 @@ def write(model: keras.Model, path: str, precision: str, _: Calibration) -> tupl
             custom_op_handlers={"Erfc": (convert_erfc, [])},
             output_path=temporary,
         )
-    # tf2onnx leaves copies of the graph in circles, which Python would find late: 6 GB of ConvNeXtTiny.
+    # tf2onnx leaves copies of the graph in reference cycles: 6 GB for ConvNeXtTiny.
     gc.collect()
     return (path,)
 
 
 def convert_erfc(graph: tf2onnx.graph.Graph, node: tf2onnx.graph.Node, name: str, _: list) -> None:
-    """Makes of a node `erfc(x)`, which ONNX has not, `1 - erf(x)`; as tf2onnx calls it."""
+    """Replaces a node `erfc(x)`, which ONNX lacks, by `1 - erf(x)`; a handler for tf2onnx."""
     (output,) = node.output
     consumers, shape, dtype = graph.find_output_consumers(output), graph.get_shape(output), graph.get_dtype(output)
     node.type, node.domain = "Erf", ""
@@ -58,11 +58,11 @@ def convert_erfc(graph: tf2onnx.graph.Graph, node: tf2onnx.graph.Node, name: str
 
 
 def load(path: str) -> ExportedModel:
-    """Loads a file into ONNX Runtime, on a GPU where it can use one."""
+    """Loads a file into ONNX Runtime, on a GPU if it supports one."""
     import onnxruntime
 
     available = onnxruntime.get_available_providers()
-    # Others that may be there compile for minutes, or send the images elsewhere.
+    # Other providers may compile for minutes, or send the images elsewhere.
     providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
     session = onnxruntime.InferenceSession(path, providers=providers)
     (inputs,), (outputs,) = session.get_inputs(), session.get_outputs()

@@ -1,4 +1,4 @@
-"""What a model file claims, checked before Keras reads it: no code, no more weights than bytes."""
+"""Checks of a model file before Keras reads it: no code, and no more weights than its size allows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finetune.models.hdf5_attributes import check_attributes
 
 LAYERS_MEMBER = "config.json"
 WEIGHTS_MEMBER = "model.weights.h5"
-# What holds program code in a model file, by the name of its class there.
+# Layers with program code, by their class names in a model file.
 CODE_LAYERS = {"Lambda": "Lambda layer", "__lambda__": "Python lambda"}
 CODE_LAYERS |= {"TFSMLayer": "TFSMLayer", "TorchModuleWrapper": "TorchModuleWrapper"}
 # Packages beside Keras that a model file may take its layers from, as pip takes them, by the name to import.
@@ -37,24 +37,24 @@ LAYER_MODULES = re.compile(
 
 @contextlib.contextmanager
 def telling_damage(sentence: str) -> Iterator[None]:
-    """Raises UserError in the place of whatever reading a file raises: the sentence, and the reason on one line."""
+    """Turns any error of reading a file into a UserError: the sentence, and the reason on one line."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # Keras, h5py, zipfile and json fail in any way on a damaged file: all of it is the file's fault.
-        # Keras quotes all layers before it says what is wrong with one of them.
+        # Keras, h5py, zipfile and json raise all kinds of errors for a damaged file. Keras quotes all layers before
+        # the reason.
         reason = str(error).split("Exception encountered:")[-1].strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{sentence}: {shorten(reason).rstrip('.')}. Copy it again, or name another.") from error
 
 
 def check_model_file(path: str) -> None:
-    """Checks what a model file claims before Keras reads it.
+    """Checks a model file before Keras reads it.
 
     Raises:
-        UserError: it needs code, or has no model.
-        Exception: of any kind, where it is damaged.
+        UserError: it needs code, or holds no model.
+        Exception: of any kind, if it is damaged.
     """
     limit, (stem, suffix) = largest_content(path), os.path.splitext(path)
     if suffix not in MODEL_SUFFIXES:
@@ -80,7 +80,7 @@ def _check_archive(archive: zipfile.ZipFile, path: str, limit: int) -> None:
     for name, member in members.items():
         if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
             raise ValueError(f"Its part {name} lies outside of it.")
-        # Python unpacks the other kinds without a limit.
+        # Python unpacks other compressions without a limit.
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"Its part {name} is packed in a way that Keras does not use.")
     if missing := [name for name in (LAYERS_MEMBER, WEIGHTS_MEMBER) if name not in members]:
@@ -89,18 +89,18 @@ def _check_archive(archive: zipfile.ZipFile, path: str, limit: int) -> None:
     if members[LAYERS_MEMBER].file_size > LARGEST_JSON_FILE:
         raise ValueError(f"Its layers take more than {LARGEST_JSON_FILE} bytes.")
     check_layers(json.loads(archive.read(LAYERS_MEMBER)), path)
-    # In memory, as Keras does it: HDF5 seeks a lot, and seeking in an archive is slow.
+    # In memory, as in Keras: HDF5 seeks a lot, which is slow in an archive.
     with h5py.File(io.BytesIO(archive.read(WEIGHTS_MEMBER))) as file:
         check_arrays(file, limit)
 
 
 def check_arrays(file: h5py.File, limit: int) -> None:
-    """Raises ValueError where an HDF5 file leads to other files, or its arrays claim more than `limit` bytes."""
+    """Raises ValueError if an HDF5 file links to other files, or its arrays claim more than `limit` bytes."""
     claimed = 0
 
     def find_outside(name: str, link: Any) -> str | None:
-        """Returns the name of a link to another file, and counts what an array claims."""
-        # What is returned ends the visit; an error in here would reach nobody.
+        """Returns the name of a link to another file, and counts the bytes of arrays."""
+        # A returned name ends the visit; an error would be lost.
         nonlocal claimed
         item = file[name] if isinstance(link, h5py.HardLink) else None
         is_array = isinstance(item, h5py.Dataset)
@@ -114,15 +114,15 @@ def check_arrays(file: h5py.File, limit: int) -> None:
 
 
 def check_layers(layers: Any, path: str) -> None:
-    """Checks that a model's layers need no code, neither in the file itself nor of another package than Keras.
+    """Checks that a model's layers need no code from the file or from another package than Keras.
 
     Args:
-        layers: a model's description, as JSON holds it.
+        layers: the model's layers from its JSON.
         path: of the model.
 
     Raises:
-        UserError: they do.
-        ValueError: it is no description of layers.
+        UserError: they need code.
+        ValueError: `layers` does not describe any.
     """
     if not isinstance(layers, dict):
         raise ValueError("It describes no layers.")
@@ -177,7 +177,7 @@ def _is_trusted(module: str, name: str, registered: str, path: str) -> bool:
 
 
 def largest_content(path: str) -> int:
-    """Returns how many bytes of weights a file may claim: packed weights are smaller, but not by more than that."""
+    """Returns how many bytes of weights a file may claim: packing saves less than that."""
     return max(2**28, 10 * os.path.getsize(path))
 
 
@@ -188,24 +188,23 @@ def _check_claim(claimed: int, limit: int) -> None:
 
 @contextlib.contextmanager
 def limiting_weights(limit: int, initialize: bool = True) -> Iterator[None]:
-    """Raises ValueError before a model takes more than `limit` bytes for its weights, whatever its layers claim.
+    """Raises ValueError before the weights of a model in the context take more than `limit` bytes.
 
     Args:
         limit: in bytes.
-        initialize: draw the initial weights. Where all are to be replaced, zeros take less time.
+        initialize: False fills the weights with zeros, which saves time if all are replaced.
     """
     claimed, add_weight = 0, keras.Layer.add_weight
 
     def add_counted(
         layer: keras.Layer, shape: Sequence[int] | None = None, initializer: Any = None, *values: Any, **options: Any
     ) -> Any:
-        """Adds a weight, after the bytes that it claims are found to be few enough."""
         nonlocal claimed
         claimed += 4 * math.prod(shape or ())
         _check_claim(claimed, limit)
         return add_weight(layer, shape, initializer if initialize else "zeros", *values, **options)
 
-    # Keras has no hook for this, and TensorFlow's is told of a variable, but not how large it will be.
+    # Keras has no hook for this, and TensorFlow's hook does not know a variable's size.
     keras.Layer.add_weight = add_counted
     try:
         yield

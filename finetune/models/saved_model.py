@@ -1,4 +1,4 @@
-"""TensorFlow's SavedModel: writing a folder, and running it once it is known to do no more than compute."""
+"""TensorFlow's SavedModel: writing a folder, and running one that is checked to do nothing but compute."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.core.options import UserError
 from finetune.core.texts import shorten
 from finetune.models.exported import Calibration, ExportedModel, quiet, to_float32, trace
 
-# Ops with a state that do no more than read a model's own weights, or call other functions that are looked at too.
+# Stateful ops that only read the model's weights, or call functions that are checked too.
 READING_OPS = {"VarHandleOp", "ReadVariableOp", "DisableCopyOnRead", "StatefulPartitionedCall"}
 HARMLESS_OBJECTS = {"user_object", "function", "bare_concrete_function", "variable", "constant", "captured_tensor"}
 
@@ -23,7 +23,7 @@ HARMLESS_OBJECTS = {"user_object", "function", "bare_concrete_function", "variab
 def write(model: keras.Model, path: str, precision: str, _: Calibration) -> tuple[str, ...]:
     """Writes a folder that takes any number of images; returns its path.
 
-    By TensorFlow's own exporter: Keras 3.15's writes each weight twice (github.com/keras-team/keras/issues/23553).
+    It uses TensorFlow's exporter: Keras 3.15's writes each weight twice (github.com/keras-team/keras/issues/23553).
     """
     model, module = to_float32(model), tf.Module()
     module.weights = [weight.value for weight in model.variables]
@@ -34,7 +34,7 @@ def write(model: keras.Model, path: str, precision: str, _: Calibration) -> tupl
 
 
 def load(path: str) -> ExportedModel:
-    """Loads a folder into TensorFlow; raises UserError where it holds more than what computes."""
+    """Loads a folder into TensorFlow; raises UserError if it does more than compute."""
     _check_graph(path)
     loaded = tf.saved_model.load(path)
     function = loaded.signatures["serving_default"]
@@ -42,28 +42,24 @@ def load(path: str) -> ExportedModel:
     ((output_name, outputs),) = function.structured_outputs.items()
 
     def run(images: np.ndarray) -> np.ndarray:
-        # The function alone does not keep the weights.
+        # `loaded` keeps the weights alive; the function alone does not.
         return loaded.signatures["serving_default"](**{name: tf.constant(images)})[output_name].numpy()
 
     return ExportedModel(run, inputs.shape, outputs.shape)
 
 
 def _check_graph(path: str) -> None:
-    """Checks that a SavedModel does no more than compute: TensorFlow's programs may write files and run Python.
-
-    Raises:
-        UserError: it holds anything else.
-    """
+    """Raises UserError if a SavedModel does more than compute: TensorFlow's programs can write files and run Python."""
     content = saved_model_pb2.SavedModel()
     with open(os.path.join(path, "saved_model.pb"), "rb") as file:
         content.ParseFromString(file.read())
     (graph,) = content.meta_graphs
     if not graph.HasField("object_graph_def"):
-        # TensorFlow 1's form, whose loading runs whatever the file names.
+        # Loading TensorFlow 1's format runs any op that the file names.
         raise ValueError("It is of TensorFlow 1.")
     functions = {function.signature.name: function for function in graph.graph_def.library.function}
     foreign = {node.WhichOneof("kind") for node in graph.object_graph_def.nodes} - HARMLESS_OBJECTS
-    # What cannot be reached from here, such as the function that saves the weights, never runs.
+    # Functions that cannot be reached from here never run, such as the one that saves the weights.
     pending, seen = list(graph.object_graph_def.concrete_functions), set()
     while pending:
         name = pending.pop()

@@ -1,4 +1,4 @@
-"""TensorFlow Lite: writing a file, and running it one image at a time."""
+"""TensorFlow Lite: writing files, and running them one image at a time."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 import tensorflow as tf
 
 from finetune.core.files import atomic_path
-from finetune.core.quiet import hiding_stderr
+from finetune.core.streams import hiding_stderr
 from finetune.models.exported import Calibration, ExportedModel, describe_input, to_float32
 
 
 def write(model: keras.Model, path: str, precision: str, calibrate: Calibration) -> tuple[str, ...]:
-    """Writes a file that takes one image at a time, as phones do it; returns its path."""
+    """Writes a file that takes one image at a time, as on phones; returns its path."""
     options: dict[str, Any] = {"target_spec": {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}}
     if precision != "float32":
         options["optimizations"] = [tf.lite.Optimize.DEFAULT]
     if precision == "int8":
-        # Ops without an 8-bit form stay float32, and so do images and probabilities.
+        # Ops without an 8-bit version stay float32, as do images and probabilities.
         options["target_spec"]["supported_ops"].insert(0, tf.lite.OpsSet.TFLITE_BUILTINS_INT8)
         images = calibrate()
         options["representative_dataset"] = lambda: ([image[None].astype(np.float32)] for image in images)
@@ -32,11 +32,11 @@ def write(model: keras.Model, path: str, precision: str, calibrate: Calibration)
 
 
 def load(path: str) -> ExportedModel:
-    """Loads a file into LiteRT's interpreter if that is installed, else into TensorFlow's own."""
+    """Loads a file into LiteRT's interpreter, or into TensorFlow's if LiteRT is not installed."""
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError:
-        # The same interpreter, which TensorFlow means to drop.
+        # The same interpreter; TensorFlow has deprecated it.
         Interpreter = tf.lite.Interpreter
     with open(path, "rb") as file:
         content = file.read()
@@ -51,7 +51,6 @@ def load(path: str) -> ExportedModel:
         interpreter.allocate_tensors()
 
     def run(images: np.ndarray) -> np.ndarray:
-        """Runs the images one after the other: the file holds one shape."""
         probabilities = np.empty((len(images), outputs["shape"][-1]), np.float32)
         for row, image in enumerate(images):
             interpreter.set_tensor(inputs["index"], image[None])

@@ -1,4 +1,4 @@
 """From image files to answers, in every runtime: Keras, LiteRT, ONNX and SavedModel.
 
-Start with `predicting.py`; `runtimes.py` loads a model of any format.
+Start with `predicting.py`, which loads a model of any format.
 """

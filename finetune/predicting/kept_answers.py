@@ -1,9 +1,9 @@
-"""What a model answers, kept in a file as it comes, so that a prediction that was stopped goes on where it was.
+"""A file of a model's answers that grows during a prediction, so that an interrupted prediction can resume.
 
-The file's first line is a digest of the model and the options. Each further one holds a batch: its position, a digest
-of its images, the model's own probabilities, and what was wrong with images. A batch counts where its images are the
-same files, unchanged. The model then sees the same batches in one go and in several, and the finished table is the same
-to the last bit. A line that was cut off when the process was killed does not count.
+Its first line is a digest of the model and the options. Each further line holds a batch: its position, a digest of its
+images, the model's own probabilities, and the errors. A batch is used again if its images are the same unchanged files.
+The model therefore sees the same batches with and without an interruption, and the results are equal to the last bit. A
+line that is incomplete because the process was killed is ignored.
 """
 
 from __future__ import annotations
@@ -33,28 +33,25 @@ from finetune.loading.caches import digest_image
 from finetune.models.description import hash_model
 from finetune.training.run_folder import lock_file
 
-# To be raised when images are decoded or resized in another way.
+# Increase it when images are decoded or resized differently.
 VERSION = 1
-# Options that change no probability; the last two are applied to all answers at the end.
+# Options that change no probability. The last two are applied to all answers at the end.
 HARMLESS = ("generator_workers", "generator_queue_length", "verbose", "write_path", "top_k", "threshold_type")
 AUGMENTER = str(Path(__file__).resolve().parents[2] / "augmenter.py")
-# Files, or objects of a store, that are looked at in parallel.
-LOOKS = 16
+# Files or stored objects that are checked in parallel.
+CHECKS = 16
 
 
 class KeptAnswers:
-    """Probabilities and errors of images; to be entered. Unless an error ends it, the file is removed at the end.
+    """Probabilities and errors of images, a context manager. The file is removed at the end, unless an error occurs.
 
     Args:
-        write_path: the table that is to be written; the file is a hidden one next to it.
-        paths: of the images.
-        batch_size: how many of them are predicted together.
-        classes: how many.
-        facts: what the probabilities depend on, apart from the images, from `list_facts`.
+        write_path: the table to write; the file is a hidden one next to it.
+        facts: what the probabilities depend on except the images, from `list_facts`.
 
     Attributes:
-        probabilities: float32 `(images, classes)`, of the images that are answered.
-        errors: what was wrong with an image, by its row.
+        probabilities: float32 `(images, classes)`, filled for the answered images.
+        errors: by row, why an image could not be read.
     """
 
     def __init__(
@@ -72,13 +69,13 @@ class KeptAnswers:
 
     @property
     def missing(self) -> np.ndarray:
-        """The rows that are not answered yet, int `(images,)`, in whole batches."""
+        """The rows without an answer, int `(images,)`, in whole batches."""
         return np.flatnonzero(~self._is_answered)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             try:
-                os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
                 self._file = stack.enter_context(open(self.path, "a+b"))
                 lock_file(self._file)
                 self._read()
@@ -88,7 +85,7 @@ class KeptAnswers:
                 ) from error
             except OSError as error:
                 raise write_fault(self.path, error, "write_path") from error
-            # It stays open as long as the work goes on.
+            # The file stays open until `__exit__`.
             stack.pop_all()
         return self
 
@@ -99,18 +96,16 @@ class KeptAnswers:
             os.remove(self.path)
             return
         number = f"{self._is_answered.sum()} of {show_count(len(self.paths), 'image')}"
-        print(f"The answers for {number} are kept: the same command goes on from there.", file=sys.stderr)
+        print(f"The answers for {number} are kept. To resume, run the same command again.", file=sys.stderr)
 
     def add(
         self, rows: np.ndarray, probabilities: np.ndarray, errors: dict[int, str], identities: Sequence[Any]
     ) -> None:
-        """Takes the answers for a batch of the missing rows, and writes them.
+        """Adds and writes the answers for a batch of the missing rows.
 
         Args:
-            rows: of its images.
-            probabilities: `(batch, classes)`.
-            errors: what was wrong with an image, by its row.
-            identities: of its images, from `identify`, as they were before they were read.
+            errors: by row, why an image could not be read.
+            identities: of its images, from `identify`, before they were read.
 
         Raises:
             UserError: the file cannot be written.
@@ -126,7 +121,7 @@ class KeptAnswers:
         }
         try:
             self._file.write(_to_line(record))
-            # To the system, which has it then, though this process is killed.
+            # The system has it now, even if this process is killed.
             self._file.flush()
         except OSError as error:
             raise write_fault(self.path, error, "write_path") from error
@@ -140,17 +135,17 @@ class KeptAnswers:
         return _digest([[self.paths[row], identity] for row, identity in zip(rows, identities, strict=True)])
 
     def _read(self) -> None:
-        """Takes the answers that still hold, leaves whole lines in the file, and says what was there."""
+        """Reads the answers that are still valid, cuts the file after its last valid line, and prints how many."""
         self._file.seek(0)
         first = self._file.readline()
         if first != self._header:
             if first:
-                print(f"Starting over: {self.path} holds answers of another model or with other options.")
+                print(f"Starting over: {self.path} has answers of another model or with other options.")
             self._file.truncate(0)
             self._file.write(self._header)
             return
         end, known = len(first), np.zeros(len(self.paths), bool)
-        with ThreadPoolExecutor(LOOKS) as pool:
+        with ThreadPoolExecutor(CHECKS) as pool:
             for line in self._file:
                 if not line.endswith(b"\n"):
                     break
@@ -163,12 +158,12 @@ class KeptAnswers:
         self._file.truncate(end)
         if known.any():
             changed = (known & ~self._is_answered).sum()
-            note = f" {changed} more were too, but have changed since." if changed else ""
+            note = f" {changed} more have changed and are predicted again." if changed else ""
             number = f"{self._is_answered.sum()} of {show_count(len(self.paths), 'image')}"
-            print(f"Predicted before: {number}.{note}")
+            print(f"Resuming: {number} already predicted.{note}")
 
     def _use(self, record: dict[str, Any], pool: ThreadPoolExecutor) -> np.ndarray:
-        """Takes a batch from the file where its images are the same; returns its rows."""
+        """Uses a batch from the file if its images are unchanged; returns its rows."""
         start = record["batch"] * self._batch_size
         rows = np.arange(start, min(start + self._batch_size, len(self.paths)))
         found = np.frombuffer(base64.b64decode(record["probabilities"]), "<f4")
@@ -189,28 +184,28 @@ def _digest(content: Any) -> str:
 
 
 def identify(path: str) -> Any:
-    """Returns what changes with the bytes of an image, as JSON can hold it; None where a store keeps it to itself."""
+    """Returns a JSON value that changes with the bytes of an image; None if a store does not provide one."""
     if is_url(path):
         return digest_image(path).hex() or None
     try:
         status = os.stat(path)
     except (OSError, ValueError):
         return "missing"
-    # The last one changes also where a file of the same size and time takes the place.
+    # The last one changes even if the new file has the same size and modification time.
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def list_facts(configs: Configs, model_path: str) -> dict[str, Any]:
-    """Lists what probabilities depend on apart from the images: options, model files, libraries and devices.
+    """Lists what the probabilities depend on except the images: options, model files, libraries and devices.
 
     Args:
-        configs: the options of the script, with those that describe the model.
+        configs: the options, with those that describe the model.
         model_path: the model's file or folder.
     """
     options = {name: value for name, value in configs.to_dict().items() if name not in HARMLESS}
-    # Compressed weights have their layers in a file of their own.
+    # The layers of compressed weights are in a separate file.
     files = [*list_files(model_path), f"{os.path.splitext(model_path)[0]}.json"]
-    files += [AUGMENTER] * (options["tta"] not in ("none", "flip"))
+    files += [AUGMENTER] * (options["test_time_augmentation"] not in ("none", "flip"))
     devices = [device.device_type for device in tf.config.get_visible_devices()]
     return {
         "version": VERSION,

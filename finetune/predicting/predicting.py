@@ -1,9 +1,10 @@
-"""From images to probabilities and answers."""
+"""From images to probabilities and answers, by a Keras model or an exported one."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -11,34 +12,39 @@ import numpy as np
 import tensorflow as tf
 
 from augmenter import build_augmenter
-from configs import MAX_IMAGE_PIXELS, RESIZE_MODES, Configs
-from finetune.core.arguments import argument_error, take_choice, take_flag, take_names, take_pixels, take_share
+from configs import RESIZE_MODES, Configs
+from finetune.core.arguments import (
+    argument_error,
+    take_choice,
+    take_flag,
+    take_names,
+    take_path,
+    take_pixels,
+    take_share,
+)
 from finetune.core.labels import look_the_same
 from finetune.core.options import UserError
 from finetune.core.texts import show_progress
 from finetune.core.values import get_input_size
 from finetune.data.images import fit_image, read_image
-from finetune.data.pixel_range import tell_assumed_range, tell_unfit_range
+from finetune.data.inspection import tell_assumed_range, tell_unfit_range
 from finetune.evaluation.decision import THRESHOLD_TYPES, Decision
 from finetune.evaluation.metrics import check_finite
 from finetune.loading.kernels import FusedAugmenter
 from finetune.models.exported import ExportedModel
+from finetune.models.formats import MODEL_SUFFIXES, importing, is_exported, require_format
+from finetune.models.model_files import check_fit, load_fitting_model
+from finetune.models.safety import telling_damage
 from finetune.predicting.kept_answers import KeptAnswers, identify
-from finetune.predicting.runtimes import compile_predictor
 from generator import AugmentedImageSequence, naming_bad_images, tell_bad_images
 
 
 def predict(
     model: keras.Model | ExportedModel, sequence: AugmentedImageSequence, title: str = "Predicting"
 ) -> np.ndarray:
-    """Returns the probabilities of a sequence's images in its order, float32 `(images, classes)`.
+    """Returns the probabilities of an unshuffled sequence's images, float32 `(images, classes)`.
 
-    Under `skip_bad_images` those that cannot be read are left out, and printed.
-
-    Args:
-        model: of either kind.
-        sequence: not shuffled.
-        title: of the progress bar.
+    With `skip_bad_images`, unreadable images are left out and listed on the terminal.
 
     Raises:
         UserError: an image cannot be read.
@@ -62,25 +68,24 @@ def classify_image(
     threshold_type: str = "exact_match",
     resize_mode: str = "stretch",
 ) -> tuple[list[str], dict[str, float]]:
-    """Classifies one image, with a run's decision as `predict.py` does.
+    """Classifies one image.
 
-    The image is resized as the generator does it. `predict.py` decodes large JPEGs at a fraction of their size: to
-    have the same answer, read them with `read_image(path, image_size)`. `read_image(path)` gives a picture
-    that differs a little, and so do the probabilities then.
+    `predict.py` decodes large JPEGs at a reduced size. For exactly the same answer, read them with
+    `read_image(path, image_size)`; the pixels of `read_image(path)`, and so the probabilities, differ a little.
 
     Args:
-        model: a model of this collection, or one that `load_exported_model` returns.
+        model: a model of this collection, or one from `load_exported_model`.
         image: RGB `(height, width, 3)`, pixels in `[0, 255]`, of any size.
-        class_names: in the model's order, as `configs.json` has them.
-        multi_label: whether several labels may hold.
-        threshold: multi-label: lowest probability of a label that holds.
-        decision: from `read_decision`: calibrates the probabilities and chooses the labels, in the place of
-            `multi_label` and `threshold`.
-        threshold_type: which of the decision's thresholds hold, `exact_match` or `best_f1`.
-        resize_mode: how the image comes to the model's size, as `configs.json` has it.
+        class_names: in the model's order, as in `configs.json`.
+        multi_label: whether an image may have several labels.
+        threshold: multi-label: the lowest probability of a predicted label.
+        decision: from `read_decision`. Calibrates the probabilities and chooses the labels; `multi_label` and
+            `threshold` are then ignored.
+        threshold_type: the decision's thresholds to use, `exact_match` or `best_f1`.
+        resize_mode: how the image is resized, as in `configs.json`.
 
     Returns:
-        The predicted class names (one, or multi-label any number) and the probability of each class.
+        The predicted class names (one; multi-label: any number) and the probability of each class.
 
     Raises:
         UserError: an argument is not as described, or does not fit the model.
@@ -105,7 +110,7 @@ def classify_image(
 
 
 def _take_input_size(model: keras.Model | ExportedModel, class_names: Sequence[str]) -> tuple[int, int]:
-    """Returns the `(height, width)` of a model's images; raises UserError where it is no model of the names."""
+    """Returns the `(height, width)` of a model's images; raises UserError if it is no model of these classes."""
     shape, outputs = getattr(model, "input_shape", None), getattr(model, "output_shape", None)
     if not isinstance(shape, tuple) or not isinstance(outputs, tuple) or len(shape) != 4 or None in shape[1:]:
         raise argument_error("model", "a model of images of one size, such as load_model returns", model)
@@ -115,54 +120,39 @@ def _take_input_size(model: keras.Model | ExportedModel, class_names: Sequence[s
 
 
 class ForgivingReader:
-    """Reads images for the generator, in the place of its cache: it notes what cannot be read and gives black then.
+    """Reads images for the generator instead of its cache: it notes unreadable images and returns black ones."""
 
-    Args:
-        paths: image files.
-        image_size: `(height, width)` that images are resized to.
-        resize_mode: in which way.
-        max_pixels: what an image may have.
-        pixel_range: what is black and white, as `read_image` takes it.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        image_size: Sequence[int],
-        resize_mode: str,
-        max_pixels: int = MAX_IMAGE_PIXELS,
-        pixel_range: Sequence[float] = (),
-    ) -> None:
+    def __init__(self, paths: Sequence[str], configs: Configs) -> None:
         self.paths = paths
-        self.image_size = tuple(image_size)
-        self.resize_mode = resize_mode
-        self.max_pixels = max_pixels
-        self.pixel_range = pixel_range
+        self.image_size = get_input_size(configs)
+        self.configs = configs
         self.errors: dict[int, str] = {}
-        # Which files were read, by their rows: what `identify` returns.
+        # The result of `identify` for each row.
         self.identities: dict[int, Any] = {}
 
     def get(self, row: int) -> np.ndarray:
         """Returns the image of a row, uint8 `(height, width, 3)`; zeros, and an entry in `errors`, on failure."""
-        # Before it is read: a file that changes meanwhile is another one for the next start.
+        # Before it is read: if the file changes in the meantime, it is predicted again after a restart.
         self.identities[int(row)] = identify(self.paths[row])
+        configs = self.configs
         try:
-            image = read_image(self.paths[row], self.image_size, self.max_pixels, pixel_range=self.pixel_range)
-            return fit_image(image, self.image_size, self.resize_mode)
+            image = read_image(
+                self.paths[row], self.image_size, configs.max_image_pixels, pixel_range=configs.pixel_range
+            )
+            return fit_image(image, self.image_size, configs.resize_mode)
         except UserError as error:
             self.errors[int(row)] = str(error)
             return np.zeros((*self.image_size, 3), np.uint8)
 
 
 class Views:
-    """Makes the views of each image whose probabilities are averaged, in the place of the generator's augmenter.
+    """Makes the views of each image whose probabilities are averaged, instead of the generator's augmenter.
 
     Every image gets the same changes, so that its answer depends neither on the other images nor on the batch size.
 
     Args:
-        copies: changed ones of each image.
+        copies: number of changed copies of each image.
         augmenter: makes them; None mirrors the image left to right.
-        seed: of the augmenter.
     """
 
     def __init__(self, copies: int, augmenter: FusedAugmenter | None = None, seed: int = 0) -> None:
@@ -175,14 +165,10 @@ class Views:
         return copy.deepcopy(self)
 
     def seed_(self, seed: int) -> None:
-        """Does nothing: the generator's seed is another one in every batch."""
+        """Does nothing: the generator's seed differs from batch to batch."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Returns all images as they are, then all of them changed, and so on; uint8.
-
-        Args:
-            images: uint8 RGB `(batch, height, width, 3)`; the result has `number` times as many.
-        """
+        """Returns the images, then their first changed copies, and so on, uint8 `(number * batch, h, w, 3)`."""
         views = np.repeat(images[None], self.number, axis=0)
         if self._augmenter is None:
             views[1:] = images[:, :, ::-1]
@@ -193,69 +179,88 @@ class Views:
         return views.reshape(-1, *images.shape[1:])
 
 
-def build_views(tta: str, seed: int) -> Views | None:
-    """Builds what the option `tta` means; None where images are taken as they are."""
-    if tta in ("none", "flip"):
-        return Views(1) if tta == "flip" else None
-    return Views(int(tta), build_augmenter(), seed % 2**31)
-
-
-def build_sequence(
-    reader: ForgivingReader, views: Views | None, batch_size: int, workers: int, queue_length: int
-) -> AugmentedImageSequence:
-    """Builds the generator of a reader's images in their order; in the place of labels it has their rows.
-
-    Args:
-        reader: of the images.
-        views: of each image, or None.
-        batch_size: images a batch.
-        workers: threads.
-        queue_length: batches of one view kept ready.
-    """
-    return AugmentedImageSequence(
-        reader.paths,
-        np.arange(len(reader.paths)),
-        image_size=reader.image_size,
-        batch_size=batch_size,
-        augmenter=views,
-        workers=workers,
-        # Batches of several views take that many times the memory.
-        max_queue_size=max(1, queue_length // (views.number if views else 1)),
-        cache=reader,
-    )
+def build_views(augmentation: str, seed: int) -> Views | None:
+    """Builds the views that `test_time_augmentation` of `predict.py` asks for; None for none."""
+    if augmentation in ("none", "flip"):
+        return Views(1) if augmentation == "flip" else None
+    return Views(int(augmentation), build_augmenter(), seed % 2**31)
 
 
 def predict_missing(
     model: keras.Model | ExportedModel, kept: KeptAnswers, views: Views | None, configs: Configs
 ) -> None:
-    """Runs the model over the images that have no answer yet, and adds the answers.
+    """Predicts the images that have no answer yet, and adds the answers.
 
-    Prints which values are assumed to be black and white if images need a `pixel_range` and there is none, and which
-    images do not fit the one that there is.
+    If images need a `pixel_range`, it prints the assumed one, or which images do not fit the given one.
 
     Args:
-        model: gives its own probabilities, of which the means over the views are taken.
-        kept: takes the answers.
-        views: of each image, or None.
-        configs: say how images are read.
+        views: whose probabilities are averaged, or None.
 
     Raises:
-        UserError: the model's probabilities are not finite, or the answers cannot be written.
+        UserError: a probability is not finite, or the answers cannot be written.
     """
     tell_assumed_range("The images to predict", kept.paths, configs.pixel_range)
     tell_unfit_range("The images to predict", kept.paths, configs.pixel_range)
-    network, missing = compile_predictor(model), kept.missing
-    paths, size = [kept.paths[row] for row in missing], get_input_size(configs)
-    reader = ForgivingReader(paths, size, configs.resize_mode, configs.max_image_pixels, configs.pixel_range)
-    workers, queue_length = configs.generator_workers, configs.generator_queue_length
-    sequence = build_sequence(reader, views, configs.batch_size, workers, queue_length)
+    network, missing, number = compile_predictor(model), kept.missing, views.number if views else 1
+    reader = ForgivingReader([kept.paths[row] for row in missing], configs)
+    sequence = AugmentedImageSequence(
+        reader.paths,
+        # Rows instead of labels.
+        np.arange(len(missing)),
+        image_size=reader.image_size,
+        batch_size=configs.batch_size,
+        augmenter=views,
+        workers=configs.generator_workers,
+        # A batch of several views takes that many times the memory.
+        max_queue_size=max(1, configs.generator_queue_length // number),
+        cache=reader,
+    )
     with show_progress(len(kept.paths), "Predicting", len(kept.paths) - len(missing)) as progress:
         for images, places in sequence.to_dataset() if len(missing) else ():
-            of_views = [network(view) for view in tf.split(images, views.number if views else 1)]
-            probabilities = np.mean(of_views, axis=0)
+            probabilities = np.mean([network(view) for view in tf.split(images, number)], axis=0)
             check_finite(probabilities)
             places = places.numpy().tolist()
             rows = missing[places]
             errors = {int(missing[place]): reader.errors.pop(place) for place in places if place in reader.errors}
             kept.add(rows, probabilities, errors, [reader.identities.pop(place) for place in places])
             progress.update(len(rows))
+
+
+def load_predictor(path: str, class_names: Sequence[str], image_size: Sequence[int]) -> keras.Model | ExportedModel:
+    """Loads a Keras model or an exported one.
+
+    Raises:
+        UserError: the file is no model, does not fit the classes or the image size, or its runtime is not installed.
+    """
+    # The .json file of compressed weights leads to both of their files.
+    if not is_exported(path) and path.endswith((*MODEL_SUFFIXES, ".json")):
+        return load_fitting_model(path, class_names, image_size)
+    model = load_exported_model(path)
+    check_fit(path, model.input_shape, model.output_shape, class_names, image_size)
+    return model
+
+
+def load_exported_model(path: str) -> ExportedModel:
+    """Loads an exported model in its own runtime, which uses all cores.
+
+    Args:
+        path: a `.tflite` or `.onnx` file, or the folder of a SavedModel.
+
+    Raises:
+        UserError: the file is not such a model or is damaged, or its runtime is not installed.
+    """
+    path = take_path("path", path)
+    found = require_format(path)
+    damage = telling_damage(f"{path} is not {found.title} with images in and probabilities out")
+    with damage, importing(path, found.reader_packages):
+        if os.path.isfile(path) and not os.path.getsize(path):
+            raise ValueError("It is empty.")
+        return found.runtime().load(path)
+
+
+def compile_predictor(model: keras.Model | ExportedModel) -> Callable[[Any], Any]:
+    """Returns a function from uint8 images `(batch, height, width, 3)` to probabilities, compiled once."""
+    if isinstance(model, ExportedModel):
+        return model
+    signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)
+    return tf.function(lambda images: model(images, training=False), input_signature=[signature])

@@ -1,4 +1,4 @@
-"""What predict.py reads and writes: lists of images, and the table of answers."""
+"""Input and output of predict.py: lists of images, and the table of answers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import pandas as pd
 from finetune.core.files import IMAGE_SUFFIXES, check_file_name, check_folder, list_visible, report_closed
 from finetune.core.options import UserError
 from finetune.core.texts import join_names, show_count
-from finetune.data.stores import is_url, join_path
-from finetune.data.table_faults import explain_missing, find_meant
+from finetune.data.stores import explain_missing, find_meant, is_url, join_path
 from finetune.data.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table
 from finetune.evaluation.decision import Decision
 
@@ -22,17 +21,16 @@ from finetune.evaluation.decision import Decision
 def list_inputs(
     given: str, image_directory: str = "", report: Callable[[str], object] = print
 ) -> tuple[list[str], list[str]]:
-    """Lists the images that `input` means. Whether each is one shows when it is decoded.
+    """Lists the images that the option `input` means. They are not decoded here.
 
     Args:
-        given: an image, or its URL; a folder, of which the files count that end as images do, subfolders included; a
-            pattern, of which every file counts; or a CSV file with the column `path`. Hidden files count where they
-            are named.
+        given: an image or its URL; a folder, for all files below it with the suffix of an image; a quoted pattern, for
+            all files that match; or a CSV file with the column `path`. Hidden files must be named.
         image_directory: put in front of the paths in a CSV file.
-        report: is told what is left out.
+        report: receives messages about files that are left out.
 
     Returns:
-        The images as the output names them, and their files: sorted, or in the order of the CSV file.
+        The images as the output names them, and their paths: sorted, or in the order of the CSV file.
 
     Raises:
         UserError: there is no such file, it lists no image, or a file name is not UTF-8.
@@ -62,15 +60,15 @@ def list_inputs(
 def prefer_existing(
     paths: Sequence[str], names: Sequence[str], report: Callable[[str], object] = print
 ) -> Sequence[str]:
-    """Returns images' paths in the run's image directory, or, where the first is not there but here, here."""
+    """Returns `paths`, in the run's image directory; or `names` if the first image exists only there."""
     if is_url(paths[0]) or os.path.isfile(paths[0]) or not os.path.isfile(names[0]):
         return paths
-    report("The images are not in the run's image_directory: their paths are taken as relative to this folder.")
+    report("The images are not in the run's image_directory: reading their paths from the current folder instead.")
     return names
 
 
 def match_pattern(pattern: str) -> set[str]:
-    """Returns the paths that a pattern matches, named as `glob` names them; `**` enters linked folders, each once."""
+    """Returns the paths that match a pattern, as `glob` does, except that `**` enters each linked folder once."""
     separators = re.escape(os.sep + (os.altsep or ""))
     parts = re.split(rf"(?<![^{separators}])\*\*(?:[{separators}]+|$)", pattern, maxsplit=1)
     if len(parts) == 1:
@@ -88,13 +86,13 @@ def match_pattern(pattern: str) -> set[str]:
 
 
 def list_folder(folder: str, report: Callable[[str], object]) -> list[str]:
-    """Returns the files below a folder that end as images do, sorted; reports the others that are not hidden.
+    """Returns the files below a folder with the suffix of an image, sorted; reports the others unless hidden.
 
     Raises:
         UserError: there is none.
     """
     files, closed, _ = list_visible(os.path.normpath(folder))
-    # A broken link that is named as an image gets its row, which says so.
+    # A broken link with the suffix of an image gets a row with the error.
     images = sorted(path for path in files + closed if path.lower().endswith(IMAGE_SUFFIXES))
     if not images:
         raise UserError(f"input: the folder {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
@@ -105,7 +103,7 @@ def list_folder(folder: str, report: Callable[[str], object]) -> list[str]:
 
 
 def explain_errors(errors: dict[int, str], paths: Sequence[str]) -> dict[int, str]:
-    """Adds to what was wrong with images, by their rows, which file a path that leads to none may mean."""
+    """Adds to the errors of missing files, by their rows, which existing file the path may mean."""
     reasons = explain_missing(paths[row] for row in errors if not os.path.exists(paths[row]))
     return {
         row: f"{error} It {reasons[paths[row]]}." if paths[row] in reasons else error for row, error in errors.items()
@@ -113,11 +111,7 @@ def explain_errors(errors: dict[int, str], paths: Sequence[str]) -> dict[int, st
 
 
 def check_write_path(write_path: str, given: str) -> None:
-    """Checks, before any work, that the output can be written and replaces no input.
-
-    Raises:
-        UserError: says why not.
-    """
+    """Raises UserError if the output cannot be written or would replace the input; called before any work."""
     if os.path.isdir(write_path) or not write_path or write_path.lower().endswith(IMAGE_SUFFIXES):
         raise UserError(f"write_path: expected the name of a CSV file. Received: {write_path!r}")
     if os.path.isfile(write_path) and os.path.isfile(given) and os.path.samefile(write_path, given):
@@ -126,14 +120,14 @@ def check_write_path(write_path: str, given: str) -> None:
 
 
 def check_top_k(top_k: int, class_names: Sequence[str]) -> None:
-    """Raises UserError where more classes are asked for than there are."""
+    """Raises UserError if `top_k` exceeds the number of classes."""
     if top_k > len(class_names):
         raise UserError(f"top_k: expected at most {len(class_names)}, the model's number of classes. Received: {top_k}")
 
 
 def describe_decision(decision: Decision, threshold_type: str) -> str:
-    """Returns in a line or two where the probabilities and thresholds come from."""
-    lines = ["Probabilities: the model's own; test.py calibrates them where there is a validation set"]
+    """Returns one line about the probabilities and, multi-label, one about the thresholds."""
+    lines = ["Probabilities: the model's own; test.py calibrates them if there is a validation set"]
     if decision.temperature_fitted_on:
         lines = [
             f"Probabilities: calibrated with temperature {decision.temperature:.2f}, "
@@ -156,20 +150,18 @@ def make_table(
     threshold_type: str = "exact_match",
     top_k: int = 0,
 ) -> pd.DataFrame:
-    """Lays out the predictions, a row an image.
+    """Returns the table of predictions, one row per image.
 
     Args:
-        names: of the images.
-        raw_probabilities: the model's own, float32 `(images, classes)`; of no account in the rows of `errors`.
-        errors: what was wrong with an image, by its row.
-        decision: turns the probabilities into an answer.
-        threshold_type: multi-label: which of its thresholds decide.
-        top_k: how many of the most probable classes get columns.
+        raw_probabilities: the model's own, float32 `(images, classes)`; ignored in the rows of `errors`.
+        errors: by row, why an image could not be read.
+        threshold_type: multi-label: which of its thresholds to use.
+        top_k: adds columns for that many most probable classes.
 
     Returns:
         The columns `path`; `predicted`, a class name (multi-label: any number of them, joined by `$`); `probability`,
-        of the class (multi-label: the lowest among the predicted ones); `top_1`, `top_1_probability` and so on;
-        `probability_<class>`, calibrated, in `[0, 1]`; `error`, one line, with all but `path` empty, or nothing.
+        of that class (multi-label: the lowest of the predicted ones); `top_1`, `top_1_probability` and so on;
+        `probability_<class>`, calibrated, in `[0, 1]`; `error`, in one line. With an error, all but `path` are empty.
     """
     class_names, failed = np.asarray(decision.class_names, dtype=object), sorted(errors)
     probabilities = decision.calibrate(raw_probabilities).copy()
@@ -197,11 +189,7 @@ def find_top_classes(probabilities: np.ndarray, top_k: int) -> np.ndarray:
 
 
 def summarize(write_path: str, number: int, errors: dict[int, str]) -> None:
-    """Prints how many images were predicted and how many could not be read.
-
-    Raises:
-        UserError: none could.
-    """
+    """Prints how many images were predicted; raises UserError if none could be read."""
     if len(errors) == number:
         none_could = "The image could not" if number == 1 else f"None of the {number} images could"
         raise UserError(f"{none_could} be read; {write_path} says why. {errors[min(errors)]}")

@@ -1,4 +1,4 @@
-"""Everything that is looked at: figures, the HTML report, Grad-CAM pages and the model card.
+"""What people look at: plots, the HTML report, Grad-CAM pages and the model card.
 
 Start with `report.py`. `templates/` has the pages.
 """

@@ -29,14 +29,14 @@ from finetune.reporting.summaries import render_page
 WRITABLE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 WRITERS = 2
 PANELS_A_ROW = 6
-# Pixels of a row of panels: WebP holds 16,383, and memory a few such pictures.
+# The widest row of panels in pixels: WebP allows 16,383, and several such pictures must fit into memory.
 WIDEST = 10_000
-# Pixels: of less, a caption shows no more than a few letters.
+# In pixels: a caption of less width has room for a few letters only.
 LEAST_SIDE = 160
-# What Windows forbids in the name of a file, and the names that it keeps for devices.
+# Characters that Windows forbids in file names, and names that it reserves for devices.
 FORBIDDEN = frozenset('<>:"/\\|?*')
 RESERVED = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))})
-# Bytes: systems allow 255 for a name, of which the temporary one needs some more, and so may a number.
+# In bytes: systems allow 255 for a name, and a temporary file or a number needs some of them.
 LONGEST_STEM = 200
 FONT_PATH = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 INDEX_FILE = "index.html"
@@ -44,12 +44,9 @@ INDEX_FILE = "index.html"
 
 @functools.cache
 def colour_table(colormap: str) -> np.ndarray:
-    """Returns the RGB of each of 256 values, uint8 `(256, 3)`.
+    """Returns the RGB of each of 256 values, uint8 `(256, 3)`, of a colormap by OpenCV's name in lower case.
 
-    OpenCV builds this table again in every call, which takes longer than all else in a picture.
-
-    Args:
-        colormap: OpenCV's name, in lower case.
+    OpenCV rebuilds this table in every call, which takes longer than the rest of a picture.
     """
     code = getattr(cv2, f"COLORMAP_{colormap.upper()}")
     return cv2.applyColorMap(np.arange(256, dtype=np.uint8), code)[:, 0, ::-1].copy()
@@ -58,16 +55,16 @@ def colour_table(colormap: str) -> np.ndarray:
 def place_heatmap(
     heatmap: np.ndarray, photo_size: Sequence[int], image_size: Sequence[int] = (), resize_mode: str = "stretch"
 ) -> np.ndarray:
-    """Lays a heatmap of what the network saw over the photo that this was made of.
+    """Resizes a heatmap of the network's input to the photo that the input was made from.
 
     Args:
         heatmap: `(h, w)` in `[0, 1]`, of any size.
         photo_size: `(height, width)`.
-        image_size: `(height, width)` of the network's input; of no account where photos are stretched.
-        resize_mode: how the photo came to that size.
+        image_size: `(height, width)` of the network's input; unused if photos are stretched.
+        resize_mode: how the photo was resized to it.
 
     Returns:
-        float32 `(height, width)` in `[0, 1]`, to about 1e-6; NaN where the network saw nothing of the photo.
+        float32 `(height, width)` in `[0, 1]`; NaN in parts of the photo that the network did not see.
     """
     heatmap = heatmap.astype(np.float32)
     if resize_mode == "stretch":
@@ -86,7 +83,7 @@ def overlay_heatmap(
     image_size: Sequence[int] = (),
     resize_mode: str = "stretch",
 ) -> np.ndarray:
-    """Colours a photo by a heatmap, where the network saw it.
+    """Colours the part of a photo that the network saw by a heatmap.
 
     Args:
         image: uint8 RGB `(height, width, 3)`.
@@ -94,10 +91,7 @@ def overlay_heatmap(
         opacity: of the colours, in `[0, 1]`.
         colormap: OpenCV's name, in lower case; jet is blue at 0 and red at 1.
         image_size: as `place_heatmap` takes it.
-        resize_mode: likewise.
-
-    Returns:
-        uint8 RGB `(height, width, 3)`.
+        resize_mode: as `place_heatmap` takes it.
     """
     placed = place_heatmap(heatmap, image.shape[:2], image_size, resize_mode)
     colours = colour_table(colormap)[np.uint8(255 * np.clip(np.nan_to_num(placed), 0, 1))]
@@ -106,19 +100,13 @@ def overlay_heatmap(
 
 
 def write_caption(image: np.ndarray, caption: str) -> np.ndarray:
-    """Puts a line of text in a bar below an image.
+    """Adds a line of text in a bar below a uint8 RGB image.
 
-    Args:
-        image: uint8 RGB `(height, width, 3)`.
-        caption: shortened to what fits. Latin, Greek, Cyrillic and whatever else DejaVu Sans has reads right; other
-            characters are shown as a box, control characters as `?`.
-
-    Returns:
-        uint8 RGB, taller by the bar.
+    The caption is shortened to fit. Characters that DejaVu Sans lacks are shown as a box, control characters as `?`.
     """
     bar, width = max(18, image.shape[1] // 12), image.shape[1]
     font = load_font(round(bar * 0.7))
-    # Some systems' file names hold an accent apart from its letter: the font has them as one character.
+    # File names of some systems store an accent apart from its letter; the font has both as one character.
     text = unicodedata.normalize("NFC", caption)
     text = "".join(character if character.isprintable() else "?" for character in text[:width])
     while len(text) > 1 and font.getlength(text) > width - 4:
@@ -130,19 +118,12 @@ def write_caption(image: np.ndarray, caption: str) -> np.ndarray:
 
 @functools.cache
 def load_font(size: int) -> PIL.ImageFont.FreeTypeFont:
-    """Returns DejaVu Sans, which matplotlib brings, of a size in pixels."""
+    """Returns matplotlib's DejaVu Sans at a size in pixels."""
     return PIL.ImageFont.truetype(FONT_PATH, size)
 
 
 def read_photo(path: str, longest_side: int, read: Callable[..., np.ndarray]) -> np.ndarray:
-    """Reads a photo for a picture: shrunk to `longest_side` pixels, or enlarged to `LEAST_SIDE`, at its aspect ratio.
-
-    Returns:
-        uint8 RGB `(height, width, 3)`.
-
-    Raises:
-        UserError: it can no longer be read.
-    """
+    """Reads a photo as uint8 RGB, shrunk to `longest_side` or enlarged to `LEAST_SIDE`, with its aspect ratio."""
     image = read(path, (longest_side, longest_side))
     longest = max(image.shape[:2])
     scale = min(max(longest, LEAST_SIDE), longest_side) / longest
@@ -152,12 +133,12 @@ def read_photo(path: str, longest_side: int, read: Callable[..., np.ndarray]) ->
 def draw_all(
     batches: Iterable[Explained], draw: Callable[[Explained], int], report: Callable[[int], object]
 ) -> np.ndarray:
-    """Writes the pictures of explained batches; drawing and writing go on while the network runs.
+    """Writes the pictures of explained batches in threads, while the network runs.
 
     Args:
         batches: in order.
-        draw: writes those of a batch and returns how many, as `draw_batch` does.
-        report: is told how many pictures more are written.
+        draw: writes the pictures of a batch and returns how many, as `draw_batch` does.
+        report: called with the number of pictures just written.
 
     Returns:
         The batches' probabilities, `(images, classes)`.
@@ -167,7 +148,7 @@ def draw_all(
         for batch in batches:
             probabilities.append(batch.probabilities)
             pending.append(pool.submit(draw, batch))
-            # A bounded backlog: memory does not grow where the network is faster than the disk.
+            # A bounded backlog, so that memory does not grow if the network is faster than the disk.
             while len(pending) > WRITERS:
                 report(pending.popleft().result())
         while pending:
@@ -183,14 +164,14 @@ def draw_batch(
     longest_side: int,
     read: Callable[..., np.ndarray],
 ) -> int:
-    """Writes the pictures of a batch, each the photo and beside it its maps; returns how many.
+    """Writes the pictures of a batch, each the photo next to its maps; returns how many.
 
     Args:
         batch: explained.
-        files: of all images, each one's path and that of its picture.
+        files: the paths of each image and of its picture, for all images.
         class_names: in the model's order.
         overlay: colours a photo by a heatmap.
-        longest_side: of a photo in its picture, in pixels; less where a row of panels would be wider than `WIDEST`.
+        longest_side: of a photo in its picture, in pixels; less if a row of panels would be wider than `WIDEST`.
         read: reads a photo, as `read_image` does.
 
     Raises:
@@ -205,7 +186,7 @@ def draw_batch(
         panels = [(image, "true: " + ", ".join(class_names[position] for position in true_positions))]
         for pair in pairs:
             position = batch.class_indices[pair]
-            # The number comes first: a long name is cut.
+            # The number comes first, since a long name is cut.
             caption = f"{batch.probabilities[row, position]:.2f} {class_names[position]}"
             panels.append((overlay(image, batch.heatmaps[pair]), caption))
         if len(panels) == 1:
@@ -215,10 +196,15 @@ def draw_batch(
 
 
 def arrange(panels: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
-    """Lays images side by side, each over its caption, and many in rows, in cells that the largest fills; uint8 RGB."""
+    """Returns images with their captions in rows of cells of one size, uint8 RGB."""
     height = max(image.shape[0] for image, _ in panels)
     width = max(LEAST_SIDE, *(image.shape[1] for image, _ in panels))
-    pictures = [write_caption(fill(image, height, width), caption) for image, caption in panels]
+    pictures = []
+    for image, caption in panels:
+        rest = width - image.shape[1]
+        borders = (0, height - image.shape[0], rest // 2, rest - rest // 2)
+        padded = cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        pictures.append(write_caption(padded, caption))
     columns = count_columns(len(pictures))
     pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % columns)
     starts = range(0, len(pictures), columns)
@@ -226,25 +212,17 @@ def arrange(panels: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
 
 
 def count_columns(number: int) -> int:
-    """Returns how many of so many panels stand side by side."""
+    """Returns the number of panels in a row."""
     return min(number, max(PANELS_A_ROW, math.isqrt(number)))
 
 
-def fill(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Returns an image on white, at the top and in the middle of so many pixels."""
-    rest = width - image.shape[1]
-    borders = (0, height - image.shape[0], rest // 2, rest - rest // 2)
-    return cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=(255, 255, 255))
-
-
 def name_outputs(paths: list[str]) -> list[str]:
-    """Gives each image a file name of its own: its path or URL below the images' common folder, joined by hyphens.
+    """Returns a unique file name for each image: its path or URL below the common folder, joined by hyphens.
 
-    Returns:
-        Names without folders, in the order of `paths`, that every system can write: what one of them forbids in a
-        name becomes an underscore, a long name is cut and ends in a digest; a name met again gets a number.
+    Every system can write the names: forbidden characters become underscores, a long name is cut and ends in a digest,
+    and a repeated name gets a number.
     """
-    # A URL's protocol stands for a folder.
+    # The protocol of a URL becomes a folder.
     absolute = [os.path.abspath(path.replace("://", os.sep, 1)) for path in paths]
     common = os.path.commonpath([os.path.dirname(path) for path in absolute])
     names, taken = [], set()
@@ -254,7 +232,7 @@ def name_outputs(paths: list[str]) -> list[str]:
             stem, suffix = stem + suffix, ".png"
         stem = make_writable(stem)
         name, number = stem + suffix, 2
-        # Some systems hold names that differ in case alone for the same.
+        # Some file systems ignore case.
         while name.casefold() in taken:
             name, number = f"{stem}_{number}{suffix}", number + 1
         taken.add(name.casefold())
@@ -263,7 +241,7 @@ def name_outputs(paths: list[str]) -> list[str]:
 
 
 def make_writable(stem: str) -> str:
-    """Returns a file name without its ending as every system can write it: visible, not reserved, not too long."""
+    """Returns a file name without its ending that every system can write: not hidden, not reserved, not too long."""
     safe = "".join("_" if character in FORBIDDEN or not character.isprintable() else character for character in stem)
     if safe.startswith(".") or safe.split(".")[0].upper() in RESERVED:
         safe = f"_{safe}"
@@ -281,20 +259,17 @@ def write_image(path: str, image: np.ndarray) -> None:
 
 
 def write_page(folder: str, pictures: Sequence[str], answers: Answers, title: str, summary: str) -> str:
-    """Writes the page of a folder's pictures, atomically; it loads nothing but them.
+    """Writes the page of a folder's pictures, atomically; it loads only these.
 
     Args:
-        folder: where the pictures are.
+        folder: of the pictures.
         pictures: their paths.
-        answers: of the images that they are of.
-        title: what heads the page.
-        summary: whether to believe the pictures, in sentences.
+        answers: for their images.
+        title: of the page.
+        summary: the faithfulness of the maps, in sentences.
 
     Returns:
         The page's path.
-
-    Raises:
-        UserError: the page cannot be written.
     """
     cards, decision = _make_cards(pictures, answers), answers.decision
     path = os.path.join(folder, INDEX_FILE)
@@ -306,7 +281,7 @@ def write_page(folder: str, pictures: Sequence[str], answers: Answers, title: st
         cards=cards,
         names=decision.class_names,
         multi_label=decision.multi_label,
-        # The classes that any picture has; -1 stands for no label.
+        # The classes that occur; -1 means no label.
         choices={
             key: sorted({position for card in cards for position in card[key] or [-1]}) for key in ("true", "predicted")
         },
@@ -316,7 +291,7 @@ def write_page(folder: str, pictures: Sequence[str], answers: Answers, title: st
 
 
 def _make_cards(pictures: Sequence[str], answers: Answers) -> list[dict[str, Any]]:
-    """Returns what the page shows of each picture; `true` and `predicted` are positions of classes."""
+    """Returns the page's cards; `true` and `predicted` are positions of classes."""
     images, y_true, probabilities, decision = answers
     chosen = decision.choose(probabilities)
     truth = y_true.astype(bool) if y_true.ndim == 2 else np.arange(chosen.shape[1]) == y_true[:, None]

@@ -1,4 +1,4 @@
-"""Pictures inside a page, as data URIs."""
+"""Images embedded in a page as data URIs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from finetune.reporting.figures import MUTED, figures_of, style
-from finetune.reporting.log_figures import LOG_METRICS, draw_log
+from finetune.reporting.figures import LOG_METRICS, MUTED, draw_log, figures_of, style
 
 INK_OPTIONS = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
 INKS = {"light": "#24292f", "dark": "#e6edf3"}
@@ -21,31 +20,32 @@ EMBEDDED_DPI = 144
 CSS_DPI = 96
 WIDEST_IN_COLUMN = 560
 LARGEST_SVG = 250_000
-PHOTO_SIZE = 320
+PHOTO_SIDE = 320
 JPEG_QUALITY = 85
 
 
 def embed_figures(results: dict[str, Any], curves: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns each figure of the test set by name, as `_embed_figure` gives it."""
+    """Returns the test set's figures by name, as `_embed_figure` returns them."""
     words = {
         "confusion_matrix": f"Confusion matrix of {len(results['classes'])} classes, rows true and columns predicted",
         "roc_curves": "ROC curves: true positive rate over false positive rate",
         "precision_recall_curves": "Precision over recall",
-        "reliability_diagram": "Reliability diagram: how often predictions hold over their probability",
+        "reliability_diagram": "Reliability diagram: share of right predictions over their probability",
     }
-    # The page lists the pairs as a table.
+    # The page lists the pairs in a table.
     drawn = figures_of(results, curves, pairs_listed=0)
     return {name: _embed_figure(draw, words[name]) for name, draw in drawn.items()}
 
 
 def embed_log(log: pd.DataFrame | None) -> list[dict[str, Any]]:
-    """Returns a picture of each metric of a log, so that a narrow screen shows them one below the other."""
-    if log is None:
-        return []
-    panels = {name: log.filter(["epoch", name, f"val_{name}"]) for name in LOG_METRICS if name in log}
+    """Returns a figure for each metric of a log, so that a narrow screen can stack them."""
+    names = [] if log is None else [name for name in LOG_METRICS if name in log]
     return [
-        _embed_figure(lambda panel=panel: draw_log(panel), f"{LOG_METRICS[name]} over the epochs")
-        for name, panel in panels.items()
+        _embed_figure(
+            lambda name=name: draw_log(log.filter(["epoch", name, f"val_{name}"])),
+            f"{LOG_METRICS[name]} over the epochs",
+        )
+        for name in names
     ]
 
 
@@ -53,8 +53,8 @@ def _embed_figure(draw: Callable[[], Figure], description: str) -> dict[str, Any
     """Draws a figure for each theme.
 
     Returns:
-        `light` and `dark`, data URIs; `description`; `width` and `height` in CSS pixels; `is_wide`, where it would
-        become illegible in a column.
+        `light` and `dark`, data URIs; `description`; `width` and `height` in CSS pixels; `is_wide`, whether a column
+        is too narrow for it.
     """
     embedded: dict[str, Any] = {"description": description}
     options = {
@@ -65,7 +65,7 @@ def _embed_figure(draw: Callable[[], Figure], description: str) -> dict[str, Any
         "grid.color": MUTED,
     }
     for theme, ink in INKS.items():
-        # The salt makes the names inside an SVG, and so the page, the same every time.
+        # The salt makes the ids inside an SVG, and so the page, reproducible.
         with style(options | dict.fromkeys(INK_OPTIONS, ink) | {"svg.hashsalt": theme}):
             figure = draw()
             embedded[theme] = _encode_figure(figure)
@@ -75,7 +75,7 @@ def _embed_figure(draw: Callable[[], Figure], description: str) -> dict[str, Any
 
 
 def _encode_figure(figure: Figure) -> str:
-    """Returns a figure as the data URI of an SVG image, or of a PNG where that is smaller than a large SVG."""
+    """Returns a figure as the data URI of an SVG image, or of a PNG if the SVG is large and the PNG smaller."""
     drawing = io.BytesIO()
     figure.savefig(drawing, format="svg", metadata={"Date": None})
     if drawing.tell() <= LARGEST_SVG:
@@ -86,25 +86,8 @@ def _encode_figure(figure: Figure) -> str:
     return _data_uri(smaller[0], smaller[1].getvalue())
 
 
-def embed_gallery(gallery: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Replaces the pictures of the items by data URIs, and tells which of their labels are right."""
-    return {
-        name: [
-            item
-            | {
-                "photo": encode_photo(item["photo"]),
-                "heatmap": None if item["heatmap"] is None else encode_photo(item["heatmap"]),
-                "missed": [label for label in item["true"] if label not in item["predicted"]],
-                "is_right": set(item["true"]) == set(item["predicted"]),
-            }
-            for item in items
-        ]
-        for name, items in gallery.items()
-    }
-
-
-def encode_photo(photo: np.ndarray, longest_side: int = PHOTO_SIZE, quality: int = JPEG_QUALITY) -> str:
-    """Returns a uint8 RGB image, shrunk to at most so many pixels a side, as the data URI of a JPEG."""
+def encode_photo(photo: np.ndarray, longest_side: int = PHOTO_SIDE, quality: int = JPEG_QUALITY) -> str:
+    """Returns a uint8 RGB image, shrunk to at most `longest_side` pixels, as the data URI of a JPEG."""
     scale = longest_side / max(photo.shape[:2])
     if scale < 1:
         size = tuple(max(1, round(side * scale)) for side in photo.shape[1::-1])

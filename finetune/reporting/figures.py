@@ -1,40 +1,44 @@
-"""Figures of an evaluation, for paper and for light and dark pages."""
+"""Figures of an evaluation and of a training log, for paper and for light and dark pages."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from finetune.core.files import atomic_path
+from finetune.core.options import UserError
 from finetune.core.texts import MOST_LISTED, show
 from finetune.evaluation.metrics import ConfusionMatrix, list_confusions, read_cells
+from finetune.training.learning_rate_finder import find_fall, smooth_losses
 
-# Wong, Nature Methods 8:441, 2011: distinct for the colour-blind, and legible on white and on near black.
+# After Wong, Nature Methods 8:441, 2011: distinct for colour-blind readers, legible on white and on near black.
 COLOURS = ("#0f7fc4", "#e0701c", "#129e78", "#c765a0", "#b58900", "#4aa8d8", "#8c6bd1", "#7a7f85", "#d1495b", "#5b9a32")
 COUNT_COLOUR = (0.06, 0.42, 0.74)
 MUTED = "#8b949e"
-# With Chinese, Japanese and Korean, on Linux, Windows and macOS.
+# Fonts with Chinese, Japanese and Korean on Linux, Windows and macOS.
 FALLBACK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Microsoft YaHei", "Yu Gothic")
 FALLBACK_FONTS += ("Malgun Gothic", "PingFang SC", "Hiragino Sans", "Arial Unicode MS")
 PRINTED_DPI = 150
 LONGEST_NAME = 24
 MOST_COLOURED_CURVES = 10
 WORST_CURVES = 5
-# Of more curves than MOST_LISTED, the shares of classes below and above the band that stands for them.
+# More than MOST_LISTED curves are drawn as a band between these percentiles.
 BAND = (10, 90)
 PAIRS_LISTED = 30
-# Cells a side of the heat map: each still has two pixels on the page.
+# Cells per side of the heat map, so that each has two pixels on the page.
 MOST_BLOCKS = 200
 LEAST_SHARE = 0.001
 NAMES_AT_HEAT_MAP = 12
@@ -42,11 +46,9 @@ SHORT_NAME = 18
 
 
 def draw_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Draws counts, coloured by their share of the row; the figure grows with the classes.
+    """Draws counts `(classes, classes)`, rows true and columns predicted, coloured by their share of the row.
 
-    Args:
-        matrix: int `(classes, classes)`, rows true and columns predicted.
-        class_names: in the order of the rows.
+    The figure grows with the number of classes.
     """
     counts = np.asarray(matrix)
     number, labels = len(counts), [label_text(name) for name in class_names]
@@ -59,7 +61,7 @@ def draw_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     figure = Figure(figsize=sides, layout="constrained")
     axes = figure.add_subplot()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # Opacity, not a colour scale that ends in white: the empty cells then suit a dark page as well.
+    # Opacity instead of a colour scale down to white, so that empty cells suit a dark page too.
     colours = np.empty((number, number, 4), np.float32)
     colours[..., :3], colours[..., 3] = COUNT_COLOUR, shares
     axes.imshow(colours, aspect="equal")
@@ -75,7 +77,7 @@ def draw_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
 
 
 def _write_counts(axes: Axes, counts: np.ndarray, shares: np.ndarray, cell: float) -> None:
-    """Writes the counts above 0 into cells of `cell` inches, where the digits fit legibly."""
+    """Writes the counts above 0 into cells of `cell` inches, if the digits are legible at that size."""
     points, digits = 72 * cell, len(str(counts.max()))
     size = min(10, 0.85 * points / (0.65 * digits))
     if size < 4:
@@ -83,20 +85,17 @@ def _write_counts(axes: Axes, counts: np.ndarray, shares: np.ndarray, cell: floa
     for row, column in np.argwhere(counts):
         colour = "white" if shares[row, column] > 0.55 else matplotlib.rcParams["text.color"]
         text = axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=size, color=colour)
-        # Thousands of texts would make the layout take seconds.
+        # The layout of thousands of texts would take seconds.
         text.set_in_layout(False)
 
 
 def draw_heat_map(stored: ConfusionMatrix, class_names: Sequence[str], pairs_listed: int = PAIRS_LISTED) -> Figure:
-    """Draws a confusion matrix of many classes as a heat map, and lists the most frequent confusions beside it.
+    """Draws a confusion matrix of many classes as a heat map, with a list of the most frequent confusions.
 
-    Args:
-        stored: as `confusions.count_confusions` returns it.
-        class_names: in the order of the positions.
-        pairs_listed: the most pairs listed; 0 draws the map alone.
+    It takes what `metrics.count_confusions` returned, and draws the map alone with `pairs_listed` 0.
     """
     cells, number = read_cells(stored, class_names), len(class_names)
-    # Where cells are smaller than what can be seen, a block of them shows its highest: no confusion is lost.
+    # Cells that would be too small to see are merged into blocks that show their maximum, so no confusion is lost.
     side = -(-number // MOST_BLOCKS)
     blocks = np.zeros((-(-number // side),) * 2)
     np.maximum.at(blocks, (cells.rows // side, cells.columns // side), cells.shares)
@@ -129,7 +128,7 @@ def draw_heat_map(stored: ConfusionMatrix, class_names: Sequence[str], pairs_lis
 
 
 def _write_pairs(axes: Axes, pairs: Sequence[dict[str, Any]]) -> None:
-    """Writes confusions into a place of their own, a row each."""
+    """Lists confusions, one in each row."""
     axes.set_axis_off()
     axes.set_title(f"The {len(pairs)} most frequent confusions", fontsize=10, pad=14)
     rows = [("Images", "Of the class", "True", "Predicted")]
@@ -145,11 +144,7 @@ def _write_pairs(axes: Axes, pairs: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_roc_curves(curves: dict[str, dict[str, Any]]) -> Figure:
-    """Draws the true over the false positive rate of each class, with its area.
-
-    Args:
-        curves: by class name, as `curves.get_curves` gives them; a class without an area is left out.
-    """
+    """Draws the ROC curves of `metrics.get_curves` with their areas; leaves out classes with an undefined area."""
     figure, axes = _square_figure("False positive rate", "True positive rate")
     axes.plot([0, 1], [0, 1], color=MUTED, linestyle=":", linewidth=1)
     _draw_curves(axes, curves, ("false_positive_rate", "true_positive_rate"), "auroc", "AUROC")
@@ -157,11 +152,7 @@ def draw_roc_curves(curves: dict[str, dict[str, Any]]) -> Figure:
 
 
 def draw_precision_recall_curves(curves: dict[str, dict[str, Any]]) -> Figure:
-    """Draws precision over recall of each class, with its average precision.
-
-    Args:
-        curves: by class name, as `curves.get_curves` gives them; a class without positives is left out.
-    """
+    """Draws precision over recall with average precisions; leaves out classes without positives."""
     figure, axes = _square_figure("Recall", "Precision")
     _draw_curves(axes, curves, ("recall", "precision"), "average_precision", "Average precision")
     return figure
@@ -178,10 +169,7 @@ def _square_figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 def _draw_curves(
     axes: Axes, curves: dict[str, dict[str, Any]], keys: tuple[str, str], area_key: str, area_name: str
 ) -> None:
-    """Draws a few classes in colours; of many only the worst ones and the mean.
-
-    The others are in thin grey, or more than `MOST_LISTED` a grey band.
-    """
+    """Draws few classes in colours. Of many, the worst and the mean: the others are thin grey lines or a band."""
     known = {name: curve for name, curve in curves.items() if curve[area_key] is not None}
     if not known:
         axes.text(0.5, 0.5, f"{area_name} is undefined for every class", ha="center", color=MUTED)
@@ -208,20 +196,20 @@ def _draw_curves(
 
 
 def _resample(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns 201 positions from 0 to 1, and the heights of curves `(x, y)` there, `(curves, 201)`."""
+    """Returns 201 positions from 0 to 1, and the values there of curves `(x, y)`, `(curves, 201)`."""
     grid = np.linspace(0, 1, 201)
     ordered = [(x, y) if x[0] <= x[-1] else (x[::-1], y[::-1]) for x, y in curves]
     return grid, np.array([np.interp(grid, x, y) for x, y in ordered])
 
 
 def draw_reliability(calibration: dict[str, Any]) -> Figure:
-    """Draws how often predictions hold against their probability, before and after the temperature.
+    """Draws the share of right predictions over their probability, before and after temperature scaling.
 
     Source: DeGroot and Fienberg, The Statistician 32, 1983; Guo et al., ICML 2017, section 2 (arXiv:1706.04599).
 
     Args:
-        calibration: `bins` and `bins_uncalibrated`, non-empty ones with `confidence`, `accuracy` and `count`, and the
-            `expected_calibration_error` of both.
+        calibration: `bins` and `bins_uncalibrated`, the non-empty ones with `confidence`, `accuracy` and `count`, and
+            the `expected_calibration_error` of both.
     """
     figure = Figure(figsize=(5.2, 5.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -239,7 +227,7 @@ def draw_reliability(calibration: dict[str, Any]) -> Figure:
         width = 0.028 if len(series) > 1 else 0.05
         offset = (position - (len(series) - 1) / 2) * width
         lower.bar(confidences + offset, counts / max(counts.sum(), 1), width=width, color=colour)
-    upper.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="Share that holds")
+    upper.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="Share that is right")
     upper.legend(loc="upper left", fontsize=8.5)
     lower.set(xlabel="Probability", ylabel="Share of\npredictions", ylim=(0, None))
     for axes in (upper, lower):
@@ -250,17 +238,17 @@ def draw_reliability(calibration: dict[str, Any]) -> Figure:
 
 @contextlib.contextmanager
 def style(options: dict[str, Any]) -> Iterator[None]:
-    """Applies matplotlib's options for a while, with an installed font for every script that it can."""
+    """Applies matplotlib options, with the installed fonts that have Chinese, Japanese and Korean."""
     installed = set(font_manager.get_font_names())
     fonts = ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)]
     with matplotlib.rc_context({"font.family": fonts} | options), warnings.catch_warnings():
-        # A box stands for a character that no font has; the tables of the page show it.
+        # A character that no font has is drawn as a box; the tables of the page show it.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         yield
 
 
 def label_text(name: str, longest: int = LONGEST_NAME) -> str:
-    """Returns a name as matplotlib may draw it: not too long, and a dollar sign is no formula."""
+    """Returns a name for matplotlib: shortened, and with dollar signs that start no formula."""
     text = show(name)
     if len(text) > longest:
         text = f"{text[: longest // 2]}…{text[-(longest - longest // 2 - 1) :]}"
@@ -268,17 +256,7 @@ def label_text(name: str, longest: int = LONGEST_NAME) -> str:
 
 
 def save_figures(folder: str, results: dict[str, Any], curves: dict[str, dict[str, Any]]) -> list[str]:
-    """Writes the test set's figures as PNG files.
-
-    Args:
-        folder: receives `confusion_matrix.png` (one label an image), `roc_curves.png`,
-            `precision_recall_curves.png` and `reliability_diagram.png`.
-        results: the content of metrics.json.
-        curves: of the test set, as `curves.get_curves` gives them.
-
-    Returns:
-        The files' paths.
-    """
+    """Writes the figures of `figures_of` into a folder as PNG files; returns their paths."""
     paths = []
     for name, draw in figures_of(results, curves).items():
         paths.append(os.path.join(folder, f"{name}.png"))
@@ -290,7 +268,7 @@ def save_figures(folder: str, results: dict[str, Any], curves: dict[str, dict[st
 def figures_of(
     results: dict[str, Any], curves: dict[str, dict[str, Any]], pairs_listed: int = PAIRS_LISTED
 ) -> dict[str, Callable[[], Figure]]:
-    """Returns what draws each figure of the test set, by name; beside a heat map that many pairs are listed."""
+    """Returns the functions that draw the test set's figures, by name; `pairs_listed` as `draw_heat_map` takes it."""
     test, names = results["sets"]["test"], results["classes"]
     figures = {
         "roc_curves": lambda: draw_roc_curves(curves),
@@ -302,3 +280,102 @@ def figures_of(
     elif "confusion_matrix" in test:
         figures["confusion_matrix"] = lambda: draw_confusion_matrix(test["confusion_matrix"], names)
     return figures
+
+
+LOG_METRICS = {"accuracy": "Accuracy", "auroc": "Mean AUROC", "loss": "Loss"}
+
+
+def read_log(log_path: str) -> pd.DataFrame:
+    """Reads a training log; raises UserError if it is missing or not a training log."""
+    try:
+        log = pd.read_csv(log_path)
+    except OSError as error:
+        raise UserError(f"Cannot read the training log {log_path}: {error.strerror}. Train first.") from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"{log_path} is not a training log: {str(error).strip()}") from error
+    plotted = [name for name in log if name == "epoch" or name.removeprefix("val_") in LOG_METRICS]
+    is_numeric = all(pd.api.types.is_numeric_dtype(log[name]) for name in plotted)
+    if not {"epoch", "loss"} <= set(plotted) or log.empty or not is_numeric:
+        raise UserError(
+            f"{log_path} is not a training log. Expected columns of numbers, epoch and loss among them, and a row. "
+            f"Received: {', '.join(log.columns)}; {len(log)} rows."
+        )
+    return log
+
+
+def draw_log(log: pd.DataFrame, figure: Figure | None = None) -> Figure:
+    """Draws each metric of a log in its own panel; by default in a new figure without a window."""
+    metrics = [name for name in LOG_METRICS if name in log]
+    figure = figure or Figure()
+    figure.set_layout_engine("constrained")
+    figure.set_size_inches(5.5 * len(metrics), 4)
+    for name, panel in zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0], strict=True):
+        panel.plot(log["epoch"], log[name], marker=".", label="training", color=COLOURS[0])
+        if f"val_{name}" in log:
+            panel.plot(log["epoch"], log[f"val_{name}"], marker=".", label="validation", color=COLOURS[1])
+        panel.set(xlabel="Epoch", ylabel=LOG_METRICS[name], title=LOG_METRICS[name])
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        panel.grid(alpha=0.3)
+        panel.legend()
+    return figure
+
+
+def draw_learning_rate(rates: Sequence[float], losses: Sequence[float], suggestion: float | None, path: str) -> None:
+    """Draws the losses of a learning-rate range test as a PNG file.
+
+    Args:
+        rates: `(steps,)`, rising.
+        losses: `(steps,)`; only finite ones are drawn.
+        suggestion: the rate to mark, or None.
+        path: the file.
+    """
+    is_finite = np.isfinite(losses)
+    rates, known = np.asarray(rates)[is_finite], np.asarray(losses)[is_finite]
+    with style({}):
+        figure = Figure(figsize=(6.2, 4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(xscale="log", xlabel="Learning rate", ylabel="Loss", title="Loss while the learning rate rises")
+        axes.plot(rates, known, color=MUTED, linewidth=0.8, alpha=0.7, label="each step")
+        if len(known):
+            smooth = smooth_losses(known)
+            axes.plot(rates, smooth, color=COLOURS[0], linewidth=2, label="smoothed")
+            # Once training diverges, the losses grow so large that the rest of the curve would look flat.
+            margin = 0.1 * np.ptp(smooth) or 0.1
+            axes.set_ylim(min(known.min(), smooth.min()) - margin, smooth.max() + 2 * margin)
+        if suggestion is not None:
+            axes.axvline(suggestion, color=COLOURS[1], linestyle="--", label=f"suggestion: {suggestion:.2g}")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=PRINTED_DPI, facecolor="white")
+
+
+def report_learning_rate(folder: str, found: dict[str, Any], draws: bool = True) -> dict[str, Any]:
+    """Draws the result of a learning-rate range test into a run's folder, and prints the suggestion.
+
+    Returns `found` unchanged: `suggestion`, `rates` and `losses`. `draws` False leaves the picture to another process.
+    """
+    path = os.path.join(folder, "learning_rate.png")
+    smooth = smooth_losses(np.array(found["losses"])[np.isfinite(found["losses"])])
+    highest, lowest = smooth[[*find_fall(smooth)]]
+    try:
+        if draws:
+            draw_learning_rate(found["rates"], found["losses"], found["suggestion"], path)
+    finally:
+        print(
+            f"Suggested learning_rate: {found['suggestion']:.2g}. The smoothed loss falls from {highest:.3g} to "
+            f"{lowest:.3g} as the rate rises."
+        )
+    print(f"The curve is in {path}")
+    return found
+
+
+def select_backend() -> bool:
+    """Selects matplotlib's file-only backend if there is no display; returns True if there is one."""
+    has_display = sys.platform in ("win32", "darwin") or bool(
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    )
+    if not has_display or matplotlib.get_backend().lower() == "agg":
+        matplotlib.use("agg")
+        return False
+    return True

@@ -1,11 +1,11 @@
-"""Pages of images with the labels they have and could have: suspected label errors and contradicting copies."""
+"""The page to review labels: suspected label errors, and copies of a photo with different labels."""
 
 from __future__ import annotations
 
 import os
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,16 +13,16 @@ from configs import Configs
 from finetune.core.files import write_text
 from finetune.core.labels import LABEL_SEPARATOR
 from finetune.core.texts import show_count
-from finetune.data.copies import Copies, Place
-from finetune.data.corrections import COLUMNS
 from finetune.data.images import build_reader
+from finetune.data.label_tables import COLUMNS
+from finetune.data.near_copies import Copies, Place
 from finetune.data.tables import ImageTable, find_class_names
 from finetune.reporting.data_uris import encode_photo
 from finetune.reporting.summaries import render_page
 
 PHOTO_SIDE = 160
 NEIGHBOUR_SIDE = 80
-# Of the JPEGs: a page of 2,000 photos has 30 MiB.
+# JPEG quality at which a page of 2,000 photos has 30 MiB.
 QUALITY = 75
 PAGE_FILE = "data_report.html"
 MOST_NEIGHBOURS, MOST_CARDS = 3, 1000
@@ -31,16 +31,16 @@ MOST_NEIGHBOURS, MOST_CARDS = 3, 1000
 def write_label_page(
     path: str, cards: Sequence[dict[str, Any]], summary: str, neighbours: str, csv_path: str, configs: Configs
 ) -> None:
-    """Writes the page, atomically; it loads nothing else.
+    """Writes the page, atomically; it is self-contained.
 
     Args:
         path: the HTML file.
-        cards: what is shown of each photo: `rank`, `row`, `path`, `given_label`, `likely_label`, `confidence`, `photo`
-            (a data URI), and `neighbours` (data URI, label and path of each).
+        cards: for each photo `rank`, `row`, `path`, `given_label`, `likely_label`, `confidence`, `photo` (a data URI),
+            and `neighbours` (data URI, label and path of each).
         summary: what was found, in sentences.
         neighbours: what the small photos are.
         csv_path: the table.
-        configs: with `classes`, and what the command line that corrects the table repeats.
+        configs: with `classes`, and the options of the command that corrects the table.
 
     Raises:
         UserError: the page cannot be written.
@@ -53,7 +53,7 @@ def write_label_page(
         summary=summary,
         neighbours=neighbours,
         multi_label=configs.multi_label_classification,
-        # As they are in the table, for the page's own script: what people read may have escapes in it.
+        # Unescaped, as in the table, for the page's script.
         data={
             "columns": list(COLUMNS),
             "classes": list(configs.classes),
@@ -65,24 +65,19 @@ def write_label_page(
     write_text(path, page)
 
 
-def embed_photos(files: dict[int, str], longest_side: int, configs: Configs) -> dict[int, str]:
-    """Returns small photos as data URIs by the same keys, read by threads.
+def embed_photos(files: Iterable[str], longest_side: int, configs: Configs) -> dict[str, str]:
+    """Returns small photos as data URIs by their paths; threads read them."""
+    files, read = list(dict.fromkeys(files)), build_reader(configs)
 
-    Raises:
-        UserError: a photo can no longer be read.
-    """
-    read = build_reader(configs)
-
-    def embed(key: int) -> str:
-        photo = read(files[key], (longest_side, longest_side))
-        return encode_photo(photo, longest_side, QUALITY)
+    def embed(file: str) -> str:
+        return encode_photo(read(file, (longest_side, longest_side)), longest_side, QUALITY)
 
     with ThreadPoolExecutor(max(configs.generator_workers, 1)) as pool:
         return dict(zip(files, pool.map(embed, files), strict=True))
 
 
 def _apply_command(csv_path: str, configs: Configs) -> str:
-    """Returns the command line that applies the corrections which the page saves."""
+    """Returns the command that applies the corrections saved from the page."""
     words = ["python", "find_label_errors.py", "--csv_path", csv_path]
     if configs.csv_label_column != Configs.defaults()["csv_label_column"]:
         words += ["--csv_label_column", configs.csv_label_column]
@@ -92,18 +87,15 @@ def _apply_command(csv_path: str, configs: Configs) -> str:
 
 
 def write_contradictions(folder: str, copies: Copies, multi_label: bool, configs: Configs) -> None:
-    """Writes the page and prints its path, if copies of one photo have different labels; else removes an old page.
+    """Writes the page and prints its path if copies of a photo have different labels; else removes an old page.
 
-    The photos on it are those of one table, the first that has any, so that its corrections can be applied to that.
-
-    Args:
-        folder: receives the page.
-        copies: of the tables' images.
-        multi_label: whether a label may hold several class names.
-        configs: for reading the photos, and the options of the command that applies corrections.
+    The page shows photos of the first table that has any, so that its corrections can be applied to that table.
     """
     path = os.path.join(folder, PAGE_FILE)
-    groups = [group for group in list_groups(copies) if len({place.names(multi_label) for place in group}) > 1]
+    numbers, members = copies.group(), defaultdict(list)
+    for position, places in enumerate(copies.places):
+        members[numbers[position]] += places
+    groups = [group for group in members.values() if len({place.names(multi_label) for place in group}) > 1]
     if not groups:
         if os.path.isfile(path):
             os.remove(path)
@@ -114,7 +106,7 @@ def write_contradictions(folder: str, copies: Copies, multi_label: bool, configs
         classes=configs.classes or find_class_names(labels, multi_label), multi_label_classification=multi_label
     )
     summary = (
-        f"{show_count(len(groups), 'photo')} with copies under different labels. At least one label of each is wrong, "
+        f"{show_count(len(groups), 'photo')} with copies under different labels. Each has at least one wrong label, "
         "unless the copies only look the same."
     )
     os.makedirs(folder or ".", exist_ok=True)
@@ -123,21 +115,13 @@ def write_contradictions(folder: str, copies: Copies, multi_label: bool, configs
     print(f"{show_count(len(groups), 'photo')} with copies under different labels: {path} shows them side by side.")
 
 
-def list_groups(copies: Copies) -> list[list[Place]]:
-    """Returns the rows of each group of copies, exact or near, in the order of the tables."""
-    groups, members = copies.group(), defaultdict(list)
-    for position, places in enumerate(copies.places):
-        members[groups[position]] += places
-    return [places for places in members.values() if len(places) > 1]
-
-
 def _find_doubtful(
     groups: Sequence[Sequence[Place]], table: ImageTable
 ) -> list[tuple[Place, Sequence[Place], str, float]]:
-    """Returns the rows of a table whose label at least as many copies contradict as share it, the surest first.
+    """Returns the rows of a table for which another label is at least as frequent among the copies.
 
-    Returns:
-        Of each the row, its group, the most frequent other label, and the share of the group that has that.
+    Returns the row, its group, the most frequent other label and that label's share of the group; the largest share
+    first.
     """
     found = []
     for group in groups:
@@ -154,27 +138,24 @@ def _find_doubtful(
 def _make_cards(
     doubtful: Sequence[tuple[Place, Sequence[Place], str, float]], configs: Configs
 ) -> list[dict[str, Any]]:
-    """Returns what the page shows of each row."""
-    neighbours = [_choose_neighbours(place, group) for place, group, *_ in doubtful]
-    photos = embed_photos({row: place.file for row, (place, *_) in enumerate(doubtful)}, PHOTO_SIDE, configs)
-    files = dict.fromkeys(other.file for others in neighbours for other in others)
-    small = dict(zip(files, embed_photos(dict(enumerate(files)), NEIGHBOUR_SIDE, configs).values(), strict=True))
+    """Returns the cards of the rows, as `write_label_page` takes them."""
+    neighbours = []
+    for place, group, *_ in doubtful:
+        # Copies with another label come first.
+        others = sorted(group, key=lambda other: other.label == place.label)
+        neighbours.append([other for other in others if other is not place][:MOST_NEIGHBOURS])
+    photos = embed_photos((place.file for place, *_ in doubtful), PHOTO_SIDE, configs)
+    small = embed_photos((other.file for others in neighbours for other in others), NEIGHBOUR_SIDE, configs)
     return [
         {
-            "rank": row + 1,
+            "rank": rank,
             "row": place.row,
             "path": place.path,
             "given_label": place.label,
             "likely_label": likely,
             "confidence": share,
-            "photo": photos[row],
-            "neighbours": [(small[other.file], other.label, other.path) for other in neighbours[row]],
+            "photo": photos[place.file],
+            "neighbours": [(small[other.file], other.label, other.path) for other in others],
         }
-        for row, (place, _, likely, share) in enumerate(doubtful)
+        for rank, ((place, _, likely, share), others) in enumerate(zip(doubtful, neighbours, strict=True), start=1)
     ]
-
-
-def _choose_neighbours(place: Place, group: Sequence[Place]) -> list[Place]:
-    """Returns the copies that are shown with a photo, those with another label first."""
-    others = [other for other in group if other is not place]
-    return sorted(others, key=lambda other: other.label == place.label)[:MOST_NEIGHBOURS]

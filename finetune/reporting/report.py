@@ -1,12 +1,14 @@
-"""report.html, the page that shows an evaluation."""
+"""report.html, the page that shows an evaluation, and its gallery of mistakes."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import pandas as pd
 
@@ -14,13 +16,15 @@ from configs import Configs
 from finetune.core.files import write_csv, write_json, write_text
 from finetune.core.options import UserError
 from finetune.core.texts import MOST_LISTED
-from finetune.evaluation.breakdown import list_breakdown
-from finetune.evaluation.evaluation import Answers, list_predictions, print_results
+from finetune.core.values import get_input_size
+from finetune.data.images import build_reader, fit_image, resize_image
+from finetune.evaluation.evaluation import Answers, list_breakdown, list_predictions, name_labels, print_results
+from finetune.evaluation.gradcam import GradCam
 from finetune.evaluation.metrics import get_curves, list_confusions
-from finetune.reporting.data_uris import embed_figures, embed_gallery, embed_log
-from finetune.reporting.figures import PAIRS_LISTED, save_figures
-from finetune.reporting.gallery import build_gallery
-from finetune.reporting.log_figures import read_log
+from finetune.models.exported import ExportedModel
+from finetune.reporting.cam_pictures import overlay_heatmap
+from finetune.reporting.data_uris import PHOTO_SIDE, embed_figures, embed_log, encode_photo
+from finetune.reporting.figures import PAIRS_LISTED, read_log, save_figures
 from finetune.reporting.summaries import (
     list_class_columns,
     list_class_intervals,
@@ -34,16 +38,16 @@ from finetune.training.run_folder import LOG_FILE
 
 CONFUSIONS_LISTED = 8
 FILES = {
-    "metrics.json": "every metric of this page, with intervals, for programs",
-    "predictions.csv": "each test image's labels, prediction and probabilities",
+    "metrics.json": "all metrics with their intervals, to read by a program",
+    "predictions.csv": "labels, prediction and probabilities of each test image",
     "confusion_matrix.png": "the confusion matrix",
     "roc_curves.png": "the ROC curves",
     "precision_recall_curves.png": "the precision-recall curves",
     "reliability_diagram.png": "the reliability diagram",
     "report.html": "this page",
-    "decision.json": "beside the model: temperature and thresholds, which predict.py uses",
+    "decision.json": "in the model's folder: the temperature and the thresholds, which predict.py applies",
 }
-# The options that test.py's metrics depend on, beside those that the model's own configs.json knows.
+# The options that the results of test.py depend on, except those that it reads from the model's configs.json.
 REPRODUCING = ("train_csv", "validation_csv", "test_csv", "image_directory", "csv_label_column")
 REPRODUCING += ("multilabel_threshold_range", "report_by", "random_seed", "cam_method", "cam_classes", "cam_top_k")
 REPRODUCING += ("cam_alpha", "cam_colormap", "cam_backbone_layer")
@@ -60,34 +64,40 @@ def write_report(
     """Writes the page that shows an evaluation, atomically.
 
     Args:
-        path: the HTML file; it loads nothing else.
+        path: the HTML file, which is self-contained.
         results: the content of metrics.json.
-        curves: of the test set, as `curves.get_curves` gives them.
+        curves: of the test set, as `metrics.get_curves` returns them.
         gallery: `mistakes` and `least_confident`, lists of images: `path`; `true` and `predicted`, class names;
-            `probability` of the predicted class (multi-label: of the answer to the least certain label); `loss` in
-            nats; `photo`, uint8 RGB `(height, width, 3)`; `heatmap`, the same with Grad-CAM over it, or None.
-        training_log: as `read_log` gives it, or None.
+            `missed`, the true ones that were not predicted; `is_right`; `probability` of the predicted class
+            (multi-label: of the least certain label); `loss` in nats; the data URIs `photo` and `heatmap`, the photo
+            with its Grad-CAM heatmap, or None.
+        training_log: as `read_log` returns it, or None.
         configs: every option of the run by name.
     """
+    test, model = results["sets"]["test"], results["model"]
+    confusions, missing = [], ("confusion_matrix.png",)
+    if "confusion_matrix" in test:
+        most = CONFUSIONS_LISTED if len(results["classes"]) <= MOST_LISTED else PAIRS_LISTED
+        confusions, missing = list_confusions(test["confusion_matrix"], results["classes"], most), ()
     page = render_page(
         "report",
         ["report"],
         results=results,
-        test=results["sets"]["test"],
+        test=test,
         headlines=list_headlines(results),
         warnings=list_warnings(results, configs),
         columns=list_class_columns(results),
         class_intervals=list_class_intervals(results),
-        confusions=_list_confusions(results),
+        confusions=confusions,
         figures=embed_figures(results, curves),
         training_curves=embed_log(training_log),
-        galleries=embed_gallery(gallery),
-        breakdown=list_breakdown(by) if (by := results["sets"]["test"].get("by")) else [],
+        galleries=gallery,
+        breakdown=list_breakdown(test["by"]) if test.get("by") else [],
         options=list_options(configs),
-        files={name: words for name, words in FILES.items() if _is_written(name, results)},
-        command=_list_command("test.py", results["model"], configs, REPRODUCING),
-        label_command=_list_command(
-            *("find_label_errors.py", results["model"], configs | {"csv_path": configs["test_csv"]}),
+        files={name: words for name, words in FILES.items() if name not in missing},
+        command=_build_command("test.py", model, configs, REPRODUCING),
+        label_command=_build_command(
+            *("find_label_errors.py", model, configs | {"csv_path": configs["test_csv"]}),
             ("csv_path", "image_directory", "csv_label_column"),
             ("--write_path", os.path.join(os.path.dirname(path), "label_errors.csv")),
         ),
@@ -95,18 +105,10 @@ def write_report(
     write_text(path, page)
 
 
-def _list_confusions(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lists the most frequent confusions of the test set, as `list_confusions` does; multi-label none."""
-    stored, names = results["sets"]["test"].get("confusion_matrix"), results["classes"]
-    if stored is None:
-        return []
-    return list_confusions(stored, names, CONFUSIONS_LISTED if len(names) <= MOST_LISTED else PAIRS_LISTED)
-
-
-def _list_command(
+def _build_command(
     script: str, model_path: str, configs: dict[str, Any], names: Sequence[str], more: Sequence[str] = ()
 ) -> str:
-    """Returns the command line that runs a script on the model with the options of these names that are no defaults."""
+    """Returns the command that runs a script on the model, with those of the named options that are not defaults."""
     words, defaults = ["python", script, "--load_model_path", model_path], Configs.defaults()
     for name in names:
         value = configs.get(name)
@@ -116,10 +118,6 @@ def _list_command(
     return shlex.join([*words, *more])
 
 
-def _is_written(name: str, results: dict[str, Any]) -> bool:
-    return name != "confusion_matrix.png" or "confusion_matrix" in results["sets"]["test"]
-
-
 def write_evaluation(
     folder: str,
     answers: Answers,
@@ -127,15 +125,13 @@ def write_evaluation(
     explain: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]],
     options: dict[str, Any],
 ) -> None:
-    """Writes metrics.json, predictions.csv, the figures and report.html of the test set, then prints the results.
-
-    Results that cannot be written are printed too.
+    """Writes metrics.json, predictions.csv, the plots and report.html of the test set; prints the results in any case.
 
     Args:
-        folder: where to write, in that of the run.
+        folder: to write into, in the folder of the run.
         answers: of the model.
         results: the content of metrics.json.
-        explain: from paths to each one's photo and the same with its heatmap.
+        explain: returns for each path the photo, and the photo with its heatmap.
         options: of the run, which the report lists.
     """
     path = os.path.join(folder, "report.html")
@@ -152,10 +148,143 @@ def write_evaluation(
 
 
 def read_training_log(folder: str) -> pd.DataFrame | None:
-    """Returns the run's training log; None where there is none."""
+    """Returns the run's training log, or None; prints why a log cannot be read."""
     path = os.path.join(folder, LOG_FILE)
     try:
         return read_log(path) if os.path.isfile(path) else None
     except UserError as error:
         print(f"The report has no training curves: {error}")
         return None
+
+
+GALLERIES = ("mistakes", "least_confident")
+GALLERY_IMAGES = 12
+LEAST_PROBABILITY = 1e-7
+
+
+def choose_gallery(
+    y_true: np.ndarray, probabilities: np.ndarray, chosen: np.ndarray, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses the images to show.
+
+    Args:
+        y_true: int `(images,)`, class positions; multi-label: `(images, classes)` of zeros and ones.
+        probabilities: `(images, classes)`.
+        chosen: bool `(images, classes)`, the predicted classes.
+        number: the most images of either kind.
+
+    Returns:
+        Rows of the wrong predictions with the highest loss, the worst first; multi-label, a prediction with any wrong
+        label counts. And rows of the least probable predictions, right or wrong, the least probable first.
+    """
+    truth = y_true.astype(bool) if y_true.ndim == 2 else np.arange(chosen.shape[1]) == y_true[:, None]
+    wrong = np.flatnonzero((truth != chosen).any(axis=1))
+    losses = get_image_losses(y_true, probabilities)
+    # The loss if the prediction were true: high if the model is not sure.
+    doubts = get_image_losses(chosen if y_true.ndim == 2 else chosen.argmax(axis=1), probabilities)
+    return wrong[np.argsort(-losses[wrong], kind="stable")][:number], np.argsort(-doubts, kind="stable")[:number]
+
+
+def get_image_losses(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Returns the cross-entropy of each image in nats, multi-label the mean of its binary ones, float64.
+
+    Probabilities are clipped to at least 1e-7, multi-label to at most 1 - 1e-7 too.
+    """
+    probabilities = np.asarray(probabilities, np.float64)
+    if y_true.ndim == 1:
+        return -np.log(np.maximum(probabilities[np.arange(len(y_true)), y_true], LEAST_PROBABILITY))
+    clipped = np.clip(probabilities, LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+    return -np.log(np.where(y_true.astype(bool), clipped, 1 - clipped)).mean(axis=1)
+
+
+def build_gallery(
+    draw: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]], answers: Answers
+) -> dict[str, list[dict[str, Any]]]:
+    """Returns the worst mistakes and the least confident predictions, as `report.write_report` takes them.
+
+    Args:
+        draw: returns for each path the photo, and the photo with its heatmap or None.
+        answers: of the model.
+    """
+    paths, y_true, probabilities, decision = answers
+    chosen = decision.choose(probabilities)
+    rows = dict(zip(GALLERIES, choose_gallery(y_true, probabilities, chosen, GALLERY_IMAGES), strict=True))
+    shown = np.unique(np.concatenate(list(rows.values())))
+    true, predicted = name_labels(y_true, decision.class_names), name_labels(chosen, decision.class_names)
+    confidences, losses = decision.measure_confidence(probabilities).tolist(), get_image_losses(y_true, probabilities)
+    items = {}
+    for row, (photo, heatmap) in zip(shown.tolist(), draw([paths[row] for row in shown]), strict=True):
+        items[row] = {
+            "path": paths[row],
+            "true": true[row],
+            "predicted": predicted[row],
+            "missed": [label for label in true[row] if label not in predicted[row]],
+            "is_right": set(true[row]) == set(predicted[row]),
+            "probability": confidences[row],
+            "loss": float(losses[row]),
+            "photo": encode_photo(photo),
+            "heatmap": None if heatmap is None else encode_photo(heatmap),
+        }
+    return {name: [items[row] for row in gallery.tolist()] for name, gallery in rows.items()}
+
+
+def build_grad_cam(model: keras.Model | ExportedModel, cam_method: str, layer_name: str) -> GradCam | None:
+    """Builds Grad-CAM for a model. Returns None and prints why if the model does not support it.
+
+    Raises:
+        UserError: a layer is named, and the model lacks it.
+    """
+    if isinstance(model, ExportedModel):
+        print("The report's photos have no heatmaps: Grad-CAM needs the Keras model that this file was exported from.")
+        return None
+    try:
+        return GradCam(model, cam_method, layer_name)
+    except UserError as error:
+        if layer_name:
+            raise
+        print(f"The report's photos have no heatmaps: {error}")
+        return None
+
+
+def build_explainer(
+    model: keras.Model | ExportedModel, configs: Configs
+) -> Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]]:
+    """Returns `draw_pictures` with the model and the configs filled in: a function of paths."""
+    shape = {"image_size": get_input_size(configs), "resize_mode": configs.resize_mode}
+    overlay = functools.partial(overlay_heatmap, opacity=configs.cam_alpha, colormap=configs.cam_colormap, **shape)
+    grad_cam = build_grad_cam(model, configs.cam_method, configs.cam_backbone_layer)
+    return functools.partial(draw_pictures, grad_cam, *shape.values(), build_reader(configs), overlay)
+
+
+def draw_pictures(
+    grad_cam: GradCam | None,
+    image_size: Sequence[int],
+    resize_mode: str,
+    read: Callable[..., np.ndarray],
+    overlay: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    paths: Sequence[str],
+) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Reads photos and draws on each the heatmap of its most probable class.
+
+    Args:
+        grad_cam: of the model, or None.
+        image_size: `(height, width)` of the model's input.
+        resize_mode: how photos are resized to it.
+        read: reads a photo, as `read_image` does.
+        overlay: colours a photo by a heatmap.
+        paths: of the photos.
+
+    Returns:
+        For each photo uint8 RGB, its longer side at most `PHOTO_SIDE`, and the same with its heatmap, or None.
+    """
+    pictures = []
+    for path in paths:
+        image = read(path)
+        scale = min(1, PHOTO_SIDE / max(image.shape[:2]))
+        photo = resize_image(image, [max(1, round(side * scale)) for side in image.shape[:2]])
+        heatmap = None
+        if grad_cam is not None:
+            heatmaps, _ = grad_cam(fit_image(read(path, image_size), image_size, resize_mode)[None])
+            heatmap = overlay(photo, heatmaps[0])
+        pictures.append((photo, heatmap))
+    return pictures

@@ -1,4 +1,4 @@
-"""What the report and the model card both tell: headlines, classes, options, reasons to doubt."""
+"""The content that the report and the model card share: headline metrics, classes, options and warnings."""
 
 from __future__ import annotations
 
@@ -18,22 +18,18 @@ from finetune.core.texts import MOST_LISTED, MOST_TELLING, join_names, show
 from finetune.data.groups import describe_leak, describe_shared
 
 TEMPLATES = Path(__file__).parent / "templates"
-# Name in metrics.json: title, whether it is a share shown in per cent, meaning.
+# By name in metrics.json: title, whether it is shown in per cent, meaning.
 HEADLINES = {
     "accuracy": ("Accuracy", True, "Images whose most probable class is right"),
-    "balanced_accuracy": ("Balanced accuracy", True, "Mean of the classes' recall: rare classes count as much"),
-    "mean_auroc": ("Mean AUROC", False, "Chance that an image with a label scores above one without"),
-    "mean_average_precision": ("Mean average precision", False, "Area under precision over recall"),
-    "exact_match_accuracy": ("Exact match", True, "Images with all their labels right and no other"),
-    "hamming_loss": ("Hamming loss", False, "Share of wrong answers over all images and labels; lower is better"),
-    "macro_f1": ("Macro F1", False, "Mean of the classes' F1"),
+    "balanced_accuracy": ("Balanced accuracy", True, "Mean recall of the classes: a rare class counts like any other"),
+    "mean_auroc": ("Mean AUROC", False, "Probability that an image with a label scores above one without it"),
+    "mean_average_precision": ("Mean average precision", False, "Area under the precision-recall curve"),
+    "exact_match_accuracy": ("Exact match", True, "Images with exactly the right labels"),
+    "hamming_loss": ("Hamming loss", False, "Share of wrong labels over all images and classes; lower is better"),
+    "macro_f1": ("Macro F1", False, "Mean F1 of the classes"),
     "top_5_accuracy": ("Top-5 accuracy", True, "Images whose class is among the five most probable"),
 }
-CALIBRATION_HEADLINE = (
-    "Calibration error",
-    False,
-    "Distance of probabilities from how often they hold; lower is better",
-)
+CALIBRATION_HEADLINE = ("Calibration error", False, "Mean gap between probability and accuracy; lower is better")
 CLASS_COLUMNS = {
     "precision": "Precision",
     "recall": "Recall",
@@ -43,11 +39,11 @@ CLASS_COLUMNS = {
     "auroc": "AUROC",
     "average_precision": "Average precision",
     "best_f1_threshold": "Best-F1 threshold",
-    "f1_at_best_f1_threshold": "F1 at it",
+    "f1_at_best_f1_threshold": "F1 at this threshold",
 }
 CHOSEN_ON_TEST_SET = (
-    "There was no validation set, so the test set chose the epoch of the best model: its metrics are optimistic. "
-    "Train with validation_csv for honest ones."
+    "There was no validation set, so the best epoch was selected on the test set: the metrics are optimistic. "
+    "Train with validation_csv for unbiased ones."
 )
 FEW_IMAGES = 10
 FEW_GROUPS = 10
@@ -60,7 +56,7 @@ def read_template(name: str) -> str:
 
 @functools.cache
 def compile_template(name: str, **options: Any) -> jinja2.Template:
-    """Returns a template of `templates/`; the options tell how it escapes what is put into it."""
+    """Returns a template of `templates/`; the options are those of jinja2, such as its escaping."""
     options |= {"loader": jinja2.FunctionLoader(read_template), "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **options)
     environment.filters |= {
@@ -74,7 +70,7 @@ def compile_template(name: str, **options: Any) -> jinja2.Template:
 
 
 def render_page(name: str, styles: Sequence[str], **content: Any) -> str:
-    """Returns a page that loads nothing and runs its own script alone: `NAME.html` with `NAME.js`, and its styles."""
+    """Renders `NAME.html` with `NAME.js` and styles inside. The page's policy allows no other script and no loading."""
     script = read_template(f"{name}.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return compile_template(f"{name}.html", autoescape=True, finalize=show_all_text).render(
@@ -94,12 +90,12 @@ def format_fixed(value: float | None) -> str:
 
 
 def format_percent(value: float | None) -> str:
-    # A space that does not break.
+    # With a non-breaking space.
     return "undefined" if value is None else f"{100 * value:.1f}\u00a0%"
 
 
 def base_name(path: str) -> str:
-    """Returns the last part of a path of any system: the card shall not tell about its author's computer."""
+    """Returns the last part of a path of any system. The card shows no folders of its author's computer."""
     return ntpath.basename(path.rstrip("/\\"))
 
 
@@ -109,7 +105,7 @@ def quote_yaml(text: str) -> Markup:
 
 
 def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]:
-    """Lists the reasons to doubt the metrics, in sentences.
+    """Returns the reasons to doubt the metrics, in sentences.
 
     Args:
         results: the content of metrics.json.
@@ -117,33 +113,31 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
     """
     test, decision = results["sets"]["test"], results["decision"]
     found = []
-    # Those that an older test.py wrote have no such field.
+    # Older versions of test.py did not write this field.
     if test.get("selected_the_model", not configs.get("validation_csv")):
         found.append(CHOSEN_ON_TEST_SET)
     if trained_on := test.get("images_trained_on"):
         found.append(
-            f"The model was trained on {trained_on} of the {test['images']} test images, or selected by them: the "
+            f"The model was trained on {trained_on} of the {test['images']} test images, or selected on them: the "
             "metrics are too good."
         )
     if sentence := describe_leak(test):
         found.append(sentence)
     if decision["temperature_fitted_on"] is None:
-        found.append("No temperature was fitted for want of a validation set: probabilities are the model's own.")
+        found.append("Without a validation set no temperature was fitted: the probabilities are uncalibrated.")
     if results["multi_label"] and decision["thresholds_fitted_on"] == "training":
-        found.append("The thresholds were fitted on the training set, where the model is surer than on new images.")
+        found.append("The thresholds were fitted on the training set, where the model is overconfident.")
     elif results["multi_label"] and decision["thresholds_fitted_on"] is None:
         found.append("No thresholds were fitted.")
     found += _list_warnings_of_groups(test)
     found += filter(None, (describe_shared(name, results["sets"].get(name, {})) for name in ("test", "validation")))
     supports = {name: row["support"] for name, row in test["per_class"].items()}
     faults = {
-        "No test image has the label of these classes, so that nothing is known of them": [
-            name for name, support in supports.items() if not support
-        ],
-        f"Fewer than {FEW_IMAGES} test images have the label of these classes, so that their metrics are rough": [
+        "No metrics for classes without test images": [name for name, support in supports.items() if not support],
+        f"Metrics are imprecise for classes with fewer than {FEW_IMAGES} test images": [
             name for name, support in supports.items() if 0 < support < FEW_IMAGES
         ],
-        "AUROC is undefined for these classes and left out of the mean": [
+        "The mean leaves out classes with an undefined AUROC": [
             name for name, row in test["per_class"].items() if "auroc" in row and row["auroc"] is None
         ],
     }
@@ -152,24 +146,23 @@ def list_warnings(results: dict[str, Any], configs: dict[str, Any]) -> list[str]
 
 
 def _list_warnings_of_groups(test: dict[str, Any]) -> list[str]:
-    """Lists the reasons to doubt metrics of images that lie in groups, in sentences; none without groups."""
     number = test.get("groups")
     if number is None:
         return []
     if number == 1:
-        return ["All test images are one group: how metrics differ from group to group is not known."]
+        return ["All test images are one group, so the variation between groups is unknown."]
     if number < FEW_GROUPS:
-        return [f"The test images lie in {number} groups only, so that intervals are rough and often too narrow."]
+        return [f"The test images are in only {number} groups, so the intervals are imprecise and often too narrow."]
     names = [
         name for name, row in test["per_class"].items() if row["groups"] < FEW_GROUPS and row["support"] >= FEW_IMAGES
     ]
     longest = MOST_LISTED if len(test["per_class"]) <= MOST_LISTED else MOST_TELLING
-    what = f"The test images of these classes lie in fewer than {FEW_GROUPS} groups, so that their metrics are rough"
+    what = f"Metrics are imprecise for classes whose test images are in fewer than {FEW_GROUPS} groups"
     return [f"{what}: {join_names(names, longest)}."] if names else []
 
 
 def list_headlines(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lists the headline metrics: title, meaning, value by set, and the test set's interval where it has one."""
+    """Returns the headline metrics: title, meaning, values by set, and the test set's interval or None."""
     sets = results["sets"]
     intervals = sets["test"].get("intervals", {})
     rows = [
@@ -192,13 +185,13 @@ def list_headlines(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def list_class_columns(results: dict[str, Any]) -> dict[str, str]:
-    """Returns the titles of the columns that the per-class table has, by name."""
+    """Returns the columns of the per-class table: titles by name."""
     row = next(iter(results["sets"]["test"]["per_class"].values()))
     return {name: title for name, title in CLASS_COLUMNS.items() if name in row}
 
 
 def list_class_intervals(results: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """Returns the intervals of each class that has any, by class and column; those that are undefined are left out."""
+    """Returns the intervals that are defined, by class and column."""
     per_class = results["sets"]["test"].get("intervals", {}).get("per_class") or {}
     return {
         name: {column: interval for column, interval in row.items() if interval and None not in interval}
@@ -207,7 +200,7 @@ def list_class_intervals(results: dict[str, Any]) -> dict[str, dict[str, list[fl
 
 
 def list_options(configs: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
-    """Lists the options in two groups, `changed` from the default and `default`: name, value, default, description."""
+    """Returns name, value, default and description of the options, in the groups `changed` and `default`."""
     options, defaults = Configs.options(), Configs.defaults()
     groups = {"changed": [], "default": []}
     for name, value in configs.items():
@@ -225,7 +218,7 @@ def list_options(configs: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
 
 
 def show_value(value: Any, most: int | None = None) -> str:
-    """Returns a value in words; of a list of more than `most` items, the first ones and where all are."""
+    """Returns a value as text; of a list of more than `most` items, the first ones and where to find all."""
     if isinstance(value, list | tuple):
         items = [show_value(item) for item in value]
         is_long = most is not None and len(items) > most

@@ -1,4 +1,4 @@
-"""What can be learnt about backbones and labels without training: comparisons and suspected label errors.
+"""Studies of backbones and labels without training: comparisons and suspected label errors.
 
 Start with `backbone_comparison.py` or `label_errors.py`.
 """

@@ -1,4 +1,4 @@
-"""How good, fast and large backbones are on one's own images, by a probe of each; which one to take."""
+"""Compares backbones on the user's images by a probe of each: quality, speed and size, and which one to take."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pandas as pd
 import tensorflow as tf
+from sklearn.metrics import recall_score
 
 from configs import Configs
 from finetune.core.devices import set_seed
@@ -30,10 +31,9 @@ from finetune.data.splitting import split_rows
 from finetune.data.stores import join_path
 from finetune.data.tables import IMAGE_COLUMN, encode_labels, read_table
 from finetune.evaluation.decision import Decision
-from finetune.evaluation.intervals import get_intervals
+from finetune.evaluation.intervals import compare_scores, get_intervals, score_images
 from finetune.evaluation.metrics import get_average_precisions, mean_of_defined
-from finetune.evaluation.paired_comparison import compare_scores, score_images
-from finetune.models.freezing import has_fixed_features
+from finetune.models.backbones import has_fixed_features
 from finetune.training.feature_store import get_features
 from finetune.training.phases import changes_images
 from finetune.training.probe import build_extractor, cross_validate
@@ -49,11 +49,11 @@ from generator import AugmentedImageSequence, get_generator, tell_bad_images
 from model import ModelFactory
 
 FEWEST_IMAGES = 10
-# A training step goes through the network once, and back at about twice the cost: 2.3 to 4.2 were measured.
+# A training step is one pass forward and one backward, at about twice the cost: 2.3 to 4.2 were measured.
 STEP_COST = 3
 FLOAT_BYTES = 4
-# Standard errors of a paired difference, from which on it counts: 95 % of differences by chance are smaller.
-TOLD_APART = 1.96
+# A paired difference of more standard errors than this is significant: chance makes 95 % of differences smaller.
+SIGNIFICANT = 1.96
 
 
 class Candidate(NamedTuple):
@@ -63,12 +63,12 @@ class Candidate(NamedTuple):
         backbone: a key of `model.BACKBONES`.
         image_size: `(height, width)`.
         probabilities: of the probe, out of fold, `(images, classes)`; NaN for an image that could not be read.
-        images_per_second: whose features this machine computes, reading included; the best of several measurements.
-        training_seconds: to expect of `num_epochs` epochs on all of train_csv; an estimate.
+        images_per_second: at which this machine computes features, reading included; the best of several measurements.
+        training_seconds: estimate for `num_epochs` epochs on all of train_csv.
         parameters: of the model, head included.
-        multiply_adds: that its features take of one image; 0 where that is not known.
-        speed_noise: as `measure_noise` gives it: how many times its least one the median time of the measurement is.
-        timing: what its speed is measured by.
+        multiply_adds: for the features of one image; 0 if unknown.
+        speed_noise: the median time of the measurement over the least one, as `measure_noise` returns it.
+        timing: measures the speed.
     """
 
     backbone: str
@@ -88,7 +88,7 @@ class Probed(NamedTuple):
     Attributes:
         candidates: those that could be built.
         labels: of the images, int `(images,)`, or `(images, classes)` of zeros and ones.
-        groups: of the images, as `number_groups` gives them.
+        groups: of the images, as `number_groups` returns them.
     """
 
     candidates: list[Candidate]
@@ -96,60 +96,51 @@ class Probed(NamedTuple):
     groups: np.ndarray | None = None
 
     def get_common(self) -> tuple[np.ndarray, list[np.ndarray], np.ndarray | None]:
-        """Returns labels, each candidate's probabilities, and groups, of the images that all of them could read.
+        """Returns labels, each candidate's probabilities, and groups, of the images that all candidates could read.
 
-        A single label that lies in one group is left out: no probe has learnt it from others.
+        Images of a class that lies in one group are left out: no probe could learn the class from other groups.
         """
         kept = np.all([~np.isnan(one.probabilities).any(axis=1) for one in self.candidates], axis=0)
-        groups = pick_groups(self.groups, kept)
         if self.labels.ndim == 1:
-            lone = find_lone_classes(self.labels[kept], groups, self.labels.max() + 1)
+            lone = find_lone_classes(self.labels[kept], pick_groups(self.groups, kept), self.labels.max() + 1)
             kept[kept] = ~np.isin(self.labels[kept], lone)
-            groups = pick_groups(self.groups, kept)
-        return self.labels[kept], [one.probabilities[kept] for one in self.candidates], groups
+        return self.labels[kept], [one.probabilities[kept] for one in self.candidates], pick_groups(self.groups, kept)
 
 
 def draw_images(configs: Configs, most: int) -> tuple[set[int], int]:
-    """Draws the images to compare on, with their share of every class, before any is read; then checks their headers.
+    """Draws the images to compare on, a share of every class, then checks the headers of these images.
 
     Args:
-        configs: with `random_seed`.
-        most: images; of no more than these, all are taken.
+        configs: with `classes` and `random_seed`.
+        most: the most images to draw; a table of fewer is used whole.
 
     Returns:
-        The line numbers of `train_csv` that are left out, and how many images it has.
+        The line numbers of `train_csv` that are left out, and its number of images.
 
     Raises:
-        UserError: the table or an image is not usable.
+        UserError: the table or an image is not usable, or every class lies in one group.
     """
-    table = read_table(configs.train_csv, configs.csv_label_column, configs.multi_label_classification)
+    csv_path, multi_label = configs.train_csv, configs.multi_label_classification
+    table = read_table(csv_path, configs.csv_label_column, multi_label)
     rng, rows = np.random.default_rng(configs.random_seed), np.arange(len(table))
     if len(table) > most:
         shares = {"training": most / len(table), "testing": 1 - most / len(table)}
-        labels = table[configs.csv_label_column].to_numpy()
-        drawn = split_rows(labels, shares, configs.multi_label_classification, rng)["training"]
-        # Every class rounds its own share: a few may be too many.
+        drawn = split_rows(table[configs.csv_label_column].to_numpy(), shares, multi_label, rng)["training"]
+        # Each class rounds its share, so there may be a few too many.
         rows = np.sort(rng.permutation(drawn)[:most])
     paths = [join_path(configs.image_directory, path) for path in table[IMAGE_COLUMN].iloc[rows]]
     limits = (configs.max_image_pixels, configs.generator_workers, configs.skip_bad_images)
-    bad = check_images(paths, configs.train_csv, *limits, rows=(rows + 2).tolist())
+    bad = check_images(paths, csv_path, *limits, rows=(rows + 2).tolist())
     used = table.iloc[np.setdiff1d(rows, np.array([*bad], int) - 2)]
     groups = read_groups(used, configs.csv_label_column)
-    print(f"Comparing on {len(used)} of the {len(table)} images of {configs.train_csv}{describe_groups(groups)}.")
-    tell_lone_classes(used[configs.csv_label_column].tolist(), groups, configs)
+    print(f"Comparing on {len(used)} of the {len(table)} images of {csv_path}{describe_groups(groups)}.")
+    if groups is not None:
+        labels = encode_labels(used[configs.csv_label_column].tolist(), configs.classes, multi_label, csv_path)
+        refuse_lone_classes(labels, groups, len(configs.classes), csv_path)
+        lone = find_lone_classes(labels, groups, len(configs.classes))
+        if lone.size:
+            print(describe_lone_classes([configs.classes[position] for position in lone]))
     return {*range(2, len(table) + 2)} - {*(rows + 2).tolist()} | {*bad}, len(table)
-
-
-def tell_lone_classes(labels: Sequence[str], groups: np.ndarray | None, configs: Configs) -> None:
-    """Prints which classes cannot be judged, since they lie in one group; raises UserError where all do."""
-    if groups is None:
-        return
-    multi_label = configs.multi_label_classification
-    encoded = encode_labels(labels, configs.classes, multi_label, configs.train_csv)
-    refuse_lone_classes(encoded, groups, len(configs.classes), configs.train_csv)
-    lone = find_lone_classes(encoded, groups, len(configs.classes))
-    if lone.size:
-        print(describe_lone_classes([configs.classes[position] for position in lone]))
 
 
 def probe_backbones(
@@ -159,61 +150,61 @@ def probe_backbones(
     left_out_rows: Collection[int],
     training_images: int,
 ) -> tuple[Probed, dict[str, str]]:
-    """Probes each backbone at each size; one model at a time is in memory.
+    """Probes each backbone at each size, with one model in memory at a time.
 
     Args:
         configs: with `classes` and `random_seed`.
         names: of backbones.
         image_sizes: `(height, width)` of each.
         left_out_rows: line numbers of `train_csv`.
-        training_images: that `train_csv` has.
+        training_images: the number of images in `train_csv`.
 
     Returns:
-        What could be probed, and why the others could not, by name and size.
+        What was probed, and by name and size why the others were not.
 
     Raises:
-        UserError: none could, an image cannot be read and `skip_bad_images` is not set, or features cannot be written.
+        UserError: none could be probed, an image cannot be read without `skip_bad_images`, or a file not be written.
     """
     combinations = [(name, size) for name in names for size in image_sizes]
     candidates, left_out, bad_images, sequence = [], {}, {}, None
     for number, (name, size) in enumerate(combinations, start=1):
         place = f"{name} at {show_size(*size)}"
-        # The pictures themselves are needed once for each size: their features are kept.
+        # Images are read once for each size, since features are stored: caching the images would be useless.
         chosen = configs.replace(visual_model_name=name, image_target_size=(*size, 3), image_cache="none")
-        # Random weights, where they are asked for, are those that train.py starts from.
+        # Random weights are then those that train.py starts from.
         set_seed(configs.random_seed)
         try:
             model = ModelFactory().get_model(chosen)
         except UserError as error:
-            # Weights may be of one size: those of MobileNet are.
+            # Such as MobileNet's ImageNet weights, which exist for some image sizes only.
             left_out[place] = str(error)
             continue
         sequence = get_generator(configs.train_csv, configs.classes, chosen, False, left_out_rows)
-        title = f"[{number}/{len(combinations)}] {place}"
         try:
-            with unadvised_on_tracing():
-                candidates.append(probe_backbone(model, sequence, chosen, training_images, title))
+            title = f"[{number}/{len(combinations)}] {place}"
+            candidates.append(probe_backbone(model, sequence, chosen, training_images, title))
         except (FloatingPointError, tf.errors.ResourceExhaustedError) as error:
             left_out[place] = str(error)
         bad_images |= sequence.bad_images
         del model
-        release_memory([one.timing for one in candidates])
-    refuse_none(candidates, left_out)
+        release_memory(candidates)
+    if not candidates:
+        raise UserError(f"None of the backbones can be compared. {': '.join(next(iter(left_out.items())))}")
     sequence.bad_images = bad_images
     tell_bad_images(sequence)
     return Probed(add_speeds(candidates), sequence.labels, sequence.get_groups()), left_out
 
 
-def refuse_none(candidates: Sequence[Candidate], left_out: dict[str, str]) -> None:
-    """Raises UserError where all were left out."""
-    if not candidates:
-        place, reason = next(iter(left_out.items()))
-        raise UserError(f"None of the backbones can be compared. {place}: {reason}")
+def release_memory(candidates: Sequence[Candidate]) -> None:
+    """Frees models that are no longer used, and times the last one if those still to be timed fill the memory."""
+    limit_memory([one.timing for one in candidates])
+    keras.utils.clear_session()
+    gc.collect()
 
 
 @contextlib.contextmanager
-def unadvised_on_tracing() -> Iterator[None]:
-    """Holds back TensorFlow's advice against many graphs: each backbone needs its own."""
+def without_retracing_warnings() -> Iterator[None]:
+    """Suppresses TensorFlow's warning about many graphs: each backbone needs its own."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return "retracing" not in record.getMessage()
@@ -225,77 +216,53 @@ def unadvised_on_tracing() -> Iterator[None]:
         tf.get_logger().removeFilter(is_other)
 
 
+@without_retracing_warnings()
 def probe_backbone(
     model: keras.Model, sequence: AugmentedImageSequence, configs: Configs, training_images: int, title: str
 ) -> Candidate:
-    """Judges a model's backbone by a regression on its features, each image by one that was fitted without it.
+    """Cross-validates a regression on the features of a model's backbone.
 
-    Args:
-        model: of this collection.
-        sequence: of the images.
-        configs: of the model.
-        training_images: that an epoch will have.
-        title: of the progress bar.
+    `training_images` is the number of images in an epoch of the training to come, and `title` that of the progress bar.
 
     Returns:
-        The candidate, with what its speed is measured by.
+        The candidate, its speed still to be measured.
 
     Raises:
-        UserError: an image cannot be read and `skip_bad_images` is not set, fewer than 10 can, or the features cannot
-            be written.
+        UserError: an image cannot be read without `skip_bad_images`, fewer than 10 can, or a file cannot be written.
         FloatingPointError: a feature is not finite.
     """
-    mirrors, folder = configs.augmentation_strength != "none", configs.image_cache_path
-    views, is_read = get_views(model, sequence, mirrors, folder, title)
-    if is_read.sum() < FEWEST_IMAGES:
-        raise UserError(
-            f"{configs.train_csv}: expected at least {FEWEST_IMAGES} images that can be read, to compare on. "
-            f"Received: {is_read.sum()}."
-        )
-    if not all(np.isfinite(view).all() for view in views):
-        raise FloatingPointError("its features are not finite")
-    probabilities = np.full((len(is_read), len(configs.classes)), np.nan)
-    probabilities[is_read] = cross_validate(
-        views,
-        sequence.labels[is_read],
-        len(configs.classes),
-        configs.random_seed,
-        groups=sequence.get_groups(is_read),
-    )
-    size, computation = tuple(sequence.image_size), count_multiply_adds(build_extractor(model))
-    views = count_passes(model, changes_images(configs), configs.num_epochs) * training_images
-    timing = prepare_timing(model, sequence, views)
-    facts = (model.count_params(), computation, 1.0, timing)
-    return Candidate(configs.visual_model_name, size, probabilities, np.nan, np.nan, *facts)
-
-
-def get_views(
-    model: keras.Model,
-    sequence: AugmentedImageSequence,
-    mirrors: bool,
-    folder: str,
-    title: str,
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Returns the features of the images that can be read, and of their mirror images or not; and which these are.
-
-    Args:
-        model: of this collection.
-        sequence: of the images.
-        mirrors: the mirror images too.
-        folder: of the store.
-        title: of the progress bar.
-    """
     views, is_read = [], np.ones(len(sequence.paths), bool)
-    for mirrored in (False, True) if mirrors else (False,):
+    for mirrored in (False,) if configs.augmentation_strength == "none" else (False, True):
         heading = f"{title}, mirrored" if mirrored else title
-        features, is_known = get_features(model, sequence, folder, mirrored, heading)
+        features, is_known = get_features(model, sequence, configs.image_cache_path, mirrored, heading)
         views.append(features)
         is_read &= is_known
-    return [view[is_read] for view in views], is_read
+    if is_read.sum() < FEWEST_IMAGES:
+        raise UserError(
+            f"{configs.train_csv}: expected at least {FEWEST_IMAGES} readable images to compare on. "
+            f"Received: {is_read.sum()}."
+        )
+    views = [view[is_read] for view in views]
+    if not all(np.isfinite(view).all() for view in views):
+        raise FloatingPointError("its features are not finite")
+    number, groups = len(configs.classes), sequence.get_groups(is_read)
+    probabilities = np.full((len(is_read), number), np.nan)
+    probabilities[is_read] = cross_validate(views, sequence.labels[is_read], number, configs.random_seed, groups=groups)
+    passes = count_passes(model, changes_images(configs), configs.num_epochs)
+    return Candidate(
+        configs.visual_model_name,
+        tuple(sequence.image_size),
+        probabilities,
+        images_per_second=np.nan,
+        training_seconds=np.nan,
+        parameters=model.count_params(),
+        multiply_adds=count_multiply_adds(build_extractor(model)),
+        timing=prepare_timing(model, sequence, passes * training_images),
+    )
 
 
 def add_speeds(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Returns candidates with their speeds; those that are not timed yet are measured in turns."""
+    """Returns candidates with their speeds; those without one are measured in turns."""
     time_together([one.timing for one in candidates if one.timing.run])
     return [
         one._replace(
@@ -308,129 +275,104 @@ def add_speeds(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def count_passes(model: keras.Model, images_change: bool, epochs: int) -> int:
-    """Returns how many times the cost of computing an image's features its training has, about.
+    """Estimates the cost of training on an image, in multiples of the cost of its features.
 
-    Of a frozen backbone the features are computed once, or where images change in each epoch, once an epoch.
+    A frozen backbone computes features once or, if augmentation changes the images, once an epoch.
     """
     if has_fixed_features(model):
         return epochs if images_change else 1
     return STEP_COST * epochs
 
 
-def release_memory(timings: Sequence[Timing]) -> None:
-    """Lets go of models that nothing refers to, and of the last one to be timed where the others fill the memory."""
-    limit_memory(timings)
-    keras.utils.clear_session()
-    gc.collect()
-
-
 def show_size(height: int, width: int) -> str:
-    """Returns an image size as a reader wants it: `224`, or where the sides differ height and width, `224x320`."""
+    """Returns an image size as text: `224`, or `224x320` (height, width) if the sides differ."""
     return str(height) if height == width else f"{height}x{width}"
 
 
 def rank(probed: Probed, class_names: Sequence[str], multi_label: bool, seed: int) -> pd.DataFrame:
-    """Lays out the candidates, the best first.
+    """Returns a table of the candidates, the best first.
 
     Args:
         probed: the candidates.
         class_names: in the order of the probabilities.
         multi_label: whether an image may have several labels.
-        seed: of the intervals' resamples.
+        seed: of the bootstrap.
 
     Returns:
-        The columns `backbone`, `height`, `width`; `accuracy`, multi-label `mean_average_precision` over the labels,
-        with its 95 % interval `low` and `high`; `images`, compared on, and `groups`, where these are fewer;
-        `images_per_second`; `training_seconds`; `parameters`; `multiply_adds`; `speed_noise`; `megabytes`, of float32
-        weights; single-label those of `rank_by_balance`; `behind_best`, the mean difference of the images' scores to
-        the best one's (of several labels the label ranking average precision), and its `standard_error`; `suggested`;
-        `measured_fastest`, of those as good as the best; `not_told_apart`, whether the images do not tell it from the
-        suggested one; `on_front`, whether none is both better and faster.
+        The columns `backbone`, `height`, `width`; `accuracy`, or multi-label `mean_average_precision`, with its 95 %
+        confidence interval `low` and `high`; `images` compared on, and `groups` of them if there are any;
+        `images_per_second`; `training_seconds`; `parameters`; `multiply_adds`; `speed_noise`; `megabytes` of float32
+        weights; single-label those of `rank_by_balance`; `behind_best`, the mean difference of the images' scores from
+        the best candidate's (multi-label: label ranking average precision), and its `standard_error`; `suggested`;
+        `measured_fastest`, of those not significantly worse than the best; `not_told_apart`, whether it is not
+        significantly different from the suggested one; `on_front`, whether none is both better and faster.
     """
     labels, answers, groups = probed.get_common()
     metric = "mean_average_precision" if multi_label else "accuracy"
     rows = []
     for one, probabilities in zip(probed.candidates, answers, strict=True):
         decision = Decision(list(class_names), multi_label)
-        interval = get_intervals(labels, probabilities, decision, seed, groups=groups)[metric]
-        value = float(np.mean(probabilities.argmax(axis=1) == labels)) if not multi_label else None
+        low, high = get_intervals(labels, probabilities, decision, seed, groups=groups)[metric]
         if multi_label:
             value = mean_of_defined(get_average_precisions(labels, probabilities))
-        size = dict(zip(("height", "width"), one.image_size, strict=True))
-        row = {"backbone": one.backbone, **size, metric: value, "low": interval[0], "high": interval[1]}
-        row |= {"images": len(labels), "images_per_second": one.images_per_second}
-        row |= {"training_seconds": one.training_seconds, "parameters": one.parameters}
-        row |= {"multiply_adds": one.multiply_adds, "speed_noise": one.speed_noise}
+        else:
+            value = float(np.mean(probabilities.argmax(axis=1) == labels))
+        row = {"backbone": one.backbone, "height": one.image_size[0], "width": one.image_size[1]}
+        row |= {metric: value, "low": low, "high": high, "images": len(labels)}
+        costs = ("images_per_second", "training_seconds", "parameters", "multiply_adds", "speed_noise")
+        row |= {name: getattr(one, name) for name in costs}
         rows.append(row | {"megabytes": one.parameters * FLOAT_BYTES / 1e6})
     table = pd.DataFrame(rows)
     order = np.lexsort((-table["images_per_second"], -table[metric]))
-    scores = np.array([score_images(labels, answers[place]) for place in order])
+    answers = [answers[place] for place in order]
     table = table.iloc[order].reset_index(drop=True)
     if not multi_label:
-        table = table.assign(**rank_by_balance(labels, [answers[place] for place in order]))
+        table = table.assign(**rank_by_balance(labels, answers))
     if groups is not None:
         table.insert(table.columns.get_loc("images") + 1, "groups", count_groups(groups, len(groups)))
-    return judge(table, metric, scores, groups)
+    return judge(table, metric, np.array([score_images(labels, one) for one in answers]), groups)
 
 
 def rank_by_balance(labels: np.ndarray, answers: Sequence[np.ndarray]) -> dict[str, np.ndarray | float]:
     """Returns the columns that show what accuracy hides if most images are of one class.
 
-    Args:
-        labels: int `(images,)`.
-        answers: probabilities `(images, classes)` of each candidate.
-
     Returns:
         `balanced_accuracy`, the mean recall of the classes; `balanced_rank`, from 1; `largest_share`, the share of the
-        images that are of the most frequent class.
+        most frequent class.
     """
-    counts = np.bincount(labels)
-    present = np.flatnonzero(counts)
-    right = [np.bincount(labels[one.argmax(axis=1) == labels], minlength=len(counts)) for one in answers]
-    values = np.array([np.mean(one[present] / counts[present]) for one in right])
+    present, counts = np.unique(labels, return_counts=True)
+    values = np.array([recall_score(labels, one.argmax(axis=1), labels=present, average="macro") for one in answers])
     ranks = 1 + (values > values[:, None]).sum(axis=1)
     return {"balanced_accuracy": values, "balanced_rank": ranks, "largest_share": counts.max() / len(labels)}
 
 
 def judge(table: pd.DataFrame, metric: str, scores: np.ndarray, groups: np.ndarray | None = None) -> pd.DataFrame:
-    """Adds to a ranking the differences that count, the suggestion and the front, as `rank` returns them.
+    """Adds the paired differences, the suggestion and the front to a ranking, as `rank` returns them.
 
-    Suggested is the fastest of those that are not told apart from the best, as `choose_fastest` finds it.
-
-    Args:
-        table: the best first.
-        metric: the column that it is ordered by.
-        scores: of each image by each candidate, `(candidates, images)`.
-        groups: of the images, as `number_groups` gives them.
+    The suggestion is the fastest candidate that is not significantly worse than the best, as `choose_fastest` finds it.
+    `scores` are those of each image by each candidate, `(candidates, images)`.
     """
     differences, errors = np.array([compare_scores(row, scores[0], groups) for row in scores]).T
     speeds = table["images_per_second"].to_numpy()
-    is_as_good = differences <= TOLD_APART * errors
-    good = np.flatnonzero(is_as_good)
+    good = np.flatnonzero(differences <= SIGNIFICANT * errors)
     facts = (table[name].to_numpy()[good] for name in ("speed_noise", "multiply_adds", "backbone"))
     suggested, fastest = good[[*choose_fastest(speeds[good], *facts)]]
-    from_suggested = np.array([compare_scores(scores[suggested], row, groups) for row in scores]).T
-    is_same = np.abs(from_suggested[0]) <= TOLD_APART * from_suggested[1]
+    gaps, gap_errors = np.array([compare_scores(scores[suggested], row, groups) for row in scores]).T
     places = np.arange(len(table))
     return table.assign(
         behind_best=differences,
         standard_error=errors,
         suggested=places == suggested,
         measured_fastest=places == fastest,
-        not_told_apart=is_same & (places != suggested),
+        not_told_apart=(np.abs(gaps) <= SIGNIFICANT * gap_errors) & (places != suggested),
         on_front=find_front(table[metric].to_numpy(), speeds),
     )
 
 
 def find_front(values: np.ndarray, speeds: np.ndarray) -> np.ndarray:
-    """Tells which candidates none other beats in one of two numbers without being worse in the other.
+    """Returns which candidates are on the Pareto front, bool `(candidates,)`; higher is better in both arguments.
 
-    Args:
-        values: `(candidates,)`, higher is better.
-        speeds: likewise.
-
-    Returns:
-        bool `(candidates,)`.
+    A candidate is on the front if no other is better in one number and not worse in the other.
     """
     at_least = (values[:, None] >= values) & (speeds[:, None] >= speeds)
     above = (values[:, None] > values) | (speeds[:, None] > speeds)

@@ -1,4 +1,4 @@
-"""What a comparison of backbones shows: a table, lines that say what to make of it, and a picture."""
+"""Shows a comparison of backbones: a table, the suggestion in words, and a picture."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from finetune.core.files import atomic_path
 from finetune.core.texts import join_names, show_duration
 from finetune.data.groups import describe_group_count
 from finetune.reporting.figures import COLOURS, MUTED, PRINTED_DPI, style
-from finetune.studies.backbone_comparison import TOLD_APART, show_size
+from finetune.studies.backbone_comparison import SIGNIFICANT, show_size
 
 METRICS = {"accuracy": "Accuracy", "mean_average_precision": "Mean average precision"}
 LONGEST_REASON = 160
-# From this difference of accuracy and balanced accuracy on, both are shown.
+# Balanced accuracy is shown if it differs from accuracy by at least this much.
 LEAST_IMBALANCE = 0.02
 MOST_NAMED = 20
-# Where a label may stand, in points from its candidate's point, the preferred place first.
+# Where a label may be, in degrees and points from its candidate's point, the preferred place first.
 ANGLES = np.radians([0, 180, 90, 270, 45, 135, 315, 225, 22, 158, 338, 202, 67, 113, 247, 293])
 DISTANCES = (9, 18, 30, 44, 60, 80)
-# Points from a candidate's middle that its mark covers.
+# Radius of a candidate's mark, in points.
 DOT = 6
 
 
@@ -45,13 +45,7 @@ def name_candidates(ranking: pd.DataFrame) -> list[str]:
 
 
 def print_ranking(ranking: pd.DataFrame, left_out: dict[str, str], epochs: int) -> None:
-    """Prints the table, which one is suggested, and what could not be compared.
-
-    Args:
-        ranking: as `backbone_comparison.rank` gives it.
-        left_out: why others are not in it, by their names.
-        epochs: that the seconds of training are for.
-    """
+    """Prints the table, the suggestion, and why others were left out; `epochs` are those of the training time."""
     print(f"\n{format_ranking(ranking)}\n")
     print(f"Training: {epochs} epochs on all images of train_csv on this machine, estimated from the speed.")
     for reason in dict.fromkeys(left_out.values()):
@@ -67,38 +61,45 @@ def print_ranking(ranking: pd.DataFrame, left_out: dict[str, str], epochs: int) 
 
 
 def is_imbalanced(ranking: pd.DataFrame) -> bool:
-    """Returns True if accuracy hides how the classes differ: it's not the balanced accuracy of each candidate."""
+    """Returns True if the balanced accuracy of a candidate differs from its accuracy."""
     if "balanced_accuracy" not in ranking:
         return False
     return bool((ranking["accuracy"] - ranking["balanced_accuracy"]).abs().max() >= LEAST_IMBALANCE)
 
 
 def describe_balance(ranking: pd.DataFrame) -> str:
-    """Returns the line that says what the table is ordered by, and the order by balanced accuracy."""
+    """Returns a line with the share of the most frequent class and the order by balanced accuracy."""
     order = np.argsort(ranking["balanced_rank"], kind="stable")
     names, values = name_candidates(ranking), ranking["balanced_accuracy"].tolist()
     shown = join_names([f"{names[place]} ({values[place]:.3f})" for place in order], MOST_NAMED)
     same = " (the same order)" * (len(names) > 1 and ranking["balanced_rank"].is_monotonic_increasing)
     return (
         f"{ranking['largest_share'].iloc[0]:.0%} of the images are of one class. The table is ordered by accuracy, and "
-        f"the suggestion rests on it. By balanced accuracy, the mean over the classes{same}: {shown}."
+        f"the suggestion is made by it. By balanced accuracy, the mean recall of the classes{same}: {shown}."
     )
 
 
 def format_ranking(ranking: pd.DataFrame) -> str:
-    """Lays a ranking out, a line a candidate."""
+    """Returns a ranking as a table, one line for each candidate."""
     metric, balanced = get_metric_name(ranking), is_imbalanced(ranking)
     quality = (metric.replace("_", " "), "95 % interval", *["balanced accuracy"] * balanced)
     rows = [("", "size", *quality, "images/s", "training", "parameters", "MB", "")]
     for row in ranking.to_dict("records"):
-        note = "suggested" if row["suggested"] else "not told apart from it" if row["not_told_apart"] else ""
-        costs = (f"{row['images_per_second']:.1f}", show_duration(row["training_seconds"]))
-        costs += (f"{row['parameters'] / 1e6:.1f} M", f"{row['megabytes']:.1f}")
-        if balanced:
-            costs = (f"{row['balanced_accuracy']:.3f}", *costs)
-        interval = f"{row['low']:.3f} to {row['high']:.3f}"
-        size = show_size(row["height"], row["width"])
-        rows.append((row["backbone"], size, f"{row[metric]:.3f}", interval, *costs, note))
+        balance = [f"{row['balanced_accuracy']:.3f}"] if balanced else []
+        rows.append(
+            (
+                row["backbone"],
+                show_size(row["height"], row["width"]),
+                f"{row[metric]:.3f}",
+                f"{row['low']:.3f} to {row['high']:.3f}",
+                *balance,
+                f"{row['images_per_second']:.1f}",
+                show_duration(row["training_seconds"]),
+                f"{row['parameters'] / 1e6:.1f} M",
+                f"{row['megabytes']:.1f}",
+                "suggested" if row["suggested"] else "not significantly different" * row["not_told_apart"],
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]).rstrip() for row in rows
@@ -106,59 +107,54 @@ def format_ranking(ranking: pd.DataFrame) -> str:
 
 
 def describe_suggestion(ranking: pd.DataFrame) -> str:
-    """Returns the lines that suggest a candidate, with what it is behind by, and name those not told from it."""
+    """Returns the lines that suggest a candidate, compare it with the best, and name those not significantly different.
+
+    A last line is added if the measured speeds contradict the computation.
+    """
     names = name_candidates(ranking)
-    chosen = int(np.flatnonzero(ranking["suggested"])[0])
-    others = [names[place] for place in np.flatnonzero(ranking["not_told_apart"])]
+    chosen, fastest = (int(np.flatnonzero(ranking[name])[0]) for name in ("suggested", "measured_fastest"))
     if len(names) == 1:
         return f"Suggestion: {names[0]}, the only one that could be compared."
     reason = "the best"
     if chosen:
-        kind = "the fastest" if ranking["measured_fastest"].iloc[chosen] else "by its computation the fastest"
+        kind = "the fastest" if chosen == fastest else "by its computation the fastest"
         reason = (
-            f"{kind} of those not told apart from the best, {names[0]}; it is behind by {show_gap(ranking, chosen)}"
+            f"{kind} of those not significantly worse than the best, {names[0]}; it is behind by "
+            f"{show_gap(ranking, chosen)}"
         )
-    groups = describe_group_count(ranking["groups"].iloc[0] if "groups" in ranking else None)
-    told = f"The {ranking['images'].iloc[0]} images{groups} do not tell it from {join_names(others, MOST_NAMED)}."
-    if not others:
+    if others := [names[place] for place in np.flatnonzero(ranking["not_told_apart"])]:
+        groups = describe_group_count(ranking["groups"].iloc[0] if "groups" in ranking else None)
+        compared = (
+            f"Not significantly different from it on these {ranking['images'].iloc[0]} images{groups}: "
+            f"{join_names(others, MOST_NAMED)}."
+        )
+    else:
         nearest = int(ranking["behind_best"].iloc[1:].to_numpy().argmin()) + 1
-        told = f"All others are behind it by more than 1.96 standard errors, the nearest, {names[nearest]}, by "
-        told += f"{show_gap(ranking, nearest)}."
-    return f"Suggestion: {names[chosen]}, {reason}. {told}{describe_contradiction(ranking)}"
+        compared = (
+            f"All others are significantly worse; the nearest, {names[nearest]}, is behind by "
+            f"{show_gap(ranking, nearest)}."
+        )
+    lines = [f"Suggestion: {names[chosen]}, {reason}. {compared}"]
+    if chosen != fastest:
+        speeds, computation = ranking["images_per_second"], ranking["multiply_adds"] / 1e9
+        lines.append(
+            f"The speeds contradict the computation, as on a busy machine: {names[fastest]} was measured at "
+            f"{speeds.iloc[fastest]:.1f} images/s and {names[chosen]} at {speeds.iloc[chosen]:.1f}, but an image takes "
+            f"{computation.iloc[fastest]:.2f} and {computation.iloc[chosen]:.2f} billion multiply-adds. The suggestion "
+            "follows the computation."
+        )
+    return "\n".join(lines)
 
 
 def show_gap(ranking: pd.DataFrame, place: int) -> str:
-    """Returns by how much a candidate is behind the best one, with the 95 % interval, in points."""
+    """Returns the difference of a candidate from the best one with its 95 % confidence interval, in points."""
     gap, error = (100 * float(ranking[name].iloc[place]) for name in ("behind_best", "standard_error"))
-    margin = TOLD_APART * error
+    margin = SIGNIFICANT * error
     return f"{gap:.1f} points (95 % interval {gap - margin:.1f} to {gap + margin:.1f})"
 
 
-def describe_contradiction(ranking: pd.DataFrame) -> str:
-    """Returns the sentence on a speed that contradicts the computation; empty where the suggestion is the fastest."""
-    chosen, fastest = (int(np.flatnonzero(ranking[name])[0]) for name in ("suggested", "measured_fastest"))
-    if chosen == fastest:
-        return ""
-    names = name_candidates(ranking)
-    speeds, computation = ranking["images_per_second"], ranking["multiply_adds"] / 1e9
-    return (
-        f"\nThe speeds contradict the computation, as on a busy machine: {names[fastest]} was measured at "
-        f"{speeds.iloc[fastest]:.1f} images/s, {names[chosen]} at {speeds.iloc[chosen]:.1f}, but an image takes "
-        f"{computation.iloc[fastest]:.2f} and {computation.iloc[chosen]:.2f} billion multiply-adds. The choice rests "
-        "on these."
-    )
-
-
 def draw_ranking(ranking: pd.DataFrame, write_path: str) -> str:
-    """Draws the metric over the speed beside a table's file, as a PNG file.
-
-    Args:
-        ranking: as `backbone_comparison.rank` gives it.
-        write_path: of the table.
-
-    Returns:
-        The picture's path.
-    """
+    """Draws the metric over the speed as a PNG file with the name of the table's file; returns its path."""
     path = f"{os.path.splitext(write_path)[0]}.png"
     with style({}), atomic_path(path) as temporary:
         draw_front(ranking).savefig(temporary, dpi=PRINTED_DPI, facecolor="white")
@@ -166,7 +162,7 @@ def draw_ranking(ranking: pd.DataFrame, write_path: str) -> str:
 
 
 def draw_front(ranking: pd.DataFrame) -> Figure:
-    """Draws the metric of each, with its interval, over the speed, and the front of those that none beats in both."""
+    """Draws the metric of each candidate, with its interval, over the speed, and the Pareto front of both."""
     column = get_metric_name(ranking)
     figure = Figure(figsize=(8.6, 5.6), layout="constrained")
     axes = figure.add_subplot()
@@ -187,9 +183,13 @@ def draw_front(ranking: pd.DataFrame) -> Figure:
             axes.scatter(*points, s=size, marker=marker, color=colour, edgecolor="white", label=label, zorder=3)
     axes.set(xscale="log", xlabel="Images a second, features alone", ylabel=METRICS[column])
     axes.margins(x=0.16, y=0.08)
-    set_speed_ticks(axes, speeds)
+    # A narrow range has few powers of ten and their multiples: it needs more ticks.
+    steps = (1, 2, 5) if speeds.max() > 4 * speeds.min() else range(1, 10)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
-    # Beneath the picture it covers no point.
+    # Below the axes it covers no point.
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     axes.set_title("Frozen backbones by a probe; grey lines are 95 % intervals", fontsize=10)
     place_labels(axes, np.stack([speeds, values], axis=1), name_points(ranking), front)
@@ -197,37 +197,31 @@ def draw_front(ranking: pd.DataFrame) -> Figure:
 
 
 def name_points(ranking: pd.DataFrame) -> list[str]:
-    """Returns the candidates' names, with their sizes where these differ."""
-    names = name_candidates(ranking)
-    several = len(ranking[["height", "width"]].drop_duplicates()) > 1
-    return [name.replace(" at ", " ") for name in names] if several else ranking["backbone"].tolist()
-
-
-def set_speed_ticks(axes: Axes, speeds: np.ndarray) -> None:
-    """Writes speeds below a logarithmic axis as numbers, enough of them within a narrow range too."""
-    steps = (1, 2, 5) if speeds.max() > 4 * speeds.min() else range(1, 10)
-    axes.xaxis.set_major_locator(LogLocator(subs=steps))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    """Returns the candidates' names, with their sizes if these differ."""
+    if len(ranking[["height", "width"]].drop_duplicates()) == 1:
+        return ranking["backbone"].tolist()
+    return [name.replace(" at ", " ") for name in name_candidates(ranking)]
 
 
 def place_labels(axes: Axes, points: np.ndarray, names: Sequence[str], front: np.ndarray) -> list[Text]:
-    """Writes names where they cover least of other names, points, the front and the margin; far ones have a line.
+    """Writes names where they overlap least with other names, points, the front and the margin.
+
+    A name far from its point gets a leader line.
 
     Args:
         axes: with all points drawn.
-        points: `(points, 2)`, in the data's own units.
+        points: `(points, 2)`, in data coordinates.
         names: of the points.
-        front: positions of the points that a line joins.
+        front: positions of the points that the front joins.
     """
-    # The layout decides where points are; labels have no part in it.
+    # The layout moves points, so it comes first; labels take no part in it.
     axes.figure.draw_without_rendering()
     scale = axes.figure.dpi / 72
     centres = axes.transData.transform(points)
     dots = np.concatenate([centres - DOT * scale, centres + DOT * scale], axis=1)
-    line = find_line_boxes(centres[front], scale)
+    line = list_line_boxes(centres[front], scale)
     frame, taken, texts = axes.get_window_extent().extents, [], []
-    # From the top down, so that a crowd's labels stand in the order of its points.
+    # From the top down, so that crowded labels are in the order of their points.
     for number in np.argsort(-centres[:, 1], kind="stable"):
         look = {"fontsize": 8.5, "zorder": 4, "in_layout": False, "ha": "center", "va": "center"}
         text = axes.annotate(names[number], points[number], **look)
@@ -244,18 +238,13 @@ def place_labels(axes: Axes, points: np.ndarray, names: Sequence[str], front: np
         leader = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4} if is_far else None
         place = {"xytext": shifts[best] / scale, "textcoords": "offset points", "arrowprops": leader}
         texts.append(axes.annotate(names[number], points[number], **look, **place))
-        # What crosses a name, as an interval may, leaves it legible.
+        # Keeps a name legible that an interval crosses.
         texts[-1].set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     return texts
 
 
-def find_line_boxes(corners: np.ndarray, scale: float) -> np.ndarray:
-    """Returns small boxes along a line through points, `(boxes, 4)`: left, bottom, right and top, in pixels.
-
-    Args:
-        corners: `(points, 2)`, in pixels.
-        scale: pixels a point.
-    """
+def list_line_boxes(corners: np.ndarray, scale: float) -> np.ndarray:
+    """Returns small boxes along a line through corners `(points, 2)`: left, bottom, right and top, in pixels."""
     steps = np.linspace(0, 1, 60)[:, None]
     middles = [start + (end - start) * steps for start, end in itertools.pairwise(corners)]
     middles = np.concatenate([np.zeros((0, 2)), *middles])
@@ -263,23 +252,23 @@ def find_line_boxes(corners: np.ndarray, scale: float) -> np.ndarray:
 
 
 def list_shifts(half: np.ndarray, scale: float) -> list[np.ndarray]:
-    """Returns how far from its point a label's middle may stand, in pixels, the preferred place first.
+    """Returns the allowed distances of a label's centre from its point, in pixels, the preferred one first.
 
     Args:
-        half: of the label's width and height, in pixels.
-        scale: pixels a point.
+        half: half the label's width and height, in pixels.
+        scale: pixels per point.
     """
     directions = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)
     return [turn * distance * scale + np.round(turn, 1) * half for distance in DISTANCES for turn in directions]
 
 
 def measure_overlap(corners: np.ndarray, others: np.ndarray, frame: np.ndarray) -> float:
-    """Returns the area that a box shares with others, or has outside of a frame, in pixels.
+    """Returns the area that a box shares with others, plus twice its area outside a frame, in pixels.
 
     Args:
-        corners: left, bottom, right and top.
-        others: likewise, `(boxes, 4)`.
-        frame: likewise.
+        corners: left, bottom, right and top of the box.
+        others: those of other boxes, `(boxes, 4)`.
+        frame: those of the frame.
     """
     sides = np.minimum(corners[2:], others[:, 2:]) - np.maximum(corners[:2], others[:, :2])
     shared = np.prod(np.maximum(sides, 0), axis=1).sum()

@@ -1,4 +1,4 @@
-"""Which labels are probably wrong: probabilities by those who have not learnt from an image, judged by cleanlab."""
+"""Finds labels that are probably wrong: a model that was not trained on an image predicts, and cleanlab compares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pandas as pd
 from configs import Configs
 from finetune.core.devices import set_seed
 from finetune.core.options import UserError
-from finetune.core.texts import join_names
+from finetune.core.texts import join_names, show_count
 from finetune.core.values import get_input_size
 from finetune.data.data_check import check_images
 from finetune.data.groups import (
@@ -23,36 +23,33 @@ from finetune.data.groups import (
     read_groups,
     refuse_lone_classes,
 )
-from finetune.data.pixel_range import resolve_pixel_range, tell_assumed_range, tell_unfit_range
+from finetune.data.inspection import resolve_pixel_range, tell_assumed_range, tell_unfit_range
 from finetune.data.stores import join_path
 from finetune.data.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table, resolve_class_names
-from finetune.evaluation.decision_file import read_decision
+from finetune.evaluation.decision import read_decision
 from finetune.models.heads import has_parts
 from finetune.models.model_files import has_views, load_fitting_model, strip_views
-from finetune.studies.label_scores import (
-    Estimate,
-    count_errors,
-    rank_suspects,
-)
+from finetune.reporting.label_page import NEIGHBOUR_SIDE, PHOTO_SIDE, embed_photos, write_label_page
+from finetune.studies.label_scores import Estimate, count_errors, rank_suspects
 from finetune.training.feature_store import get_features
 from finetune.training.probe import cross_validate, split_head
-from finetune.training.run_data import IMAGES_FILE, READING_OPTIONS, find_trained_images
+from finetune.training.run_folder import IMAGES_FILE, READING_OPTIONS, find_trained_images
 from finetune.training.trained_model import find_trained_model, name_model
 from generator import get_generator, tell_bad_images
 from model import ModelFactory
 
 NEIGHBOURS = 3
-# A regression learns little of a class from fewer images.
+# A regression learns little about a class from fewer images.
 FEW = 5
-# Rows whose similarities to all images are in memory at a time.
+# Images whose similarities to all others are in memory at a time.
 CHUNK = 64
 
 
 class Judge(NamedTuple):
-    """What answers for the images: a backbone whose features a regression is fitted to, or a run's trained model.
+    """Predicts the labels: a backbone with a regression on its features, or a run's trained model.
 
     Attributes:
-        model: as it was built or loaded.
+        model: as built or loaded.
         path: of the run's model; empty for a regression.
     """
 
@@ -66,12 +63,12 @@ class Evidence(NamedTuple):
     Attributes:
         rows: int `(images,)`, line numbers in the table.
         names: paths as the table has them.
-        files: the files that these mean.
+        files: the paths of the files.
         texts: the labels as the table has them.
-        labels: as `encode_labels` gives them.
+        labels: as `encode_labels` returns them.
         features: float32 `(images, channels)`.
-        probabilities: `(images, classes)`, of images that the judge has not learnt from.
-        groups: as `number_groups` gives them.
+        probabilities: `(images, classes)`, each by a model that was not trained on the image.
+        groups: as `number_groups` returns them.
     """
 
     rows: np.ndarray
@@ -85,7 +82,7 @@ class Evidence(NamedTuple):
 
 
 def get_judge(configs: Configs, csv_path: str) -> tuple[Judge, Configs]:
-    """Builds the backbone that the configs describe or, where `load_model_path` is given, loads that run's model.
+    """Builds the backbone that the configs describe, or loads the model of `load_model_path` if given.
 
     Returns:
         The judge, and the configs with `classes`: of the table, or of the run.
@@ -98,41 +95,27 @@ def get_judge(configs: Configs, csv_path: str) -> tuple[Judge, Configs]:
         model = load_fitting_model(path, configs.classes, get_input_size(configs))
         if not has_parts(strip_views(model)):
             raise UserError(f"{path} has no parts 'backbone' and 'classifier'. Name a model that train.py has written.")
-        refuse_one_label(configs.classes, csv_path)
+    else:
+        path, configs = "", resolve_pixel_range(configs, [csv_path])
+        options = (configs.csv_label_column, configs.multi_label_classification)
+        configs = configs.replace(classes=resolve_class_names(configs.classes, csv_path, *options))
+    if len(configs.classes) == 1:
+        raise UserError(
+            f"{csv_path}: every image has the only label, {configs.classes[0]}. Expected at least two labels to judge."
+        )
+    configs = configs.replace(train_csv=csv_path)
+    if path:
         print(name_model(configs, path))
-        return Judge(model, path), configs.replace(train_csv=csv_path)
-    configs = resolve_pixel_range(configs, [csv_path])
-    class_names = resolve_class_names(
-        configs.classes, csv_path, configs.csv_label_column, configs.multi_label_classification
-    )
-    refuse_one_label(class_names, csv_path)
-    configs = configs.replace(train_csv=csv_path, classes=class_names)
+        return Judge(model, path), configs
     set_seed(configs.random_seed)
     return Judge(ModelFactory().get_model(configs), ""), configs
 
 
-def refuse_one_label(class_names: Sequence[str], csv_path: str) -> None:
-    """Raises UserError if there is one label, which every image has then."""
-    if len(class_names) == 1:
-        raise UserError(
-            f"{csv_path}: every image has the only label, {class_names[0]}. Expected at least two to judge."
-        )
-
-
-def refuse_labels_of_all(labels: np.ndarray, class_names: Sequence[str], csv_path: str) -> None:
-    """Raises UserError if every image has every label, so that no other image shows what it is to lack one."""
-    if labels.ndim == 2 and labels.all():
-        raise UserError(
-            f"{csv_path}: every image has the same labels, {LABEL_SEPARATOR.join(class_names)}. Expected images that "
-            "lack one of them, or a run that knows such images: name it by load_model_path."
-        )
-
-
 def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
-    """Reads the images of a table and answers for each by what has not learnt from it.
+    """Reads the images of a table and predicts each with a model that was not trained on it.
 
-    Images that cannot be read are left out under `skip_bad_images`, and with a run's model those that it was trained
-    on, and all of their groups; either number is printed.
+    Leaves out images that cannot be read under `skip_bad_images` and, with a run's model, those that it was trained on
+    and the rest of their groups; prints how many.
 
     Raises:
         UserError: the table or an image is not usable, or no image is left.
@@ -150,7 +133,11 @@ def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
         left_out |= find_learnt_rows(judge.path, csv_path, files, left_out, groups)
     sequence = get_generator(csv_path, configs.classes, configs, training=False, bad_rows=left_out)
     if not judge.path:
-        refuse_labels_of_all(sequence.labels, configs.classes, csv_path)
+        if sequence.labels.ndim == 2 and sequence.labels.all():
+            raise UserError(
+                f"{csv_path}: every image has the same labels, {LABEL_SEPARATOR.join(configs.classes)}. Expected "
+                "images that lack one of them, or the model of a run with such images: set load_model_path."
+            )
         refuse_lone_classes(sequence.labels, sequence.get_groups(), len(configs.classes), csv_path)
     rows = np.setdiff1d(np.arange(2, len(names) + 2), np.array(sorted(left_out), int))
     model = strip_views(judge.model)
@@ -162,7 +149,7 @@ def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
     if not is_read.all():
         features, rows = features[is_read], rows[is_read]
     if not np.isfinite(features).all():
-        raise UserError("The backbone's features are not finite: its weights are damaged. Name another model.")
+        raise UserError("The backbone's features are not finite: its weights are damaged. Use another model.")
     if judge.path:
         mirrored = None
         if has_views(judge.model):
@@ -179,7 +166,7 @@ def gather_evidence(judge: Judge, configs: Configs, csv_path: str) -> Evidence:
 def find_learnt_rows(
     model_path: str, csv_path: str, files: Sequence[str], bad_rows: set[int], groups: np.ndarray | None
 ) -> set[int]:
-    """Returns the line numbers of the images that a run was trained on, and of their groups; prints their number.
+    """Returns the line numbers of the images that a run was trained on and of their groups; prints how many.
 
     Raises:
         UserError: no other image is left.
@@ -188,10 +175,7 @@ def find_learnt_rows(
     usable = {row: file for row, file in enumerate(files, start=2) if row not in bad_rows}
     found = find_trained_images(folder, list(usable.values()), ["training"])
     if found is None:
-        print(
-            f"Warning: the run has no {IMAGES_FILE}: which images it was trained on, whose labels it believes, is not "
-            "known."
-        )
+        print(f"Warning: the run has no {IMAGES_FILE}. Errors in labels that the model was trained on may be missed.")
         return set()
     learnt, what = {row for row, file in usable.items() if file in found}, ""
     if groups is not None:
@@ -201,8 +185,8 @@ def find_learnt_rows(
         learnt |= of_groups
     if len(learnt) == len(usable):
         raise UserError(
-            f"{csv_path}: the model was trained on all {len(usable)} images{what}, and believes their labels. Leave "
-            "out load_model_path to judge them."
+            f"{csv_path}: the model was trained on all {len(usable)} images{what}, so it cannot judge their labels. "
+            "Leave out load_model_path."
         )
     if learnt:
         print(f"Left out {len(learnt)} of {len(usable)} images, which the model was trained on{what}.")
@@ -210,7 +194,7 @@ def find_learnt_rows(
 
 
 def answer(judge: Judge, features: np.ndarray, mirrored: np.ndarray | None, configs: Configs) -> np.ndarray:
-    """Returns a run's calibrated probabilities of images, `(images, classes)`, by their features."""
+    """Returns a run's calibrated probabilities from features, `(images, classes)`."""
     head = split_head(strip_views(judge.model))
     views = [features] if mirrored is None else [features, mirrored]
     probabilities = np.mean([head.predict(view, batch_size=1024, verbose=0) for view in views], axis=0)
@@ -228,22 +212,21 @@ def answer_out_of_fold(
     seed: int,
     groups: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Returns what a regression on the other images says of each one, `(images, classes)`.
+    """Returns cross-validated probabilities of a regression on features, `(images, classes)`.
 
-    It is fitted twice, the second time without the images whose labels the first answers say are wrong, since these
-    spoil the answers for others; the result is the mean. Of images in groups, neither has seen the image's own group.
-    The only image of a class, or its only group, has no other one to be known by: its label is taken as right, which is
-    printed.
+    It is the mean of two fits. The second one leaves out the labels that look wrong after the first, since they bias
+    the probabilities of other images. Whole groups are held out. A class of one image or group cannot be judged: its
+    label counts as right, and the class is printed.
     """
     one_hot = labels if multi_label else np.eye(len(class_names), dtype=np.uint8)[labels]
-    lone = _tell_lone_labels(one_hot, class_names, groups)
+    lone = _find_lone_labels(one_hot, class_names, groups)
     first = cross_validate([features], labels, len(class_names), seed, groups=groups)
     if groups is not None:
-        # Else the second fit would know nothing of a class whose group is large.
+        # Otherwise the second fit could leave out a whole class, if its only group is large.
         _trust_labels(first, one_hot, lone, multi_label)
     wrong = rank_suspects(labels, first, multi_label)[0][: count_errors(labels, first, multi_label)]
     probabilities = first
-    # Where most labels seem wrong, nothing is known of which.
+    # If most labels look wrong, the first fit is useless.
     if 0 < len(wrong) < len(labels) // 2:
         second = cross_validate([features], labels, len(class_names), seed + 1, wrong, groups)
         probabilities = (first + second) / 2
@@ -252,7 +235,7 @@ def answer_out_of_fold(
 
 
 def _trust_labels(probabilities: np.ndarray, one_hot: np.ndarray, classes: np.ndarray, multi_label: bool) -> None:
-    """Makes the labels of some classes certain."""
+    """Makes the probabilities of the images of some classes those of their labels."""
     for position in classes:
         rows = np.flatnonzero(one_hot[:, position])
         if not multi_label:
@@ -260,8 +243,8 @@ def _trust_labels(probabilities: np.ndarray, one_hot: np.ndarray, classes: np.nd
         probabilities[rows, position] = 1
 
 
-def _tell_lone_labels(one_hot: np.ndarray, class_names: Sequence[str], groups: np.ndarray | None) -> np.ndarray:
-    """Prints which classes lie in one image or group, or in few; returns those in one."""
+def _find_lone_labels(one_hot: np.ndarray, class_names: Sequence[str], groups: np.ndarray | None) -> np.ndarray:
+    """Returns the classes of one image or group; prints them, and the classes of few."""
     counts = one_hot.sum(axis=0)
     units = counts if groups is None else count_groups_of_classes(one_hot, groups, len(class_names))
     for other, places in {"image": counts == 1, "group of images": (units == 1) & (counts > 1)}.items():
@@ -274,34 +257,23 @@ def _tell_lone_labels(one_hot: np.ndarray, class_names: Sequence[str], groups: n
     return np.flatnonzero(units == 1)
 
 
-def name_labels(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    """Returns labels as a table has them, several joined by `$`."""
-    if labels.ndim == 1:
-        return [class_names[position] for position in labels]
-    return [LABEL_SEPARATOR.join(class_names[position] for position in np.flatnonzero(row)) for row in labels]
-
-
 def list_suspects(evidence: Evidence, class_names: Sequence[str], most: int) -> tuple[pd.DataFrame, np.ndarray]:
-    """Lists the labels that are probably wrong, the most doubtful first.
-
-    Args:
-        evidence: the images.
-        class_names: in the order of the probabilities.
-        most: how many to list.
+    """Lists the suspected label errors, the most doubtful label first, at most `most` of them.
 
     Returns:
         A table of `row`, the line number; `path`, `given_label`, `likely_label`; `confidence` that the given label is
-        wrong, in `[0, 1]`, one minus cleanlab's quality of the label; and `rank`, from 1 on. And the suspects'
-        positions among the images.
+        wrong, in `[0, 1]`, one minus cleanlab's quality of the label; and `rank`, from 1 on. And their positions among
+        the images.
     """
     multi_label = evidence.labels.ndim == 2
     suspects, qualities, likely = rank_suspects(evidence.labels, evidence.probabilities, multi_label)
     suspects = suspects[:most]
+    rows = [np.flatnonzero(row) if multi_label else [row] for row in likely[suspects]]
     columns = {
         "row": evidence.rows[suspects],
         IMAGE_COLUMN: [evidence.names[position] for position in suspects],
         "given_label": [evidence.texts[position] for position in suspects],
-        "likely_label": name_labels(likely[suspects], class_names),
+        "likely_label": [LABEL_SEPARATOR.join(class_names[position] for position in row) for row in rows],
         "confidence": np.round(1 - qualities[suspects], 4),
         "rank": np.arange(1, len(suspects) + 1),
     }
@@ -309,19 +281,13 @@ def list_suspects(evidence: Evidence, class_names: Sequence[str], most: int) -> 
 
 
 def find_neighbours(features: np.ndarray, positions: np.ndarray, number: int = NEIGHBOURS) -> np.ndarray:
-    """Finds the images that are most like some of them, by the angle between their features around the mean.
-
-    Args:
-        features: float32 `(images, channels)`; they are not copied.
-        positions: of the images to find neighbours of.
-        number: of neighbours.
+    """Finds the images most similar to some others, by the cosine between features around their mean.
 
     Returns:
-        Positions of the others, int `(len(positions), number)`, fewer columns where there are fewer images; the
-        nearest first.
+        Positions, int `(len(positions), number)`, the nearest first; fewer columns if there are fewer images.
     """
     mean = features.mean(axis=0)
-    # The angle around the mean, without a copy of all features less their mean.
+    # Lengths of the centred features, without a centred copy of all of them.
     squares = np.einsum("ij,ij->i", features, features) - 2 * features @ mean + mean @ mean
     lengths = np.sqrt(np.maximum(squares, np.finfo(np.float32).tiny))
     number = min(number, len(features) - 1)
@@ -338,10 +304,43 @@ def find_neighbours(features: np.ndarray, positions: np.ndarray, number: int = N
 
 
 def summarize(estimate: Estimate, images: int, listed: int, groups: np.ndarray | None = None) -> str:
-    """Returns in sentences how many labels are expected to be wrong, and what that is worth."""
-    what = f"{images} labels{describe_groups(groups)}"
-    narrow = " The interval is over images, and too narrow for one group." * is_single_group(groups)
+    """Returns the estimated number of wrong labels and its limits, in sentences."""
+    narrow = " The interval treats the images of the single group as independent: it is too narrow."
     return (
-        f"Of {what}, about {estimate.number} are expected to be wrong (95 % interval {estimate.low} to "
-        f"{estimate.high}); {listed} suspects are listed.{narrow} This is an estimate and no proof: look at each photo."
+        f"Of {images} labels{describe_groups(groups)}, about {estimate.number} are expected to be wrong (95 % interval "
+        f"{estimate.low} to {estimate.high}). {show_count(listed, 'suspected label error')} in the list."
+        f"{narrow * is_single_group(groups)} This is an estimate, not a proof: look at each photo."
     )
+
+
+def write_page(
+    path: str,
+    found: tuple[pd.DataFrame, np.ndarray],
+    evidence: Evidence,
+    summary: str,
+    csv_path: str,
+    configs: Configs,
+) -> None:
+    """Writes the page, atomically; it is self-contained.
+
+    Args:
+        path: the HTML file.
+        found: what `list_suspects` returned.
+        evidence: the images.
+        summary: how many labels are expected to be wrong, in sentences.
+        csv_path: the table.
+        configs: with `classes`; how photos are read, and the options of the command that corrects the table.
+
+    Raises:
+        UserError: a photo can no longer be read, or the page cannot be written.
+    """
+    suspects, positions = found
+    neighbours = find_neighbours(evidence.features, positions)
+    files, texts, names = evidence.files, evidence.texts, evidence.names
+    photos = embed_photos((files[position] for position in positions), PHOTO_SIDE, configs)
+    small = embed_photos((files[other] for other in neighbours.flat), NEIGHBOUR_SIDE, configs)
+    cards = suspects.to_dict("records")
+    for card, position, others in zip(cards, positions, neighbours, strict=True):
+        card["photo"] = photos[files[position]]
+        card["neighbours"] = [(small[files[other]], texts[other], names[other]) for other in others]
+    write_label_page(path, cards, summary, "the most similar ones, with their own labels", csv_path, configs)

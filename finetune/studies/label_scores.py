@@ -1,4 +1,4 @@
-"""Scores labels against out-of-fold answers, and estimates how many are wrong, as cleanlab counts them."""
+"""Scores labels by out-of-fold probabilities, and estimates how many are wrong, both with cleanlab."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import cleanlab.multilabel_classification
 import cleanlab.rank
 import numpy as np
 
-from finetune.data.groups import (
-    count_groups,
-    is_single_group,
-)
+from finetune.data.groups import count_groups, is_single_group
 
 RESAMPLINGS = 200
 
 
 class Estimate(NamedTuple):
-    """How many labels are wrong by cleanlab's count, with its 95 % confidence interval over images."""
+    """The number of wrong labels by cleanlab, with its 95 % confidence interval."""
 
     number: int
     low: int
@@ -27,12 +24,7 @@ class Estimate(NamedTuple):
 
 
 def find_wrong_labels(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Returns which of several labels are wrong as cleanlab counts them, each judged by itself, bool.
-
-    Args:
-        labels: `(images, classes)` of zeros and ones.
-        probabilities: `(images, classes)`.
-    """
+    """Returns which labels of multi-label images are wrong by cleanlab, class by class, bool `(images, classes)`."""
     is_wrong = np.zeros(labels.shape, bool)
     for position, (given, probability) in enumerate(zip(labels.T.astype(int), probabilities.T, strict=True)):
         pair = np.stack([1 - probability, probability], axis=1)
@@ -45,10 +37,10 @@ def find_wrong_labels(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarr
 
 
 def find_likely(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Returns the likely labels as `encode_labels` gives them.
+    """Returns the likely labels in the form that `encode_labels` returns.
 
-    Of several labels, those that cleanlab counts as wrong are changed or, where it counts none, the most doubtful one
-    if it is more probably wrong than right; all others are left. At least one label is likely.
+    Multi-label, the given labels change where cleanlab finds them wrong. If it finds none of an image's wrong, its most
+    doubtful one changes if that is probably wrong. An image keeps at least one label.
     """
     best = probabilities.argmax(axis=1)
     if not multi_label:
@@ -63,15 +55,15 @@ def find_likely(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool
 
 
 def score_labels(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Returns cleanlab's quality of each image's label, in `[0, 1]`, the lowest the most doubtful.
+    """Returns cleanlab's quality of each image's label, in `[0, 1]`, lowest for the most doubtful.
 
-    Single-label it is the probability of the given label; multi-label a mean over all labels, in which the worst one
-    counts most.
+    Single-label it is the probability of the given label, multi-label a mean over all labels that weights the worst
+    most.
 
     Source: Kuan and Mueller, ICML 2022 workshop DataPerf; multi-label Thyagarajan et al., 2022 (arXiv:2211.13895).
     """
     if multi_label:
-        # cleanlab refuses labels that all images have: one more image, without the last label, changes no other score.
+        # cleanlab rejects a label that all images have. One more image without it changes no other score.
         given = [*(np.flatnonzero(row).tolist() for row in labels), [0]]
         padded = np.concatenate([probabilities, probabilities[:1]])
         return cleanlab.multilabel_classification.get_label_quality_scores(given, padded)[:-1]
@@ -81,73 +73,61 @@ def score_labels(labels: np.ndarray, probabilities: np.ndarray, multi_label: boo
 def rank_suspects(
     labels: np.ndarray, probabilities: np.ndarray, multi_label: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ranks the images whose likely label is another one than the given.
-
-    Args:
-        labels: as `encode_labels` gives them.
-        probabilities: `(images, classes)`, of images that the judge has not learnt from.
-        multi_label: which kind of labels.
+    """Ranks the images whose likely label differs from the given one.
 
     Returns:
-        Positions of the suspects, the most doubtful first; of every image, the quality of its label, and the likely
-        one as `find_likely` gives it.
+        Their positions, the most doubtful label first; and of every image the quality of its label, and the likely
+        labels as `find_likely` returns them.
     """
-    qualities, likely = (
-        score_labels(labels, probabilities, multi_label),
-        find_likely(labels, probabilities, multi_label),
-    )
+    qualities = score_labels(labels, probabilities, multi_label)
+    likely = find_likely(labels, probabilities, multi_label)
     differs = likely != labels
     suspects = np.flatnonzero(differs.any(axis=1) if multi_label else differs)
     return suspects[np.argsort(qualities[suspects], kind="stable")], qualities, likely
 
 
 def count_errors(labels: np.ndarray, probabilities: np.ndarray, multi_label: bool) -> int:
-    """Returns how many images have a wrong label, as cleanlab counts them.
+    """Returns how many images have a wrong label by cleanlab.
 
-    Source: Northcutt et al., JAIR 2021 (arXiv:1911.00068): an image counts whose probability of another label is at
-    least the mean one of the images with that label. Of several labels, each is judged by itself.
+    Source: Northcutt et al., JAIR 2021 (arXiv:1911.00068): an image counts if its probability of another class is at
+    least the mean probability of that class over the images labelled with it. Multi-label, each class is judged by
+    itself.
     """
-    if not multi_label and (labels == labels[0]).all():
-        # cleanlab needs two classes; a resample may lack a rare one.
+    if multi_label:
+        return int(find_wrong_labels(labels, probabilities).any(axis=1).sum())
+    if (labels == labels[0]).all():
+        # cleanlab needs two classes, and a bootstrap sample may lack a rare one.
         return int((probabilities.argmax(axis=1) != labels).sum())
-    if not multi_label:
-        return int(cleanlab.count.num_label_issues(labels, probabilities))
-    return int(find_wrong_labels(labels, probabilities).any(axis=1).sum())
+    return int(cleanlab.count.num_label_issues(labels, probabilities))
 
 
 def estimate_errors(
     labels: np.ndarray, probabilities: np.ndarray, multi_label: bool, seed: int, groups: np.ndarray | None = None
 ) -> Estimate:
-    """Estimates how many labels are wrong, with a bootstrap over images, or over groups of them.
-
-    Args:
-        labels: as `encode_labels` gives them.
-        probabilities: `(images, classes)`.
-        multi_label: which kind of labels.
-        seed: of the bootstrap.
-        groups: of the images, as `number_groups` gives them.
+    """Estimates how many labels are wrong, with a bootstrap over images or groups.
 
     Returns:
-        Where none is found, the upper bound is 3: as many are still found by none in 5 of 100 samples. Of groups it is
-        as many images as three groups have on average.
+        The estimate. If no label is found wrong, the upper end is 3 images (the rule of three) or, with groups, as
+        many images as three groups have on average.
     """
-    # One group shows nothing of how groups differ: `summarize` says so.
+    # A single group cannot be resampled: `summarize` warns.
     groups = None if is_single_group(groups) else groups
     rng, number = np.random.default_rng(seed), count_errors(labels, probabilities, multi_label)
     counts = []
     for rows in _draw_rows(len(labels), groups, rng):
-        # Resamples of groups differ in size.
+        # Samples of groups differ in size.
         share = len(labels) / len(rows)
         counts.append(count_errors(labels[rows], probabilities[rows], multi_label) * share)
     low, high = np.percentile(counts, [2.5, 97.5])
-    unseen = int(np.ceil(3 * len(labels) / count_groups(groups, len(labels))))
-    return Estimate(
-        number, min(int(low), number), max(int(np.ceil(high)), number, 0 if number else min(unseen, len(labels)))
-    )
+    low, high = min(int(low), number), max(int(np.ceil(high)), number)
+    if not number:
+        unseen = int(np.ceil(3 * len(labels) / count_groups(groups, len(labels))))
+        high = max(high, min(unseen, len(labels)))
+    return Estimate(number, low, high)
 
 
 def _draw_rows(images: int, groups: np.ndarray | None, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yields the positions of the images in each resample: images, or whole groups, drawn with replacement."""
+    """Yields the positions of the images in each bootstrap sample, of images or of whole groups."""
     if groups is None:
         for _ in range(RESAMPLINGS):
             yield rng.integers(images, size=images)

@@ -1,4 +1,4 @@
-"""A frozen backbone's features of images, kept on the disk so that they are computed once for all scripts."""
+"""A frozen backbone's features of images, stored on disk so that all scripts compute them once."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from finetune.models.heads import Parts, split_model
 from finetune.training.probe import build_extractor, compute_features
 from generator import AugmentedImageSequence, naming_bad_images
 
-# To be raised when images are decoded or resized in another way.
+# Raise this when images are decoded or resized in another way.
 VERSION = 2
-# Images after which what is known is written, and the bar moves.
+# After this many images, the features are written and the bar moves.
 CHUNK = 256
 
 
 class FeatureStore:
     """Features of images by one backbone at one size, in a file that grows; it may be deleted at any time.
 
-    A record is a digest of the image's path, size and modification time, a checksum, and the features, float32. What
-    was half written when a process was killed is left out; of two records of an image the later one counts.
+    A record holds a digest of the image's path, size and modification time, a checksum, and the features, float32. A
+    record that a killed process left incomplete is ignored; of two records of an image the later one counts.
 
     Args:
         folder: where the file is, or will be.
-        model: of this collection; its backbone's weights, input and preprocessing are in the file's name.
-        mirrored: features of the mirror images.
-        resize_mode: how the images come to the model's size; each has a file of its own.
+        model: of this collection; the file name depends on its backbone's weights, input and preprocessing.
+        mirrored: whether the images are mirrored.
+        resize_mode: how images are resized.
     """
 
     def __init__(self, folder: str, model: keras.Model, mirrored: bool, resize_mode: str = "stretch") -> None:
@@ -48,13 +48,10 @@ class FeatureStore:
         self._record = np.dtype([("digest", "V16"), ("checksum", "<u4"), ("features", "<f4", (self._channels,))])
 
     def read(self, digests: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns what is known of images.
+        """Returns the stored features of images, float32 `(images, channels)`, and which are known, bool `(images,)`.
 
         Args:
-            digests: of each, as `digest_image` gives them; an empty one is of an image that cannot be read.
-
-        Returns:
-            float32 `(images, channels)`, NaN where nothing is known, and where something is, bool `(images,)`.
+            digests: of the images, by `digest_image`; empty for an unreadable image.
         """
         features = np.full((len(digests), self._channels), np.nan, np.float32)
         is_known = np.zeros(len(digests), bool)
@@ -74,18 +71,16 @@ class FeatureStore:
         Raises:
             UserError: the file cannot be written.
         """
-        # An image that gives no digest, of a store that tells nothing but its bytes, is computed each time.
+        # An image without a digest, in a store that gives no size and time, is computed each time.
         kept = [row for row, digest in enumerate(digests) if digest]
-        digests, features = [digests[row] for row in kept], features[kept]
-        records = np.zeros(len(digests), self._record)
-        records["features"] = features
-        for row, digest in enumerate(digests):
-            records[row]["digest"] = np.void(digest)
-            records[row]["checksum"] = zlib.crc32(records[row]["features"].tobytes())
+        records = np.zeros(len(kept), self._record)
+        for record, row in zip(records, kept, strict=True):
+            record["digest"], record["features"] = np.void(digests[row]), features[row]
+            record["checksum"] = zlib.crc32(record["features"].tobytes())
         try:
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
             with open(self.path, "ab") as file:
-                # A record that a killed process left half written would shift all that follow.
+                # An incomplete record of a killed process would shift all that follow.
                 file.truncate(file.tell() // self._record.itemsize * self._record.itemsize)
                 file.write(records.tobytes())
         except OSError as error:
@@ -93,7 +88,7 @@ class FeatureStore:
 
 
 def _digest_backbone(model: keras.Model, parts: Parts) -> str:
-    """Returns 16 hexadecimal digits of all that features depend on beside the image."""
+    """Returns 16 hexadecimal digits of everything but the image that features depend on."""
     digest = hashlib.blake2b(digest_size=8)
     before, backbone, pooling = parts.before, parts.backbone, parts.pooling
     settings = ("scale", "offset", "mode")
@@ -118,19 +113,19 @@ def get_features(
     mirrored: bool = False,
     title: str = "Features",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns features as `compute_features` does, those that the store knows without computing them.
+    """Returns features as `compute_features` does; computes and stores those that the store lacks.
 
-    What is computed is written every few images: stopped and started again it goes on.
+    They are written every few images: stopped and started again, it continues from there.
 
     Args:
-        model: a model of this collection, whose backbone has the weights to use.
+        model: of this collection, with the backbone's weights.
         sequence: of the images, in one process.
         folder: of the store.
-        mirrored: take the mirror images.
+        mirrored: use the mirror images.
         title: of the progress bar.
 
     Returns:
-        float32 `(images, channels)` in the order of `paths`, NaN where an image could not be read, and which could.
+        float32 `(images, channels)` in the order of `paths`, NaN for unreadable images, and which could be read.
 
     Raises:
         UserError: an image cannot be read and `skip_bad_images` is not set, or the file cannot be written.
@@ -155,7 +150,7 @@ def get_features(
 
 
 def _split_rows(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Splits rows into chunks; the first has a whole batch and the one that is not: each has its own graph."""
+    """Splits rows into chunks; the first has every size of batch, each of which builds a graph."""
     step = max(1, CHUNK // batch_size) * batch_size
     starts = range(batch_size + len(rows) % batch_size, len(rows), step)
     return np.split(rows, starts) if len(rows) else []
@@ -164,7 +159,7 @@ def _split_rows(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
 def find_features(
     model: keras.Model, sequence: AugmentedImageSequence, folder: str, mirrored: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns features as `compute_features` does: from the store where that knows all of them. It writes nothing."""
+    """Returns features as `compute_features` does, from the store if it has all of them; never writes."""
     digests = [digest_image(path, sequence.pixel_range) for path in sequence.paths]
     features, is_known = FeatureStore(folder, model, mirrored, sequence.resize_mode).read(digests)
     return (features, is_known) if is_known.all() else compute_features(model, sequence, mirrored)

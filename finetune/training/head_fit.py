@@ -1,4 +1,4 @@
-"""The head fitted to a run's training images: where training starts, and refitted where it has ended."""
+"""The head fitted to a run's training images, before training and refitted after it."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from generator import AugmentedImageSequence
 
 
 class HeadFit:
-    """Makes a model's head the logistic regression on the features that the training images have now.
+    """Makes a model's head the logistic regression on the current features of the training images.
 
-    Where training changes images, their mirror images count too, and as training balances the classes, so does this.
+    If training augments images, their mirror images count too; if it balances the classes, so does this.
 
     Args:
         configs: of the run.
         model: its head is changed, in the scope of the run's strategy.
         training: the training images.
-        team: has the chief's weights in the end.
+        team: all its processes get the chief's weights.
     """
 
     def __init__(self, configs: Configs, model: keras.Model, training: AugmentedImageSequence, team: Team) -> None:
@@ -48,19 +48,16 @@ class HeadFit:
         self.model = model
         self.training = training
         self.team = team
-        # Their graphs take seconds to build, and give the features of whatever weights there are.
+        # A graph takes seconds to build; it always uses the current weights.
         self._get_extractor: Callable[[bool], TrainingModel] = functools.cache(
             functools.partial(build_extractor, model)
         )
 
     def start(self, store: str) -> tuple[np.ndarray, np.ndarray]:
-        """Fits the head, and says so.
+        """Fits the head; returns the features and which images could be read, as `compute_features` does.
 
         Args:
-            store: the folder where other scripts have left features, or none; several processes compute their own.
-
-        Returns:
-            The features, and which images could be read, as `compute_features` does.
+            store: the folder of features from other scripts, or empty; several processes compute their own.
         """
         find = functools.partial(find_features, folder=store) if self.team.size == 1 and store else compute_features
         features, is_read, strength = self._fit(lambda mirrored: find(self.model, self.training, mirrored=mirrored))
@@ -73,19 +70,19 @@ class HeadFit:
         return features, is_read
 
     def refit(self) -> None:
-        """Fits the head to what the backbone sees by now; where that is not finite the head stays as it is."""
+        """Refits the head to the current features; keeps it if they are not finite."""
         with contextlib.suppress(FeaturesNotFinite):
             self._fit(lambda mirrored: extract_features(self._get_extractor(mirrored), self.training, mirrored))
 
     def _fit(self, find: Callable[[bool], tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, float]:
-        """Fits the head to features that are found, of images or mirror images; returns them, and the strength."""
+        """Fits the head to the features of images (and mirror images); returns them with `is_read` and the strength."""
         features, is_read = find(False)
         views = [features[is_read]]
         if self.mirrors:
             views.append(find(True)[0][is_read])
         labels, groups = self.training.labels[is_read], self.training.get_groups(is_read)
         strength = initialize_head(self.model, views, labels, self.seed, self.class_weights, groups)
-        # Libraries of other hosts may round otherwise: the chief's weights are those of all.
+        # Hosts may round differently: all take the chief's weights.
         logits = self.model.get_layer(HEAD).get_layer(LOGITS)
         weights = self.team.exchange([weight.tolist() for weight in logits.get_weights()])[0]
         logits.set_weights([np.array(weight) for weight in weights])

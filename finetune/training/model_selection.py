@@ -1,4 +1,4 @@
-"""Which model a run keeps: that of the best epoch, the last one, or an average of the start and the last epoch."""
+"""Which model a run keeps: the best epoch's, the last epoch's, or an average of the start and the last epoch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ from finetune.core.files import duplicate_file
 from finetune.evaluation.metrics import none_if_undefined
 from finetune.models.model_files import load_model, strip_views
 from finetune.training.callbacks import Validation, name_monitor
-from finetune.training.checkpoint_writer import CheckpointWriter
-from finetune.training.run_folder import BEST_MODEL, LATEST_MODEL, START_MODEL, find_start_model
-from finetune.training.training_state import read_state
+from finetune.training.run_folder import BEST_MODEL, LATEST_MODEL, START_MODEL, find_beside
+from finetune.training.training_state import CheckpointWriter, read_state
 from finetune.training.weight_averaging import choose_weights
 
 
 class ModelSelection:
-    """Chooses the model to keep, and notes its metrics in the run's progress.
+    """Chooses the model to keep, and records its metrics in the run's progress.
 
-    Args:
-        writer: of the phase; writes the start, or an average of it and the last epoch.
-        measure: has measured the model of an epoch.
-        refit: refits the head, where averages of weights are compared.
+    `refit` refits the head of averaged weights; with None they keep their averaged head.
     """
 
     def __init__(self, writer: CheckpointWriter, measure: Validation, refit: Callable[[], Any] | None) -> None:
@@ -35,7 +31,7 @@ class ModelSelection:
         self.model = writer.run.model
         self.monitor = name_monitor(configs.multi_label_classification)
         self.class_names = configs.classes
-        # The number of epochs after which the model to keep is known; 0: it is that of the best epoch so far.
+        # The number of epochs after which the model is chosen; 0: the best epoch so far, after each epoch.
         self.last_epoch = 0 if configs.model_selection == "best_epoch" else configs.num_epochs
         self.interpolates = configs.model_selection == "interpolate"
         is_probed = configs.head_initialization == "linear_probe" and not configs.load_model_path
@@ -44,7 +40,7 @@ class ModelSelection:
         self.start_weights: list[np.ndarray] = []
 
     def keep_start(self) -> None:
-        """Makes the model that training starts from the one to beat, as epoch 0, where it has a head."""
+        """Makes the start of training the model to beat, as epoch 0, if its head is fitted or loaded."""
         if not self.starts_good:
             return
         logs: dict[str, float] = {}
@@ -57,14 +53,14 @@ class ModelSelection:
         self.writer.save([*[BEST_MODEL] * is_best, *[START_MODEL] * self.interpolates, LATEST_MODEL], 0, 0)
 
     def resume(self) -> None:
-        """Brings what a run that goes on compares with into its own folder, where it goes on in another one."""
+        """Brings the models to compare with into the run's folder, if it continues in another one."""
         self._bring_best()
         self.start_weights = self._read_start() if self.interpolates else []
 
     def choose(self, epochs_completed: int, logs: dict[str, float]) -> bool:
-        """Notes the model to keep, as far as it is known after an epoch; tells whether that is the epoch's own.
+        """Records the model to keep after an epoch; returns whether it is the epoch's own.
 
-        The start, or an average of it and the last epoch, is written here.
+        Otherwise the start, or an average of it and the last epoch, is written here.
         """
         score, progress = logs[self.monitor], self.writer.progress
         if not self.last_epoch:
@@ -72,13 +68,13 @@ class ModelSelection:
         else:
             is_best = epochs_completed == self.last_epoch
         if is_best and self.interpolates:
-            is_best = self._choose_average(epochs_completed, logs)
+            is_best = self._keeps_last(epochs_completed, logs)
         if is_best:
             self._note(epochs_completed, score, self.measure.aurocs)
         return is_best
 
-    def _choose_average(self, epochs_completed: int, logs: dict[str, float]) -> bool:
-        """Chooses between start, averages and last epoch; writes what is kept, unless it is the last epoch's own."""
+    def _keeps_last(self, epochs_completed: int, logs: dict[str, float]) -> bool:
+        """Chooses between start, averages and last epoch; writes the chosen model unless it is the last epoch's own."""
         progress = self.writer.progress
         with self.writer.run.strategy.scope():
             kept = choose_weights(self.model, self.start_weights, self.measure, logs, self.refit)
@@ -93,23 +89,21 @@ class ModelSelection:
         return False
 
     def _note(self, epochs_completed: int, score: float, aurocs: np.ndarray | None) -> None:
-        """Notes the metrics of the model to keep."""
         progress = self.writer.progress
         progress.best, progress.best_epoch = none_if_undefined(score), epochs_completed
         if aurocs is not None:
             progress.best_aurocs = dict(zip(self.class_names, map(none_if_undefined, aurocs), strict=True))
 
     def _read_start(self) -> list[np.ndarray]:
-        """Reads the weights that the run has started from, and keeps them in its own folder too."""
-        path, own = find_start_model(self.source), os.path.join(self.writer.folder, START_MODEL)
+        """Reads the weights that the run has started from, and copies them into its own folder."""
+        path, own = find_beside(self.source, START_MODEL), os.path.join(self.writer.folder, START_MODEL)
         if self.writer.run.team.is_chief and not os.path.exists(own):
             duplicate_file(path, own)
         return strip_views(load_model(path)).get_weights()
 
     def _bring_best(self) -> None:
-        """Keeps the best model so far in the run's own folder too."""
-        folder = self.source if os.path.isdir(self.source) else os.path.dirname(self.source)
-        path, own = (os.path.join(place, BEST_MODEL) for place in (folder, self.writer.folder))
+        """Copies the best model so far into the run's own folder."""
+        path, own = find_beside(self.source, BEST_MODEL), os.path.join(self.writer.folder, BEST_MODEL)
         best_epoch = self.writer.progress.best_epoch
         is_missing = best_epoch is not None and os.path.isfile(path) and not os.path.exists(own)
         if self.writer.run.team.is_chief and is_missing:

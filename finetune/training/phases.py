@@ -1,4 +1,4 @@
-"""What is trained when, on images or on features, and the epochs of it."""
+"""The phases of a run: which layers learn in which epochs, from images or from features."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from configs import Configs
 from finetune.core.options import UserError
+from finetune.models.backbones import has_fixed_features, list_units, prepare_backbone
 from finetune.models.features import FeatureSequence
-from finetune.models.freezing import has_fixed_features, list_units, prepare_backbone
 from finetune.models.heads import BACKBONE
 from finetune.models.model_files import strip_views
 from finetune.training.probe import compute_features, split_head, takes_probe
@@ -25,9 +25,9 @@ class Phase(NamedTuple):
 
     Attributes:
         first_epoch: counted from 0.
-        end: the first epoch after them.
+        end: the first epoch after the phase.
         learning_rate: the highest one.
-        trains_head_only: the head alone learns.
+        trains_head_only: only the head learns.
     """
 
     first_epoch: int
@@ -37,12 +37,12 @@ class Phase(NamedTuple):
 
 
 def count_epochs(num_epochs: int, min_steps: int, steps: int) -> int:
-    """Returns how many epochs of `steps` training steps a run has: `num_epochs`, or as many as hold `min_steps`."""
+    """Returns how many epochs of `steps` training steps a run has: at least `num_epochs`, and at least `min_steps`."""
     return max(num_epochs, math.ceil(min_steps / steps))
 
 
 def get_phases(configs: Configs, devices: int) -> list[Phase]:
-    """Divides a run into the epochs that train the head alone, if any, and those that train all."""
+    """Divides a run into the epochs that train only the head, if any, and those that train everything."""
     factor = devices if configs.scale_learning_rate else 1
     if factor > 1:
         print(f"learning_rate is {configs.learning_rate} times {factor} devices: {configs.learning_rate * factor:g}.")
@@ -54,29 +54,26 @@ def get_phases(configs: Configs, devices: int) -> list[Phase]:
 
 
 def prepare_phase(run: Run, phase: Phase, state: dict[str, Any] | None) -> TrainingModel:
-    """Makes the layers trainable that learn in a phase, and builds what trains them; in the scope of the strategy.
+    """Makes the layers of a phase trainable and builds its training model, in the scope of the strategy.
 
-    Args:
-        run: of the phase.
-        phase: to train.
-        state: of the checkpoint to continue from, which may be of this phase; None: to start afresh.
+    `state` is of the checkpoint to continue from; None for a fresh start.
     """
     set_trainable(run.model, phase, run.configs)
     continues = is_within(state, phase)
     part = split_head(run.model) if trains_on_features(run.model, changes_images(run.configs)) else run.model
     optimizer = run.start.optimizer if continues else None
     trained = get_training_model(part, run.configs, run.losses.training, optimizer)
-    # Checkpoints without the option head_epochs, of older versions, have the one rate of their configs.
+    # Legacy checkpoints, from before head_epochs, have the one rate of their configs.
     if not continues or phase.learning_rate != state.get("learning_rate", state["configs"]["learning_rate"]):
         trained.optimizer.learning_rate = phase.learning_rate
     return trained
 
 
 def set_trainable(model: keras.Model, phase: Phase, configs: Configs) -> None:
-    """Makes the layers of the whole model trainable that learn in a phase.
+    """Makes the layers of a phase trainable, and no others.
 
     Raises:
-        UserError: the phase trains the head alone, and the model has no part of that name.
+        UserError: the phase trains only the head, and the model has no backbone.
     """
     names = [layer.name for layer in model.layers]
     if BACKBONE in names:
@@ -103,18 +100,11 @@ def restore_trainable(model: keras.Model, state: dict[str, Any] | None, configs:
     inner = strip_views(model)
     if state and BACKBONE in [layer.name for layer in inner.layers]:
         trains_head = (state["epochs_completed"], state["steps_completed"]) <= (configs.head_epochs, 0)
-        is_first = bool(configs.head_epochs) and trains_head
-        set_trainable(inner, Phase(0, 0, 1.0, is_first), configs)
+        set_trainable(inner, Phase(0, 0, 1.0, bool(configs.head_epochs) and trains_head), configs)
 
 
 def describe_phase(phase: Phase, model: keras.Model, training: AugmentedImageSequence) -> str:
-    """Returns the line that says what a phase does: its epochs, their steps, and how many parameters learn.
-
-    Args:
-        phase: of the run.
-        model: the whole one, as `prepare_phase` leaves it.
-        training: the training images, or their features.
-    """
+    """Returns the line that describes a prepared phase: its epochs, their steps, and how many parameters learn."""
     first, count = phase.first_epoch + 1, model.count_params()
     epochs = f"Epoch {first}" if phase.end == first else f"Epochs {first} to {phase.end}"
     learning = sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
@@ -124,26 +114,25 @@ def describe_phase(phase: Phase, model: keras.Model, training: AugmentedImageSeq
         return shown
     units, word = list_units(model.get_layer(BACKBONE))
     trained = sum(bool(unit.trainable_weights) for unit in units)
-    counted = f" Of the backbone's {len(units)} {word}, the last {trained} learn." if 0 < trained < len(units) else ""
-    return shown + counted
+    return shown + f" Of the backbone's {len(units)} {word}, the last {trained} learn." * (0 < trained < len(units))
 
 
 def is_within(state: dict[str, Any] | None, phase: Phase) -> bool:
-    """Tells whether a checkpoint was written after the first step of a phase: its optimizer is that of the phase."""
+    """Returns whether a checkpoint was written after the first step of a phase, with the phase's optimizer."""
     return bool(state) and (state["epochs_completed"], state["steps_completed"]) > (phase.first_epoch, 0)
 
 
 def changes_images(configs: Configs) -> bool:
-    """Tells whether training shows an image otherwise in every epoch."""
+    """Returns whether training changes an image in every epoch."""
     crops = configs.random_crop_area != [1.0, 1.0]
     return bool(configs.augmentation_strength != "none" or crops or configs.mixup_alpha or configs.cutmix_alpha)
 
 
 def refits_head(configs: Configs, model: keras.Model) -> bool:
-    """Tells whether averages of a run's weights are compared with refitted heads.
+    """Returns whether averages of a run's weights are compared with refitted heads.
 
-    A frozen backbone's features stay as they are, and so does their regression. On photos of several labels such heads
-    were worse by a point: their regularisation is weak, for the photos that they learn from have trained the features.
+    With a frozen backbone, the refitted head would be the first one. In multi-label runs refitted heads were worse by a
+    point: the features were trained on the same photos, so that weak regularisation looks best.
     """
     if configs.model_selection != "interpolate" or configs.multi_label_classification:
         return False
@@ -151,14 +140,14 @@ def refits_head(configs: Configs, model: keras.Model) -> bool:
 
 
 def trains_on_features(model: keras.Model, images_change: bool) -> bool:
-    """Tells whether what comes before the head gives each image the same features in every epoch of a phase."""
+    """Returns whether each image has the same features in every epoch of a phase."""
     return not images_change and has_fixed_features(model)
 
 
 def get_sets(run: Run) -> Images:
-    """Returns the images of a phase, or their features where those stay the same; in the scope of the strategy.
+    """Returns the images of a phase, or their features if those stay the same; in the scope of the strategy.
 
-    Where a validation image's mirror image is validated with it, so are their features.
+    With `test_time_augmentation`, the features of a validation image include those of its mirror image.
     """
     training, images = get_training_set(run), run.images
     if training is images.training:
@@ -171,7 +160,7 @@ def get_sets(run: Run) -> Images:
 
 
 def get_training_set(run: Run) -> AugmentedImageSequence:
-    """Returns the training images of a phase, or their features where those stay the same: they are computed once."""
+    """Returns the training images of a phase, or their features if those stay the same."""
     training = run.images.training
     if not trains_on_features(run.model, changes_images(run.configs)):
         return training
@@ -182,15 +171,14 @@ def get_training_set(run: Run) -> AugmentedImageSequence:
 def run_phase(
     trained: TrainingModel, sets: Images, phase: Phase, callbacks: list[keras.callbacks.Callback], run: Run
 ) -> None:
-    """Runs the epochs of a phase with a progress bar, from the step of the run's state on.
+    """Runs the epochs of a phase with a progress bar, from the step of the run's state.
 
     Raises:
-        UserError: an image turns out to be unreadable, or the loss is not finite.
+        UserError: an image is unreadable, or the loss is not finite.
     """
     training, state = sets.training, run.state
 
     def fit(first_epoch: int, end: int) -> None:
-        """Trains the epochs from `first_epoch` to before `end`, counted from 0."""
         trained.fit(training.to_dataset(), end, first_epoch, callbacks, run.interruption)
 
     first_epoch, first_step = phase.first_epoch, 0
@@ -198,7 +186,7 @@ def run_phase(
         first_epoch, first_step = state["epochs_completed"], state["steps_completed"]
     with naming_bad_images(*sets):
         if first_step:
-            # The rest of an epoch has fewer steps than those after it.
+            # The rest of this epoch has fewer steps than a whole one.
             training.first_step = first_step
             fit(first_epoch, first_epoch + 1)
             training.first_step, first_epoch = 0, first_epoch + 1

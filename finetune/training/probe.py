@@ -1,4 +1,4 @@
-"""The head on a frozen backbone's features: logistic regression, its strength by cross-validation."""
+"""The linear probe: a logistic regression on a frozen backbone's features, its strength by cross-validation."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from finetune.models.heads import Parts, compute_logit_inputs, has_parts, list_k
 from finetune.training.trainer import TrainingModel
 from generator import AugmentedImageSequence, naming_bad_images
 
-# The strengths C that are compared: half decades, the strongest regularisation first.
+# The compared strengths C, in half decades from the strongest regularisation.
 STRENGTHS = 10.0 ** np.arange(-2.5, 1.25, 0.5)
-# Where no class has images enough to compare: what photos' features of MobileNet prefer.
+# Without enough images to compare strengths: the best one for MobileNet's features of photos.
 USUAL_STRENGTH = 10.0**-1.5
 FOLDS = 5
 MOST_COMPARED_IMAGES = 2000
-# Numbers that are computed with in double precision out of fold: 256 MiB.
+# The most numbers to compute with in double precision out of fold: 256 MiB.
 MOST_DOUBLED = 2**25
-# How near to its end a regression is fitted, and in single precision, which comes no nearer.
+# Tolerances of a regression, in double and in single precision.
 TOLERANCE, SINGLE_TOLERANCE = 1e-7, 1e-4
 
 
 class FeaturesNotFinite(UserError):
-    """A backbone has no regression: its features are infinite or not numbers."""
+    """The features of a backbone are infinite or NaN."""
 
 
 def compute_features(
     model: keras.Model, sequence: AugmentedImageSequence, mirrored: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Computes once what the head sees of each image, while the backbone is frozen; in the scope of a strategy.
+    """Computes the input of the head for each image, in the scope of a strategy, whose devices share the work.
 
     Args:
         model: a model of this collection.
-        sequence: its images are read without augmentation. Under `skip_bad_images` those that cannot be read are
-            noted in its `bad_images`.
-        mirrored: take the mirror images.
+        sequence: its images are read without augmentation. With `skip_bad_images`, unreadable images are added to its
+            `bad_images`.
+        mirrored: use the mirror images.
 
     Returns:
-        What the pooling gives, float32 `(images, channels)` in the order of `paths`, and which images could be read,
-        bool `(images,)`; the rows of the others are NaN. The devices that train together share the work.
+        The pooled features, float32 `(images, channels)` in the order of `paths`, and which images could be read, bool
+        `(images,)`; the rows of unreadable images are NaN.
 
     Raises:
         UserError: an image cannot be read, or the model has no head.
@@ -63,7 +63,7 @@ def compute_features(
 def extract_features(
     extractor: TrainingModel, sequence: AugmentedImageSequence, mirrored: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Computes features as `compute_features` does, by what `build_extractor` returns."""
+    """Computes features as `compute_features` does, with the model of `build_extractor`."""
     plain = read_plainly(sequence, extractor.input_shape[1:3])
     with naming_bad_images(plain):
         known, is_read = extractor.predict_sequence(plain, "Features of the mirror images" if mirrored else "Features")
@@ -74,7 +74,7 @@ def extract_features(
 
 
 def build_extractor(model: keras.Model, mirrored: bool = False) -> TrainingModel:
-    """Returns the part of a model that gives what its head sees, `(batch, channels)`, of images or mirror images.
+    """Returns the part of a model before its head, from images or mirror images to features `(batch, channels)`.
 
     Raises:
         UserError: the model has no head.
@@ -88,9 +88,9 @@ def build_extractor(model: keras.Model, mirrored: bool = False) -> TrainingModel
 
 
 def split_head(model: keras.Model) -> keras.Model:
-    """Returns the part of a model behind its pooling, from features `(batch, channels)` to probabilities.
+    """Returns the part of a model after its pooling, from features `(batch, channels)` to probabilities.
 
-    It shares the model's layers: to train it is to train them.
+    It shares the model's layers: training it trains the model.
 
     Raises:
         UserError: the model has no head.
@@ -104,7 +104,7 @@ def split_head(model: keras.Model) -> keras.Model:
 
 
 def takes_probe(model: keras.Model) -> bool:
-    """Tells whether `initialize_head` takes a model: its head has no kernels before the logits."""
+    """Returns whether `initialize_head` takes a model: its head has no kernels before the logits."""
     return has_parts(model) and not list_kernels(_split(model))
 
 
@@ -116,25 +116,23 @@ def initialize_head(
     class_weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> float:
-    """Makes a model's head the logistic regression on the backbone's features: it starts from the best answers
-    that a frozen backbone allows, where a random one would first pull the backbone's weights apart.
+    """Makes a model's head the logistic regression on the backbone's features; a random head would distort these.
 
-    Single-label: one multinomial regression; a class without images keeps its smoothed frequency. Multi-label: one
-    regression a label; a label that no image has, or every one, keeps its smoothed frequency whatever the features.
-    How strongly the kernels are drawn to zero is chosen by the log loss in stratified cross-validation.
+    Single-label: one multinomial regression; a class without images gets its smoothed frequency. Multi-label: one
+    regression a label; a label of no image, or of every image, gets its smoothed frequency. The strength of the
+    regularisation is chosen by the log loss in stratified cross-validation.
 
     Source: Kumar et al., ICLR 2022 (arXiv:2202.10054).
 
     Args:
-        model: its layer `logits` is changed; what the head has before that learns no kernels.
-        views: the features of the images that could be read, float32 `(images, channels)` as `compute_features` gives
-            them, and perhaps those of their mirror images: each image then counts half as itself and half as that.
-            The mirror images have no part in the choice of the strength.
+        model: its layer `logits` is changed; the head must have no other kernels.
+        views: the features of the readable images, float32 `(images, channels)` from `compute_features`, and optionally
+            those of their mirror images: both then count half, but the strength is chosen without mirror images.
         labels: int `(images,)`, or multi-label `(images, classes)` of zeros and ones.
-        seed: of the cross-validation's folds.
-        class_weights: single-label, `(classes,)`: how much an image of each class counts in the loss. They have no part
-            in that choice either.
-        groups: of the images, as `number_groups` gives them: no fold has images of a group that another has.
+        seed: of the folds of cross-validation.
+        class_weights: single-label, `(classes,)`: the weight of an image of each class in the loss, though not in
+            the choice of the strength.
+        groups: of the images, from `number_groups`; each group is in one fold.
 
     Returns:
         The strength C, the variance of the kernels' prior on features of variance 1.
@@ -142,7 +140,13 @@ def initialize_head(
     Raises:
         UserError: the head has hidden layers, or (`FeaturesNotFinite`) a feature is not finite.
     """
-    parts = _refuse_kernels(_split(model))
+    parts = _split(model)
+    if kernels := list_kernels(parts):
+        shown = ", ".join(f"{layer.units} units" if hasattr(layer, "units") else layer.name for layer in kernels)
+        raise UserError(
+            f"head_initialization linear_probe: expected a head without hidden layers. Received: {shown}. Remove sizes "
+            "of 1 and more from classifier_layer_sizes, or set head_initialization to random."
+        )
     views = [compute_logit_inputs(parts, view) for view in views]
     if not all(np.isfinite(view).all() for view in views):
         raise FeaturesNotFinite("The backbone's features are not finite: its weights are damaged. Load another model.")
@@ -159,22 +163,18 @@ def cross_validate(
     unlearnt: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Returns what the regression says of each image that was fitted without that image: probabilities out of fold.
+    """Returns the out-of-fold probabilities of the regression for each image, float64 `(images, number)`.
 
-    The strength is that which all images prefer. Of five folds each has its share of every class, and whole groups.
+    One strength is chosen on all images. Each of five folds has its share of every class, and whole groups.
 
     Args:
-        views: the features of the images, and of their mirror images or not, each float32 `(images, channels)`. An
-            image's answer is the mean over its views.
-        labels: as `initialize_head` takes them.
+        views: the features of the images, and optionally of their mirror images, each float32 `(images, channels)`. An
+            image's probabilities are the mean over its views.
+        labels: as in `initialize_head`.
         number: of classes.
         seed: of the folds.
-        unlearnt: positions of images that are answered for as the others, and never learnt from unless a fold has
-            nothing else to learn from.
-        groups: of the images, as `number_groups` gives them; None: no images belong together.
-
-    Returns:
-        float64 `(images, number)`.
+        unlearnt: positions of images to predict without learning from them, unless a fold has no others.
+        groups: of the images, from `number_groups`; None without groups.
 
     Raises:
         UserError: each class lies in one group.
@@ -205,15 +205,15 @@ def cross_validate(
 def _find_learnt(
     folds: Sequence[np.ndarray], usable: np.ndarray, images: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields for each fold the images that are learnt from, and its own; where none is usable, all others."""
+    """Yields for each fold the images to learn from, the usable ones or else all others, and its own images."""
     for held_out in folds:
         learnt = np.setdiff1d(usable, held_out)
         yield learnt if learnt.size else np.setdiff1d(np.arange(images), held_out), held_out
 
 
 def _scale_views(views: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns all views below each other, around the mean of the first, at a scale of 1."""
-    # In float32 the search for the best weights may end short of its tolerance; of many images float64 takes gigabytes.
+    """Returns all views below each other, centred on the mean of the first, at a scale of 1."""
+    # In float32 the fit may miss its tolerance; with many images float64 takes gigabytes.
     kind = np.float64 if sum(view.size for view in views) <= MOST_DOUBLED else np.float32
     scaled = np.concatenate(views).astype(kind, copy=False)
     scaled -= views[0].mean(axis=0, dtype=np.float64).astype(kind)
@@ -222,10 +222,10 @@ def _scale_views(views: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _deal_folds(labels: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Deals images out to folds so that each has its share of every class, of several labels of every set of labels."""
+    """Assigns images to folds so that each has its share of every class, or multi-label of every set of labels."""
     keys = labels if labels.ndim == 1 else np.unique(labels, axis=0, return_inverse=True)[1].ravel()
     order = np.random.default_rng(seed).permutation(len(keys))
-    # In the order of their classes, and at random within each, they go to the folds in turns.
+    # Sorted by class, and in random order within each, they go to the folds in turns.
     order = order[np.argsort(keys[order], kind="stable")]
     return [np.sort(order[fold::FOLDS]) for fold in range(min(FOLDS, len(order)))]
 
@@ -238,7 +238,7 @@ def _fit_regression(
     class_weights: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Fits the regression to all views together, its strength chosen on the first; returns kernel, bias, strength."""
+    """Fits the regression to all views, with a strength chosen on the first; returns kernel, bias, strength."""
     multi_label = labels.ndim == 2
     # One scale for all channels: the grid of strengths then suits every backbone.
     mean = views[0].mean(axis=0, dtype=np.float64)
@@ -259,30 +259,15 @@ def _fit_regression(
 
 
 def _split(model: keras.Model) -> Parts:
-    """Returns a model's parts; raises UserError where it has none."""
     advice = "Set head_epochs to 0 and head_initialization to random."
     return split_model(model, "Training the head alone", advice)
 
 
-def _refuse_kernels(parts: Parts) -> Parts:
-    """Returns the parts; raises UserError where the head has kernels before its logits."""
-    if kernels := list_kernels(parts):
-        shown = ", ".join(f"{layer.units} units" if hasattr(layer, "units") else layer.name for layer in kernels)
-        raise UserError(
-            f"head_initialization linear_probe: expected a head without hidden layers. Received: {shown}. Leave sizes "
-            "of 1 and more out of classifier_layer_sizes, or set head_initialization to random."
-        )
-    return parts
-
-
 def _reduce_columns(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Turns features so that they need no more columns than there are images.
-
-    A regression's kernel lies in the space that its images span: in fewer columns the solution is the same, and comes
-    many times faster.
+    """Rotates features into no more columns than images: the fit is the same, and many times faster.
 
     Returns:
-        Features `(images, columns)`, and the matrix `(channels, columns)` that leads kernels back.
+        Features `(images, columns)`, and the matrix `(channels, columns)` that maps kernels back.
     """
     if len(features) >= features.shape[1]:
         return features, np.eye(features.shape[1])
@@ -297,9 +282,9 @@ def _choose_strength(
     usable: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> float:
-    """Chooses the strength with the lowest mean log loss over the folds of all targets, each int `(images,)`.
+    """Returns the strength with the lowest mean log loss over the folds of all targets, each int `(images,)`.
 
-    Where `usable` is given, only these rows are compared. Each group of images is in one fold.
+    Only `usable` rows are compared, if given. Each group of images is in one fold.
     """
     usable = np.arange(len(features)) if usable is None else usable
     # The best strength does not depend on the number of images: it is the variance of the kernel's prior.
@@ -316,7 +301,7 @@ def _choose_strength(
                 of_trials.append(trial(strength))
                 progress.update()
             losses.append(np.mean(of_trials))
-            # Once it rises it goes on rising, and weak regularisation takes the longest to compute.
+            # Once the loss rises, it keeps rising, and weaker regularisation takes longest to fit.
             if losses[-1] > min(losses):
                 break
     return float(STRENGTHS[np.argmin(losses)])
@@ -325,10 +310,7 @@ def _choose_strength(
 def _make_trials(
     features: np.ndarray, target: np.ndarray, seed: int, groups: np.ndarray | None
 ) -> list[Callable[[float], float]]:
-    """Returns for each fold a function from a strength to the log loss of the fold's images; none for too few images.
-
-    Each goes on from the solution of the strength before.
-    """
+    """Returns a function for each fold, from a strength to its log loss, starting from the previous solution."""
     pairs = _split_images(target, seed) if groups is None else _split_groups(target, groups, seed)
 
     def try_fold(regression: LogisticRegression, learnt: np.ndarray, held_out: np.ndarray, strength: float) -> float:
@@ -340,25 +322,24 @@ def _make_trials(
 
 
 def _split_images(target: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns for each fold which images are learnt from, and which are held out; none for too few images."""
+    """Returns the images to learn from and to hold out for each fold; empty with too few images."""
     _, positions, counts = np.unique(target, return_inverse=True, return_counts=True)
     if (counts > 1).sum() < 2:
         return []
-    # The only image of a class is always learnt from: without it the class would be unknown.
+    # The only image of a class is never held out: without it the class would be unknown.
     is_single = counts[positions] == 1
     several, singles = np.flatnonzero(~is_single), np.flatnonzero(is_single)
     folds = StratifiedKFold(min(FOLDS, int(counts.max())), shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        # A class of fewer images than folds is in as many of them as it has images.
         warnings.filterwarnings("ignore", "The least populated class")
         pairs = list(folds.split(several, target[several]))
     return [(np.concatenate([several[learnt], singles]), several[held_out]) for learnt, held_out in pairs]
 
 
 def _split_groups(target: np.ndarray, groups: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns for each fold which images are learnt from, and which are held out, whole groups; none for too few."""
+    """Returns the images to learn from and to hold out for each fold, in whole groups; empty with too few groups."""
     classes, positions = np.unique(target, return_inverse=True)
-    # The only group of a class is always learnt from, with all that it has of others.
+    # The only group of a class is never held out, nor are its images of other classes.
     lone = find_lone_classes(positions, groups, len(classes))
     several = np.flatnonzero(~np.isin(groups, groups[np.isin(positions, lone)]))
     _, numbers = np.unique(groups[several], return_inverse=True)
@@ -368,7 +349,7 @@ def _split_groups(target: np.ndarray, groups: np.ndarray, seed: int) -> list[tup
     for fold in deal_groups(positions[several], numbers, len(classes), FOLDS, seed):
         held_out = several[fold]
         learnt = np.setdiff1d(np.arange(len(target)), held_out)
-        # Folds may leave a class nothing to be known by where there are as few groups as that.
+        # With few groups, a fold may hold out all learnable images of a class.
         held_out = held_out[np.isin(target[held_out], target[learnt])]
         if held_out.size and len(np.unique(target[learnt])) > 1:
             pairs.append((learnt, held_out))
@@ -376,7 +357,7 @@ def _split_groups(target: np.ndarray, groups: np.ndarray, seed: int) -> list[tup
 
 
 def _build_regression(**options: Any) -> LogisticRegression:
-    # lbfgs takes ten times as long where the regularisation is weak, newton-cholesky where the classes are several.
+    # lbfgs takes ten times as long with weak regularisation, newton-cholesky with several classes.
     return LogisticRegression(solver="newton-cg", max_iter=1000, warm_start=True, **options)
 
 
@@ -396,7 +377,7 @@ def _fit_classes(
         return kernel, bias
     weights = None if class_weights is None else class_weights[labels]
     regression = _build_regression(C=strength, tol=tolerance).fit(features, labels, sample_weight=weights)
-    # Of two classes it gives one score: half of it for the one, and half against the other.
+    # Two classes have one score: half of it for one class, half against the other.
     signs = np.array([[-0.5], [0.5]]) if len(known) == 2 else 1.0
     kernel[:, known] = (regression.coef_ * signs).T
     scores = _score(features, kernel[:, known], regression.intercept_ * np.ravel(signs))
@@ -406,14 +387,14 @@ def _fit_classes(
 
 
 def _score(features: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Returns logits; the kernel takes the features' type, not these the kernel's, which would copy them."""
+    """Returns logits; the kernel is cast, since casting the features would copy them."""
     return features @ kernel.astype(features.dtype) + bias
 
 
 def _fit_labels(
     features: np.ndarray, labels: np.ndarray, number: int, strength: float, tolerance: float = TOLERANCE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fits a regression to each column of labels; returns kernel `(columns, number)` and bias `(number,)`."""
+    """Fits a regression to each column of labels; returns as `_fit_classes` does."""
     present = labels.sum(axis=0)
     kernel, bias = np.zeros((features.shape[1], number)), np.log((present + 1) / (len(labels) - present + 1))
     for position in np.flatnonzero((present > 0) & (present < len(labels))):

@@ -1,4 +1,4 @@
-"""Going on with a run: from which checkpoint, with which options, on the same data."""
+"""Continuing a run: from which checkpoint, with which options, on the same data."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from finetune.core.options import UserError
 from finetune.core.values import quote_difference
 from finetune.models.description import LEGACY_DEFAULTS
 from finetune.training.phases import count_epochs
-from finetune.training.run_data import (
-    TABLE_OPTIONS,
-    disown_paths,
-    find_home,
-    gives_other_tables,
-    is_fixed,
-    locate_paths,
-    relate_path,
-)
 from finetune.training.run_folder import (
     BEST_MODEL,
     CONFIGS_FILE,
     LATEST_MODEL,
-    find_start_model,
+    START_MODEL,
+    TABLE_OPTIONS,
+    disown_paths,
+    find_beside,
+    find_home,
     fingerprint,
+    gives_other_tables,
+    is_fixed,
+    locate_paths,
     refuse_other_run,
+    relate_path,
 )
 from finetune.training.trained_model import resolve_model_path
 from finetune.training.training_state import read_state
@@ -37,14 +36,12 @@ from model import check_registered
 
 
 def find_start(configs: Configs, writes: bool = True) -> tuple[str, dict[str, Any] | None, Configs]:
-    """Finds the model to continue from, if any, the state of its training, if it carries one, and the run's configs.
+    """Returns the path and the training state of the model to continue, each if any, and the run's configs.
 
-    Args:
-        configs: as given.
-        writes: False if another process of the run writes into its folder.
+    The folder is not checked without `writes`: another process of the run writes into it.
 
     Raises:
-        UserError: there is no such model, the run cannot go on with these configs, or its folder cannot be written.
+        UserError: there is no such model, the run cannot continue with these configs, or its folder cannot be written.
     """
     Configs.check(configs)
     path, state = "", None
@@ -54,7 +51,7 @@ def find_start(configs: Configs, writes: bool = True) -> tuple[str, dict[str, An
     if state:
         configs = continue_run(configs, state, path)
     elif path:
-        print(f"{path} carries no training state: its weights are the start of a new run, at epoch 0.")
+        print(f"{path} has no training state: its weights are the start of a new run, at epoch 0.")
     check_registered(configs, builds=not path)
     if not (configs.overwrite or configs.find_learning_rate):
         refuse_other_run(configs.save_model_path, path if state else "")
@@ -64,56 +61,48 @@ def find_start(configs: Configs, writes: bool = True) -> tuple[str, dict[str, An
 
 
 def continue_run(configs: Configs, state: dict[str, Any], path: str) -> Configs:
-    """Returns the configs that a checkpoint's run goes on with, and prints where it stands.
+    """Returns the configs to continue a checkpoint's run with, and prints how far it has come.
 
     Raises:
-        UserError: it cannot go on with these configs, or the weights that it started from are missing.
+        UserError: it cannot continue with these configs, or the weights that it started from are missing.
     """
     steps = f" and {state['steps_completed']} steps" * bool(state["steps_completed"])
     print(f"Continuing {path} after {state['epochs_completed']} epochs{steps}.")
     configs = configs_to_continue(configs, state, path)
-    start_path = find_start_model(path)
+    start_path = find_beside(path, START_MODEL)
     if configs.model_selection == "interpolate" and not has_ended(state, configs) and not os.path.isfile(start_path):
         raise UserError(
-            f"model_selection interpolate: expected {start_path}, the weights that this run has started from. There is "
-            "no such file. Put it back beside the checkpoint, or start a new run."
+            f"model_selection interpolate: expected {start_path}, the weights that this run has started from. The "
+            "file does not exist. Put it back next to the checkpoint, or start a new run."
         )
     return configs
 
 
 def has_ended(state: dict[str, Any], configs: Configs) -> bool:
-    """Tells whether a run has nothing left to do: its epochs are over, or it stopped early."""
+    """Returns whether a run has nothing left to do: its epochs are over, or it stopped early."""
     epochs = state["epochs_completed"]
     stopped = stops_early(epochs, state["best_epoch"], configs.early_stopping_patience, configs.head_epochs)
     return epochs >= configs.num_epochs or (stopped and not state["steps_completed"])
 
 
 def stops_early(epochs_completed: int, best_epoch: int | None, patience: int, head_epochs: int = 0) -> bool:
-    """Tells whether a run has gone `patience` epochs after its `head_epochs` without a better score; 0 never stops."""
+    """Returns whether the best epoch, or the end of `head_epochs`, is `patience` epochs ago; patience 0 never stops."""
     return bool(patience) and epochs_completed - max(best_epoch or 0, head_epochs) >= patience
 
 
 def report_end(state: dict[str, Any] | None, configs: Configs) -> dict[str, Any]:
-    """Returns the metrics of a run that has nothing left to do, and prints that; empty if it goes on."""
+    """Returns the metrics of a run that has nothing left to do, and prints that; empty if it continues."""
     if not state or not has_ended(state, configs):
         return {}
-    print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to go on.")
+    print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to continue.")
     return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
 
 
 def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str) -> Configs:
-    """Resolves each option of a continued run: as it was, or as the user wants it now.
+    """Returns the configs to continue a checkpoint's run with, and prints what changes.
 
-    What the user gives now holds, unless it would change the model or the order of the data; what was given when
-    the run began and is not given now holds on; the rest comes from `configs.py`.
-
-    Args:
-        configs: those of now.
-        state: of the checkpoint.
-        model_path: of the checkpoint.
-
-    Returns:
-        The configs to go on with; what has changed is printed.
+    An option given now counts, unless it would change the model or the order of the data. Next comes what was given
+    when the run began, then the default.
 
     Raises:
         UserError: names the options that cannot change.
@@ -125,7 +114,7 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
     epochs, source = refit_epochs(configs, state)
     if "num_epochs" in configs.given and epochs != configs.num_epochs:
         kept["num_epochs"] = epochs
-        print(f"num_epochs {configs.num_epochs} is {epochs} here, by the run's {source}.")
+        print(f"num_epochs {configs.num_epochs} becomes {epochs}, by the run's {source}.")
     for name, option in options.items():
         before = tuple(stored[name]) if isinstance(getattr(configs, name), tuple) else stored.get(name)
         now = getattr(configs, name)
@@ -140,8 +129,8 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
             print(f"{name} changes from {before!r} to {now!r}.")
     if faults:
         raise UserError(
-            f"{model_path} cannot go on with other options: {'; '.join(faults)}. "
-            f"Take the run's own with --configs {os.path.join(os.path.dirname(model_path), CONFIGS_FILE)}, or "
+            f"{model_path} cannot continue with other options: {'; '.join(faults)}. "
+            f"Use the run's own with --configs {os.path.join(os.path.dirname(model_path), CONFIGS_FILE)}, or "
             "start a new run from its weights alone, which compress_weights.py writes."
         )
     given = configs.given
@@ -153,41 +142,40 @@ def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str
 
 
 def refit_epochs(configs: Configs, state: dict[str, Any]) -> tuple[int, str]:
-    """Returns how many epochs a run has that goes on with `num_epochs`, and the option that they are fitted to.
+    """Returns the number of epochs of a run that continues with `num_epochs`, and the option that decides it.
 
     Raises:
-        UserError: they would have to be fitted to another time.
+        UserError: a different time budget is given.
     """
     stored = state["configs"]
     before = stored.get("time_budget", "")
     budget = configs.time_budget if "time_budget" in configs.given else before
     if budget and budget != before:
         raise UserError(
-            f"time_budget: expected {before!r}, for the {stored['num_epochs']} epochs of a run that goes on are fitted "
-            f"already. Received: {budget!r}. Leave it out, or give the epochs by --num_epochs and --time_budget ''."
+            f"time_budget: expected {before!r}, since a continued run keeps its {stored['num_epochs']} epochs. "
+            f"Received: {budget!r}. Leave it out, or set --num_epochs with --time_budget ''."
         )
     if budget:
         return stored["num_epochs"], "time_budget"
     epochs = count_epochs(configs.num_epochs, stored.get("min_steps", 0), state.get("steps", 1))
-    # On more devices an epoch has fewer steps: that is no reason for more epochs than the run has.
+    # On more devices an epoch has fewer steps, which must not give the run more epochs.
     return min(epochs, max(configs.num_epochs, stored["num_epochs"])), "min_steps"
 
 
 def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -> tuple[dict[str, Any], str]:
-    """Finds the folder of a run that goes on, and its data as they are from here; prints where its paths start.
+    """Finds the folder and the data of a continued run from here; prints where its relative paths start.
 
     Returns:
-        The paths that are not given now, by option: the run goes on where its checkpoint is. And the folder that the
-        run's relative paths start at, if it is not the working directory.
+        The paths that are not given now, by option: the run continues next to its checkpoint. And the folder in which
+        the run's relative paths start, empty for the working directory.
     """
     stored, folder = state["configs"], os.path.dirname(os.path.abspath(model_path))
     home = find_home(stored, folder, stored["save_model_path"])
     located = locate_paths(stored, home)
     if not stored["image_directory"] and gives_other_tables(configs, stored | located):
-        # The paths in a table that is given start here, not where the run was started.
+        # The paths in a given table start here, not where the run was started.
         located.pop("image_directory", None)
         if all(name in configs.given for name in TABLE_OPTIONS if stored[name]):
-            # So do the run's, which has no other data left.
             home, located = "", {}
     kept = {
         name: path
@@ -203,17 +191,15 @@ def locate_from_here(configs: Configs, state: dict[str, Any], model_path: str) -
 
 
 def list_stored(configs: Configs, given: Set[str], before: dict[str, Any], home: str) -> dict[str, Any]:
-    """Returns what a run that goes on writes down in place of the values in use, by option.
-
-    What was found here is found again wherever the run goes on next: written down is what the user gave.
+    """Returns the paths that a continued run stores instead of those in use: as given, not as found from here.
 
     Args:
-        configs: to go on with.
+        configs: to continue with.
         given: the options that the user gives now.
         before: the options as the run has stored them.
-        home: the folder that the run's relative paths start at; empty: the working directory.
+        home: the folder in which the run's relative paths start; empty for the working directory.
     """
-    # What the run began with: by now it is the start of itself.
+    # The model that the run began with, not its own checkpoint.
     stored, located = {"load_model_path": before.get("load_model_path", "")}, locate_paths(before, home)
     for name in (*TABLE_OPTIONS, "image_directory"):
         path = getattr(configs, name)
@@ -229,7 +215,7 @@ def list_stored(configs: Configs, given: Set[str], before: dict[str, Any], home:
 def check_same_data(
     state: dict[str, Any], training: AugmentedImageSequence, validation: AugmentedImageSequence
 ) -> None:
-    """Raises UserError where the tables are not those that a run began with."""
+    """Raises UserError if a run began with other tables, or with other devices within the current epoch."""
     for option, sequence in (("train_csv", training), ("validation_csv", validation)):
         if state["data"][option] != fingerprint(sequence):
             raise UserError(
@@ -239,8 +225,8 @@ def check_same_data(
     before, now = state.get("devices", 1), training.shares.devices
     if before != now and state["steps_completed"]:
         raise UserError(
-            f"The run stopped within an epoch on {before} devices, whose steps are not those of {now}. Go on with "
-            f"{before} until the epoch is over, or start a new run from the model's weights."
+            f"The run stopped within an epoch on {before} devices: expected {before}. Received: {now}. Use {before} "
+            "until the epoch is over, or start a new run from the model's weights."
         )
     if before != now:
         print(f"The number of devices changes from {before} to {now}, and with it the images of a step.")

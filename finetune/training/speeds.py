@@ -1,4 +1,4 @@
-"""How fast models are: measured in turns, checked against how much they compute."""
+"""The speeds of models: measured in turns, and checked against their multiply-adds."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from finetune.models.features import select_rows
 from finetune.training.probe import build_extractor
 from generator import AugmentedImageSequence
 
-# Rounds of a measurement, and after how many without a change their order is stable.
+# Rounds of a measurement; the order is stable after so many rounds without a change.
 FEWEST_ROUNDS = 3
 MOST_ROUNDS = 10
 STABLE_ROUNDS = 2
-# Seconds that all models together are timed, and batches of each in a round.
+# Seconds to time all models, and batches of each in a round.
 TIMING_LIMIT = 120.0
 TIMED_BATCHES = 2
-# Of models that stay in memory to be timed in turns; those beyond are timed alone.
+# The memory for models that are timed in turns; further models are timed alone.
 MOST_KEPT_BYTES = 2**30
 FLOAT_BYTES = 4
 
 
 @dataclass
 class Timing:
-    """What the speed of a model's features is measured by.
+    """The measurement of the speed of a model's features.
 
     Attributes:
-        run: computes the features of some images; None once they are timed.
-        images: how many.
-        views: images whose features take as long as the whole training does, about.
+        run: computes the features of some images; None once timed.
+        images: their number.
+        views: the number of images whose features take about as long as the whole training.
         size: of the model in memory, in bytes.
-        seconds: that an image takes.
-        noise: as `measure_noise` gives it.
+        seconds: for an image.
+        noise: from `measure_noise`.
     """
 
     run: Callable[[], object] | None
@@ -48,13 +48,7 @@ class Timing:
 
 
 def prepare_timing(model: keras.Model, sequence: AugmentedImageSequence, views: float) -> Timing:
-    """Prepares to time how fast a model's features are computed, from the reading of the images on.
-
-    Args:
-        model: of this collection.
-        sequence: of the images.
-        views: images whose features take as long as the whole training does.
-    """
+    """Prepares to time a model's features, including reading the images; `views`: see `Timing`."""
     extractor = build_extractor(model)
     rows = np.resize(np.arange(len(sequence.paths)), TIMED_BATCHES * sequence.batch_size)
 
@@ -66,14 +60,14 @@ def prepare_timing(model: keras.Model, sequence: AugmentedImageSequence, views: 
 
 
 def limit_memory(timings: Sequence[Timing]) -> None:
-    """Measures the last model alone if the memory does not hold it with those that wait to be timed in turns."""
+    """Times the last model alone if it does not fit into memory with those that wait to be timed in turns."""
     waiting = [timing for timing in timings if timing.run]
     if sum(timing.size for timing in waiting) > MOST_KEPT_BYTES:
         time_together(waiting[-1:])
 
 
 def time_together(timings: Sequence[Timing]) -> None:
-    """Measures models in turns, and lets go of them."""
+    """Times models in turns, and frees them."""
     if not timings:
         return
     times = time_in_turns([timing.run for timing in timings], TIMING_LIMIT)
@@ -84,17 +78,14 @@ def time_together(timings: Sequence[Timing]) -> None:
 def time_in_turns(
     steps: Sequence[Callable[[], object]], limit: float, clock: Callable[[], float] = time.perf_counter
 ) -> np.ndarray:
-    """Returns the seconds that steps took, which run in turns so that whatever slows the machine meets all of them.
+    """Times steps in turns, so that other load on the machine affects all of them; returns float `(rounds, steps)`.
 
-    Rounds end once the order of the steps' least times has been the same for a few, or at a limit.
+    It ends once the order of the steps' least times is stable for a few rounds, or at a limit.
 
     Args:
-        steps: have run before, so that their graphs are built.
-        limit: of the measurement, in seconds; the round that passes it is the last one.
+        steps: must have run before, so that their graphs are built.
+        limit: of the measurement, in seconds; the round that exceeds it is the last one.
         clock: returns the time in seconds.
-
-    Returns:
-        float `(rounds, steps)`.
     """
     times, orders, started = [], [], clock()
     while True:
@@ -111,15 +102,12 @@ def time_in_turns(
 
 
 def measure_noise(times: np.ndarray) -> np.ndarray:
-    """Returns how many times its least time each step's median time is, `(steps,)`, of times `(rounds, steps)`."""
+    """Returns the ratio of each step's median to its least time, `(steps,)`, from times `(rounds, steps)`."""
     return np.median(times, axis=0) / np.maximum(np.min(times, axis=0), 1e-9)
 
 
 def count_multiply_adds(model: keras.Model) -> int:
-    """Returns the multiplications, each with an addition, that a model's kernels make of one image.
-
-    0 if unknown: KerasHub has layers whose inner layers keep the shapes of their outputs to themselves.
-    """
+    """Returns the multiply-adds of a model's kernels for one image; 0 if unknown, as of KerasHub's nested layers."""
     parts = model._flatten_layers(include_self=False)
     if any(not isinstance(part, keras.Model) and part._layers for part in parts):
         return 0
@@ -128,7 +116,7 @@ def count_multiply_adds(model: keras.Model) -> int:
         if isinstance(layer, keras.Model):
             total += count_multiply_adds(layer)
             continue
-        # A kernel is applied once at each place of what the layer returns.
+        # A kernel is applied once at each position of the layer's output.
         kernels = sum(math.prod(weight.shape) for weight in layer.weights if weight.name.endswith("kernel"))
         total += kernels * math.prod(layer.output.shape[1:-1]) if kernels else 0
     return total
@@ -137,19 +125,16 @@ def count_multiply_adds(model: keras.Model) -> int:
 def choose_fastest(
     speeds: np.ndarray, noises: np.ndarray, multiply_adds: np.ndarray, names: Sequence[str]
 ) -> tuple[int, int]:
-    """Chooses the fastest of candidates, by how much they compute where the measured speeds contradict that.
+    """Returns the positions of the fastest candidate, and of the one measured fastest.
 
-    They do if a candidate computes less than the one measured fastest, and either both are the same backbone, whose
-    cost grows with the image, or the difference of their speeds is within the noise of the measurement.
+    They differ if a candidate has fewer multiply-adds than the one measured fastest, and either both have the same
+    backbone, whose cost grows with the image, or the difference of their speeds is within the noise.
 
     Args:
         speeds: `(candidates,)`, higher is better.
-        noises: of the candidates, as `measure_noise` gives them.
+        noises: of the candidates, from `measure_noise`.
         multiply_adds: of the candidates; 0 if unknown.
         names: of the candidates' backbones.
-
-    Returns:
-        The position of the fastest, and of the one that was measured fastest.
     """
     measured = int(np.argmax(speeds))
     is_same = np.array(names) == names[measured]

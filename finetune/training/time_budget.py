@@ -1,4 +1,4 @@
-"""How many epochs end in a given time, measured on the run's own model and images."""
+"""The number of epochs that fit into a given time, measured on the run's own model and images."""
 
 from __future__ import annotations
 
@@ -22,24 +22,23 @@ from finetune.training.training_state import save_checkpoint, seed_states
 from finetune.training.weight_averaging import SHARES
 from generator import AugmentedImageSequence, naming_bad_images
 
-# Steps that an estimate of the time is made from, and a validation batch's time of that of a training step: it goes
-# through the network once, and not back.
+# An estimate needs this many steps.
 TIMED_STEPS = 3
+# The time of a validation batch, in training steps: it has no backward pass.
 VALIDATION_SHARE = 0.4
-# An epoch ends in a checkpoint; copying it as the best one, the logs and what validation starts take as long again.
+# An epoch ends with a checkpoint; copying it, the logs and the start of validation take as long again.
 SAVES = 2
-# The graph of training is built again when it begins; those of validation and of features, without the way back, take
-# about as long together.
+# Training builds its graph again; the graphs of validation and of features together take about as long.
 BUILDS = 2
-# What is left free of a budget for building, the first step's graph and the probe's comparison.
+# The share of a budget that is kept free for building graphs and comparing the probe's strengths.
 RESERVE = 0.1
 
 
 class StepTimes(keras.callbacks.Callback):
-    """Times the first steps, but for the very first, which builds the graph.
+    """Times the first steps, except the very first, which builds the graph.
 
     Attributes:
-        seconds: of a step; 0 until enough of them are timed.
+        seconds: of a step; 0 until enough steps are timed.
     """
 
     def __init__(self) -> None:
@@ -49,43 +48,39 @@ class StepTimes(keras.callbacks.Callback):
         self._begun = 0.0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Notes when the first step begins: what was between two epochs is no part of a step."""
+        # The time between two epochs is not part of a step.
         self._begun = time.monotonic()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        """Notes the end of a step, and tells `on_timed` once."""
+        """Times a step, and calls `on_timed` once."""
         if self.seconds:
             return
         now = time.monotonic()
         self._times.append(now - self._begun)
         self._begun = now
         if len(self._times) > TIMED_STEPS:
-            # Not their mean: the epoch's last batch, of fewer images, builds a graph of its own in the first epoch.
+            # Not the mean: the smaller last batch of the first epoch builds its own graph.
             self.seconds = statistics.median(self._times[1:])
             self.on_timed(batch)
 
     def on_timed(self, batch: int) -> None:
-        """Stops training: the time is all that is asked for."""
+        """Stops training."""
         self.model.stop_training = True
 
 
 def count_views(
     configs: Configs, training: AugmentedImageSequence, validation: AugmentedImageSequence, refits: bool
 ) -> tuple[float, float]:
-    """Returns what validating once costs, in training steps, and what choosing costs at the end of the run.
+    """Returns the cost, in training steps, of one validation, and of choosing the model at the end of the run.
 
-    Args:
-        configs: of the run.
-        training: the training images.
-        validation: the validation images.
-        refits: the averages that are compared get refitted heads.
+    With `refits`, the compared averages get refitted heads.
     """
     larger = math.prod(get_input_size(configs)) / math.prod(configs.image_target_size[:2])
     share = VALIDATION_SHARE * larger
     once = share * (2 if configs.test_time_augmentation == "flip" else 1) * validation.steps
     if configs.model_selection != "interpolate":
         return once, 0.0
-    # The last epoch's weights, which are validated already, get a new head too, and the start's keep theirs.
+    # The last epoch, which has been validated without it, gets a refitted head too; the start keeps its own.
     refitting = once + share * (1 if configs.augmentation_strength == "none" else 2) * training.steps * len(SHARES)
     return once, len(SHARES) * once + refits * refitting
 
@@ -93,11 +88,7 @@ def count_views(
 class TimeEstimate(StepTimes):
     """Prints after the first steps how long an epoch and the whole run will take, and when it will end.
 
-    Args:
-        epochs: of the whole run.
-        training: the training images.
-        validating: what `count_views` returns first.
-        choosing: what it returns then.
+    The costs of `validating` and of `choosing` the model are those of `count_views`.
     """
 
     def __init__(self, epochs: int, training: AugmentedImageSequence, validating: float, choosing: float) -> None:
@@ -109,12 +100,10 @@ class TimeEstimate(StepTimes):
         self._epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        """Notes the epoch, and when it begins."""
         super().on_epoch_begin(epoch, logs)
         self._epoch = epoch
 
     def on_timed(self, batch: int) -> None:
-        """Prints what is left."""
         epochs = self.epochs - self._epoch
         steps = epochs * self.training.steps - self.training.first_step - batch - 1
         left = self.seconds * (steps + epochs * self.validating + self.choosing)
@@ -128,7 +117,7 @@ class TimeEstimate(StepTimes):
 def time_saving(model: keras.Model, folder: str) -> float:
     """Returns the seconds that writing a checkpoint into a folder takes."""
     os.makedirs(folder, exist_ok=True)
-    # By this name it is removed when the run goes on, if it is killed here.
+    # A killed process leaves the folder under a name that the next one removes.
     with tempfile.TemporaryDirectory(dir=folder, prefix=f"{TEMPORARY_PREFIX}{os.getpid()}-") as place:
         begin = time.monotonic()
         save_checkpoint(model, os.path.join(place, "model.keras"), None, {})
@@ -136,11 +125,9 @@ def time_saving(model: keras.Model, folder: str) -> float:
 
 
 def resolve_epochs(run: Run, started: float) -> None:
-    """Fits the run's number of epochs to `time_budget` or `min_steps`; a run that goes on keeps its own.
+    """Fits the run's number of epochs to `time_budget` or `min_steps`; a continued run keeps its own.
 
-    Args:
-        run: its configs change.
-        started: when the run began, of `time.monotonic`.
+    The run `started` at this `time.monotonic`.
     """
     configs = run.configs
     if run.state or configs.find_learning_rate:
@@ -151,7 +138,7 @@ def resolve_epochs(run: Run, started: float) -> None:
         steps = run.images.training.steps
         epochs = count_epochs(configs.num_epochs, configs.min_steps, steps)
         if epochs == configs.num_epochs:
-            # It does not count as given: a run that goes on takes it from configs.py.
+            # It must not count as given: a continued run takes it from configs.py.
             return
         print(
             f"{epochs} epochs of {steps} steps, for min_steps {configs.min_steps} "
@@ -161,9 +148,9 @@ def resolve_epochs(run: Run, started: float) -> None:
 
 
 def fit_epochs(run: Run, started: float) -> int:
-    """Returns how many epochs fit into `time_budget`, at least one; prints it.
+    """Returns how many epochs fit into `time_budget`, at least one, and prints it.
 
-    A few steps are trained of the phase that trains the most layers; the model gets its weights back.
+    A few steps of the last phase, which trains the most layers, are timed; then the weights are restored.
     """
     configs, model = run.configs, run.model
     with run.strategy.scope():

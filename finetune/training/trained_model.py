@@ -1,4 +1,4 @@
-"""Finding a trained model, and what its run says of it: how it takes images, and where its tables are."""
+"""Finding a trained model, and from its run its description and its tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from configs import Configs
 from finetune.core.options import UserError
 from finetune.data.stores import is_url
 from finetune.data.tables import resolve_class_names
-from finetune.evaluation.decision_file import DECISION_FILE
+from finetune.evaluation.decision import DECISION_FILE
 from finetune.models.description import (
     CONFIGS_FILE,
     NEEDED,
@@ -21,30 +21,30 @@ from finetune.models.description import (
     require_description,
 )
 from finetune.models.formats import MODEL_SUFFIXES, is_exported
-from finetune.training.run_data import (
+from finetune.training.run_folder import (
+    BEST_MODEL,
     DATA_OPTIONS,
+    LATEST_MODEL,
     READING_OPTIONS,
     TABLE_OPTIONS,
     disown_paths,
     gives_other_tables,
+    leads_into,
     locate_data,
+    locked,
     refuse_trained_images,
 )
-from finetune.training.run_folder import BEST_MODEL, LATEST_MODEL, leads_into, locked
 
-# What test.py does without.
+# Tables that test.py does not need.
 OPTIONAL_TABLES = {"train_csv": "a training set", "validation_csv": "a validation set"}
 
 
 def resolve_model_path(path: str, preferred: Sequence[str] = (BEST_MODEL, LATEST_MODEL)) -> str:
-    """Finds the model file that a path means.
+    """Returns the existing model file that a path leads to; prints it if the file has another suffix.
 
     Args:
         path: a model file, or a run's folder.
         preferred: names of files in a run's folder, the first choice first.
-
-    Returns:
-        An existing file; where it is not the named one, the substitution is printed.
 
     Raises:
         UserError: there is no model.
@@ -57,11 +57,11 @@ def resolve_model_path(path: str, preferred: Sequence[str] = (BEST_MODEL, LATEST
         for name in preferred:
             if os.path.isfile(os.path.join(path, name)):
                 return os.path.join(path, name)
-        raise UserError(f"The folder {path} holds no model. Expected {' or '.join(preferred)}. Train first.")
+        raise UserError(f"The folder {path} has no model. Expected {' or '.join(preferred)}. Train first.")
     stem, suffix = os.path.splitext(path)
     for other in MODEL_SUFFIXES:
         if suffix in MODEL_SUFFIXES and os.path.isfile(stem + other):
-            print(f"{path} does not exist: using {stem + other} beside it.")
+            print(f"{path} does not exist: using {stem + other} instead.")
             return stem + other
     raise UserError(
         f"There is no model at {path}. Expected a .keras, .h5 or .hdf5 file, or the folder of a run. "
@@ -70,21 +70,19 @@ def resolve_model_path(path: str, preferred: Sequence[str] = (BEST_MODEL, LATEST
 
 
 def find_trained_model(configs: Configs, data_options: Sequence[str] = DATA_OPTIONS) -> tuple[str, Configs]:
-    """Finds the trained model that configs name, and what its files say of it.
+    """Finds the trained model that configs lead to, and completes the configs from its files.
 
     Args:
-        configs: `load_model_path`, or where that is empty `save_model_path`, leads to the model.
-        data_options: those that the script uses, of where the images are.
+        configs: `load_model_path`, or if empty `save_model_path`, leads to the model.
+        data_options: the options of `DATA_OPTIONS` that the script uses.
 
     Returns:
-        The model file, and `configs` with the options that describe a model taken from its files, and with the run's
-        tables, image directory and label column where none are given. Where no file names the classes and they are
-        not given, they come from a training CSV that is given, and do not count as given. Where `load_model_path`
-        alone is given, `save_model_path` becomes the model's folder: what is found out about a run belongs there,
-        not into another one.
+        The model file, and `configs` with the model's description, and with the run's tables, image directory and
+        label column unless given. Classes that are neither stored nor given come from a given training CSV, and do not
+        count as given. `save_model_path` becomes the model's folder, unless given: results belong to the run.
 
     Raises:
-        UserError: there is no model, a given option contradicts it, or what describes it is neither known nor given.
+        UserError: there is no model, a given option contradicts it, or its description is neither stored nor given.
     """
     Configs.check(configs)
     model_path = resolve_model_path(configs.load_model_path or configs.save_model_path)
@@ -103,7 +101,7 @@ def find_trained_model(configs: Configs, data_options: Sequence[str] = DATA_OPTI
 
 
 def leave_out_default_tables(configs: Configs, names: Sequence[str]) -> Configs:
-    """Empties the paths of a training and a validation table that nobody gave: they needn't be this model's."""
+    """Empties the default paths of the training and validation table: they need not be this model's."""
     for name, words in OPTIONAL_TABLES.items():
         if name in names and name not in configs.given and getattr(configs, name):
             print(f"No {CONFIGS_FILE} says which {name} is this model's, and it is not given: going without {words}.")
@@ -112,30 +110,25 @@ def leave_out_default_tables(configs: Configs, names: Sequence[str]) -> Configs:
 
 
 def name_model(configs: Configs, model_path: str) -> str:
-    """Returns the line that names a model and says where its class names come from.
-
-    Args:
-        configs: as `find_trained_model` returns them.
-        model_path: of the model.
-    """
+    """Returns the line that names a model and the source of its class names, given `find_trained_model`'s results."""
     options, sources = find_description(model_path)
     given = "--classes" if "classes" in configs.given else f"--train_csv {configs.train_csv}"
     source = f"its {sources['classes']}" if "classes" in sources else given
     line = f"Model: {model_path} (class names from {source})"
     if options.keys() <= {"classes"}:
-        line += "\nNo file says how it takes images: it gets RGB from 0 to 255, its preprocessing has to be inside."
+        line += "\nNo file says how it takes images: it gets RGB from 0 to 255, and must contain its preprocessing."
     return line
 
 
 def take_data_options(configs: Configs, model_path: str, names: Sequence[str] = DATA_OPTIONS) -> Configs:
-    """Takes where the images are from the `configs.json` beside a model, unless given, and prints what that changes.
+    """Takes the tables, image directory and label column, unless given, from a model's run; prints what changes.
 
-    A training or validation table that is no longer there is left out: metrics of the test set need none.
+    A training or validation table that no longer exists is left out: metrics of the test set need none.
     """
     configs, stored = disown_paths(configs, model_path), locate_run_data(model_path)
     taken = {name: stored[name] for name in names if name in stored and name not in configs.given}
     if not read_run_configs(model_path).get("image_directory") and gives_other_tables(configs, stored):
-        # The paths in a table that is given start here, not where the run was started.
+        # The paths in a given table start here, not where the run was started.
         taken.pop("image_directory", None)
     for name, words in OPTIONAL_TABLES.items():
         if (path := taken.get(name, "")) and not is_url(path) and not os.path.isfile(path):
@@ -144,14 +137,14 @@ def take_data_options(configs: Configs, model_path: str, names: Sequence[str] = 
             del taken[name]
     for name, value in taken.items():
         if value != getattr(configs, name):
-            print(f"{name} is that of the run: {value or 'empty'}")
+            print(f"{name} comes from the run: {value or 'empty'}")
     return configs.replace(**taken)
 
 
 def list_tables(configs: Configs, model_path: str) -> dict[str, tuple[str, Configs]]:
-    """Returns the CSV file of the `training`, `validation` and `test` set, each with the configs to read it with.
+    """Returns the CSV file of the `training`, `validation` and `test` set, each with the configs to read it.
 
-    A run may have no training or validation set; the test set is there, for there is nothing to test without it.
+    The training and the validation set may be missing.
     """
     paths = {"training": configs.train_csv, "validation": configs.validation_csv, "test": configs.test_csv}
     return {
@@ -162,13 +155,13 @@ def list_tables(configs: Configs, model_path: str) -> dict[str, tuple[str, Confi
 
 
 def configure_table(configs: Configs, model_path: str, csv_path: str) -> Configs:
-    """Returns the configs to read a table with: the run's own ones are read as the run read them.
+    """Returns the configs to read a table with.
 
-    Where another table is given beside them, the image directory and label column that are given are that one's.
-    Where none is, they are for all tables: the images may have been moved.
+    If another table than the run's own is given, a given image directory and label column belong to that one, and the
+    run's own tables are read as the run read them. Otherwise they apply to all tables: the images may have been moved.
 
     Args:
-        configs: as `find_trained_model` returns them.
+        configs: from `find_trained_model`.
         model_path: of the model.
         csv_path: one of the tables in `configs`.
     """
@@ -181,7 +174,7 @@ def configure_table(configs: Configs, model_path: str, csv_path: str) -> Configs
 
 
 def locate_run_data(model_path: str) -> dict[str, Any]:
-    """Returns the options of a model's run as `read_run_configs` does, the paths of its data as they are from here."""
+    """Returns the options of a model's run as `read_run_configs` does, with the paths of its data valid from here."""
     stored = read_run_configs(model_path)
     return locate_data(stored, os.path.dirname(os.path.abspath(model_path)), stored.get("save_model_path", ""))
 
@@ -195,8 +188,8 @@ def list_options(configs: Configs, model_path: str) -> dict[str, Any]:
 def check_test_images(model_path: str, test_csv: str, files: Sequence[str], allow_duplicates: bool) -> int:
     """Refuses to test a model on images that its run was trained on or selected by, as `refuse_trained_images` does.
 
-    Where the run has no test table but the one that selected the model, that one may be tested, and is said to be
-    optimistic. What was allowed when the run began is allowed still.
+    If the table that selected the model is its run's only test table, it may be tested, with a note that its metrics
+    are optimistic. Duplicates that the run allowed are still allowed.
     """
     stored = locate_run_data(model_path)
     allow_duplicates = allow_duplicates or stored.get("allow_duplicates", False)
@@ -211,24 +204,20 @@ def check_test_images(model_path: str, test_csv: str, files: Sequence[str], allo
 
 
 def has_selected(model_path: str, test_csv: str) -> bool:
-    """Tells whether a table selected a run's best model, as the test table did where there was no validation table."""
+    """Returns whether a table selected a run's best model: its validation table, or without one its test table."""
     stored = locate_run_data(model_path)
     selector = stored.get("validation_csv") or stored.get("test_csv") or ""
     return bool(selector) and os.path.realpath(selector) == os.path.realpath(test_csv)
 
 
 def read_run_configs(model_path: str) -> dict[str, Any]:
-    """Returns the options of a model's run, from the `configs.json` beside it; empty where there is none."""
+    """Returns the options of a model's run, from the `configs.json` in its folder; empty without one."""
     path = os.path.join(os.path.dirname(model_path), CONFIGS_FILE)
     return Configs.read_json(path) if os.path.isfile(path) else {}
 
 
 def take_test_data(configs: Configs, model_path: str) -> Configs:
-    """Takes the test set from the `configs.json` beside the model, where the user gives none.
-
-    Returns:
-        The configs; their `test_csv` is empty, which is printed with its reason, where there is nothing to compare on.
-    """
+    """Takes the test set of a model's run unless given; empties `test_csv`, and prints why, if there is none."""
     stored = read_run_configs(model_path)
     is_given = "test_csv" in configs.given
     configs = take_data_options(configs, model_path)
@@ -245,9 +234,8 @@ def take_test_data(configs: Configs, model_path: str) -> Configs:
 
 
 def take_description(configs: Configs, model_path: str, needs_classes: bool) -> Configs:
-    """Takes what describes a model as `find_trained_model` does; no classes where that is not known and not needed."""
+    """Takes a model's description as `find_trained_model` does; without classes if unknown and not needed."""
     configs = configs.replace(load_model_path=model_path)
-    # The data are taken already.
     is_known = {"classes", *NEEDED} <= find_description(model_path).options.keys()
     if needs_classes or is_known or "classes" in configs.given:
         return find_trained_model(configs, ())[1]
@@ -255,10 +243,9 @@ def take_description(configs: Configs, model_path: str, needs_classes: bool) -> 
 
 
 def keep_decision(model_path: str, decision: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Writes a decision into the file of the model that it was fitted for as well, if that carries a description.
+    """Writes a decision also into the file of its model, if that has a description and is in the output folder.
 
-    If that fails, it is printed: `decision.json` has the decision, which counts in the run. If scripts write into
-    another folder than the model's, the model stays as it is.
+    If that fails, it is printed: `decision.json` has the decision, which counts in the run.
 
     Returns:
         The decision.
@@ -266,15 +253,15 @@ def keep_decision(model_path: str, decision: dict[str, Any], folder: str) -> dic
     if read_description(model_path) is None or not leads_into(model_path, folder):
         return decision
     try:
-        # While train.py replaces the model, the next one may not get this one's decision.
+        # train.py may be replacing the model: the next one must not get this one's decision.
         with locked(os.path.dirname(os.path.abspath(model_path))):
             embed_decision(model_path, decision)
     except UserError as error:
-        print(f"{model_path} is without its new decision, which {DECISION_FILE} has: {error}")
+        print(f"{model_path} lacks its new decision, which is in {DECISION_FILE}: {error}")
     return decision
 
 
 def find_output_folder(configs: Configs, model_path: str) -> str:
-    """Returns the folder for what a script makes of a model: a given `save_model_path`, or else the model's own."""
+    """Returns the folder for the results of a script on a model: a given `save_model_path`, else the model's own."""
     is_given = "save_model_path" in configs.given
     return configs.save_model_path if is_given else os.path.dirname(model_path) or os.curdir

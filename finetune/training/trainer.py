@@ -17,19 +17,19 @@ from keras import layers
 from configs import Configs
 from finetune.core.texts import choose_keras_verbosity, show_progress
 from finetune.core.values import get_input_size
-from finetune.models.freezing import leaf_layers
+from finetune.models.backbones import leaf_layers
 from finetune.models.heads import BACKBONE
 from finetune.models.optimizers import build_optimizer, compile_model, find_averages
 from generator import AugmentedImageSequence
 
 
 class Interruption:
-    """Notes signals while it is entered, so that training can end after its step; a second SIGINT or SIGTERM ends it.
+    """Records signals while it is entered, so that training ends after its step; a second SIGINT or SIGTERM kills it.
 
-    SIGHUP, which a terminal sends as it closes, is left to who started this process with it ignored, as nohup does.
+    SIGHUP, which a closing terminal sends, stays ignored if this process was started so, as nohup does.
 
     Args:
-        is_shared: training ends where all processes of the run have agreed on it, by `get_flags` and `note_flags`.
+        is_shared: all processes of the run must agree on the signal, by `get_flags` and `note_flags`.
     """
 
     # Windows has no SIGHUP.
@@ -43,7 +43,7 @@ class Interruption:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        # Python lets the main thread alone handle signals.
+        # Only the main thread of Python handles signals.
         if threading.current_thread() is threading.main_thread():
             for number in self.NUMBERS:
                 if number != self.HANGUP or signal.getsignal(number) is not signal.SIG_IGN:
@@ -59,14 +59,14 @@ class Interruption:
         return np.array([self._received == number for number in self.NUMBERS], np.float32)
 
     def note_flags(self, flags: Sequence[float]) -> None:
-        """Takes the sum of all processes' flags: what one has received holds for all."""
+        """Takes the sum of all processes' flags: a signal to one process stops all."""
         self.signal = next((number for number, flag in zip(self.NUMBERS, flags, strict=True) if flag), self.signal)
 
     def _note(self, number: int, _: object) -> None:
         self._received = number
         if not self.is_shared:
             self.signal = number
-        # It often comes twice, from the terminal and from the shell, and service managers send it after SIGTERM.
+        # SIGHUP often comes twice, from the terminal and the shell, and service managers send it after SIGTERM.
         if self.HANGUP in self._previous:
             signal.signal(self.HANGUP, signal.SIG_IGN)
         for other in (signal.SIGINT, signal.SIGTERM):
@@ -78,18 +78,15 @@ class Interruption:
 
 
 def get_training_model(
-    model: keras.Model,
-    configs: Configs,
-    loss: Callable,
-    optimizer: keras.optimizers.Optimizer | None = None,
+    model: keras.Model, configs: Configs, loss: Callable, optimizer: keras.optimizers.Optimizer | None = None
 ) -> TrainingModel:
-    """Builds what trains a model, or its head on features, in the scope of a strategy.
+    """Builds the training model of a model, or of its head on features, in the scope of a strategy.
 
     Args:
-        model: gives probabilities `(batch, classes)`.
+        model: returns probabilities `(batch, classes)`.
         configs: for the optimizer and the steps.
         loss: of labels and probabilities, `(batch,)`.
-        optimizer: takes the place of a fresh one.
+        optimizer: to continue with; None for a fresh one.
     """
     training_model = TrainingModel(model.inputs, model.outputs, name=model.name)
     if configs.gradient_accumulation_steps > 1:
@@ -104,11 +101,11 @@ def get_training_model(
 
 
 def accept_any_size(model: keras.Model) -> None:
-    """Lets a model of images, and the models that it is made of, take images of any size: training has another one.
+    """Lets a model, and its inner models, take images of any size, for training at another size.
 
-    Each layer of `keras.applications` goes by the channels alone; what is saved keeps the size it was built for.
+    The layers of `keras.applications` only depend on the channels; a saved model keeps the size it was built for.
     """
-    # A Sequential is what it is through a functional model of its own.
+    # A Sequential contains a functional model.
     for layer in (model, getattr(model, "_functional", None)):
         if isinstance(layer, keras.Model) and not isinstance(layer, keras.Sequential):
             layer.input_spec = keras.InputSpec(ndim=len(layer.input_shape))
@@ -118,19 +115,20 @@ def accept_any_size(model: keras.Model) -> None:
 
 
 class TrainingModel(keras.Model):
-    """A model, or a part of one, with the loop that trains it: on one device, or on several as on one.
+    """A model, or a part of one, with its training loop; several devices train it exactly as one would.
 
-    The loop is not Keras's `fit`, because under `tf.distribute` that of Keras 3.15 ends with an error on several hosts
-    (keras-team/keras issue 20585), takes the mean of uneven shares as if they were even, and leaves to each device
-    the batch normalisation's statistics of its own images. Build it, and what it is made of, in the scope of a
-    strategy; its batches are those of `AugmentedImageSequence.get_shares`.
+    The loop replaces Keras's `fit`: under `tf.distribute`, Keras 3.15 fails on several hosts (keras-team/keras issue
+    20585), averages uneven shares as if they were even, and gives each device its own statistics of batch
+    normalisation. Build the model and its layers in the scope of a strategy; the batches must be those of
+    `AugmentedImageSequence.get_shares`.
 
     Attributes:
-        batch_size: images at a time in a device's memory; the gradients of a larger batch are added up.
-        mirrors: an image is predicted with its mirror image.
-        slow_layers: what learns at the learning rate times `multiplier`.
-        loss_sums: of the epoch's images, the sum of their losses and their number, in every process the same.
-        seconds_waited: of the epoch, for batches.
+        batch_size: images at a time in a device's memory; the gradients of a larger batch are accumulated.
+        multiplier: of the learning rate of `slow_layers`.
+        mirrors: predict an image together with its mirror image.
+        slow_layers: they learn at the learning rate times `multiplier`.
+        loss_sums: the sum of the losses of the epoch's images, and their number, the same in every process.
+        seconds_waited: for batches, in the epoch.
     """
 
     batch_size = 0
@@ -141,20 +139,20 @@ class TrainingModel(keras.Model):
     _forward = None
 
     def compile(self, optimizer: keras.optimizers.Optimizer, loss: Callable, metrics: list, **_: Any) -> None:
-        """Keeps what training needs: an optimizer, a loss of each image, and metrics that have their variables."""
+        """Takes an optimizer, a loss of each image, and built metrics."""
         super().compile(optimizer)
         self.loss_of_images = keras.losses.get(loss)
         self._own_metrics = metrics
         self.loss_sums = np.zeros(2)
         self._has_spread_seeds = False
-        # Variables cannot come into being within a step of several devices.
+        # A step of several devices cannot create variables.
         if not optimizer.built:
             optimizer.build(self.trainable_variables)
         self._step, self._forward = self._build_step(), None
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        """Those given to `compile`; each device counts its own images, and their sum is exact."""
+        """The metrics given to `compile`; each device counts its own images, and their sum is exact."""
         return self._own_metrics
 
     def fit(
@@ -165,7 +163,7 @@ class TrainingModel(keras.Model):
         callbacks: list[keras.callbacks.Callback],
         interruption: Interruption,
     ) -> None:
-        """Trains as Keras's `fit` does; what `interruption` notes in one process holds for all after the same step."""
+        """Trains as Keras's `fit` does; a signal in `interruption` stops all processes after the same step."""
         steps = int(batches.cardinality())
         self.stop_training = False
         verbose = choose_keras_verbosity()
@@ -177,7 +175,7 @@ class TrainingModel(keras.Model):
             self.reset_metrics()
             self.loss_sums, self.seconds_waited = np.zeros(2), 0.0
             called.on_epoch_begin(epoch)
-            # An epoch that was stopped behind its last step has its sums already.
+            # An epoch that was stopped after its last step already has its sums.
             logs = {"loss": self.loss_sums[0] / max(self.loss_sums[1], 1)}
             iterator = iter(batches)
             for step in range(steps):
@@ -199,11 +197,11 @@ class TrainingModel(keras.Model):
 
         Args:
             sequence: of the images.
-            title: of the progress bar; none without one.
+            title: of the progress bar; empty for none.
 
         Returns:
-            Outputs float32 `(images, outputs)` in the sequence's order, of the images that could be read, and which
-            of all images these are, bool `(all images,)`; the same in every process.
+            The outputs of the readable images, float32 `(images, outputs)` in the sequence's order, and which of all
+            images are readable, bool `(all images,)`; the same in every process.
         """
         found = np.zeros((len(sequence.paths), self.output_shape[-1] + 1), np.float32)
         with show_progress(len(sequence.paths) * sequence.shares.local // sequence.shares.devices, title) as progress:
@@ -233,7 +231,6 @@ class TrainingModel(keras.Model):
         strategy = self.distribute_strategy
 
         def train_on_share(*batch: tf.Tensor) -> tf.Tensor:
-            """Trains on one device's images; returns the sums of all devices."""
             *parts, bounds, total, signals = batch
             images, labels, is_real = self._get_own_images(parts, bounds)
             gradients, probabilities, loss_sum = self._get_gradients(images, labels, is_real / total)
@@ -253,11 +250,10 @@ class TrainingModel(keras.Model):
     def _get_gradients(
         self, images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-        """Returns the gradients of the weighted sum of the images' losses, their probabilities, and that sum."""
+        """Returns the gradients of the weighted sum of the images' losses, the probabilities, and the sum."""
         variables = self.trainable_variables
 
         def get(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tuple:
-            """Returns the same of images that fit into memory at once."""
             with tf.GradientTape() as tape:
                 probabilities = self(images, training=True)
                 loss = tf.reduce_sum(self.loss_of_images(labels, probabilities) * weights)
@@ -276,19 +272,14 @@ class TrainingModel(keras.Model):
 
         zeros = [tf.zeros(variable.shape, variable.dtype) for variable in variables]
         start = (tf.constant(0), zeros, tf.zeros((0, *self.output_shape[1:])), tf.constant(0.0))
-        shapes = (
-            tf.TensorShape([]),
-            [zero.shape for zero in zeros],
-            tf.TensorShape(self.output_shape),
-            tf.TensorShape([]),
-        )
-        # One after the other, and without keeping anything for a gradient of the loop: memory is what this saves.
-        found = tf.while_loop(lambda end, *_: end < number, add, start, shapes, parallel_iterations=1)
-        return found[1], found[2], found[3]
+        scalar = tf.TensorShape([])
+        shapes = (scalar, [zero.shape for zero in zeros], tf.TensorShape(self.output_shape), scalar)
+        # One part after the other, to save memory.
+        return tf.while_loop(lambda end, *_: end < number, add, start, shapes, parallel_iterations=1)[1:]
 
     @staticmethod
     def _get_own_images(parts: Sequence[tf.Tensor], bounds: tf.Tensor) -> list[tf.Tensor]:
-        """Cuts a device's own images, labels and weights out of its process's, before they go to the device."""
+        """Slices a device's images, labels and weights from those of its process, before they go to the device."""
         device = tf.distribute.get_replica_context().replica_id_in_sync_group % (bounds.shape[0] - 1)
         with tf.device("/CPU:0"):
             return [part[bounds[device] : bounds[device + 1]] for part in parts]
@@ -297,7 +288,7 @@ class TrainingModel(keras.Model):
         variables, slow = self.trainable_variables, []
         is_scaled = isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
         if is_scaled and self.distribute_strategy.num_replicas_in_sync > 1:
-            # Each device leaves a step out where its own gradients are not finite: all must do what one does.
+            # A device skips the step if its own gradients are not finite: then all must skip it.
             is_finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in gradients])
             poison = tf.distribute.get_replica_context().all_reduce("sum", tf.where(is_finite, 0.0, np.nan))
             gradients = [gradients[0] + poison, *gradients[1:]]
@@ -316,7 +307,7 @@ class TrainingModel(keras.Model):
                 average.assign_sub(excess * tf.where(is_first, 1.0, 1 - optimizer.ema_momentum))
 
     def _share_statistics(self, share: tf.Tensor) -> None:
-        """Takes the batch normalisations' statistics of all images: each device has moved them by those of its own."""
+        """Combines the statistics of batch normalisation, which each device has updated from its own images."""
         norms = [layer for layer in leaf_layers(self) if isinstance(layer, layers.BatchNormalization)]
         variables = [v.value for norm in norms if norm.trainable for v in (norm.moving_mean, norm.moving_variance)]
         if variables:
@@ -326,7 +317,7 @@ class TrainingModel(keras.Model):
                 variable.assign(value)
 
     def _update_metrics(self, labels: tf.Tensor, probabilities: tf.Tensor, is_real: tf.Tensor) -> None:
-        """Counts images, mixed ones by the label or labels that they mostly show."""
+        """Counts images, mixed ones by their main labels."""
         for metric in self.metrics:
             is_sparse = isinstance(metric, keras.metrics.SparseCategoricalAccuracy)
             shown = labels
@@ -347,7 +338,7 @@ class TrainingModel(keras.Model):
         strategy = self.distribute_strategy
 
         def predict_share(images: tf.Tensor, bounds: tf.Tensor) -> tf.Tensor:
-            """Predicts one device's images; where there are several views of each, the mean over these."""
+            """Predicts one device's images, as the mean over their views."""
             (images,) = self._get_own_images([images], bounds)
             views = [images]
             if self.mirrors:
@@ -363,7 +354,7 @@ class TrainingModel(keras.Model):
 
     @functools.partial(tf.function, autograph=False)
     def _add_over_processes(self, values: tf.Tensor) -> Any:
-        """Adds an array over the processes; each device has its process's, so that of the first one counts."""
+        """Adds an array over the processes; only the first device of each process counts."""
         local = self._local_devices
 
         def add_once() -> tf.Tensor:
@@ -374,7 +365,7 @@ class TrainingModel(keras.Model):
         return self.distribute_strategy.run(add_once)
 
     def _spread_seeds(self) -> None:
-        """Gives each device random states of its own: dropout would leave out the same units on all of them."""
+        """Gives each device its own random states: dropout would drop the same units on all of them."""
         if self._has_spread_seeds:
             return
         self._has_spread_seeds = True

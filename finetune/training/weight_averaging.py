@@ -1,4 +1,4 @@
-"""Between the weights that fine-tuning starts from and those that it ends with: which average of them to keep."""
+"""Averaging the weights before and after fine-tuning (WiSE-FT), and choosing the average to keep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from finetune.data.groups import describe_groups, pick_groups
-from finetune.evaluation.paired_comparison import (
+from finetune.evaluation.intervals import (
     compare_scores,
     describe_choice,
     describe_errors,
@@ -18,7 +18,7 @@ from finetune.evaluation.paired_comparison import (
 )
 from finetune.training.callbacks import Validation
 
-# Of the way from the start to the end, which is validated anyway; 0.75 beside them was kept seldom, and gained nothing.
+# The shares of the last epoch in the averages. A further share of 0.75 was rarely kept, and gained nothing.
 SHARES = (0.0, 0.25, 0.5)
 
 
@@ -26,10 +26,10 @@ class Kept(NamedTuple):
     """The model to keep.
 
     Attributes:
-        share: of the way from the start (0) to the last epoch (1).
-        is_refitted: its head stands as far on the way to the refitted one.
+        share: of the last epoch in the average; 0 is the start.
+        is_refitted: whether its head is interpolated by the same factor towards the refitted head.
         weights: of the model.
-        logs: its validation metrics, as `Validation` names them.
+        logs: its validation metrics, by the names of `Validation`.
         aurocs: multi-label: of each class.
     """
 
@@ -41,7 +41,7 @@ class Kept(NamedTuple):
 
 
 def mix_weights(start: Sequence[np.ndarray], end: Sequence[np.ndarray], share: float) -> list[np.ndarray]:
-    """Returns the weights that stand at `share` of the way from `start` to `end`."""
+    """Returns the weights interpolated from `start` (share 0) to `end` (share 1)."""
     return [(1 - share) * one + share * other for one, other in zip(start, end, strict=True)]
 
 
@@ -52,29 +52,28 @@ def choose_weights(
     logs: dict[str, float],
     refit: Callable[[], Any] | None = None,
 ) -> Kept:
-    """Validates averages of the weights before and after fine-tuning, and chooses by the images' log loss.
+    """Validates averages of the weights before and after fine-tuning, and chooses one by its log loss.
 
-    Where both lie in one basin an average is often better than either, above all on few photos like those that the
-    backbone has learnt from. The batch normalisation's statistics are averaged too: recomputed from the training
-    images, they cost 2 points of accuracy on 300 photos of flowers.
+    If both lie in one basin, an average is often better than either, especially with few images that resemble those of
+    the pretraining. The statistics of batch normalisation are averaged too: recomputed from the training images, they
+    cost 2 points of accuracy on 300 photos of flowers.
 
-    The average of two heads belongs to no features, and one refitted to an average's features is too sure of itself,
-    the more so where the network has learnt its photos by heart: where `refit` is given, the head of the weights at a
-    share of the way is that share of the way from the one to the other, the last epoch's the fitted one. On 20 and 60
-    photos of a class what was kept had 0.9 points more by heads that were all fitted, and on 20 flowers 0.4 on top.
+    An averaged head fits no features, and a head refitted to averaged features is overconfident, most of all if the
+    network has memorised its images. With `refit`, an average therefore interpolates between both heads by its own
+    share. With 20 and 60 photos a class, refitting gained 0.9 points, and the interpolation 0.4 more on 20 flowers.
 
     Source: Wortsman et al., CVPR 2022 (arXiv:2109.01903), section 4; Kumar et al., ICLR 2022 (arXiv:2202.10054).
 
     Args:
-        model: has the last epoch's weights, and has them again in the end.
+        model: has the last epoch's weights, before and after the call.
         start: the weights that training started from.
         validation: has just measured the last epoch's model.
-        logs: the metrics that it found.
+        logs: the metrics of the last epoch.
         refit: refits the model's head to the training images.
 
     Returns:
-        The start, or of the averages, from the start on, the last one that is better than the one kept so far, by more
-        than a quarter of the standard error of the paired difference. Why is printed.
+        The model to keep: each average, beginning with the start, is replaced by a later one that is better by more
+        than a quarter of the standard error of the paired difference. The reason is printed.
     """
     last = Kept(1.0, False, model.get_weights(), logs, validation.aurocs), validation.get_losses()
     tried = _measure_averages(model, start, validation, refit)
@@ -90,27 +89,25 @@ def choose_weights(
         if is_better(*_compare(losses, further_losses, groups)[:2]):
             kept, losses = further, further_losses
     best, lowest = min(tried[1:], key=lambda one: np.nanmean(one[1]))
-    told, told_losses = (kept, losses) if kept.share else (best, lowest)
-    print(describe_choice(told.share, told.is_refitted, kept.share > 0, *_compare(tried[0][1], told_losses, groups)))
+    chosen, chosen_losses = (kept, losses) if kept.share else (best, lowest)
+    difference = _compare(tried[0][1], chosen_losses, groups)
+    print(describe_choice(chosen.share, chosen.is_refitted, kept.share > 0, *difference))
     if kept.share not in (0, best.share):
         print(describe_rival(best.share, best.is_refitted, *_compare(losses, lowest, groups)[:2]))
     return kept
 
 
 def _compare(losses: np.ndarray, others: np.ndarray, groups: np.ndarray | None) -> tuple[float, float, int]:
-    """Returns by how much the others are lower on average, the standard error, and of how many images."""
-    # An image may have become unreadable meanwhile.
+    """Returns how much lower the others are on average, the standard error, and the number of images."""
+    # An image may have become unreadable in between.
     both = ~np.isnan(losses + others)
     return *compare_scores(-losses[both], -others[both], pick_groups(groups, both)), int(both.sum())
 
 
 def _measure_averages(
-    model: keras.Model,
-    start: Sequence[np.ndarray],
-    validation: Validation,
-    refit: Callable[[], Any] | None,
+    model: keras.Model, start: Sequence[np.ndarray], validation: Validation, refit: Callable[[], Any] | None
 ) -> list[tuple[Kept, np.ndarray]]:
-    """Validates the start's weights, first, and averages; returns each with the losses of the images."""
+    """Validates the start and the averages; returns each with the losses of the images."""
     end, measured = model.get_weights(), []
     for share in SHARES if refit is None else (*SHARES, 1.0):
         mixed = mix_weights(start, end, share)

@@ -1,4 +1,4 @@
-"""How options are declared and told."""
+"""How options are declared, how scripts end, and the text of --help."""
 
 import re
 import time
@@ -18,24 +18,30 @@ def run_tiny_script(tmp_path, body):
     script.write_text(
         f'"""A tiny script."""\nimport os, signal, sys\nsys.path.insert(0, {str(PROJECT)!r})\n'
         "from configs import Configs\nfrom finetune.core.options import UserError\n"
-        "from finetune.core.scripts import run_script\n\n"
+        "from finetune.core.scripts import interrupt, run_script\n\n"
         f"def main(configs: Configs):\n    {body}\n\nrun_script(main)\n",
         encoding="utf-8",
+    )
+    (tmp_path / "interrupted_library.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except BaseException as error:\n    raise ImportError('the library failed') from error\n"
     )
     return run_python(str(script), cwd=tmp_path)
 
 
+# Background jobs of a shell ignore SIGINT, and the tests may run in one.
 @pytest.mark.parametrize(
     ("body", "status", "output", "errors"),
     [
         ("print(configs.batch_size)", 0, "16\n", "^$"),
-        ('raise UserError("x is wrong. Mend it.")', 2, "", r"^Error: x is wrong\. Mend it\.\n$"),
+        ('raise UserError("x is wrong. Correct it.")', 2, "", r"^Error: x is wrong\. Correct it\.\n$"),
         ("return 1 / 0", 1, "", "^Traceback(.|\n)*ZeroDivisionError"),
-        # A shell starts its background jobs with the signal ignored, and the tests may run in one.
         (
             "signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT)",
             *(130, "", "^Interrupted.\n$"),
         ),
+        ("signal.signal(signal.SIGINT, interrupt); import interrupted_library", 130, "", "^Interrupted.\n$"),
     ],
 )
 def test_ends_of_a_script(tmp_path, body, status, output, errors):
@@ -44,59 +50,49 @@ def test_ends_of_a_script(tmp_path, body, status, output, errors):
     assert re.search(errors, result.stderr)
 
 
-def test_interrupt_within_an_import_ends_in_one_line_whatever_the_library_makes_of_it(tmp_path):
-    (tmp_path / "slow_library.py").write_text(
-        "import os, signal\n"
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
-        "except BaseException as error:\n    raise ImportError('the library failed') from error\n"
-    )
-    # A shell starts its background jobs with the signal ignored, and the tests may run in one.
-    heeding = "from finetune.core.scripts import interrupt; signal.signal(signal.SIGINT, interrupt)"
-    result = run_tiny_script(tmp_path, f"{heeding}; import slow_library")
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
-
-
-# Groups
-
-
-def test_every_option_has_a_group_of_its_own_choice():
+def test_groups():
     assert {field.metadata["group"] for field in Configs.options().values()} == set(GROUPS) - {""}
+    with pytest.raises(ValueError, match="group: expected one of common, data"):
+        define(1, "A number", group="misc")
 
 
 @pytest.mark.parametrize("configs_class", [Configs, PredictConfigs, CompressConfigs])
-def test_help_tells_own_options_then_those_used_most_with_their_defaults(capsys, configs_class):
+def test_help_begins_with_the_script_s_own_and_the_most_used_options(capsys, configs_class):
     with pytest.raises(SystemExit):
         configs_class.from_command_line("A head.", ["--help"])
     shown = capsys.readouterr().out
     parts = re.split(r"^(\w.*):$", shown, flags=re.M)
     parts = zip(parts[1::2], parts[2::2], strict=True)
-    told = {title: re.findall(r"^  --(\w+)", text, flags=re.M) for title, text in parts}
+    found = {title: re.findall(r"^  --(\w+)", text, flags=re.M) for title, text in parts}
     own = configs_class.own_options()
-    assert list(told)[: 2 + bool(own)] == ["options", *["Options of this script"] * bool(own), "Most used"]
-    assert told.get("Options of this script", []) == own
-    assert set(own) == set(configs_class.options()) - set(Configs.options())
-    assert {"configs", "train_csv", "visual_model_name", "num_epochs", "batch_size"} < {*told["Most used"]}
-    assert sorted(name for names in told.values() for name in names) == sorted(["configs", *configs_class.options()])
+    assert list(found)[: 2 + bool(own)] == ["options", *["Options of this script"] * bool(own), "Most used"]
+    assert found.get("Options of this script", []) == own
+    assert set(own) >= set(configs_class.options()) - set(Configs.options())
+    assert {"configs", "train_csv", "visual_model_name", "num_epochs", "batch_size"} < {*found["Most used"]}
+    assert sorted(name for names in found.values() for name in names) == sorted(["configs", *configs_class.options()])
     shown = " ".join(shown.split())
-    # No wall of flags.
+    # The usage line does not list all flags.
     assert re.match(r"usage: \S+ \[--configs FILE.json\] \[--OPTION VALUE \.\.\.\] A head\.", shown)
     assert shown.count("; default ") == len(configs_class.options())
-    assert "(3 whole numbers at least 1 and at most 16384; default 224 224 3)" in shown
+    assert "(3 whole numbers from 1 to 16384; default 224 224 3)" in shown
 
 
-def test_unknown_group_is_a_mistake_of_who_declares():
-    with pytest.raises(ValueError, match="group: expected one of common, data"):
-        define(1, "A number", group="misc")
+def test_a_script_may_declare_an_option_differently():
+    assert "test_time_augmentation" in PredictConfigs.own_options()
+    assert "test_time_augmentation" not in str(PredictConfigs.grouped_options())
+    assert PredictConfigs(test_time_augmentation="8").validate().test_time_augmentation == "8"
+    with pytest.raises(UserError, match="test_time_augmentation"):
+        Configs(test_time_augmentation="8").validate()
 
 
 def test_help_is_quick():
-    start = time.monotonic()
-    assert run_python("train.py", "--help").returncode == 0
-    # TensorFlow alone takes longer.
-    assert time.monotonic() - start < 3
-
-
-# What was meant
+    times = []
+    # TensorFlow alone takes longer. The best of three, as other processes may use the cores.
+    while len(times) < 3 and min(times, default=9) > 3:
+        start = time.monotonic()
+        assert run_python("train.py", "--help").returncode == 0
+        times.append(time.monotonic() - start)
+    assert min(times) < 3
 
 
 @pytest.mark.parametrize(

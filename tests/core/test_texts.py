@@ -1,11 +1,13 @@
-"""How progress is shown, in a terminal and elsewhere."""
+"""Text output and progress, in a terminal and elsewhere."""
 
+import os
+import pty
 import subprocess
 import sys
+import termios
 
 import pytest
 from config_files import PROJECT
-from terminals import run_in_terminal
 
 from finetune.core import texts as progress
 from finetune.core.texts import ProgressLines, begin_line, choose_keras_verbosity, show, show_count, show_progress
@@ -20,6 +22,25 @@ CODE = (
 COMMAND = [sys.executable, "-c", CODE]
 
 
+def run_in_terminal(command, stdout=None, **environment):
+    """Returns the exit status and the terminal output of a program; stdout may be a file."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    environment = {"TERM": "xterm"} | environment
+    streams = {"stdin": theirs, "stdout": stdout or theirs, "stderr": theirs}
+    process = subprocess.Popen(command, **streams, env=os.environ | environment)
+    os.close(theirs)
+    shown = b""
+    # Linux reports the end of a terminal as an error.
+    try:
+        while part := os.read(ours, 65536):
+            shown += part
+    except OSError:
+        pass
+    os.close(ours)
+    return process.wait(), shown.decode()
+
+
 def test_terminal_has_a_bar():
     status, shown = run_in_terminal(COMMAND)
     assert status == 0
@@ -28,23 +49,23 @@ def test_terminal_has_a_bar():
     assert shown.endswith("'\\n' 1\r\n")
 
 
-def test_terminal_that_cannot_move_its_cursor_has_none():
+def test_dumb_terminal_has_no_bar():
     assert run_in_terminal(COMMAND, TERM="dumb") == (0, "'' 2\r\n")
 
 
-def test_pipe_has_nothing_of_what_is_soon_done():
+def test_pipe_shows_no_short_tasks():
     result = subprocess.run(COMMAND, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "'' 2\n", "")
 
 
-def test_each_stream_is_looked_at_alone(tmp_path):
+def test_streams_are_checked_separately(tmp_path):
     with open(tmp_path / "log", "wb") as log:
         status, shown = run_in_terminal(COMMAND, stdout=log)
     assert (status, "4/4" in shown) == (0, True)
     assert (tmp_path / "log").read_bytes() == b"'' 2\n"
 
 
-def test_what_takes_long_is_a_line_a_minute(monkeypatch, capsys):
+def test_long_task_prints_a_line_per_minute(monkeypatch, capsys):
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with show_progress(500, "Predicting", initial=100) as shown:
@@ -63,15 +84,15 @@ def test_nothing_is_shown_without_a_title():
 
 
 @pytest.mark.parametrize(("is_terminal", "begin", "verbosity"), [(True, "\n", 1), (False, "", 2)])
-def test_keras_bar_is_broken_off_only_where_there_is_one(monkeypatch, is_terminal, begin, verbosity):
+def test_keras_settings_depend_on_the_terminal(monkeypatch, is_terminal, begin, verbosity):
     monkeypatch.setattr(progress, "draws_bars", lambda stream: is_terminal)
     assert (begin_line(), choose_keras_verbosity()) == (begin, verbosity)
 
 
-def test_hidden_characters_are_written_out():
+def test_hidden_characters_are_escaped():
     assert show("é 花 👩‍🚀") == "é 花 👩‍🚀"
     assert show("\t\x7f\u2066") == "\\t\\x7f\\u2066"
 
 
-def test_one_thing_is_no_plural():
+def test_counts_have_plurals():
     assert [show_count(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]

@@ -59,7 +59,7 @@ def test_linked_class_folders_count_and_loops_do_not(class_folders, capsys):
     for name, target in (("owl", "../far"), ("loop", "."), ("up", ".."), ("gone", "nowhere"), ("dog/far", "../../far")):
         (images / name).symlink_to(target)
     assert list_folders(class_folders) == {"cat": 3, "dog": 5, "owl": 1}
-    assert "Left out 3 links or folders that lead nowhere" in capsys.readouterr().out
+    assert "unreadable folders (3)" in capsys.readouterr().out
 
 
 def test_one_class_alone_is_a_warning(class_folders, capsys):
@@ -91,32 +91,15 @@ def read_tables(folder):
     return tables
 
 
-@pytest.mark.parametrize(
-    ("folder", "expected"),
-    [
-        ("train", "training"),
-        ("Training", "training"),
-        ("train_set", "training"),
-        ("training-set", "training"),
-        ("train2017", "training"),
-        ("TRAIN DATA", "training"),
-        ("val", "validation"),
-        ("valid", "validation"),
-        ("Validation", "validation"),
-        ("dev", "validation"),
-        ("test", "testing"),
-        ("testing", "testing"),
-        ("testset", "testing"),
-        ("train station", ""),
-        ("trains", ""),
-        ("valley", ""),
-        ("set", ""),
-        ("data", ""),
-        ("2017", ""),
-    ],
-)
-def test_names_of_sets_are_known_in_any_case_and_with_what_is_put_behind(folder, expected):
-    assert find_set_name(folder) == expected
+def test_names_of_sets_are_known_in_any_case_and_with_suffixes():
+    names = {
+        "training": ["train", "Training", "train_set", "training-set", "train2017", "TRAIN DATA"],
+        "validation": ["val", "valid", "Validation", "dev"],
+        "testing": ["test", "testing", "testset"],
+        "": ["train station", "trains", "valley", "set", "data", "2017"],
+    }
+    for expected, folders in names.items():
+        assert [find_set_name(folder) for folder in folders] == [expected] * len(folders)
 
 
 def test_each_set_gets_its_table(tmp_path, capsys):
@@ -162,8 +145,8 @@ def test_without_a_test_set_it_says_so_and_an_earlier_table_is_warned_of(tmp_pat
     make_tables(tmp_path)
     printed = capsys.readouterr().out
     assert "There is no test set" in printed
-    assert "testing_set.csv is of an earlier split" in printed
-    assert "validation_set.csv is of an earlier split" not in printed
+    assert "testing_set.csv is from an earlier split" in printed
+    assert "validation_set.csv is from an earlier split" not in printed
 
 
 def test_packed_folders_empty_ones_and_loose_files_do_no_harm(tmp_path, capsys):
@@ -176,7 +159,7 @@ def test_packed_folders_empty_ones_and_loose_files_do_no_harm(tmp_path, capsys):
         "training_set.csv": 2,
     }
     printed = capsys.readouterr().out
-    assert "Left out 1 links or folders" in printed
+    assert "unreadable folders (1)" in printed
     assert "read.txt" in printed
     assert "__MACOSX" in printed
 
@@ -196,29 +179,10 @@ def test_classes_that_are_called_as_sets_stay_classes(tmp_path, paths):
     assert os.listdir(tmp_path / "out") == ["all.csv"]
 
 
-@pytest.mark.parametrize(
-    ("paths", "message"),
-    [
-        (("train/a/1.jpg", "val/a/2.jpg", "bus/3.jpg"), "bus beside them hold images too.*Move the others"),
-        (("train/a/1.jpg", "val/a/2.jpg", "more/a/3.jpg"), "more beside them hold images too"),
-        (("train/a/1.jpg", "val/a/2.jpg", "valid/a/3.jpg"), "two of them mean the same set.*Join or rename"),
-        (("train/a/1.jpg", "test/2.jpg"), "test hold images without class folders.*predict.py --input"),
-        (("train/1.jpg", "val/2.jpg"), "train, val hold images without class folders.*--table_path"),
-        (("val/a/1.jpg", "test/a/2.jpg"), "no training set beside test, val"),
-        (("train/a/1.jpg", "train/b/2.jpg"), "no other set beside train.*--folder_path .*train"),
-    ],
-)
-def test_sets_that_are_not_as_they_have_to_be_are_refused(tmp_path, paths, message):
-    touch(tmp_path, *paths)
-    with pytest.raises(UserError, match=message):
-        make_tables(tmp_path)
-    assert not (tmp_path / "out").exists()
-
-
 def test_classes_that_training_lacks_are_told(tmp_path, capsys):
     touch(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "test/a/3.jpg", "test/b/4.jpg", "test/owl/5.jpg")
     make_tables(tmp_path)
-    assert "Warning: training has no image of owl, other sets have" in capsys.readouterr().out
+    assert "Warning: other sets have images of owl" in capsys.readouterr().out
 
 
 def test_copies_across_sets_are_found_in_one_check(tmp_path, capsys):

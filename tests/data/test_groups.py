@@ -47,12 +47,8 @@ def test_groups_of_several_tables_are_the_same_by_name():
     test, validation = (
         describe_shared(name, {"images": 4, "images_of_known_groups": 2}) for name in ("test", "validation")
     )
-    assert (
-        "2 of the 4 images of the test set belong to groups that the model was trained on or selected by: its" in test
-    )
-    assert (
-        "validation set belong to groups that the model was trained on: what is fitted on it is too sure" in validation
-    )
+    assert test.startswith("2 of the 4 images of the test set belong to groups that the model was trained on or select")
+    assert validation.startswith("2 of the 4 images of the validation set belong to groups that the model was trained")
     assert describe_shared("test", {"images": 4}) == ""
 
 

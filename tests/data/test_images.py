@@ -1,24 +1,23 @@
 """Headers, decoding and resizing of one image."""
 
 import os
-import subprocess
-import sys
 
 import cv2
 import numpy as np
 import pytest
 import skimage.data
 from checked_tables import corpus  # noqa: F401
-from corpus import encode, photo
-from odd_images import (
+from corpus import (
     EXIF_START,
     alpha_bmp,
+    encode,
     encode_heic,
     exif,
     grey_tiff,
     jpeg_with,
     lossless_jpeg,
     oriented_files,
+    photo,
     png_with,
     quadrants,
 )
@@ -26,41 +25,17 @@ from picture_sets import (
     SIZE,
     unreadable,  # noqa: F401
 )
-from PIL import Image, ImageOps
+from PIL import Image
 
 from finetune.core.options import UserError
 from finetune.data.images import JPEG_HEADER, choose_divisor, read_image, resize_image
 from finetune.data.inspection import inspect_image
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
-def test_png_of_any_mode_is_read_as_8_bit_rgb(tmp_path, mode):
-    colours = np.random.default_rng(3).integers(0, 256, (*SIZE, 3), np.uint8)
-    picture = Image.fromarray(colours).convert(mode)
-    if mode in ("LA", "RGBA"):
-        picture.putalpha(Image.fromarray(colours[..., 0]))
-    path = str(tmp_path / "picture.png")
-    picture.save(path)
-    image = read_image(path)
-    assert image.dtype == np.uint8
-    if mode in ("LA", "RGBA"):
-        assert np.abs(image - over_white(np.asarray(picture.convert("RGBA")))).max() <= 1
-    else:
-        np.testing.assert_array_equal(image, np.asarray(picture.convert("RGB")))
-
-
 def over_white(picture):
-    """Lays RGB and alpha of 0 to 255 over white, by the arithmetic of a share."""
+    """Lays RGB and alpha of 0 to 255 over white."""
     share = picture[..., 3:].astype(float) / 255
     return share * picture[..., :3] + (1 - share) * 255
-
-
-def test_palette_png_with_a_transparent_colour_shows_white_in_its_place(tmp_path):
-    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
-    picture.putpalette([250, 10, 20, 30, 240, 40, 50, 60, 230])
-    path = str(tmp_path / "palette.png")
-    picture.save(path, transparency=1)
-    assert read_image(path).tolist() == [[[250, 10, 20], [255, 255, 255], [50, 60, 230]]]
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -82,15 +57,6 @@ def test_any_path_is_read(tmp_path, name):
     assert read_image(str(path)).tolist() == [[[1, 2, 3]] * 5] * 3
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
-def test_half_an_image_is_refused(tmp_path, suffix):
-    path = tmp_path / f"half.{suffix}"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)).save(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=f"half.{suffix}"):
-        read_image(str(path))
-
-
 def test_shrinking_averages_areas():
     image = np.zeros((4, 8, 3), np.uint8)
     image[:2, :4] = [[[0, 40, 80]] * 4, [[20, 60, 100]] * 4]
@@ -105,12 +71,7 @@ def test_shrinking_by_any_factor_keeps_the_mean():
     np.testing.assert_allclose(resize_image(image, (13, 22)).mean(axis=(0, 1)), image.mean(axis=(0, 1)), atol=0.5)
 
 
-def test_an_image_of_the_right_size_stays_as_it_is():
-    image = np.random.default_rng(6).integers(0, 256, (5, 7, 3), np.uint8)
-    np.testing.assert_array_equal(resize_image(image, (5, 7)), image)
-
-
-@pytest.mark.parametrize("size", [(3, 3), (12, 30), (31, 8), (50, 50)])
+@pytest.mark.parametrize("size", [(3, 3), (12, 30), (31, 8), (50, 50), SIZE])
 def test_resizing_keeps_a_plain_colour(size):
     plain = np.full((*SIZE, 3), (10, 120, 250), np.uint8)
     assert resize_image(plain, size).shape == (*size, 3)
@@ -133,9 +94,8 @@ def photo_jpeg(path, height, width, **options):
         *((300, 900, (100, 200), 1), (400, 900, (100, 200), 2)),
     ],
 )
-def test_a_jpeg_is_decoded_at_the_smallest_scale_that_suffices(tmp_path, height, width, image_size, divisor):
-    encoded = np.fromfile(photo_jpeg(tmp_path / "photo.jpg", height, width), np.uint8)
-    assert choose_divisor(encoded, (width, height), image_size) == divisor
+def test_a_jpeg_is_decoded_at_the_smallest_scale_that_suffices(height, width, image_size, divisor):
+    assert choose_divisor((width, height), image_size) == divisor
 
 
 @pytest.mark.parametrize(("height", "width"), [(480, 640), (1000, 1500), (3000, 4000)])
@@ -148,15 +108,6 @@ def test_scaled_decoding_is_close_to_full_decoding(tmp_path, height, width):
     assert np.abs(resize_image(scaled, (224, 224)).astype(int) - full).mean() < 2
 
 
-@pytest.mark.parametrize("orientation", [3, 6])
-def test_scaled_decoding_keeps_the_orientation_and_rgb(tmp_path, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = photo_jpeg(tmp_path / "photo.jpg", 400, 600, exif=exif)
-    upright = ImageOps.exif_transpose(Image.open(path)).resize((30, 30), Image.Resampling.BOX)
-    assert np.abs(resize_image(read_image(path, (30, 30)), (30, 30)).astype(int) - np.asarray(upright)).mean() < 3
-
-
 def test_other_formats_are_decoded_whole(tmp_path):
     path = tmp_path / "photo.png"
     Image.fromarray(skimage.data.astronaut()).save(path)
@@ -167,7 +118,7 @@ def test_other_formats_are_decoded_whole(tmp_path):
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "gif"])
 def test_an_image_in_a_store_is_that_of_the_file(tmp_path, store, kind, size):
     path = tmp_path / f"a.{kind}"
-    Image.fromarray(skimage.data.astronaut()[:300, :400]).save(path)
+    Image.fromarray(skimage.data.astronaut()[:120, :160]).save(path)
     store.put(f"memory://bucket/a.{kind}", path.read_bytes())
     np.testing.assert_array_equal(read_image(f"memory://bucket/a.{kind}", size), read_image(str(path), size))
 
@@ -283,6 +234,13 @@ def test_a_bmp_is_transparent_where_its_fourth_byte_is_used_at_all(tmp_path):
     np.testing.assert_array_equal(read_image(str(tmp_path / "used.bmp")), np.repeat(255 - alpha[..., None], 3, axis=2))
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_png_without_transparency_is_read_as_it_is(tmp_path, mode):
+    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (*SIZE, 3), np.uint8)).convert(mode)
+    picture.save(tmp_path / "picture.png")
+    np.testing.assert_array_equal(read_image(str(tmp_path / "picture.png")), np.asarray(picture.convert("RGB")))
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "LA"])
 def test_transparency_by_a_colour_or_a_palette_is_white_too(tmp_path, mode):
     picture = Image.fromarray(np.full((20, 20), 40, np.uint8))
@@ -298,28 +256,6 @@ def test_transparency_by_a_colour_or_a_palette_is_white_too(tmp_path, mode):
 
 
 RAMP = np.linspace(0, 1, 40 * 64).reshape(40, 64)
-
-
-@pytest.mark.parametrize(
-    ("values", "most"),
-    [
-        *((RAMP.astype(np.float32), 1), ((RAMP * 255).astype(np.float32), 255)),
-        *(((RAMP * 255).astype(np.int32), 255), ((RAMP * 65535).astype(np.int32), 65535)),
-        *(((RAMP * 65535).astype(np.uint16), 65535), ((RAMP * 255).astype(np.uint8), 255)),
-    ],
-)
-def test_tiff_of_any_depth_is_reduced_to_8_bits(tmp_path, values, most):
-    Image.fromarray(values).save(tmp_path / "a.tif")
-    image = read_image(str(tmp_path / "a.tif"), pixel_range=(0, most)).astype(float)
-    assert np.abs(image - values[..., None] * (255.0 / most)).max() <= 1.01
-    assert inspect_image(str(tmp_path / "a.tif"), decode=True).fault is None
-
-
-def test_not_a_number_in_a_tiff_is_black(tmp_path):
-    values = RAMP.astype(np.float32)
-    values[0, :3] = np.nan, np.inf, -np.inf
-    Image.fromarray(values).save(tmp_path / "a.tif")
-    assert read_image(str(tmp_path / "a.tif"))[0, :3, 0].tolist() == [0, 255, 0]
 
 
 def test_tiff_of_2_bits_is_read(tmp_path):
@@ -352,30 +288,18 @@ def test_12_bits_in_the_place_of_16_are_a_warning_and_a_faint_photo_is_none(tmp_
     Image.fromarray(deep).save(tmp_path / "deep.png")
     Image.fromarray((100 + RAMP * 30).astype(np.uint8)).save(tmp_path / "faint.png")
     found = inspect_image(str(tmp_path / "deep.png"), decode=True).remarks
-    assert ("nearly_uniform", "its grey values are from 0 to 12 of 255") in found
+    assert "nearly_uniform" in [kind for kind, _ in found]
     assert inspect_image(str(tmp_path / "faint.png"), decode=True).remarks == []
 
 
-@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".jpg", ".jpeg"])
-def test_every_ending_of_jpeg_is_right(tmp_path, suffix):
-    path = tmp_path / f"a{suffix}"
-    path.write_bytes(encode("JPEG"))
-    assert inspect_image(str(path)).remarks == []
-
-
-def test_heic_without_its_package_says_so(tmp_path):
+def test_heic_without_its_package_names_it(tmp_path, monkeypatch):
     path = tmp_path / "IMG_0001.HEIC"
     path.write_bytes(encode_heic(photo()))
-    code = (
-        "import sys; sys.modules['pillow_heif'] = None\n"
-        "from finetune.data.images import read_image\n"
-        "from finetune.data.inspection import inspect_image\n"
-        "print(inspect_image(sys.argv[1]).fault)\n"
-        "read_image(sys.argv[1])"
-    )
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
-    assert "('needs_package', 'it is HEIC, which needs a package: pip install pillow-heif')" in done.stdout
-    assert "UserError" in done.stderr
+    monkeypatch.setattr("finetune.data.headers.pillow_heif", None)
+    monkeypatch.setattr("PIL.Image.ID", [name for name in Image.ID if name != "HEIF"])
+    assert inspect_image(str(path)).fault[0] == "needs_package"
+    with pytest.raises(UserError, match="pip install pillow-heif"):
+        read_image(str(path))
 
 
 def test_a_header_is_read_once_for_as_long_as_the_file_has_its_length(tmp_path, monkeypatch):

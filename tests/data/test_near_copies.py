@@ -55,7 +55,7 @@ def test_every_altered_copy_is_found_and_nothing_else(name):
 def test_photos_of_one_composition_are_not_taken_for_copies():
     rng = np.random.default_rng(0)
     images = []
-    for _ in range(40):
+    for _ in range(20):
         # A bright disc of one place and size on dark ground, with a texture of its own.
         image = cv2.circle(np.full((128, 128), 60, np.uint8), (64, 64), 40, 190, -1)
         image = image + cv2.GaussianBlur(rng.normal(0, 120, image.shape), (0, 0), 2)

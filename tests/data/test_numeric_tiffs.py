@@ -18,8 +18,7 @@ from finetune.core.options import UserError
 from finetune.data.data_check import check_data
 from finetune.data.findings import BadImage
 from finetune.data.images import decode_image, read_image
-from finetune.data.inspection import inspect_image
-from finetune.data.pixel_range import resolve_pixel_range, resolve_pixel_range_of_files, tell_unfit_range
+from finetune.data.inspection import inspect_image, resolve_pixel_range, resolve_pixel_range_of_files, tell_unfit_range
 from finetune.data.tables import ImageTable
 from finetune.loading.caches import DiskCache, digest_image
 from finetune.models.description import describe_model
@@ -105,15 +104,6 @@ def test_what_libtiff_packs_with_a_predictor_is_read(dtype, predictor, packing):
     assert packing == "packbits" or page.predictor == predictor
     assert (page.compression > 1, page.rowsperstrip) == (True, 5)
     assert_reads(file.getvalue(), expect(values))
-
-
-def test_colours_that_opencv_packs_by_lzw_are_read():
-    values = draw_values("u2", (*SHAPE, 3))
-    options = [cv2.IMWRITE_TIFF_COMPRESSION, 5, cv2.IMWRITE_TIFF_PREDICTOR, 2]
-    data = cv2.imencode(".tif", values[..., ::-1], options)[1].tobytes()
-    page = tifffile.TiffFile(io.BytesIO(data)).pages[0]
-    assert (page.compression, page.predictor) == (5, 2)
-    assert_reads(data, expect(values))
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
@@ -271,7 +261,7 @@ def test_the_range_is_that_of_the_training_images(tmp_path, capsys):
     assert find_range([files[4], *rest]) == []
     assert capsys.readouterr().out == ""
     assert find_range(files[:2] + rest) == [0, 1]
-    assert "Float TIFFs: 0 is black and 1 white (the 2 of train.csv hold 0 to 1)" in capsys.readouterr().out
+    assert "0 is black and 1 white (values in the 2 of train.csv: 0 to 1)" in capsys.readouterr().out
     assert find_range(files[:3]) == [0, 1.5]
     assert find_range([files[3]]) == [-7, 293]
     assert find_range([files[5]]) == [7, 14]
@@ -320,45 +310,30 @@ def test_a_cache_knows_the_pictures_of_its_range_alone(tmp_path, kind):
     assert len({digest_image(files[0], pixel_range) for pixel_range in ((), (0, 1), (0, 2))}) == 3
 
 
-def test_a_generator_without_a_range_tells_what_it_assumes(tmp_path, capsys):
-    files = write_tiffs(tmp_path, a=np.full((8, 8), 300, np.int32))
-    (tmp_path / "a.csv").write_text(f"path,class\n{files[0]},red\n")
-    get_generator(str(tmp_path / "a.csv"), ["red"], Configs(), training=False)
-    told = capsys.readouterr().out
-    assert "a.csv: 1 float or 32-bit TIFF" in told
-    assert "in integers 0 is black and 255 white" in told
-    get_generator(str(tmp_path / "a.csv"), ["red"], Configs(pixel_range=[0, 300]), training=False)
-    assert capsys.readouterr().out == ""
-
-
 @pytest.mark.parametrize("factor", [100, 1e-3])
-def test_pictures_that_a_range_makes_white_or_black_are_told(tmp_path, capsys, factor):
+def test_pictures_without_a_range_or_that_a_range_makes_white_or_black_are_named(tmp_path, capsys, factor):
     ramp = np.linspace(0, 1000, 64, dtype=np.float32).reshape(8, 8)
     right, flat, wrong = write_tiffs(tmp_path, right=ramp, flat=np.zeros_like(ramp), wrong=ramp * factor)
-    tell_unfit_range("photos", [right, flat, str(tmp_path / "missing.tif")], (0, 1000))
-    tell_unfit_range("photos", [wrong], ())
-    assert capsys.readouterr().out == ""
-    tell_unfit_range("photos", [right, wrong, flat], (0, 1000))
-    told = capsys.readouterr().out
-    assert "photos: 1 of 3" in told
-    assert "0 to 1000" in told
-    assert wrong in told
-    (tmp_path / "a.csv").write_text(f"path,class\n{wrong},red\n")
-    get_generator(str(tmp_path / "a.csv"), ["red"], Configs(pixel_range=[0, 1000]), training=False)
-    assert wrong in capsys.readouterr().out
+    tables = [tmp_path / f"{name}.csv" for name in ("right", "wrong")]
+    for table, file in zip(tables, (right, wrong), strict=True):
+        table.write_text(f"path,class\n{file},red\n")
 
+    def printed(function, *arguments):
+        function(*arguments)
+        return capsys.readouterr().out
 
-@pytest.mark.parametrize("values", [{}, {"pixel_range": [0, 1000]}])
-def test_training_tells_which_table_a_range_does_not_fit(tmp_path, capsys, values):
-    ramp = np.linspace(0, 1000, 64, dtype=np.float32).reshape(8, 8)
-    right, wrong = write_tiffs(tmp_path, right=ramp, wrong=ramp * 100)
-    tables = {"training_set.csv": right, "validation_set.csv": wrong}
-    for name, file in tables.items():
-        (tmp_path / name).write_text(f"path,class\n{file},red\n")
-    assert resolve_pixel_range(Configs(**values), [str(tmp_path / name) for name in tables]).pixel_range == [0, 1000]
-    told = capsys.readouterr().out
-    assert "validation_set.csv: 1 of 1" in told
-    assert "training_set.csv: 1 of 1" not in told
+    assert printed(tell_unfit_range, "photos", [right, flat, str(tmp_path / "missing.tif")], (0, 1000)) == ""
+    assert printed(tell_unfit_range, "photos", [wrong], ()) == ""
+    shown = printed(tell_unfit_range, "photos", [right, wrong, flat], (0, 1000))
+    assert all(text in shown for text in ("photos: 1 of 3", "0 to 1000", wrong))
+    shown = printed(get_generator, str(tables[0]), ["red"], Configs(), False)
+    assert all(text in shown for text in ("right.csv: 1 float or 32-bit TIFF", "0 is black and 255 white"))
+    assert printed(get_generator, str(tables[0]), ["red"], Configs(pixel_range=[0, 1000]), False) == ""
+    assert wrong in printed(get_generator, str(tables[1]), ["red"], Configs(pixel_range=[0, 1000]), False)
+    for options in ({}, {"pixel_range": [0, 1000]}):
+        shown = printed(resolve_pixel_range, Configs(**options), [str(table) for table in tables])
+        assert "wrong.csv: 1 of 1" in shown
+        assert "right.csv: 1 of 1" not in shown
 
 
 def write_set(folder, name, high):

@@ -4,54 +4,30 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from random_answers import NAMES, PREDICTED, Y_TRUE, one_hot, random_multilabel, random_single_label
 from scipy import special
 from sklearn import metrics as sk
 
 from finetune.core.options import UserError
-from finetune.evaluation.decision import (
-    Decision,
-    find_exact_match_threshold,
-    fit_decision,
-    fit_temperature,
+from finetune.data.groups import pick_groups
+from finetune.evaluation.decision import Decision, find_exact_match_threshold, fit_decision, fit_temperature
+from finetune.evaluation.evaluation import (
+    check_report_by,
+    evaluate_by,
+    evaluate_set,
+    evaluate_sets,
+    format_breakdown,
+    format_evaluation,
+    print_results,
 )
-from finetune.evaluation.evaluation import evaluate_set, evaluate_sets, format_evaluation, print_results
 from finetune.evaluation.intervals import get_intervals
 from finetune.evaluation.metrics import (
     get_calibration,
     get_evaluation_metrics,
     get_multilabel_evaluation_metrics,
 )
-
-
-def cells(line: str) -> list[str]:
-    return line.split()
-
-
-def test_format_prints_single_label_metrics():
-    lines = format_evaluation(get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES)).splitlines()
-    assert cells(lines[0]) == ["class", "precision", "recall", "f1", "support"]
-    assert cells(lines[2]) == ["bee", "0.6667", "1.0000", "0.8000", "2"]
-    start = lines.index("confusion matrix")
-    assert [cells(line)[-3:] for line in lines[start + 2 : start + 5]] == [list("110"), list("020"), list("100")]
-    assert "accuracy: 0.6000" in lines
-
-
-def test_format_prints_multilabel_metrics_and_what_is_undefined():
-    y_true, probabilities = np.array([[1, 0], [0, 0]], np.float32), np.array([[0.9, 0.6], [0.1, 0.2]], np.float32)
-    metrics = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant", "bee"], threshold=0.25)
-    lines = format_evaluation(metrics).splitlines()
-    assert cells(lines[1]) == ["ant", "1.0000", "1.0000", "1.0000", "1", "1.0000", "1.0000"]
-    assert cells(lines[2]) == ["bee", "0.0000", "0.0000", "0.0000", "0", "undefined", "undefined"]
-    for line in ("mean auroc: 1.0000", "exact match accuracy: 0.5000", "hamming loss: 0.2500", "threshold: 0.2500"):
-        assert line in lines
-
-
-def test_format_aligns_counts_of_any_width_and_names_of_any_length():
-    y_true = np.array([0] * 123456 + [1])
-    text = format_evaluation(get_evaluation_metrics(y_true, one_hot(y_true, 2), ["a", "a rather long class name"]))
-    assert ["0", "a", "123456", "0"] in [cells(line) for line in text.splitlines()]
 
 
 def test_probabilities_that_are_no_numbers_are_a_users_mistake():
@@ -170,59 +146,81 @@ def test_the_fitted_temperature_mends_an_overconfident_model():
 # Text
 
 
-def test_format_prints_intervals_calibration_and_the_optimistic_threshold():
+def format_cells(metrics):
+    return [line.split() for line in format_evaluation(metrics).splitlines()]
+
+
+def test_single_label_metrics_as_text():
     metrics = get_evaluation_metrics(Y_TRUE, one_hot(PREDICTED), NAMES)
     metrics |= {"images": 5, "intervals": {"accuracy": [0.2, 1], "macro_f1": None}}
     metrics["calibration"] = {"expected_calibration_error": 0.01, "expected_calibration_error_uncalibrated": 0.2}
     metrics["optimistic"] = {"threshold": 0.25, "exact_match_accuracy": 0.5, "note": "a note"}
-    lines = format_evaluation(metrics).splitlines()
+    lines, cells = format_evaluation(metrics).splitlines(), format_cells(metrics)
+    assert cells[0] == ["class", "precision", "recall", "f1", "support"]
+    assert cells[2] == ["bee", "0.6667", "1.0000", "0.8000", "2"]
+    start = lines.index("confusion matrix")
+    assert [row[-3:] for row in cells[start + 2 : start + 5]] == [list("110"), list("020"), list("100")]
     assert "accuracy: 0.6000 (95 % interval 0.2000 to 1.0000)" in lines
     assert "macro f1: 0.4333" in lines
     assert "expected calibration error: 0.0100 (0.2000 without the temperature)" in lines
     assert "best exact match accuracy: 0.5000 at threshold 0.2500 (a note)" in lines
 
 
+def test_multilabel_metrics_as_text():
+    y_true, probabilities = np.array([[1, 0], [0, 0]], np.float32), np.array([[0.9, 0.6], [0.1, 0.2]], np.float32)
+    metrics = get_multilabel_evaluation_metrics(y_true, probabilities, ["ant", "bee"], threshold=0.25)
+    cells = format_cells(metrics)
+    assert cells[1] == ["ant", "1.0000", "1.0000", "1.0000", "1", "1.0000", "1.0000"]
+    assert cells[2] == ["bee", "0.0000", "0.0000", "0.0000", "0", "undefined", "undefined"]
+    lines = format_evaluation(metrics).splitlines()
+    for line in ("mean auroc: 1.0000", "exact match accuracy: 0.5000", "hamming loss: 0.2500", "threshold: 0.2500"):
+        assert line in lines
+    head = format_evaluation(evaluate_set(y_true, probabilities, Decision(["ant", "bee"], True))).splitlines()[0]
+    assert "  best f1 threshold  f1 at best f1 threshold" in head
+
+
+def test_counts_of_any_width_and_names_of_any_length_stay_apart():
+    y_true = np.array([0] * 123456 + [1])
+    metrics = get_evaluation_metrics(y_true, one_hot(y_true, 2), ["a", "a rather long class name"])
+    assert ["0", "a", "123456", "0"] in format_cells(metrics)
+
+
 def many_labels(classes):
-    """Two images a class but the last: of classes 90 to 99 both, and of 40 to 49 one, are taken for class 0."""
+    """Two images of each class but the last: of classes 90 to 99 both, of 40 to 49 one, are taken for class 0."""
     y_true = np.repeat(np.arange(min(classes, 100)), 2)
     predicted = y_true.copy()
     predicted[180:200] = predicted[80:100:2] = 0
     return y_true, one_hot(predicted, classes), [f"class {position:03d}" for position in range(classes)]
 
 
-def test_format_prints_the_worst_of_many_classes():
-    text = format_evaluation(get_evaluation_metrics(*many_labels(101)))
-    head, columns, *lines = text.split("\n\n")[0].splitlines()
-    assert head == "The 20 worst of 101 classes by F1; metrics.json beside the report has them all."
-    assert cells(columns) == ["class", "precision", "recall", "f1", "support"]
+def test_of_many_classes_the_worst_are_shown():
+    metrics = get_evaluation_metrics(*many_labels(101))
+    head, columns, *lines = format_cells(metrics)[:22]
+    assert head[:5] == ["The", "20", "worst", "of", "101"]
+    assert columns == ["class", "precision", "recall", "f1", "support"]
     # Class 0 is right twice of 32 times; the last class has no image.
     worst = [(f"{position:03d}", "0.0000") for position in range(90, 100)] + [("000", "0.1176")]
     worst += [(f"{position:03d}", "0.6667") for position in range(40, 49)]
-    assert [(cells(line)[1], cells(line)[4]) for line in lines] == worst
-    assert "confusion matrix" not in text
-    assert "accuracy: 0.8500" in text.splitlines()
-
-
-def test_of_classes_that_are_equally_bad_those_with_more_images_come_first():
+    assert [(cells[1], cells[4]) for cells in lines] == worst
+    assert "confusion matrix" not in format_evaluation(metrics)
+    assert ["accuracy:", "0.8500"] in format_cells(metrics)
+    # Of equally bad ones, those with more images come first.
     y_true = np.concatenate([np.arange(101), [50]])
-    lines = format_evaluation(get_evaluation_metrics(y_true, one_hot(1 - (y_true == 1), 101), many_labels(101)[2]))
-    assert [cells(line)[1] for line in lines.splitlines()[2:5]] == ["050", "000", "001"]
+    lines = format_cells(get_evaluation_metrics(y_true, one_hot(1 - (y_true == 1), 101), many_labels(101)[2]))
+    assert [cells[1] for cells in lines[2:5]] == ["050", "000", "001"]
+    empty = evaluate_set(np.zeros((3, 101)), np.full((3, 101), 0.5), Decision(many_labels(101)[2], True))
+    assert format_cells(empty)[0][:5] == ["The", "0", "worst", "of", "101"]
 
 
-def test_format_prints_all_of_a_hundred_classes_and_their_confusion_matrix():
-    lines = format_evaluation(get_evaluation_metrics(*many_labels(100))).splitlines()
-    assert [cells(line)[1] for line in lines[1:101]] == [f"{position:03d}" for position in range(100)]
-    assert lines[101:103] == ["", "confusion matrix"]
-    assert len(cells(lines[104])) == 103
-
-
-def test_format_of_many_labels_without_an_image_of_any():
-    metrics = evaluate_set(np.zeros((3, 101)), np.full((3, 101), 0.5), Decision(many_labels(101)[2], True))
-    assert format_evaluation(metrics).startswith("The 0 worst of 101 classes by F1")
+def test_a_hundred_classes_and_their_confusion_matrix_are_shown():
+    lines = format_cells(get_evaluation_metrics(*many_labels(100)))
+    assert [cells[1] for cells in lines[1:101]] == [f"{position:03d}" for position in range(100)]
+    assert lines[101:103] == [[], ["confusion", "matrix"]]
+    assert len(lines[104]) == 103
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_a_class_that_a_set_lacks_is_named(multi_label, capsys):
+def test_a_class_without_images_is_named(multi_label, capsys):
     labels = np.array([0, 0, 2, 2])
     probabilities = np.eye(3)[labels] * 0.7 + 0.1
     truth = np.eye(3, dtype=np.uint8)[labels] if multi_label else labels
@@ -231,10 +229,70 @@ def test_a_class_that_a_set_lacks_is_named(multi_label, capsys):
     print_results({"multi_label": multi_label, "decision": decision.to_dict(), "sets": {"test": metrics}})
     printed = capsys.readouterr().out
     assert printed.count("Warning") == 1
-    assert "Warning: the test set has no image of b: its metrics say nothing about this class." in printed
+    assert "Warning: the test set has no image of b" in printed
 
 
-def test_format_keeps_long_column_names_apart():
-    y_true, raw = random_multilabel()
-    head = format_evaluation(evaluate_set(y_true, raw, Decision(NAMES, True))).splitlines()[0]
-    assert "  best f1 threshold  f1 at best f1 threshold" in head
+def make_sites(number):
+    return pd.Series(np.where(np.arange(number) % 3 == 0, " north", ["south", ""] * (number // 2)), name="site")
+
+
+def test_each_site_has_the_metrics_and_intervals_of_its_own_images():
+    y_true, raw = random_single_label(120, 3)
+    decision, groups, sites = Decision(NAMES, False), np.arange(120) // 6, make_sites(120)
+    found = evaluate_by(sites, y_true, raw, decision, 5, groups)
+    assert found["column"] == "site"
+    assert list(found["values"]) == ["", "north", "south"]
+    assert sum(row["images"] for row in found["values"].values()) == 120
+    for value, row in found["values"].items():
+        rows = np.flatnonzero(sites.str.strip() == value)
+        predicted = raw[rows].argmax(axis=1)
+        assert row["accuracy"] == pytest.approx(sk.accuracy_score(y_true[rows], predicted))
+        assert row["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y_true[rows], predicted))
+        assert row["groups"] == len(np.unique(groups[rows]))
+        expected = get_intervals(y_true[rows], raw[rows], decision, 5, groups=pick_groups(groups, rows))
+        assert row["intervals"] == {name: expected[name] for name in ("accuracy", "balanced_accuracy")}
+
+
+def test_each_site_has_its_multilabel_metrics():
+    y_true, raw = random_multilabel(60)
+    decision = Decision(NAMES, True, exact_match_threshold=0.45)
+    found = evaluate_by(make_sites(60), y_true, raw, decision, 0, None)["values"]
+    rows = np.flatnonzero(np.arange(60) % 3 == 0)
+    assert found["north"]["exact_match_accuracy"] == pytest.approx(
+        ((raw[rows] >= 0.45) == y_true[rows]).all(axis=1).mean()
+    )
+    expected = sk.average_precision_score(y_true[rows], raw[rows])
+    assert found["north"]["mean_average_precision"] == pytest.approx(expected)
+    assert "groups" not in found["north"]
+
+
+def test_a_site_of_one_class_or_one_group_has_a_line_too():
+    y_true, raw = random_single_label(40, 3)
+    y_true[:10] = 1
+    sites = pd.Series(["one class"] * 10 + ["other"] * 30, name="site")
+    found = evaluate_by(sites, y_true, raw, Decision(NAMES, False), 0, np.repeat([0, 1, 2], [10, 15, 15]))
+    assert found["values"]["one class"]["groups"] == 1
+    assert found["values"]["one class"]["intervals"] == {"accuracy": None, "balanced_accuracy": None}
+    lines = format_breakdown(found).splitlines()
+    assert lines[1].split() == ["site", "images", "groups", "accuracy", "balanced", "accuracy"]
+    assert lines[2].split()[:4] == ["one", "class", "10", "1"]
+    assert lines[3].split()[:3] == ["other", "30", "2"]
+    assert len(lines) == 4
+
+
+def test_of_many_sites_the_worst_are_shown():
+    row = {"images": 9, "balanced_accuracy": 0.5, "intervals": {"accuracy": [0, 1], "balanced_accuracy": [0, 1]}}
+    values = {f"site {number}": row | {"accuracy": (number * 37 % 200) / 200} for number in range(200)}
+    lines = format_breakdown({"column": "site", "values": values}).splitlines()
+    assert "20 worst of 200" in lines[0]
+    assert [float(line.split()[3]) for line in lines[2:]] == [number / 200 for number in range(20)]
+
+
+def test_a_column_that_is_not_there_or_names_each_image_is_refused():
+    table = pd.DataFrame({"path": [f"{row}.jpg" for row in range(1001)], "class": "a", "site": "x"})
+    check_report_by(table, "", "t.csv")
+    check_report_by(table, "site", "t.csv")
+    with pytest.raises(UserError, match=r"t.csv .*'camera'.* path, class, site\. Set report_by"):
+        check_report_by(table, "camera", "t.csv")
+    with pytest.raises(UserError, match="report_by .* 1001 in the column 'path'"):
+        check_report_by(table, "path", "t.csv")

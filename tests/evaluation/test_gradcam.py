@@ -1,15 +1,15 @@
+"""Grad-CAM and the methods like it, by hand, by the papers' formulas and by a peer."""
+
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from built_models import build_alive
 from keras import layers
 
-from configs import CAM_METHODS, Configs
+from configs import CAM_METHODS
 from finetune.core.options import UserError
 from finetune.evaluation.gradcam import METHODS, GradCam
 from finetune.models.model_files import build_inference_model
-from model import ModelFactory
 
 HEIGHT, WIDTH, CHANNELS, CLASSES = 2, 3, 3, 2
 
@@ -19,9 +19,10 @@ def network(
     activation: str = "softmax",
     shape: tuple[int, int, int] = (HEIGHT, WIDTH, CHANNELS),
     spatial: layers.Layer | None = None,
+    backbone: keras.Model | None = None,
 ) -> keras.Model:
     pixels = keras.Input(shape, name="image")
-    backbone = keras.Model(pixels, (spatial or layers.Rescaling(1.0))(pixels), name="backbone")
+    backbone = backbone or keras.Model(pixels, (spatial or layers.Rescaling(1.0))(pixels), name="backbone")
     outputs = [layers.Dense(CLASSES, name="logits"), layers.Activation(activation, name="probabilities")]
     head = keras.Sequential([*head, *outputs], name="classifier")
     inputs = keras.Input(shape, name="image")
@@ -41,38 +42,8 @@ def random_images(count: int = 4) -> np.ndarray:
     return np.random.default_rng(8).integers(0, 256, (count, HEIGHT, WIDTH, CHANNELS)).astype(np.uint8)
 
 
-def test_heatmap_of_a_hand_worked_example():
-    model = network(layers.GlobalAveragePooling2D())
-    set_logits(model, [[1.0, 0.0], [-2.0, 0.0], [0.0, 1.0]])
-    image = np.array([[[8, 0, 0], [6, 1, 9], [2, 3, 0]], [[4, 2, 7], [4, 0, 1], [3, 1, 0]]], np.uint8)
-    heatmaps, _ = GradCam(model)(image[None], np.array([0]))
-    np.testing.assert_allclose(heatmaps, [[[1, 0.5, 0], [0, 0.5, 0.125]]], atol=1e-6)
-    assert heatmaps.dtype == np.float32
-
-
-# Two places, two channels: A1 = (1, 3), A2 = (2, 0). The gradients of logit 0 are g1 = (1, 1/2), g2 = (-1, 2), those
-# of logit 1 are g1 = (2, 0), g2 = (0, 1). Grad-CAM++ with sums 4 and 2: the weights of logit 0 are 1/6 + 1/8 and 1/3,
-# those of logit 1 are 1/5 and 1/4.
-BY_HAND = {
-    "gradcam": ([7 / 9, 1], [2 / 3, 1]),
-    "gradcam++": ([1, 21 / 23], [1, 6 / 7]),
-    "hirescam": ([0, 1], [1, 0]),
-    "layercam": ([2 / 3, 1], [1, 0]),
-}
-
-
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("method", CAM_METHODS)
-def test_every_method_on_a_network_worked_out_by_hand(method, activation):
-    model = network(layers.Flatten(), activation=activation, shape=(1, 2, 2))
-    set_logits(model, [[1, 2], [-1, 0], [0.5, 0], [2, 1]])
-    image = np.array([[[1, 2], [3, 0]]], np.uint8)
-    heatmaps, _ = GradCam(model, method)(image[None], np.array([[0, 1]]))
-    np.testing.assert_allclose(heatmaps[0, :, 0], BY_HAND[method], atol=1e-6)
-
-
 def literal_map(method: str, features: np.ndarray, gradients: np.ndarray, score: float) -> np.ndarray:
-    """The papers' formulas channel by channel, with the derivatives of the exponential of the score."""
+    """Computes the papers' formulas channel by channel, with the derivatives of the exponential of the score."""
     heatmap = np.zeros(features.shape[:2])
     for channel in range(features.shape[2]):
         plane, slope = features[..., channel], gradients[..., channel]
@@ -88,20 +59,21 @@ def literal_map(method: str, features: np.ndarray, gradients: np.ndarray, score:
     return np.maximum(heatmap, 0) / (np.maximum(heatmap, 0).max() or 1)
 
 
-@pytest.mark.parametrize("class_index", [0, 1])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("method", CAM_METHODS)
-def test_every_method_behind_a_hidden_layer_follows_its_papers_formula(method, class_index):
+def test_every_method_follows_its_papers_formula_through_a_hidden_layer(method, activation):
     rng = np.random.default_rng(3)
     hidden, output = rng.normal(0, 0.02, (HEIGHT * WIDTH * CHANNELS, 6)), rng.normal(0, 1, (6, CLASSES))
-    model = network(layers.Flatten(), layers.Dense(6, activation="relu"))
-    model.get_layer("classifier").layers[1].set_weights([hidden, np.zeros(6)])
+    model = network(layers.Flatten(), layers.Dropout(0.9), layers.Dense(6, activation="relu"), activation=activation)
+    model.get_layer("classifier").layers[2].set_weights([hidden, np.zeros(6)])
     set_logits(model, output)
-    heatmaps, _ = GradCam(model, method)(random_images(), np.full(4, class_index))
-    for image, heatmap in zip(random_images().astype(float), heatmaps, strict=True):
+    heatmaps, _ = GradCam(model, method)(random_images(), np.tile([0, 1], (4, 1)))
+    for image, of_classes in zip(random_images().astype(float), heatmaps, strict=True):
         active = image.ravel() @ hidden > 0
-        gradients = (hidden @ (active * output[:, class_index])).reshape(image.shape)
-        score = np.maximum(image.ravel() @ hidden, 0) @ output[:, class_index]
-        np.testing.assert_allclose(heatmap, literal_map(method, image, gradients, score), atol=1e-4)
+        for class_index, heatmap in enumerate(of_classes):
+            gradients = (hidden @ (active * output[:, class_index])).reshape(image.shape)
+            score = np.maximum(image.ravel() @ hidden, 0) @ output[:, class_index]
+            np.testing.assert_allclose(heatmap, literal_map(method, image, gradients, score), atol=1e-4)
 
 
 def test_grad_cam_plus_plus_survives_gradients_whose_third_power_is_no_float32():
@@ -116,22 +88,26 @@ def test_the_table_of_methods_is_that_of_the_option():
     assert tuple(METHODS) == CAM_METHODS
 
 
-def test_several_classes_of_an_image_equal_each_alone():
+def random_linear_model():
     model = network(layers.Flatten())
-    set_logits(model, np.random.default_rng(9).normal(0, 1e-2, (18, CLASSES)))
+    set_logits(model, np.random.default_rng(9).normal(0, 1e-2, (18, CLASSES)), bias=(0.3, -0.2))
+    return model
+
+
+def test_an_image_is_explained_alone_as_in_a_batch_and_with_other_classes():
+    model = random_linear_model()
     explain, images = GradCam(model), random_images()
     several, probabilities = explain(images, np.array([[1, 0, 1]] * 4))
     assert several.shape == (4, 3, HEIGHT, WIDTH)
-    for column, class_index in enumerate((1, 0, 1)):
-        alone, same = explain(images, np.full(4, class_index))
-        np.testing.assert_allclose(several[:, column], alone, atol=1e-6)
-        np.testing.assert_array_equal(same, probabilities)
+    np.testing.assert_allclose(probabilities, model(images), atol=1e-6)
+    for position, column in np.ndindex(4, 3):
+        alone, probability = explain(images[position : position + 1], np.array([(1, 0, 1)[column]]))
+        np.testing.assert_allclose(several[position, column], alone[0], atol=1e-6)
+        np.testing.assert_allclose(probabilities[position], probability[0], atol=1e-6)
 
 
 def test_any_number_of_pairs_is_explained_from_features_read_once():
-    model = network(layers.Flatten())
-    set_logits(model, np.random.default_rng(9).normal(0, 1e-2, (18, CLASSES)))
-    explain, images = GradCam(model), random_images(2)
+    explain, images = GradCam(random_linear_model()), random_images(2)
     features, _ = explain.read(images)
     by_class = explain(images, np.array([[0, 1]] * 2))[0]
     for pairs in ([], [(1, 0)], [(0, 0), (0, 1), (1, 1), (1, 0), (1, 1)]):
@@ -175,83 +151,25 @@ def test_features_are_computed_once_a_batch_and_traced_once_for_every_batch_size
 @pytest.mark.slow
 @pytest.mark.parametrize("peer_name", ["Gradcam", "Layercam"])
 def test_heatmaps_equal_those_of_tf_keras_vis(peer_name):
-    pytest.importorskip("tf_keras_vis")
-    from tf_keras_vis.gradcam import Gradcam
-    from tf_keras_vis.layercam import Layercam
-
-    keras.utils.set_random_seed(0)
+    peers = pytest.importorskip(f"tf_keras_vis.{peer_name.lower()}")
     pixels = keras.Input((16, 20, 3))
     maps = layers.Conv2D(5, 3, activation="relu", name="last_spatial")(layers.Rescaling(1 / 255)(pixels))
-    backbone = keras.Model(pixels, maps, name="backbone")
     head = [layers.Flatten(), layers.Dense(8, activation="relu"), layers.Dense(3, name="logits")]
     # The peer explains the output of a flat model: the same layers without the nesting and the softmax.
     flat = keras.Model(pixels, keras.Sequential(head)(maps))
     head = keras.Sequential([*head, layers.Activation("softmax")], name="classifier")
     inputs = keras.Input((16, 20, 3))
-    model = keras.Model(inputs, head(backbone(inputs)))
+    model = keras.Model(inputs, head(keras.Model(pixels, maps, name="backbone")(inputs)))
     images = np.random.default_rng(2).integers(0, 256, (3, 16, 20, 3)).astype(np.float32)
-    peer = {"Gradcam": Gradcam, "Layercam": Layercam}[peer_name](flat, clone=False)
-    expected = peer(
-        lambda logits: [logits[0, 2], logits[1, 0], logits[2, 1]],
-        images,
-        penultimate_layer="last_spatial",
-        expand_cam=False,
-        normalize_cam=False,
-    )
-    expected = np.asarray(expected) / np.max(expected, axis=(1, 2), keepdims=True)
+    options = {"penultimate_layer": "last_spatial", "expand_cam": False, "normalize_cam": False}
+    score = lambda logits: [logits[0, 2], logits[1, 0], logits[2, 1]]  # noqa: E731
+    expected = np.asarray(getattr(peers, peer_name)(flat, clone=False)(score, images, **options))
     heatmaps, _ = GradCam(model, peer_name.lower())(images, np.array([2, 0, 1]))
-    np.testing.assert_allclose(heatmaps, expected, atol=1e-5)
+    np.testing.assert_allclose(heatmaps, expected / expected.max(axis=(1, 2), keepdims=True), atol=1e-5)
 
 
-@pytest.mark.parametrize("class_index", [0, 1])
-@pytest.mark.parametrize("pooling", [layers.GlobalAveragePooling2D, layers.GlobalMaxPooling2D])
-def test_heatmap_with_pooling_weighs_channels_as_the_logit_does(pooling, class_index):
-    model = network(pooling())
-    kernel = np.array([[1.0, -0.4], [-0.7, 0.9], [0.3, 0.2]])
-    set_logits(model, kernel)
-    heatmaps, _ = GradCam(model)(random_images(), np.full(4, class_index))
-    for image, heatmap in zip(random_images(), heatmaps, strict=True):
-        np.testing.assert_allclose(heatmap, normalised_heatmap(image, kernel[:, class_index]), atol=1e-5)
-
-
-@pytest.mark.parametrize("class_index", [0, 1])
-def test_heatmap_with_flatten_weighs_channels_by_the_mean_gradient(class_index):
-    model = network(layers.Flatten())
-    kernel = np.random.default_rng(9).normal(1, 1, (HEIGHT * WIDTH * CHANNELS, CLASSES))
-    set_logits(model, kernel)
-    channel_weights = kernel.reshape(HEIGHT, WIDTH, CHANNELS, CLASSES).mean(axis=(0, 1))[:, class_index]
-    image = random_images()[0]
-    heatmaps, _ = GradCam(model)(image[None], np.array([class_index]))
-    np.testing.assert_allclose(heatmaps[0], normalised_heatmap(image, channel_weights), atol=1e-5)
-
-
-def test_gradient_passes_hidden_units_that_are_active_and_ignores_dropout():
-    model = network(layers.GlobalAveragePooling2D(), layers.Dropout(0.9), layers.Dense(2, activation="relu"))
-    hidden = np.array([[1.0, -1.0], [0.5, -2.0], [-0.2, -0.5]])
-    model.get_layer("classifier").layers[2].set_weights([hidden, np.zeros(2)])
-    kernel = np.array([[2.0, 1.0], [-9.0, 9.0]])
-    set_logits(model, kernel)
-    image = random_images()[0]
-    heatmaps, _ = GradCam(model)(image[None], np.array([0]))
-    np.testing.assert_allclose(heatmaps[0], normalised_heatmap(image, hidden[:, 0] * kernel[0, 0]), atol=1e-5)
-
-
-@pytest.mark.parametrize("class_indices", [None, np.array([1, 0, 1, 1])], ids=["default", "chosen"])
-def test_a_batch_equals_its_images_one_by_one(class_indices):
-    model = network(layers.Flatten())
-    set_logits(model, np.random.default_rng(9).normal(0, 1e-2, (18, CLASSES)))
-    explain, images = GradCam(model), random_images()
-    heatmaps, probabilities = explain(images, class_indices)
-    for position in range(len(images)):
-        chosen = None if class_indices is None else class_indices[position : position + 1]
-        heatmap, probability = explain(images[position : position + 1], chosen)
-        np.testing.assert_allclose(heatmaps[position], heatmap[0], atol=1e-6)
-        np.testing.assert_allclose(probabilities[position], probability[0], atol=1e-6)
-
-
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_the_most_probable_class_is_explained_by_default(activation):
-    model = network(layers.GlobalAveragePooling2D(), activation=activation)
+def test_the_most_probable_class_is_explained_by_default():
+    model = network(layers.GlobalAveragePooling2D())
     set_logits(model, [[0.01, -0.01], [-0.01, 0.02], [0.0, -0.005]])
     explain, images = GradCam(model), random_images(12)
     heatmaps, probabilities = explain(images)
@@ -261,13 +179,7 @@ def test_the_most_probable_class_is_explained_by_default(activation):
     assert (heatmaps != explain(images, 1 - best)[0]).any()
 
 
-def test_probabilities_are_the_models():
-    model = network(layers.Flatten())
-    set_logits(model, np.random.default_rng(9).normal(0, 1e-2, (18, CLASSES)), bias=(0.3, -0.2))
-    np.testing.assert_allclose(GradCam(model)(random_images())[1], model(random_images()), atol=1e-6)
-
-
-def test_zeros_where_nothing_supports_the_class():
+def test_a_class_without_support_has_a_map_of_zeros():
     model = network(layers.GlobalAveragePooling2D())
     set_logits(model, [[-1.0, 1.0], [-2.0, 1.0], [-0.5, 1.0]])
     np.testing.assert_array_equal(GradCam(model)(random_images(), np.zeros(4, int))[0], np.zeros((4, HEIGHT, WIDTH)))
@@ -275,9 +187,8 @@ def test_zeros_where_nothing_supports_the_class():
     np.testing.assert_array_equal(GradCam(model)(black, np.array([1]))[0], np.zeros((1, HEIGHT, WIDTH)))
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_a_saturated_probability_is_still_explained(activation):
-    model = network(layers.GlobalAveragePooling2D(), activation=activation)
+def test_a_saturated_probability_is_still_explained():
+    model = network(layers.GlobalAveragePooling2D())
     kernel = np.array([[900.0, -900.0], [300.0, -300.0], [600.0, -600.0]])
     set_logits(model, kernel)
     image = random_images()[0]
@@ -286,46 +197,33 @@ def test_a_saturated_probability_is_still_explained(activation):
     np.testing.assert_allclose(heatmaps[0], normalised_heatmap(image, kernel[:, 0]), atol=1e-5)
 
 
-def test_input_of_any_numeric_type():
-    model = network(layers.Flatten())
+def test_input_of_any_numeric_type_leaves_the_model_unchanged():
+    model = network(layers.Flatten(), layers.Dropout(0.5))
+    before, config = [weight.numpy() for weight in model.weights], model.to_json()
     explain, images = GradCam(model), random_images()
     for kind in (np.int32, np.float32, np.float64):
         np.testing.assert_array_equal(explain(images.astype(kind))[0], explain(images)[0])
-
-
-def test_explaining_leaves_the_model_unchanged():
-    model = network(layers.Flatten(), layers.Dropout(0.5))
-    before, config = [weight.numpy() for weight in model.weights], model.to_json()
-    GradCam(model)(random_images())
     assert model.to_json() == config
     assert all(np.array_equal(old, new.numpy()) for old, new in zip(before, model.weights, strict=True))
 
 
 def test_a_foreign_model_is_refused():
     foreign = keras.Sequential([keras.Input((4,)), layers.Dense(2, name="only_layer")])
-    with pytest.raises(UserError, match="only_layer") as caught:
+    with pytest.raises(UserError, match=r"(?s)(?=.*backbone)(?=.*classifier).*only_layer"):
         GradCam(foreign)
-    assert "backbone" in str(caught.value)
-    assert "classifier" in str(caught.value)
 
 
 def residual_network() -> keras.Model:
-    """A block around which a part of its input goes, which is weighed by an attention of one number a channel."""
-    pixels = keras.Input((HEIGHT, WIDTH, CHANNELS))
-    inputs = layers.Rescaling(1 / 255, name="scaled")(pixels)
-    branch = layers.Conv2D(CHANNELS, 1, name="branch")(inputs)
-    attention = layers.GlobalAveragePooling2D(keepdims=True, name="pooled")(inputs)
-    outputs = layers.Add(name="sum")([inputs, layers.Activation("tanh")(branch)])
-    outputs = layers.Multiply(name="weighed")([outputs, attention])
-    backbone = keras.Model(pixels, outputs, name="backbone")
-    outputs = [layers.Dense(CLASSES, name="logits"), layers.Activation("softmax", name="probabilities")]
-    head = keras.Sequential([layers.Flatten(), *outputs], name="classifier")
-    image = keras.Input((HEIGHT, WIDTH, CHANNELS))
-    return keras.Model(image, head(backbone(image)))
+    """Builds a residual block whose sum is weighed by an attention of one number per channel."""
+    inputs = keras.Input((HEIGHT, WIDTH, CHANNELS))
+    scaled = layers.Rescaling(1 / 255, name="scaled")(inputs)
+    branch = layers.Activation("tanh")(layers.Conv2D(CHANNELS, 1, name="branch")(scaled))
+    attention = layers.GlobalAveragePooling2D(keepdims=True, name="pooled")(scaled)
+    outputs = layers.Multiply(name="weighed")([layers.Add(name="sum")([scaled, branch]), attention])
+    return network(layers.Flatten(), backbone=keras.Model(inputs, outputs, name="backbone"))
 
 
-@pytest.mark.parametrize("mirrors", [False, True])
-@pytest.mark.parametrize("method", CAM_METHODS)
+@pytest.mark.parametrize(("method", "mirrors"), [*((method, False) for method in CAM_METHODS), ("gradcam", True)])
 def test_a_layer_inside_a_residual_block_is_explained_by_its_own_gradient(method, mirrors):
     rng, model = np.random.default_rng(4), residual_network()
     mixing, kernel = rng.normal(0, 1, (CHANNELS, CHANNELS)), rng.normal(0, 1, (18, CLASSES))
@@ -354,36 +252,9 @@ def test_a_layer_inside_a_residual_block_is_explained_by_its_own_gradient(method
             np.testing.assert_allclose(heatmap, literal_map(method, branch, gradients, 1.0), atol=1e-4)
 
 
-@pytest.mark.parametrize("mixed_precision", [False, True])
-def test_a_layer_of_a_mobilenet_is_explained_as_if_the_network_were_cut_there(mixed_precision):
-    model = build_alive(pop_conv_layers=60, mixed_precision=mixed_precision)
-    images, backbone = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8), model.get_layer("backbone")
-    names = [layer.name for layer in backbone.layers]
-    maps = keras.Model(backbone.input, backbone.get_layer("conv_pw_1_bn").output)(
-        model.get_layer("preprocessing")(images.astype(np.float32))
-    )
-    with tf.GradientTape() as tape:
-        tape.watch(maps)
-        outputs = maps
-        # MobileNet is a chain of layers.
-        for layer in backbone.layers[names.index("conv_pw_1_bn") + 1 :]:
-            outputs = layer(outputs)
-        for layer in model.get_layer("classifier").layers[:-1]:
-            outputs = layer(outputs)
-        score = tf.reduce_sum(outputs[:, 2])
-    gradients = tf.cast(tape.gradient(score, maps), tf.float32).numpy()
-    maps = tf.cast(maps, tf.float32).numpy()
-    expected = np.maximum((gradients.mean(axis=(1, 2), keepdims=True) * maps).sum(axis=-1), 0)
-    heatmaps, _ = GradCam(model, "gradcam", "conv_pw_1_bn")(images, np.full(3, 2))
-    assert heatmaps.shape == (3, 16, 16)
-    tolerance = 5e-2 if mixed_precision else 1e-4
-    np.testing.assert_allclose(heatmaps, expected / expected.max(axis=(1, 2), keepdims=True), atol=tolerance)
-
-
-@pytest.mark.parametrize("method", CAM_METHODS)
-def test_the_last_layer_by_its_name_is_the_default(method):
+def test_the_last_layer_by_its_name_is_the_default():
     model = residual_network()
-    by_name, default = GradCam(model, method, "weighed"), GradCam(model, method)
+    by_name, default = GradCam(model, "layercam", "weighed"), GradCam(model, "layercam")
     for found, expected in zip(by_name(random_images()), default(random_images()), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-6)
     start, _ = by_name.read(random_images())
@@ -391,57 +262,49 @@ def test_the_last_layer_by_its_name_is_the_default(method):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "parts"),
     [
-        ("Branche", "'Branche', which does not exist; did you mean branch? The last ones: weighed, sum, "),
-        ("pooled", "'pooled', which has no places"),
-        ("zzz", "'zzz', which does not exist. The last ones: weighed, sum, activation"),
-        ("logits", "'logits', which does not exist"),
+        ("Branche", ("'Branche'", "did you mean branch?", "weighed, sum, ")),
+        ("pooled", ("'pooled'", "has no places")),
+        ("zzz", ("'zzz'", "weighed, sum, activation")),
+        ("logits", ("'logits'",)),
     ],
 )
-def test_a_layer_that_cannot_be_explained_is_refused(name, message):
-    with pytest.raises(UserError) as caught:
+def test_a_layer_that_cannot_be_explained_is_refused(name, parts):
+    with pytest.raises(UserError, match="cam_backbone_layer") as caught:
         GradCam(residual_network(), layer_name=name)
-    assert str(caught.value).startswith("cam_backbone_layer: expected a spatial layer of the backbone. Received: ")
-    assert message in str(caught.value)
+    assert all(part in str(caught.value) for part in parts)
 
 
 @pytest.mark.parametrize(
-    ("options", "heatmap_shape"),
+    "options",
     [
-        ({"final_layer_pooling": None, "classifier_layer_sizes": [4, 0.4]}, (2, 4)),
-        ({"final_layer_pooling": "max", "multi_label_classification": True}, (2, 4)),
-        ({"pop_conv_layers": 13}, (4, 8)),
-        ({"cnn_downscaling_factor": 1, "cnn_downscaling_filters": 4}, (1, 2)),
-        ({"mixed_precision": True, "final_layer_pooling": None, "pop_conv_layers": 13}, (4, 8)),
+        pytest.param({"final_layer_pooling": None, "classifier_layer_sizes": [4, 0.4]}, marks=pytest.mark.slow),
+        pytest.param({"final_layer_pooling": "max", "multi_label_classification": True}, marks=pytest.mark.slow),
+        {"cnn_downscaling_factor": 1, "cnn_downscaling_filters": 4, "image_target_size": (64, 64, 3)},
+        {"mixed_precision": True, "final_layer_pooling": None},
     ],
-    ids=["flatten", "max", "popped", "downscaling", "mixed"],
+    ids=["flatten", "max", "downscaling", "mixed"],
 )
-def test_heatmaps_of_a_mobilenet_by_every_method(options, heatmap_shape):
-    configs = Configs(
-        visual_model_name="MobileNet",
-        image_target_size=(64, 128, 3),
-        classes=["a", "b", "c"],
-        use_imagenet_weights=False,
-        batch_norm_momentum=0.0,
-        **options,
-    )
-    model = ModelFactory().get_model(configs)
-    images = np.random.default_rng(1).integers(0, 256, (2, 64, 128, 3), np.uint8)
-    model(images, training=True)
+def test_heatmaps_of_a_mobilenet_by_every_method(options):
+    model = build_alive(pop_conv_layers=66, **{"image_target_size": (32, 64, 3), **options})
+    images = np.random.default_rng(1).integers(0, 256, (2, *model.input_shape[1:]), np.uint8)
     features, probabilities = GradCam(model).read(images)
     assert np.ptp(probabilities) > 1e-3
-    # In 16 bits the compiled network rounds otherwise than the eager one.
+    # In 16 bits the compiled network rounds differently from the eager one.
     tolerance = 2e-2 if "mixed_precision" in options else 1e-6
     np.testing.assert_allclose(probabilities, model(images, training=False), atol=tolerance)
     every_map, (rows, class_indices) = [], np.indices((2, 3)).reshape(2, 6)
-    for method in CAM_METHODS:
-        heatmaps = GradCam(model, method).explain(features, rows, class_indices)
-        assert heatmaps.shape == (6, *heatmap_shape)
+    for method, layer_name in [*((method, "") for method in CAM_METHODS), ("layercam", "conv_pw_1_bn")]:
+        explain = GradCam(model, method, layer_name)
+        heatmaps = explain.explain(explain.read(images)[0] if layer_name else features, rows, class_indices)
+        layer = model.get_layer("backbone")
+        layer = layer.get_layer(layer_name) if layer_name else layer
+        assert heatmaps.shape == (6, *layer.output.shape[1:3])
         assert heatmaps.dtype == np.float32
         assert np.isfinite(heatmaps).all()
         assert heatmaps.min() >= 0
         assert set(heatmaps.max(axis=(1, 2))) <= {0, 1}
         assert heatmaps.any()
         every_map.append(heatmaps)
-    assert np.ptp(every_map, axis=0).max() > 1e-2
+    assert np.ptp(every_map[:-1], axis=0).max() > 1e-2

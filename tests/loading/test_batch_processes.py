@@ -1,4 +1,4 @@
-"""Batches made by processes in the place of threads: real ones, and how they end."""
+"""Batches made by processes instead of threads, and how the processes end."""
 
 import os
 import signal
@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import skimage.data
+from PIL import Image
 from small_runs import options_of, tables  # noqa: F401
 
 from augmenter import build_augmenter
@@ -24,9 +26,6 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    import skimage.data
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("photos")
     for number in range(11):
         size = 60 + 9 * number, 120 - 5 * number
@@ -55,34 +54,28 @@ def list_children() -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_processes_make_the_batches_of_threads_in_every_epoch_and_after_a_resume(photos):
-    threads, processes = build(photos), build(photos, workers=MOST_THREADS + 1)
+def test_processes_make_the_batches_of_threads(photos, tmp_path):
+    """In every epoch and after a resume; mixed, shared between devices, and with replaced images."""
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(Path(photos[0]).read_bytes()[:700])
+    options = {"skip_bad_images": True, "mixup_alpha": 0.3, "number_of_classes": 3, "shares": Shares(3, 1, 2)}
+    paths = [*photos[:5], str(bad), *photos[5:]] * 3
+    threads, processes = build(paths, **options), build(paths, workers=MOST_THREADS + 1, **options)
     for epoch, first_step in ((0, 0), (1, 0), (2, 1)):
         for sequence in (threads, processes):
             sequence.epoch, sequence.first_step = epoch, first_step
         assert_same_batches(list_batches(processes), list_batches(threads))
+    assert processes.bad_images == threads.bad_images
     assert threads.processes is None
     children = list_children()
     assert len(children) == MOST_THREADS + 1
-    # What a process imports: TensorFlow would be seven times that.
+    # TensorFlow would take seven times the memory.
     assert max(child.memory_info().rss for child in children) < 400 * 2**20
     processes.processes.close()
     assert not any(child.is_running() for child in children)
 
 
-@pytest.mark.slow
-def test_processes_share_out_mix_and_replace_as_threads_do(photos, tmp_path):
-    bad = tmp_path / "bad.jpg"
-    bad.write_bytes(Path(photos[0]).read_bytes()[:700])
-    options = {"skip_bad_images": True, "mixup_alpha": 0.3, "number_of_classes": 3, "shares": Shares(3, 1, 2)}
-    paths = [*photos[:5], str(bad), *photos[5:]]
-    threads, processes = build(paths, **options), build(paths, workers=MOST_THREADS + 1, **options)
-    assert_same_batches(list_batches(processes), list_batches(threads))
-    assert processes.bad_images == threads.bad_images
-    processes.processes.close()
-
-
-def test_only_what_changes_its_pictures_starts_processes(photos):
+def test_processes_start_only_for_augmented_images(photos):
     class OfThisFunction:
         def deepcopy(self):
             return self
@@ -99,30 +92,25 @@ def test_only_what_changes_its_pictures_starts_processes(photos):
         assert sequence.processes is None
 
 
-def test_an_image_that_cannot_be_read_is_told_as_by_threads(photos, tmp_path):
+def test_errors_of_a_process_are_those_of_a_thread_and_its_end_is_reported(photos, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no picture")
-    batches = build([str(bad)] * 4)
+    batches = build([*photos[:4], *[str(bad)] * 4], shuffle=False, workers=1)
     processes = BatchProcesses(batches, 1)
-    with pytest.raises(UserError) as of_process:
-        processes.make("__getitem__", 0)
-    with pytest.raises(UserError) as of_thread:
-        batches[0]
-    assert str(of_process.value) == str(of_thread.value)
-    # A mistake of the program keeps where it was made.
-    with pytest.raises(AttributeError) as mistake:
-        processes.make("no_such_method", 0)
-    assert "_make_batches" in mistake.value.__notes__[0]
-    processes.close()
-
-
-def test_a_killed_process_is_told_in_one_line(photos):
-    processes = BatchProcesses(build(photos), 1)
     assert len(processes.make("__getitem__", 0)[0]) == 4
+    with pytest.raises(UserError) as of_process:
+        processes.make("__getitem__", 1)
+    with pytest.raises(UserError) as of_thread:
+        batches[1]
+    assert str(of_process.value) == str(of_thread.value)
+    # A bug keeps its traceback.
+    with pytest.raises(AttributeError) as bug:
+        processes.make("no_such_method", 0)
+    assert "_make_batches" in bug.value.__notes__[0]
     (child,) = list_children()
     child.kill()
-    with pytest.raises(WorkerEnded, match="one of generator_workers, was ended by signal 9: where the memory does not"):
-        processes.make("__getitem__", 1)
+    with pytest.raises(WorkerEnded, match="generator_workers.* signal 9"):
+        processes.make("__getitem__", 0)
     processes.close()
 
 
@@ -142,7 +130,7 @@ print("ready", flush=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_one_that_reads(photos, tmp_path, number):
     script = tmp_path / "reader.py"
     script.write_text(READER.format(project=str(PROJECT), then="while True:\n    processes.make('__getitem__', 1)"))
@@ -154,12 +142,12 @@ def test_no_process_outlives_the_one_that_reads(photos, tmp_path, number):
     children = psutil.Process(reader.pid).children()
     assert sum("spawn_main" in " ".join(child.cmdline()) for child in children) == 2
     if number == signal.SIGINT:
-        # As Ctrl-C in a terminal: all of its processes receive it.
+        # Ctrl-C in a terminal reaches all of its processes.
         os.killpg(reader.pid, number)
     else:
         reader.send_signal(number)
-    assert reader.wait(20) == -number or number == signal.SIGINT
-    deadline = time.monotonic() + 10
+    assert reader.wait(60) == -number or number == signal.SIGINT
+    deadline = time.monotonic() + 60
     while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -168,11 +156,11 @@ def test_no_process_outlives_the_one_that_reads(photos, tmp_path, number):
 
 
 @pytest.mark.slow
-def test_a_script_that_ends_leaves_none_and_says_nothing(photos, tmp_path):
+def test_processes_end_silently_with_their_script(photos, tmp_path):
     script = tmp_path / "reader.py"
-    # Without a guard: a spawned process that imported it would read for ever.
+    # The script has no guard: a process that imported it would read for ever.
     script.write_text(READER.format(project=str(PROJECT), then=""))
-    done = subprocess.run([sys.executable, str(script), *photos], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(script), *photos], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n", "")
 
 
@@ -189,10 +177,10 @@ def test_a_run_whose_reader_is_killed_ends_in_a_line_and_goes_on_from_its_last_e
         time.sleep(0.05)
     readers = [one for one in psutil.Process(process.pid).children() if "spawn_main" in " ".join(one.cmdline())]
     readers[0].kill()
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
     told = errors[errors.index("Error: ") :]
-    assert "was ended by signal 9" in told
+    assert "signal 9" in told
     assert "skip_bad_images" not in told
     assert told.splitlines()[-1].endswith(f"train.py --configs {run}/configs.json --load_model_path {run}")
     assert not any(reader.is_running() and reader.status() != psutil.STATUS_ZOMBIE for reader in readers)

@@ -1,4 +1,4 @@
-"""Features in the place of images."""
+"""Sequences of features instead of images."""
 
 import numpy as np
 import pytest
@@ -13,28 +13,19 @@ from generator import Shares
 
 
 def as_features(photos) -> np.ndarray:
-    """Features that tell their row."""
+    """Features that identify their row."""
     return np.arange(len(photos[0]), dtype=np.float32)[:, None] * [1, 10]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_features_come_in_the_order_of_the_images(photos, shuffle):
     images = make_sequence((photos[0], np.arange(36)), shuffle=shuffle, seed=4)
-    features = FeatureSequence.of(images, as_features(photos), np.ones(36, bool))
-    for epoch, first_step in ((0, 0), (3, 0), (3, 2)):
-        for sequence in (images, features):
-            sequence.epoch, sequence.first_step = epoch, first_step
-        assert len(images) == len(features) == 5 - first_step
+    for images.epoch, images.first_step in ((0, 0), (3, 0), (3, 2)):
+        features = FeatureSequence.of(images, as_features(photos), np.ones(36, bool))
+        assert len(images) == len(features) == 5 - images.first_step
         for (_, expected), (rows, labels) in zip(images.to_dataset(), features.to_dataset(), strict=True):
             np.testing.assert_array_equal(labels, expected)
             np.testing.assert_array_equal(rows, np.asarray(labels)[:, None] * [1, 10])
-
-
-def test_features_start_where_their_sequence_stands(photos):
-    images = make_sequence(photos, shuffle=True)
-    images.epoch, images.first_step = 2, 3
-    features = FeatureSequence.of(images, as_features(photos), np.ones(36, bool))
-    assert (features.epoch, features.first_step, len(features)) == (2, 3, 2)
 
 
 def test_features_of_multi_label_images_have_float_labels(photos):
@@ -59,7 +50,7 @@ def test_features_are_shared_out_as_the_images_are(photos, batch_size):
             np.testing.assert_array_equal(rows, np.asarray(found[0])[:, None] * [1, 10])
 
 
-def test_a_device_without_features_gets_a_row_of_weight_0(photos):
+def test_a_device_without_an_image_gets_a_row_of_weight_0(photos):
     few = photos[0][:2], photos[1][:2]
     images = make_sequence(few, shuffle=True, shares=Shares(devices=3, first=0, local=3))
     rows, _, weights, bounds, total = FeatureSequence.of(images, as_features(few), np.ones(2, bool)).get_shares(0)

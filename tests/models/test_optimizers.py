@@ -1,19 +1,16 @@
-"""Optimizers, and which weights decay."""
+"""Optimizers, weight decay and compiling."""
 
 import keras
 import numpy as np
 import pytest
-from built_models import build_alive, random_images
 from small_recipes import flat_model, train_step
 from tiny_models import assert_kernels_alone_have_changed, normalised_model, step_without_gradients
 
 from configs import Configs
 from finetune.core.options import UserError
-from finetune.models.freezing import freeze_layers
 from finetune.models.optimizers import (
     OPTIMIZERS,
     check_optimizer,
-    compile_model,
     exclude_from_weight_decay,
     find_averages,
     get_optimizer,
@@ -23,20 +20,7 @@ from finetune.models.optimizers import (
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_has_its_name_and_rate(name):
     optimizer = get_optimizer(name, 0.0123)
-    assert (
-        type(optimizer)
-        is {
-            "Adam": keras.optimizers.Adam,
-            "SGD": keras.optimizers.SGD,
-            "RMSprop": keras.optimizers.RMSprop,
-            "Adagrad": keras.optimizers.Adagrad,
-            "Adadelta": keras.optimizers.Adadelta,
-            "Adamax": keras.optimizers.Adamax,
-            "Nadam": keras.optimizers.Nadam,
-            "AdamW": keras.optimizers.AdamW,
-            "Lion": keras.optimizers.Lion,
-        }[name]
-    )
+    assert type(optimizer) is getattr(keras.optimizers, name)
     assert float(optimizer.learning_rate) == pytest.approx(0.0123)
 
 
@@ -48,15 +32,15 @@ def test_weight_decay_takes_from_kernels_alone(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_without_weight_decay_nothing_is_taken(name):
+def test_without_weight_decay_no_weight_changes(name):
     model, optimizer = normalised_model(), get_optimizer(name, 0.5)
     for weight in step_without_gradients(optimizer, model).values():
         np.testing.assert_array_equal(weight, 2)
-    # What Keras saves of an optimizer it can build again.
+    # Keras can rebuild it from its saved config.
     assert type(optimizer).from_config(optimizer.get_config()).weight_decay in (None, 0.0)
 
 
-def test_weight_decay_is_apart_from_the_gradient():
+def test_weight_decay_is_decoupled_from_the_gradient():
     weight, optimizer = keras.Variable([[3.0]]), get_optimizer("SGD", 0.5, weight_decay=0.2)
     optimizer.apply_gradients([(np.array([[0.4]], np.float32), weight)])
     assert float(weight[0, 0]) == pytest.approx(3 - 3 * 0.5 * 0.2 - 0.5 * 0.4)
@@ -75,7 +59,7 @@ def test_biases_are_excluded_from_an_optimizer_that_is_built_or_scales_the_loss(
 def test_adam_divides_by_the_root_of_the_average_and_epsilon(name):
     weight, optimizer = keras.Variable([0.0]), get_optimizer(name, 0.5, adam_beta_2=0.5, adam_epsilon=0.25)
     optimizer.apply_gradients([(np.array([1.0], np.float32), weight)])
-    # By hand: the averages without their bias, and epsilon added to the root that has it.
+    # By hand: the averages without bias, and epsilon added to the biased root.
     average, step = 0.5**0.5, 0.5 * (1 - 0.5) ** 0.5
     np.testing.assert_allclose(weight, [-step / (average + 0.25)], rtol=1e-5)
     moved = float(weight[0])
@@ -85,30 +69,26 @@ def test_adam_divides_by_the_root_of_the_average_and_epsilon(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_adams_options_are_those_of_its_kind_alone(name):
+def test_only_the_adam_family_takes_its_options(name):
     adams = {"adam_beta_2": 0.9, "adam_epsilon": 1e-3}
     if OPTIMIZERS[name].takes:
         optimizer = get_optimizer(name, 0.5, **adams)
         assert (optimizer.beta_2, optimizer.epsilon) == (0.9, 1e-3)
         check_optimizer(Configs(optimizer_type=name, **adams))
+        stock, own = (
+            getattr(keras.optimizers, name)(learning_rate=0.5).get_config(),
+            get_optimizer(name, 0.5).get_config(),
+        )
+        assert all(own[key] == stock[key] for key in ("beta_1", "beta_2", "epsilon"))
         return
     stock, own = (get_optimizer(name, 0.5, **options).get_config() for options in ({}, adams))
     assert own | {"name": ""} == stock | {"name": ""}
     for option, value in adams.items():
-        with pytest.raises(UserError, match=f"{option}: expected an optimizer_type that has it, one of Adam, Ada"):
+        with pytest.raises(UserError, match=f"{option}: .*optimizer_type Adam, .*{name}"):
             check_optimizer(Configs(optimizer_type=name, **{option: value}))
 
 
-@pytest.mark.parametrize("name", [name for name, entry in OPTIMIZERS.items() if entry.takes])
-def test_adam_is_kerass_own_by_default(name):
-    stock = getattr(keras.optimizers, name)(learning_rate=0.5).get_config()
-    own = get_optimizer(name, 0.5).get_config()
-    assert {key: own[key] for key in ("beta_1", "beta_2", "epsilon")} == {
-        key: stock[key] for key in ("beta_1", "beta_2", "epsilon")
-    }
-
-
-def test_ema_decay_keeps_the_moving_average_beside_the_weights():
+def test_ema_decay_keeps_a_moving_average_of_the_weights():
     weight, optimizer = keras.Variable([3.0]), get_optimizer("SGD", 1.0, ema_decay=0.75)
     for gradient in (1.0, 4.0):
         optimizer.apply_gradients([(np.array([gradient], np.float32), weight)])
@@ -119,21 +99,8 @@ def test_ema_decay_keeps_the_moving_average_beside_the_weights():
     assert not get_optimizer("SGD", 1.0).use_ema
 
 
-def test_a_training_step_moves_what_is_trained_only():
-    model = build_alive()
-    backbone = model.get_layer("backbone")
-    freeze_layers(backbone, 1)
-    compile_model(model, get_optimizer("SGD", 0.1), False)
-    model.run_eagerly = True
-    before = {weight.path: weight.numpy() for weight in model.weights}
-    model.train_on_batch(random_images(4, 32, 32, 3)[::-1], np.array([0, 1, 2, 0]))
-    moved = {weight.path for weight in model.weights if not np.array_equal(before[weight.path], weight.numpy())}
-    trained = {weight.path for name in ("conv_pw_13", "conv_pw_13_bn") for weight in backbone.get_layer(name).weights}
-    assert moved == trained | {weight.path for weight in model.get_layer("classifier").weights}
-
-
 @pytest.mark.parametrize("multiplier", [1.0, 0.5])
-def test_averages_follow_the_weights_that_the_model_has_had(multiplier):
+def test_averages_follow_the_weights_of_the_model(multiplier):
     model = flat_model(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9), multiplier=multiplier)
     variables, expected = model.trainable_variables, None
     for step in range(3):

@@ -1,4 +1,4 @@
-"""Adding a backbone, a head, an optimizer, a loss or an augmentation takes one registry entry and nothing else."""
+"""Adding a backbone, head, optimizer, loss or augmentation takes one registry entry and nothing else."""
 
 import keras
 import numpy as np
@@ -40,6 +40,7 @@ def toy_backbone(monkeypatch):
     return {"visual_model_name": "Toy", "use_imagenet_weights": False, "pop_conv_layers": 0}
 
 
+@pytest.mark.slow
 def test_a_backbone_is_trained_explained_exported_and_predicts(toy_backbone, tables, tmp_path):
     configs = Configs(**options_of(tables, tmp_path / "run", num_epochs=2, **toy_backbone))
     train.main(configs)
@@ -56,21 +57,19 @@ def test_a_backbone_is_trained_explained_exported_and_predicts(toy_backbone, tab
     assert pd.read_csv(options["write_path"]).shape[0] == 1
 
 
+@pytest.mark.slow
 def test_a_head_with_layer_norm_starts_from_a_linear_probe(toy_backbone, monkeypatch, tables, tmp_path):
     monkeypatch.setitem(HEADS, "toy", list_toy_layers)
     options = {"head": "toy", "head_initialization": "linear_probe", "conv_layers_to_train": 0, "learning_rate": 1e-6}
-    configs = Configs(**options_of(tables, tmp_path / "run", num_epochs=1, **toy_backbone | options))
-    results = train.main(configs)
-    # The colours of the photos differ in every channel: a probe that sees what the logits see tells all apart.
+    results = train.main(Configs(**options_of(tables, tmp_path / "run", num_epochs=1, **toy_backbone | options)))
+    # Every channel separates the photos' colours: a probe on the inputs of the logits finds all classes.
     assert results["best"] == 1
     folder = str(tmp_path / "run")
     assert evaluation.main(Configs(load_model_path=folder))["sets"]["test"]["accuracy"] == 1
     assert draw_activations.main(Configs(load_model_path=folder))
-    report = compress_weights.main(CompressConfigs(model_path=folder, export=["tflite"], tolerance=100))
-    assert report["artefacts"][1]["comparison"]["largest_difference"] < 1e-4
 
 
-def test_an_optimizer_and_a_loss_are_trained_with(toy_backbone, monkeypatch, tables, tmp_path):
+def test_a_run_trains_with_an_added_optimizer_and_loss(toy_backbone, monkeypatch, tables, tmp_path):
     def build_loss(class_weights, label_smoothing):
         return keras.losses.sparse_categorical_crossentropy
 
@@ -79,7 +78,7 @@ def test_an_optimizer_and_a_loss_are_trained_with(toy_backbone, monkeypatch, tab
     options = {"optimizer_type": "Ftrl", "loss": "toy"}
     configs = Configs(**options_of(tables, tmp_path / "run", num_epochs=1, **toy_backbone | options))
     assert np.isfinite(train.main(configs)["loss"])
-    with pytest.raises(UserError, match="loss: toy is only for multi_label_classification False"):
+    with pytest.raises(UserError, match="loss: toy .*multi_label_classification"):
         train.main(configs.replace(multi_label_classification=True, overwrite=True))
 
 
@@ -111,7 +110,7 @@ def test_a_function_augments_like_any_augmenter(monkeypatch):
         ("loss", "focale", "focal"),
     ],
 )
-def test_an_unknown_name_is_told_with_the_nearest(option, name, nearest, tables, tmp_path):
-    with pytest.raises(UserError, match=rf"^{option}: .*Received: '?{name}'?; did you mean {nearest}\?"):
+def test_an_unknown_name_suggests_the_nearest(option, name, nearest, tables, tmp_path):
+    with pytest.raises(UserError, match=rf"^{option}: .*{name}.* {nearest}\?"):
         train.main(Configs(**options_of(tables, tmp_path / "run") | {option: name}))
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""What predict.py reads and writes."""
+"""Lists of images, and the table of answers."""
 
 import glob
 import itertools
@@ -62,25 +62,26 @@ def test_linked_folders_are_read_without_end_and_broken_links_get_a_row(tmp_path
         Path("photos", name).symlink_to(target)
     found = list_inputs(given)[0]
     assert found == ["photos/a/1.jpg", "photos/far/2.jpg"] + ["photos/gone.jpg"] * (given == "photos")
-    assert ("Left out 1 links or folders" in capsys.readouterr().out) == (given == "photos")
+    assert ("unreadable folders (1)" in capsys.readouterr().out) == (given == "photos")
 
 
 def test_errors_name_the_file_that_is_meant(tmp_path):
     (tmp_path / "1.jpg").write_text("no image")
     paths = [str(tmp_path / name) for name in ("1", "1.jpg", "2.jpg")]
     explained = explain_errors(dict.fromkeys((0, 1, 2), "Not read."), paths)
-    assert explained[0].startswith(f"Not read. It does not exist, but {paths[1]} does: add the ending")
+    assert explained[0].startswith("Not read. ")
+    assert paths[1] in explained[0]
     assert (explained[1], explained[2]) == ("Not read.", "Not read.")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("", "input: expected an image, a folder, a pattern"),
-        ("missing.jpg", "Received: '.*missing.jpg', and there is no such file"),
-        ("missing.csv", "there is no such file"),
-        ("*.tiff", "no file matches the pattern .*tiff"),
-        ("empty", "the folder .*empty holds no image"),
+        ("", "input: expected an image"),
+        ("missing.jpg", "input: .*missing.jpg"),
+        ("missing.csv", "input: .*missing.csv"),
+        ("*.tiff", "input: .*tiff"),
+        ("empty", "input: .*empty"),
         ("other.csv", "has no column 'path'"),
         ("header.csv", "has no rows"),
         ("blank.csv", "row 2: the column 'path' is empty"),
@@ -100,7 +101,7 @@ def test_file_name_that_is_no_text_is_named(photo_folder, tmp_path):
     path = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
     Path(os.fsdecode(path)).write_bytes((photo_folder / "red" / "00.jpg").read_bytes())
     for given in (str(tmp_path), str(tmp_path / "*"), os.fsdecode(path)):
-        with pytest.raises(UserError, match="is not UTF-8. Rename the file"):
+        with pytest.raises(UserError, match="is not UTF-8"):
             list_inputs(given)
 
 

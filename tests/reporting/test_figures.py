@@ -4,13 +4,17 @@ import warnings
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
-from evaluations import BINS, CALIBRATION, CURVE, NAMES, make_curves, multi_label, single_label
+from evaluations import BINS, CALIBRATION, CURVE, LOG, NAMES, make_curves, multi_label, single_label
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from finetune.reporting.figures import (
     draw_confusion_matrix,
     draw_heat_map,
+    draw_learning_rate,
+    draw_log,
     draw_precision_recall_curves,
     draw_reliability,
     draw_roc_curves,
@@ -32,8 +36,8 @@ def test_confusion_matrix_shows_counts_and_shares_of_the_row():
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("True", "Predicted")
 
 
-@pytest.mark.parametrize("number", [2, 5, 20, 100])
-def test_names_at_the_confusion_matrix_are_legible(number):
+@pytest.mark.parametrize("number", [2, 20, pytest.param(100, marks=pytest.mark.slow)])
+def test_class_names_at_the_confusion_matrix_are_legible(number):
     names = [f"a class with a long name {position}" for position in range(number)]
     figure = draw_confusion_matrix(np.eye(number, dtype=int) * 40, names)
     FigureCanvasAgg(figure).draw()
@@ -56,7 +60,7 @@ def test_counts_that_do_not_fit_are_left_out():
 
 
 def test_heat_map_of_many_classes_shows_every_confusion_and_lists_the_most_frequent():
-    # 401 classes make blocks of 3 x 3 cells. Class 400 has a single image among 1,000 confused.
+    # 401 classes make blocks of 3 x 3 cells. One of the 1,000 images of class 400 is confused.
     names = [f"class {number}" for number in range(401)]
     stored = {name: {name: 2} for name in names} | {"class 400": {"class 400": 999, "class 7": 1}}
     stored["class 9"] = {"class 9": 1, "class 10": 3}
@@ -117,31 +121,37 @@ def test_curves_of_more_than_a_hundred_classes_are_a_band():
     ]
     (band,) = axes.collections
     points = {tuple(point) for point in band.get_paths()[0].vertices.round(6)}
-    # Of the lower curve and of the higher one, in the middle: every tenth class is below the one, none above the other.
+    # The band lies between both curves, here in the middle: more than a tenth of the classes have the lower one.
     assert {(0.5, 0.5), (0.5, 0.75)} <= points
 
 
-def test_curves_that_are_all_undefined_say_so():
+def test_curves_that_are_all_undefined_are_a_text():
     (axes,) = draw_roc_curves({"cat": UNDEFINED}).axes
-    assert [text.get_text() for text in axes.texts] == ["AUROC is undefined for every class"]
+    assert ["undefined" in text.get_text() for text in axes.texts] == [True]
 
 
-def test_reliability_diagram_shows_before_and_after():
+def test_reliability_diagram_shows_both_temperatures_or_one_line_if_they_are_equal():
     upper, lower = draw_reliability(CALIBRATION).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in upper.lines}
     assert lines["before the temperature: error 0.095"] == [[0.97, 0.875]]
     assert lines["after the temperature: error 0.100"] == [[0.6, 0.5], [0.9, 1.0]]
     assert [bar.get_height() for bar in lower.patches] == [1, 0.25, 0.75]
-
-
-def test_reliability_diagram_without_a_temperature_shows_one_line():
     upper, _ = draw_reliability(CALIBRATION | {"bins_uncalibrated": BINS}).axes
     assert [line.get_label() for line in upper.lines] == ["perfect calibration", "this model: error 0.100"]
 
 
-@pytest.mark.parametrize(("results", "extra"), [(single_label(), {"confusion_matrix"}), (multi_label(), set())])
-def test_figures_are_written_as_png(tmp_path, results, extra):
-    paths = save_figures(str(tmp_path), results, make_curves())
+@pytest.mark.parametrize(
+    ("make", "names", "extra"),
+    [
+        # Names that matplotlib would treat in a special way.
+        (single_label, ["$\\frac$ $1", "_hidden", "花\n\x00"], {"confusion_matrix"}),
+        (multi_label, NAMES, set()),
+    ],
+)
+def test_figures_are_written_as_png(tmp_path, make, names, extra):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paths = save_figures(str(tmp_path), make(names), make_curves(names))
     expected = {"roc_curves", "precision_recall_curves", "reliability_diagram"} | extra
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.png" for name in expected)
     for path in paths:
@@ -150,10 +160,46 @@ def test_figures_are_written_as_png(tmp_path, results, extra):
         assert (image[0, 0] == 255).all()
 
 
-def test_names_that_matplotlib_could_stumble_over(tmp_path):
-    names = ["$\\frac$ $1", "_hidden", "花\n\x00"]
+def test_log_is_drawn_without_a_window():
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    figure = draw_log(LOG)
+    assert [panel.get_title() for panel in figure.axes] == ["Accuracy", "Loss"]
+    assert plt.get_fignums() == before
+
+
+def test_learning_rate_figure_holds_the_losses_and_the_suggestion(tmp_path, monkeypatch):
+    rates, losses = np.geomspace(1e-6, 1, 50), np.append(np.linspace(1.6, 0.4, 49), np.nan)
+    drawn, savefig = [], Figure.savefig
+
+    def note_and_save(figure, *values, **facts):
+        drawn.append(figure)
+        savefig(figure, *values, **facts)
+
+    monkeypatch.setattr(Figure, "savefig", note_and_save)
+    draw_learning_rate(rates, losses, 1e-3, str(tmp_path / "learning_rate.png"))
+    (axes,) = drawn[0].axes
+    steps, smooth, mark = axes.lines
+    np.testing.assert_allclose(steps.get_xydata(), np.stack([rates, losses], axis=1)[:49])
+    assert len(smooth.get_xydata()) == 49
+    assert list(mark.get_xdata()) == [1e-3, 1e-3]
+    assert axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().texts] == ["each step", "smoothed", "suggestion: 0.001"]
+    assert cv2.imread(str(tmp_path / "learning_rate.png")).shape[1] == 930
+    assert [path.name for path in tmp_path.iterdir()] == ["learning_rate.png"]
+
+
+@pytest.mark.parametrize("losses", [[np.nan] * 3, [1.0, 1.0, 1e30]])
+def test_learning_rate_figure_without_a_suggestion(tmp_path, losses):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        paths = save_figures(str(tmp_path), single_label(names), make_curves(names))
-    assert sorted(map(str, tmp_path.iterdir())) == sorted(paths)
-    assert len(paths) == 4
+        draw_learning_rate([1e-3, 1e-2, 1e-1], losses, None, str(tmp_path / "learning_rate.png"))
+    assert (tmp_path / "learning_rate.png").stat().st_size > 5000
+
+
+def test_a_run_of_one_epoch_has_whole_epochs_on_its_axis():
+    figure = draw_log(pd.DataFrame({"epoch": [1], "loss": [0.1], "accuracy": [0.5]}))
+    figure.canvas.draw()
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert all(float(label.replace("\N{MINUS SIGN}", "-")).is_integer() for label in labels)

@@ -1,4 +1,4 @@
-"""What happens around steps and epochs."""
+"""Schedules of the learning rate."""
 
 import math
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import pytest
 from configs import Configs
 from finetune.training.callbacks import Plateau, Schedule
 from finetune.training.phases import Phase
-from finetune.training.progress import Progress
+from finetune.training.run import Progress
 
 
 def schedule(kind, warmup=0.0, first=0, end=4, rate=0.1, minimum=0.01, steps=5):
@@ -49,7 +49,7 @@ def test_a_schedule_counts_from_the_first_epoch_of_its_phase():
     assert one.model.optimizer.learning_rate == schedule("cosine", first=0, end=2).get_rate(5 + 2 + 1)
 
 
-def test_a_plateau_goes_on_where_the_run_was_stopped():
+def test_a_plateau_continues_after_a_stop():
     def run_epochs(progress, losses):
         plateau = Plateau(Configs(reduce_lr_patience=3, learning_rate_decay_factor=0.5), progress)
         plateau.set_model(SimpleNamespace(optimizer=SimpleNamespace(learning_rate=0.1)))

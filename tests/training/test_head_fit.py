@@ -18,25 +18,21 @@ def weights_of(model):
     return model.get_layer("classifier").get_layer("logits").get_weights()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", ["none", "photo"])
-def test_the_head_is_that_of_the_features_of_now(photos, strength):
+def test_the_head_is_fitted_to_the_current_features(photos, strength):
     model, same = build(), build()
-    fit = HeadFit(
-        Configs(augmentation_strength=strength, random_seed=3, classes=["a", "b", "c"]),
-        model,
-        make_sequence(photos),
-        Team(),
-    )
+    configs = Configs(augmentation_strength=strength, random_seed=3, classes=["a", "b", "c"])
+    fit = HeadFit(configs, model, make_sequence(photos), Team())
     fit.start("")
-    for change in (1.0, 0.5):
-        backbone = model.get_layer("backbone")
-        backbone.set_weights([weight * change + (1 - change) for weight in backbone.get_weights()])
-        same.set_weights(model.get_weights())
-        features = [compute_features(same, make_sequence(photos), mirrored)[0] for mirrored in (False, True)]
-        initialize_head(same, features[: 1 + (strength == "photo")], photos[1], 3)
-        fit.refit()
-        for one, other in zip(weights_of(model), weights_of(same), strict=True):
-            np.testing.assert_array_equal(one, other)
+    backbone = model.get_layer("backbone")
+    backbone.set_weights([weight * 0.5 + 0.5 for weight in backbone.get_weights()])
+    same.set_weights(model.get_weights())
+    features = [compute_features(same, make_sequence(photos), mirrored)[0] for mirrored in (False, True)]
+    initialize_head(same, features[: 1 + (strength == "photo")], photos[1], 3)
+    fit.refit()
+    for one, other in zip(weights_of(model), weights_of(same), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("balances", [True, False])
@@ -62,5 +58,5 @@ def test_weights_of_infinite_features_keep_their_head(photos):
     fit = HeadFit(Configs(random_seed=3, classes=["a", "b", "c"]), model, make_sequence(photos), Team())
     fit.refit()
     np.testing.assert_array_equal(weights_of(model)[0], before[0])
-    with pytest.raises(FeaturesNotFinite, match="features are not finite: its weights are damaged"):
+    with pytest.raises(FeaturesNotFinite, match="not finite"):
         fit.start("")

@@ -13,9 +13,6 @@ from finetune.training.learning_rate_finder import smooth_losses, suggest_learni
 RATES = np.geomspace(1e-6, 1, 100)
 
 
-# Learning-rate range test
-
-
 def test_smoothed_losses_equal_weighted_means_worked_out_by_hand():
     from_left = [1, (0.8 * 1 + 2) / 1.8, (0.64 * 1 + 0.8 * 2 + 4) / 2.44]
     from_right = [(0.64 * 4 + 0.8 * 2 + 1) / 2.44, (0.8 * 4 + 2) / 1.8, 4]
@@ -29,14 +26,14 @@ def test_smoothing_leaves_a_constant_and_caps_what_diverges():
     assert smooth_losses(diverging).max() <= 3
 
 
-@pytest.mark.parametrize("middle", [-4.0, -3.0, -2.5])
-def test_suggested_rate_is_where_an_s_shaped_curve_falls_the_most_steeply(middle):
+@pytest.mark.parametrize("middle", [-4.0, -2.5])
+def test_the_suggested_rate_is_where_an_s_shaped_curve_falls_most_steeply(middle):
     logarithms = np.log10(RATES)
     losses = 1.6 - special.expit(4 * (logarithms - middle)) + np.exp(np.minimum(8 * (logarithms + 0.7), 50))
     assert np.log10(suggest_learning_rate(RATES, losses)) == pytest.approx(middle, abs=0.3)
 
 
-def test_suggested_rate_withstands_noise_and_losses_that_are_not_finite():
+def test_the_suggested_rate_withstands_noise_and_infinite_losses():
     logarithms, generator = np.log10(RATES), np.random.default_rng(0)
     losses = 1.6 - special.expit(4 * (logarithms + 3)) + generator.normal(0, 0.1, 100)
     losses[logarithms > -0.7] = np.nan
@@ -54,17 +51,17 @@ def test_suggested_rate_withstands_noise_and_losses_that_are_not_finite():
     ],
 )
 def test_losses_that_never_fall_suggest_no_rate(losses):
-    with pytest.raises(UserError, match="No learning rate from 1e-06 to 1 made the loss fall clearly: expected"):
+    with pytest.raises(UserError, match="from 1e-06 to 1 .*batch_size"):
         suggest_learning_rate(RATES, losses)
 
 
 def test_too_few_finite_losses_suggest_no_rate():
     losses = np.where(np.arange(100) < 9, 1.0, np.nan)
-    with pytest.raises(UserError, match="10 steps with a finite loss. Received: 9 of 100 steps."):
+    with pytest.raises(UserError, match="expected 10 steps.*Received: 9 of 100"):
         suggest_learning_rate(RATES, losses)
 
 
-def test_the_learning_rate_finder_notes_the_losses_of_each_step_and_stops():
+def test_the_learning_rate_finder_records_the_losses_of_each_step_and_stops():
     test = LearningRateFinder(1e-3, 1.0, steps=4)
     test.set_model(SimpleNamespace(optimizer=SimpleNamespace(learning_rate=None), loss_sums=np.zeros(2)))
     test.on_epoch_begin(0)

@@ -2,21 +2,12 @@
 
 Each folder in legacy_runs/ is a run that SIGTERM stopped after the first step of epoch 3 of 4;
 expected_training_log.csv is the log of the same run without a stop. Both were made by train.py of that version with
-the options of configs.json, on the images that `write_sets` writes (Keras 3.15.1). What continuing does not need is
-left out; the members of the .keras files are as they were, but deflated. The folders:
+the options of configs.json, on the images of `write_sets` (Keras 3.15.1). Files that continuing does not need are
+missing; the members of the .keras files are as they were, but deflated. The folders:
 
-`plateau` is from before the modules moved into a package. Its learning rate is one at which the validation loss rises
-from the start, so that the plateau's patience ends only where the epochs on both sides of the stop count. start.keras,
-from which it started, has the parts of every model of the collection, with one convolution as its backbone:
-
-    keras.utils.set_random_seed(5)
-    inputs = keras.Input((32, 32, 3), name="features")
-    outputs = layers.Conv2D(4, 3, strides=2, padding="same", use_bias=False, name="conv")(inputs)
-    outputs = layers.ReLU(name="relu")(layers.BatchNormalization(name="norm")(outputs))
-    backbone = keras.Model(inputs, outputs, name="backbone")
-    image = keras.Input((32, 32, 3), name="image")
-    outputs = build_classifier(3, False, [0.4], "avg")(backbone(build_preprocessing("tf")(image)))
-    keras.Model(image, outputs, name="image_classifier").save("start.keras")
+`plateau` is from before the modules moved into a package. Its learning rate makes the validation loss rise from the
+start, so that the plateau's patience ends only if the epochs on both sides of the stop count. Its model has the parts
+of every model of the collection, with a backbone of one convolution, batch normalisation and ReLU.
 
 `interpolated` is from before the package got subpackages: data/recommended.json's options on the first layers of a
 MobileNet with random weights.
@@ -39,13 +30,13 @@ from finetune.core.options import UserError
 STORED = Path(__file__).parent / "legacy_runs"
 COLOURS = {"blue": (90, 100, 150), "green": (95, 140, 100), "red": (150, 100, 90)}
 TRAINING = [(name, name) for name, number in (("blue", 10), ("green", 8), ("red", 6)) for _ in range(number)]
-# The last three have wrong labels: the surer the model, the higher the validation loss.
+# The last three have wrong labels: the more confident the model, the higher the validation loss.
 VALIDATION = [(name, name) for name in COLOURS for _ in range(2)]
 VALIDATION += [("blue", "green"), ("green", "red"), ("red", "blue")]
 
 
 def write_sets(folder):
-    """Writes PNGs of noise around a colour, which no decoder changes, and the tables that the runs were begun with."""
+    """Writes PNGs of noise around a colour, which all decoders read alike, and the tables of the runs."""
     rng = np.random.default_rng(0)
     for name, images in (("training", TRAINING), ("validation", VALIDATION)):
         rows = [(f"{name}_{number:02d}.png", label) for number, (_, label) in enumerate(images)]
@@ -57,7 +48,7 @@ def write_sets(folder):
 
 @pytest.fixture
 def copy_run(tmp_path, monkeypatch):
-    """Copies a stored run beside its images, in the working directory."""
+    """Copies a stored run and its images into the working directory."""
 
     def copy(name):
         folder = tmp_path / "saved_model"
@@ -75,7 +66,9 @@ def continue_run(**options):
     return train.main(configs.validate())
 
 
-@pytest.mark.parametrize(("name", "best_epoch"), [("plateau", 2), ("interpolated", 0)])
+@pytest.mark.parametrize(
+    ("name", "best_epoch"), [("plateau", 2), pytest.param("interpolated", 0, marks=pytest.mark.slow)]
+)
 def test_a_legacy_run_continues_to_the_same_end(copy_run, capsys, name, best_epoch):
     folder = copy_run(name)
     stored = pd.read_csv(folder / "training_log.csv")
@@ -90,31 +83,27 @@ def test_a_legacy_run_continues_to_the_same_end(copy_run, capsys, name, best_epo
     assert log["learning_rate"].nunique() > 1
     assert set(log) == set(expected)
     for column in expected:
-        # The run began on another processor, and each rounds in its own way.
+        # The run began on another processor, which rounds differently.
         assert log[column].tolist() == pytest.approx(expected[column].tolist(), rel=1e-3), column
     assert results["best_epoch"] == best_epoch
     assert results["best"] == expected["val_accuracy"].max()
-    # In plateau, no later epoch is better than the best one before the stop, whose model is not among the stored files.
-    # In interpolated, the start is kept, and the end of the run writes it.
+    # In plateau, the best epoch is before the stop, and its model is not stored. In interpolated, the start is kept,
+    # and written at the end of the run.
     assert (folder / "best_model.keras").exists() == (name == "interpolated")
     model = keras.models.load_model(folder / "latest_model.keras")
     assert int(model.optimizer.iterations) == 4 * 3
     if name == "interpolated":
-        # The shares of the way from the start to the last epoch, the last one with its head fitted again.
+        # The start, two averages, and the last epoch with a refitted head.
         (line,) = re.findall(r"Log loss .*", printed)
         losses = [float(loss) for loss in re.findall(r"\d+% (\d\.\d+)", line)]
         assert losses == pytest.approx([0.8859, 0.8854, 0.8867, 0.8830], rel=1e-3)
 
 
-def test_a_legacy_run_goes_on_stretching_its_photos(copy_run):
-    copy_run("plateau")
+@pytest.mark.parametrize("name", ["plateau", "interpolated"])
+def test_a_legacy_checkpoint_loads_and_keeps_stretching_its_images(copy_run, name):
+    folder = copy_run(name)
     with pytest.raises(UserError, match="resize_mode was 'stretch', now 'crop'"):
         continue_run(resize_mode="crop")
-
-
-@pytest.mark.parametrize("name", ["plateau", "interpolated"])
-def test_a_legacy_checkpoint_loads(copy_run, name):
-    folder = copy_run(name)
     model = keras.models.load_model(folder / "latest_model.keras")
     assert int(model.optimizer.iterations) == 2 * 3 + 1
     if name == "plateau":

@@ -1,18 +1,25 @@
-"""What stops a run: a loss that is not finite, patience, and signals."""
+"""What stops a run early: a loss that is not finite, patience, and signals."""
 
 import math
 from types import SimpleNamespace
 
 import pytest
+from small_runs import (
+    options_of,
+    start,
+    tables,  # noqa: F401
+)
 
 from configs import Configs
 from finetune.core.options import UserError
-from finetune.training.progress import Progress
-from finetune.training.stopping import FiniteLoss, Stopping, write_resume_command
+from finetune.training import training_state
+from finetune.training.checkpoints import FiniteLoss, Stopping, write_resume_command
+from finetune.training.run import Progress
+from finetune.training.training_state import save_checkpoint
 
 
 class Writer:
-    """Notes what is saved."""
+    """Records what is saved."""
 
     folder = "runs/a"
 
@@ -26,7 +33,7 @@ class Writer:
 
 
 def build(**options):
-    """Returns a callback, in the second epoch, that writes by a `Writer`."""
+    """Returns a callback in the second epoch, with a `Writer`."""
     stopping = Stopping(Writer(**options), SimpleNamespace(epoch=1, first_step=2, steps=7))
     stopping.set_model(SimpleNamespace(stop_training=False))
     return stopping
@@ -67,14 +74,28 @@ def test_a_loss_that_is_not_finite_names_its_step():
     finite.on_epoch_end(1, {"val_loss": 1.0})
     with pytest.raises(UserError, match="The loss is nan in epoch 2, step 4"):
         finite.on_train_batch_end(1, {"loss": math.nan})
-    with pytest.raises(UserError, match="The validation loss is inf in epoch 2. What runs/a holds"):
+    with pytest.raises(UserError, match="The validation loss is inf in epoch 2."):
         finite.on_epoch_end(1, {"val_loss": math.inf})
 
 
-def test_the_command_that_goes_on_is_quoted_and_names_the_script_as_it_was_started(monkeypatch):
+def test_the_command_to_continue_is_quoted_and_names_the_script_as_started(monkeypatch):
     monkeypatch.setattr("sys.argv", ["../my scripts/train.py", "--num_epochs", "3"])
     assert write_resume_command("runs/b 1") == (
         "python '../my scripts/train.py' --configs 'runs/b 1/configs.json' --load_model_path 'runs/b 1'"
     )
     monkeypatch.setattr("sys.argv", ["pytest"])
     assert write_resume_command("runs/a") == "python train.py --configs runs/a/configs.json --load_model_path runs/a"
+
+
+@pytest.mark.slow
+def test_checkpoints_within_epochs_have_their_step(tables, tmp_path, monkeypatch):
+    written, original = [], save_checkpoint
+
+    def save(model, path, state, *more):
+        written.append((state["epochs_completed"], state["steps_completed"]))
+        original(model, path, state, *more)
+
+    monkeypatch.setattr(training_state, "save_checkpoint", save)
+    start(**options_of(tables, tmp_path / "run", num_epochs=2, checkpoint_every_steps=3))
+    # Also before the first validation, which may meet an unreadable image.
+    assert written == [(0, 3), (0, 6), (0, 7), (1, 0), (1, 3), (1, 6), (2, 0)]

@@ -1,4 +1,4 @@
-"""As many epochs as a time holds, and which model is kept in the end."""
+"""The number of epochs that fit into a time, and which model is kept in the end."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def test_the_end_has_its_day_where_that_is_another_one():
 
 
 @pytest.mark.slow
-def test_a_run_of_a_time_budget_is_that_of_as_many_epochs(tables, tmp_path, capsys, monkeypatch):
+def test_a_run_with_a_time_budget_equals_one_of_so_many_epochs(tables, tmp_path, capsys, monkeypatch):
     # Checkpoints as slow as on a network drive: the budget holds few epochs, on a fast machine and on a slow one.
     monkeypatch.setattr("finetune.training.time_budget.time_saving", lambda model, folder: 6)
     options = {"learning_rate_schedule": "one_cycle", "random_crop_area": [0.6, 1.0], "augmentation_strength": "photo"}
@@ -58,7 +58,7 @@ def test_a_run_of_a_time_budget_is_that_of_as_many_epochs(tables, tmp_path, caps
     assert_same_run(tmp_path / "budget", tmp_path / "epochs")
 
 
-def test_few_images_have_epochs_as_the_least_number_of_steps_asks():
+def test_few_images_have_more_epochs_for_min_steps():
     # 19 batches: 228 steps in 12 epochs, 304 in 16.
     assert count_epochs(12, 300, 19) == 16
     assert count_epochs(12, 304, 19) == 16
@@ -66,7 +66,7 @@ def test_few_images_have_epochs_as_the_least_number_of_steps_asks():
     assert (count_epochs(12, 300, 38), count_epochs(12, 0, 1)) == (12, 12)
 
 
-def test_epochs_that_hold_the_steps_are_not_taken_for_given():
+def test_epochs_that_suffice_for_the_steps_do_not_count_as_given():
     images = SimpleNamespace(training=SimpleNamespace(steps=7))
     # 100 epochs, as configs.py has them, hold 700 steps.
     runs = [SimpleNamespace(configs=Configs(min_steps=steps), state=None, images=images) for steps in (700, 701)]
@@ -77,17 +77,14 @@ def test_epochs_that_hold_the_steps_are_not_taken_for_given():
 
 
 @pytest.mark.slow
-def test_a_run_of_the_least_number_of_steps_goes_on_by_its_own_command(tables, tmp_path, capsys, stop_at, monkeypatch):
+def test_a_run_of_min_steps_continues_with_its_own_command(tables, tmp_path, capsys, stop_at):
     # 7 steps an epoch: 3 epochs hold 20.
     options = {"learning_rate_schedule": "one_cycle", "min_steps": 20, "num_epochs": 1}
     options = options_of(tables, tmp_path / "steps", **options)
-    stop_at(1, 3)
-    with pytest.raises(SystemExit, match="143"):
-        start(**options)
+    assert stop_at(1, 3, **options) == 143
     assert "3 epochs of 7 steps, for min_steps 20 (1 with --min_steps 0)." in capsys.readouterr().out
-    monkeypatch.undo()
     assert start(**options, load_model_path=str(tmp_path / "steps"))["epoch"] == 3
-    assert "num_epochs 1 is 3 here, by the run's min_steps." in capsys.readouterr().out
+    assert "num_epochs 1 becomes 3" in capsys.readouterr().out
     start(**options_of(tables, tmp_path / "epochs", learning_rate_schedule="one_cycle", num_epochs=3))
     assert_same_run(tmp_path / "steps", tmp_path / "epochs")
 
@@ -108,7 +105,7 @@ def test_a_run_of_the_least_number_of_steps_goes_on_by_its_own_command(tables, t
         ({"num_epochs": 7}, {"num_epochs": 12}, 12),
     ],
 )
-def test_a_run_that_goes_on_has_the_epochs_that_it_was_given_by_time_or_steps(before, now, epochs, tmp_path):
+def test_a_continued_run_keeps_its_epochs_by_time_or_steps(before, now, epochs, tmp_path):
     state = {"configs": Configs(**before).to_dict(), "given": sorted(before), "steps": 19}
     configs = Configs()
     for name, value in now.items():
@@ -117,10 +114,10 @@ def test_a_run_that_goes_on_has_the_epochs_that_it_was_given_by_time_or_steps(be
 
 
 @pytest.mark.parametrize("before", ["", "60s"])
-def test_the_epochs_of_a_run_that_goes_on_are_not_fitted_to_another_time(before, tmp_path):
+def test_a_continued_run_refuses_another_time_budget(before, tmp_path):
     state = {"configs": Configs(num_epochs=7, time_budget=before).to_dict(), "given": [], "steps": 19}
     configs = Configs(time_budget="10m")
-    with pytest.raises(UserError, match=f"time_budget: expected '{before}', for the 7 epochs .* Received: '10m'"):
+    with pytest.raises(UserError, match=f"time_budget: expected '{before}'.*7 epochs.*'10m'"):
         configs_to_continue(configs, state, str(tmp_path / "latest_model.keras"))
 
 
@@ -143,11 +140,10 @@ def test_timing_a_checkpoint_leaves_nothing_and_may_be_killed(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("budget", "saving"), [("0.1s", 0), ("20s", 10)], ids=["training", "checkpoints"])
-def test_a_budget_that_holds_no_epoch_is_told(budget, saving, tables, tmp_path, capsys, monkeypatch):
-    # Twice that an epoch: 20 s of the 18 that such a budget leaves.
-    monkeypatch.setattr("finetune.training.time_budget.time_saving", lambda model, folder: saving)
-    assert start(**options_of(tables, tmp_path / "run", time_budget=budget))["epoch"] == 1
+def test_a_budget_shorter_than_an_epoch_is_reported(tables, tmp_path, capsys, monkeypatch):
+    # An epoch takes two checkpoints, 20 s; the budget leaves 18 s.
+    monkeypatch.setattr("finetune.training.time_budget.time_saving", lambda model, folder: 10)
+    assert start(**options_of(tables, tmp_path / "run", time_budget="20s"))["epoch"] == 1
     assert "1 epochs of about" in (printed := capsys.readouterr().out)
     assert "which is more than the budget holds" in printed
 
@@ -163,24 +159,30 @@ def test_the_last_epoch_of_a_random_head_is_kept_whatever_validation_says(tables
         np.testing.assert_array_equal(one, other)
 
 
-def test_early_stopping_and_the_last_epoch_exclude_each_other(tables, tmp_path):
-    with pytest.raises(UserError, match="early_stopping_patience: expected 0 where model_selection is not"):
-        start(**options_of(tables, tmp_path / "run", model_selection="last_epoch", early_stopping_patience=3))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("early_stopping_patience", {"model_selection": "last_epoch", "early_stopping_patience": 3}),
+        ("random_crop_area", {"random_crop_area": [0.5, 1.0], "image_cache": "memory"}),
+        ("fine_tune_learning_rate", {"fine_tune_learning_rate": 1e-4}),
+        ("label_smoothing", {"label_smoothing": 1.0}),
+        ("learning_rate_schedule", {"learning_rate_schedule": "step"}),
+        ("gradient_accumulation_steps", {"gradient_accumulation_steps": 0}),
+    ],
+)
+def test_invalid_options_and_combinations_are_refused(name, options):
+    with pytest.raises(UserError, match=f"{name}: "):
+        Configs(**options).validate()
 
 
-def test_crops_and_a_cache_exclude_each_other(tables, tmp_path):
-    with pytest.raises(UserError, match="random_crop_area: crops are taken from the pictures themselves"):
-        start(**options_of(tables, tmp_path / "run", random_crop_area=[0.5, 1.0], image_cache="memory"))
-
-
-def test_views_count_by_what_they_show_and_how_often():
+def test_views_count_by_their_size_and_number():
     training, validation = SimpleNamespace(steps=100), SimpleNamespace(steps=10)
-    # A batch that is only looked at takes 0.4 of a training step's time.
+    # A validation batch takes 0.4 of the time of a training step.
     assert count_views(Configs(), training, validation, refits=False) == (pytest.approx(4), 0)
     configs = Configs(test_time_augmentation="flip", model_selection="interpolate", head_initialization="linear_probe")
     # The start and two averages are validated.
     assert count_views(configs, training, validation, refits=False) == (pytest.approx(8), pytest.approx(24))
-    # The averages and the last weights get new heads, from the training images and their mirror images.
+    # The averages and the last epoch get refitted heads, from the training images and their mirror images.
     assert count_views(configs, training, validation, refits=True) == (pytest.approx(8), pytest.approx(32 + 3 * 80))
     configs = configs.replace(augmentation_strength="none")
     assert count_views(configs, training, validation, refits=True) == (pytest.approx(8), pytest.approx(32 + 3 * 40))
@@ -197,11 +199,11 @@ def test_the_estimate_counts_all_that_is_left(last, capsys, monkeypatch):
     estimate.on_epoch_begin(0)
     for batch in range(4):
         estimate.on_train_batch_end(batch)
-    # Steps of 2 s: 96 of training are left, 5 validations of 8 each, and 24 that choose in the end.
+    # Steps of 2 s are left: 96 of training, 5 validations of 8 each, and 24 to choose the model.
     assert "About 56 s an epoch, 5 min 20 s to go for 5 epochs, until " in capsys.readouterr().out
 
 
-def test_what_is_between_two_epochs_is_no_part_of_a_step(monkeypatch):
+def test_the_time_between_two_epochs_is_not_part_of_a_step(monkeypatch):
     # Epochs of one step of 2 s, but for the first one's 10, and 5 s of validation after each.
     moments = iter([0.0, 10.0, 15.0, 17.0, 22.0, 24.0, 29.0, 31.0])
     monkeypatch.setattr("finetune.training.time_budget.time.monotonic", lambda: next(moments))

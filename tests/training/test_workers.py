@@ -2,20 +2,25 @@
 
 import json
 import os
+import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
+import time  # noqa: F401 - for the bodies
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import tensorflow as tf
-from team_settings import STEP, config_of, slurm_step
+from loaded_processes import LoadedProcess
+from team_settings import STEP, config_of, free_addresses, slurm_step
 
 from configs import Configs
+from finetune.core.devices import start_devices
 from finetune.core.options import UserError
+from finetune.core.scripts import run_script
 from finetune.training import workers as teams
 from finetune.training.workers import (
     OWN_OPTIONS,
@@ -24,6 +29,7 @@ from finetune.training.workers import (
     WATCH_SECONDS,
     Team,
     describe_code,
+    end_at_once,
     join_team,
     read_cluster,
     select_common,
@@ -32,29 +38,25 @@ from finetune.training.workers import (
 
 ADDRESSES = ["a:2222", "b:2222", "c:2222"]
 PROJECT = str(Path(teams.__file__).resolve().parents[2])
-# BODY is what a process does as one of the team, TIMES are other values of the seconds in finetune.training.workers.
-PROGRAM = """
-import json, os, signal, sys, time
-from configs import Configs
-from finetune.core.options import UserError
-from finetune.core.scripts import run_script
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
+
 
 def show(value):
     print(json.dumps(value), file=sys.stderr, flush=True)
 
-def main(configs: Configs):
-    from finetune.core.devices import start_devices
-    from finetune.training import workers as teams
 
-    vars(teams).update(json.loads(os.environ["TIMES"]))
-    folder = configs.load_model_path or configs.save_model_path
-    with teams.join_team(configs.distribution_strategy, configs.to_dict(), folder) as team:
-        team.connect(start_devices(1, configs.distribution_strategy))
-        exec(os.environ["BODY"])
+def work(body, options, times):
+    """Does what a script does as one of a team: BODY, which knows `team`; TIMES replace seconds in workers.py."""
 
-run_script(main)
-"""
-posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals")
+    def main(configs: Configs):
+        vars(teams).update(times)
+        folder = configs.load_model_path or configs.save_model_path
+        with join_team(configs.distribution_strategy, configs.to_dict(), folder) as team:
+            team.connect(start_devices(1, configs.distribution_strategy))
+            exec(body, globals() | {"team": team})
+
+    sys.argv = ["train.py", "--distribution_strategy", "multi_worker", *options]
+    run_script(main)
 
 
 @pytest.mark.parametrize(
@@ -79,34 +81,27 @@ WRONG = {
     "no JSON": "{'cluster': {}}",
     "a list": "[]",
     "too deep": "[" * 100_000,
-    "no cluster": '{"task": {"type": "worker", "index": 0}}',
     "no task": json.dumps({"cluster": {"worker": ADDRESSES}}),
     "no workers": json.dumps({"cluster": {}, "task": {"type": "worker", "index": 0}}),
-    "a list of workers alone": json.dumps({"cluster": ADDRESSES, "task": {"type": "worker", "index": 0}}),
-    "an address in the place of a list": config_of("12", 0),
+    "an address instead of a list": config_of("12", 0),
     "index past the end": config_of(ADDRESSES, 3),
     "negative index": config_of(ADDRESSES, -1),
-    "index as text": config_of(ADDRESSES, "1"),
     "index true": config_of(ADDRESSES, True),
-    "no index": json.dumps({"cluster": {"worker": ADDRESSES}, "task": {"type": "worker"}}),
     "parameter servers": config_of(ADDRESSES, 0, ps=["d:2222"]),
-    "an evaluator": config_of(ADDRESSES, 0, evaluator=["d:2222"]),
     "two chiefs": config_of(ADDRESSES, 0, chief=["d:2222", "e:2222"]),
     "an empty list of chiefs": config_of(ADDRESSES, 0, chief=[]),
-    "this process evaluates": json.dumps({"cluster": {"worker": ADDRESSES}, "task": {"type": "evaluator", "index": 0}}),
     "one address twice": config_of(["a:2222", "b:2222", "a:2222"], 0),
     "no port": config_of(["a:2222", "b"], 0),
     "no host": config_of(["a:2222", ":2222"], 0),
     "port 0": config_of(["a:2222", "b:0"], 0),
     "a port above 65535": config_of(["a:2222", "b:65536"], 0),
-    "a name for a port": config_of(["a:2222", "b:http"], 0),
     "a URL": config_of(["a:2222", "grpc://b:2222"], 0),
     "a number for an address": config_of(["a:2222", 5], 0),
 }
 
 
 @pytest.mark.parametrize("text", [None, *WRONG.values()], ids=["missing", *WRONG])
-def test_a_wrong_tf_config_is_told_in_one_line(monkeypatch, text):
+def test_a_wrong_tf_config_ends_in_one_line(monkeypatch, text):
     monkeypatch.delenv("SLURM_PROCID", raising=False)
     monkeypatch.delenv("TF_CONFIG", raising=False)
     if text is not None:
@@ -114,7 +109,6 @@ def test_a_wrong_tf_config_is_told_in_one_line(monkeypatch, text):
     with pytest.raises(UserError) as caught:
         read_cluster()
     message = str(caught.value)
-    assert '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": {"type": "worker", "index": 0}}' in message
     assert f"Received: {text[:60] if text else 'nothing'}" in message
     assert "docs/distributed.md" in message
     assert message.isprintable()
@@ -126,7 +120,7 @@ def test_a_wrong_tf_config_is_told_in_one_line(monkeypatch, text):
     [
         ("n[1-2]", "1(x2)", ("1", "n2", "0"), ["n1:8888", "n2:8888"], 1),
         ("n[1-2]", "2(x2)", ("2", "n2", "0"), ["n1:8888", "n1:8889", "n2:8888", "n2:8889"], 2),
-        # Tasks that are dealt out in turn: the second one is the first on the second host.
+        # Tasks distributed in turn: the second one is the first on the second host.
         ("n[1-2]", "2(x2)", ("1", "n2", "0"), ["n1:8888", "n1:8889", "n2:8888", "n2:8889"], 2),
         # As text, n10 comes before n9.
         ("n[9-10]", "1(x2)", ("0", "n9", "0"), ["n10:8888", "n9:8888"], 1),
@@ -165,69 +159,53 @@ def test_tf_config_wins_over_slurm(monkeypatch):
         ({"D_NODENAME": "n7"}, "'n7:8888' is not in list"),
     ],
 )
-def test_slurm_variables_that_name_no_workers_are_told_in_one_line(monkeypatch, changed, reason):
+def test_slurm_variables_without_workers_end_in_one_line(monkeypatch, changed, reason):
     slurm_step(monkeypatch, **{name: value for name, value in (STEP | changed).items() if value is not None})
     with pytest.raises(UserError) as caught:
         take_slurm_step()
-    assert f"Slurm's variables do not name the workers: {reason}" in str(caught.value)
+    assert reason in str(caught.value)
     assert "srun" in str(caught.value)
     assert str(caught.value).isprintable()
     assert "TF_CONFIG" not in os.environ
 
 
-def free_addresses(number):
-    """Returns addresses on this machine whose ports nobody has."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return [f"127.0.0.1:{port}" for port in ports]
-
-
 class Processes:
-    """Starts processes of a team, and kills what is left of them."""
+    """Starts processes of a team, and kills those that are left."""
 
-    def __init__(self):
-        self.started = []
+    def __init__(self, folder):
+        self.folder, self.started = folder, []
 
     def start(self, addresses, index, body="", options=(), **times):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-        environment |= {"TF_CONFIG": config_of(addresses, index), "BODY": body, "TIMES": json.dumps(times)}
-        words = [sys.executable, "-c", PROGRAM, "--distribution_strategy", "multi_worker", *options]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.started.append(subprocess.Popen(words, cwd=PROJECT, env=environment, **pipes))
-        return self.started[-1]
+        path = self.folder / f"worker_{len(self.started)}"
+        process = LoadedProcess(path, work, body, options, times, TF_CONFIG=config_of(addresses, index))
+        self.started.append(process)
+        return process
 
-    def run(self, number, body="", addresses=None, **times):
-        """Runs a whole team to its end: of each its exit status and what it wrote."""
-        addresses = addresses or free_addresses(number)
+    def run(self, number, body="", **times):
+        """Runs a whole team to its end; returns the addresses, and each exit status and outputs."""
+        addresses = free_addresses(number)
         started = [self.start(addresses, index, body, **times) for index in range(number)]
         return addresses, [finish(process) for process in started]
-
-    def end(self):
-        for process in self.started:
-            process.kill()
-            process.communicate()
 
 
 def finish(process):
     """Waits for a process: far longer than any should take, and far shorter than those sleep that hang."""
-    out, err = process.communicate(timeout=120)
-    return SimpleNamespace(status=process.returncode, out=out.split("\n")[:-1], err=[*filter(None, err.split("\n"))])
+    out, err = process.communicate(timeout=240)
+    # Without TensorFlow's own lines about missing GPUs.
+    lines = [line for line in err.split("\n") if line and not re.match(r"[EWI]\d{4} 0", line)]
+    return SimpleNamespace(status=process.returncode, out=out.split("\n")[:-1], err=lines)
 
 
 @pytest.fixture
-def processes():
-    started = Processes()
+def processes(tmp_path):
+    started = Processes(tmp_path)
     yield started
-    started.end()
-
-
-# Which processes there are
+    for process in started.started:
+        process.kill()
 
 
 @pytest.mark.parametrize("strategy", ["none", "mirrored"])
-def test_one_process_is_a_team_that_asks_nobody(monkeypatch, strategy):
+def test_one_process_is_a_team(monkeypatch, strategy):
     monkeypatch.setenv("TF_CONFIG", "no JSON")
     with join_team(strategy, {}, "") as team:
         team.connect(None)
@@ -238,11 +216,8 @@ def test_one_process_is_a_team_that_asks_nobody(monkeypatch, strategy):
         _ = 1 / 0
 
 
-# Coming together
-
-
 @pytest.mark.parametrize("index", [0, 2])
-def test_workers_that_do_not_come_are_named(monkeypatch, index):
+def test_missing_workers_are_named(monkeypatch, index):
     addresses = free_addresses(4)
     monkeypatch.setenv("TF_CONFIG", config_of(addresses, index))
     monkeypatch.setattr(teams, "WAIT_SECONDS", 0.2)
@@ -260,12 +235,11 @@ def test_a_port_in_use_is_named(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", config_of(addresses, 1))
     with socket.create_server(("", port)), pytest.raises(UserError) as caught:
         join_team("multi_worker", {}, "").__enter__()
-    assert str(caught.value).startswith(f"Port {port}, of worker 1 ({addresses[1]}) in TF_CONFIG, cannot be used")
-    assert "Address already in use" in str(caught.value)
+    assert f"Port {port}, of worker 1 ({addresses[1]})" in str(caught.value)
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_none_is_not_waited_for_without_an_end(processes):
+def test_another_program_at_an_address_is_not_waited_for_endlessly(processes):
     addresses = free_addresses(2)
     with socket.create_server(("127.0.0.1", int(addresses[1].rpartition(":")[2]))):
         found = finish(processes.start(addresses, 0, WAIT_SECONDS=5))
@@ -274,7 +248,7 @@ def test_a_worker_that_is_none_is_not_waited_for_without_an_end(processes):
 
 
 @pytest.mark.slow
-def test_values_come_in_the_order_of_the_workers_and_the_chief_alone_prints(processes):
+def test_values_are_in_the_order_of_the_workers_and_only_the_chief_prints(processes):
     body = "time.sleep(0.1 * (1 - team.index)); print('hello')\n"
     body += "for round in (1, 2): show(team.exchange({'it': [round, team.index, None, 'é'] * (2 * team.index + 1)}))\n"
     body += (
@@ -291,21 +265,18 @@ def test_values_come_in_the_order_of_the_workers_and_the_chief_alone_prints(proc
 
 
 @pytest.mark.slow
-def test_other_options_are_named_by_all_in_the_same_line(processes):
+def test_all_workers_name_an_option_that_differs(processes):
     addresses = free_addresses(2)
     given = [[], ["--learning_rate", "0.5", "--image_target_size", "64", "64", "3"]]
     started = [processes.start(addresses, index, options=options) for index, options in enumerate(given)]
     for process in started:
         worker = finish(process)
         assert (worker.status, len(worker.err)) == (2, 1)
-        assert f"image_target_size is [64, 64, 3] for worker 1 ({addresses[1]}) and [224, 224, 3] for" in worker.err[0]
+        assert f"image_target_size is [64, 64, 3] for worker 1 ({addresses[1]}) and [224, 224, 3]" in worker.err[0]
 
 
-def test_what_belongs_to_a_host_may_differ():
-    own = {"image_directory": "/mnt/photos", "train_csv": "t.csv", "test_csv": "v.csv", "validation_csv": "w.csv"}
-    own |= {"load_model_path": "old", "save_model_path": "new", "generator_workers": 9, "generator_queue_length": 3}
-    own |= {"image_cache": "disk", "image_cache_path": "c", "gpu_percentage": 0.5, "verbose": True}
-    assert set(own) == OWN_OPTIONS
+def test_options_of_a_host_may_differ():
+    own = {"train_csv": "t.csv", "save_model_path": "new", "generator_workers": 9, "gpu_percentage": 0.5}
     assert select_common(Configs(**own).to_dict()) == select_common(Configs().to_dict())
     assert select_common(Configs(batch_size=5).to_dict()) != select_common(Configs().to_dict())
 
@@ -322,11 +293,8 @@ def test_other_code_is_other_settings(monkeypatch, tmp_path):
     assert {name for name, value in describe_code().items() if value != before[name]} == {"the code"}
 
 
-# Ending together
-
-
-def check_told(worker, addresses, lost):
-    """Checks that a worker of a run in saved_model names the one that is gone, and how to go on."""
+def check_named(worker, addresses, lost):
+    """Checks that a worker of a run in saved_model names the one that has ended, and how to continue."""
     assert worker.status == 1
     lines = [line for line in worker.err if line.startswith("Error: ")]
     assert len(lines) == 1
@@ -336,13 +304,12 @@ def check_told(worker, addresses, lost):
 
 
 @posix
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "victim", "then"),
     [
-        (2, 0, "team.exchange(1)"),
-        pytest.param(2, 1, "time.sleep(600)", marks=pytest.mark.slow),
-        pytest.param(3, 1, "team.exchange(1)", marks=pytest.mark.slow),
-        pytest.param(2, 0, "time.sleep(600)", marks=pytest.mark.slow),
+        (3, 1, "team.exchange(1)"),
+        (2, 0, "time.sleep(600)"),
     ],
 )
 def test_a_killed_process_ends_the_others(processes, number, victim, then):
@@ -350,10 +317,10 @@ def test_a_killed_process_ends_the_others(processes, number, victim, then):
     addresses, found = processes.run(number, body, WATCH_SECONDS=0.5)
     assert found.pop(victim).status == -signal.SIGKILL
     for worker in found:
-        check_told(worker, addresses, victim)
+        check_named(worker, addresses, victim)
 
 
-def test_a_worker_that_still_listens_as_its_connections_break_is_named(monkeypatch, capsys):
+def test_a_killed_worker_that_still_listens_is_named(monkeypatch, capsys):
     monkeypatch.setattr(teams, "end_at_once", sys.exit)
     address, *_ = free_addresses(1)
     team = Team([ADDRESSES[0], address], 0, folder="saved_model")
@@ -367,12 +334,10 @@ def test_a_worker_that_still_listens_as_its_connections_break_is_named(monkeypat
 
 @posix
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_frozen_process_ends_the_others(processes, victim):
-    body = f"team.exchange(0)\nif team.index == {victim}: os.kill(os.getpid(), signal.SIGSTOP)\nteam.exchange(1)"
+def test_a_frozen_process_ends_the_others(processes):
+    body = "team.exchange(0)\nif team.index == 0: os.kill(os.getpid(), signal.SIGSTOP)\nteam.exchange(1)"
     addresses = free_addresses(2)
-    started = [processes.start(addresses, index, body) for index in range(2)]
-    found = finish(started[1 - victim])
+    found = finish([processes.start(addresses, index, body) for index in range(2)][1])
     assert found.status == 1
     assert sum("a worker" in line.lower() and "has ended" in line for line in found.err) == 1
 
@@ -392,7 +357,7 @@ def test_an_error_in_one_process_ends_the_others(processes, raising, error, stat
     failed = found.pop(raising)
     assert (failed.status, own in failed.err) == (status, True)
     assert ("Traceback (most recent call last):" in failed.err) == (status == 1)
-    check_told(found[0], addresses, raising)
+    check_named(found[0], addresses, raising)
 
 
 @pytest.mark.slow
@@ -402,33 +367,21 @@ def test_all_leave_together_with_the_signal_that_they_have_agreed_on(processes):
     assert [(worker.status, worker.err) for worker in found] == [(143, [])] * 2
 
 
-# The manual
-
-
-def test_the_manual_says_what_the_code_does():
-    with open(os.path.join(PROJECT, "docs", "distributed.md"), encoding="utf-8") as file:
-        manual = file.read()
+def test_the_manual_agrees_with_the_code():
+    manual = Path(PROJECT, "docs", "distributed.md").read_text("utf-8")
     own = manual[manual.index("The same code, packages and options") : manual.index("The same tables")]
     assert set(own.split("`")[1::2]) == OWN_OPTIONS
-    assert f"up to {WAIT_SECONDS:.0f} seconds" in manual
-    assert f"{2 * WATCH_SECONDS:.0f} s between the collectives" in manual
-    assert f"port {SLURM_PORT} for the first task on a host, {SLURM_PORT + 1} for the second" in manual
+    for value in (f"{WAIT_SECONDS:.0f} seconds", f"{2 * WATCH_SECONDS:.0f} s", f"{SLURM_PORT}", f"{SLURM_PORT + 1}"):
+        assert value in manual
 
 
-ENDS = """
-import os, sys
-import finetune.core.devices
-from finetune.training.workers import end_at_once
-class Broken:
-    def flush(self):
-        raise BrokenPipeError
-sys.stdout, sys.stderr = None, Broken()
-end_at_once(7)
-os._exit(1)
-"""
+def end_without_outputs():
+    sys.stdout, sys.stderr = None, SimpleNamespace(flush=Mock(side_effect=BrokenPipeError))
+    end_at_once(7)
 
 
 @pytest.mark.slow
-def test_a_process_without_output_ends_at_once():
-    ended = subprocess.run([sys.executable, "-c", ENDS], cwd=PROJECT, capture_output=True, timeout=60)
-    assert (ended.returncode, ended.stderr) == (7, b"")
+def test_a_process_without_outputs_ends_at_once(tmp_path):
+    ended = LoadedProcess(tmp_path / "process", end_without_outputs)
+    ended.communicate()
+    assert ended.returncode == 7

@@ -13,14 +13,14 @@ function filter() {
 }
 
 function sort() {
-  // Of equal ones, and where the order is 0, the table's order stays.
+  // The sort is stable: ties, and all cards at order 0, keep the table's order.
   const compare = (first, second) => order.value * (first.dataset.confidence - second.dataset.confidence);
   gallery.append(...cards.slice().sort(compare));
 }
 
 filters.forEach(select => select.addEventListener("change", filter));
 order.addEventListener("change", sort);
-// Who comes back to the page finds the choices as they were.
+// Browsers restore the choices when a user comes back to the page.
 window.addEventListener("pageshow", () => {
   filter();
   sort();

@@ -16,7 +16,7 @@ function show() {
   document.getElementById("save").disabled = marked === 0;
 }
 
-// Filled when it is needed: many classes in every card would make the page slow.
+// Filled only when needed: many classes in every card would make the page slow.
 function fillChoice(select, position) {
   if (select.options.length) return;
   const likely = split(data.suspects[position][3]);
@@ -29,7 +29,7 @@ function fillChoice(select, position) {
 
 function setMark(position, mark, moves = true) {
   const card = cards[position];
-  // The same mark again takes it back.
+  // The same mark again removes it.
   marks[position] = marks[position] === mark ? "" : mark;
   saved = false;
   card.dataset.mark = marks[position];
@@ -98,7 +98,7 @@ document.addEventListener("keydown", event => {
   const mark = {r: "right", w: "wrong", u: "unsure"}[key];
   if (mark && position >= 0) setMark(position, mark);
   else if (key === "c" && position >= 0) choose(position);
-  // Without a card in focus the first key leads to the first one that is not marked.
+  // If no card has the focus, a key moves to the first card without a mark.
   else if (mark) move(Math.max(marks.indexOf(""), 0));
   else if (key === "j" || key === "ArrowDown" && position >= 0) move(position + 1, cards[position]);
   else if (key === "k" || key === "ArrowUp" && position >= 0) move(Math.max(position - 1, 0));

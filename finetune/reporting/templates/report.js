@@ -9,7 +9,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const cells = [first.cells[column], second.cells[column]];
       if (column === 0) return direction * cells[0].textContent.localeCompare(cells[1].textContent);
       const [left, right] = cells.map(cell => cell.dataset.value);
-      // What is undefined comes last either way.
+      // Undefined values come last in both directions.
       if (left === "" || right === "") return (left === "") - (right === "");
       return direction * (Number(left) - Number(right));
     };
