@@ -69,7 +69,7 @@ class Configs(Options):
     )
     backbone_preprocessing: list[str] = define(
         [],
-        "Input scaling of a model file or preset: torch, tf, caffe, none, or scale and offset; empty for the preset's own",
+        "Input scaling of a model file or preset: torch, tf, caffe, none, or two numbers; empty for the preset's own",
         describes_model=True,
         check=scaling_fault,
         group="model",
@@ -108,7 +108,7 @@ class Configs(Options):
     )
     conv_layers_to_train: int = define(
         -1,
-        "Number of the backbone's last convolutions, or transformer blocks, to train with what follows; -1 trains all, 0 none",
+        "Number of the backbone's last convolutions, or blocks of a transformer, to train; -1 trains all, 0 none",
         at_least=-1,
         fixed_in_run=True,
         group="model",

@@ -23,8 +23,14 @@ from configs import Configs
 from find_label_errors import LabelErrorConfigs
 from finetune.core.options import UserError
 from finetune.evaluation.gradcam import GradCam
-from finetune.models.backbones import describe_source, find_backbone
-from finetune.models.freezing import freeze_layers, has_fixed_features, list_units, prepare_backbone
+from finetune.models.backbones import (
+    describe_source,
+    find_backbone,
+    freeze_layers,
+    has_fixed_features,
+    list_units,
+    prepare_backbone,
+)
 from finetune.models.kerashub import PREFIX, resize_positions, settle_positions
 from finetune.models.model_files import load_model
 from finetune.models.safety import check_layers, list_layer_packages
@@ -203,8 +209,8 @@ def test_a_vit_takes_oblong_images_but_no_second_size(tmp_path):
     )
     assert pretrained.output_shape == random.output_shape == (None, 2, 5, 16)
     assert not np.allclose(pretrained.get_weights()[0], random.get_weights()[0])
-    with pytest.raises(UserError, match="test_image_size"):
-        ModelFactory().get_model(configs.replace(test_image_size=[64, 160]))
+    with pytest.raises(UserError, match="eval_image_size"):
+        ModelFactory().get_model(configs.replace(eval_image_size=[64, 160]))
 
 
 @needs_keras_hub

@@ -138,10 +138,10 @@ def test_a_scaling_that_is_one_is_taken(values):
 )
 def test_a_size_that_a_backbone_does_not_take_is_refused_with_one_that_it_does(size, named):
     entry = Backbone(write_network, 224, 16, None, "last", size_multiple=16, is_square=True)
-    with pytest.raises(UserError, match="test_image_size: Toy") as caught:
-        entry.check_size("Toy", "test_image_size", size, size)
+    with pytest.raises(UserError, match="eval_image_size: Toy") as caught:
+        entry.check_size("Toy", "eval_image_size", size, size)
     assert all(words in str(caught.value) for words in named)
-    entry.check_size("Toy", "test_image_size", (64, 64), (32, 32))
+    entry.check_size("Toy", "eval_image_size", (64, 64), (32, 32))
 
 
 @pytest.mark.slow
