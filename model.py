@@ -78,7 +78,7 @@ class ModelFactory:
                 "Leave it out, and set image_target_size."
             )
         with precision_policy(configs.mixed_precision):
-            backbone = build_backbone(name, entry, backbone_size, configs.use_imagenet_weights, configs.pop_conv_layers)
+            backbone = build_backbone(name, backbone_size, configs.use_imagenet_weights, configs.pop_conv_layers, entry)
             options = HeadOptions(
                 len(configs.classes),
                 configs.multi_label_classification,

@@ -16,7 +16,7 @@ from finetune.data.findings import KINDS
 
 README, DOCS = PROJECT / "README.md", PROJECT / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md")), *sorted((PROJECT / "benchmarks").glob("*.md"))]
-MOST_LINES_OF_README, MOST_WORDS_OF_DOCS = 200, 11_000
+MOST_LINES_OF_README, MOST_WORDS_OF_DOCS = 200, 11_250
 MOST_WORDS = {"better_models.md": 900, "bad_input.md": 900}
 # Inline code that is a command line of another program.
 OTHER_PROGRAMS = ("pip ", "tensorboard ", "python -m ", "python benchmarks/")

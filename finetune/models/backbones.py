@@ -138,20 +138,25 @@ def build_preprocessing(mode: Scaling) -> keras.Layer:
 
 
 def build_backbone(
-    name: str, entry: Backbone, image_size: Sequence[int], use_imagenet_weights: bool, pop_layers: int
+    name: str,
+    image_size: Sequence[int],
+    use_imagenet_weights: bool,
+    pop_layers: int,
+    entry: Backbone | None = None,
 ) -> keras.Model:
     """Builds the model `backbone`, from preprocessed images to a feature map `(batch, h, w, channels)`.
 
     Args:
         name: of the backbone.
-        entry: of the backbone.
         image_size: `(height, width)`.
         use_imagenet_weights: False starts from random weights.
         pop_layers: layers to drop from its end.
+        entry: of the backbone; by default the one that `find_backbone` finds.
 
     Raises:
         UserError: the weights are missing, or `pop_layers` is too large or leaves no feature map.
     """
+    entry = entry or find_backbone(name)
     application = entry.build(tuple(image_size), use_imagenet_weights)
     # Keras numbers some names by the order of building.
     application.layers[-1].name = entry.last_layer

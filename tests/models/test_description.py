@@ -138,7 +138,7 @@ def test_a_model_copied_elsewhere_answers_as_in_its_run(model_path, photo_folder
 def test_the_state_of_legacy_checkpoints_names_the_classes(bare):
     add_member(bare, "training_state.json", json.dumps({"configs": OPTIONS | {"of_old_times": 1}}))
     described = find_description(bare)
-    assert described.options == OPTIONS | {"image_target_size": (32, 32, 3)}
+    assert described.options == OPTIONS | {"image_target_size": (32, 32, 3), "backbone_preprocessing": []}
     assert set(described.sources.values()) == {"own metadata"}
     with pytest.raises(UserError, match="damaged"):
         read_state(bare)
