@@ -313,24 +313,32 @@ def describe_choice(share: float, is_refitted: bool, is_kept: bool, gain: float,
         is_kept: they are kept, not the start.
         gain: how much lower their log loss is than the start's.
     """
-    what = _describe_weights(share, is_refitted)
-    difference = f"by {gain:.4f}, standard error {error:.4f}, on {number} validation images"
+    what, difference = _describe_weights(share, is_refitted), _describe_difference(gain, error, "the start's")
+    numbers = f"({difference}, on {number} validation images)"
     if is_kept:
         doubt = " Chance alone could explain this." if gain <= BY_CHANCE * error else ""
-        return f"Kept {what}: the log loss is lower than the start's {difference}.{doubt}"
+        return f"Kept {what} {numbers}.{doubt}"
     # Rounding is no difference, and the same for every image.
     if -gain > error + 1e-6:
-        return f"Kept the start: the log loss of {what} is no lower ({difference})."
+        return f"Kept the start: {what} would be worse {numbers}."
     return (
-        f"Kept the start, the simpler model: {what} would not be clearly better (log loss lower {difference}). "
+        f"Kept the start, the simpler model: {what} would not be clearly better {numbers}. "
         "latest_model.keras is the fine-tuned model."
     )
 
 
 def describe_rival(share: float, is_refitted: bool, gain: float, error: float) -> str:
     """Says why weights with a lower log loss than the kept ones are not kept; arguments as in `describe_choice`."""
-    numbers = f"log loss lower by {gain:.4f}, standard error {error:.4f}"
-    return f"Not kept: {_describe_weights(share, is_refitted)}, which would not be clearly better ({numbers})."
+    what, difference = (
+        _describe_weights(share, is_refitted),
+        _describe_difference(gain, error, "that of the kept weights"),
+    )
+    return f"Not kept: {what} would not be clearly better ({difference})."
+
+
+def _describe_difference(gain: float, error: float, other: str) -> str:
+    word = "lower" if gain >= 0 else "higher"
+    return f"log loss {word} than {other} by {abs(gain):.4f}, standard error {error:.4f}"
 
 
 def _describe_weights(share: float, is_refitted: bool) -> str:

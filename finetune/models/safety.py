@@ -67,7 +67,7 @@ def check_model_file(path: str) -> None:
         return
     with h5py.File(path) as file:
         if "model_config" not in file.attrs:
-            raise UserError(f"{path} holds weights but no model, and {stem}.json is not beside it.")
+            raise UserError(f"{path} holds weights but no model, and {stem}.json is missing.")
         check_arrays(file, limit)
         check_attributes(path)
         for name in ("model_config", "training_config"):

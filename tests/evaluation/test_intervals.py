@@ -229,12 +229,15 @@ def test_a_model_without_an_answer_loses():
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ((1, False, True, 0.05, 0.012, 200), ("Kept the fine-tuned model:", "0.0500", "0.0120", "200 validation")),
-        ((1, True, True, 0.05, 0.012, 200), ("Kept the fine-tuned model, with a refitted head:",)),
+        ((1, False, True, 0.05, 0.012, 200), ("Kept the fine-tuned model (", "0.0500", "0.0120", "200 validation")),
+        ((1, True, True, 0.05, 0.012, 200), ("Kept the fine-tuned model, with a refitted head (",)),
         ((1, False, True, 0.005, 0.012, 200), ("Chance alone",)),
         ((0.25, True, True, 0.05, 0.012, 200), ("Kept the weights 25%", "a head 25%")),
         ((0.5, False, False, 0.004, 0.02, 9), ("Kept the start", "the weights 50%", "not be clearly better", "0.0040")),
-        ((1, False, False, -0.3, 0.1, 9), ("Kept the start", "the fine-tuned model is no lower")),
+        (
+            (1, False, False, -0.3, 0.1, 9),
+            ("Kept the start", "the fine-tuned model would be worse", "higher than the start's by 0.3"),
+        ),
     ],
 )
 def test_the_choice_is_explained_with_its_numbers(arguments, parts):
