@@ -38,8 +38,7 @@ INTRODUCTION = """\
 `python docs/make_options.py` writes this page from the declarations in `configs.py` and the scripts.
 
 `--configs FILE.json` overrides the defaults in `configs.py`, and a command-line flag overrides both. Every script takes
-every option and `--help`. `none` on the command line is `null` in JSON. An unknown option or a value out of range ends
-the script with an error that says what was expected. Defaults are in brackets."""
+every option and `--help`. `none` on the command line is `null` in JSON. Defaults are in brackets."""
 
 
 def make_page() -> str:

@@ -137,7 +137,7 @@ def find_hub_backbone(name: str, option: str) -> Backbone:
 
 
 def _import_keras_hub(name: str) -> ModuleType:
-    """Returns the package, which takes seconds to import; raises UserError where it is not installed."""
+    """Returns the package, which takes seconds to import; raises UserError if it is not installed."""
     with importing(f"The backbone {name}", LAYER_PACKAGES):
         import keras_hub
     return keras_hub
