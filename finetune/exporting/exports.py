@@ -148,7 +148,7 @@ def write_artefacts(
         for kind, precision in kinds:
             form = FORMATS.get(kind, WEIGHTS)
             path = name_candidate(model_path, form.endings[precision])
-            print(f"Writing {kind} ({precision}) to {path}", flush=True)
+            print(f"Writing {kind} ({precision})", flush=True)
             with importing(f"--export {kind}", form.writer_packages):
                 paths = form.runtime().write(model, path, precision, calibrate)
             artefact = {"kind": kind, "precision": precision} | judge(paths, subject, report["tolerance"])
@@ -188,10 +188,9 @@ def print_report(report: dict[str, Any]) -> None:
             continue
         verdict, change = "Rejected" if artefact["rejected"] else "Accepted", -comparison["accuracy_drop"] or 0.0
         least, most = (-bound for bound in reversed(comparison["accuracy_drop_interval"]))
-        limit = f"it may fall by {report['tolerance']:g}."
-        limit += " --tolerance lets it fall by more." * artefact["rejected"]
+        limit = f"--tolerance allows a drop of {report['tolerance']:g}."
         if not artefact["rejected"] and -least > report["tolerance"]:
-            limit += f" The {comparison['images']} test images do not rule out a greater fall."
+            limit += f" The {comparison['images']} test images do not rule out a larger one."
         print(
             f"{verdict}: {artefact['path']}: {comparison['measure']} changes by {change:+.2f} points (95 % interval "
             f"{least:+.2f} to {most:+.2f}), {limit}"

@@ -109,7 +109,7 @@ def describe_phase(phase: Phase, model: keras.Model, training: AugmentedImageSeq
     epochs = f"Epoch {first}" if phase.end == first else f"Epochs {first} to {phase.end}"
     learning = sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
     steps, images = training.steps, training.batch_size * training.shares.devices
-    shown = f"{epochs}: {steps} steps of {images} images each; {learning:,} of {count:,} parameters learn."
+    shown = f"{epochs}: {steps} steps of {images} images each; {learning:,} of {count:,} parameters are trained."
     if BACKBONE not in [layer.name for layer in model.layers]:
         return shown
     units, word = list_units(model.get_layer(BACKBONE))

@@ -48,7 +48,7 @@ def test_a_phase_is_described():
     training = SimpleNamespace(steps=20, batch_size=8, shares=Shares(2, 0, 2))
     # Of 3 x 4 + 4 frozen parameters, and 4 x 2 + 2 that learn.
     shown = describe_phase(Phase(0, 3, 1e-3, True), model, training)
-    assert shown == "Epochs 1 to 3: 20 steps of 16 images each; 10 of 26 parameters learn."
+    assert shown == "Epochs 1 to 3: 20 steps of 16 images each; 10 of 26 parameters are trained."
     assert describe_phase(Phase(3, 4, 1e-3, False), model, training).startswith("Epoch 4: 20 steps")
 
 
