@@ -84,7 +84,7 @@ def draw_activations() -> None:
 
 def draw_demo() -> None:
     """Writes docs/training_log.png, of the demo's run, and docs/report.png, of one that was stopped early."""
-    shutil.copytree(PROJECT / "data", "data")
+    shutil.copytree(PROJECT / "data", "data", dirs_exist_ok=True)
     run("train.py", "--configs", "data/demo.json")
     run("plot_training_log.py")
     shutil.copy(Path("saved_model", "training_log.png"), PROJECT / "docs" / "training_log.png")

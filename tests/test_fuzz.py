@@ -304,7 +304,7 @@ def test_images(folder, content, image_size):
 # Models
 
 
-STATE = dict.fromkeys(sorted(STATE_PARTS)) | {"epochs_completed": 1, "log": [{"epoch": 1}]}
+STATE = dict.fromkeys(sorted(STATE_PARTS)) | {"epochs_completed": 1, "log": [{"epoch": 1}], "configs": {}, "given": []}
 
 
 def build_files():

@@ -39,8 +39,11 @@ def read_state(path: str) -> dict[str, Any] | None:
             return None
         if not isinstance(state, dict) or not state.keys() >= STATE_PARTS:
             raise ValueError("it lacks parts")
-        given = [LEGACY_NAMES.get(name, name) for name in state["given"]]
-        return state | {"configs": rename_legacy(state["configs"]), "given": given}
+        configs, given = state["configs"], state["given"]
+        if not isinstance(configs, dict) or not isinstance(given, list) or not {*map(type, given)} <= {str}:
+            raise ValueError("its options are not options")
+        given = [LEGACY_NAMES.get(name, name) for name in given]
+        return state | {"configs": rename_legacy(configs), "given": given}
     except ValueError as error:
         raise UserError(f"{path} has a damaged training state: {error}. Use another checkpoint.") from error
 

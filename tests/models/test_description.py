@@ -155,6 +155,14 @@ def test_options_in_older_files_are_read_by_their_former_names(bare):
     assert (state["configs"], state["given"]) == (OPTIONS | {"eval_image_size": [8, 9]}, ["eval_image_size"])
 
 
+@pytest.mark.parametrize("wrong", [{"given": None}, {"given": [[]]}, {"configs": None}])
+def test_a_state_whose_options_are_none_is_damaged(bare, wrong):
+    state = {name: [] for name in STATE_PARTS} | {"configs": {}} | wrong
+    add_member(bare, "training_state.json", json.dumps(state))
+    with pytest.raises(UserError, match="damaged"):
+        read_state(bare)
+
+
 @pytest.mark.parametrize("state", ["{", "null", "[" * 10_000, '{"configs": 1}', '{"configs": {"classes": 1}}'])
 def test_a_damaged_state_describes_nothing(bare, state):
     add_member(bare, "training_state.json", state)

@@ -47,11 +47,11 @@ def test_the_end_has_its_day_where_that_is_another_one():
 @pytest.mark.slow
 def test_a_run_with_a_time_budget_equals_one_of_so_many_epochs(tables, tmp_path, capsys, monkeypatch):
     # Checkpoints as slow as on a network drive: the budget holds few epochs, on a fast machine and on a slow one.
-    monkeypatch.setattr("finetune.training.time_budget.time_saving", lambda model, folder: 6)
+    monkeypatch.setattr("finetune.training.time_budget.time_saving", lambda model, folder: 40)
     options = {"learning_rate_schedule": "one_cycle", "random_crop_area": [0.6, 1.0], "augmentation_strength": "photo"}
-    found = start(**options_of(tables, tmp_path / "budget", time_budget="60s", **options))
+    found = start(**options_of(tables, tmp_path / "budget", time_budget="240s", **options))
     printed = capsys.readouterr().out
-    epochs = int(re.search(r"time_budget 60s: (\d+) epochs of about", printed)[1])
+    epochs = int(re.search(r"time_budget 240s: (\d+) epochs of about", printed)[1])
     assert re.search(rf"About .* an epoch, .* to go for {epochs} epochs, until ", printed)
     assert found["epoch"] == epochs > 1
     start(**options_of(tables, tmp_path / "epochs", **(options | {"num_epochs": epochs})))
