@@ -1,4 +1,4 @@
-"""What the registry of backbones knows of each, wherever it comes from."""
+"""An entry of the registry of backbones, whatever its source."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import keras
 
 from finetune.core.options import UserError
 
-# The name that the last layer gets where a family has none of its own.
+# Name of the last layer of backbones that do not come from Keras.
 LAST_LAYER = "features"
 Scaling = str | tuple[float | list[float], float | list[float]] | None
 
@@ -23,7 +23,7 @@ class Backbone(NamedTuple):
         input_size: height and width that its pretrained weights were trained at.
         minimum_size: the smallest height and width that it takes.
         preprocessing: how its input is scaled: `torch`, `tf` or `caffe`, as Keras calls them, or a scale and an offset
-            for RGB in `[0, 255]`, each one number or one a channel; None where the backbone does so itself.
+            for RGB in `[0, 255]`, each one number or one a channel; None if the backbone does so itself.
         last_layer: the name that its last spatial layer gets, which Grad-CAM reads.
         size_multiple: heights and widths are multiples of this.
         is_square: it takes square images only.
@@ -40,13 +40,13 @@ class Backbone(NamedTuple):
     takes_any_size: bool = True
 
     def check_size(self, name: str, option: str, shown: Sequence[int], size: tuple[int, int]) -> None:
-        """Raises UserError where a backbone does not take images of a size.
+        """Raises UserError if a backbone does not take images of a size.
 
         Args:
             name: of the backbone.
             option: that gives the size.
             shown: its height and width.
-            size: the `(height, width)` that the backbone sees, smaller where the model halves its images first.
+            size: the `(height, width)` that the backbone sees, smaller if the model halves its images first.
         """
         wrong = ""
         if min(size) < self.minimum_size:

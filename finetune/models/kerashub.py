@@ -80,7 +80,7 @@ FAMILIES: dict[str, Family] = {
     "VGGBackbone": Family("vgg"),
     "DenseNetBackbone": Family("densenet"),
 }
-# The licences of weights that are not an ordinary open one, by the beginning of a preset's name or family.
+# Unusual licences of weights, by the beginning of the name of a preset or family.
 TERMS = {
     "dinov3": "the DINOv3 License, https://ai.meta.com/resources/models-and-libraries/dinov3-license",
     "mit": "NVIDIA's Source Code License for SegFormer, https://github.com/NVlabs/SegFormer/blob/master/LICENSE",
@@ -160,7 +160,7 @@ def _read_preset(preset: str, option: str) -> Preset:
 
 
 def describe_preset(preset: str) -> str:
-    """Returns where the weights of a preset come from and what is known of their licence; imports nothing."""
+    """Describes the source and licence of the weights of a preset; imports nothing."""
     begins, shown = preset, f"KerasHub's preset {preset}"
     if os.path.isdir(preset):
         shown = f"a KerasHub preset in the folder {os.path.basename(os.path.normpath(preset))}"
@@ -170,7 +170,7 @@ def describe_preset(preset: str) -> str:
 
 
 def find_terms(preset: str) -> str:
-    """Returns the terms of a preset's weights where they are unusual; else nothing."""
+    """Returns the terms of a preset's weights if they are unusual; else nothing."""
     return next((terms for name, terms in TERMS.items() if preset.startswith(name)), "")
 
 

@@ -104,7 +104,7 @@ def restore_trainable(model: keras.Model, state: dict[str, Any] | None, configs:
 
 
 def describe_phase(phase: Phase, model: keras.Model, training: AugmentedImageSequence) -> str:
-    """Returns the line that describes a prepared phase: its epochs, their steps, and how many parameters learn."""
+    """Returns the line that describes a prepared phase: its epochs, their steps, and its parameters."""
     first, count = phase.first_epoch + 1, model.count_params()
     epochs = f"Epoch {first}" if phase.end == first else f"Epochs {first} to {phase.end}"
     learning = sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
@@ -114,7 +114,8 @@ def describe_phase(phase: Phase, model: keras.Model, training: AugmentedImageSeq
         return shown
     units, word = list_units(model.get_layer(BACKBONE))
     trained = sum(bool(unit.trainable_weights) for unit in units)
-    return shown + f" Of the backbone's {len(units)} {word}, the last {trained} learn." * (0 < trained < len(units))
+    part = f" Of the backbone's {len(units)} {word}, the last {trained} are trained."
+    return shown + part * (0 < trained < len(units))
 
 
 def is_within(state: dict[str, Any] | None, phase: Phase) -> bool:
