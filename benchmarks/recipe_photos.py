@@ -14,13 +14,25 @@ import pandas as pd
 
 from finetune.core.files import IMAGE_SUFFIXES, write_csv
 from finetune.core.options import UserError
+from finetune.data.groups import deal_groups
+from finetune.data.images import read_image
+from finetune.data.near_copies import (
+    NearPair,
+    find_near_pairs,
+    group_near_pairs,
+    make_thumbnail,
+    stack_thumbnails,
+)
 from finetune.data.stores import hash_file
 from finetune.data.tables import IMAGE_COLUMN, LABEL_SEPARATOR, read_table
+from finetune.evaluation.intervals import score_images
 
 LABEL_COLUMN = "class"
 POOL_SEED = 77
 FIRST_SPLIT_SEED = 1000
 FEWEST_VALIDATION = 4
+# A larger class would decide the accuracy alone.
+LARGEST_CLASS = 0.5
 # For recipes without a size of their own.
 IMAGE_SIZE = 224
 
@@ -37,6 +49,7 @@ class Photos(NamedTuple):
         image_size: pixels a side; None leaves it to the recipes.
         per_class: training photos of each class; None takes all.
         copies: rows that are left out, because their files are identical to others.
+        groups: int `(photos,)`, equal for photos that stay in one set; None if all are independent.
     """
 
     name: str
@@ -47,6 +60,14 @@ class Photos(NamedTuple):
     image_size: int | None = None
     per_class: int | None = None
     copies: Sequence[int] = ()
+    groups: np.ndarray | None = None
+
+    @property
+    def metric(self) -> str:
+        """The name of the score: balanced accuracy if one class has more than half of the photos."""
+        if self.multi_label:
+            return "mean_average_precision"
+        return "balanced_accuracy" if self.truth.mean(axis=0).max() > LARGEST_CLASS else "accuracy"
 
 
 def read_photos(name: str, place: str, image_size: int | None = None) -> Photos:
@@ -86,13 +107,27 @@ def find_copies(paths: Sequence[str]) -> list[int]:
     return [row for row, digest in enumerate(digests) if counts[digest] > 1]
 
 
+def keep_near_copies_together(photos: Photos) -> Photos:
+    """Returns the data set with near copies as groups, as `split_train_test.py` finds them."""
+    thumbnails = {row: make_thumbnail(read_image(path)) for row, path in enumerate(photos.paths)}
+    seen = [row for row, thumbnail in thumbnails.items() if thumbnail is not None]
+    found = find_near_pairs(stack_thumbnails([thumbnails[row] for row in seen]))
+    pairs = [NearPair(seen[pair.first], seen[pair.second], pair.correlation) for pair in found.pairs]
+    joined = group_near_pairs(len(photos.paths), pairs)
+    groups = np.unique([joined[row] for row in range(len(photos.paths))], return_inverse=True)[1]
+    print(f"{photos.name}: {len(photos.paths)} photos in {groups.max() + 1} groups of near copies")
+    return photos._replace(groups=groups)
+
+
 def vary_size(photos: Photos, numbers: Sequence[int], seeds: Sequence[int]) -> list[Photos]:
-    """Returns a data set for each number of training photos a class; unchanged without numbers, or if multi-label.
+    """Returns a data set for each number of training photos a class.
+
+    It stays whole without numbers, with several labels a photo, and with groups.
 
     Raises:
         UserError: a split has fewer photos of a class than a number asks for.
     """
-    if photos.multi_label or not numbers:
+    if photos.multi_label or photos.groups is not None or not numbers:
         return [photos]
     for seed in seeds:
         counts = {name: photos.truth[rows].sum(axis=0) for name, rows in split_photos(photos.truth, seed).items()}
@@ -143,6 +178,21 @@ def split_photos(truth: np.ndarray, seed: int, per_class: int | None = None) -> 
             for rows, number in ((training, per_class), (validation, count_validation(per_class)))
         )
     return {"training": training, "validation": validation, "test": test}
+
+
+def split_groups(truth: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Splits photos with one label each as `split_photos` does, and keeps each group in one set."""
+    labels, classes = truth.argmax(axis=1), truth.shape[1]
+
+    def deal_rows(rows: np.ndarray, folds: int, fold_seed: int) -> list[np.ndarray]:
+        numbers = np.unique(groups[rows], return_inverse=True)[1]
+        return [rows[fold] for fold in deal_groups(labels[rows], numbers, classes, folds, fold_seed)]
+
+    fifths = deal_rows(np.arange(len(labels)), 5, POOL_SEED)
+    pools = [np.sort(np.concatenate(fifths[start : start + 2])) for start in (1, 3)]
+    halves = [deal_rows(pool, 2, FIRST_SPLIT_SEED + seed) for pool in pools]
+    training = np.sort(np.concatenate([fifths[0], halves[0][0], halves[1][0]]))
+    return {"training": training, "validation": halves[0][1], "test": halves[1][1]}
 
 
 def draw(truth: np.ndarray, rows: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
@@ -209,11 +259,14 @@ def describe_split(photos: Photos) -> dict[str, int | str]:
 
 
 def select(photos: Photos, seed: int) -> dict[str, np.ndarray]:
-    """Returns the rows of the `training`, `validation` and `test` photos, from `split_photos`, without copies.
+    """Returns the rows of the `training`, `validation` and `test` photos, of a split, without copies.
 
     Copies are left out after the split, which stays that of the whole folder.
     """
-    sets = split_photos(photos.truth, seed, photos.per_class)
+    if photos.groups is None:
+        sets = split_photos(photos.truth, seed, photos.per_class)
+    else:
+        sets = split_groups(photos.truth, photos.groups, seed)
     return {name: np.setdiff1d(rows, photos.copies) for name, rows in sets.items()}
 
 
@@ -221,6 +274,16 @@ def select_truth(photos: Photos, seed: int) -> np.ndarray:
     """Returns the labels of the test photos: `(photos,)` class positions, or `(photos, classes)` of zeros and ones."""
     truth = photos.truth[select(photos, seed)["test"]]
     return truth if photos.multi_label else truth.argmax(axis=1)
+
+
+def score_test_photos(photos: Photos, seed: int, probabilities: np.ndarray) -> list[float]:
+    """Returns the score of each test photo; their mean is the accuracy or balanced accuracy of one-label photos."""
+    truth = select_truth(photos, seed)
+    scores = score_images(truth, probabilities)
+    if photos.metric == "balanced_accuracy":
+        counts = np.bincount(truth)
+        scores = scores * len(truth) / np.count_nonzero(counts) / counts[truth]
+    return scores.tolist()
 
 
 def write_tables(photos: Photos, seed: int, folder: str) -> dict[str, str]:

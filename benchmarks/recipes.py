@@ -24,9 +24,11 @@ validation sets, such as data/recommended.json, have not seen test photos. Ident
 labels.
 
 --train_per_class 20 60 takes 20, then 60 photos a class of each seed's training set, and a third as many (at least 4)
-of its validation set. The test set stays whole. Data sets with several labels an image are not reduced.
+of its validation set. The test set stays whole. Data sets with several labels an image are not reduced, nor
+are those of --together, whose near copies stay in one set. If one class has more than half of the photos, the score
+is the balanced accuracy.
 
-Finished runs are kept in recipes_runs.json until all are done: started again with the same arguments, it continues.
+Finished runs are kept beside the results until all are done: started again with the same arguments, it continues.
 """
 
 from __future__ import annotations
@@ -58,9 +60,10 @@ from benchmarks.recipe_photos import (  # noqa: E402
     IMAGE_SIZE,
     Photos,
     describe_split,
+    keep_near_copies_together,
     read_photos,
+    score_test_photos,
     select,
-    select_truth,
     vary_size,
     write_tables,
 )
@@ -75,7 +78,6 @@ from benchmarks.recipe_tables import (  # noqa: E402
 from configs import Configs  # noqa: E402
 from finetune.core.files import write_json  # noqa: E402
 from finetune.core.options import UserError  # noqa: E402
-from finetune.evaluation.intervals import score_images  # noqa: E402
 
 FASTAI = "fastai_peer.py"
 # For each script, the file with the probabilities of each recipe.
@@ -92,9 +94,6 @@ PROBE_320 = ("--head_initialization", "linear_probe", "--conv_layers_to_train", 
 PROBE_320 += ("--num_epochs", "1", "--learning_rate", "1e-7")
 # Keras's backbones take no smaller images.
 SMALLEST_IMAGE = 32
-RUNS_FILE = HERE / "recipes_runs.json"
-# The score, by whether an image may have several labels.
-METRICS = {False: "accuracy", True: "mean_average_precision"}
 STOPPED = 128 + signal.SIGTERM
 
 
@@ -131,10 +130,10 @@ def main() -> None:
     arguments = parse_arguments()
     check_peers(arguments)
     options = Configs.read_json(arguments.recipe) if "recommended" in arguments.recipes else None
+    read = [read_photos(*place) for place in arguments.data]
+    read = [keep_near_copies_together(photos) if photos.name in arguments.together else photos for photos in read]
     data = [
-        photos
-        for place in arguments.data
-        for photos in vary_size(read_photos(*place), arguments.train_per_class, arguments.seeds)
+        varied for photos in read for varied in vary_size(photos, arguments.train_per_class, arguments.seeds)
     ]
     metrics = run_all(data, arguments)
     results = {
@@ -147,9 +146,9 @@ def main() -> None:
         "epochs": {photos.name: count_run_epochs(photos, arguments.recipe) for photos in data},
         "runs": metrics,
     }
-    write_json(str(HERE / "recipes.json"), results)
-    RUNS_FILE.unlink(missing_ok=True)
-    print(f"\n{format_scores(metrics, {photos.name: METRICS[photos.multi_label] for photos in data})}")
+    write_json(arguments.write, results)
+    name_runs_file(arguments).unlink(missing_ok=True)
+    print(f"\n{format_scores(metrics, {photos.name: photos.metric for photos in data})}")
     if "probe" in arguments.recipes:
         print(f"\n{format_differences(metrics, 'probe')}")
     if "recommended" in arguments.recipes:
@@ -174,7 +173,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=300, help="seconds after which training ends")
     parser.add_argument("--recipe", default=str(PROJECT / "data" / "recommended.json"), help="the recommended options")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, help="which of them to run")
+    parser.add_argument("--together", nargs="+", default=[], metavar="NAME", help="data sets with near copies")
     parser.add_argument("--backbone", default="MobileNet", metavar="NAME")
+    parser.add_argument("--backbone_preprocessing", default="", help="of a backbone that is a file")
+    parser.add_argument("--write", default=str(HERE / "recipes.json"), metavar="FILE", help="the results")
     return parser.parse_args()
 
 
@@ -239,7 +241,7 @@ def run_all(data: Sequence[Photos], arguments: argparse.Namespace) -> Metrics:
         for photos in data
     }
     setting = describe_setting(arguments)
-    runs = read_runs(setting)
+    runs = read_runs(name_runs_file(arguments), setting)
     for seed in arguments.seeds:
         for photos in data:
             for recipe in arguments.recipes:
@@ -248,7 +250,7 @@ def run_all(data: Sequence[Photos], arguments: argparse.Namespace) -> Metrics:
                     with tempfile.TemporaryDirectory() as folder:
                         found = run_recipe(recipe, photos, seed, folder, arguments)
                     runs |= {f"{photos.name}, seed {seed}, {key}": run for key, run in found.items()}
-                    write_json(str(RUNS_FILE), {"setting": setting, "runs": runs})
+                    write_json(str(name_runs_file(arguments)), {"setting": setting, "runs": runs})
                 for key, value in zip(("scores", "seconds", "photos"), runs[name], strict=True):
                     metrics[photos.name][recipe][key].append(value)
                 print(f"{name}: {runs[name][0]:.4f} in {runs[name][1]:.0f} s", flush=True)
@@ -260,19 +262,26 @@ def describe_setting(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = Configs.read_json(arguments.recipe)
     return {
         "data": {place.name: [os.path.abspath(place.path), place.image_size] for place in arguments.data},
+        "together": arguments.together,
         "train_per_class": arguments.train_per_class,
         "budget": arguments.budget,
-        "backbone": arguments.backbone,
+        "backbone": [arguments.backbone, arguments.backbone_preprocessing],
         "recommended": recipe if "recommended" in arguments.recipes else None,
         "epochs": [recipe.get(name) for name in ("num_epochs", "min_steps")],
     }
 
 
-def read_runs(setting: dict[str, Any]) -> dict[str, Run]:
+def name_runs_file(arguments: argparse.Namespace) -> Path:
+    """Returns the file that keeps finished runs, beside the results."""
+    path = Path(arguments.write)
+    return path.with_name(f"{path.stem}_runs.json")
+
+
+def read_runs(file: Path, setting: dict[str, Any]) -> dict[str, Run]:
     """Returns the runs of an earlier, unfinished call with the same setting, by name."""
-    if not RUNS_FILE.is_file():
+    if not file.is_file():
         return {}
-    stored = json.loads(RUNS_FILE.read_text(encoding="utf-8"))
+    stored = json.loads(file.read_text(encoding="utf-8"))
     if stored["setting"] != json.loads(json.dumps(setting)):
         return {}
     return {name: Run(*run) for name, run in stored["runs"].items()}
@@ -304,6 +313,8 @@ def run_train(recipe: str, photos: Photos, seed: int, folder: str, arguments: ar
     for name, path in write_tables(photos, seed, folder).items():
         tables += [options[name], path]
     model = ["--visual_model_name", arguments.backbone, "--multi_label_classification", str(photos.multi_label)]
+    if arguments.backbone_preprocessing:
+        model += ["--backbone_preprocessing", *arguments.backbone_preprocessing.split()]
     run = f"{folder}/run"
     seconds = run_script(
         [PROJECT / "train.py", *flags, *model, *tables, "--save_model_path", run, "--show_model_summary", "False"],
@@ -313,8 +324,8 @@ def run_train(recipe: str, photos: Photos, seed: int, folder: str, arguments: ar
     results = json.loads(Path(run, "evaluation", "metrics.json").read_text(encoding="utf-8"))
     table = pd.read_csv(Path(run, "evaluation", "predictions.csv"))
     probabilities = table[[f"probability_{name}" for name in photos.class_names]].to_numpy()
-    scores = score_images(select_truth(photos, seed), probabilities).tolist()
-    return Run(results["sets"]["test"][METRICS[photos.multi_label]], seconds, scores)
+    scores = score_test_photos(photos, seed, probabilities)
+    return Run(results["sets"]["test"][photos.metric], seconds, scores)
 
 
 def get_image_size(recipe: str, image_size: int | None) -> int | None:
@@ -347,8 +358,8 @@ def run_peer(script: str, photos: Photos, seed: int, folder: str, arguments: arg
     for recipe, file in PEERS[script].items():
         probabilities = np.load(f"{folder}/{file}")
         metrics = evaluate_set(truth[rows["test"]], probabilities, decision)
-        scores = score_images(select_truth(photos, seed), probabilities).tolist()
-        runs[recipe] = Run(metrics[METRICS[photos.multi_label]], seconds, scores)
+        scores = score_test_photos(photos, seed, probabilities)
+        runs[recipe] = Run(metrics[photos.metric], seconds, scores)
     return runs
 
 

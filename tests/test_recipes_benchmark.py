@@ -110,10 +110,8 @@ def test_tables_are_of_means_ranges_and_paired_differences():
 
 def test_runs_go_on_where_they_were_stopped_and_others_arguments_begin_again(multilabel_csv, tmp_path, monkeypatch):
     place = f"{multilabel_csv}:{multilabel_csv.parent}"
-    monkeypatch.setattr(
-        "sys.argv", ["recipes.py", "--data", f"photos={place}", "--recipes", "probe", "--seeds", "0", "1"]
-    )
-    monkeypatch.setattr(recipes, "RUNS_FILE", tmp_path / "runs.json")
+    words = ["--data", f"photos={place}", "--recipes", "probe", "--seeds", "0", "1", "--write", f"{tmp_path}/found.json"]
+    monkeypatch.setattr("sys.argv", ["recipes.py", *words])
     arguments, calls = recipes.parse_arguments(), []
 
     def run(recipe, photos, seed, folder, arguments):
