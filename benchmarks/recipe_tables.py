@@ -63,17 +63,22 @@ def format_differences(metrics: Metrics, base: str) -> str:
     return format_table([f"points above {base}", *metrics], list(rows.values()))
 
 
-def format_paired(metrics: Metrics, recipe: str) -> str:
+def format_paired(metrics: Metrics, recipe: str, groups: dict[str, np.ndarray] | None = None) -> str:
     """Returns a table of the points by which a recipe is above each other one, photo by photo over all splits.
 
     The score of a photo is 1 if its class is right, or with several labels its ranking average precision. The interval
     is the mean and 1.96 standard errors to each side.
+
+    Args:
+        metrics: as `run_all` returns them.
+        recipe: the one that the others are compared with.
+        groups: for data sets whose photos are not independent, the group of each test photo, split after split.
     """
     others = {other: [other] for by_recipe in metrics.values() for other in by_recipe if other != recipe}
-    for by_recipe in metrics.values():
-        own = np.concatenate(by_recipe[recipe]["photos"])
+    for name, by_recipe in metrics.items():
+        own, clusters = np.concatenate(by_recipe[recipe]["photos"]), (groups or {}).get(name)
         for other, row in others.items():
-            difference, error = compare_scores(np.concatenate(by_recipe[other]["photos"]), own)
+            difference, error = compare_scores(np.concatenate(by_recipe[other]["photos"]), own, clusters)
             low, high = (100 * (difference + side * 1.96 * error) for side in (-1, 1))
             row.append(f"{100 * difference:+.1f} ({low:+.1f} to {high:+.1f})")
     return format_table([f"{recipe} above, photo by photo", *metrics], list(others.values()))

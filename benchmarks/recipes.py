@@ -132,9 +132,7 @@ def main() -> None:
     options = Configs.read_json(arguments.recipe) if "recommended" in arguments.recipes else None
     read = [read_photos(*place) for place in arguments.data]
     read = [keep_near_copies_together(photos) if photos.name in arguments.together else photos for photos in read]
-    data = [
-        varied for photos in read for varied in vary_size(photos, arguments.train_per_class, arguments.seeds)
-    ]
+    data = [varied for photos in read for varied in vary_size(photos, arguments.train_per_class, arguments.seeds)]
     metrics = run_all(data, arguments)
     results = {
         "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",
@@ -152,7 +150,12 @@ def main() -> None:
     if "probe" in arguments.recipes:
         print(f"\n{format_differences(metrics, 'probe')}")
     if "recommended" in arguments.recipes:
-        print(f"\n{format_paired(metrics, 'recommended')}")
+        groups = {
+            photos.name: np.concatenate([photos.groups[select(photos, seed)["test"]] for seed in arguments.seeds])
+            for photos in data
+            if photos.groups is not None
+        }
+        print(f"\n{format_paired(metrics, 'recommended', groups)}")
     if "recommended" in arguments.recipes and len(set(arguments.recipes)) > 1:
         print(f"\n{format_targets(list_targets(metrics))}")
 
@@ -203,7 +206,9 @@ def parse_number(text: str) -> int:
 
 
 def check_peers(arguments: argparse.Namespace) -> None:
-    """Raises UserError if a peer cannot run."""
+    """Raises UserError if a peer cannot run, or --together names other data."""
+    if unknown := set(arguments.together) - {place.name for place in arguments.data}:
+        raise UserError(f"--together: expected names of --data, received {', '.join(sorted(unknown))}.")
     if not set(PEERS[FASTAI]) & set(arguments.recipes):
         return
     if arguments.backbone != "MobileNet":

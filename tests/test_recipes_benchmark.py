@@ -108,9 +108,52 @@ def test_tables_are_of_means_ranges_and_paired_differences():
     assert recipe_tables.format_paired(metrics, "recommended").splitlines()[2:] == [expected]
 
 
+def test_groups_stay_in_one_set_and_widen_the_interval(tmp_path):
+    rng = np.random.default_rng(5)
+    groups = np.sort(rng.integers(60, size=300))
+    truth = np.eye(3)[groups % 5 // 2]
+    splits = [recipe_photos.split_groups(truth, groups, seed) for seed in SEEDS]
+    for sets in splits:
+        np.testing.assert_array_equal(np.sort(np.concatenate(list(sets.values()))), np.arange(300))
+        held = [set(groups[rows]) for rows in sets.values()]
+        assert not held[0] & held[1] | held[0] & held[2] | held[1] & held[2]
+        assert all(truth[rows].sum(axis=0).min() > 0 for rows in sets.values())
+    choosing, reporting = (set(np.concatenate([sets[name] for sets in splits])) for name in ("validation", "test"))
+    assert not choosing & reporting
+    # Four photos, of which the recipe gains the two of one group: 0.5, with residuals of 0.5 in each photo. The sums
+    # of the two groups are 1 and -1: a standard error of sqrt(2 / 1 * (1 + 1)) / 4 instead of sqrt(1 / 3 / 4).
+    metrics = {"tiles": {"recommended": {"photos": [[1, 1, 0, 0]]}, "probe": {"photos": [[0, 0, 0, 0]]}}}
+    table = recipe_tables.format_paired(metrics, "recommended", {"tiles": np.array([0, 0, 1, 1])})
+    assert table.splitlines()[-1] == "| probe | +50.0 (-48.0 to +148.0) |"
+
+
+def test_one_large_class_is_scored_by_balanced_accuracy():
+    truth = np.repeat(np.eye(3), [70, 20, 10], axis=0)
+    photos = recipe_photos.Photos("tiles", np.arange(100).astype(str), truth, list("abc"), False)
+    assert photos.metric == "balanced_accuracy"
+    labels = recipe_photos.select_truth(photos, 0)
+    counts = np.bincount(labels)
+    # Right are all photos of the first class and one of the last.
+    answers = np.zeros((len(labels), 3))
+    answers[:, 0] = 1
+    answers[-1] = [0, 0, 1]
+    scores = recipe_photos.score_test_photos(photos, 0, answers)
+    assert np.mean(scores) == pytest.approx((1 + 0 + 1 / counts[2]) / 3)
+
+
 def test_runs_go_on_where_they_were_stopped_and_others_arguments_begin_again(multilabel_csv, tmp_path, monkeypatch):
     place = f"{multilabel_csv}:{multilabel_csv.parent}"
-    words = ["--data", f"photos={place}", "--recipes", "probe", "--seeds", "0", "1", "--write", f"{tmp_path}/found.json"]
+    words = [
+        "--data",
+        f"photos={place}",
+        "--recipes",
+        "probe",
+        "--seeds",
+        "0",
+        "1",
+        "--write",
+        f"{tmp_path}/found.json",
+    ]
     monkeypatch.setattr("sys.argv", ["recipes.py", *words])
     arguments, calls = recipes.parse_arguments(), []
 
