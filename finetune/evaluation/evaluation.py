@@ -22,7 +22,8 @@ from finetune.data.groups import (
     pick_groups,
 )
 from finetune.data.tables import LABEL_SEPARATOR, ImageTable, warn_of_missing_classes
-from finetune.evaluation.decision import Decision, find_exact_match_threshold
+from finetune.evaluation.calibration import find_exact_match_threshold
+from finetune.evaluation.decision import Decision
 from finetune.evaluation.intervals import get_intervals
 from finetune.evaluation.metrics import (
     check_finite,

@@ -12,7 +12,8 @@ from scipy.special import logsumexp
 from scipy.stats import rankdata
 
 from finetune.data.groups import count_groups, is_single_group
-from finetune.evaluation.decision import BLOCK, Decision
+from finetune.evaluation import calibration
+from finetune.evaluation.decision import Decision
 from finetune.evaluation.metrics import MANY_CLASSES, TOP_K, is_in_top_k, to_indicators
 
 RESAMPLES = 1000
@@ -85,7 +86,7 @@ def _draw_resamples(
     images: int, resamples: int, rng: np.random.Generator, groups: np.ndarray | None
 ) -> Iterator[np.ndarray]:
     """Yields blocks of resamples: how often each image is drawn, float32 `(resamples, images)`."""
-    step, units = max(1, BLOCK // images), count_groups(groups, images)
+    step, units = max(1, calibration.BLOCK // images), count_groups(groups, images)
     for start in range(0, resamples, step):
         shape = min(step, resamples - start), units
         drawn = rng.integers(units, size=shape) + units * np.arange(shape[0])[:, None]

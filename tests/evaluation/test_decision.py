@@ -8,12 +8,10 @@ from random_answers import NAMES, PREDICTED, Y_TRUE, one_hot, random_multilabel,
 from sklearn import metrics as sk
 
 from finetune.core.options import UserError
+from finetune.evaluation.calibration import find_best_f1_thresholds, find_exact_match_threshold, fit_temperature
 from finetune.evaluation.decision import (
     Decision,
-    find_best_f1_thresholds,
-    find_exact_match_threshold,
     fit_decision,
-    fit_temperature,
     get_decision,
     read_decision,
     write_decision,
@@ -109,7 +107,7 @@ def test_a_block_of_any_size_gives_the_same_temperature_and_probabilities(monkey
     y_true, raw = random_single_label(100, 4)
     expected, decision = fit_temperature(y_true, raw, False), Decision(list("abcd"), False, 1.7)
     calibrated = decision.calibrate(raw)
-    monkeypatch.setattr("finetune.evaluation.decision.BLOCK", 28)
+    monkeypatch.setattr("finetune.evaluation.calibration.BLOCK", 28)
     assert fit_temperature(y_true, raw, False) == pytest.approx(expected, rel=1e-6)
     np.testing.assert_array_equal(decision.calibrate(raw), calibrated)
 

@@ -12,7 +12,8 @@ from sklearn import metrics as sk
 
 from finetune.core.options import UserError
 from finetune.data.groups import pick_groups
-from finetune.evaluation.decision import Decision, find_exact_match_threshold, fit_decision, fit_temperature
+from finetune.evaluation.calibration import find_exact_match_threshold, fit_temperature
+from finetune.evaluation.decision import Decision, fit_decision
 from finetune.evaluation.evaluation import (
     check_report_by,
     evaluate_by,

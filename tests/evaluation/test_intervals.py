@@ -92,8 +92,8 @@ def test_intervals_depend_on_the_seed_alone(multi_label, monkeypatch):
     decision = Decision(NAMES, multi_label, 1.3, exact_match_threshold=0.6)
     first = get_intervals(y_true, raw, decision, seed=1, resamples=50)
     assert first != get_intervals(y_true, raw, decision, seed=2, resamples=50)
-    monkeypatch.setattr("finetune.evaluation.decision.BLOCK", 7 * 60)
-    monkeypatch.setattr("finetune.evaluation.intervals.BLOCK", 7 * 60)
+    monkeypatch.setattr("finetune.evaluation.calibration.BLOCK", 7 * 60)
+    monkeypatch.setattr("finetune.evaluation.calibration.BLOCK", 7 * 60)
     assert get_intervals(y_true, raw, decision, seed=1, resamples=50) == first
 
 
