@@ -52,8 +52,8 @@ MOST_LINES_AT_THE_MEDIAN = 250
 MOST_LINES_OF_UTILS, MOST_LINES_OF_A_SCRIPT = 150, 200
 MOST_LINES_OF_A_FUNCTION = 50
 MOST_PARAMETERS, MOST_PARAMETERS_OF_A_CLASS = 6, 8
-# Names that users call, and data without steps of its own: options, the facts of a batch, a row of a ranking.
-MANY_PARAMETERS = {"define", "classify_image", "ImageBatches", "Candidate"}
+# Names that users call, and data without steps of its own: options, the facts of a batch, a row of a ranking, a file.
+MANY_PARAMETERS = {"define", "classify_image", "ImageBatches", "Candidate", "Photos", "Decision"}
 TEMPLATES = {".html", ".css", ".js", ".md"}
 
 

@@ -93,7 +93,6 @@ def test_intervals_depend_on_the_seed_alone(multi_label, monkeypatch):
     first = get_intervals(y_true, raw, decision, seed=1, resamples=50)
     assert first != get_intervals(y_true, raw, decision, seed=2, resamples=50)
     monkeypatch.setattr("finetune.evaluation.calibration.BLOCK", 7 * 60)
-    monkeypatch.setattr("finetune.evaluation.calibration.BLOCK", 7 * 60)
     assert get_intervals(y_true, raw, decision, seed=1, resamples=50) == first
 
 
