@@ -98,6 +98,8 @@ def atomic_path(path: str) -> Iterator[str]:
         os.makedirs(temporary_folder, exist_ok=True)
         yield temporary
         for written in list_files(temporary):
+            if os.path.islink(written):
+                continue
             with open(written, "r+b") as file:
                 os.fsync(file.fileno())
         if os.path.isdir(temporary) and os.path.isdir(path):

@@ -23,10 +23,15 @@ class ExportedModel:
         run: takes float32 RGB `(batch, height, width, 3)` in `[0, 255]`; returns probabilities `(batch, classes)`.
         input_shape: of its images, None for a variable size; the batch size is ignored.
         output_shape: of its probabilities.
+        run_with_features: returns probabilities and features, if the file has both.
     """
 
     def __init__(
-        self, run: Callable[[np.ndarray], np.ndarray], input_shape: Sequence[Any], output_shape: Sequence[Any]
+        self,
+        run: Callable[[np.ndarray], np.ndarray],
+        input_shape: Sequence[Any],
+        output_shape: Sequence[Any],
+        run_with_features: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> None:
         shapes = [
             [size if isinstance(size, int) and size > 0 else None for size in shape[1:]]
@@ -34,10 +39,17 @@ class ExportedModel:
         ]
         self.input_shape, self.output_shape = ((None, *shape) for shape in shapes)
         self._run = run
+        self._run_with_features = run_with_features
 
     def __call__(self, images: Any, training: bool = False) -> np.ndarray:
         """Returns the probabilities of images of any numeric type, float32 `(batch, classes)`."""
         return self._run(np.asarray(images, np.float32))
+
+    def run_with_features(self, images: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns the probabilities and features of images; None for features that the file does not give."""
+        if self._run_with_features is None:
+            return self(images), None
+        return self._run_with_features(np.asarray(images, np.float32))
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from finetune.core.options import UserError
 from finetune.core.texts import join_names
 from finetune.models import compressed
 from finetune.models.formats import is_exported
+from finetune.models.heads import split_model
 from finetune.models.safety import check_model_file, largest_content, limiting_weights, telling_damage
 
 MEAN_OF_VIEWS = "mean_of_views"
@@ -123,6 +124,40 @@ def build_inference_model(model: keras.Model, test_time_augmentation: str) -> ke
     # A loaded model may return its only output in a list.
     views = keras.tree.flatten([model(images), model(keras.ops.flip(images, axis=2))])
     return keras.Model(images, keras.layers.Average(name="mean")(views), name=MEAN_OF_VIEWS)
+
+
+def build_with_features(model: keras.Model) -> keras.Model:
+    """Returns a model that shares the weights of `model` and also returns the features that its head gets.
+
+    Args:
+        model: from images to probabilities, with or without test-time augmentation.
+
+    Returns:
+        A model with the outputs `probabilities` `(batch, classes)` and `features` `(batch, channels)`, after pooling;
+        with test-time augmentation, both are means over the views.
+
+    Raises:
+        UserError: the model does not end in a backbone and a head.
+    """
+    inner = strip_views(model)
+    parts = split_model(inner, "A model with features", "Name a model that train.py has written.")
+    (image,) = model.inputs
+    images = keras.Input(image.shape[1:], dtype=image.dtype, name=image.name)
+    views = [images] if inner is model else [images, keras.ops.flip(images, axis=2)]
+    found = []
+    for outputs in views:
+        for layer in (*parts.before, parts.backbone, parts.pooling):
+            outputs = layer(outputs)
+        features = outputs
+        for layer in (*parts.hidden, parts.logits, parts.probabilities):
+            outputs = layer(outputs)
+        found.append((outputs, keras.ops.cast(features, "float32")))
+    probabilities, features = found[0] if len(found) == 1 else map(_average, zip(*found, strict=True))
+    return keras.Model(images, {"probabilities": probabilities, "features": features}, name="with_features")
+
+
+def _average(views: Sequence[keras.KerasTensor]) -> keras.KerasTensor:
+    return keras.layers.Average()([*views])
 
 
 def strip_views(model: keras.Model) -> keras.Model:

@@ -1,9 +1,9 @@
 """A file of a model's answers that grows during a prediction, so that an interrupted prediction can resume.
 
 Its first line is a digest of the model and the options. Each further line holds a batch: its position, a digest of its
-images, the model's own probabilities, and the errors. A batch is used again if its images are the same unchanged files.
-The model therefore sees the same batches with and without an interruption, and the results are equal to the last bit. A
-line that is incomplete because the process was killed is ignored.
+images, the model's own probabilities, the similarities to training photos, and the errors. A batch is used again if its
+images are the same unchanged files. The model therefore sees the same batches with and without an interruption, and the
+results are equal to the last bit. A line that is incomplete because the process was killed is ignored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from finetune.models.description import hash_model
 from finetune.training.run_folder import lock_file
 
 # Increase it when images are decoded or resized differently.
-VERSION = 1
+VERSION = 2
 # Options that change no probability. The last two are applied to all answers at the end.
 HARMLESS = ("generator_workers", "generator_queue_length", "verbose", "write_path", "top_k", "threshold_type")
 AUGMENTER = str(Path(__file__).resolve().parents[2] / "augmenter.py")
@@ -51,6 +51,7 @@ class KeptAnswers:
 
     Attributes:
         probabilities: float32 `(images, classes)`, filled for the answered images.
+        similarities: to training photos, float32 `(images,)`; NaN without a reference.
         errors: by row, why an image could not be read.
     """
 
@@ -61,6 +62,7 @@ class KeptAnswers:
         self.path = os.path.join(folder, f".{name}.partial")
         self.paths = paths
         self.probabilities = np.empty((len(paths), classes), np.float32)
+        self.similarities = np.full(len(paths), np.nan, np.float32)
         self.errors: dict[int, str] = {}
         self._write_path = write_path
         self._batch_size = batch_size
@@ -99,24 +101,30 @@ class KeptAnswers:
         print(f"The answers for {number} are kept. To resume, run the same command again.", file=sys.stderr)
 
     def add(
-        self, rows: np.ndarray, probabilities: np.ndarray, errors: dict[int, str], identities: Sequence[Any]
+        self,
+        rows: np.ndarray,
+        answers: tuple[np.ndarray, np.ndarray],
+        errors: dict[int, str],
+        identities: Sequence[Any],
     ) -> None:
         """Adds and writes the answers for a batch of the missing rows.
 
         Args:
+            answers: probabilities and similarities.
             errors: by row, why an image could not be read.
             identities: of its images, from `identify`, before they were read.
 
         Raises:
             UserError: the file cannot be written.
         """
-        self._take(rows, probabilities, errors)
+        self._take(rows, answers, errors)
         if None in identities:
             return
         record = {
             "batch": int(rows[0]) // self._batch_size,
             "images": self._digest_images(rows, identities),
-            "probabilities": base64.b64encode(self.probabilities[rows].astype("<f4").tobytes()).decode(),
+            "probabilities": _encode(self.probabilities[rows]),
+            "similarities": _encode(self.similarities[rows]),
             "errors": errors,
         }
         try:
@@ -126,8 +134,8 @@ class KeptAnswers:
         except OSError as error:
             raise write_fault(self.path, error, "write_path") from error
 
-    def _take(self, rows: np.ndarray, probabilities: np.ndarray, errors: dict[int, str]) -> None:
-        self.probabilities[rows] = probabilities
+    def _take(self, rows: np.ndarray, answers: tuple[np.ndarray, np.ndarray], errors: dict[int, str]) -> None:
+        self.probabilities[rows], self.similarities[rows] = answers
         self.errors.update(errors)
         self._is_answered[rows] = True
 
@@ -166,11 +174,19 @@ class KeptAnswers:
         """Uses a batch from the file if its images are unchanged; returns its rows."""
         start = record["batch"] * self._batch_size
         rows = np.arange(start, min(start + self._batch_size, len(self.paths)))
-        found = np.frombuffer(base64.b64decode(record["probabilities"]), "<f4")
+        found, similarities = (_decode(record[name]) for name in ("probabilities", "similarities"))
         errors = {int(row): error for row, error in record["errors"].items()}
         if record["images"] == self._digest_images(rows, [*pool.map(identify, [self.paths[row] for row in rows])]):
-            self._take(rows, found.reshape(len(rows), -1), errors)
+            self._take(rows, (found.reshape(len(rows), -1), similarities), errors)
         return rows
+
+
+def _encode(numbers: np.ndarray) -> str:
+    return base64.b64encode(numbers.astype("<f4").tobytes()).decode()
+
+
+def _decode(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<f4")
 
 
 def _to_line(content: dict[str, Any]) -> bytes:

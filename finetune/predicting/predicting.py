@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -30,10 +30,12 @@ from finetune.data.images import fit_image, read_image
 from finetune.data.inspection import tell_assumed_range, tell_unfit_range
 from finetune.evaluation.decision import THRESHOLD_TYPES, Decision
 from finetune.evaluation.metrics import check_finite
+from finetune.evaluation.novelty import Reference, to_unit_length
 from finetune.loading.kernels import FusedAugmenter
 from finetune.models.exported import ExportedModel
 from finetune.models.formats import MODEL_SUFFIXES, importing, is_exported, require_format
-from finetune.models.model_files import check_fit, load_fitting_model
+from finetune.models.heads import has_parts
+from finetune.models.model_files import build_with_features, check_fit, load_fitting_model, strip_views
 from finetune.models.safety import telling_damage
 from finetune.predicting.kept_answers import KeptAnswers, identify
 from generator import AugmentedImageSequence, naming_bad_images, tell_bad_images
@@ -49,13 +51,40 @@ def predict(
     Raises:
         UserError: an image cannot be read.
     """
-    network, found = compile_predictor(model), []
+    network = compile_predictor(model)
+    return np.concatenate([*_run(lambda images: np.asarray(network(images)), sequence, title)])
+
+
+def _run(network: Callable[[Any], Any], sequence: AugmentedImageSequence, title: str) -> Iterator[Any]:
+    """Yields what a function makes of each batch, and prints which images could not be read."""
     with show_progress(len(sequence.paths), title) as progress, naming_bad_images(sequence):
         for images, _ in sequence.to_dataset():
-            found.append(np.asarray(network(images)))
+            yield network(images)
             progress.update(len(images))
     tell_bad_images(sequence)
-    return np.concatenate(found)
+
+
+class Outputs(NamedTuple):
+    """What a model gives for images.
+
+    Attributes:
+        probabilities: raw, float32 `(images, classes)`.
+        features: the input of its head at length 1, float16 `(images, channels)`; None if the model has none.
+    """
+
+    probabilities: np.ndarray
+    features: np.ndarray | None
+
+
+def predict_outputs(
+    model: keras.Model | ExportedModel, sequence: AugmentedImageSequence, title: str = "Predicting"
+) -> Outputs:
+    """Returns probabilities as `predict` does, and with them the features of the same pass."""
+    network, found = compile_with_features(model), []
+    for probabilities, features in _run(network, sequence, title):
+        found.append((np.asarray(probabilities), None if features is None else to_unit_length(features)))
+    probabilities, features = zip(*found, strict=True)
+    return Outputs(np.concatenate(probabilities), None if features[0] is None else np.concatenate(features))
 
 
 def classify_image(
@@ -187,7 +216,11 @@ def build_views(augmentation: str, seed: int) -> Views | None:
 
 
 def predict_missing(
-    model: keras.Model | ExportedModel, kept: KeptAnswers, views: Views | None, configs: Configs
+    model: keras.Model | ExportedModel,
+    kept: KeptAnswers,
+    views: Views | None,
+    configs: Configs,
+    reference: Reference | None = None,
 ) -> None:
     """Predicts the images that have no answer yet, and adds the answers.
 
@@ -195,13 +228,14 @@ def predict_missing(
 
     Args:
         views: whose probabilities are averaged, or None.
+        reference: the training photos to compare the images with, or None.
 
     Raises:
         UserError: a probability is not finite, or the answers cannot be written.
     """
     tell_assumed_range("The images to predict", kept.paths, configs.pixel_range)
     tell_unfit_range("The images to predict", kept.paths, configs.pixel_range)
-    network, missing, number = compile_predictor(model), kept.missing, views.number if views else 1
+    network, missing, number = _compile_for(model, reference), kept.missing, views.number if views else 1
     reader = ForgivingReader([kept.paths[row] for row in missing], configs)
     sequence = AugmentedImageSequence(
         reader.paths,
@@ -217,13 +251,26 @@ def predict_missing(
     )
     with show_progress(len(kept.paths), "Predicting", len(kept.paths) - len(missing)) as progress:
         for images, places in sequence.to_dataset() if len(missing) else ():
-            probabilities = np.mean([network(view) for view in tf.split(images, number)], axis=0)
+            found = [network(view) for view in tf.split(images, number)]
+            probabilities = np.mean([one[0] for one in found], axis=0)
             check_finite(probabilities)
+            similarities = np.full(len(images), np.nan, np.float32)
+            if reference:
+                features = to_unit_length(np.mean([one[1] for one in found], axis=0))
+                similarities = reference.find_neighbours(features).similarities.mean(axis=1)
             places = places.numpy().tolist()
             rows = missing[places]
             errors = {int(missing[place]): reader.errors.pop(place) for place in places if place in reader.errors}
-            kept.add(rows, probabilities, errors, [reader.identities.pop(place) for place in places])
+            kept.add(rows, (probabilities, similarities), errors, [reader.identities.pop(place) for place in places])
             progress.update(len(rows))
+
+
+def _compile_for(model: keras.Model | ExportedModel, reference: Reference | None) -> Callable[[Any], tuple[Any, Any]]:
+    """Returns a function from images to probabilities and features; without a reference, None for the features."""
+    if reference:
+        return compile_with_features(model)
+    network = compile_predictor(model)
+    return lambda images: (network(images), None)
 
 
 def load_predictor(path: str, class_names: Sequence[str], image_size: Sequence[int]) -> keras.Model | ExportedModel:
@@ -256,6 +303,23 @@ def load_exported_model(path: str) -> ExportedModel:
         if os.path.isfile(path) and not os.path.getsize(path):
             raise ValueError("It is empty.")
         return found.runtime().load(path)
+
+
+def compile_with_features(model: keras.Model | ExportedModel) -> Callable[[Any], tuple[Any, Any]]:
+    """Returns a function from uint8 images to probabilities and features; None for features that a model lacks."""
+    if isinstance(model, ExportedModel):
+        return model.run_with_features
+    if not has_parts(strip_views(model)):
+        plain = compile_predictor(model)
+        return lambda images: (plain(images), None)
+    whole = build_with_features(model)
+    signature = tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)
+
+    def run(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        outputs = whole(images, training=False)
+        return outputs["probabilities"], outputs["features"]
+
+    return tf.function(run, input_signature=[signature])
 
 
 def compile_predictor(model: keras.Model | ExportedModel) -> Callable[[Any], Any]:

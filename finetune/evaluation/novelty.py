@@ -1,0 +1,126 @@
+"""Photos unlike those that a model was trained on: the reference of training features, and a score of familiarity.
+
+Neither a low probability nor a low similarity alone finds them all: the probability misses photos of something else
+entirely, the similarity misses new classes of the same kind of thing. So the score is their standardised sum.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from finetune.core.files import atomic_path
+from finetune.core.options import UserError
+from finetune.evaluation.calibration import LEAST_DISTANCE_FROM_ONE, LEAST_PROBABILITY
+
+REFERENCE_FILE = "reference.npz"
+# Bytes of the features in the file.
+LARGEST_REFERENCE = 10_000_000
+LARGEST_FILE = 2 * LARGEST_REFERENCE
+NEIGHBOURS = 5
+# Numbers in one block of similarities: 64 MiB.
+BLOCK = 2**24
+
+
+class Neighbours(NamedTuple):
+    """The training photos most similar to each image, the nearest first.
+
+    Attributes:
+        similarities: cosines, float32 `(images, number)`.
+        positions: in the reference, int `(images, number)`.
+    """
+
+    similarities: np.ndarray
+    positions: np.ndarray
+
+
+class Reference(NamedTuple):
+    """Features of training photos.
+
+    Attributes:
+        features: of length 1, float16 `(photos, channels)`.
+        paths: of the photos.
+        labels: of the photos, as in the table.
+        model: digest of the model that computed them, hexadecimal.
+    """
+
+    features: np.ndarray
+    paths: list[str]
+    labels: list[str]
+    model: str
+
+    @classmethod
+    def choose(cls, features: np.ndarray, paths: Sequence[str], labels: Sequence[str], model: str, seed: int) -> Self:
+        """Returns a reference of at most `LARGEST_REFERENCE` bytes; of more photos, a random part."""
+        most = max(1, LARGEST_REFERENCE // (2 * features.shape[1]))
+        rows = np.sort(np.random.default_rng(seed).permutation(len(features))[:most])
+        return cls(features[rows], [paths[row] for row in rows], [labels[row] for row in rows], model)
+
+    def find_neighbours(self, features: np.ndarray, number: int = NEIGHBOURS) -> Neighbours:
+        """Returns the most similar photos for features of length 1, `(images, channels)`."""
+        number, known = min(number, len(self.features)), self.features.astype(np.float32)
+        step = max(1, BLOCK // len(known))
+        parts = []
+        for start in range(0, len(features), step):
+            cosines = features[start : start + step].astype(np.float32) @ known.T
+            nearest = np.argpartition(-cosines, number - 1, axis=1)[:, :number]
+            values = np.take_along_axis(cosines, nearest, axis=1)
+            order = np.argsort(-values, axis=1, kind="stable")
+            parts.append([np.take_along_axis(part, order, axis=1) for part in (values, nearest)])
+        if not parts:
+            return Neighbours(np.zeros((0, number), np.float32), np.zeros((0, number), int))
+        return Neighbours(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+    def write(self, folder: str) -> str:
+        """Writes `reference.npz` into a folder and returns its path."""
+        path = os.path.join(folder, REFERENCE_FILE)
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **{name: np.asarray(value) for name, value in self._asdict().items()})
+        return path
+
+    @classmethod
+    def read(cls, path: str) -> Self:
+        """Reads a reference.
+
+        Raises:
+            UserError: the file is damaged or too large.
+        """
+        try:
+            with zipfile.ZipFile(path) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+            if size > LARGEST_FILE:
+                raise ValueError(f"it holds {size} bytes, of which at most {LARGEST_FILE} are expected")
+            with np.load(path, allow_pickle=False) as stored:
+                found = {name: stored[name] for name in cls._fields}
+            features, paths, labels = (found[name] for name in ("features", "paths", "labels"))
+            if features.ndim != 2 or not len(features) == len(paths) == len(labels) > 0:
+                raise ValueError(f"its parts have {len(features)}, {len(paths)} and {len(labels)} photos")
+            if not np.isfinite(features).all():
+                raise ValueError("its features are not finite")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+            raise UserError(f"{path} is damaged: {error}. Run test.py again, or delete the file.") from error
+        return cls(features, paths.tolist(), labels.tolist(), str(found["model"]))
+
+
+def to_unit_length(features: np.ndarray) -> np.ndarray:
+    """Returns features `(images, channels)` at length 1, float16; zeros stay zeros."""
+    wide = np.asarray(features, np.float32)
+    lengths = np.linalg.norm(wide, axis=1, keepdims=True)
+    return (wide / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float16)
+
+
+def get_certainty(calibrated: np.ndarray, multi_label: bool) -> np.ndarray:
+    """Returns the logit of each image's highest probability, float64 `(images,)`."""
+    probabilities = np.array(calibrated, np.float64)
+    highest = probabilities.max(axis=1)
+    if multi_label:
+        rest = np.maximum(1 - highest, LEAST_DISTANCE_FROM_ONE)
+    else:
+        # More exact than 1 - highest: float32 rounds a certain answer to 1.
+        probabilities[np.arange(len(probabilities)), probabilities.argmax(axis=1)] = 0
+        rest = probabilities.sum(axis=1)
+    return np.log(np.maximum(highest, LEAST_PROBABILITY)) - np.log(np.maximum(rest, LEAST_PROBABILITY))
