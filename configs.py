@@ -165,6 +165,20 @@ class Configs(Options):
         check=range_fault,
         group="explaining",
     )
+    max_error: float = define(
+        0.0,
+        "Largest share of wrong answers that test.py promises, by leaving unsure images unanswered; 0 answers all",
+        at_least=0,
+        below=0.5,
+        group="explaining",
+    )
+    unknown_rate: float = define(
+        0.01,
+        "Share of images like the training ones that may be called unknown; 0 calls none unknown",
+        at_least=0,
+        at_most=0.2,
+        group="explaining",
+    )
     report_by: str = define(
         "", "Column of test_csv, such as site or camera, whose values test.py reports separately", group="explaining"
     )

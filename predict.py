@@ -34,6 +34,10 @@ class PredictConfigs(Configs):
         "Average over each image and its mirror image (flip) or n augmented copies; none answers as the run does",
         check=views_fault,
     )
+    sort_into: str = define(
+        "", "New folder into which the photos are copied, into a folder per answer; empty sorts nothing"
+    )
+    sort_links: bool = define(False, "Link the photos in sort_into instead of copying them")
     threshold_type: str = define(
         "exact_match",
         "Multi-label thresholds from test.py: one for all classes (exact_match), or one per class (best_f1)",
@@ -50,6 +54,7 @@ def main(configs: PredictConfigs) -> dict:
     """
     # Imported here, so that --help does not wait for pandas, and a user's mistake not for TensorFlow.
     from finetune.core.files import write_csv
+    from finetune.predicting.answers import check_sort_into, insert_answers, name_answers, sort_photos
     from finetune.predicting.prediction_files import (
         check_top_k,
         check_write_path,
@@ -69,9 +74,12 @@ def main(configs: PredictConfigs) -> dict:
     names, paths = list_inputs(configs.input, configs.image_directory, notes.append)
     paths = paths if is_given else prefer_existing(paths, names, notes.append)
     check_write_path(configs.write_path, configs.input)
+    if configs.sort_into:
+        check_sort_into(configs.sort_into, configs.input)
 
     from finetune.core.devices import start_devices
     from finetune.evaluation.decision import find_decision_folder, read_decision
+    from finetune.evaluation.novelty import find_reference
     from finetune.predicting.kept_answers import KeptAnswers, list_facts
     from finetune.predicting.predicting import build_views, load_predictor, predict_missing
 
@@ -81,13 +89,19 @@ def main(configs: PredictConfigs) -> dict:
     folder = find_decision_folder(model_path, configs.save_model_path)
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
     print(*notes, name_model(configs, model_path), describe_decision(decision, configs.threshold_type), sep="\n")
-    facts = list_facts(configs, model_path)
+    reference = find_reference(folder, model_path, decision.calls_unknown)
+    facts = list_facts(configs, model_path) | {"reference": reference.digest() if reference else ""}
     with KeptAnswers(configs.write_path, paths, configs.batch_size, len(configs.classes), facts) as kept:
-        predict_missing(model, kept, build_views(configs.test_time_augmentation, configs.random_seed or 0), configs)
+        views = build_views(configs.test_time_augmentation, configs.random_seed or 0)
+        predict_missing(model, kept, views, configs, reference)
         errors = explain_errors(kept.errors, paths)
         table = make_table(names, kept.probabilities, errors, decision, configs.threshold_type, configs.top_k)
+        answers = name_answers(decision, kept.probabilities, kept.similarities, errors, configs.threshold_type)
+        table = insert_answers(table, answers)
         write_csv(configs.write_path, table)
     summarize(configs.write_path, len(paths), errors)
+    if configs.sort_into:
+        sort_photos(configs.sort_into, paths, answers.names, configs.sort_links)
     return {"predictions": table, "failed": len(errors)}
 
 

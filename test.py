@@ -18,9 +18,10 @@ def main(configs: Configs) -> dict[str, Any]:
     """Loads the model, predicts and evaluates each set, and writes the results; returns those of metrics.json."""
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.core.devices import start_devices
+    from finetune.evaluation import rule
     from finetune.evaluation.decision import get_decision, store_decision
     from finetune.evaluation.evaluation import Answers, check_report_by, evaluate_leak, evaluate_sets
-    from finetune.predicting.predicting import load_predictor, predict
+    from finetune.predicting.predicting import load_predictor, predict_outputs
     from finetune.reporting.model_card import write_model_card
     from finetune.reporting.report import build_explainer, write_evaluation
     from finetune.training import run_folder, trained_model
@@ -29,6 +30,7 @@ def main(configs: Configs) -> dict[str, Any]:
     start_devices(configs.gpu_percentage)
     model_path, configs = trained_model.find_trained_model(configs)
     folder = run_folder.choose_evaluation_folder(configs.save_model_path, model_path)
+    rule.check_wishes(configs, model_path)
     tables = trained_model.list_tables(configs, model_path)
     sequences = {name: get_generator(path, configs.classes, way, False) for name, (path, way) in tables.items()}
     check_report_by(sequences["test"].table, configs.report_by, configs.test_csv)
@@ -37,15 +39,23 @@ def main(configs: Configs) -> dict[str, Any]:
     )
     model = load_predictor(model_path, configs.classes, get_input_size(configs))
     print(trained_model.name_model(configs, model_path))
-    predictions = {name: predict(model, sequence, f"Predicting the {name} set") for name, sequence in sequences.items()}
+    outputs = {
+        name: predict_outputs(model, sequence, f"Predicting the {name} set") for name, sequence in sequences.items()
+    }
+    predictions = {name: output.probabilities for name, output in outputs.items()}
     # After prediction: with skip_bad_images, unreadable images are known only now.
     truths = {name: sequence.get_y_true() for name, sequence in sequences.items()}
     threshold_range, multi_label = configs.multilabel_threshold_range, configs.multi_label_classification
     decision = get_decision(model_path, truths, predictions, configs.classes, multi_label, threshold_range)
+    predicted = rule.Sets(sequences, predictions, {name: output.features for name, output in outputs.items()})
+    reference = rule.build_reference(predicted, model_path, configs)
+    evidence, _neighbours = rule.list_evidence(predicted, decision, reference)
+    decision = rule.add_abstention(decision, evidence, configs, model_path)
     sets = evaluate_sets(sequences, predictions, decision, threshold_range, configs.random_seed or 0, configs.report_by)
     for name, sequence in sequences.items():
         sets[name] |= {"csv": tables[name][0], "sha256": run_folder.fingerprint(sequence)}
     sets["test"] |= evaluate_leak(sequences, predictions, decision, configs)
+    sets["test"] |= rule.evaluate_rule(decision, evidence)
     sets["test"] |= {"selected_the_model": trained_model.has_selected(model_path, configs.test_csv)}
     sets["test"] |= {"images_trained_on": known} if known else {}
     results = {"model": model_path, "classes": configs.classes, "multi_label": multi_label, "sets": sets}
@@ -54,6 +64,8 @@ def main(configs: Configs) -> dict[str, Any]:
     explain, options = build_explainer(model, configs), trained_model.list_options(configs, model_path)
     write_evaluation(folder, Answers(read, truths["test"], probabilities, decision), results, explain, options)
     store_decision(configs.save_model_path, decision, model_path)
+    print(*rule.describe_rule(decision, sets["test"]), sep="\n")
+    rule.store_reference(configs.save_model_path, reference, model_path)
     write_model_card(configs.save_model_path)
     return results
 

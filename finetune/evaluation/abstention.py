@@ -7,14 +7,22 @@ Selective classification: of the answered photos, the share of wrong answers (th
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+from scipy import stats
 
+from finetune.core.values import convert
+from finetune.data.groups import count_groups, pick_groups
 from finetune.evaluation.novelty import get_certainty
 
 UNSURE, UNKNOWN = "unsure", "unknown"
 # With this probability the promise holds, over the draw of the validation photos.
 ASSURANCE = 0.95
+# The promises that test.py shows what they would cost, even without `max_error`.
+SHOWN_ERRORS = (0.01, 0.02, 0.05, 0.1)
 METHOD = "fixed-sequence test of Clopper-Pearson bounds"
 
 
@@ -39,8 +47,311 @@ class Abstention:
     scales: list[float] | None = None
     images: int = 0
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """Returns the names of the fields."""
+        return [field.name for field in dataclasses.fields(cls)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of `decision.json`, with what the rule promises and how it was found."""
+        return {**dataclasses.asdict(self), "fitted_on": "validation", "assurance": ASSURANCE, "method": METHOD}
+
+    @classmethod
+    def of(cls, stored: Any, number: int) -> Self | None:
+        """Returns the rule that `to_dict` wrote, None for None.
+
+        Args:
+            number: of thresholds that it may have.
+
+        Raises:
+            ValueError: the content is no rule.
+        """
+        if stored is None:
+            return None
+        if not isinstance(stored, dict) or not {*cls.names()} <= stored.keys():
+            raise ValueError(stored)
+        rule = cls(
+            convert(stored["max_error"], float, is_text=False),
+            _read_numbers(stored["thresholds"], (number,)),
+            convert(stored["unknown_rate"], float, is_text=False),
+            *(_read_numbers([stored["unknown_threshold"]], (1,)) or [None]),
+            _read_numbers(stored["scales"], (4,)),
+            convert(stored["images"], int, is_text=False),
+        )
+        if not (0 <= rule.max_error < 1 and 0 <= rule.unknown_rate < 1 and rule.images >= 0):
+            raise ValueError(stored)
+        is_whole = rule.scales and None not in rule.scales and min(rule.scales[1], rule.scales[3]) > 0
+        if rule.unknown_threshold is not None and not is_whole:
+            raise ValueError(stored)
+        return rule
+
     def measure_familiarity(self, calibrated: np.ndarray, similarities: np.ndarray, multi_label: bool) -> np.ndarray:
         """Returns how familiar images look, float64 `(images,)`: the standardised sum of certainty and similarity."""
         centre, spread, other_centre, other_spread = self.scales
         certainty = (get_certainty(calibrated, multi_label) - centre) / spread
         return certainty + (similarities - other_centre) / other_spread
+
+
+class Answers(NamedTuple):
+    """Whether a model answers images.
+
+    Attributes:
+        is_unknown: bool `(images,)`; all False without similarities.
+        is_unsure: bool `(images,)`; False for unknown images.
+        labels: the answered labels, bool `(images, classes)`; none for unknown and unsure images.
+        familiarity: float64 `(images,)`, NaN without similarities.
+    """
+
+    is_unknown: np.ndarray
+    is_unsure: np.ndarray
+    labels: np.ndarray
+    familiarity: np.ndarray
+
+    @property
+    def is_answered(self) -> np.ndarray:
+        return ~(self.is_unknown | self.is_unsure)
+
+
+def decide(
+    abstention: Abstention | None,
+    multi_label: bool,
+    calibrated: np.ndarray,
+    chosen: np.ndarray,
+    similarities: np.ndarray | None = None,
+) -> Answers:
+    """Decides which images a model answers, and with which labels.
+
+    Args:
+        abstention: the rule; None answers every image.
+        multi_label: whether an image may have several labels.
+        calibrated: probabilities, float32 `(images, classes)`.
+        chosen: the labels without the rule, bool `(images, classes)`.
+        similarities: to the training photos, `(images,)`, NaN if unknown; None without a reference.
+    """
+    number = len(calibrated)
+    nothing = np.zeros(number, bool)
+    if abstention is None:
+        return Answers(nothing, nothing, chosen, np.full(number, np.nan))
+    familiarity, is_unknown = np.full(number, np.nan), nothing
+    if abstention.unknown_threshold is not None and similarities is not None:
+        familiarity = abstention.measure_familiarity(calibrated, similarities, multi_label)
+        is_unknown = familiarity < abstention.unknown_threshold
+    labels = chosen
+    if abstention.thresholds is not None:
+        # 2 is above every probability.
+        lowest = np.array([2 if one is None else one for one in abstention.thresholds], np.float32)
+        labels = chosen & (np.asarray(calibrated, np.float32) >= lowest)
+    # Multi-label, an image without any label is answered: it has none.
+    is_unsure = chosen.any(axis=1) & ~labels.any(axis=1) & ~is_unknown
+    return Answers(is_unknown, is_unsure, labels & ~is_unknown[:, None], familiarity)
+
+
+def _read_numbers(values: Any, numbers: Sequence[int]) -> list[float | None] | None:
+    """Returns a JSON list of so many finite numbers and nulls, or None for null; raises ValueError."""
+    if values is None:
+        return None
+    if not isinstance(values, list) or len(values) not in numbers:
+        raise ValueError(values)
+    found = [None if value is None else convert(value, float, is_text=False) for value in values]
+    if not all(value is None or np.isfinite(value) for value in found):
+        raise ValueError(values)
+    return found
+
+
+class Wishes(NamedTuple):
+    """What a user wants: the options `max_error` and `unknown_rate`."""
+
+    max_error: float
+    unknown_rate: float
+
+
+class Evidence(NamedTuple):
+    """The validation photos that a rule is fitted on.
+
+    Attributes:
+        y_true: int `(images,)`, or multi-label `(images, classes)` of zeros and ones.
+        calibrated: probabilities, float32 `(images, classes)`.
+        chosen: the labels without the rule, bool `(images, classes)`.
+        similarities: to the training photos, `(images,)`; None without a reference.
+        groups: of the images, from `number_groups`; None if they are independent.
+    """
+
+    y_true: np.ndarray
+    calibrated: np.ndarray
+    chosen: np.ndarray
+    similarities: np.ndarray | None = None
+    groups: np.ndarray | None = None
+
+    @property
+    def multi_label(self) -> bool:
+        return self.y_true.ndim == 2
+
+
+def fit_abstention(evidence: Evidence, wishes: Wishes) -> Abstention:
+    """Fits the rule: first the threshold of unknown photos, then on the known ones those of the promise."""
+    rule = Abstention(unknown_rate=wishes.unknown_rate, images=count_groups(evidence.groups, len(evidence.calibrated)))
+    known = np.ones(len(evidence.calibrated), bool)
+    if evidence.similarities is not None:
+        certainty = get_certainty(evidence.calibrated, evidence.multi_label)
+        scales = [
+            number for values in (certainty, evidence.similarities) for number in (values.mean(), values.std() or 1.0)
+        ]
+        rule = dataclasses.replace(rule, scales=[*map(float, scales)])
+        if wishes.unknown_rate:
+            familiarity = rule.measure_familiarity(evidence.calibrated, evidence.similarities, evidence.multi_label)
+            threshold = float(np.quantile(familiarity, wishes.unknown_rate, method="lower"))
+            rule = dataclasses.replace(rule, unknown_threshold=threshold)
+            known = familiarity >= threshold
+    if not wishes.max_error:
+        return rule
+    groups = pick_groups(evidence.groups, known)
+    thresholds = [
+        find_threshold(scores[known], wrong[known], given[known], wishes.max_error, groups)
+        for scores, wrong, given in list_questions(evidence)
+    ]
+    return dataclasses.replace(rule, max_error=wishes.max_error, thresholds=thresholds)
+
+
+def find_threshold(
+    scores: np.ndarray, wrong: np.ndarray, given: np.ndarray, max_error: float, groups: np.ndarray | None = None
+) -> float | None:
+    """Finds the lowest certainty down to which the error of the answered images is at most `max_error`, by a test.
+
+    The surest images are added until the test no longer rejects a larger error. It is made only at numbers of images
+    at which one more wrong answer is allowed, which spends no assurance on steps that add nothing.
+
+    Source: fixed-sequence testing, Angelopoulos et al., arXiv:2110.01052, section 3; exact binomial bounds, Geifman and
+    El-Yaniv, NeurIPS 2017.
+
+    Args:
+        scores: certainty, `(images,)`.
+        wrong: whether the answer is wrong, bool `(images,)`.
+        given: whether there is an answer, bool `(images,)`.
+        max_error: the promised share.
+        groups: of the images.
+
+    Returns:
+        The certainty, or None if nothing can be promised.
+    """
+    order = np.argsort(-scores[given], kind="stable")
+    ordered, errors = scores[given][order], np.cumsum(wrong[given][order])
+    best = None
+    for number in list_steps(len(order), max_error):
+        # Equal scores are answered together.
+        number = int(np.searchsorted(-ordered, -ordered[number - 1], side="right"))
+        if stats.binom.cdf(errors[number - 1], number, max_error) > 1 - ASSURANCE:
+            break
+        best = float(ordered[number - 1])
+    return best
+
+
+def list_steps(images: int, max_error: float) -> list[int]:
+    """Returns the smallest numbers of images at which 0, 1, 2 ... wrong answers are allowed, then all images."""
+    steps, allowed = [], 0
+    for number in range(1, images + 1):
+        if stats.binom.cdf(allowed, number, max_error) <= 1 - ASSURANCE:
+            steps.append(number)
+            allowed += 1
+    return [*steps, images] if steps and steps[-1] != images else steps
+
+
+def list_questions(evidence: Evidence) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Returns certainty, whether the answer is wrong, and whether one is given, `(images,)` each.
+
+    Single-label, there is one question, the class; multi-label one a label, answered where it is given.
+    """
+    truth, calibrated, chosen = evidence.y_true, evidence.calibrated, evidence.chosen
+    if not evidence.multi_label:
+        wrong = calibrated.argmax(axis=1) != truth
+        return [(calibrated.max(axis=1), wrong, np.ones(len(truth), bool))]
+    columns = zip(calibrated.T, truth.T.astype(bool), chosen.T, strict=True)
+    return [(scores, ~labels, given) for scores, labels, given in columns]
+
+
+def measure_answers(answers: Answers, y_true: np.ndarray) -> dict[str, Any]:
+    """Measures what a rule does on labelled images.
+
+    Args:
+        answers: from `decide`.
+        y_true: int `(images,)`, or multi-label `(images, classes)` of zeros and ones.
+
+    Returns:
+        `images`; `unknown` and `unsure`, numbers of images; `coverage`, the share answered; `answered`, single-label
+        the number of answered images, multi-label of given labels; `wrong`, how many of these are wrong; `error` and
+        `error_interval`, its exact 95 % interval (Clopper and Pearson, 1934), None if nothing is answered.
+    """
+    truth = y_true.astype(bool) if y_true.ndim == 2 else np.arange(answers.labels.shape[1]) == y_true[:, None]
+    answered, wrong = int(answers.labels.sum()), int((answers.labels & ~truth).sum())
+    interval = list(map(float, bound_share(wrong, answered))) if answered else None
+    return {
+        "images": len(truth),
+        "unknown": int(answers.is_unknown.sum()),
+        "unsure": int(answers.is_unsure.sum()),
+        "coverage": float(answers.is_answered.mean()),
+        "answered": answered,
+        "wrong": wrong,
+        "error": wrong / answered if answered else None,
+        "error_interval": interval,
+    }
+
+
+def bound_share(number: int, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Returns the exact two-sided interval of a binomial share (Clopper and Pearson, Biometrika, 1934)."""
+    tail = (1 - level) / 2
+    low = stats.beta.ppf(tail, number, total - number + 1) if number else 0.0
+    high = stats.beta.isf(tail, number + 1, total - number) if number < total else 1.0
+    return float(low), float(high)
+
+
+def list_promises(fitted_on: Evidence, tested_on: Evidence, unknown_rate: float) -> list[dict[str, Any]]:
+    """Returns what each promise of `SHOWN_ERRORS` would give: `promised`, and `measure_answers` of the test set.
+
+    Args:
+        fitted_on: the validation photos.
+        tested_on: the test photos.
+        unknown_rate: as the option.
+    """
+    rows = []
+    for promised in SHOWN_ERRORS:
+        rule = fit_abstention(fitted_on, Wishes(promised, unknown_rate))
+        rows.append({"promised": promised, **measure_answers(answer_evidence(rule, tested_on), tested_on.y_true)})
+    return rows
+
+
+def answer_evidence(rule: Abstention | None, evidence: Evidence) -> Answers:
+    """Returns what a rule answers on labelled images."""
+    return decide(rule, evidence.multi_label, evidence.calibrated, evidence.chosen, evidence.similarities)
+
+
+def trace_risk(evidence: Evidence) -> dict[str, list[float]]:
+    """Returns the risk-coverage curve of labelled images: for each number of answers, the surest first.
+
+    Source: El-Yaniv and Wiener, JMLR 2010, section 2. Multi-label, an answer is a given label.
+
+    Returns:
+        `coverage`, the share of all answers, and `error`, the share of wrong ones among these.
+    """
+    scores, wrong, given = (np.concatenate(part) for part in zip(*list_questions(evidence), strict=True))
+    order = np.argsort(-scores[given], kind="stable")
+    numbers = np.arange(1, len(order) + 1)
+    errors = np.cumsum(wrong[given][order]) / numbers
+    # Equal scores are answered together.
+    last = np.append(np.diff(scores[given][order]) != 0, True) if len(order) else np.zeros(0, bool)
+    coverage = numbers / max(len(order), 1)
+    return {"coverage": coverage[last].tolist(), "error": errors[last].tolist()}
+
+
+def describe_shortage(rule: Abstention) -> str:
+    """Returns why nothing can be promised: the smallest promise that so many images allow, and how many it needs."""
+    smallest, needed = 1 - (1 - ASSURANCE) ** (1 / max(rule.images, 1)), count_needed(rule.max_error)
+    if rule.images >= needed:
+        return "too many of the surest validation images are wrong. Train a better model, or allow a larger error."
+    return (
+        f"with {rule.images} validation images, at most an error of {smallest:.1%} can be, if none of them is wrong. "
+        f"Give at least {needed} validation images, or allow a larger error."
+    )
+
+
+def count_needed(max_error: float) -> int:
+    """Returns the number of images, all answered right, from which an error can be promised."""
+    return math.ceil(math.log(1 - ASSURANCE) / math.log1p(-max_error))

@@ -17,6 +17,7 @@ from finetune.core.labels import look_the_same
 from finetune.core.options import UserError
 from finetune.core.texts import join_names
 from finetune.core.values import convert
+from finetune.evaluation.abstention import Abstention, Answers, decide
 from finetune.evaluation.calibration import (
     SOFTMAX,
     TEMPERATURE_RANGE,
@@ -46,6 +47,7 @@ class Decision:
         best_f1_thresholds: multi-label: one per class; None uses `exact_match_threshold` for each.
         thresholds_fitted_on: "validation" or "training"; None if they are not fitted.
         model: file name of the model that this was fitted for; empty for any.
+        abstention: when the model does not answer; None answers every image.
     """
 
     class_names: list[str]
@@ -56,6 +58,7 @@ class Decision:
     best_f1_thresholds: list[float] | None = None
     thresholds_fitted_on: str | None = None
     model: str = ""
+    abstention: Abstention | None = None
 
     def calibrate(self, probabilities: np.ndarray) -> np.ndarray:
         """Divides the logits behind probabilities by the temperature.
@@ -95,12 +98,25 @@ class Decision:
             return calibrated.max(axis=1)
         return np.where(self.choose(calibrated), calibrated, 1 - calibrated).min(axis=1)
 
+    @property
+    def calls_unknown(self) -> bool:
+        """Whether images unlike the training photos are not answered."""
+        return self.abstention is not None and self.abstention.unknown_threshold is not None
+
+    def decide(
+        self, calibrated: np.ndarray, similarities: np.ndarray | None = None, threshold_type: str = "exact_match"
+    ) -> Answers:
+        """Returns which images are answered, and with which labels; see `abstention.decide`."""
+        chosen = self.choose(calibrated, threshold_type)
+        return decide(self.abstention, self.multi_label, calibrated, chosen, similarities)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of `decision.json`."""
         content = dataclasses.asdict(self)
         classes, by_class = content.pop("class_names"), self.best_f1_thresholds
         if by_class is not None:
             content["best_f1_thresholds"] = dict(zip(classes, by_class, strict=True))
+        content["abstention"] = None if self.abstention is None else self.abstention.to_dict()
         return {"classes": classes, **content}
 
 
@@ -296,12 +312,17 @@ def _check_decision(stored: Any, path: str) -> Decision:
         raise _decision_fault(path, "expected a JSON object", repr(stored))
     if unknown := sorted(stored.keys() - _DECISION_FIELDS.keys()):
         raise _decision_fault(path, f"expected no fields but {', '.join(_DECISION_FIELDS)}", repr(unknown[0]))
+    # Legacy files have no abstention.
+    stored = {"abstention": None} | stored
     if missing := sorted(_DECISION_FIELDS.keys() - stored.keys()):
         raise _decision_fault(path, f"expected the field {missing[0]}", "none")
     values = {}
     for name, (kind, is_allowed, words) in _DECISION_FIELDS.items():
         value = stored[name]
         try:
+            if name == "abstention":
+                values[name] = Abstention.of(value, 1 + values["multi_label"] * (len(values["classes"]) - 1))
+                continue
             if name == "best_f1_thresholds":
                 value = _in_order(value, values["classes"])
             values[name] = convert(value, kind, is_text=False)
@@ -347,4 +368,5 @@ _DECISION_FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     ),
     "thresholds_fitted_on": (str | None, FITTED_ON.__contains__, "validation, training or null"),
     "model": (str, lambda name: name.isprintable() and name == os.path.basename(name), "the file name of a model"),
+    "abstention": (dict | None, lambda _: True, f"null, or an object with {', '.join(Abstention.names())}"),
 }

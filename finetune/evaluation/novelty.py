@@ -6,6 +6,7 @@ entirely, the similarity misses new classes of the same kind of thing. So the sc
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from finetune.core.files import atomic_path
 from finetune.core.options import UserError
 from finetune.evaluation.calibration import LEAST_DISTANCE_FROM_ONE, LEAST_PROBABILITY
+from finetune.models.description import hash_model
 
 REFERENCE_FILE = "reference.npz"
 # Bytes of the features in the file.
@@ -75,6 +77,10 @@ class Reference(NamedTuple):
             return Neighbours(np.zeros((0, number), np.float32), np.zeros((0, number), int))
         return Neighbours(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
+    def digest(self) -> str:
+        """Returns a digest of the features, hexadecimal."""
+        return hashlib.blake2b(np.ascontiguousarray(self.features).tobytes(), digest_size=16).hexdigest()
+
     def write(self, folder: str) -> str:
         """Writes `reference.npz` into a folder and returns its path."""
         path = os.path.join(folder, REFERENCE_FILE)
@@ -104,6 +110,37 @@ class Reference(NamedTuple):
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
             raise UserError(f"{path} is damaged: {error}. Run test.py again, or delete the file.") from error
         return cls(features, paths.tolist(), labels.tolist(), str(found["model"]))
+
+
+def find_reference(folder: str, model_path: str, needed: bool) -> Reference | None:
+    """Returns the reference of a model in a folder, or in the model's own; None, and prints why, without its own.
+
+    Args:
+        folder: of the results.
+        model_path: of the model. A `.keras` file must be the one that computed the reference; the other forms of a
+            model compute nearly the same features.
+        needed: whether the model's decision has a threshold for unknown photos.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    places = [os.path.join(place, REFERENCE_FILE) for place in (folder, os.path.dirname(os.path.abspath(model_path)))]
+    path = next(filter(os.path.isfile, places), "")
+    if not path:
+        if needed:
+            print(f"There is no {places[0]}, so no photo is called unknown. Run test.py again, or copy it there.")
+        return None
+    reference = Reference.read(path)
+    if model_path.endswith(".keras") and reference.model != name_model_digest(model_path):
+        print(f"{path} is of another model than {model_path}, so no photo is called unknown. Run test.py again.")
+        return None
+    return reference
+
+
+def name_model_digest(model_path: str) -> str:
+    """Returns the digest that a reference keeps of its model."""
+    digest = hash_model(model_path)
+    return digest.hex() if isinstance(digest, bytes) else digest
 
 
 def to_unit_length(features: np.ndarray) -> np.ndarray:

@@ -255,7 +255,7 @@ def predict_missing(
             probabilities = np.mean([one[0] for one in found], axis=0)
             check_finite(probabilities)
             similarities = np.full(len(images), np.nan, np.float32)
-            if reference:
+            if reference and found[0][1] is not None:
                 features = to_unit_length(np.mean([one[1] for one in found], axis=0))
                 similarities = reference.find_neighbours(features).similarities.mean(axis=1)
             places = places.numpy().tolist()

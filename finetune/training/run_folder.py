@@ -216,7 +216,8 @@ def lock_file(file: TextIO) -> None:
 # The options in configs.json that lead to a run's data.
 TABLE_OPTIONS = ("train_csv", "validation_csv", "test_csv")
 READING_OPTIONS = ("image_directory", "csv_label_column")
-DATA_OPTIONS = (*TABLE_OPTIONS, *READING_OPTIONS)
+RULE_OPTIONS = ("max_error", "unknown_rate")
+DATA_OPTIONS = (*TABLE_OPTIONS, *READING_OPTIONS, *RULE_OPTIONS)
 PATH_OPTIONS = (*TABLE_OPTIONS, "image_directory", "save_model_path")
 SAMPLE_BYTES = 4096
 READERS = 8

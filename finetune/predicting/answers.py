@@ -1,21 +1,99 @@
-"""Photos sorted into a folder per answer, for `sort_into` of predict.py."""
+"""The answers of predict.py: a class, unsure or unknown, in the table and as a folder per answer."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
 
 from finetune.core.files import atomic_path, check_folder
 from finetune.core.options import UserError
 from finetune.core.texts import show_count, show_progress
 from finetune.data.stores import is_url, read_url
+from finetune.data.tables import LABEL_SEPARATOR
+from finetune.evaluation.abstention import UNKNOWN, UNSURE
+from finetune.evaluation.decision import Decision
 
-# For multi-label photos without a label.
-NO_LABEL = "no label"
 # Characters that a system or a shell takes for something else in the name of a folder.
 SPECIAL = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
+
+
+class AnswerTable(NamedTuple):
+    """What is written about each image.
+
+    Attributes:
+        names: the answered class names; `unsure` or `unknown` alone; nothing for an image that could not be read.
+        reasons: why an image is not answered, or empty.
+        similarities: the mean cosine similarity to the most similar training photos, NaN if unknown.
+    """
+
+    names: list[list[str]]
+    reasons: list[str]
+    similarities: np.ndarray
+
+
+def name_answers(
+    decision: Decision,
+    raw_probabilities: np.ndarray,
+    similarities: np.ndarray,
+    failed: Collection[int],
+    threshold_type: str = "exact_match",
+) -> AnswerTable:
+    """Returns the answers in words.
+
+    Args:
+        decision: with the rule, if there is one.
+        raw_probabilities: of the model, float32 `(images, classes)`; ignored in the rows of `failed`.
+        similarities: `(images,)`, NaN without a reference.
+        failed: rows of images that could not be read.
+        threshold_type: multi-label: which of its thresholds to use.
+    """
+    rule, calibrated = decision.abstention, decision.calibrate(raw_probabilities)
+    found = decision.decide(calibrated, similarities, threshold_type)
+    unsure, unknown = name_refusals(decision.class_names)
+    class_names, names, reasons = np.asarray(decision.class_names, object), [], []
+    for row, labels in enumerate(found.labels):
+        answer, reason = class_names[labels].tolist(), ""
+        if row in failed:
+            answer = []
+        elif found.is_unknown[row]:
+            answer = [unknown]
+            reason = f"unlike the training photos: familiarity {found.familiarity[row]:.2f} is below {rule.unknown_threshold:.2f}"
+        elif found.is_unsure[row]:
+            answer, reason = [unsure], _explain_doubt(decision, calibrated[row], threshold_type)
+        names.append(answer)
+        reasons.append(reason)
+    return AnswerTable(names, reasons, np.where(np.isin(np.arange(len(names)), [*failed]), np.nan, similarities))
+
+
+def name_refusals(class_names: Sequence[str]) -> tuple[str, str]:
+    """Returns the words for unsure and unknown; in brackets if a class is called so."""
+    return tuple(f"({word})" if word in class_names else word for word in (UNSURE, UNKNOWN))
+
+
+def _explain_doubt(decision: Decision, probabilities: np.ndarray, threshold_type: str) -> str:
+    """Returns why an image is unsure: its most probable label and the threshold it misses."""
+    chosen = decision.choose(probabilities[None], threshold_type)[0]
+    best = int(np.where(chosen, probabilities, -1).argmax())
+    thresholds = decision.abstention.thresholds
+    lowest = thresholds[best if len(thresholds) > 1 else 0]
+    name, promise = decision.class_names[best], f"an error of {decision.abstention.max_error:g}"
+    if lowest is None:
+        return f"{promise} cannot be promised" + f" for {name}" * decision.multi_label
+    return f"probability {probabilities[best]:.3f} of {name} is below {lowest:.3f}, for {promise}"
+
+
+def insert_answers(table: pd.DataFrame, answers: AnswerTable) -> pd.DataFrame:
+    """Returns the table of predictions with the columns `answer`, `reason` and `similarity` after `probability`."""
+    place = table.columns.get_loc("probability") + 1
+    added = {"answer": [LABEL_SEPARATOR.join(row) for row in answers.names], "reason": answers.reasons}
+    added["similarity"] = answers.similarities
+    return pd.concat([table.iloc[:, :place], pd.DataFrame(added), table.iloc[:, place:]], axis=1)
 
 
 def check_sort_into(folder: str, given: str) -> None:

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from finetune.core.options import UserError
-from finetune.predicting.sorting import check_sort_into, name_copies, name_folders, sort_photos
+from finetune.predicting.answers import check_sort_into, name_copies, name_folders, sort_photos
 
 
 @pytest.fixture
