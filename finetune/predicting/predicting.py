@@ -31,7 +31,7 @@ from finetune.data.inspection import tell_assumed_range, tell_unfit_range
 from finetune.evaluation.decision import THRESHOLD_TYPES, Decision
 from finetune.evaluation.metrics import check_finite
 from finetune.evaluation.novelty import Reference, to_unit_length
-from finetune.loading.kernels import FusedAugmenter
+from finetune.loading.augmentation import FusedAugmenter
 from finetune.models.exported import ExportedModel
 from finetune.models.formats import MODEL_SUFFIXES, importing, is_exported, require_format
 from finetune.models.heads import has_parts
