@@ -63,7 +63,8 @@ def name_answers(
             answer = []
         elif found.is_unknown[row]:
             answer = [unknown]
-            reason = f"unlike the training photos: familiarity {found.familiarity[row]:.2f} is below {rule.unknown_threshold:.2f}"
+            how_far = f"familiarity {found.familiarity[row]:.2f} is below {rule.unknown_threshold:.2f}"
+            reason = f"unlike the training photos: {how_far}"
         elif found.is_unsure[row]:
             answer, reason = [unsure], _explain_doubt(decision, calibrated[row], threshold_type)
         names.append(answer)
