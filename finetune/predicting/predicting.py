@@ -254,7 +254,7 @@ def predict_missing(
             found = [network(view) for view in tf.split(images, number)]
             probabilities = np.mean([one[0] for one in found], axis=0)
             check_finite(probabilities)
-            similarities = np.full(len(images), np.nan, np.float32)
+            similarities = np.full(len(probabilities), np.nan, np.float32)
             if reference and found[0][1] is not None:
                 features = to_unit_length(np.mean([one[1] for one in found], axis=0))
                 similarities = reference.find_neighbours(features).similarities.mean(axis=1)

@@ -245,6 +245,7 @@ def test_the_file_names_the_threshold_of_each_class(tmp_path):
         "best_f1_thresholds": {"ant": 0.1, "bee": float(np.float32(0.7)), "cow": 1.0},
         "thresholds_fitted_on": "validation",
         "model": "best_model.keras",
+        "abstention": None,
     }
 
 

@@ -139,7 +139,7 @@ def answer(table, folder, batches=None, facts=(), batch_size=4):
             rows = missing[start : start + batch_size]
             identities = [identify(paths[row]) for row in rows]
             values = [[sum(Path(paths[row]).read_bytes()) if os.path.exists(paths[row]) else 0] for row in rows]
-            kept.add(rows, np.array(values), {int(row): "bad" for row in rows if "text" in paths[row]}, identities)
+            kept.add(rows, (np.array(values), np.zeros(len(rows))), {int(row): "bad" for row in rows if "text" in paths[row]}, identities)
     return kept.probabilities.ravel().tolist(), kept.errors, len(missing)
 
 
@@ -265,8 +265,8 @@ def test_images_in_a_store_go_on_unless_they_change(store):
 
 def test_answer_without_identity_is_not_kept(table):
     with contextlib.suppress(KeyboardInterrupt), KeptAnswers(str(table), ["a", "b"], 1, 1, {}) as kept:
-        kept.add(np.array([0]), np.ones((1, 1)), {}, [None])
-        kept.add(np.array([1]), np.ones((1, 1)), {}, ["missing"])
+        kept.add(np.array([0]), (np.ones((1, 1)), np.ones(1)), {}, [None])
+        kept.add(np.array([1]), (np.ones((1, 1)), np.ones(1)), {}, ["missing"])
         raise KeyboardInterrupt
     with KeptAnswers(str(table), ["a", "b"], 1, 1, {}) as kept:
         assert kept.missing.tolist() == [0]
