@@ -1,6 +1,8 @@
 """Temperature and thresholds against their definitions."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from random_answers import NAMES, PREDICTED, Y_TRUE, one_hot, random_multilabel,
 from sklearn import metrics as sk
 
 from finetune.core.options import UserError
+from finetune.evaluation.abstention import Abstention
 from finetune.evaluation.calibration import find_best_f1_thresholds, find_exact_match_threshold, fit_temperature
 from finetune.evaluation.decision import (
     Decision,
@@ -247,6 +250,52 @@ def test_the_file_names_the_threshold_of_each_class(tmp_path):
         "model": "best_model.keras",
         "abstention": None,
     }
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Abstention(0.02, [0.9, None, 1.0], 0.01, -4.5, [1.0, 0.5, 0.7, 0.1], 300),
+        Abstention(0.0, None, 0.0, None, None, 20),
+    ],
+)
+def test_a_rule_is_stored_with_its_method_and_read_again(rule, tmp_path):
+    decision = dataclasses.replace(DECISIONS[1], abstention=rule)
+    path = write_decision(str(tmp_path), decision)
+    stored = json.loads(Path(path).read_text())["abstention"]
+    assert stored["fitted_on"] == "validation"
+    assert "Clopper-Pearson" in stored["method"]
+    assert read_decision(str(tmp_path), decision.class_names, True, "best_model.keras") == decision
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_error": 2},
+        {"thresholds": [0.5]},
+        {"thresholds": ["high", 0.5, 0.5]},
+        {"unknown_threshold": float("nan")},
+        {"scales": [1, 0, 1, 1]},
+        {"scales": None},
+        {"images": -1},
+    ],
+)
+def test_a_damaged_rule_is_a_users_mistake(change, tmp_path):
+    rule = Abstention(0.02, [0.9, 0.8, 1.0], 0.01, -4.5, [1.0, 0.5, 0.7, 0.1], 300)
+    path = Path(write_decision(str(tmp_path), dataclasses.replace(DECISIONS[1], abstention=rule)))
+    stored = json.loads(path.read_text())
+    stored["abstention"] |= change
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="abstention"):
+        read_decision(str(tmp_path), DECISIONS[1].class_names, True, "best_model.keras")
+
+
+def test_legacy_files_have_no_rule(tmp_path):
+    path = Path(write_decision(str(tmp_path), DECISIONS[1]))
+    stored = json.loads(path.read_text())
+    del stored["abstention"]
+    path.write_text(json.dumps(stored))
+    assert read_decision(str(tmp_path), DECISIONS[1].class_names, True, "best_model.keras") == DECISIONS[1]
 
 
 def test_without_a_file_or_with_another_models_the_defaults_hold(tmp_path, capsys):

@@ -2,10 +2,22 @@
 
 import os
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from finetune.core.options import UserError
-from finetune.predicting.answers import check_sort_into, name_copies, name_folders, sort_photos
+from finetune.evaluation.abstention import Abstention
+from finetune.evaluation.decision import Decision
+from finetune.predicting.answers import (
+    check_sort_into,
+    insert_answers,
+    name_answers,
+    name_copies,
+    name_folders,
+    name_refusals,
+    sort_photos,
+)
 
 
 @pytest.fixture
@@ -61,3 +73,44 @@ def test_a_folder_with_files_a_file_or_one_in_the_input_is_refused(photos, tmp_p
     for folder in (given, f"{given}/sorted", photos[0]):
         with pytest.raises(UserError, match="sort_into"):
             check_sort_into(folder, given)
+
+
+def test_answers_are_a_class_unsure_or_unknown_with_the_reason():
+    # Certainties are the logits of 0.9, 0.6, 0.9 and 0.9; similarities differ by tenths. Scales of 0 and 1 leave them.
+    rule = Abstention(0.05, [0.8], 0.01, 1.0, [0.0, 1.0, 0.0, 1.0], 100)
+    decision = Decision(["cat", "dog"], False, abstention=rule)
+    raw = np.array([[0.9, 0.1], [0.4, 0.6], [0.1, 0.9], [0.9, 0.1]], np.float32)
+    found = name_answers(decision, raw, np.array([0.5, 0.7, -1.3, 0.5], np.float32), {3})
+    assert found.names == [["cat"], ["unsure"], ["unknown"], []]
+    assert [bool(reason) for reason in found.reasons] == [False, True, True, False]
+    assert "0.600 of dog is below 0.800" in found.reasons[1]
+    # log(9) - 1.3.
+    assert "0.90 is below 1.00" in found.reasons[2]
+    np.testing.assert_allclose(found.similarities, [0.5, 0.7, -1.3, np.nan], rtol=1e-6)
+    table = pd.DataFrame({"path": [*"abcd"], "predicted": 1, "probability": 1, "error": ""})
+    columns = [*insert_answers(table, found)]
+    assert columns == ["path", "predicted", "probability", "answer", "reason", "similarity", "error"]
+
+
+def test_without_a_rule_every_image_is_answered_and_without_similarities_none_is_unknown():
+    raw = np.array([[0.5, 0.5], [0.4, 0.6]], np.float32)
+    nothing = np.full(2, np.nan, np.float32)
+    assert name_answers(Decision(["cat", "dog"], False), raw, nothing, ()).names == [["cat"], ["dog"]]
+    rule = Abstention(0.0, None, 0.01, 1.0, [0.0, 1.0, 0.0, 1.0], 100)
+    decision = Decision(["cat", "dog"], False, abstention=rule)
+    assert name_answers(decision, raw, nothing, ()).names == [["cat"], ["dog"]]
+
+
+def test_each_label_has_its_threshold_and_an_image_without_labels_is_answered():
+    # Without the rule, labels are given from 0.5; the third is never promised.
+    rule = Abstention(0.1, [0.9, 0.6, None], 0.0, None, None, 100)
+    decision = Decision(["ant", "bee", "cow"], True, abstention=rule)
+    raw = np.array([[0.95, 0.7, 0.9], [0.8, 0.1, 0.1], [0.1, 0.1, 0.99], [0.1, 0.2, 0.3]], np.float32)
+    found = name_answers(decision, raw, np.zeros(4, np.float32), ())
+    assert found.names == [["ant", "bee"], ["unsure"], ["unsure"], []]
+    assert "0.800 of ant is below 0.900" in found.reasons[1]
+    assert "cannot be promised for cow" in found.reasons[2]
+
+
+def test_classes_called_unsure_or_unknown_are_told_from_refusals():
+    assert name_refusals(["cat", "unknown"]) == ("unsure", "(unknown)")

@@ -139,7 +139,12 @@ def answer(table, folder, batches=None, facts=(), batch_size=4):
             rows = missing[start : start + batch_size]
             identities = [identify(paths[row]) for row in rows]
             values = [[sum(Path(paths[row]).read_bytes()) if os.path.exists(paths[row]) else 0] for row in rows]
-            kept.add(rows, (np.array(values), np.zeros(len(rows))), {int(row): "bad" for row in rows if "text" in paths[row]}, identities)
+            kept.add(
+                rows,
+                (np.array(values), np.zeros(len(rows))),
+                {int(row): "bad" for row in rows if "text" in paths[row]},
+                identities,
+            )
     return kept.probabilities.ravel().tolist(), kept.errors, len(missing)
 
 
