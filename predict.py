@@ -54,7 +54,13 @@ def main(configs: PredictConfigs) -> dict:
     """
     # Imported here, so that --help does not wait for pandas, and a user's mistake not for TensorFlow.
     from finetune.core.files import write_csv
-    from finetune.predicting.answers import check_sort_into, insert_answers, name_answers, sort_photos
+    from finetune.predicting.answers import (
+        check_sort_into,
+        insert_answers,
+        name_answers,
+        sort_photos,
+        summarize_answers,
+    )
     from finetune.predicting.prediction_files import (
         check_top_k,
         check_write_path,
@@ -100,6 +106,7 @@ def main(configs: PredictConfigs) -> dict:
         table = insert_answers(table, answers)
         write_csv(configs.write_path, table)
     summarize(configs.write_path, len(paths), errors)
+    summarize_answers(answers, decision)
     if configs.sort_into:
         sort_photos(configs.sort_into, paths, answers.names, configs.sort_links)
     return {"predictions": table, "failed": len(errors)}

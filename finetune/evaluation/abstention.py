@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from finetune.core.values import convert
-from finetune.data.groups import count_groups, pick_groups
+from finetune.data.groups import pick_groups
 from finetune.evaluation.novelty import get_certainty
 
 UNSURE, UNKNOWN = "unsure", "unknown"
@@ -37,7 +37,9 @@ class Abstention:
         unknown_rate: the share of validation photos below `unknown_threshold`; 0 calls no photo unknown.
         unknown_threshold: the lowest familiarity of a known photo; None without a reference.
         scales: mean and standard deviation of the validation photos' certainty, then of their similarity.
-        images: validation photos that it was fitted on, or their groups.
+        images: validation photos that it was fitted on.
+        unknown: how many of them are unknown.
+        unsure: how many of them are unsure.
     """
 
     max_error: float = 0.0
@@ -46,6 +48,8 @@ class Abstention:
     unknown_threshold: float | None = None
     scales: list[float] | None = None
     images: int = 0
+    unknown: int = 0
+    unsure: int = 0
 
     @classmethod
     def names(cls) -> list[str]:
@@ -76,9 +80,10 @@ class Abstention:
             convert(stored["unknown_rate"], float, is_text=False),
             *(_read_numbers([stored["unknown_threshold"]], (1,)) or [None]),
             _read_numbers(stored["scales"], (4,)),
-            convert(stored["images"], int, is_text=False),
+            *(convert(stored[name], int, is_text=False) for name in ("images", "unknown", "unsure")),
         )
-        if not (0 <= rule.max_error < 1 and 0 <= rule.unknown_rate < 1 and rule.images >= 0):
+        counts = rule.unknown >= 0 and rule.unsure >= 0 and rule.unknown + rule.unsure <= rule.images
+        if not (0 <= rule.max_error < 1 and 0 <= rule.unknown_rate < 1 and counts):
             raise ValueError(stored)
         is_whole = rule.scales and None not in rule.scales and min(rule.scales[1], rule.scales[3]) > 0
         if rule.unknown_threshold is not None and not is_whole:
@@ -189,7 +194,7 @@ class Evidence(NamedTuple):
 
 def fit_abstention(evidence: Evidence, wishes: Wishes) -> Abstention:
     """Fits the rule: first the threshold of unknown photos, then on the known ones those of the promise."""
-    rule = Abstention(unknown_rate=wishes.unknown_rate, images=count_groups(evidence.groups, len(evidence.calibrated)))
+    rule = Abstention(unknown_rate=wishes.unknown_rate, images=len(evidence.calibrated))
     known = np.ones(len(evidence.calibrated), bool)
     if evidence.similarities is not None:
         certainty = get_certainty(evidence.calibrated, evidence.multi_label)
@@ -200,8 +205,8 @@ def fit_abstention(evidence: Evidence, wishes: Wishes) -> Abstention:
         if wishes.unknown_rate:
             familiarity = rule.measure_familiarity(evidence.calibrated, evidence.similarities, evidence.multi_label)
             threshold = float(np.quantile(familiarity, wishes.unknown_rate, method="lower"))
-            rule = dataclasses.replace(rule, unknown_threshold=threshold)
             known = familiarity >= threshold
+            rule = dataclasses.replace(rule, unknown_threshold=threshold, unknown=int((~known).sum()))
     if not wishes.max_error:
         return rule
     groups = pick_groups(evidence.groups, known)
@@ -209,7 +214,8 @@ def fit_abstention(evidence: Evidence, wishes: Wishes) -> Abstention:
         find_threshold(scores[known], wrong[known], given[known], wishes.max_error, groups)
         for scores, wrong, given in list_questions(evidence)
     ]
-    return dataclasses.replace(rule, max_error=wishes.max_error, thresholds=thresholds)
+    rule = dataclasses.replace(rule, max_error=wishes.max_error, thresholds=thresholds)
+    return dataclasses.replace(rule, unsure=int(answer_evidence(rule, evidence).is_unsure.sum()))
 
 
 def find_threshold(

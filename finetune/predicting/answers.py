@@ -18,6 +18,7 @@ from finetune.data.stores import is_url, read_url
 from finetune.data.tables import LABEL_SEPARATOR
 from finetune.evaluation.abstention import UNKNOWN, UNSURE
 from finetune.evaluation.decision import Decision
+from finetune.evaluation.shift import describe_excess, find_excess
 
 # Characters that a system or a shell takes for something else in the name of a folder.
 SPECIAL = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
@@ -30,11 +31,13 @@ class AnswerTable(NamedTuple):
         names: the answered class names; `unsure` or `unknown` alone; nothing for an image that could not be read.
         reasons: why an image is not answered, or empty.
         similarities: the mean cosine similarity to the most similar training photos, NaN if unknown.
+        number_read: of images that could be read.
     """
 
     names: list[list[str]]
     reasons: list[str]
     similarities: np.ndarray
+    number_read: int
 
 
 def name_answers(
@@ -69,7 +72,8 @@ def name_answers(
             answer, reason = [unsure], _explain_doubt(decision, calibrated[row], threshold_type)
         names.append(answer)
         reasons.append(reason)
-    return AnswerTable(names, reasons, np.where(np.isin(np.arange(len(names)), [*failed]), np.nan, similarities))
+    kept = np.where(np.isin(np.arange(len(names)), [*failed]), np.float32(np.nan), similarities)
+    return AnswerTable(names, reasons, kept, len(names) - len(failed))
 
 
 def name_refusals(class_names: Sequence[str]) -> tuple[str, str]:
@@ -95,6 +99,18 @@ def insert_answers(table: pd.DataFrame, answers: AnswerTable) -> pd.DataFrame:
     added = {"answer": [LABEL_SEPARATOR.join(row) for row in answers.names], "reason": answers.reasons}
     added["similarity"] = answers.similarities
     return pd.concat([table.iloc[:, :place], pd.DataFrame(added), table.iloc[:, place:]], axis=1)
+
+
+def summarize_answers(answers: AnswerTable, decision: Decision) -> None:
+    """Prints how many images are answered, and a warning if too few are for images like the validation images."""
+    rule = decision.abstention
+    if rule is None:
+        return
+    unsure, unknown = name_refusals(decision.class_names)
+    numbers = {word: sum(row == [word] for row in answers.names) for word in (unsure, unknown)}
+    print(f"Of these, {numbers[unsure]} are {unsure} and {numbers[unknown]} {unknown} (column answer).")
+    for excess in find_excess(rule, numbers[unknown], numbers[unsure], answers.number_read):
+        print(describe_excess(excess, bool(rule.max_error)))
 
 
 def check_sort_into(folder: str, given: str) -> None:
