@@ -20,10 +20,10 @@ def main(configs: Configs) -> dict[str, Any]:
     from finetune.core.devices import start_devices
     from finetune.evaluation import rule
     from finetune.evaluation.decision import get_decision, store_decision
-    from finetune.evaluation.evaluation import Answers, check_report_by, evaluate_leak, evaluate_sets
-    from finetune.predicting.predicting import load_predictor, predict_outputs
+    from finetune.evaluation.evaluation import check_report_by, evaluate_leak, evaluate_sets
+    from finetune.predicting.predicting import load_predictor, predict_sets
     from finetune.reporting.model_card import write_model_card
-    from finetune.reporting.report import build_explainer, write_evaluation
+    from finetune.reporting.report import build_explainer, build_finder, write_evaluation
     from finetune.training import run_folder, trained_model
     from generator import get_generator
 
@@ -39,30 +39,25 @@ def main(configs: Configs) -> dict[str, Any]:
     )
     model = load_predictor(model_path, configs.classes, get_input_size(configs))
     print(trained_model.name_model(configs, model_path))
-    outputs = {
-        name: predict_outputs(model, sequence, f"Predicting the {name} set") for name, sequence in sequences.items()
-    }
-    predictions = {name: output.probabilities for name, output in outputs.items()}
-    # After prediction: with skip_bad_images, unreadable images are known only now.
-    truths = {name: sequence.get_y_true() for name, sequence in sequences.items()}
+    predicted = predict_sets(model, sequences)
     threshold_range, multi_label = configs.multilabel_threshold_range, configs.multi_label_classification
+    predictions, truths = predicted.predictions, predicted.truths
     decision = get_decision(model_path, truths, predictions, configs.classes, multi_label, threshold_range)
-    predicted = rule.Sets(sequences, predictions, {name: output.features for name, output in outputs.items()})
     reference = rule.build_reference(predicted, model_path, configs)
-    evidence, _neighbours = rule.list_evidence(predicted, decision, reference)
+    evidence, neighbours = rule.list_evidence(predicted, decision, reference)
     decision = rule.add_abstention(decision, evidence, configs, model_path)
     sets = evaluate_sets(sequences, predictions, decision, threshold_range, configs.random_seed or 0, configs.report_by)
     for name, sequence in sequences.items():
         sets[name] |= {"csv": tables[name][0], "sha256": run_folder.fingerprint(sequence)}
-    sets["test"] |= evaluate_leak(sequences, predictions, decision, configs)
-    sets["test"] |= rule.evaluate_rule(decision, evidence)
+    sets["test"] |= evaluate_leak(sequences, predictions, decision, configs) | rule.evaluate_rule(decision, evidence)
     sets["test"] |= {"selected_the_model": trained_model.has_selected(model_path, configs.test_csv)}
     sets["test"] |= {"images_trained_on": known} if known else {}
     results = {"model": model_path, "classes": configs.classes, "multi_label": multi_label, "sets": sets}
     results |= {"decision": trained_model.keep_decision(model_path, decision.to_dict(), configs.save_model_path)}
-    read, probabilities = sequences["test"].get_read_paths(), decision.calibrate(predictions["test"])
+    answers = rule.collect_answers(sequences["test"], evidence["test"], decision)
     explain, options = build_explainer(model, configs), trained_model.list_options(configs, model_path)
-    write_evaluation(folder, Answers(read, truths["test"], probabilities, decision), results, explain, options)
+    nearest, (_, reading) = rule.list_nearest(predicted, neighbours, reference), tables.get("training", tables["test"])
+    write_evaluation(folder, answers, results, explain, options, build_finder(nearest, reading))
     store_decision(configs.save_model_path, decision, model_path)
     print(*rule.describe_rule(decision, sets["test"]), sep="\n")
     rule.store_reference(configs.save_model_path, reference, model_path)

@@ -222,17 +222,21 @@ def evaluate_sets(
 
 
 class Answers(NamedTuple):
-    """A model's answers for images; the probabilities are calibrated, and the decision chooses the labels."""
+    """A model's answers for images; the probabilities are calibrated, and the decision chooses the labels.
+
+    The similarities to the training photos, `(images,)`, are None without a reference.
+    """
 
     images: Sequence[str]
     y_true: np.ndarray
     probabilities: np.ndarray
     decision: Decision
+    similarities: np.ndarray | None = None
 
 
 def list_predictions(answers: Answers) -> pd.DataFrame:
     """Returns one row per image: path, true and predicted labels, and the probability of each class."""
-    paths, y_true, probabilities, decision = answers
+    paths, y_true, probabilities, decision, _ = answers
     labels = {"true": y_true, "predicted": decision.choose(probabilities)}
     names = {column: name_labels(values, decision.class_names) for column, values in labels.items()}
     table = pd.DataFrame({"path": paths} | {key: [*map(LABEL_SEPARATOR.join, rows)] for key, rows in names.items()})

@@ -309,9 +309,9 @@ def get_curves(y_true: np.ndarray, probabilities: np.ndarray, class_names: Seque
         labels, scores = truth[:, position], probabilities[:, position]
         roc = precision_recall = ([], [])
         if not np.isnan(aurocs[position]):
-            roc = _thin(*sk.roc_curve(labels, scores)[:2])
+            roc = thin_curve(*sk.roc_curve(labels, scores)[:2])
         if labels.any():
-            precision_recall = _thin(*sk.precision_recall_curve(labels, scores)[:2])
+            precision_recall = thin_curve(*sk.precision_recall_curve(labels, scores)[:2])
         curves[name] = {
             **dict(zip(("false_positive_rate", "true_positive_rate"), roc, strict=True)),
             **dict(zip(("precision", "recall"), precision_recall, strict=True)),
@@ -321,7 +321,7 @@ def get_curves(y_true: np.ndarray, probabilities: np.ndarray, class_names: Seque
     return curves
 
 
-def _thin(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
+def thin_curve(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
     """Keeps at most `LONGEST_CURVE` points at even distances along the curve, with both ends."""
     if len(x) > LONGEST_CURVE:
         lengths = np.concatenate([[0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])

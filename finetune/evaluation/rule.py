@@ -23,12 +23,15 @@ from finetune.evaluation.abstention import (
     trace_risk,
 )
 from finetune.evaluation.decision import Decision
+from finetune.evaluation.evaluation import Answers
+from finetune.evaluation.metrics import thin_curve
 from finetune.evaluation.novelty import Neighbours, Reference, name_model_digest
 from finetune.models.formats import is_exported
 from generator import AugmentedImageSequence
 
 # Nearest training photos that the report shows of a photo.
 SHOWN_NEIGHBOURS = 3
+NOT_COMPARED = "not counted, because the test images were not compared with the training images"
 
 
 class Sets(NamedTuple):
@@ -43,6 +46,25 @@ class Sets(NamedTuple):
     sequences: dict[str, AugmentedImageSequence]
     predictions: dict[str, np.ndarray]
     features: dict[str, np.ndarray | None]
+
+    @property
+    def truths(self) -> dict[str, np.ndarray]:
+        """The labels of the images that could be read, by set."""
+        return {name: sequence.get_y_true() for name, sequence in self.sequences.items()}
+
+
+class Nearest(NamedTuple):
+    """A training photo that is similar to an image.
+
+    Attributes:
+        path: of the file; the name in the table if that is not the one of the training set.
+        label: as in the table.
+        similarity: cosine of the features.
+    """
+
+    path: str
+    label: str
+    similarity: float
 
 
 def check_wishes(configs: Configs, model_path: str) -> None:
@@ -90,6 +112,32 @@ def list_evidence(
     return found, neighbours
 
 
+def collect_answers(sequence: AugmentedImageSequence, evidence: Evidence, decision: Decision) -> Answers:
+    """Returns the model's answers for the images of a sequence, from its evidence."""
+    facts = sequence.get_read_paths(), evidence.y_true, evidence.calibrated, decision
+    return Answers(*facts, evidence.similarities)
+
+
+def list_nearest(sets: Sets, neighbours: Neighbours | None, reference: Reference | None) -> list[list[Nearest]] | None:
+    """Returns the most similar training photos of each test photo, the nearest first; None without a reference.
+
+    Args:
+        neighbours: of the test photos, from `list_evidence`.
+    """
+    if neighbours is None or reference is None:
+        return None
+    files, training = {}, sets.sequences.get("training")
+    if training is not None:
+        # A name in the table has one file.
+        files = dict(zip(training.table[IMAGE_COLUMN], training.paths, strict=True))
+    found = []
+    for row, values in zip(neighbours.positions.tolist(), neighbours.similarities.tolist(), strict=True):
+        pairs = list(zip(row, values, strict=True))[:SHOWN_NEIGHBOURS]
+        names = [(reference.paths[place], reference.labels[place], value) for place, value in pairs]
+        found.append([Nearest(str(files.get(name, name)), label, value) for name, label, value in names])
+    return found
+
+
 def add_abstention(decision: Decision, evidence: dict[str, Evidence], configs: Configs, model_path: str) -> Decision:
     """Returns the decision with the rule fitted on the validation set; an exported model keeps its own."""
     if is_exported(model_path) or "validation" not in evidence:
@@ -102,11 +150,16 @@ def evaluate_rule(decision: Decision, evidence: dict[str, Evidence]) -> dict[str
     """Returns what the rule does on the test set, and what others would do.
 
     Returns:
-        `answers`, see `measure_answers`; `risk_coverage`, see `trace_risk`; and with a validation set `promises`, see
+        `answers`, see `measure_answers`, `unknown` None if the rule needs similarities that there are none of;
+        `risk_coverage`, see `trace_risk`, of at most 500 points; and with a validation set `promises`, see
         `list_promises`.
     """
     test, rule = evidence["test"], decision.abstention
-    found = {"answers": measure_answers(answer_evidence(rule, test), test.y_true), "risk_coverage": trace_risk(test)}
+    answers, curve = measure_answers(answer_evidence(rule, test), test.y_true), trace_risk(test)
+    if decision.calls_unknown and test.similarities is None:
+        answers["unknown"] = None
+    points = thin_curve(*(np.array(values) for values in curve.values()))
+    found = {"answers": answers, "risk_coverage": dict(zip(curve, points, strict=True))}
     if "validation" in evidence:
         unknown_rate = rule.unknown_rate if rule else 0.0
         found["promises"] = list_promises(evidence["validation"], test, unknown_rate)
@@ -125,9 +178,10 @@ def describe_rule(decision: Decision, found: dict[str, Any]) -> list[str]:
         lines.append(_describe_promise(rule, decision, found["answers"]))
     if rule is not None and rule.unknown_threshold is not None:
         answers = found["answers"]
+        number = f"{answers['unknown']} of {answers['images']} test images look unlike the training photos"
         lines.append(
-            f"Unknown: {answers['unknown']} of {answers['images']} test images look unlike the training photos; the "
-            f"threshold calls {rule.unknown_rate:.1%} of the validation images unknown."
+            f"Unknown: {NOT_COMPARED if answers['unknown'] is None else number}; the threshold calls "
+            f"{rule.unknown_rate:.1%} of the validation images unknown."
         )
     if promises := found.get("promises"):
         lines.append("Answering only what can be promised, with 95 % assurance (max_error):")

@@ -56,7 +56,18 @@ def name_answers(
         failed: rows of images that could not be read.
         threshold_type: multi-label: which of its thresholds to use.
     """
-    rule, calibrated = decision.abstention, decision.calibrate(raw_probabilities)
+    return name_calibrated(decision, decision.calibrate(raw_probabilities), similarities, failed, threshold_type)
+
+
+def name_calibrated(
+    decision: Decision,
+    calibrated: np.ndarray,
+    similarities: np.ndarray,
+    failed: Collection[int] = (),
+    threshold_type: str = "exact_match",
+) -> AnswerTable:
+    """Returns the answers in words, as `name_answers` does, from calibrated probabilities."""
+    rule = decision.abstention
     found = decision.decide(calibrated, similarities, threshold_type)
     unsure, unknown = name_refusals(decision.class_names)
     class_names, names, reasons = np.asarray(decision.class_names, object), [], []
@@ -93,9 +104,9 @@ def _explain_doubt(decision: Decision, probabilities: np.ndarray, threshold_type
     return f"probability {probabilities[best]:.3f} of {name} is below {lowest:.3f}, for {promise}"
 
 
-def insert_answers(table: pd.DataFrame, answers: AnswerTable) -> pd.DataFrame:
-    """Returns the table of predictions with the columns `answer`, `reason` and `similarity` after `probability`."""
-    place = table.columns.get_loc("probability") + 1
+def insert_answers(table: pd.DataFrame, answers: AnswerTable, after: str = "probability") -> pd.DataFrame:
+    """Returns the table of predictions with the columns `answer`, `reason` and `similarity` after another column."""
+    place = table.columns.get_loc(after) + 1
     added = {"answer": [LABEL_SEPARATOR.join(row) for row in answers.names], "reason": answers.reasons}
     added["similarity"] = answers.similarities
     return pd.concat([table.iloc[:, :place], pd.DataFrame(added), table.iloc[:, place:]], axis=1)

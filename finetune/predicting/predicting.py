@@ -31,6 +31,7 @@ from finetune.data.inspection import tell_assumed_range, tell_unfit_range
 from finetune.evaluation.decision import THRESHOLD_TYPES, Decision
 from finetune.evaluation.metrics import check_finite
 from finetune.evaluation.novelty import Reference, to_unit_length
+from finetune.evaluation.rule import Sets
 from finetune.loading.augmentation import FusedAugmenter
 from finetune.models.exported import ExportedModel
 from finetune.models.formats import MODEL_SUFFIXES, importing, is_exported, require_format
@@ -85,6 +86,15 @@ def predict_outputs(
         found.append((np.asarray(probabilities), None if features is None else to_unit_length(features)))
     probabilities, features = zip(*found, strict=True)
     return Outputs(np.concatenate(probabilities), None if features[0] is None else np.concatenate(features))
+
+
+def predict_sets(model: keras.Model | ExportedModel, sequences: dict[str, AugmentedImageSequence]) -> Sets:
+    """Returns what a model gives for each set. With `skip_bad_images`, unreadable images are known only then."""
+    outputs = {
+        name: predict_outputs(model, sequence, f"Predicting the {name} set") for name, sequence in sequences.items()
+    }
+    probabilities = {name: output.probabilities for name, output in outputs.items()}
+    return Sets(sequences, probabilities, {name: output.features for name, output in outputs.items()})
 
 
 def classify_image(

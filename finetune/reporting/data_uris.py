@@ -21,6 +21,8 @@ CSS_DPI = 96
 WIDEST_IN_COLUMN = 560
 LARGEST_SVG = 250_000
 PHOTO_SIDE = 320
+# Of the training photos beside a photo.
+THUMBNAIL_SIDE = 96
 JPEG_QUALITY = 85
 
 
@@ -31,6 +33,7 @@ def embed_figures(results: dict[str, Any], curves: dict[str, dict[str, Any]]) ->
         "roc_curves": "ROC curves: true positive rate over false positive rate",
         "precision_recall_curves": "Precision over recall",
         "reliability_diagram": "Reliability diagram: share of right predictions over their probability",
+        "risk_coverage": "Risk-coverage curve: share of wrong answers over the share of answers given",
     }
     # The page lists the pairs in a table.
     drawn = figures_of(results, curves, pairs_listed=0)

@@ -41,6 +41,9 @@ PAIRS_LISTED = 30
 # Cells per side of the heat map, so that each has two pixels on the page.
 MOST_BLOCKS = 200
 LEAST_SHARE = 0.001
+# Of the risk-coverage curve: the share of answers from which its height counts, and the lowest top of its axis.
+LEAST_COVERAGE = 0.1
+LOWEST_TOP = 0.05
 NAMES_AT_HEAT_MAP = 12
 SHORT_NAME = 18
 
@@ -236,6 +239,44 @@ def draw_reliability(calibration: dict[str, Any]) -> Figure:
     return figure
 
 
+def draw_risk_coverage(test: dict[str, Any], multi_label: bool, max_error: float = 0.0) -> Figure:
+    """Draws the share of wrong answers over the share of answers that a model gives, the surest first.
+
+    Source: El-Yaniv and Wiener, JMLR 2010, section 2.
+
+    Args:
+        test: the test set's metrics: `risk_coverage` and, with a validation set, `promises`, drawn as points for a
+            single label.
+        multi_label: whether an answer is a label, instead of an image's class.
+        max_error: drawn as a line, unless it is 0.
+    """
+    what = "labels" if multi_label else "images"
+    figure, axes = _square_figure(f"Coverage: share of the {what} answered", "Risk: share of wrong answers")
+    coverage, errors = (np.array(test["risk_coverage"][key]) for key in ("coverage", "error"))
+    if not coverage.size:
+        axes.text(0.5, 0.5, "No label is predicted", ha="center", color=MUTED)
+        return figure
+    axes.plot(coverage, errors, color=COLOURS[0], linewidth=1.6, label=f"the surest {what} answered")
+    # The errors of the first few answers are noise.
+    highest = [max_error, *errors[coverage >= min(LEAST_COVERAGE, coverage[-1])]]
+    if not multi_label:
+        points = [row for row in test.get("promises", []) if row["error"] is not None]
+        highest += [row["error"] for row in points]
+        label = "answered with a promise (%)" if points else ""
+        axes.scatter(*([row[key] for row in points] for key in ("coverage", "error")), color=COLOURS[1], label=label)
+        for row in points:
+            place = (row["coverage"], row["error"])
+            axes.annotate(f"{100 * row['promised']:g}", place, xytext=(0, 6), textcoords="offset points", ha="center")
+    if max_error:
+        axes.axhline(max_error, color=MUTED, linestyle=":", label=f"promised: at most {max_error:.1%}")
+    top = max(1.2 * max(highest), LOWEST_TOP)
+    axes.set_ylim(-0.02 * top, top)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+    axes.legend(loc="upper left", fontsize=8.5)
+    return figure
+
+
 @contextlib.contextmanager
 def style(options: dict[str, Any]) -> Iterator[None]:
     """Applies matplotlib options, with the installed fonts that have Chinese, Japanese and Korean."""
@@ -275,6 +316,10 @@ def figures_of(
         "precision_recall_curves": lambda: draw_precision_recall_curves(curves),
         "reliability_diagram": lambda: draw_reliability(test["calibration"]),
     }
+    if "risk_coverage" in test:
+        # Older versions of test.py fitted no rule.
+        max_error = (results["decision"].get("abstention") or {}).get("max_error", 0.0)
+        figures["risk_coverage"] = lambda: draw_risk_coverage(test, results["multi_label"], max_error)
     if "confusion_matrix" in test and len(names) > MOST_LISTED:
         figures["confusion_matrix"] = lambda: draw_heat_map(test["confusion_matrix"], names, pairs_listed)
     elif "confusion_matrix" in test:

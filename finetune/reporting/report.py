@@ -21,9 +21,11 @@ from finetune.data.images import build_reader, fit_image, resize_image
 from finetune.evaluation.evaluation import Answers, list_breakdown, list_predictions, name_labels, print_results
 from finetune.evaluation.gradcam import GradCam
 from finetune.evaluation.metrics import get_curves, list_confusions
+from finetune.evaluation.rule import Nearest
 from finetune.models.exported import ExportedModel
+from finetune.predicting.answers import AnswerTable, insert_answers, name_calibrated
 from finetune.reporting.cam_pictures import overlay_heatmap
-from finetune.reporting.data_uris import PHOTO_SIDE, embed_figures, embed_log, encode_photo
+from finetune.reporting.data_uris import PHOTO_SIDE, THUMBNAIL_SIDE, embed_figures, embed_log, encode_photo
 from finetune.reporting.figures import PAIRS_LISTED, read_log, save_figures
 from finetune.reporting.summaries import (
     list_class_columns,
@@ -34,18 +36,20 @@ from finetune.reporting.summaries import (
     render_page,
     show_value,
 )
+from finetune.reporting.unanswered import describe_unanswered
 from finetune.training.run_folder import LOG_FILE
 
 CONFUSIONS_LISTED = 8
 FILES = {
     "metrics.json": "all metrics with their intervals, to read by a program",
-    "predictions.csv": "labels, prediction and probabilities of each test image",
+    "predictions.csv": "labels, prediction, answer, similarity and probabilities of each test image",
     "confusion_matrix.png": "the confusion matrix",
     "roc_curves.png": "the ROC curves",
     "precision_recall_curves.png": "the precision-recall curves",
     "reliability_diagram.png": "the reliability diagram",
+    "risk_coverage.png": "the share of wrong answers over the share of answered images",
     "report.html": "this page",
-    "decision.json": "in the model's folder: the temperature and the thresholds, which predict.py applies",
+    "decision.json": "in the model's folder: temperature, thresholds and when not to answer, which predict.py applies",
 }
 # The options that the results of test.py depend on, except those that it reads from the model's configs.json.
 REPRODUCING = ("train_csv", "validation_csv", "test_csv", "image_directory", "csv_label_column")
@@ -67,18 +71,20 @@ def write_report(
         path: the HTML file, which is self-contained.
         results: the content of metrics.json.
         curves: of the test set, as `metrics.get_curves` returns them.
-        gallery: `mistakes` and `least_confident`, lists of images: `path`; `true` and `predicted`, class names;
-            `missed`, the true ones that were not predicted; `is_right`; `probability` of the predicted class
-            (multi-label: of the least certain label); `loss` in nats; the data URIs `photo` and `heatmap`, the photo
-            with its Grad-CAM heatmap, or None.
+        gallery: `mistakes`, `least_confident` and, with a reference, `least_similar`, lists of images: `path`; `true`
+            and `predicted`, class names; `missed`, the true ones that were not predicted; `is_right`; `answer`, class
+            names or why there is none; `probability` of the predicted class (multi-label: of the least certain label);
+            `similarity` or None; `loss` in nats; the data URIs `photo` and `heatmap`, the photo with its Grad-CAM
+            heatmap, or None; `nearest`, the most similar training photos, each with `path`, `label`, `similarity` and
+            the data URI `photo`.
         training_log: as `read_log` returns it, or None.
         configs: every option of the run by name.
     """
     test, model = results["sets"]["test"], results["model"]
-    confusions, missing = [], ("confusion_matrix.png",)
+    confusions, drawn = [], embed_figures(results, curves)
     if "confusion_matrix" in test:
         most = CONFUSIONS_LISTED if len(results["classes"]) <= MOST_LISTED else PAIRS_LISTED
-        confusions, missing = list_confusions(test["confusion_matrix"], results["classes"], most), ()
+        confusions = list_confusions(test["confusion_matrix"], results["classes"], most)
     page = render_page(
         "report",
         ["report"],
@@ -89,12 +95,17 @@ def write_report(
         columns=list_class_columns(results),
         class_intervals=list_class_intervals(results),
         confusions=confusions,
-        figures=embed_figures(results, curves),
+        figures=drawn,
+        unanswered=describe_unanswered(results),
         training_curves=embed_log(training_log),
         galleries=gallery,
         breakdown=list_breakdown(test["by"]) if test.get("by") else [],
         options=list_options(configs),
-        files={name: words for name, words in FILES.items() if name not in missing},
+        files={
+            name: words
+            for name, words in FILES.items()
+            if not name.endswith(".png") or name.removesuffix(".png") in drawn
+        },
         command=_build_command("test.py", model, configs, REPRODUCING),
         label_command=_build_command(
             *("find_label_errors.py", model, configs | {"csv_path": configs["test_csv"]}),
@@ -124,6 +135,7 @@ def write_evaluation(
     results: dict[str, Any],
     explain: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]],
     options: dict[str, Any],
+    show_nearest: Callable[[int], list[dict[str, Any]]] | None = None,
 ) -> None:
     """Writes metrics.json, predictions.csv, the plots and report.html of the test set; prints the results in any case.
 
@@ -133,14 +145,16 @@ def write_evaluation(
         results: the content of metrics.json.
         explain: returns for each path the photo, and the photo with its heatmap.
         options: of the run, which the report lists.
+        show_nearest: returns the most similar training photos of a test image by its position, as `build_finder` does.
     """
     path = os.path.join(folder, "report.html")
     try:
         write_json(os.path.join(folder, "metrics.json"), results)
-        write_csv(os.path.join(folder, "predictions.csv"), list_predictions(answers))
+        table = insert_answers(list_predictions(answers), _name_answers(answers), after="predicted")
+        write_csv(os.path.join(folder, "predictions.csv"), table)
         curves = get_curves(answers.y_true, answers.probabilities, answers.decision.class_names)
         save_figures(folder, results, curves)
-        gallery = build_gallery(explain, answers)
+        gallery = build_gallery(explain, answers, show_nearest)
         write_report(path, results, curves, gallery, read_training_log(os.path.dirname(results["model"])), options)
     finally:
         print_results(results)
@@ -157,7 +171,17 @@ def read_training_log(folder: str) -> pd.DataFrame | None:
         return None
 
 
+def _name_answers(answers: Answers) -> AnswerTable:
+    """Returns what predict.py would answer."""
+    similarities = answers.similarities
+    if similarities is None:
+        similarities = np.full(len(answers.images), np.nan, np.float32)
+    return name_calibrated(answers.decision, answers.probabilities, similarities)
+
+
 GALLERIES = ("mistakes", "least_confident")
+# Galleries whose photos are shown with the most similar training photos.
+COMPARED = ("least_confident", "least_similar")
 GALLERY_IMAGES = 12
 LEAST_PROBABILITY = 1e-7
 
@@ -198,34 +222,86 @@ def get_image_losses(y_true: np.ndarray, probabilities: np.ndarray) -> np.ndarra
 
 
 def build_gallery(
-    draw: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]], answers: Answers
+    draw: Callable[[Sequence[str]], list[tuple[np.ndarray, np.ndarray | None]]],
+    answers: Answers,
+    show_nearest: Callable[[int], list[dict[str, Any]]] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Returns the worst mistakes and the least confident predictions, as `report.write_report` takes them.
+    """Returns the galleries of a report, as `write_report` takes them.
 
     Args:
         draw: returns for each path the photo, and the photo with its heatmap or None.
         answers: of the model.
+        show_nearest: as `build_finder` returns it.
     """
-    paths, y_true, probabilities, decision = answers
-    chosen = decision.choose(probabilities)
-    rows = dict(zip(GALLERIES, choose_gallery(y_true, probabilities, chosen, GALLERY_IMAGES), strict=True))
-    shown = np.unique(np.concatenate(list(rows.values())))
+    chosen = answers.decision.choose(answers.probabilities)
+    picked = choose_gallery(answers.y_true, answers.probabilities, chosen, GALLERY_IMAGES)
+    rows = dict(zip(GALLERIES, picked, strict=True))
+    if answers.similarities is not None:
+        rows["least_similar"] = np.argsort(answers.similarities, kind="stable")[:GALLERY_IMAGES]
+    shown = np.unique(np.concatenate(list(rows.values()))).tolist()
+    pictures = draw([answers.images[row] for row in shown])
+    items = dict(zip(shown, _make_items(answers, chosen, shown, pictures), strict=True))
+    found = {name: [items[row] for row in gallery.tolist()] for name, gallery in rows.items()}
+    if "least_similar" in found:
+        # Without heatmaps, since the page has room for the training photos or for these.
+        found["least_similar"] = [item | {"heatmap": None} for item in found["least_similar"]]
+    for name in found.keys() & COMPARED if show_nearest else ():
+        pairs = zip(rows[name].tolist(), found[name], strict=True)
+        found[name] = [item | {"nearest": show_nearest(row)} for row, item in pairs]
+    return found
+
+
+def _make_items(
+    answers: Answers, chosen: np.ndarray, rows: Sequence[int], pictures: Sequence[tuple[np.ndarray, np.ndarray | None]]
+) -> list[dict[str, Any]]:
+    """Returns what a gallery shows of these rows; `pictures` are photos with and without heatmap."""
+    paths, y_true, probabilities, decision, similarities = answers
     true, predicted = name_labels(y_true, decision.class_names), name_labels(chosen, decision.class_names)
     confidences, losses = decision.measure_confidence(probabilities).tolist(), get_image_losses(y_true, probabilities)
-    items = {}
-    for row, (photo, heatmap) in zip(shown.tolist(), draw([paths[row] for row in shown]), strict=True):
-        items[row] = {
+    named = _name_answers(answers).names
+    return [
+        {
             "path": paths[row],
             "true": true[row],
             "predicted": predicted[row],
             "missed": [label for label in true[row] if label not in predicted[row]],
             "is_right": set(true[row]) == set(predicted[row]),
+            "answer": named[row],
             "probability": confidences[row],
+            "similarity": None if similarities is None else float(similarities[row]),
             "loss": float(losses[row]),
             "photo": encode_photo(photo),
             "heatmap": None if heatmap is None else encode_photo(heatmap),
+            "nearest": [],
         }
-    return {name: [items[row] for row in gallery.tolist()] for name, gallery in rows.items()}
+        for row, (photo, heatmap) in zip(rows, pictures, strict=True)
+    ]
+
+
+def build_finder(nearest: list[list[Nearest]] | None, configs: Configs) -> Callable[[int], list[dict[str, Any]]] | None:
+    """Returns a function from the position of a test image to its most similar training photos; None without any.
+
+    A photo that cannot be read any more is left out.
+
+    Args:
+        nearest: from `rule.list_nearest`.
+        configs: to read the training photos with.
+    """
+    if nearest is None:
+        return None
+    read = build_reader(configs)
+
+    @functools.cache
+    def draw(path: str) -> str:
+        try:
+            return encode_photo(read(path, (THUMBNAIL_SIDE, THUMBNAIL_SIDE)), THUMBNAIL_SIDE)
+        except UserError:
+            return ""
+
+    def show_nearest(row: int) -> list[dict[str, Any]]:
+        return [one._asdict() | {"photo": photo} for one in nearest[row] if (photo := draw(one.path))]
+
+    return show_nearest
 
 
 def build_grad_cam(model: keras.Model | ExportedModel, cam_method: str, layer_name: str) -> GradCam | None:
