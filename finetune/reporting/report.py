@@ -80,11 +80,7 @@ def write_report(
         training_log: as `read_log` returns it, or None.
         configs: every option of the run by name.
     """
-    test, model = results["sets"]["test"], results["model"]
-    confusions, drawn = [], embed_figures(results, curves)
-    if "confusion_matrix" in test:
-        most = CONFUSIONS_LISTED if len(results["classes"]) <= MOST_LISTED else PAIRS_LISTED
-        confusions = list_confusions(test["confusion_matrix"], results["classes"], most)
+    test, model, figures = results["sets"]["test"], results["model"], embed_figures(results, curves)
     page = render_page(
         "report",
         ["report"],
@@ -94,18 +90,14 @@ def write_report(
         warnings=list_warnings(results, configs),
         columns=list_class_columns(results),
         class_intervals=list_class_intervals(results),
-        confusions=confusions,
-        figures=drawn,
+        confusions=_list_confusions(results),
+        figures=figures,
         unanswered=describe_unanswered(results),
         training_curves=embed_log(training_log),
         galleries=gallery,
         breakdown=list_breakdown(test["by"]) if test.get("by") else [],
         options=list_options(configs),
-        files={
-            name: words
-            for name, words in FILES.items()
-            if not name.endswith(".png") or name.removesuffix(".png") in drawn
-        },
+        files=_list_files(figures),
         command=_build_command("test.py", model, configs, REPRODUCING),
         label_command=_build_command(
             *("find_label_errors.py", model, configs | {"csv_path": configs["test_csv"]}),
@@ -114,6 +106,23 @@ def write_report(
         ),
     )
     write_text(path, page)
+
+
+def _list_confusions(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the most frequent confusions; none with several labels per image."""
+    matrix, names = results["sets"]["test"].get("confusion_matrix"), results["classes"]
+    if matrix is None:
+        return []
+    return list_confusions(matrix, names, CONFUSIONS_LISTED if len(names) <= MOST_LISTED else PAIRS_LISTED)
+
+
+def _list_files(figures: dict[str, Any]) -> dict[str, str]:
+    """Returns what each file holds, without the figures that are not drawn."""
+    return {
+        name: words
+        for name, words in FILES.items()
+        if not name.endswith(".png") or name.removesuffix(".png") in figures
+    }
 
 
 def _build_command(
