@@ -87,7 +87,7 @@ def main(configs: PredictConfigs) -> dict:
     from finetune.evaluation.decision import find_decision_folder, read_decision
     from finetune.evaluation.novelty import find_reference
     from finetune.predicting.kept_answers import KeptAnswers, list_facts
-    from finetune.predicting.predicting import build_views, load_predictor, predict_missing
+    from finetune.predicting.predicting import build_views, gives_features, load_predictor, predict_missing
 
     start_devices(configs.gpu_percentage)
     check_top_k(configs.top_k, configs.classes)
@@ -95,7 +95,7 @@ def main(configs: PredictConfigs) -> dict:
     folder = find_decision_folder(model_path, configs.save_model_path)
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
     print(*notes, name_model(configs, model_path), describe_decision(decision, configs.threshold_type), sep="\n")
-    reference = find_reference(folder, model_path, decision.calls_unknown)
+    reference = find_reference(folder, model_path, decision.calls_unknown, gives_features(model))
     facts = list_facts(configs, model_path) | {"reference": reference.digest() if reference else ""}
     with KeptAnswers(configs.write_path, paths, configs.batch_size, len(configs.classes), facts) as kept:
         views = build_views(configs.test_time_augmentation, configs.random_seed or 0)

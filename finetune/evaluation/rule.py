@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from finetune.evaluation.abstention import (
 from finetune.evaluation.decision import Decision
 from finetune.evaluation.evaluation import Answers
 from finetune.evaluation.metrics import thin_curve
-from finetune.evaluation.novelty import Neighbours, Reference, name_model_digest
+from finetune.evaluation.novelty import Neighbours, Reference, find_reference, name_model_digest
 from finetune.models.formats import is_exported
 from generator import AugmentedImageSequence
 
@@ -78,8 +79,14 @@ def check_wishes(configs: Configs, model_path: str) -> None:
         )
 
 
-def build_reference(sets: Sets, model_path: str, configs: Configs) -> Reference | None:
-    """Returns the reference of the training set; None without one, or if the model gives no features."""
+def build_reference(sets: Sets, model_path: str, decision: Decision, configs: Configs) -> Reference | None:
+    """Returns the reference of the training set; None without one, or if the model gives no features.
+
+    An exported model keeps its own, as it keeps its decision.
+    """
+    if is_exported(model_path):
+        gives_features = sets.features["test"] is not None
+        return find_reference(os.path.dirname(model_path), model_path, decision.calls_unknown, gives_features)
     training, features = sets.sequences.get("training"), sets.features.get("training")
     if training is None or features is None:
         return None
