@@ -13,6 +13,7 @@ from finetune.data.groups import count_groups, describe_group_count, is_single_g
 from finetune.evaluation.decision import Decision
 from finetune.evaluation.gradcam import GradCam
 from finetune.evaluation.metrics import check_finite, to_indicators
+from finetune.evaluation.novelty import Reference, to_unit_length
 from finetune.models.features import select_rows
 from generator import AugmentedImageSequence, naming_bad_images
 
@@ -33,6 +34,7 @@ class Explained(NamedTuple):
         rows: int `(pairs,)`, positions in the batch, in ascending order.
         class_indices: int `(pairs,)`.
         heatmaps: float32 `(pairs, h, w)` in `[0, 1]`.
+        similarities: to the training photos, `(batch,)`; None without a reference.
     """
 
     positions: np.ndarray
@@ -42,6 +44,7 @@ class Explained(NamedTuple):
     rows: np.ndarray
     class_indices: np.ndarray
     heatmaps: np.ndarray
+    similarities: np.ndarray | None
 
 
 def _choose_most_probable(probabilities: np.ndarray, number: int) -> np.ndarray:
@@ -68,15 +71,17 @@ class Explainer(NamedTuple):
         grad_cam: makes the heatmaps.
         decision: calibrates the probabilities.
         choose: one of `CHOOSERS`, as a function of probabilities and labels.
+        reference: the training photos to compare images with, or None.
     """
 
     grad_cam: GradCam
     decision: Decision
     choose: Callable[..., np.ndarray]
+    reference: Reference | None = None
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Returns the calibrated probabilities of images, `(batch, classes)`."""
-        return self.decision.calibrate(self.grad_cam.read(images)[1])
+        return self.decision.calibrate(self.grad_cam.read(images).probabilities)
 
     def explain(self, sequence: AugmentedImageSequence) -> Iterator[Explained]:
         """Explains a sequence's images in order, batch by batch.
@@ -85,14 +90,20 @@ class Explainer(NamedTuple):
             UserError: a probability is not finite.
         """
         for index, (images, labels) in enumerate(sequence.to_dataset().as_numpy_iterator()):
-            features, probabilities = self.grad_cam.read(images)
+            start, probabilities, features = self.grad_cam.read(images)
             check_finite(probabilities)
             probabilities = self.decision.calibrate(probabilities)
             rows, class_indices = np.nonzero(self.choose(probabilities, labels))
             order = np.lexsort((-probabilities[rows, class_indices], rows))
             rows, class_indices = rows[order], class_indices[order]
-            heatmaps = self.grad_cam.explain(features, rows, class_indices)
-            yield Explained(sequence.get_rows(index), images, labels, probabilities, rows, class_indices, heatmaps)
+            heatmaps = self.grad_cam.explain(start, rows, class_indices)
+            pairs, similarities = (rows, class_indices, heatmaps), self._compare(features)
+            yield Explained(sequence.get_rows(index), images, labels, probabilities, *pairs, similarities)
+
+    def _compare(self, features: np.ndarray) -> np.ndarray | None:
+        if self.reference is None:
+            return None
+        return self.reference.find_neighbours(to_unit_length(features)).similarities.mean(axis=1)
 
 
 def choose_removal_on(explainer: Explainer, sequence: AugmentedImageSequence, seed: int) -> Removal:
@@ -141,6 +152,12 @@ def measure_some(
         if len(pairs):
             places = batch.positions[batch.rows[pairs]]
             found += [*np.column_stack([_measure(batch, pairs, predict, removal, rng), places])]
+
+
+def summarise_some(found: list[np.ndarray], sequence: AugmentedImageSequence, removal: Removal) -> dict[str, Any]:
+    """Returns the result of `summarise_faithfulness` for what `measure_some` found on a sequence's images."""
+    rows = np.reshape(found, (-1, 4))
+    return summarise_faithfulness(rows[:, :3], removal, sequence.get_groups(rows[:, 3].astype(int)))
 
 
 def _take_evenly(number: int, most: int) -> np.ndarray:

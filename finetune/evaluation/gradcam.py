@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -63,6 +64,20 @@ METHODS: dict[str, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = {
 }
 
 
+class Reading(NamedTuple):
+    """What the network gives for a batch.
+
+    Attributes:
+        start: what `GradCam.explain` starts from.
+        probabilities: of the model, float32 `(batch, classes)`.
+        features: the input of its head after pooling, float32 `(batch, channels)`.
+    """
+
+    start: tf.Tensor
+    probabilities: np.ndarray
+    features: np.ndarray
+
+
 class GradCam:
     """Finds the image regions that raise a class's score: the positive part of the weighted sum of the features.
 
@@ -89,6 +104,7 @@ class GradCam:
         self._features = keras.Model(model.inputs, _input_of_head(model))
         self._maps = _build_maps(model, layer_name) if layer_name else None
         self._to_probabilities = parts.probabilities
+        self._pool = parts.pooling
         self._logits = keras.Sequential([parts.pooling, *parts.hidden, parts.logits])
         self._weigh = METHODS[method]
         self._read = tf.function(self._read_batch)
@@ -105,22 +121,18 @@ class GradCam:
             Heatmaps, float32 `(batch, h, w)` or `(batch, k, h, w)` in `[0, 1]`, zeros if nothing supports the class;
             and probabilities, float32 `(batch, classes)`.
         """
-        features, probabilities = self.read(images)
+        start, probabilities, _ = self.read(images)
         chosen = probabilities.argmax(axis=1) if class_indices is None else np.asarray(class_indices)
         rows = np.arange(len(images)).repeat(chosen.size // len(images))
-        heatmaps = self.explain(features, rows, chosen.ravel())
+        heatmaps = self.explain(start, rows, chosen.ravel())
         return heatmaps.reshape(*chosen.shape, *heatmaps.shape[1:]), probabilities
 
-    def read(self, images: np.ndarray) -> tuple[tf.Tensor, np.ndarray]:
-        """Runs the network on a batch.
-
-        Returns:
-            The features for `explain`, and the model's probabilities, float32 `(batch, classes)`.
-        """
+    def read(self, images: np.ndarray) -> Reading:
+        """Runs the network on a batch."""
         # One trace for any number of images: the last batch is often smaller.
         read = self._read.get_concrete_function(tf.TensorSpec((None, *images.shape[1:]), images.dtype))
-        start, probabilities = read(tf.convert_to_tensor(images))
-        return start, probabilities.numpy()
+        start, probabilities, features = read(tf.convert_to_tensor(images))
+        return Reading(start, probabilities.numpy(), features.numpy())
 
     def explain(self, start: tf.Tensor, rows: np.ndarray, class_indices: np.ndarray) -> np.ndarray:
         """Returns the heatmaps of pairs of an image and a class, float32 `(pairs, h, w)` in `[0, 1]`.
@@ -140,13 +152,17 @@ class GradCam:
             heatmaps.append(explain(start, part[0], part[1]).numpy())
         return np.concatenate(heatmaps)
 
-    def _read_batch(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _read_batch(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         features = self._features(images, training=False)
-        probabilities = self._answer(features)
+        probabilities, pooled = self._answer(features), self._summarize(features)
         if self._mirrors:
             mirrored = self._features(tf.reverse(images, axis=[2]), training=False)
             probabilities = (probabilities + self._answer(mirrored)) / 2
-        return images if self._maps else features, probabilities
+            pooled = (pooled + self._summarize(mirrored)) / 2
+        return images if self._maps else features, probabilities, pooled
+
+    def _summarize(self, features: tf.Tensor) -> tf.Tensor:
+        return tf.cast(self._pool(features), tf.float32)
 
     def _answer(self, features: tf.Tensor) -> tf.Tensor:
         return self._to_probabilities(self._logits(tf.cast(features, tf.float32), training=False))

@@ -22,6 +22,7 @@ import PIL.ImageFont
 
 from finetune.core.files import atomic_path, write_text
 from finetune.data.images import place_image, resize_image
+from finetune.evaluation.abstention import UNKNOWN, UNSURE
 from finetune.evaluation.evaluation import Answers
 from finetune.evaluation.explaining import Explained
 from finetune.reporting.summaries import render_page
@@ -40,6 +41,7 @@ RESERVED = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("C
 LONGEST_STEM = 200
 FONT_PATH = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 INDEX_FILE = "index.html"
+ANSWERED = "answered"
 
 
 @functools.cache
@@ -132,7 +134,7 @@ def read_photo(path: str, longest_side: int, read: Callable[..., np.ndarray]) ->
 
 def draw_all(
     batches: Iterable[Explained], draw: Callable[[Explained], int], report: Callable[[int], object]
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Writes the pictures of explained batches in threads, while the network runs.
 
     Args:
@@ -141,19 +143,20 @@ def draw_all(
         report: called with the number of pictures just written.
 
     Returns:
-        The batches' probabilities, `(images, classes)`.
+        The batches' probabilities, `(images, classes)`, and similarities, `(images,)` or None.
     """
-    pending, probabilities = deque(), []
+    pending, probabilities, similarities = deque(), [], []
     with ThreadPoolExecutor(WRITERS) as pool:
         for batch in batches:
             probabilities.append(batch.probabilities)
+            similarities.append(batch.similarities)
             pending.append(pool.submit(draw, batch))
             # A bounded backlog, so that memory does not grow if the network is faster than the disk.
             while len(pending) > WRITERS:
                 report(pending.popleft().result())
         while pending:
             report(pending.popleft().result())
-    return np.concatenate(probabilities)
+    return np.concatenate(probabilities), None if similarities[0] is None else np.concatenate(similarities)
 
 
 def draw_batch(
@@ -285,15 +288,25 @@ def write_page(folder: str, pictures: Sequence[str], answers: Answers, title: st
         choices={
             key: sorted({position for card in cards for position in card[key] or [-1]}) for key in ("true", "predicted")
         },
+        given=_list_given(answers),
     )
     write_text(path, page)
     return path
 
 
+def _list_given(answers: Answers) -> list[str]:
+    """Returns the ways of answering between which the decision's rule tells; none without such a rule."""
+    rule = answers.decision.abstention
+    is_compared = answers.decision.calls_unknown and answers.similarities is not None
+    refusals = [UNSURE] * (rule is not None and rule.thresholds is not None) + [UNKNOWN] * is_compared
+    return [ANSWERED, *refusals] if refusals else []
+
+
 def _make_cards(pictures: Sequence[str], answers: Answers) -> list[dict[str, Any]]:
-    """Returns the page's cards; `true` and `predicted` are positions of classes."""
-    images, y_true, probabilities, decision = answers
-    chosen = decision.choose(probabilities)
+    """Returns the page's cards; `true` and `predicted` are positions of classes, `given` is whether it is answered."""
+    images, y_true, probabilities, decision, similarities = answers
+    chosen, found = decision.choose(probabilities), decision.decide(probabilities, similarities)
+    given = np.select([found.is_unknown, found.is_unsure], [UNKNOWN, UNSURE], ANSWERED).tolist()
     truth = y_true.astype(bool) if y_true.ndim == 2 else np.arange(chosen.shape[1]) == y_true[:, None]
     return [
         {
@@ -303,8 +316,9 @@ def _make_cards(pictures: Sequence[str], answers: Answers) -> list[dict[str, Any
             "predicted": predicted.nonzero()[0].tolist(),
             "is_right": bool((true == predicted).all()),
             "confidence": confidence,
+            "given": answer,
         }
-        for picture, image, true, predicted, confidence in zip(
-            pictures, images, truth, chosen, decision.measure_confidence(probabilities).tolist(), strict=True
+        for picture, image, true, predicted, confidence, answer in zip(
+            pictures, images, truth, chosen, decision.measure_confidence(probabilities).tolist(), given, strict=True
         )
     ]

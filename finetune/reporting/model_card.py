@@ -40,6 +40,7 @@ from finetune.reporting.summaries import (
     list_warnings,
     show_value,
 )
+from finetune.reporting.unanswered import summarize_rule
 from finetune.training.run_folder import (
     BEST_MODEL,
     CARD_FILE,
@@ -181,6 +182,7 @@ def _render(folder: str, stored: dict[str, Any], parts: dict[str, dict[str, Any]
         **_describe_fitting(configs),
         **_describe_results(results),
         decision=decision,
+        rule=summarize_rule(results, decision),
         data=data,
         **_describe_counts(configs["classes"] or [], data, results),
         recipe=_list_recipe(configs) | _list_progress(folder, configs, stats),
@@ -191,7 +193,7 @@ def _render(folder: str, stored: dict[str, Any], parts: dict[str, dict[str, Any]
         artefacts=artefacts,
         loading=_list_loading(folder, results, artefacts),
         answering=_describe_answering(folder, configs["classes"] or [], artefacts),
-        limits=_list_limits(configs, data, results),
+        limits=_list_limits(configs, data, results, decision),
     )
 
 
@@ -355,7 +357,12 @@ def _describe_answering(
     return {"unsure": unsure, "unknown": unknown, "code": Markup(code)}
 
 
-def _list_limits(configs: dict[str, Any], data: dict[str, Any] | None, results: dict[str, Any] | None) -> list[str]:
+def _list_limits(
+    configs: dict[str, Any],
+    data: dict[str, Any] | None,
+    results: dict[str, Any] | None,
+    decision: dict[str, Any] | None,
+) -> list[str]:
     """Returns the limits of the metrics and of the model, in sentences."""
     found = list_warnings(results, configs) if results else ["The model has not been tested yet."]
     test, several = results["sets"]["test"] if results else {}, configs["multi_label_classification"]
@@ -379,9 +386,10 @@ def _list_limits(configs: dict[str, Any], data: dict[str, Any] | None, results: 
             f"The classes are imbalanced: {counts[most]} training images of {most}, {counts[least]} of {least}."
         )
     answers = "none, one or several" if several else "one"
+    alone = " file alone" * bool(summarize_rule(results, decision))
     return [
         *found,
-        f"Whatever an image shows, the model predicts {answers} of the classes above.",
+        f"Whatever an image shows, the model{alone} predicts {answers} of the classes above.",
         "The model was not tested on photos from other cameras, places, times or people.",
         "The licence and the intended use are missing; the author must add them.",
     ]

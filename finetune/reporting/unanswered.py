@@ -73,7 +73,8 @@ def _describe_promise(results: dict[str, Any], rule: dict[str, Any]) -> tuple[st
         return "nothing", f"at most {format_percent(rule['max_error'])} wrong cannot be promised: {reason}"
     images = show_count(rule["images"], "validation image")
     groups = describe_group_count(results["sets"].get("validation", {}).get("groups"))
-    note = f"{'of the photos given a label lack it' if several else 'of the answers are wrong'}, with {SURE} assurance; fitted on {images}{groups}"
+    wrong = "of the photos given a label lack it" if several else "of the answers are wrong"
+    note = f"{wrong}, with {SURE} assurance; fitted on {images}{groups}"
     missing = [name for name, one in zip(results["classes"], thresholds, strict=False) if one is None]
     if several and missing:
         longest = MOST_LISTED if len(results["classes"]) <= MOST_LISTED else MOST_TELLING
@@ -113,20 +114,21 @@ def _show_interval(answers: dict[str, Any]) -> str:
     return f"{low} to {high}"
 
 
-def summarize_rule(results: dict[str, Any] | None, decision: dict[str, Any]) -> str:
+def summarize_rule(results: dict[str, Any] | None, decision: dict[str, Any] | None) -> str:
     """Returns a paragraph for the model card: what is promised, measured and not covered; empty without a rule.
 
     Args:
         results: the content of metrics.json, or None.
-        decision: the content of decision.json.
+        decision: the content of decision.json, or None.
     """
-    rule = decision.get("abstention") or {}
+    rule = (decision or {}).get("abstention") or {}
     promises, compares = bool(rule.get("max_error")), rule.get("unknown_threshold") is not None
     if not (promises or compares):
         return ""
     words = []
     if promises and all(one is None for one in rule["thresholds"]):
-        words.append(f"An error of {format_percent(rule['max_error'])} could not be promised, so no photo is answered.")
+        nothing = "no label is given" if decision["multi_label"] else "no photo is answered"
+        words.append(f"An error of {format_percent(rule['max_error'])} could not be promised, so {nothing}.")
     elif promises:
         what = "of the photos given a label lack it" if decision["multi_label"] else "of the answered photos are wrong"
         words.append(

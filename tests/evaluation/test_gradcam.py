@@ -108,7 +108,7 @@ def test_an_image_is_explained_alone_as_in_a_batch_and_with_other_classes():
 
 def test_any_number_of_pairs_is_explained_from_features_read_once():
     explain, images = GradCam(random_linear_model()), random_images(2)
-    features, _ = explain.read(images)
+    features = explain.read(images).start
     by_class = explain(images, np.array([[0, 1]] * 2))[0]
     for pairs in ([], [(1, 0)], [(0, 0), (0, 1), (1, 1), (1, 0), (1, 1)]):
         rows, class_indices = np.array(pairs, int).reshape(-1, 2).T
@@ -289,7 +289,7 @@ def test_a_layer_that_cannot_be_explained_is_refused(name, parts):
 def test_heatmaps_of_a_mobilenet_by_every_method(options):
     model = build_alive(pop_conv_layers=66, **{"image_target_size": (32, 64, 3), **options})
     images = np.random.default_rng(1).integers(0, 256, (2, *model.input_shape[1:]), np.uint8)
-    features, probabilities = GradCam(model).read(images)
+    features, probabilities, _ = GradCam(model).read(images)
     assert np.ptp(probabilities) > 1e-3
     # In 16 bits the compiled network rounds differently from the eager one.
     tolerance = 2e-2 if "mixed_precision" in options else 1e-6

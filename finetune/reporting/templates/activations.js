@@ -1,7 +1,8 @@
 "use strict";
 const gallery = document.querySelector(".gallery");
 const cards = Array.from(gallery.children);
-const filters = ["true", "predicted", "answer"].map(name => document.getElementById(name));
+// Only the page of a model that may leave photos unanswered has the last one.
+const filters = ["true", "predicted", "answer", "given"].map(name => document.getElementById(name)).filter(Boolean);
 const order = document.getElementById("order");
 
 function filter() {
