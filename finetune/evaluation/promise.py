@@ -6,6 +6,7 @@ Source: selective classification with guaranteed risk, Geifman and El-Yaniv, Neu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -128,6 +129,7 @@ def get_smallest_promise(units: float) -> float:
     return 1 - (1 - ASSURANCE) ** (1 / units) if units else 1.0
 
 
+@functools.lru_cache(maxsize=4096)
 def count_photos(errors: int, max_error: float) -> int:
     """Returns the smallest number of photos among which so many errors still allow the promise."""
     # The number of photos up to the next error after these has this distribution.

@@ -23,7 +23,7 @@ from finetune.evaluation.gradcam import GradCam
 from finetune.evaluation.metrics import get_curves, list_confusions
 from finetune.evaluation.rule import Nearest
 from finetune.models.exported import ExportedModel
-from finetune.predicting.answers import AnswerTable, insert_answers, name_calibrated
+from finetune.predicting.answers import AnswerTable, insert_answers, name_answers
 from finetune.reporting.cam_pictures import overlay_heatmap
 from finetune.reporting.data_uris import PHOTO_SIDE, THUMBNAIL_SIDE, embed_figures, embed_log, encode_photo
 from finetune.reporting.figures import PAIRS_LISTED, read_log, save_figures
@@ -80,11 +80,7 @@ def write_report(
         training_log: as `read_log` returns it, or None.
         configs: every option of the run by name.
     """
-    test, model = results["sets"]["test"], results["model"]
-    confusions, drawn = [], embed_figures(results, curves)
-    if "confusion_matrix" in test:
-        most = CONFUSIONS_LISTED if len(results["classes"]) <= MOST_LISTED else PAIRS_LISTED
-        confusions = list_confusions(test["confusion_matrix"], results["classes"], most)
+    test, model, drawn = results["sets"]["test"], results["model"], embed_figures(results, curves)
     page = render_page(
         "report",
         ["report"],
@@ -94,18 +90,14 @@ def write_report(
         warnings=list_warnings(results, configs),
         columns=list_class_columns(results),
         class_intervals=list_class_intervals(results),
-        confusions=confusions,
+        confusions=_list_confusions(results),
         figures=drawn,
         unanswered=describe_unanswered(results),
         training_curves=embed_log(training_log),
         galleries=gallery,
         breakdown=list_breakdown(test["by"]) if test.get("by") else [],
         options=list_options(configs),
-        files={
-            name: words
-            for name, words in FILES.items()
-            if not name.endswith(".png") or name.removesuffix(".png") in drawn
-        },
+        files={name: FILES[name] for name in FILES if not name.endswith(".png") or name[: -len(".png")] in drawn},
         command=_build_command("test.py", model, configs, REPRODUCING),
         label_command=_build_command(
             *("find_label_errors.py", model, configs | {"csv_path": configs["test_csv"]}),
@@ -114,6 +106,14 @@ def write_report(
         ),
     )
     write_text(path, page)
+
+
+def _list_confusions(results: dict[str, Any]) -> list[Any]:
+    """Returns the most frequent confusions of the test set; none with several labels."""
+    if "confusion_matrix" not in results["sets"]["test"]:
+        return []
+    most = CONFUSIONS_LISTED if len(results["classes"]) <= MOST_LISTED else PAIRS_LISTED
+    return list_confusions(results["sets"]["test"]["confusion_matrix"], results["classes"], most)
 
 
 def _build_command(
@@ -176,7 +176,7 @@ def _name_answers(answers: Answers) -> AnswerTable:
     similarities = answers.similarities
     if similarities is None:
         similarities = np.full(len(answers.images), np.nan, np.float32)
-    return name_calibrated(answers.decision, answers.probabilities, similarities)
+    return name_answers(answers.decision, answers.probabilities, similarities)
 
 
 GALLERIES = ("mistakes", "least_confident")
