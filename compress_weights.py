@@ -17,7 +17,7 @@ from configs import Configs
 from finetune.core.files import write_json
 from finetune.core.options import UserError, define
 from finetune.core.scripts import run_script, script
-from finetune.models.formats import FORMATS, WEIGHTS_DTYPES, exports_fault, list_quantizations
+from finetune.models.formats import FORMATS, WEIGHTS_DTYPES, exports_fault, features_fault, list_quantizations
 
 
 @dataclasses.dataclass
@@ -38,6 +38,7 @@ class CompressConfigs(Configs):
         "Numbers in the tflite file: float32 (none), 8-bit weights (dynamic), or 8-bit weights and activations (int8)",
         choices=("none", *list_quantizations()),
     )
+    export_features: bool = define(False, "Exported models also give the features by which unknown photos are told")
     tolerance: float = define(
         1.0, "Percentage points of test accuracy that compression may cost", at_least=0, at_most=100
     )
@@ -51,6 +52,8 @@ class CompressConfigs(Configs):
                 f"export_quantization: expected none without --export {' or '.join(fitting)}, which it is for. "
                 f"Received: {self.export_quantization!r}"
             )
+        if self.export_features and (fault := features_fault(self.export)):
+            raise UserError(f"export_features: {fault}")
         return self
 
 
@@ -61,8 +64,8 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     Returns:
         The content of `compression_report.json`: `model`, `model_bytes`, `model_sha256`, `test_csv` and `images` (None
         without a comparison), `tolerance`, and `artefacts`, with those that earlier calls made from the same model.
-        Each has `kind` (weights, or one of `FORMATS`), `precision`, `path`, `files` (bytes by path), `rejected`, and
-        `comparison`, from `compare`, or None.
+        Each has `kind` (weights, or one of `FORMATS`), `precision`, `features` (whether it gives them too), `path`,
+        `files` (bytes by path), `rejected`, and `comparison`, from `compare_artefact`, or None.
 
     Raises:
         UserError: there is no model, an export needs a missing package, or the test set or the calibration images
@@ -70,8 +73,8 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     """
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.core.devices import start_devices
-    from finetune.exporting import exports
-    from finetune.exporting.exports import list_kinds, load_subject, read_calibration_images, require_packages
+    from finetune.exporting import exports, parity
+    from finetune.exporting.exports import list_kinds, read_calibration_images, require_packages
     from finetune.reporting.model_card import write_model_card
     from finetune.training.run_folder import COMPRESSION_FILE
     from finetune.training.trained_model import configure_table, resolve_model_path, take_description, take_test_data
@@ -82,16 +85,17 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     configs = take_test_data(configs, model_path)
     target = exports.choose_target(configs, model_path)
     configs = take_description(configs, model_path, needs_classes=bool(configs.test_csv or configs.export))
-    model, decision, subject = load_subject(model_path, configs)
+    original = exports.load_original(model_path, configs, configs.export_features)
+    subject = parity.predict_original(original, configs)
     report = exports.start_report(model_path, configs.test_csv, configs.tolerance, subject)
     calibrate = functools.partial(read_calibration_images, configure_table(configs, model_path, configs.train_csv))
     kinds = list_kinds(configs.weights_dtype, configs.export, configs.export_quantization)
-    exports.write_artefacts(report, kinds, model, target, calibrate, subject)
+    exports.write_artefacts(report, kinds, original, target, calibrate, subject)
     folder, own = os.path.dirname(target), dict(report)
     report["artefacts"] = report["artefacts"] + exports.find_earlier(folder, report)
     try:
         if configs.classes:
-            exports.write_metadata(target, configs, decision, bool(configs.export))
+            exports.write_metadata(target, configs, original.decision, bool(configs.export), original.reference)
         write_json(os.path.join(folder, COMPRESSION_FILE), report)
         write_model_card(folder)
     finally:

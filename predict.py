@@ -54,61 +54,45 @@ def main(configs: PredictConfigs) -> dict:
     """
     # Imported here, so that --help does not wait for pandas, and a user's mistake not for TensorFlow.
     from finetune.core.files import write_csv
-    from finetune.predicting.answers import (
-        check_sort_into,
-        insert_answers,
-        name_answers,
-        sort_photos,
-        summarize_answers,
-    )
-    from finetune.predicting.prediction_files import (
-        check_top_k,
-        check_write_path,
-        describe_decision,
-        explain_errors,
-        list_inputs,
-        make_table,
-        prefer_existing,
-        summarize,
-    )
+    from finetune.predicting import answers, prediction_files
     from finetune.training.trained_model import find_trained_model, name_model
 
     is_given = "image_directory" in configs.given
     model_path, configs = find_trained_model(configs, ("image_directory",))
     # Printed after the first line, which names the device and so needs TensorFlow.
     notes: list[str] = []
-    names, paths = list_inputs(configs.input, configs.image_directory, notes.append)
-    paths = paths if is_given else prefer_existing(paths, names, notes.append)
-    check_write_path(configs.write_path, configs.input)
-    if configs.sort_into:
-        check_sort_into(configs.sort_into, configs.input)
+    names, paths = prediction_files.list_inputs(configs.input, configs.image_directory, notes.append)
+    paths = paths if is_given else prediction_files.prefer_existing(paths, names, notes.append)
+    prediction_files.check_write_path(configs.write_path, configs.input)
+    answers.check_sort_into(configs.sort_into, configs.input)
 
     from finetune.core.devices import start_devices
     from finetune.evaluation.decision import find_decision_folder, read_decision
     from finetune.evaluation.novelty import find_reference
     from finetune.predicting.kept_answers import KeptAnswers, list_facts
-    from finetune.predicting.predicting import build_views, load_predictor, predict_missing
+    from finetune.predicting.predicting import build_views, gives_features, load_predictor, predict_missing
 
     start_devices(configs.gpu_percentage)
-    check_top_k(configs.top_k, configs.classes)
+    prediction_files.check_top_k(configs.top_k, configs.classes)
     model = load_predictor(model_path, configs.classes, get_input_size(configs))
     folder = find_decision_folder(model_path, configs.save_model_path)
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
-    print(*notes, name_model(configs, model_path), describe_decision(decision, configs.threshold_type), sep="\n")
-    reference = find_reference(folder, model_path, decision.calls_unknown)
+    print(*notes, name_model(configs, model_path), sep="\n")
+    print(prediction_files.describe_decision(decision, configs.threshold_type))
+    reference = find_reference(folder, model_path, decision.calls_unknown, gives_features(model))
     facts = list_facts(configs, model_path) | {"reference": reference.digest() if reference else ""}
     with KeptAnswers(configs.write_path, paths, configs.batch_size, len(configs.classes), facts) as kept:
         views = build_views(configs.test_time_augmentation, configs.random_seed or 0)
         predict_missing(model, kept, views, configs, reference)
-        errors = explain_errors(kept.errors, paths)
-        table = make_table(names, kept.probabilities, errors, decision, configs.threshold_type, configs.top_k)
-        answers = name_answers(decision, kept.probabilities, kept.similarities, errors, configs.threshold_type)
-        table = insert_answers(table, answers)
+        errors = prediction_files.explain_errors(kept.errors, paths)
+        calibrated, kind = decision.calibrate(kept.probabilities), configs.threshold_type
+        table = prediction_files.make_table(names, kept.probabilities, errors, decision, kind, configs.top_k)
+        found = answers.name_answers(decision, calibrated, kept.similarities, errors, kind)
+        table = answers.insert_answers(table, found)
         write_csv(configs.write_path, table)
-    summarize(configs.write_path, len(paths), errors)
-    summarize_answers(answers, decision)
-    if configs.sort_into:
-        sort_photos(configs.sort_into, paths, answers.names, configs.sort_links)
+    prediction_files.summarize(configs.write_path, len(paths), errors)
+    answers.summarize_answers(found, decision)
+    answers.sort_photos(configs.sort_into, paths, found.names, configs.sort_links)
     return {"predictions": table, "failed": len(errors)}
 
 

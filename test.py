@@ -43,7 +43,7 @@ def main(configs: Configs) -> dict[str, Any]:
     threshold_range, multi_label = configs.multilabel_threshold_range, configs.multi_label_classification
     predictions, truths = predicted.predictions, predicted.truths
     decision = get_decision(model_path, truths, predictions, configs.classes, multi_label, threshold_range)
-    reference = rule.build_reference(predicted, model_path, configs)
+    reference = rule.build_reference(predicted, model_path, decision, configs)
     evidence, neighbours = rule.list_evidence(predicted, decision, reference)
     decision = rule.add_abstention(decision, evidence, configs, model_path)
     sets = evaluate_sets(sequences, predictions, decision, threshold_range, configs.random_seed or 0, configs.report_by)

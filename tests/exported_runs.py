@@ -66,7 +66,7 @@ def write_decision(folder, **values):
     """Writes a decision.json by hand."""
     decision = {"classes": CLASSES, "multi_label": False, "temperature": 1.0, "temperature_fitted_on": None}
     decision |= {"exact_match_threshold": 0.5, "best_f1_thresholds": None, "thresholds_fitted_on": None}
-    decision |= {"model": "best_model.keras"} | values
+    decision |= {"model": "best_model.keras", "abstention": None} | values
     (folder / "decision.json").write_text(json.dumps(decision))
     return decision
 

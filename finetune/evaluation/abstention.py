@@ -17,13 +17,11 @@ from scipy import stats
 from finetune.core.values import convert
 from finetune.data.groups import pick_groups
 from finetune.evaluation.novelty import get_certainty
+from finetune.evaluation.promise import ASSURANCE, METHOD, Promise, choose_threshold
 
 UNSURE, UNKNOWN = "unsure", "unknown"
-# With this probability the promise holds, over the draw of the validation photos.
-ASSURANCE = 0.95
 # The promises that test.py shows what they would cost, even without `max_error`.
 SHOWN_ERRORS = (0.01, 0.02, 0.05, 0.1)
-METHOD = "fixed-sequence test of Clopper-Pearson bounds"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,56 +207,18 @@ def fit_abstention(evidence: Evidence, wishes: Wishes) -> Abstention:
             rule = dataclasses.replace(rule, unknown_threshold=threshold, unknown=int((~known).sum()))
     if not wishes.max_error:
         return rule
-    groups = pick_groups(evidence.groups, known)
-    thresholds = [
-        find_threshold(scores[known], wrong[known], given[known], wishes.max_error, groups)
-        for scores, wrong, given in list_questions(evidence)
-    ]
+    thresholds = [promise.threshold for promise in list_question_promises(evidence, known, wishes.max_error)]
     rule = dataclasses.replace(rule, max_error=wishes.max_error, thresholds=thresholds)
     return dataclasses.replace(rule, unsure=int(answer_evidence(rule, evidence).is_unsure.sum()))
 
 
-def find_threshold(
-    scores: np.ndarray, wrong: np.ndarray, given: np.ndarray, max_error: float, groups: np.ndarray | None = None
-) -> float | None:
-    """Finds the lowest certainty down to which the error of the answered images is at most `max_error`, by a test.
-
-    The surest images are added until the test no longer rejects a larger error. It is made only at numbers of images
-    at which one more wrong answer is allowed, which spends no assurance on steps that add nothing.
-
-    Source: fixed-sequence testing, Angelopoulos et al., arXiv:2110.01052, section 3; exact binomial bounds, Geifman and
-    El-Yaniv, NeurIPS 2017.
-
-    Args:
-        scores: certainty, `(images,)`.
-        wrong: whether the answer is wrong, bool `(images,)`.
-        given: whether there is an answer, bool `(images,)`.
-        max_error: the promised share.
-        groups: of the images.
-
-    Returns:
-        The certainty, or None if nothing can be promised.
-    """
-    order = np.argsort(-scores[given], kind="stable")
-    ordered, errors = scores[given][order], np.cumsum(wrong[given][order])
-    best = None
-    for number in list_steps(len(order), max_error):
-        # Equal scores are answered together.
-        number = int(np.searchsorted(-ordered, -ordered[number - 1], side="right"))
-        if stats.binom.cdf(errors[number - 1], number, max_error) > 1 - ASSURANCE:
-            break
-        best = float(ordered[number - 1])
-    return best
-
-
-def list_steps(images: int, max_error: float) -> list[int]:
-    """Returns the smallest numbers of images at which 0, 1, 2 ... wrong answers are allowed, then all images."""
-    steps, allowed = [], 0
-    for number in range(1, images + 1):
-        if stats.binom.cdf(allowed, number, max_error) <= 1 - ASSURANCE:
-            steps.append(number)
-            allowed += 1
-    return [*steps, images] if steps and steps[-1] != images else steps
+def list_question_promises(evidence: Evidence, known: np.ndarray, max_error: float) -> list[Promise]:
+    """Returns what can be promised about each question of `list_questions`, on the `known` images."""
+    found = []
+    for scores, wrong, given in list_questions(evidence):
+        used = known & given
+        found.append(choose_threshold(scores[used], wrong[used], max_error, groups=pick_groups(evidence.groups, used)))
+    return found
 
 
 def list_questions(evidence: Evidence) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -347,17 +307,20 @@ def trace_risk(evidence: Evidence) -> dict[str, list[float]]:
     return {"coverage": coverage[last].tolist(), "error": errors[last].tolist()}
 
 
-def describe_shortage(rule: Abstention) -> str:
-    """Returns why nothing can be promised: the smallest promise that so many images allow, and how many it needs."""
-    smallest, needed = 1 - (1 - ASSURANCE) ** (1 / max(rule.images, 1)), count_needed(rule.max_error)
-    if rule.images >= needed:
-        return "too many of the surest validation images are wrong. Train a better model, or allow a larger error."
+def describe_shortage(evidence: Evidence, rule: Abstention) -> str:
+    """Returns why a rule answers nothing: the smallest promise that the images allow, and how many images it needs."""
+    known = ~answer_evidence(rule, evidence).is_unknown
+    promises = list_question_promises(evidence, known, rule.max_error)
+    best = max(promises, key=lambda promise: promise.units)
+    if best.smallest > rule.max_error:
+        needed = math.ceil(math.log(1 - ASSURANCE) / math.log1p(-rule.max_error))
+        return (
+            f"{best.units:.0f} independent validation images can promise an error of {best.smallest:.1%} at best, if "
+            f"none of the answers is wrong. Give at least {max(needed, best.needed or 0)}, or allow a larger error."
+        )
+    if best.needed is None:
+        return "even the surest answers are wrong too often. Train a better model, or allow a larger error."
     return (
-        f"with {rule.images} validation images, at most an error of {smallest:.1%} can be, if none of them is wrong. "
-        f"Give at least {needed} validation images, or allow a larger error."
+        f"{best.units:.0f} independent validation images are too few for a model of these errors: about {best.needed} "
+        "are needed. Give more, train a better model, or allow a larger error."
     )
-
-
-def count_needed(max_error: float) -> int:
-    """Returns the number of images, all answered right, from which an error can be promised."""
-    return math.ceil(math.log(1 - ASSURANCE) / math.log1p(-max_error))

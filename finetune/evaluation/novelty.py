@@ -7,6 +7,7 @@ entirely, the similarity misses new classes of the same kind of thing. So the sc
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zipfile
 from collections.abc import Sequence
@@ -18,8 +19,11 @@ from finetune.core.files import atomic_path
 from finetune.core.options import UserError
 from finetune.evaluation.calibration import LEAST_DISTANCE_FROM_ONE, LEAST_PROBABILITY
 from finetune.models.description import hash_model
+from finetune.models.formats import is_exported, metadata_path, reference_path
 
 REFERENCE_FILE = "reference.npz"
+# The reference's digest in an artefact's metadata.
+DIGEST = "reference"
 # Bytes of the features in the file.
 LARGEST_REFERENCE = 10_000_000
 LARGEST_FILE = 2 * LARGEST_REFERENCE
@@ -63,7 +67,16 @@ class Reference(NamedTuple):
         return cls(features[rows], [paths[row] for row in rows], [labels[row] for row in rows], model)
 
     def find_neighbours(self, features: np.ndarray, number: int = NEIGHBOURS) -> Neighbours:
-        """Returns the most similar photos for features of length 1, `(images, channels)`."""
+        """Returns the most similar photos for features of length 1, `(images, channels)`.
+
+        Raises:
+            UserError: these are features of another model.
+        """
+        if features.ndim != 2 or features.shape[1] != self.features.shape[1]:
+            raise UserError(
+                f"The reference of training photos has {self.features.shape[1]} features a photo, but the model gives "
+                f"{features.shape[-1]}. Give the model its own {REFERENCE_FILE}, or delete it."
+            )
         number, known = min(number, len(self.features)), self.features.astype(np.float32)
         step = max(1, BLOCK // len(known))
         parts = []
@@ -84,9 +97,13 @@ class Reference(NamedTuple):
     def write(self, folder: str) -> str:
         """Writes `reference.npz` into a folder and returns its path."""
         path = os.path.join(folder, REFERENCE_FILE)
+        self.write_file(path)
+        return path
+
+    def write_file(self, path: str) -> None:
+        """Writes a reference under any name."""
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **{name: np.asarray(value) for name, value in self._asdict().items()})
-        return path
 
     @classmethod
     def read(cls, path: str) -> Self:
@@ -112,29 +129,54 @@ class Reference(NamedTuple):
         return cls(features, paths.tolist(), labels.tolist(), str(found["model"]))
 
 
-def find_reference(folder: str, model_path: str, needed: bool) -> Reference | None:
-    """Returns the reference of a model in a folder, or in the model's own; None, and prints why, without its own.
+def find_reference(folder: str, model_path: str, needed: bool, gives_features: bool = True) -> Reference | None:
+    """Returns the reference of a model; None, and prints why if one is needed, without its own.
+
+    It is in a folder or beside the model, and beside an exported model under the model's name.
 
     Args:
         folder: of the results.
-        model_path: of the model. A `.keras` file must be the one that computed the reference; the other forms of a
-            model compute nearly the same features.
+        model_path: of the model. A `.keras` file must be the one that computed the reference, and an exported one must
+            have it in its metadata; the other forms of a model compute nearly the same features.
         needed: whether the model's decision has a threshold for unknown photos.
+        gives_features: whether the model gives features.
 
     Raises:
         UserError: the file is damaged.
     """
+    if not gives_features:
+        if needed:
+            advice = " Export it again with compress_weights.py --export_features." * is_exported(model_path)
+            print(f"{model_path} gives no features, so no photo is called unknown.{advice}")
+        return None
     places = [os.path.join(place, REFERENCE_FILE) for place in (folder, os.path.dirname(os.path.abspath(model_path)))]
+    own = reference_path(model_path)
+    places = [own, *places] if is_exported(model_path) else [*places, own]
     path = next(filter(os.path.isfile, places), "")
     if not path:
         if needed:
             print(f"There is no {places[0]}, so no photo is called unknown. Run test.py again, or copy it there.")
         return None
     reference = Reference.read(path)
-    if model_path.endswith(".keras") and reference.model != name_model_digest(model_path):
-        print(f"{path} is of another model than {model_path}, so no photo is called unknown. Run test.py again.")
-        return None
-    return reference
+    if model_path.endswith(".keras"):
+        fits = reference.model == name_model_digest(model_path)
+    else:
+        is_marked = is_exported(model_path) or path == own
+        fits = not is_marked or reference.digest() == read_reference_digest(model_path)
+    if not fits:
+        advice = "Export the model again." if is_exported(model_path) else "Run test.py again."
+        print(f"{path} is of another model than {model_path}, so no photo is called unknown. {advice}")
+    return reference if fits else None
+
+
+def read_reference_digest(model_path: str) -> str:
+    """Returns the digest of the reference that belongs to an artefact, from its metadata; empty if it names none."""
+    try:
+        with open(metadata_path(model_path), encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return str(content.get(DIGEST, "")) if isinstance(content, dict) else ""
 
 
 def name_model_digest(model_path: str) -> str:

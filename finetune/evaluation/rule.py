@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from finetune.evaluation.abstention import (
 from finetune.evaluation.decision import Decision
 from finetune.evaluation.evaluation import Answers
 from finetune.evaluation.metrics import thin_curve
-from finetune.evaluation.novelty import Neighbours, Reference, name_model_digest
+from finetune.evaluation.novelty import Neighbours, Reference, find_reference, name_model_digest
 from finetune.models.formats import is_exported
 from generator import AugmentedImageSequence
 
@@ -78,8 +79,14 @@ def check_wishes(configs: Configs, model_path: str) -> None:
         )
 
 
-def build_reference(sets: Sets, model_path: str, configs: Configs) -> Reference | None:
-    """Returns the reference of the training set; None without one, or if the model gives no features."""
+def build_reference(sets: Sets, model_path: str, decision: Decision, configs: Configs) -> Reference | None:
+    """Returns the reference of the training set; None without one, or if the model gives no features.
+
+    An exported model keeps its own, as it keeps its decision.
+    """
+    if is_exported(model_path):
+        gives_features = sets.features["test"] is not None
+        return find_reference(os.path.dirname(model_path), model_path, decision.calls_unknown, gives_features)
     training, features = sets.sequences.get("training"), sets.features.get("training")
     if training is None or features is None:
         return None
@@ -151,18 +158,20 @@ def evaluate_rule(decision: Decision, evidence: dict[str, Evidence]) -> dict[str
 
     Returns:
         `answers`, see `measure_answers`, `unknown` None if the rule needs similarities that there are none of;
-        `risk_coverage`, see `trace_risk`, of at most 500 points; and with a validation set `promises`, see
-        `list_promises`.
+        `risk_coverage`, see `trace_risk`, of at most 500 points; with a validation set `promises`, see
+        `list_promises`; and `shortage`, why the promise cannot be made at all.
     """
-    test, rule = evidence["test"], decision.abstention
+    test, rule, validation = evidence["test"], decision.abstention, evidence.get("validation")
     answers, curve = measure_answers(answer_evidence(rule, test), test.y_true), trace_risk(test)
     if decision.calls_unknown and test.similarities is None:
         answers["unknown"] = None
     points = thin_curve(*(np.array(values) for values in curve.values()))
     found = {"answers": answers, "risk_coverage": dict(zip(curve, points, strict=True))}
-    if "validation" in evidence:
+    if validation is not None:
         unknown_rate = rule.unknown_rate if rule else 0.0
-        found["promises"] = list_promises(evidence["validation"], test, unknown_rate)
+        found["promises"] = list_promises(validation, test, unknown_rate)
+        if rule is not None and rule.thresholds and not any(one is not None for one in rule.thresholds):
+            found["shortage"] = describe_shortage(validation, rule)
     return found
 
 
@@ -175,7 +184,7 @@ def describe_rule(decision: Decision, found: dict[str, Any]) -> list[str]:
     """
     rule, lines = decision.abstention, []
     if rule is not None and rule.max_error:
-        lines.append(_describe_promise(rule, decision, found["answers"]))
+        lines.append(_describe_promise(rule, decision, found))
     if rule is not None and rule.unknown_threshold is not None:
         answers = found["answers"]
         number = f"{answers['unknown']} of {answers['images']} test images look unlike the training photos"
@@ -189,10 +198,13 @@ def describe_rule(decision: Decision, found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _describe_promise(rule: Abstention, decision: Decision, answers: dict[str, Any]) -> str:
+def _describe_promise(rule: Abstention, decision: Decision, found: dict[str, Any]) -> str:
+    answers = found["answers"]
     missing = [name for name, one in zip(decision.class_names, rule.thresholds, strict=False) if one is None]
     if all(one is None for one in rule.thresholds):
-        return f"max_error {rule.max_error:g} cannot be promised: {describe_shortage(rule)}"
+        return f"max_error {rule.max_error:g} cannot be promised, so no image is answered: {found.get('shortage', '')}"
+    if not answers["answered"]:
+        return f"max_error {rule.max_error:g}: no test image is answered."
     what = "given labels" if decision.multi_label else "answered images"
     line = (
         f"Of the {show_count(answers['answered'], what[:-1])} of the test set, {_format_error(answers)} are wrong; "

@@ -1,27 +1,27 @@
-"""The artefacts that compress_weights.py writes, what they need, and how they compare with the original."""
+"""The artefacts that compress_weights.py writes, what they need, and the report on them."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import keras
 import numpy as np
 
 from configs import Configs
 from finetune.core.devices import is_installed
-from finetune.core.files import atomic_path, check_folder, list_files, write_json, write_text
+from finetune.core.files import check_folder, write_json, write_text
 from finetune.core.options import UserError
+from finetune.core.texts import show_count
 from finetune.core.values import get_input_size
-from finetune.data.groups import count_groups
 from finetune.data.images import build_reader, fit_image
 from finetune.evaluation.decision import Decision, find_decision_folder, read_decision
-from finetune.evaluation.metrics import check_finite, to_indicators
+from finetune.evaluation.novelty import DIGEST, REFERENCE_FILE, Reference, find_reference
+from finetune.exporting.parity import Original, Subject, judge
 from finetune.models import compressed
 from finetune.models.description import hash_model, select_described
-from finetune.models.exported import Calibration, ExportedModel
+from finetune.models.exported import Calibration
 from finetune.models.formats import (
     FORMATS,
     WEIGHTS_DTYPES,
@@ -32,166 +32,14 @@ from finetune.models.formats import (
     metadata_path,
     name_accepted,
     name_candidate,
+    reference_path,
 )
-from finetune.models.model_files import load_fitting_model, load_model
-from finetune.predicting.predicting import compile_predictor, load_predictor, predict
+from finetune.models.model_files import build_with_features, load_fitting_model, load_model
+from finetune.predicting.predicting import gives_features
 from finetune.predicting.prediction_files import describe_decision
 from finetune.training.run_folder import COMPRESSION_FILE
-from finetune.training.speeds import time_in_turns
 from finetune.training.trained_model import find_output_folder, name_model
-from generator import AugmentedImageSequence, get_generator
-
-SIDES = ("before", "after")
-# Longest comparison of two speeds, in seconds.
-TIMING_LIMIT = 20.0
-
-
-class Subject(NamedTuple):
-    """The original on its test set, for comparison with each artefact.
-
-    Attributes:
-        model: the original.
-        sequence: the test images.
-        probabilities: the original's, raw, `(images, classes)`.
-        decision: turns them into answers.
-    """
-
-    model: keras.Model
-    sequence: AugmentedImageSequence
-    probabilities: np.ndarray
-    decision: Decision
-
-
-def load_subject(model_path: str, configs: Configs) -> tuple[keras.Model, Decision | None, Subject | None]:
-    """Loads the model, reads its decision and predicts the test set if there is one.
-
-    It is called before anything is written, so that an unreadable image stops the script first.
-    """
-    if configs.classes is None:
-        print(f"Model: {model_path}")
-        return load_model(model_path), None, None
-    print(name_model(configs, model_path))
-    model = load_fitting_model(model_path, configs.classes, get_input_size(configs))
-    folder = find_decision_folder(model_path, configs.save_model_path)
-    decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
-    if decision.multi_label:
-        # Without fitted thresholds, 0.5 is used.
-        print(describe_decision(decision, "exact_match"))
-    if not configs.test_csv:
-        return model, decision, None
-    sequence = get_generator(configs.test_csv, configs.classes, configs, training=False)
-    return model, decision, Subject(model, sequence, predict(model, sequence), decision)
-
-
-def judge(paths: Sequence[str], subject: Subject | None, tolerance: float) -> dict[str, Any]:
-    """Compares an artefact with the original, and gives it its final name unless it loses too much accuracy.
-
-    Returns:
-        `path`, `files`, `rejected` and `comparison` of the report.
-    """
-    comparison = compare_artefact(paths[0], subject) if subject else None
-    rejected = comparison is not None and comparison["accuracy_drop"] > tolerance
-    if not rejected:
-        paths = accept(paths)
-    files = {file: os.path.getsize(file) for path in paths for file in list_files(path)}
-    return {"path": paths[0], "files": files, "rejected": rejected, "comparison": comparison}
-
-
-def accept(paths: Sequence[str]) -> tuple[str, ...]:
-    """Gives files and folders their final names, without `.rejected`, and returns these."""
-    accepted = tuple(map(name_accepted, paths))
-    for path, name in zip(paths, accepted, strict=True):
-        with atomic_path(name) as temporary:
-            os.replace(path, temporary)
-    return accepted
-
-
-def compare_artefact(path: str, subject: Subject) -> dict[str, Any]:
-    """Loads an artefact in its own runtime and runs it on the test set.
-
-    Returns:
-        The result of `compare`, with `images_per_second` of both.
-    """
-    model, sequence, before, decision = subject
-    artefact = load_predictor(path, decision.class_names, sequence.image_size)
-    after = predict(artefact, sequence, f"Verifying {os.path.basename(path)}")
-    comparison = compare(sequence.get_y_true(), before, after, decision, sequence.get_read_groups())
-    speeds = measure_speeds((model, artefact), sequence)
-    return comparison | {"images_per_second": dict(zip(SIDES, speeds, strict=True))}
-
-
-def compare(
-    y_true: np.ndarray,
-    before: np.ndarray,
-    after: np.ndarray,
-    decision: Decision,
-    groups: np.ndarray | None = None,
-) -> dict[str, Any]:
-    """Compares the answers of a model and of its compressed form.
-
-    Args:
-        before: the original's raw probabilities, `(images, classes)`.
-        after: those of the compressed model.
-
-    Returns:
-        `images`, and `groups` if there are fewer; `largest_difference` and `mean_difference` of the probabilities;
-        `changed_predictions`, images with another answer; `measure`, the name of the metric; `accuracy`, before and
-        after: the share of images with the right label, multi-label: with exactly the right labels; `accuracy_drop` in
-        points, negative for a gain, and its 95 % confidence interval `accuracy_drop_interval`.
-
-    Raises:
-        UserError: a probability is not finite.
-    """
-    for probabilities in (before, after):
-        check_finite(probabilities)
-    differences = np.abs(before.astype(np.float64) - after)
-    chosen = [decision.choose(decision.calibrate(probabilities)) for probabilities in (before, after)]
-    truth = to_indicators(y_true, before.shape[1])
-    is_right = [(labels == truth).all(axis=1) for labels in chosen]
-    right = [int(images.sum()) for images in is_right]
-    return {
-        "images": len(y_true),
-        **({} if groups is None else {"groups": count_groups(groups, len(groups))}),
-        "largest_difference": float(differences.max()),
-        "mean_difference": float(differences.mean()),
-        "changed_predictions": int((chosen[0] != chosen[1]).any(axis=1).sum()),
-        "measure": "exact match" if decision.multi_label else "accuracy",
-        "accuracy": dict(zip(SIDES, [count / len(y_true) for count in right], strict=True)),
-        # From counts: a difference of two shares is rounded, and 1 point could become more than 1.
-        "accuracy_drop": 100 * (right[0] - right[1]) / len(y_true),
-        "accuracy_drop_interval": find_drop_interval(*is_right, groups),
-    }
-
-
-def find_drop_interval(before: np.ndarray, after: np.ndarray, groups: np.ndarray | None = None) -> list[float]:
-    """Returns the 95 % confidence interval of the drop in accuracy on the same images, `[low, high]` in points.
-
-    Half an image is added to each of the four outcomes of a pair, so that a few images without a difference do not seem
-    to prove that there is none. With groups, the number of groups counts instead of the number of images.
-
-    Source: Agresti and Min, Statistics in Medicine 24, 2005, section 3.
-
-    Args:
-        before: bool `(images,)`, whether the original is right.
-        after: bool `(images,)`, whether the artefact is right.
-    """
-    units = count_groups(groups, len(before))
-    lost, won = (one.sum() * units / len(before) + 0.5 for one in (before & ~after, after & ~before))
-    number = units + 2
-    difference = (lost - won) / number
-    margin = 1.96 * np.sqrt(lost + won - (lost - won) ** 2 / number) / number
-    return [float(100 * (difference - margin)), float(100 * (difference + margin))]
-
-
-def measure_speeds(models: Sequence[keras.Model | ExportedModel], sequence: AugmentedImageSequence) -> list[float]:
-    """Returns how many images of the first batch each model predicts per second, in the best of several runs."""
-    images, predictors = sequence[0][0], [compile_predictor(model) for model in models]
-    steps = [lambda predictor=predictor: np.asarray(predictor(images)) for predictor in predictors]
-    for step in steps:
-        # The first run compiles.
-        step()
-    return (len(images) / time_in_turns(steps, TIMING_LIMIT).min(axis=0)).tolist()
-
+from generator import get_generator
 
 CALIBRATION_IMAGES = 200
 # Always written. Keras reads them.
@@ -205,6 +53,35 @@ WEIGHTS = Format(
         "probabilities = model.predict(image[None])",
     ),
 )
+
+
+def load_original(model_path: str, configs: Configs, export_features: bool) -> Original:
+    """Loads a model, its decision and its reference.
+
+    Raises:
+        UserError: a file is damaged, or features are to be exported of a model without them or without a reference.
+    """
+    if configs.classes is None:
+        print(f"Model: {model_path}")
+        model = load_model(model_path)
+        return Original(model, model)
+    print(name_model(configs, model_path))
+    model = load_fitting_model(model_path, configs.classes, get_input_size(configs))
+    folder = find_decision_folder(model_path, configs.save_model_path)
+    decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
+    if decision.multi_label:
+        # Without fitted thresholds, 0.5 is used.
+        print(describe_decision(decision, "exact_match"))
+    exported = build_with_features(model) if export_features else model
+    reference = find_reference(folder, model_path, decision.calls_unknown, gives_features(model))
+    if export_features and reference is None:
+        raise UserError(
+            f"export_features: expected the {REFERENCE_FILE} of {model_path} in {folder}, with which features are "
+            "compared. Received: none. Run test.py on the model with its training table, or leave out export_features."
+        )
+    if export_features and not decision.calls_unknown:
+        print("The decision calls no photo unknown. test.py fits that on the validation set, by unknown_rate.")
+    return Original(model, exported, decision, reference)
 
 
 def list_kinds(weights_dtype: str, exports: Sequence[str], quantization: str) -> list[tuple[str, str]]:
@@ -244,8 +121,13 @@ def read_calibration_images(configs: Configs) -> list[np.ndarray]:
     return [fit_image(read(paths[row], size), size, configs.resize_mode) for row in chosen]
 
 
-def write_metadata(model_path: str, configs: Configs, decision: Decision, has_exports: bool) -> None:
-    """Writes the class names, and the options and the decision, so that the artefacts work without the run's folder."""
+def write_metadata(
+    model_path: str, configs: Configs, decision: Decision, has_exports: bool, reference: Reference | None = None
+) -> None:
+    """Writes the class names, and the options and the decision, so that the artefacts work without the run's folder.
+
+    The digest of the reference says which features of training photos the decision's rule needs.
+    """
     if has_exports and not (decision.temperature_fitted_on or decision.thresholds_fitted_on):
         print("The exports have no temperature and no thresholds. test.py fits them on the validation set.")
     # If no file describes the model, only the given options are known.
@@ -258,6 +140,8 @@ def write_metadata(model_path: str, configs: Configs, decision: Decision, has_ex
         "options": select_described(known),
         "decision": decision.to_dict(),
     }
+    if reference is not None:
+        content |= {"features": "of files with two outputs, float32, (batch, channels)", DIGEST: reference.digest()}
     write_json(metadata_path(model_path), content)
     lines = [" ".join(name.splitlines()) + "\n" for name in configs.classes]
     write_text(labels_path(model_path), "".join(lines))
@@ -280,7 +164,7 @@ def start_report(model_path: str, test_csv: str, tolerance: float, subject: Subj
         "model_bytes": os.path.getsize(model_path),
         "model_sha256": hash_model(model_path).hex(),
         "test_csv": test_csv or None,
-        "images": len(subject.probabilities) if subject else None,
+        "images": len(subject.results.probabilities) if subject else None,
         "tolerance": tolerance,
         "artefacts": [],
     }
@@ -289,27 +173,32 @@ def start_report(model_path: str, test_csv: str, tolerance: float, subject: Subj
 def write_artefacts(
     report: dict[str, Any],
     kinds: Sequence[tuple[str, str]],
-    model: keras.Model,
+    original: Original,
     model_path: str,
     calibrate: Calibration,
     subject: Subject | None,
 ) -> None:
     """Writes each artefact and adds it to the report. If one fails, the report is printed so far.
 
+    With features, the reference of training photos is written first.
+
     Args:
         model_path: the artefacts are written next to it and named after it.
         calibrate: reads images for the ranges of 8-bit activations.
         subject: the original on its test set; None compares nothing.
     """
+    if original.has_features:
+        original.reference.write_file(reference_path(model_path))
     try:
         for kind, precision in kinds:
             form = FORMATS.get(kind, WEIGHTS)
+            model = original.model if form is WEIGHTS else original.exported
             path = name_candidate(model_path, form.endings[precision])
             print(f"Writing {kind} ({precision})", flush=True)
             with importing(f"--export {kind}", form.writer_packages):
                 paths = form.runtime().write(model, path, precision, calibrate)
-            artefact = {"kind": kind, "precision": precision} | judge(paths, subject, report["tolerance"])
-            report["artefacts"].append(artefact)
+            artefact = {"kind": kind, "precision": precision, "features": model is not original.model}
+            report["artefacts"].append(artefact | judge(paths, subject, report["tolerance"]))
     except UserError:
         if report["artefacts"]:
             print_report(report)
@@ -352,6 +241,18 @@ def print_report(report: dict[str, Any]) -> None:
             f"{verdict}: {artefact['path']}: {comparison['measure']} changes by {change:+.2f} points (95 % interval "
             f"{least:+.2f} to {most:+.2f}), {limit}"
         )
+        if "changed_answers" in comparison:
+            print(f"  {_describe_changes(comparison, artefact['features'])}")
+
+
+def _describe_changes(comparison: dict[str, Any], has_features: bool) -> str:
+    """Returns a line on the answers that change where the model may not answer."""
+    images, unknown = comparison["images"], comparison["unknown"]
+    changed = comparison["changed_answers"]
+    line = f"Another answer (class, unsure or unknown): {changed} of {images} images, {changed / images:.1%}."
+    if unknown["before"] and "largest_similarity_difference" not in comparison:
+        line += f" It calls none of the {show_count(unknown['before'], 'unknown image')} so: it gives no features."
+    return line
 
 
 def format_table(report: dict[str, Any]) -> str:

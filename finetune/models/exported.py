@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+# The names of the outputs of a file with features; a file without gives probabilities alone, under any name.
+OUTPUTS = ("probabilities", "features")
+Output = TypeVar("Output")
 # Reads training images, uint8 `(height, width, 3)`, for the ranges of 8-bit activations.
 Calibration = Callable[[], list[np.ndarray]]
 
@@ -41,6 +44,11 @@ class ExportedModel:
         self._run = run
         self._run_with_features = run_with_features
 
+    @property
+    def gives_features(self) -> bool:
+        """Whether the file also gives features."""
+        return self._run_with_features is not None
+
     def __call__(self, images: Any, training: bool = False) -> np.ndarray:
         """Returns the probabilities of images of any numeric type, float32 `(batch, classes)`."""
         return self._run(np.asarray(images, np.float32))
@@ -50,6 +58,15 @@ class ExportedModel:
         if self._run_with_features is None:
             return self(images), None
         return self._run_with_features(np.asarray(images, np.float32))
+
+
+def find_outputs(outputs: Mapping[str, Output]) -> tuple[Output, Output | None]:
+    """Returns the output for probabilities and that for features, or None; raises ValueError for other outputs."""
+    if len(outputs) == 1:
+        return next(iter(outputs.values())), None
+    if set(outputs) != {*OUTPUTS}:
+        raise ValueError(f"Its outputs are {', '.join(map(str, outputs))}.")
+    return tuple(outputs[name] for name in OUTPUTS)
 
 
 @contextlib.contextmanager
@@ -70,9 +87,9 @@ def describe_input(model: keras.Model, batch_size: int | None) -> tf.TensorSpec:
 
 
 def trace(model: keras.Model) -> tf.types.experimental.PolymorphicFunction:
-    """Returns a model as a TensorFlow function from float32 images to probabilities."""
+    """Returns a model as a TensorFlow function from float32 images to its outputs."""
 
-    def serve(image: tf.Tensor) -> tf.Tensor:
+    def serve(image: tf.Tensor) -> tf.Tensor | dict[str, tf.Tensor]:
         return model(image, training=False)
 
     return tf.function(serve, input_signature=[describe_input(model, None)])

@@ -6,6 +6,7 @@ Scripts use it without waiting for TensorFlow: the module of a format is importe
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -48,6 +49,8 @@ class Format(NamedTuple):
         runtime: imports and returns the module that writes and reads it.
         loading: name of the runtime, and Python code for the model card and the docs. The code goes from `image`, the
             pixels of a photo of the model's size, to `probabilities`; `{path}` is replaced by the quoted path.
+        loading_features: code as in `loading` for a file with features, which goes to `probabilities` and `features`;
+            empty for a format that cannot hold them.
         folder_mark: the file that identifies a folder of this format; empty for formats of one file.
         writer_packages: pip requirements for writing only, by the name to import.
         reader_packages: pip requirements for reading, by the name to import.
@@ -57,6 +60,7 @@ class Format(NamedTuple):
     endings: Mapping[str, tuple[str, str]]
     runtime: Callable[[], Runtime]
     loading: tuple[str, str]
+    loading_features: str = ""
     folder_mark: str = ""
     writer_packages: Mapping[str, str] = {}
     reader_packages: Mapping[str, str] = {}
@@ -102,6 +106,10 @@ FORMATS: dict[str, Format] = {
             "model = Interpreter({path}).get_signature_runner()\n"
             'probabilities = model(image=image[None].astype("float32"))["output_0"]',
         ),
+        loading_features="from ai_edge_litert.interpreter import Interpreter\n\n"
+        "model = Interpreter({path}).get_signature_runner()\n"
+        'outputs = model(image=image[None].astype("float32"))\n'
+        'probabilities, features = outputs["probabilities"], outputs["features"]',
     ),
     "onnx": Format(
         title="an ONNX model",
@@ -112,6 +120,9 @@ FORMATS: dict[str, Format] = {
             "import onnxruntime\n\nsession = onnxruntime.InferenceSession({path})\n"
             'probabilities = session.run(None, {{"image": image[None].astype("float32")}})[0]',
         ),
+        loading_features="import onnxruntime\n\nsession = onnxruntime.InferenceSession({path})\n"
+        'inputs = {{"image": image[None].astype("float32")}}\n'
+        'probabilities, features = session.run(["probabilities", "features"], inputs)',
         writer_packages={"tf2onnx": "tf2onnx>=1.17,<2"},
         reader_packages={"onnxruntime": "onnxruntime>=1.20,<2"},
     ),
@@ -124,15 +135,85 @@ FORMATS: dict[str, Format] = {
             "import tensorflow as tf\n\nmodel = tf.saved_model.load({path})\n"
             "probabilities = model.serve(tf.constant(image[None], tf.float32)).numpy()",
         ),
+        loading_features="import tensorflow as tf\n\nmodel = tf.saved_model.load({path})\n"
+        "outputs = model.serve(tf.constant(image[None], tf.float32))\n"
+        'probabilities, features = outputs["probabilities"].numpy(), outputs["features"].numpy()',
         folder_mark="saved_model.pb",
     ),
 }
+
+
+# From a file's outputs to an answer, with NumPy alone: `calibration.get_logits`, `novelty.get_certainty`,
+# `Abstention.measure_familiarity` and `abstention.decide` for one image. A test compares it with predict.py.
+ANSWERING = """\
+import json
+
+import numpy as np
+
+with open({metadata}, encoding="utf-8") as file:
+    decision = json.load(file)["decision"]
+reference = np.load({reference})["features"].astype(np.float32)
+names, several, rule = np.array(decision["classes"]), decision["multi_label"], decision["abstention"] or {{}}
+
+
+def find_answer(probabilities, features):
+    raw = probabilities[0].astype(np.float64).clip(1e-46, 1)
+    logits = np.log(raw) - (np.log((1 - raw).clip(2.0**-25)) if several else 0)
+    scaled = logits / decision["temperature"]
+    total = np.logaddexp(0, scaled) if several else np.logaddexp.reduce(scaled)
+    calibrated = np.exp(scaled - total).astype(np.float32)
+    if rule.get("unknown_threshold") is not None:
+        unit = features[0] / max(np.linalg.norm(features[0]), 1e-38)
+        similarity = np.sort(reference @ unit)[-{neighbours}:].mean()
+        *others, highest = np.sort(calibrated.astype(np.float64))
+        rest = max(1 - highest, 2.0**-25) if several else np.sum(others)
+        certainty = np.log(max(highest, 1e-46)) - np.log(max(rest, 1e-46))
+        mean, deviation, other_mean, other_deviation = rule["scales"]
+        familiarity = (certainty - mean) / deviation + (similarity - other_mean) / other_deviation
+        if familiarity < rule["unknown_threshold"]:
+            return [{unknown}]
+    if several:
+        chosen = calibrated >= np.float32(decision["exact_match_threshold"])
+    else:
+        chosen = np.arange(len(names)) == probabilities[0].argmax()
+    given = chosen
+    if rule.get("thresholds") is not None:
+        lowest = np.array([2 if one is None else one for one in rule["thresholds"]], np.float32)
+        given = chosen & (calibrated >= lowest)
+    return [{unsure}] if chosen.any() and not given.any() else names[given].tolist()
+
+
+answer = find_answer(probabilities, features)"""
+
+
+def show_answering(path: str, refusals: Sequence[str], neighbours: int) -> str:
+    """Returns Python code for the model card, from `probabilities` and `features` of an image to its `answer`.
+
+    Args:
+        path: of an artefact with features; the code expects the files beside it.
+        refusals: the words for unsure and unknown.
+        neighbours: of the most similar training photos, whose mean similarity counts.
+    """
+    unsure, unknown = map(json.dumps, refusals)
+    paths = {"metadata": metadata_path(path), "reference": reference_path(path)}
+    quoted = {name: json.dumps(os.path.basename(path)) for name, path in paths.items()}
+    return ANSWERING.format(**quoted, unsure=unsure, unknown=unknown, neighbours=neighbours)
 
 
 def list_quantizations() -> list[str]:
     """Returns the precisions of all formats other than float32."""
     names = dict.fromkeys(name for one in FORMATS.values() for name in one.endings)
     return [name for name in names if name != "float32"]
+
+
+def features_fault(names: Sequence[str]) -> str:
+    """Returns why formats cannot be exported with features, or an empty text."""
+    able = [name for name, one in FORMATS.items() if one.loading_features]
+    unable = [name for name in names if name in FORMATS and name not in able]
+    if names and not unable:
+        return ""
+    received = f"{join_names(unable)}, which cannot hold features" if unable else "no --export"
+    return f"expected --export with any of {', '.join(able)}. Received: {received}"
 
 
 def exports_fault(names: Sequence[str]) -> str:
@@ -211,6 +292,11 @@ def metadata_path(path: str) -> str:
 def labels_path(path: str) -> str:
     """Returns the path of the file with an artefact's class names, one per line."""
     return metadata_path(path).removesuffix("_metadata.json") + "_labels.txt"
+
+
+def reference_path(path: str) -> str:
+    """Returns the path of the features of training photos that an artefact's own are compared with."""
+    return metadata_path(path).removesuffix("_metadata.json") + "_reference.npz"
 
 
 def name_candidate(model_path: str, ending: tuple[str, str]) -> str:

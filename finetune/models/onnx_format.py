@@ -10,7 +10,7 @@ import numpy as np
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from finetune.core.files import atomic_path
-from finetune.models.exported import Calibration, ExportedModel, quiet, to_float32, trace
+from finetune.models.exported import OUTPUTS, Calibration, ExportedModel, find_outputs, quiet, to_float32, trace
 
 if TYPE_CHECKING:
     import tf2onnx
@@ -25,6 +25,9 @@ def write(model: keras.Model, path: str, precision: str, _: Calibration) -> tupl
     import tf2onnx
 
     function = trace(to_float32(model)).get_concrete_function()
+    # TensorFlow orders several outputs by their names.
+    several = isinstance(function.structured_outputs, dict)
+    names = sorted(function.structured_outputs) if several else OUTPUTS[:1]
     frozen = convert_variables_to_constants_v2(function, lower_control_flow=False)
     graph = frozen.graph.as_graph_def()
     for function in graph.library.function:
@@ -32,13 +35,15 @@ def write(model: keras.Model, path: str, precision: str, _: Calibration) -> tupl
         function.attr.pop("_noinline", None)
     for node in [*graph.node, *(node for function in graph.library.function for node in function.node_def)]:
         node.attr.pop("_XlaMustCompile", None)
-    (image,), (probabilities,) = ([end.name for end in ends] for ends in (frozen.inputs, frozen.outputs))
+    (image,), found = ([end.name for end in ends] for ends in (frozen.inputs, frozen.outputs))
+    # The probabilities come first.
+    outputs = dict(sorted(zip(found, names, strict=True), key=lambda output: OUTPUTS.index(output[1])))
     with atomic_path(path) as temporary, quiet():
         tf2onnx.convert.from_graph_def(
             graph,
             input_names=[image],
-            output_names=[probabilities],
-            tensors_to_rename={image: "image", probabilities: "probabilities"},
+            output_names=[*outputs],
+            tensors_to_rename={image: "image", **outputs},
             custom_op_handlers={"Erfc": (convert_erfc, [])},
             output_path=temporary,
         )
@@ -65,9 +70,13 @@ def load(path: str) -> ExportedModel:
     # Other providers may compile for minutes, or send the images elsewhere.
     providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
     session = onnxruntime.InferenceSession(path, providers=providers)
-    (inputs,), (outputs,) = session.get_inputs(), session.get_outputs()
+    (inputs,) = session.get_inputs()
+    outputs, features = find_outputs({one.name: one for one in session.get_outputs()})
 
     def run(images: np.ndarray) -> np.ndarray:
-        return session.run(None, {inputs.name: images})[0]
+        return session.run([outputs.name], {inputs.name: images})[0]
 
-    return ExportedModel(run, inputs.shape, outputs.shape)
+    def run_with_features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(session.run([outputs.name, features.name], {inputs.name: images}))
+
+    return ExportedModel(run, inputs.shape, outputs.shape, run_with_features if features else None)

@@ -13,7 +13,7 @@ from tensorflow.python.framework import op_def_registry
 from finetune.core.files import atomic_path
 from finetune.core.options import UserError
 from finetune.core.texts import shorten
-from finetune.models.exported import Calibration, ExportedModel, quiet, to_float32, trace
+from finetune.models.exported import OUTPUTS, Calibration, ExportedModel, find_outputs, quiet, to_float32, trace
 
 # Stateful ops that only read the model's weights, or call functions that are checked too.
 READING_OPS = {"VarHandleOp", "ReadVariableOp", "DisableCopyOnRead", "StatefulPartitionedCall"}
@@ -39,13 +39,20 @@ def load(path: str) -> ExportedModel:
     loaded = tf.saved_model.load(path)
     function = loaded.signatures["serving_default"]
     ((name, inputs),) = function.structured_input_signature[1].items()
-    ((output_name, outputs),) = function.structured_outputs.items()
+    outputs, features = find_outputs(function.structured_outputs)
+
+    def run_all(images: np.ndarray) -> dict[str, tf.Tensor]:
+        # `loaded` keeps the weights alive; the function alone does not.
+        return loaded.signatures["serving_default"](**{name: tf.constant(images)})
 
     def run(images: np.ndarray) -> np.ndarray:
-        # `loaded` keeps the weights alive; the function alone does not.
-        return loaded.signatures["serving_default"](**{name: tf.constant(images)})[output_name].numpy()
+        return find_outputs(run_all(images))[0].numpy()
 
-    return ExportedModel(run, inputs.shape, outputs.shape)
+    def run_with_features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = run_all(images)
+        return tuple(found[one].numpy() for one in OUTPUTS)
+
+    return ExportedModel(run, inputs.shape, outputs.shape, run_with_features if features is not None else None)
 
 
 def _check_graph(path: str) -> None:

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from finetune.core.files import atomic_path
 from finetune.core.scripts import hiding_stderr
-from finetune.models.exported import Calibration, ExportedModel, describe_input, to_float32
+from finetune.models.exported import Calibration, ExportedModel, describe_input, find_outputs, to_float32
 
 
 def write(model: keras.Model, path: str, precision: str, calibrate: Calibration) -> tuple[str, ...]:
@@ -43,19 +43,24 @@ def load(path: str) -> ExportedModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\s*Warning: tf.lite.Interpreter is deprecated")
         interpreter = Interpreter(model_content=content, num_threads=os.cpu_count())
-    (inputs,), (outputs,) = interpreter.get_input_details(), interpreter.get_output_details()
-    if any(part["dtype"] is not np.float32 for part in (inputs, outputs)):
+    (inputs,), found = interpreter.get_input_details(), interpreter.get_output_details()
+    # The names of several outputs are in the signature alone.
+    named = interpreter.get_signature_runner().get_output_details() if len(found) > 1 else {"": found[0]}
+    outputs = [part for part in find_outputs(named) if part is not None]
+    if any(part["dtype"] is not np.float32 for part in (inputs, *outputs)):
         raise ValueError("Its numbers are not float32.")
     interpreter.resize_tensor_input(inputs["index"], [1, *inputs["shape"][1:]])
     with hiding_stderr():
         interpreter.allocate_tensors()
 
-    def run(images: np.ndarray) -> np.ndarray:
-        probabilities = np.empty((len(images), outputs["shape"][-1]), np.float32)
+    def run_all(images: np.ndarray) -> tuple[np.ndarray, ...]:
+        found = tuple(np.empty((len(images), part["shape"][-1]), np.float32) for part in outputs)
         for row, image in enumerate(images):
             interpreter.set_tensor(inputs["index"], image[None])
             interpreter.invoke()
-            probabilities[row] = interpreter.get_tensor(outputs["index"])[0]
-        return probabilities
+            for values, part in zip(found, outputs, strict=True):
+                values[row] = interpreter.get_tensor(part["index"])[0]
+        return found
 
-    return ExportedModel(run, inputs["shape"].tolist(), outputs["shape"].tolist())
+    shapes = inputs["shape"].tolist(), outputs[0]["shape"].tolist()
+    return ExportedModel(lambda images: run_all(images)[0], *shapes, run_all if len(outputs) > 1 else None)

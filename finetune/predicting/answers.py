@@ -42,31 +42,20 @@ class AnswerTable(NamedTuple):
 
 def name_answers(
     decision: Decision,
-    raw_probabilities: np.ndarray,
+    calibrated: np.ndarray,
     similarities: np.ndarray,
-    failed: Collection[int],
+    failed: Collection[int] = (),
     threshold_type: str = "exact_match",
 ) -> AnswerTable:
     """Returns the answers in words.
 
     Args:
         decision: with the rule, if there is one.
-        raw_probabilities: of the model, float32 `(images, classes)`; ignored in the rows of `failed`.
+        calibrated: probabilities, float32 `(images, classes)`; ignored in the rows of `failed`.
         similarities: `(images,)`, NaN without a reference.
         failed: rows of images that could not be read.
         threshold_type: multi-label: which of its thresholds to use.
     """
-    return name_calibrated(decision, decision.calibrate(raw_probabilities), similarities, failed, threshold_type)
-
-
-def name_calibrated(
-    decision: Decision,
-    calibrated: np.ndarray,
-    similarities: np.ndarray,
-    failed: Collection[int] = (),
-    threshold_type: str = "exact_match",
-) -> AnswerTable:
-    """Returns the answers in words, as `name_answers` does, from calibrated probabilities."""
     rule = decision.abstention
     found = decision.decide(calibrated, similarities, threshold_type)
     unsure, unknown = name_refusals(decision.class_names)
@@ -128,9 +117,11 @@ def check_sort_into(folder: str, given: str) -> None:
     """Raises UserError if photos cannot be sorted into a folder; called before any work.
 
     Args:
-        folder: to be made; an empty one may exist.
+        folder: to be made; an empty one may exist. Empty text sorts nothing.
         given: the option `input`.
     """
+    if not folder:
+        return
     if os.path.isdir(folder) and os.listdir(folder):
         raise UserError(f"sort_into: expected a new or an empty folder. Received: {folder}, which holds files.")
     if os.path.lexists(folder) and not os.path.isdir(folder):
@@ -151,11 +142,13 @@ def sort_photos(folder: str, paths: Sequence[str], answers: Sequence[Sequence[st
         links: symbolic links instead of copies; photos with a URL are always copied.
 
     Returns:
-        The number of sorted photos.
+        The number of sorted photos; 0 without a folder.
 
     Raises:
         UserError: a file cannot be read or written.
     """
+    if not folder:
+        return 0
     names, folders = name_copies(paths), name_folders(sorted({name for names in answers for name in names}))
     with atomic_path(folder) as temporary, show_progress(len(paths), "Sorting", delay=1) as progress:
         os.makedirs(temporary)

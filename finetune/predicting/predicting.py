@@ -315,11 +315,16 @@ def load_exported_model(path: str) -> ExportedModel:
         return found.runtime().load(path)
 
 
+def gives_features(model: keras.Model | ExportedModel) -> bool:
+    """Returns whether a model gives features with its probabilities."""
+    return model.gives_features if isinstance(model, ExportedModel) else has_parts(strip_views(model))
+
+
 def compile_with_features(model: keras.Model | ExportedModel) -> Callable[[Any], tuple[Any, Any]]:
     """Returns a function from uint8 images to probabilities and features; None for features that a model lacks."""
     if isinstance(model, ExportedModel):
         return model.run_with_features
-    if not has_parts(strip_views(model)):
+    if not gives_features(model):
         plain = compile_predictor(model)
         return lambda images: (plain(images), None)
     whole = build_with_features(model)

@@ -20,11 +20,13 @@ from finetune.data.images import PAD_GREY
 from finetune.evaluation.decision import DECISION_FILE
 from finetune.evaluation.evaluation import find_worst
 from finetune.evaluation.intervals import describe_epoch
+from finetune.evaluation.novelty import NEIGHBOURS
 from finetune.exporting.exports import WEIGHTS
 from finetune.models.backbones import BACKBONES, describe_source
 from finetune.models.description import LEGACY_DEFAULTS, hash_model
-from finetune.models.formats import FORMATS, MODEL_SUFFIXES
+from finetune.models.formats import FORMATS, MODEL_SUFFIXES, show_answering
 from finetune.models.safety import list_layer_packages
+from finetune.predicting.answers import name_refusals
 from finetune.reporting.figures import LOG_METRICS, read_log
 from finetune.reporting.summaries import (
     CHOSEN_ON_TEST_SET,
@@ -190,6 +192,7 @@ def _render(folder: str, stored: dict[str, Any], parts: dict[str, dict[str, Any]
         compression=compression,
         artefacts=artefacts,
         loading=_list_loading(folder, results, artefacts),
+        answering=_describe_answering(folder, configs["classes"] or [], artefacts),
         limits=_list_limits(configs, data, results, decision),
     )
 
@@ -318,23 +321,40 @@ def _list_loading(
     """Returns `names`, `runtime` and `code` to load each kind of file that exists and is not rejected."""
     models = [base_name(results["model"])] if results else []
     models += [BEST_MODEL, LATEST_MODEL]
-    files = {"keras": [name for name in models if os.path.isfile(os.path.join(folder, name))][:1]}
-    for artefact in artefacts:
-        if not artefact["rejected"] and os.path.exists(os.path.join(folder, artefact["name"])):
-            files.setdefault(artefact["kind"], []).append(artefact["name"])
+    files = {("keras", False): [name for name in models if os.path.isfile(os.path.join(folder, name))][:1]}
+    for artefact in _list_usable(folder, artefacts):
+        files.setdefault((artefact["kind"], bool(artefact.get("features"))), []).append(artefact["name"])
     rows = []
-    by_kind = {"keras": KERAS_LOADING, "weights": WEIGHTS.loading}
-    by_kind |= {name: one.loading for name, one in FORMATS.items()}
+    by_kind = {("keras", False): KERAS_LOADING, ("weights", False): WEIGHTS.loading}
+    by_kind |= {(name, False): one.loading for name, one in FORMATS.items()}
+    by_kind |= {(name, True): (one.loading[0], one.loading_features) for name, one in FORMATS.items()}
     for kind, names in files.items():
         if names and kind in by_kind:
             runtime, code = by_kind[kind]
-            if kind == "keras":
+            if kind[0] == "keras":
                 packages = list_layer_packages(os.path.join(folder, names[0]))
                 runtime += "".join(f' and {name} (pip install "{package}")' for name, package in packages.items())
                 code = "".join(f"import {name}\n" for name in packages) + code
             path, stem = json.dumps(names[0]), json.dumps(os.path.splitext(names[0])[0])
             rows.append({"names": names, "runtime": runtime, "code": Markup(code.format(path=path, stem=stem))})
     return rows
+
+
+def _list_usable(folder: str, artefacts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the artefacts that exist and are not rejected."""
+    return [one for one in artefacts if not one["rejected"] and os.path.exists(os.path.join(folder, one["name"]))]
+
+
+def _describe_answering(
+    folder: str, class_names: Sequence[str], artefacts: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Returns the words for `unsure` and `unknown`, and `code` from features to an answer; None without features."""
+    named = [one["name"] for one in _list_usable(folder, artefacts) if one.get("features")]
+    if not named:
+        return None
+    unsure, unknown = refusals = name_refusals(class_names)
+    code = show_answering(named[0], refusals, NEIGHBOURS)
+    return {"unsure": unsure, "unknown": unknown, "code": Markup(code)}
 
 
 def _list_limits(

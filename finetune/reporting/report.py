@@ -23,7 +23,7 @@ from finetune.evaluation.gradcam import GradCam
 from finetune.evaluation.metrics import get_curves, list_confusions
 from finetune.evaluation.rule import Nearest
 from finetune.models.exported import ExportedModel
-from finetune.predicting.answers import AnswerTable, insert_answers, name_calibrated
+from finetune.predicting.answers import AnswerTable, insert_answers, name_answers
 from finetune.reporting.cam_pictures import overlay_heatmap
 from finetune.reporting.data_uris import PHOTO_SIDE, THUMBNAIL_SIDE, embed_figures, embed_log, encode_photo
 from finetune.reporting.figures import PAIRS_LISTED, read_log, save_figures
@@ -80,7 +80,7 @@ def write_report(
         training_log: as `read_log` returns it, or None.
         configs: every option of the run by name.
     """
-    test, model, figures = results["sets"]["test"], results["model"], embed_figures(results, curves)
+    test, model, drawn = results["sets"]["test"], results["model"], embed_figures(results, curves)
     page = render_page(
         "report",
         ["report"],
@@ -91,13 +91,13 @@ def write_report(
         columns=list_class_columns(results),
         class_intervals=list_class_intervals(results),
         confusions=_list_confusions(results),
-        figures=figures,
+        figures=drawn,
         unanswered=describe_unanswered(results),
         training_curves=embed_log(training_log),
         galleries=gallery,
         breakdown=list_breakdown(test["by"]) if test.get("by") else [],
         options=list_options(configs),
-        files=_list_files(figures),
+        files={name: FILES[name] for name in FILES if not name.endswith(".png") or name[: -len(".png")] in drawn},
         command=_build_command("test.py", model, configs, REPRODUCING),
         label_command=_build_command(
             *("find_label_errors.py", model, configs | {"csv_path": configs["test_csv"]}),
@@ -108,21 +108,12 @@ def write_report(
     write_text(path, page)
 
 
-def _list_confusions(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the most frequent confusions; none with several labels per image."""
-    matrix, names = results["sets"]["test"].get("confusion_matrix"), results["classes"]
-    if matrix is None:
+def _list_confusions(results: dict[str, Any]) -> list[Any]:
+    """Returns the most frequent confusions of the test set; none with several labels."""
+    if "confusion_matrix" not in results["sets"]["test"]:
         return []
-    return list_confusions(matrix, names, CONFUSIONS_LISTED if len(names) <= MOST_LISTED else PAIRS_LISTED)
-
-
-def _list_files(figures: dict[str, Any]) -> dict[str, str]:
-    """Returns what each file holds, without the figures that are not drawn."""
-    return {
-        name: words
-        for name, words in FILES.items()
-        if not name.endswith(".png") or name.removesuffix(".png") in figures
-    }
+    most = CONFUSIONS_LISTED if len(results["classes"]) <= MOST_LISTED else PAIRS_LISTED
+    return list_confusions(results["sets"]["test"]["confusion_matrix"], results["classes"], most)
 
 
 def _build_command(
@@ -185,7 +176,7 @@ def _name_answers(answers: Answers) -> AnswerTable:
     similarities = answers.similarities
     if similarities is None:
         similarities = np.full(len(answers.images), np.nan, np.float32)
-    return name_calibrated(answers.decision, answers.probabilities, similarities)
+    return name_answers(answers.decision, answers.probabilities, similarities)
 
 
 GALLERIES = ("mistakes", "least_confident")

@@ -6,7 +6,8 @@ from typing import Any
 
 from finetune.core.texts import MOST_LISTED, MOST_TELLING, join_names, show_count
 from finetune.data.groups import describe_group_count
-from finetune.evaluation.abstention import ASSURANCE, Abstention, describe_shortage
+from finetune.evaluation.abstention import Abstention
+from finetune.evaluation.promise import ASSURANCE
 from finetune.evaluation.rule import NOT_COMPARED
 from finetune.evaluation.shift import describe_excess, find_excess
 from finetune.reporting.summaries import format_percent
@@ -68,7 +69,7 @@ def _describe_promise(results: dict[str, Any], rule: dict[str, Any]) -> tuple[st
     """Returns what is promised, and under which conditions."""
     thresholds, several = rule["thresholds"], results["multi_label"]
     if all(one is None for one in thresholds):
-        reason = describe_shortage(Abstention.of(rule, len(thresholds)))
+        reason = results["sets"]["test"].get("shortage", "")
         return "nothing", f"at most {format_percent(rule['max_error'])} wrong cannot be promised: {reason}"
     images = show_count(rule["images"], "validation image")
     groups = describe_group_count(results["sets"].get("validation", {}).get("groups"))

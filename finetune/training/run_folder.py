@@ -153,7 +153,7 @@ def clear_folder(folder: str, overwrites: bool) -> None:
 
 def list_derived_files() -> list[str]:
     """Returns patterns of the files that compress_weights.py derives from a run's models, and of their evaluations."""
-    parts = {*list_endings(), ("_labels", ".txt"), ("_metadata", ".json")}
+    parts = {*list_endings(), ("_labels", ".txt"), ("_metadata", ".json"), ("_reference", ".npz")}
     names = [
         f"{stem}{ending}{mark}{suffix}" for stem in MODEL_STEMS for ending, suffix in parts for mark in ("", REJECTED)
     ]
