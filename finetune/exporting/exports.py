@@ -246,7 +246,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def _describe_changes(comparison: dict[str, Any]) -> str:
-    """Returns a line on the answers that change, and how many are wrong, of a model that leaves some photos unanswered."""
+    """Returns a line on the answers that change and on the wrong ones, for a model that does not answer every photo."""
     images, changed, unknown = (comparison[name] for name in ("images", "changed_answers", "unknown"))
     (wrong, answered), (wrong_before, answered_before) = (
         [comparison[name][side] for name in ("wrong", "answered")] for side in reversed(SIDES)
