@@ -132,7 +132,7 @@ class Reference(NamedTuple):
 def find_reference(folder: str, model_path: str, needed: bool, gives_features: bool = True) -> Reference | None:
     """Returns the reference of a model; None, and prints why if one is needed, without its own.
 
-    It is in a folder or next to the model, and beside an exported model under the model's name.
+    It is in a folder or next to the model; next to an exported model, it has the model's name.
 
     Args:
         folder: of the results.
