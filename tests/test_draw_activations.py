@@ -18,8 +18,11 @@ from configs import Configs
 from finetune.core.files import write_json
 from finetune.core.options import UserError
 from finetune.evaluation import explaining, gradcam
+from finetune.evaluation.abstention import Abstention
 from finetune.evaluation.decision import Decision, write_decision
 from finetune.evaluation.explaining import REMOVALS
+from finetune.evaluation.novelty import Reference, name_model_digest, to_unit_length
+from finetune.models.model_files import build_with_features
 from finetune.reporting import cam_pictures
 from finetune.reporting.cam_pictures import name_outputs, overlay_heatmap
 from generator import get_generator
@@ -159,6 +162,36 @@ def test_the_predicted_class_is_drawn_next_to_the_photo_and_shown_on_the_page(si
     assert re.findall(r'data-answer="(\w+)"', page) == answers
     confidences = [float(text) for text in re.findall(r'data-confidence="([^"]+)"', page)]
     np.testing.assert_allclose(confidences, probabilities.max(axis=1), atol=1e-5)
+
+
+def test_the_page_filters_by_the_answers_of_a_rule_and_a_reference(single, capsys):
+    model, images, probabilities = load(single)
+    path = os.path.join(single.save_model_path, "best_model.keras")
+    features = to_unit_length(build_with_features(model)(images, training=False)["features"])
+    reference = Reference(features[::2], [*"abcde"], [*"abcde"], name_model_digest(path))
+    reference.write(single.save_model_path)
+    similarities = np.sort(features.astype(float) @ features[::2].astype(float).T, axis=1)[:, -5:].mean(axis=1)
+    confidences = probabilities.max(axis=1)
+    familiarity = np.log(confidences / (1 - confidences)) + (similarities - similarities.mean()) / similarities.std()
+    scales = [0.0, 1.0, float(similarities.mean()), float(similarities.std())]
+    # Between two photos: the compiled network rounds differently.
+    threshold = float(np.sort(familiarity)[3:5].mean())
+    unknown = familiarity < threshold
+    lowest = float(np.sort(confidences[~unknown])[1:3].mean())
+    rule = Abstention(0.1, [lowest], 0.01, threshold, scales, 100)
+    write_decision(single.save_model_path, Decision(CLASS_NAMES, False, model="best_model.keras", abstention=rule))
+    draw_activations.main(single)
+    page = Path(single.save_model_path, "cam_output", "index.html").read_text(encoding="utf-8")
+    expected = np.select([unknown, confidences < lowest], ["unknown", "unsure"], "answered").tolist()
+    assert len({*expected}) == 3
+    assert re.findall(r'data-given="(\w+)"', page) == expected
+    # Without its reference, no photo is unknown, which is printed.
+    os.remove(os.path.join(single.save_model_path, "reference.npz"))
+    capsys.readouterr()
+    draw_activations.main(single)
+    assert "no photo is called unknown" in capsys.readouterr().out
+    page = Path(single.save_model_path, "cam_output", "index.html").read_text(encoding="utf-8")
+    assert {*re.findall(r'data-given="(\w+)"', page)} == {"answered", "unsure"}
 
 
 @pytest.mark.parametrize(("cam_classes", "number"), [("top_k", 3), ("threshold", 1), ("true", 1)])

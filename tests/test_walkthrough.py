@@ -160,7 +160,7 @@ def test_testing_reports_and_writes_both_sets(trained, tested):
         assert word in printed
     assert {path.name for path in folder.iterdir()} == {
         *("metrics.json", "predictions.csv", "report.html", "confusion_matrix.png"),
-        *("roc_curves.png", "precision_recall_curves.png", "reliability_diagram.png"),
+        *("roc_curves.png", "precision_recall_curves.png", "reliability_diagram.png", "risk_coverage.png"),
     }
     assert json.loads((folder / "metrics.json").read_text()) == results
     predictions, table = pd.read_csv(folder / "predictions.csv"), pd.read_csv(configs.test_csv)

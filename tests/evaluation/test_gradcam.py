@@ -9,7 +9,7 @@ from keras import layers
 from configs import CAM_METHODS
 from finetune.core.options import UserError
 from finetune.evaluation.gradcam import METHODS, GradCam
-from finetune.models.model_files import build_inference_model
+from finetune.models.model_files import build_inference_model, build_with_features
 
 HEIGHT, WIDTH, CHANNELS, CLASSES = 2, 3, 3, 2
 
@@ -104,6 +104,17 @@ def test_an_image_is_explained_alone_as_in_a_batch_and_with_other_classes():
         alone, probability = explain(images[position : position + 1], np.array([(1, 0, 1)[column]]))
         np.testing.assert_allclose(several[position, column], alone[0], atol=1e-6)
         np.testing.assert_allclose(probabilities[position], probability[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("layer_name", ["", "conv_pw_1"])
+@pytest.mark.parametrize("augmentation", ["none", "flip"])
+def test_features_are_those_that_test_py_keeps(augmentation, layer_name):
+    model = build_inference_model(build_alive(pop_conv_layers=66, image_target_size=(32, 64, 3)), augmentation)
+    images = np.random.default_rng(1).integers(0, 256, (2, 32, 64, 3), np.uint8)
+    expected = build_with_features(model)(images, training=False)
+    found = GradCam(model, layer_name=layer_name).read(images)
+    np.testing.assert_allclose(found.features, expected["features"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.probabilities, expected["probabilities"], atol=1e-6)
 
 
 def test_any_number_of_pairs_is_explained_from_features_read_once():
@@ -257,7 +268,7 @@ def test_the_last_layer_by_its_name_is_the_default():
     by_name, default = GradCam(model, "layercam", "weighed"), GradCam(model, "layercam")
     for found, expected in zip(by_name(random_images()), default(random_images()), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-6)
-    start, _ = by_name.read(random_images())
+    start = by_name.read(random_images()).start
     assert by_name.explain(start, np.empty(0, int), np.empty(0, int)).shape == (0, HEIGHT, WIDTH)
 
 

@@ -1,5 +1,6 @@
 """Grad-CAM pictures, and cam_output/index.html: self-contained, escaped, filtered and sorted."""
 
+import dataclasses
 import html
 import json
 import re
@@ -12,6 +13,7 @@ from browsers import browse, check_policy, probe
 
 from configs import CAM_COLORMAPS
 from finetune.data.images import read_image
+from finetune.evaluation.abstention import Abstention
 from finetune.evaluation.decision import Decision
 from finetune.evaluation.evaluation import Answers
 from finetune.reporting.cam_pictures import (
@@ -41,13 +43,14 @@ PREDICTED = [0, 1, 0, 1, 1, 2, 2, 0]
 CONFIDENCES = [0.5, 0.9, 0.8, 0.45, 0.95, 0.6, 0.7, 0.55]
 
 
-def make_page(folder, y_true, probabilities, multi_label=False, pictures=PICTURES):
+def make_page(folder, y_true, probabilities, multi_label=False, pictures=PICTURES, rule=None, similarities=None):
     for name in pictures:
         cv2.imencode(".png", np.full((20, 40, 3), 99, np.uint8))[1].tofile(folder / name)
-    decision = Decision(CLASSES, multi_label, exact_match_threshold=0.5)
+    decision = Decision(CLASSES, multi_label, exact_match_threshold=0.5, abstention=rule)
     images = [f'<b onclick="missing()">{name}' for name in pictures]
     paths = [str(folder / name) for name in pictures]
-    write_page(str(folder), paths, Answers(images, y_true, probabilities, decision), "<i>model</i>", "Believe them.")
+    answers = Answers(images, y_true, probabilities, decision, similarities)
+    write_page(str(folder), paths, answers, "<i>model</i>", "Believe them.")
     return folder / "index.html"
 
 
@@ -174,6 +177,55 @@ def test_pictures_of_several_labels_are_filtered_on_a_dark_phone(multi_page):
     assert [shown for shown, _ in found["steps"]] == [[0, 1], [2], [0, 1, 2, 3], [2, 3], [3]]
     assert found["choices"] == [["any", "no label", *CLASSES]] * 2
     assert found["dark"] is True
+
+
+# Of three classes, the certainty of 0.5 is log(0.5 / 0.5), of 0.9 log(0.9 / 0.1), and so on.
+RULE = Abstention(0.05, [0.75], 0.01, 0.0, [0.0, 1.0, 0.0, 1.0], 100)
+SIMILARITIES = np.array([1, 1, -2, 1, -4, 1, 1, 1.0])
+
+
+def make_answering_page(folder, rule, similarities=None):
+    probabilities = np.repeat((1 - np.array([CONFIDENCES]).T) / 2, 3, axis=1)
+    probabilities[range(8), PREDICTED] = CONFIDENCES
+    return make_page(folder, np.array(TRUE), probabilities, rule=rule, similarities=similarities)
+
+
+def test_pictures_are_filtered_by_answer(tmp_path):
+    page = make_answering_page(tmp_path, RULE, SIMILARITIES)
+    steps = [("given", "answered"), ("given", "unsure"), ("answer", "wrong"), ("given", "unknown"), ("answer", "")]
+    found = run_steps(page, [*steps, ("given", "")], "--window-size=390,6000")
+    # Answered from 0.75 on: 0.9, and 0.8 and 0.95, which are unknown: log(4) - 2 and log(19) - 4 are below 0.
+    assert [shown for shown, _ in found["steps"]] == [[1], [0, 3, 5, 6, 7], [5, 7], [], [2, 4], [*range(8)]]
+    source = page.read_text(encoding="utf-8")
+    assert re.findall(r"<dt>Answer</dt><dd>(\w+)</dd>", source) == [
+        "unsure",
+        "unknown",
+        "unsure",
+        "unknown",
+        *["unsure"] * 3,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "similarities", "names"),
+    [
+        (None, None, []),
+        (Abstention(), None, []),
+        # Without a reference no photo is known to be unknown.
+        (RULE, None, ["answered", "unsure"]),
+        (dataclasses.replace(RULE, max_error=0.0, thresholds=None), SIMILARITIES, ["answered", "unknown"]),
+        (dataclasses.replace(RULE, max_error=0.0, thresholds=None), None, []),
+    ],
+    ids=["no rule", "no promise", "no reference", "unknown alone", "nothing to tell"],
+)
+def test_the_filter_has_the_answers_between_which_the_rule_tells(tmp_path, rule, similarities, names):
+    source = make_answering_page(tmp_path, rule, similarities).read_text(encoding="utf-8")
+    choice = re.findall(r'<select id="given">(.*?)</select>', source, re.S)
+    assert len(choice) == bool(names)
+    assert re.findall(r'value="(\w+)"', "".join(choice)) == names
+    assert source.count(" data-given=") == 8 * bool(names)
+    if not names:
+        assert "8 of 8 pictures" in browse(tmp_path / "index.html")[0]
 
 
 @pytest.mark.parametrize("colormap", CAM_COLORMAPS)

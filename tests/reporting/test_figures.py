@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from evaluations import BINS, CALIBRATION, CURVE, LOG, NAMES, make_curves, multi_label, single_label
+from evaluations import BINS, CALIBRATION, CURVE, LOG, NAMES, make_curves, multi_label, single_label, with_answers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -17,6 +17,7 @@ from finetune.reporting.figures import (
     draw_log,
     draw_precision_recall_curves,
     draw_reliability,
+    draw_risk_coverage,
     draw_roc_curves,
     save_figures,
 )
@@ -146,6 +147,7 @@ def test_reliability_diagram_shows_both_temperatures_or_one_line_if_they_are_equ
         # Names that matplotlib would treat in a special way.
         (single_label, ["$\\frac$ $1", "_hidden", "花\n\x00"], {"confusion_matrix"}),
         (multi_label, NAMES, set()),
+        (lambda names: with_answers(single_label(names), None), NAMES, {"confusion_matrix", "risk_coverage"}),
     ],
 )
 def test_figures_are_written_as_png(tmp_path, make, names, extra):
@@ -158,6 +160,32 @@ def test_figures_are_written_as_png(tmp_path, make, names, extra):
         image = cv2.imread(path, cv2.IMREAD_UNCHANGED)
         assert min(image.shape[:2]) > 400
         assert (image[0, 0] == 255).all()
+
+
+def test_risk_coverage_curve_has_the_promises_and_a_height_that_the_first_answers_do_not_set():
+    test = with_answers(single_label(), None)["sets"]["test"]
+    test["risk_coverage"] = {"coverage": [0.05, 0.5, 1.0], "error": [1.0, 0.1, 0.2]}
+    (axes,) = draw_risk_coverage(test, False, 0.02).axes
+    curve, promised = axes.lines
+    np.testing.assert_allclose(curve.get_xydata(), [[0.05, 1], [0.5, 0.1], [1, 0.2]])
+    assert [*promised.get_ydata()] == [0.02, 0.02]
+    # The promises of 5 and 10 %; nothing is answered with the others.
+    np.testing.assert_allclose(axes.collections[0].get_offsets(), [[0.5, 0.125], [0.875, 1 / 14]])
+    assert [text.get_text() for text in axes.texts] == ["5", "10"]
+    assert 0.2 < axes.get_ylim()[1] < 0.3
+    assert "images" in axes.get_xlabel()
+    # Of several labels, the shares of answers and of images are different.
+    (axes,) = draw_risk_coverage(test, True).axes
+    assert len(axes.lines) == 1
+    assert not axes.collections
+    assert "labels" in axes.get_xlabel()
+
+
+def test_risk_coverage_curve_of_a_perfect_model_and_of_one_that_predicts_no_label():
+    (axes,) = draw_risk_coverage({"risk_coverage": {"coverage": [1.0], "error": [0.0]}}, False).axes
+    assert axes.get_ylim()[1] == 0.05
+    (axes,) = draw_risk_coverage({"risk_coverage": {"coverage": [], "error": []}}, True).axes
+    assert "No label" in axes.texts[0].get_text()
 
 
 def test_log_is_drawn_without_a_window():

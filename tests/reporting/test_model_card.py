@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from evaluations import multi_label, single_label
+from evaluations import multi_label, single_label, with_answers
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from sklearn.metrics import accuracy_score, f1_score
@@ -26,6 +26,7 @@ import train
 from configs import Configs
 from finetune.core.options import UserError
 from finetune.core.texts import show
+from finetune.evaluation.abstention import Abstention
 from finetune.reporting.model_card import write_model_card
 from finetune.training.run import Images, Run
 from finetune.training.run_folder import LOCK_FILE, clear_folder
@@ -208,6 +209,20 @@ def test_several_labels_have_thresholds_and_intervals(tmp_path):
     assert "1.000, not fitted" in card.texts["Decision"]
     assert "cat 0.370, dog 0.370, owl 0.370." in card.texts["Decision"]
     assert "owl" in card.texts["Limits"]
+
+
+def test_a_promise_is_shown_with_what_was_measured_and_what_it_does_not_cover(tmp_path):
+    rule = Abstention(0.05, [0.8], 0.01, -1.0, [0.0, 1.0, 0.0, 1.0], 200)
+    write_run(tmp_path, with_answers(single_label(), rule))
+    _, card = read_card(tmp_path)
+    text = card.texts["Decision"].replace("\u00a0", " ")
+    for words in ("at most 5.0 %", "50.0 % of the images are answered", "12.5 % (0.3 % to 52.7 %)", "another camera"):
+        assert words in text
+    assert "the model file alone predicts one of the classes" in card.texts["Limits"]
+    write_run(tmp_path, with_answers(single_label(), None))
+    _, card = read_card(tmp_path)
+    assert "promise" not in card.texts["Decision"]
+    assert "the model predicts one of the classes" in card.texts["Limits"]
 
 
 def test_recipe_lists_the_options_and_the_progress(tmp_path):

@@ -12,17 +12,20 @@ import numpy as np
 import PIL.Image
 import pytest
 from browsers import browse, check_policy, probe
-from evaluations import LOG, NAMES, make_curves, multi_label, single_label
+from evaluations import LOG, NAMES, make_curves, multi_label, single_label, with_answers
 from sklearn.metrics import log_loss
 
 from configs import Configs
 from finetune.core.options import UserError
 from finetune.data.images import read_image
+from finetune.evaluation.abstention import Abstention
 from finetune.evaluation.decision import Decision
 from finetune.evaluation.evaluation import Answers
+from finetune.evaluation.rule import Nearest
 from finetune.reporting import data_uris
 from finetune.reporting.cam_pictures import overlay_heatmap
 from finetune.reporting.report import (
+    build_finder,
     build_gallery,
     build_grad_cam,
     choose_gallery,
@@ -36,7 +39,8 @@ from finetune.reporting.summaries import list_warnings
 def make_item(**changes):
     photo = data_uris.encode_photo(np.full((120, 90, 3), (200, 30, 40), np.uint8))
     item = {"path": "data/images/cat/7.jpg", "true": ["cat"], "predicted": ["owl"], "missed": ["cat"], "loss": 3.5}
-    return item | {"is_right": False, "probability": 0.934, "photo": photo, "heatmap": photo} | changes
+    item |= {"is_right": False, "probability": 0.934, "photo": photo, "heatmap": photo} | changes
+    return {"answer": item["predicted"], "similarity": None, "nearest": []} | item
 
 
 class Page(HTMLParser):
@@ -93,6 +97,17 @@ def multi_path(tmp_path_factory):
     return write_page(tmp_path_factory.mktemp("multi"), multi_label(), log=None, validation_csv="")
 
 
+@pytest.fixture(scope="module")
+def answering_path(tmp_path_factory):
+    """A page with a promise, and two galleries of photos with the training photos most like them."""
+    photo = make_item()["photo"]
+    nearest = [{"path": f"data/<{row}>.jpg", "label": "<cat>", "similarity": 0.7, "photo": photo} for row in range(3)]
+    item = make_item(answer=["unsure"], similarity=0.625, nearest=nearest)
+    gallery = {"mistakes": [make_item()], "least_confident": [item], "least_similar": [item | {"heatmap": None}]}
+    results = with_answers(single_label(), Abstention(0.05, [0.8], images=200))
+    return write_page(tmp_path_factory.mktemp("answering"), results, gallery=gallery)
+
+
 @pytest.fixture
 def single_page(single_path):
     return Page(single_path)
@@ -103,8 +118,8 @@ def multi_page(multi_path):
     return Page(multi_path)
 
 
-def test_page_is_self_contained_and_only_its_own_script_may_run(single_page, multi_page):
-    for page in (single_page, multi_page):
+def test_page_is_self_contained_and_only_its_own_script_may_run(single_page, multi_page, answering_path):
+    for page in (single_page, multi_page, Page(answering_path)):
         sources = [
             value
             for _, attributes in page.tags
@@ -224,8 +239,8 @@ def test_page_of_many_classes_lists_confusions_but_shortens_lists_of_names(tmp_p
     assert len(re.findall(r"class \d", page.texts["classes"])) == 101
 
 
-def test_tables_are_described(single_page, multi_page):
-    for page in (single_page, multi_page):
+def test_tables_are_described(single_page, multi_page, answering_path):
+    for page in (single_page, multi_page, Page(answering_path)):
         assert len(page.all("caption")) == len(page.all("table"))
         assert len(page.all("h1")) == 1
         assert all("scope" in attributes for attributes in page.all("th"))
@@ -263,6 +278,27 @@ def test_gallery_shows_each_image_with_its_prediction(tmp_path, undrawn):
     assert "Predictedno label ✗ wrong Truecat, dog Missedcat, dog Least certain93.4 % Loss3.500" in text
     assert "Predictedowl ✓ right Trueowl Least certain93.4 %" in text
     assert len([attributes for attributes in page.all("img") if "jpeg" in attributes["src"]]) == 5
+
+
+def test_page_says_what_is_not_answered_and_shows_the_nearest_training_photos(answering_path, single_page):
+    page = Page(answering_path)
+    text = page.texts["unanswered"].replace("\u00a0", " ")
+    for words in ("Answered50.0 %", "Wrong answers12.5 %", "Promisedat most 5.0 %", "another camera"):
+        assert words in text
+    assert re.search(
+        r"1 % *nothing is answered *2 % *nothing is answered *5 % *50.0 %8 of 16 *12.5 %0.3 % to 52.7 %", text
+    )
+    assert "risk_coverage.png" in page.texts["files"]
+    assert "Risk-coverage" in " ".join(attributes["alt"] for attributes in page.all("img"))
+    for section in ("doubts", "unlike"):
+        assert "Answerunsure Probability93.4 % Similarity0.625" in page.texts[section].replace("\u00a0", " ")
+        assert page.texts[section].count("<cat>0.700") == 3
+    assert "three are below" in page.texts["unlike"]
+    assert "Answer" not in page.texts["mistakes"]
+    for section in ("unanswered", "unlike"):
+        assert section not in single_page.texts
+    assert "risk_coverage.png" not in single_page.texts["files"]
+    assert "Similarity" not in single_page.texts["doubts"]
 
 
 def test_empty_gallery_and_no_log(tmp_path, undrawn):
@@ -332,10 +368,11 @@ def test_violations_of_the_page_policy_are_written_to_the_console(tmp_path, sing
         ("single", "Precision", ("--window-size=1280,900",), ["owl", "dog", "cat"]),
         # Undefined values come last in both directions.
         ("multi", "AUROC", ("--window-size=390,800", "--force-dark-mode"), ["dog", "cat", "owl"]),
+        ("answering", "Precision", ("--window-size=390,800",), ["owl", "dog", "cat"]),
     ],
 )
-def test_click_sorts_on_a_desktop_and_a_dark_phone(tmp_path, single_path, multi_path, name, column, flags, ascending):
-    path = single_path if name == "single" else multi_path
+def test_click_sorts_on_a_desktop_and_a_dark_phone(tmp_path, request, name, column, flags, ascending):
+    path = request.getfixturevalue(f"{name}_path")
     directions = [["ascending", ascending], ["descending", ["cat", "dog", "owl"]], ["ascending", ["cat", "dog", "owl"]]]
     expected = {"broken": 0, "dark": name == "multi", "overflow": 0, "sorted": directions}
     assert probe(path, tmp_path, PROBE.replace("COLUMN", column), *flags) == expected
@@ -388,6 +425,49 @@ def test_gallery_has_the_predictions_and_shrunken_photos_as_data_uris():
     assert decoded.shape == (160, 320, 3)
     # OpenCV reads blue, green, red: the photo is still red.
     np.testing.assert_allclose(decoded[80, 160], [0, 0, 254], atol=3)
+
+
+def test_galleries_of_doubtful_and_unfamiliar_photos_have_the_nearest_training_photos():
+    photo = np.zeros((50, 100, 3), np.uint8)
+    probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.1, 0.9]], np.float32)
+    # Certainties are logits: log(9), log(1.5), log(9). The threshold makes the second unsure, and the third unknown.
+    rule = Abstention(0.05, [0.8], 0.01, 2.0, [0.0, 1.0, 0.0, 1.0], 100)
+    decision, similarities = Decision(["cat", "dog"], False, abstention=rule), np.array([0.5, 1.7, -0.5])
+    answers = Answers(["a.jpg", "b.jpg", "c.jpg"], np.array([0, 0, 1]), probabilities, decision, similarities)
+    gallery = build_gallery(lambda paths: [(photo, photo) for _ in paths], answers, lambda row: [{"path": row}])
+    assert [item["path"] for item in gallery["least_confident"]] == ["b.jpg", "a.jpg", "c.jpg"]
+    assert [item["path"] for item in gallery["least_similar"]] == ["c.jpg", "a.jpg", "b.jpg"]
+    assert [item["answer"] for item in gallery["least_similar"]] == [["unknown"], ["cat"], ["unsure"]]
+    assert [item["similarity"] for item in gallery["least_similar"]] == [-0.5, 0.5, 1.7]
+    assert [item["nearest"] for item in gallery["least_similar"]] == [[{"path": 2}], [{"path": 0}], [{"path": 1}]]
+    assert [item["heatmap"] for item in gallery["least_similar"]] == [None] * 3
+    assert gallery["least_confident"][0]["heatmap"]
+    assert gallery["mistakes"] == []
+    without = build_gallery(lambda paths: [(photo, photo) for _ in paths], answers._replace(similarities=None))
+    assert [*without] == ["mistakes", "least_confident"]
+    assert {item["similarity"] for item in without["least_confident"]} == {None}
+
+
+def test_training_photos_are_small_and_read_once(tmp_path, monkeypatch):
+    for name in ("wide", "damaged"):
+        PIL.Image.fromarray(np.full((300, 600, 3), 90, np.uint8)).save(tmp_path / f"{name}.jpg")
+    (tmp_path / "damaged.jpg").write_bytes((tmp_path / "damaged.jpg").read_bytes()[:700])
+    asked = []
+
+    def read(path, size, **options):
+        asked.append(path)
+        return read_image(path, size, **options)
+
+    monkeypatch.setattr("finetune.data.images.read_image", read)
+    row = [Nearest(str(tmp_path / f"{name}.jpg"), "cat", 0.5) for name in ("wide", "damaged", "gone")]
+    show = build_finder([row, row], Configs())
+    ((shown,), again) = show(0), show(1)
+    assert again == [shown]
+    assert (shown["path"], shown["label"], shown["similarity"]) == (str(tmp_path / "wide.jpg"), "cat", 0.5)
+    content = base64.b64decode(shown["photo"].split(",")[1])
+    assert cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR).shape == (48, 96, 3)
+    assert len(asked) == 3
+    assert build_finder(None, Configs()) is None
 
 
 def test_losses_are_those_of_scikit_learn():
