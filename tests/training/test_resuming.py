@@ -203,7 +203,7 @@ def test_an_unreadable_validation_image_costs_nothing_of_the_epoch(tables, tmp_p
         *("--skip_bad_images", "True"),
     ]
     state = read_state(str(folder / "latest_model.keras"))
-    assert (state["epochs_completed"], state["steps_completed"]) == (0, 7)
+    assert (state["epochs_completed"], state["steps_completed"]) == (0, 9)
     if "ema_decay" in options:
         start(**options_of(sets, folder, num_epochs=2, skip_bad_images=True, load_model_path=str(folder), **options))
     else:
