@@ -8,7 +8,6 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from built_models import random_images
 from hub_presets import OFFSET, SCALE, SIDE, SMALL, needs_keras_hub, write_preset
 from small_runs import assert_same_run, options_of, start, tables  # noqa: F401
@@ -102,10 +101,7 @@ def test_what_is_trained_saved_and_read_back_answers_the_same(built, tmp_path):
     loaded = load_model(path)
     np.testing.assert_allclose(loaded(images, training=False), answers, rtol=0, atol=1e-6)
     assert bool(list_layer_packages(path)) != (built.kind.removesuffix("Backbone") in STOCK)
-    # Those of MAIN are compiled in whole runs.
-    tf.config.run_functions_eagerly(True)
     heatmaps, probabilities = GradCam(loaded)(images)
-    tf.config.run_functions_eagerly(False)
     assert heatmaps.shape[1:] == model.get_layer("backbone").output_shape[1:3]
     np.testing.assert_allclose(probabilities, answers, atol=1e-4)
 
