@@ -7,7 +7,7 @@ from collections.abc import Callable
 from imgaug import augmenters as iaa
 
 from configs import Configs
-from finetune.loading.kernels import AugmentationFunction, FusedAugmenter, Saturation
+from finetune.loading.augmentation import AugmentationFunction, FusedAugmenter, Saturation
 
 
 def build_augmenter(strength: str = "default") -> FusedAugmenter | None:

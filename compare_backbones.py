@@ -53,7 +53,7 @@ def main(configs: CompareConfigs) -> dict:
     from finetune.predicting.prediction_files import check_write_path
     from finetune.studies.backbone_comparison import draw_images, probe_backbones, rank
     from finetune.studies.backbone_report import draw_ranking, print_ranking
-    from finetune.training.phases import count_epochs
+    from finetune.training.run import count_epochs
     from model import check_registered
 
     check_write_path(configs.write_path, configs.train_csv)

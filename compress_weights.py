@@ -71,8 +71,7 @@ def main(configs: CompressConfigs) -> dict[str, Any]:
     # Imported here, so that --help does not wait for TensorFlow.
     from finetune.core.devices import start_devices
     from finetune.exporting import exports
-    from finetune.exporting.exports import list_kinds, read_calibration_images, require_packages
-    from finetune.exporting.parity import load_subject
+    from finetune.exporting.exports import list_kinds, load_subject, read_calibration_images, require_packages
     from finetune.reporting.model_card import write_model_card
     from finetune.training.run_folder import COMPRESSION_FILE
     from finetune.training.trained_model import configure_table, resolve_model_path, take_description, take_test_data

@@ -19,9 +19,8 @@ from finetune.core.devices import precision_policy
 from finetune.core.options import UserError
 from finetune.core.values import get_input_size
 from finetune.models.backbones import build_backbone, build_preprocessing, find_backbone, prepare_backbone
+from finetune.models.compiling import build_optimizer, check_optimizer, compile_model, find_loss
 from finetune.models.heads import HEADS, HeadOptions, build_head
-from finetune.models.losses import find_loss
-from finetune.models.optimizers import build_optimizer, check_optimizer, compile_model
 
 
 def check_registered(configs: Configs, builds: bool = True) -> None:

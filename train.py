@@ -20,8 +20,8 @@ def main(configs: Configs) -> dict:
     from finetune.reporting.figures import report_learning_rate
     from finetune.reporting.label_page import write_contradictions
     from finetune.reporting.model_card import write_model_card
-    from finetune.training.phases import get_phases
     from finetune.training.resuming import find_start, report_end
+    from finetune.training.run import get_phases
     from finetune.training.time_budget import resolve_epochs
     from finetune.training.training import (
         check_room,

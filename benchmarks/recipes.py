@@ -216,7 +216,7 @@ def read_epochs(recipe: str, images: int) -> int:
     Raises:
         UserError: the file cannot be read.
     """
-    from finetune.training.phases import count_epochs
+    from finetune.training.run import count_epochs
 
     options = Configs(**Configs.read_json(recipe))
     steps = math.ceil(images / (options.batch_size * options.gradient_accumulation_steps))

@@ -12,7 +12,7 @@ import pytest
 
 import train
 from configs import Configs
-from finetune.training.training_state import read_state
+from finetune.training.resuming import read_state
 from generator import AugmentedImageSequence
 
 # A backbone cut to its first layers: the tests are about the training around it.

@@ -14,10 +14,9 @@ from small_runs import options_of, start, tables  # noqa: F401
 
 from configs import Configs
 from finetune.core.options import UserError
-from finetune.training.resuming import find_start
+from finetune.training.resuming import STATE_PARTS, find_start
 from finetune.training.run_folder import CONFIGS_FILE, describe_run, locate_data
 from finetune.training.trained_model import configure_table, find_trained_model
-from finetune.training.training_state import STATE_PARTS
 
 TABLES = {"train_csv": "./data/train.csv", "validation_csv": "data/validation.csv", "test_csv": "data/test.csv"}
 

@@ -37,7 +37,7 @@ from finetune.models.description import DESCRIPTION_MEMBER, find_description
 from finetune.models.model_files import load_model
 from finetune.reporting.cam_pictures import name_outputs, write_image
 from finetune.reporting.figures import read_log
-from finetune.training.training_state import STATE_MEMBER, STATE_PARTS, read_state, save_checkpoint
+from finetune.training.resuming import STATE_MEMBER, STATE_PARTS, read_state, save_checkpoint
 from make_csv_from_folders import FolderConfigs
 from plot_training_log import PlotConfigs
 from predict import PredictConfigs

@@ -47,7 +47,7 @@ def test_every_script_prints_the_number_of_groups(tables, capsys, monkeypatch):
         given.append(facts[-1])
         return initialize_head(*facts)
 
-    monkeypatch.setattr("finetune.training.head_fit.initialize_head", initialize)
+    monkeypatch.setattr("finetune.training.feature_store.initialize_head", initialize)
     options = {"head_initialization": "linear_probe", "model_selection": "interpolate", "num_epochs": 1}
     train.main(configs_of(tables, **options).validate())
     shown = capsys.readouterr().out

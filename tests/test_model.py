@@ -11,8 +11,8 @@ from keras import layers
 
 from finetune.core.options import UserError
 from finetune.evaluation.gradcam import GradCam
+from finetune.models.compiling import compile_model, get_optimizer
 from finetune.models.heads import HeadOptions, build_head
-from finetune.models.optimizers import compile_model, get_optimizer
 from model import downscale
 
 PARTS = ["downscaling", "preprocessing", "backbone", "classifier"]

@@ -29,8 +29,8 @@ from finetune.core.options import UserError
 from finetune.evaluation.decision import Decision, find_decision_folder, read_decision, store_decision, write_decision
 from finetune.reporting import report
 from finetune.training import training
-from finetune.training.phases import Phase
-from finetune.training.training_state import read_state
+from finetune.training.resuming import read_state
+from finetune.training.run import Phase
 from finetune.training.workers import Team
 
 PROJECT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from imgaug import augmenters as iaa
 from finetune.core.options import UserError
 from finetune.data.images import read_image
 from finetune.evaluation.decision import read_decision
-from finetune.loading.kernels import FusedAugmenter
+from finetune.loading.augmentation import FusedAugmenter
 from finetune.models.model_files import load_model
 from finetune.predicting import predicting
 from finetune.predicting.predicting import classify_image

@@ -17,8 +17,8 @@ from configs import Configs
 from finetune.core.options import UserError
 from finetune.data.images import fit_image, place_image, read_image, resize_image
 from finetune.exporting.exports import read_calibration_images
+from finetune.loading.augmentation import choose_shape, draw_crop, enlarge_for_crops
 from finetune.loading.caches import DiskCache
-from finetune.loading.mixing import choose_shape, draw_crop, enlarge_for_crops
 from finetune.models.description import describe_model
 from finetune.reporting.cam_pictures import overlay_heatmap, place_heatmap
 from finetune.reporting.model_card import write_model_card

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from finetune.core.arguments import take_share
 from finetune.core.options import UserError
-from finetune.core.streams import hiding_stderr
+from finetune.core.scripts import hiding_stderr
 
 # Every script imports this module before any other that needs TensorFlow.
 with hiding_stderr():

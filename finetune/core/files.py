@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.core.options import UserError
-from finetune.core.streams import ASCII_NAMES, has_ascii_names
+from finetune.core.scripts import ASCII_NAMES, has_ascii_names
 from finetune.core.texts import join_names
 
 if TYPE_CHECKING:

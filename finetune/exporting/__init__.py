@@ -1,4 +1,4 @@
 """Exporting models to other formats, and checking that their answers stay the same.
 
-Start with `exports.py`; `parity.py` compares an artefact with its original.
+All of it is in `exports.py`; the formats are those of `finetune/models/formats.py`.
 """

@@ -17,9 +17,15 @@ from configs import MAX_IMAGE_PIXELS, Configs
 from finetune.core.arguments import argument_error, check_rows, take_size
 from finetune.core.options import UserError
 from finetune.data.images import JPEG_HEADER, PAD_GREY, read_image, resize_image, shape_image
+from finetune.loading.augmentation import (
+    FusedAugmenter,
+    choose_shape,
+    draw_crop,
+    enlarge_for_crops,
+    mix_batch,
+    resample,
+)
 from finetune.loading.caches import DiskCache, MemoryCache
-from finetune.loading.kernels import FusedAugmenter, resample
-from finetune.loading.mixing import choose_shape, draw_crop, enlarge_for_crops, mix_batch
 
 # OpenCV's own threads would compete with the generator's workers for the same cores.
 cv2.setNumThreads(1)

@@ -24,10 +24,9 @@ from finetune.core.arguments import look_up
 from finetune.core.options import UserError
 from finetune.core.texts import draws_bars
 from finetune.core.values import SCALINGS, read_scaling
-from finetune.models.backbone_entry import Backbone, Scaling
+from finetune.models.backbone_entry import Backbone, Scaling, find_own_backbone, is_model_file
 from finetune.models.heads import BACKBONE, has_parts
 from finetune.models.kerashub import PREFIX, TRANSFORMER_BLOCKS, describe_preset, find_hub_backbone
-from finetune.models.own_file import find_own_backbone, is_model_file
 
 
 def build_application(name: str, image_size: tuple[int, int], use_imagenet_weights: bool) -> keras.Model:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from finetune.core.files import atomic_path
-from finetune.core.streams import hiding_stderr
+from finetune.core.scripts import hiding_stderr
 from finetune.models.exported import Calibration, ExportedModel, describe_input, to_float32
 
 

@@ -30,7 +30,7 @@ from finetune.data.images import fit_image, read_image
 from finetune.data.inspection import tell_assumed_range, tell_unfit_range
 from finetune.evaluation.decision import THRESHOLD_TYPES, Decision
 from finetune.evaluation.metrics import check_finite
-from finetune.loading.kernels import FusedAugmenter
+from finetune.loading.augmentation import FusedAugmenter
 from finetune.models.exported import ExportedModel
 from finetune.models.formats import MODEL_SUFFIXES, importing, is_exported, require_format
 from finetune.models.model_files import check_fit, load_fitting_model

@@ -35,8 +35,8 @@ from finetune.evaluation.intervals import compare_scores, get_intervals, score_i
 from finetune.evaluation.metrics import get_average_precisions, mean_of_defined
 from finetune.models.backbones import has_fixed_features
 from finetune.training.feature_store import get_features
-from finetune.training.phases import changes_images
 from finetune.training.probe import build_extractor, cross_validate
+from finetune.training.run import changes_images
 from finetune.training.speeds import (
     Timing,
     choose_fastest,

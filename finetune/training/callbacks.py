@@ -15,9 +15,8 @@ from finetune.core.texts import begin_line, join_names, show_count
 from finetune.data.findings import Finding, write_data_report
 from finetune.evaluation.intervals import get_log_losses
 from finetune.evaluation.metrics import get_aurocs, mean_of_defined
-from finetune.models.optimizers import find_averages
-from finetune.training.phases import Phase
-from finetune.training.run import Progress
+from finetune.models.compiling import find_averages
+from finetune.training.run import Phase, Progress
 from finetune.training.workers import Team
 from generator import AugmentedImageSequence
 

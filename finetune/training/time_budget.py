@@ -15,11 +15,10 @@ from finetune.core.files import TEMPORARY_PREFIX
 from finetune.core.texts import begin_line, show_duration, show_moment
 from finetune.core.values import get_input_size, parse_duration
 from finetune.training.callbacks import EpochOrder
-from finetune.training.phases import count_epochs, get_phases, get_training_set, prepare_phase, refits_head
-from finetune.training.run import Run
+from finetune.training.checkpoints import SHARES
+from finetune.training.resuming import save_checkpoint, seed_states
+from finetune.training.run import Run, count_epochs, get_phases, get_training_set, prepare_phase, refits_head
 from finetune.training.trainer import Interruption
-from finetune.training.training_state import save_checkpoint, seed_states
-from finetune.training.weight_averaging import SHARES
 from generator import AugmentedImageSequence, naming_bad_images
 
 # An estimate needs this many steps.

@@ -18,8 +18,8 @@ from configs import Configs
 from finetune.core.texts import choose_keras_verbosity, show_progress
 from finetune.core.values import get_input_size
 from finetune.models.backbones import leaf_layers
+from finetune.models.compiling import build_optimizer, compile_model, find_averages
 from finetune.models.heads import BACKBONE
-from finetune.models.optimizers import build_optimizer, compile_model, find_averages
 from generator import AugmentedImageSequence
 
 

@@ -24,10 +24,9 @@ from finetune.data.groups import warn_of_shared_groups
 from finetune.data.tables import count_labels, resolve_class_names, warn_of_missing_classes
 from finetune.evaluation.intervals import describe_epoch
 from finetune.models.backbones import has_fixed_features
+from finetune.models.compiling import build_optimizer, get_losses
 from finetune.models.description import hash_model
-from finetune.models.losses import get_losses
 from finetune.models.model_files import load_fitting_model, preparing, strip_views
-from finetune.models.optimizers import build_optimizer
 from finetune.training.callbacks import (
     AveragedWeights,
     BadImages,
@@ -39,12 +38,23 @@ from finetune.training.callbacks import (
     Validation,
     name_monitor,
 )
-from finetune.training.checkpoints import BeforeValidation, Checkpoint, FiniteLoss, Stopping, advising_on_bad_images
-from finetune.training.head_fit import HeadFit
+from finetune.training.checkpoints import (
+    BeforeValidation,
+    Checkpoint,
+    FiniteLoss,
+    ModelSelection,
+    Stopping,
+    advising_on_bad_images,
+)
+from finetune.training.feature_store import HeadFit
 from finetune.training.learning_rate_finder import suggest_learning_rate
-from finetune.training.model_selection import ModelSelection
-from finetune.training.phases import (
+from finetune.training.resuming import CheckpointWriter, check_same_data
+from finetune.training.run import (
+    Images,
     Phase,
+    Progress,
+    Run,
+    Start,
     describe_phase,
     get_sets,
     get_training_set,
@@ -54,8 +64,6 @@ from finetune.training.phases import (
     run_phase,
     set_trainable,
 )
-from finetune.training.resuming import check_same_data
-from finetune.training.run import Images, Progress, Run, Start
 from finetune.training.run_folder import (
     BEST_MODEL,
     CURVES_FOLDER,
@@ -71,7 +79,6 @@ from finetune.training.run_folder import (
 )
 from finetune.training.time_budget import TimeEstimate, count_views
 from finetune.training.trainer import Interruption
-from finetune.training.training_state import CheckpointWriter
 from finetune.training.workers import Team
 from generator import AugmentedImageSequence, Shares, get_generator, naming_bad_images
 from model import ModelFactory

@@ -254,7 +254,7 @@ def test_packages_and_libraries_are_found():
 
 
 BOOLEANS = """
-from finetune.core.streams import silence_libraries
+from finetune.core.scripts import silence_libraries
 silence_libraries(False)
 from finetune.core.devices import start_devices, tf
 start_devices(0.0)

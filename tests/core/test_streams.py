@@ -15,7 +15,7 @@ from small_runs import options_of, start, tables  # noqa: F401  # noqa: F401
 
 import split_train_test
 from finetune.core.files import write_json
-from finetune.core.streams import LastingStream, protecting_output
+from finetune.core.scripts import LastingStream, protecting_output
 from finetune.core.texts import choose_keras_verbosity, show_progress
 from split_train_test import SplitConfigs
 
@@ -246,7 +246,7 @@ NOTICE = "I0000 00:00:1795772722.382590   28722 port.cc:153] oneDNN custom opera
 def run_code(tmp_path, code, *flags, library="", is_script=True, **environment):
     """Runs code in a script's main, or alone, beside a library that writes to stderr as C++ code does."""
     (tmp_path / "library.py").write_text(f"import os, warnings\nos.write(2, {NOTICE!r}.encode())\n{library}\n")
-    start = f"import os, sys, warnings\nsys.path.insert(1, {str(PROJECT)!r})\nfrom finetune.core.streams import *\n"
+    start = f"import os, sys, warnings\nsys.path.insert(1, {str(PROJECT)!r})\nfrom finetune.core.scripts import *\n"
     if is_script:
         start += "from configs import Configs\nfrom finetune.core.scripts import run_script\n"
         code = f"def main(configs: Configs):\n    {code}\n\nrun_script(main)"

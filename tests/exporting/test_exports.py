@@ -36,8 +36,13 @@ from configs import Configs
 from finetune.core.options import UserError
 from finetune.data.images import read_image, resize_image
 from finetune.evaluation.decision import Decision, read_decision
-from finetune.exporting.exports import find_earlier, read_calibration_images, write_metadata
-from finetune.exporting.parity import compare, find_drop_interval
+from finetune.exporting.exports import (
+    compare,
+    find_drop_interval,
+    find_earlier,
+    read_calibration_images,
+    write_metadata,
+)
 from finetune.models import onnx_format, saved_model, tflite
 from finetune.models.formats import FORMATS
 from model import ModelFactory

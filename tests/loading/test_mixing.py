@@ -5,7 +5,7 @@ import pytest
 from picture_sets import assert_blended
 from PIL import Image
 
-from finetune.loading.mixing import draw_crop, mix_batch
+from finetune.loading.augmentation import draw_crop, mix_batch
 from generator import AugmentedImageSequence
 
 

@@ -23,9 +23,9 @@ from finetune.models.description import (
     hash_model,
     read_description,
 )
+from finetune.training.resuming import STATE_PARTS, read_state, save_checkpoint
 from finetune.training.run_folder import locked
 from finetune.training.trained_model import find_trained_model, keep_decision, name_model
-from finetune.training.training_state import STATE_PARTS, read_state, save_checkpoint
 from predict import PredictConfigs
 
 OPTIONS = {"classes": CLASSES, "image_target_size": [32, 32, 3], "eval_image_size": [], "resize_mode": "crop"}

@@ -52,7 +52,7 @@ def test_hdf5_that_crashes_does_so_alone(path):
     assert content[kind] == 1
     content[kind] = 2
     path.write_bytes(content)
-    # -P, as otherwise modules next to it such as losses.py could hide others.
+    # -P, as otherwise modules next to it such as formats.py could hide others.
     command = [sys.executable, "-P", hdf5_attributes.__file__, str(path)]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGSEGV
     with pytest.raises(ValueError, match="texts"):

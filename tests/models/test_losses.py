@@ -10,7 +10,7 @@ from built_models import small_configs
 from sklearn.metrics import log_loss
 
 from finetune.core.options import UserError
-from finetune.models.losses import (
+from finetune.models.compiling import (
     get_class_weights,
     get_losses,
     get_multilabel_class_weights,

@@ -20,9 +20,9 @@ from tiny_models import (
 )
 
 from finetune.core.options import UserError
+from finetune.models.compiling import exclude_from_weight_decay, get_optimizer
 from finetune.models.compressed import custom_load_model, custom_save_model
 from finetune.models.model_files import load_fitting_model, load_model
-from finetune.models.optimizers import exclude_from_weight_decay, get_optimizer
 
 LEGACY = Path(__file__).parent / "legacy_models"
 

@@ -8,7 +8,7 @@ from tiny_models import assert_kernels_alone_have_changed, normalised_model, ste
 
 from configs import Configs
 from finetune.core.options import UserError
-from finetune.models.optimizers import (
+from finetune.models.compiling import (
     OPTIMIZERS,
     check_optimizer,
     exclude_from_weight_decay,

@@ -16,10 +16,9 @@ from compress_weights import CompressConfigs
 from configs import Configs
 from finetune.core.options import UserError
 from finetune.models.backbones import BACKBONES, Backbone
+from finetune.models.compiling import LOSSES, OPTIMIZERS, Loss, Optimizer
 from finetune.models.heads import HEADS, POOLING
-from finetune.models.losses import LOSSES, Loss
 from finetune.models.model_files import load_model
-from finetune.models.optimizers import OPTIMIZERS, Optimizer
 from predict import PredictConfigs
 
 

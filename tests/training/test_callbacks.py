@@ -8,8 +8,7 @@ import pytest
 
 from configs import Configs
 from finetune.training.callbacks import Plateau, Schedule
-from finetune.training.phases import Phase
-from finetune.training.run import Progress
+from finetune.training.run import Phase, Progress
 
 
 def schedule(kind, warmup=0.0, first=0, end=4, rate=0.1, minimum=0.01, steps=5):

@@ -9,7 +9,7 @@ from probed_photos import (
 )
 
 from configs import Configs
-from finetune.training.head_fit import HeadFit
+from finetune.training.feature_store import HeadFit
 from finetune.training.probe import FeaturesNotFinite, compute_features, initialize_head
 from finetune.training.workers import Team
 

@@ -23,8 +23,8 @@ from small_runs import (
 from configs import Configs
 from finetune.data.images import read_image, resize_image
 from finetune.models.backbones import prepare_backbone
-from finetune.training import phases
-from finetune.training.phases import Phase, describe_phase, refits_head
+from finetune.training import run
+from finetune.training.run import Phase, describe_phase, refits_head
 from generator import Shares
 from model import ModelFactory
 
@@ -94,7 +94,7 @@ def test_a_run_with_every_option_continues_to_the_same_bits(tables, tmp_path, st
 def test_features_computed_once_train_the_head_as_images_do(tables, tmp_path, monkeypatch):
     options = {"conv_layers_to_train": 0, "augmentation_strength": "none", "num_epochs": 2}
     start(**options_of(tables, tmp_path / "features", **options))
-    monkeypatch.setattr(phases, "trains_on_features", lambda *_: False)
+    monkeypatch.setattr(run, "trains_on_features", lambda *_: False)
     start(**options_of(tables, tmp_path / "images", **options))
     logs = [pd.read_csv(tmp_path / name / "training_log.csv") for name in ("features", "images")]
     np.testing.assert_allclose(logs[0], logs[1], rtol=1e-4, atol=1e-5)

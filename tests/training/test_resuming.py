@@ -21,9 +21,8 @@ from small_runs import (
 
 from configs import Configs
 from finetune.core.options import UserError
-from finetune.training.resuming import check_same_data, configs_to_continue, report_end
+from finetune.training.resuming import check_same_data, configs_to_continue, read_state, report_end
 from finetune.training.run_folder import fingerprint
-from finetune.training.training_state import read_state
 from generator import AugmentedImageSequence
 from model import ModelFactory
 

@@ -12,10 +12,10 @@ from small_runs import (
 
 from configs import Configs
 from finetune.core.options import UserError
-from finetune.training import training_state
+from finetune.training import resuming
 from finetune.training.checkpoints import FiniteLoss, Stopping, write_resume_command
+from finetune.training.resuming import save_checkpoint
 from finetune.training.run import Progress
-from finetune.training.training_state import save_checkpoint
 
 
 class Writer:
@@ -95,7 +95,7 @@ def test_checkpoints_within_epochs_have_their_step(tables, tmp_path, monkeypatch
         written.append((state["epochs_completed"], state["steps_completed"]))
         original(model, path, state, *more)
 
-    monkeypatch.setattr(training_state, "save_checkpoint", save)
+    monkeypatch.setattr(resuming, "save_checkpoint", save)
     start(**options_of(tables, tmp_path / "run", num_epochs=2, batch_size=4, checkpoint_every_steps=3))
     # Also before the first validation, which may meet an unreadable image.
     assert written == [(0, 3), (0, 6), (0, 7), (1, 0), (1, 3), (1, 6), (2, 0)]

@@ -23,10 +23,9 @@ from finetune.core.files import remove_stale_files
 from finetune.core.options import UserError
 from finetune.core.texts import show_duration, show_moment
 from finetune.core.values import duration_fault, parse_duration
-from finetune.training.phases import count_epochs
-from finetune.training.resuming import configs_to_continue
+from finetune.training.resuming import configs_to_continue, save_checkpoint
+from finetune.training.run import count_epochs
 from finetune.training.time_budget import TimeEstimate, count_views, resolve_epochs, time_saving
-from finetune.training.training_state import save_checkpoint
 
 
 def test_durations_are_read_and_shown():

@@ -19,10 +19,10 @@ import train
 from configs import Configs
 from finetune.core.devices import set_seed
 from finetune.core.options import UserError
-from finetune.models.losses import get_class_weights
+from finetune.models.compiling import get_class_weights
 from finetune.training.callbacks import EpochOrder
-from finetune.training.phases import get_phases
 from finetune.training.resuming import check_same_data
+from finetune.training.run import get_phases
 from finetune.training.run_folder import fingerprint
 from finetune.training.trainer import TrainingModel
 from finetune.training.training import get_images

@@ -24,8 +24,8 @@ from small_runs import (
 import train
 from finetune.core.options import UserError
 from finetune.core.scripts import run_script
-from finetune.models.optimizers import find_averages
-from finetune.training.training_state import read_state
+from finetune.models.compiling import find_averages
+from finetune.training.resuming import read_state
 
 try:
     import resource

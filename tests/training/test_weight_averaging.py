@@ -13,8 +13,8 @@ from small_runs import assert_same_run, options_of, start, stop_at, tables  # no
 from finetune.core.options import UserError
 from finetune.evaluation.intervals import get_log_losses
 from finetune.models.model_files import strip_views
-from finetune.training.training_state import read_state
-from finetune.training.weight_averaging import SHARES, choose_weights, mix_weights
+from finetune.training.checkpoints import SHARES, choose_weights, mix_weights
+from finetune.training.resuming import read_state
 from generator import AugmentedImageSequence
 
 OPTIONS = {"head_initialization": "linear_probe", "model_selection": "interpolate", "num_epochs": 2}
@@ -161,7 +161,7 @@ def test_the_run_keeps_what_was_chosen(share, is_refitted, tables, tmp_path, mon
         monkeypatch.setattr(validation, "get_losses", lambda: measure() + next(added))
         return choose(model, weights, validation, logs, refit)
 
-    monkeypatch.setattr("finetune.training.model_selection.choose_weights", choose_that)
+    monkeypatch.setattr("finetune.training.checkpoints.choose_weights", choose_that)
     found = start(**options_of(tables, tmp_path / "run", **OPTIONS))
     assert "Warning: the linear probe" in capsys.readouterr().out
     best, latest = load(tmp_path / "run", "best").get_weights(), load(tmp_path / "run", "latest").get_weights()

@@ -9,7 +9,7 @@ from imgaug import augmenters as iaa
 from PIL import Image, ImageEnhance
 
 from finetune.data.images import resize_image
-from finetune.loading.kernels import FusedAugmenter, Saturation, draw_maps, draw_values, resample
+from finetune.loading.augmentation import FusedAugmenter, Saturation, draw_maps, draw_values, resample
 
 ASTRONAUT = skimage.data.astronaut()
 
