@@ -28,7 +28,7 @@ of its validation set. The test set stays whole. Data sets with several labels a
 are those of --together, whose near copies stay in one set. If one class has more than half of the photos, the score
 is the balanced accuracy.
 
-Finished runs are kept beside the results until all are done: started again with the same arguments, it continues.
+Finished runs are kept next to the results until all are done: started again with the same arguments, it continues.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def describe_setting(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def name_runs_file(arguments: argparse.Namespace) -> Path:
-    """Returns the file that keeps finished runs, beside the results."""
+    """Returns the file that keeps finished runs, next to the results."""
     path = Path(arguments.write)
     return path.with_name(f"{path.stem}_runs.json")
 

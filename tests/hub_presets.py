@@ -21,7 +21,7 @@ SMALL = {
     "DINOV3Backbone": TOWER | {"num_register_tokens": 2},
     "SigLIPVisionEncoder": TOWER,
     "CLIPVisionEncoder": TOWER,
-    "SwinTransformerBackbone": {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4, **SHAPE},
+    "SwinTransformerBackbone": {"embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2], "window_size": 4, **SHAPE},
     "MiTBackbone": {
         "layerwise_depths": [1, 1],
         "num_layers": 2,

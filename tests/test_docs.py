@@ -16,8 +16,8 @@ from finetune.data.findings import KINDS
 
 README, DOCS = PROJECT / "README.md", PROJECT / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md")), *sorted((PROJECT / "benchmarks").glob("*.md"))]
-MOST_LINES_OF_README, MOST_WORDS_OF_DOCS = 200, 11_250
-MOST_WORDS = {"better_models.md": 900, "bad_input.md": 900}
+MOST_LINES_OF_README, MOST_WORDS_OF_DOCS = 200, 11_850
+MOST_WORDS = {"better_models.md": 900, "bad_input.md": 900, "abstaining.md": 700}
 # Inline code that is a command line of another program.
 OTHER_PROGRAMS = ("pip ", "tensorboard ", "python -m ", "python benchmarks/")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))

@@ -54,6 +54,12 @@ def several(saved_runs, tmp_path):
     return copy_run(saved_runs[True], tmp_path / "saved_model")
 
 
+@pytest.fixture
+def few_pilots(monkeypatch):
+    """Compares the ways to remove a part on two images, for tests that are not about faithfulness."""
+    monkeypatch.setattr(explaining, "PILOT_IMAGES", 2)
+
+
 def copy_run(configs: Configs, folder: Path) -> Configs:
     shutil.copytree(configs.save_model_path, folder)
     return configs.replace(save_model_path=str(folder))
@@ -67,7 +73,7 @@ def save_run(folder: Path, csv_path: str, multi_label: bool, image_directory: st
         multi_label_classification=multi_label,
         classes=CLASS_NAMES,
         visual_model_name="MobileNet",
-        pop_conv_layers=69,
+        pop_conv_layers=74,
         image_target_size=(SIZE, SIZE, 3),
         use_imagenet_weights=False,
         batch_size=4,
@@ -195,7 +201,7 @@ def test_the_page_filters_by_the_answers_of_a_rule_and_a_reference(single, capsy
 
 
 @pytest.mark.parametrize(("cam_classes", "number"), [("top_k", 3), ("threshold", 1), ("true", 1)])
-def test_classes_of_a_single_label_are_drawn_in_order(cam_classes, number, single, panels):
+def test_classes_of_a_single_label_are_drawn_in_order(cam_classes, number, single, panels, few_pilots):
     # At most as many classes as there are.
     paths = draw_activations.main(single.replace(cam_classes=cam_classes, cam_top_k=50))["paths"]
     _, _, probabilities = load(single)
@@ -205,7 +211,7 @@ def test_classes_of_a_single_label_are_drawn_in_order(cam_classes, number, singl
     assert {cv2.imread(path).shape[1] for path in paths} == {(1 + number) * WIDER[0]}
 
 
-def test_true_draws_the_labels_of_the_table(several, panels):
+def test_true_draws_the_labels_of_the_table(several, panels, few_pilots):
     draw_activations.main(several.replace(cam_classes="true"))
     labels = pd.read_csv(several.test_csv)["class"]
     for found, label in zip(captions(panels, several), labels, strict=True):
@@ -213,7 +219,7 @@ def test_true_draws_the_labels_of_the_table(several, panels):
         assert sorted(caption.split(" ", 1)[1] for caption in found[1:]) == sorted(label.split("$"))
 
 
-def test_threshold_draws_the_predictions_in_calibrated_probabilities(several, panels):
+def test_threshold_draws_the_predictions_in_calibrated_probabilities(several, panels, few_pilots):
     _, _, raw = load(several)
     temperature = 2.5
     calibrated = 1 / (1 + ((1 - raw.astype(float)) / raw) ** (1 / temperature))
@@ -232,7 +238,7 @@ def test_threshold_draws_the_predictions_in_calibrated_probabilities(several, pa
     assert result["faithfulness"]["images"] == (calibrated >= threshold).any(axis=1).sum()
 
 
-def test_photos_without_a_label_above_the_threshold_are_drawn_too(several, capsys, panels):
+def test_photos_without_a_label_above_the_threshold_are_drawn_too(several, capsys, panels, few_pilots):
     write_decision(several.save_model_path, Decision(CLASS_NAMES, True, exact_match_threshold=1.0))
     result = draw_activations.main(several.replace(cam_classes="threshold"))
     assert len(result["paths"]) == 24
@@ -243,7 +249,7 @@ def test_photos_without_a_label_above_the_threshold_are_drawn_too(several, capsy
     assert "nothing to measure" in capsys.readouterr().out
 
 
-def test_options_set_method_layer_opacity_and_colours(single, panels):
+def test_options_set_method_layer_opacity_and_colours(single, panels, few_pilots):
     options = {"cam_method": "layercam", "cam_backbone_layer": "conv_pw_1", "cam_alpha": 0.7, "cam_colormap": "viridis"}
     draw_activations.main(single.replace(**options))
     model, images, probabilities = load(single)
@@ -265,7 +271,7 @@ def test_faithfulness_is_printed_and_independent_of_the_batch_size(several, caps
     assert f"{100 * results[0]['explained']:.0f} %" in printed
 
 
-def test_faithfulness_is_that_of_the_explained_class_in_calibrated_probabilities(single, monkeypatch):
+def test_faithfulness_is_that_of_the_explained_class_in_calibrated_probabilities(single, monkeypatch, few_pilots):
     write_decision(single.save_model_path, Decision(CLASS_NAMES, False, 3.0, "validation"))
     _, _, raw = load(single)
     calibrated = raw ** (1 / 3) / (raw ** (1 / 3)).sum(axis=1, keepdims=True)
@@ -317,7 +323,7 @@ def test_a_model_with_predictions_that_are_not_finite_is_refused(single):
         draw_activations.main(single)
 
 
-def test_photos_are_upright_with_their_aspect_ratio_and_within_the_largest_size(single, panels, tmp_path):
+def test_photos_are_upright_with_their_aspect_ratio_and_within_the_largest_size(single, panels, tmp_path, few_pilots):
     folder = tmp_path / "photos ü#?%'"
     folder.mkdir()
     pixels = np.full((300, 900, 3), 128, np.uint8)

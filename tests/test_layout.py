@@ -140,6 +140,7 @@ def test_scripts_have_a_main():
         assert "main" in [getattr(node, "name", "") for node in TREES[PROJECT / f"{script}.py"].body], script
 
 
+@pytest.mark.slow
 def test_scripts_without_a_model_do_not_wait_for_tensorflow():
     names = ", ".join(sorted(set.union(*(IMPORTS[script] for script in SCRIPTS_WITHOUT_A_MODEL))))
     command = f"import sys; import {names}; sys.exit('tensorflow' in sys.modules)"

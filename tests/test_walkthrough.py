@@ -50,7 +50,7 @@ def split_photos(photo_folder):
 
 def train_small(folder, **options):
     """Trains two epochs; returns configs and results."""
-    small = {"visual_model_name": "MobileNet", "pop_conv_layers": 66, "image_target_size": (32, 32, 3)}
+    small = {"visual_model_name": "MobileNet", "pop_conv_layers": 75, "image_target_size": (32, 32, 3)}
     small |= {"use_imagenet_weights": False, "num_epochs": 2, "batch_size": 8, "show_model_summary": False}
     configs = Configs(save_model_path=str(folder / "saved_model"), **small, **options).validate()
     return configs, train.main(configs)
@@ -140,6 +140,13 @@ def test_a_model_without_state_starts_a_new_run(trained, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_demo_learns_its_textures(tmp_path, monkeypatch):
+    on_epoch_end = keras.callbacks.CallbackList.on_epoch_end
+
+    def stop_when_learnt(callbacks, epoch, logs):
+        on_epoch_end(callbacks, epoch, logs)
+        callbacks._model.stop_training |= logs["val_accuracy"] >= 0.95
+
+    monkeypatch.setattr(keras.callbacks.CallbackList, "on_epoch_end", stop_when_learnt)
     shutil.copytree(PROJECT / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     assert train.main(Configs(**Configs.read_json("data/demo.json")).validate())["best"] >= 0.95
@@ -243,7 +250,7 @@ def test_images_in_a_store_give_the_run_of_the_files(split_photos, photo_folder,
             table.to_csv(written, index=False)
         run = tmp_path / f"{place}_{image_cache}"
         options = {"save_model_path": str(run), "image_cache_path": str(tmp_path / "cache"), "image_cache": image_cache}
-        options |= {"pop_conv_layers": 66, "final_layer_pooling": "max", "verify_data": "full", "deterministic": True}
+        options |= {"pop_conv_layers": 75, "final_layer_pooling": "max", "verify_data": "full", "deterministic": True}
         configs = small_run(*csv_paths, **options)
         train.main(configs)
         logs[place, image_cache] = (run / "training_log.csv").read_text()

@@ -224,7 +224,7 @@ def list_question_promises(evidence: Evidence, known: np.ndarray, max_error: flo
 def list_questions(evidence: Evidence) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Returns certainty, whether the answer is wrong, and whether one is given, `(images,)` each.
 
-    Single-label, there is one question, the class; multi-label one a label, answered where it is given.
+    Single-label, there is one question, the class; multi-label one a label, answered if it is given.
     """
     truth, calibrated, chosen = evidence.y_true, evidence.calibrated, evidence.chosen
     if not evidence.multi_label:

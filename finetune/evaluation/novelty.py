@@ -66,6 +66,10 @@ class Reference(NamedTuple):
         rows = np.sort(np.random.default_rng(seed).permutation(len(features))[:most])
         return cls(features[rows], [paths[row] for row in rows], [labels[row] for row in rows], model)
 
+    def widen(self) -> Self:
+        """Returns the reference in float32, which compares many batches faster."""
+        return self._replace(features=self.features.astype(np.float32))
+
     def find_neighbours(self, features: np.ndarray, number: int = NEIGHBOURS) -> Neighbours:
         """Returns the most similar photos for features of length 1, `(images, channels)`.
 
@@ -77,7 +81,7 @@ class Reference(NamedTuple):
                 f"The reference of training photos has {self.features.shape[1]} features a photo, but the model gives "
                 f"{features.shape[-1]}. Give the model its own {REFERENCE_FILE}, or delete it."
             )
-        number, known = min(number, len(self.features)), self.features.astype(np.float32)
+        number, known = min(number, len(self.features)), self.features.astype(np.float32, copy=False)
         step = max(1, BLOCK // len(known))
         parts = []
         for start in range(0, len(features), step):
@@ -132,7 +136,7 @@ class Reference(NamedTuple):
 def find_reference(folder: str, model_path: str, needed: bool, gives_features: bool = True) -> Reference | None:
     """Returns the reference of a model; None, and prints why if one is needed, without its own.
 
-    It is in a folder or beside the model, and beside an exported model under the model's name.
+    It is in a folder or next to the model; next to an exported model, it has the model's name.
 
     Args:
         folder: of the results.

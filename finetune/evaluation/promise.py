@@ -15,7 +15,7 @@ from scipy import special, stats
 
 # The promise holds with this probability, over the draw of the validation photos.
 ASSURANCE = 0.95
-METHOD = "sequence of exact binomial tests"
+METHOD = "sequence of exact binomial tests (Clopper and Pearson)"
 # The sequence starts at the lowest confidence whose predicted power is this close to the best.
 LOST_POWER = 0.05
 # Tests between two numbers of photos that allow one more error each: more find a higher share, but stop earlier.

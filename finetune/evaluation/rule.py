@@ -96,7 +96,7 @@ def build_reference(sets: Sets, model_path: str, decision: Decision, configs: Co
 
 
 def store_reference(folder: str, reference: Reference | None, model_path: str) -> None:
-    """Writes a reference beside the decision that needs it; an exported model keeps its own."""
+    """Writes a reference next to the decision that needs it; an exported model keeps its own."""
     if reference is not None and not is_exported(model_path):
         reference.write(folder)
 

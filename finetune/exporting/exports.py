@@ -18,7 +18,7 @@ from finetune.core.values import get_input_size
 from finetune.data.images import build_reader, fit_image
 from finetune.evaluation.decision import Decision, find_decision_folder, read_decision
 from finetune.evaluation.novelty import DIGEST, REFERENCE_FILE, Reference, find_reference
-from finetune.exporting.parity import Original, Subject, judge
+from finetune.exporting.parity import SIDES, Original, Subject, judge
 from finetune.models import compressed
 from finetune.models.description import hash_model, select_described
 from finetune.models.exported import Calibration
@@ -242,16 +242,21 @@ def print_report(report: dict[str, Any]) -> None:
             f"{least:+.2f} to {most:+.2f}), {limit}"
         )
         if "changed_answers" in comparison:
-            print(f"  {_describe_changes(comparison, artefact['features'])}")
+            print(f"  {_describe_changes(comparison)}")
 
 
-def _describe_changes(comparison: dict[str, Any], has_features: bool) -> str:
-    """Returns a line on the answers that change where the model may not answer."""
-    images, unknown = comparison["images"], comparison["unknown"]
-    changed = comparison["changed_answers"]
-    line = f"Another answer (class, unsure or unknown): {changed} of {images} images, {changed / images:.1%}."
+def _describe_changes(comparison: dict[str, Any]) -> str:
+    """Returns a line on the answers that change and on the wrong ones, for a model that does not answer every photo."""
+    images, changed, unknown = (comparison[name] for name in ("images", "changed_answers", "unknown"))
+    (wrong, answered), (wrong_before, answered_before) = (
+        [comparison[name][side] for name in ("wrong", "answered")] for side in reversed(SIDES)
+    )
+    line = (
+        f"Another answer (class, unsure or unknown): {changed} of {images} images, {changed / images:.1%}. Wrong: "
+        f"{wrong} of {answered} answers, the original's {wrong_before} of {answered_before}."
+    )
     if unknown["before"] and "largest_similarity_difference" not in comparison:
-        line += f" It calls none of the {show_count(unknown['before'], 'unknown image')} so: it gives no features."
+        line += f" It gives no features, and so calls none of {show_count(unknown['before'], 'unknown image')} so."
     return line
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from configs import Configs
 from finetune.core.files import atomic_path, list_files
 from finetune.data.groups import count_groups
+from finetune.evaluation.abstention import measure_answers
 from finetune.evaluation.decision import Decision
 from finetune.evaluation.metrics import check_finite, to_indicators
 from finetune.evaluation.novelty import Reference
@@ -120,16 +121,17 @@ def compare_artefact(path: str, subject: Subject) -> dict[str, Any]:
     probabilities = before.probabilities, after.probabilities
     comparison = compare(sequence.get_y_true(), *probabilities, decision, sequence.get_read_groups())
     if decision.abstention is not None:
-        comparison |= compare_answers(before, after, decision)
+        comparison |= compare_answers(sequence.get_y_true(), before, after, decision)
     speeds = measure_speeds((original.model, artefact), sequence)
     return comparison | {"images_per_second": dict(zip(SIDES, speeds, strict=True))}
 
 
-def compare_answers(before: Results, after: Results, decision: Decision) -> dict[str, Any]:
+def compare_answers(y_true: np.ndarray, before: Results, after: Results, decision: Decision) -> dict[str, Any]:
     """Compares the answers of a model with a rule, and of its compressed form: labels, unsure or unknown.
 
     Returns:
-        `changed_answers`, images with another answer; `unknown`, how many are unknown, before and after; and
+        `changed_answers`, images with another answer; before and after: `unknown`, how many are unknown, `answered`,
+        how many answers are given (several labels: labels), and `wrong`, how many of these are wrong; and
         `largest_similarity_difference`, if both give similarities.
     """
     answers = [
@@ -137,11 +139,10 @@ def compare_answers(before: Results, after: Results, decision: Decision) -> dict
         for probabilities, similarities in (before, after)
     ]
     kinds = [np.column_stack([one.labels, one.is_unknown, one.is_unsure]) for one in answers]
-    unknown = [int(one.is_unknown.sum()) for one in answers]
-    found = {
-        "changed_answers": int((kinds[0] != kinds[1]).any(axis=1).sum()),
-        "unknown": dict(zip(SIDES, unknown, strict=True)),
-    }
+    found: dict[str, Any] = {"changed_answers": int((kinds[0] != kinds[1]).any(axis=1).sum())}
+    measured = [measure_answers(one, y_true) for one in answers]
+    for name in ("unknown", "answered", "wrong"):
+        found[name] = dict(zip(SIDES, (one[name] for one in measured), strict=True))
     if before.similarities is None or after.similarities is None:
         return found
     return found | {"largest_similarity_difference": float(np.abs(before.similarities - after.similarities).max())}

@@ -164,7 +164,7 @@ def find_answer(probabilities, features):
     calibrated = np.exp(scaled - total).astype(np.float32)
     if rule.get("unknown_threshold") is not None:
         unit = features[0] / max(np.linalg.norm(features[0]), 1e-38)
-        similarity = np.sort(reference @ unit)[-{neighbours}:].mean()
+        similarity = np.sort(reference @ unit.astype(np.float16).astype(np.float32))[-{neighbours}:].mean()
         *others, highest = np.sort(calibrated.astype(np.float64))
         rest = max(1 - highest, 2.0**-25) if several else np.sum(others)
         certainty = np.log(max(highest, 1e-46)) - np.log(max(rest, 1e-46))
@@ -190,7 +190,7 @@ def show_answering(path: str, refusals: Sequence[str], neighbours: int) -> str:
     """Returns Python code for the model card, from `probabilities` and `features` of an image to its `answer`.
 
     Args:
-        path: of an artefact with features; the code expects the files beside it.
+        path: of an artefact with features; the code expects its metadata and its reference in the same folder.
         refusals: the words for unsure and unknown.
         neighbours: of the most similar training photos, whose mean similarity counts.
     """

@@ -246,6 +246,7 @@ def predict_missing(
     tell_assumed_range("The images to predict", kept.paths, configs.pixel_range)
     tell_unfit_range("The images to predict", kept.paths, configs.pixel_range)
     network, missing, number = _compile_for(model, reference), kept.missing, views.number if views else 1
+    reference = reference.widen() if reference else None
     reader = ForgivingReader([kept.paths[row] for row in missing], configs)
     sequence = AugmentedImageSequence(
         reader.paths,

@@ -17,6 +17,7 @@ from finetune.core.files import check_folder, remove_stale_files, write_fault, w
 from finetune.core.options import UserError
 from finetune.data.tables import count_labels
 from finetune.evaluation.decision import DECISION_FILE
+from finetune.evaluation.novelty import REFERENCE_FILE
 from finetune.models.description import CONFIGS_FILE
 from finetune.models.formats import REJECTED, is_exported, list_endings
 
@@ -61,7 +62,7 @@ IMAGES_FILE = "trained_images.csv"
 # Patterns of all that a run writes: a new run into the same folder must not mix with it.
 MODEL_FILES = tuple(f"{stem}.keras" for stem in MODEL_STEMS)
 RUN_FILES = (*MODEL_FILES, "training_log.*", AUROC_FILE, STATISTICS_FILE, CONFIGS_FILE, DATA_FILE, CURVES_FOLDER)
-RUN_FILES += (IMAGES_FILE, DECISION_FILE, EVALUATION_FOLDER, MAPS_FOLDER, COMPRESSION_FILE, CARD_FILE)
+RUN_FILES += (IMAGES_FILE, DECISION_FILE, REFERENCE_FILE, EVALUATION_FOLDER, MAPS_FOLDER, COMPRESSION_FILE, CARD_FILE)
 
 
 def find_log(path: str) -> str:
@@ -137,10 +138,10 @@ def describe_set(csv_path: str, sequence: AugmentedImageSequence, class_names: S
 def clear_folder(folder: str, overwrites: bool) -> None:
     """Removes the temporary files of killed processes from a run's folder and, to overwrite, the run that it holds.
 
-    A continued run loses its decision and its model card: they belong to the model that it will replace.
+    A continued run loses its decision, reference and model card: they belong to the model that it will replace.
     """
     remove_stale_files(folder)
-    for name in (DECISION_FILE, CARD_FILE):
+    for name in (DECISION_FILE, REFERENCE_FILE, CARD_FILE):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             os.remove(path)
@@ -216,8 +217,7 @@ def lock_file(file: TextIO) -> None:
 # The options in configs.json that lead to a run's data.
 TABLE_OPTIONS = ("train_csv", "validation_csv", "test_csv")
 READING_OPTIONS = ("image_directory", "csv_label_column")
-RULE_OPTIONS = ("max_error", "unknown_rate")
-DATA_OPTIONS = (*TABLE_OPTIONS, *READING_OPTIONS, *RULE_OPTIONS)
+DATA_OPTIONS = (*TABLE_OPTIONS, *READING_OPTIONS, "max_error", "unknown_rate")
 PATH_OPTIONS = (*TABLE_OPTIONS, "image_directory", "save_model_path")
 SAMPLE_BYTES = 4096
 READERS = 8

@@ -318,5 +318,5 @@ def test_run_into_a_pipe_prints_a_line_per_epoch(tables, tmp_path):
     shown = result.stdout.decode()
     assert {"\x1b", "\r", "\b"}.isdisjoint(shown)
     assert re.fullmatch(r"Running on .+\.", shown.splitlines()[0])
-    assert len([line for line in shown.splitlines() if line.startswith("7/7 - ")]) == 2
+    assert len([line for line in shown.splitlines() if line.startswith("9/9 - ")]) == 2
     assert "image_classifier" in shown

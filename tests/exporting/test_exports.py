@@ -97,6 +97,7 @@ def test_a_saved_model_holds_each_weight_once(tmp_path):
     assert 1 <= variables.stat().st_size / (4 * wide.count_params()) < 1.2
 
 
+@pytest.mark.slow
 def test_onnx_leaves_no_copies_of_the_model_in_memory(tmp_path):
     import tf2onnx
 
@@ -108,7 +109,8 @@ def test_onnx_leaves_no_copies_of_the_model_in_memory(tmp_path):
         gc.enable()
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_becomes_float32(policy, tmp_path):
     write_exports(build_colour_model(dtype=policy), tmp_path)
     images = random_images(2)
@@ -156,7 +158,14 @@ def test_a_second_export_replaces_the_first_even_in_a_folder_called_rejected(run
 # Quantization
 
 
-@pytest.mark.parametrize(("quantization", "kernel"), [("none", 4), ("dynamic", 1), ("int8", 1)])
+@pytest.mark.parametrize(
+    ("quantization", "kernel"),
+    [
+        pytest.param("none", 4, marks=pytest.mark.slow),
+        pytest.param("dynamic", 1, marks=pytest.mark.slow),
+        ("int8", 1),
+    ],
+)
 def test_quantization_stores_kernels_in_bytes(quantization, kernel, run_folder, capsys):
     rng = np.random.default_rng(0)
     convolution = keras.layers.Conv2D(64, 7, activation="relu")
@@ -222,6 +231,7 @@ def test_a_class_name_stays_on_its_line(tmp_path):
     assert json.loads((tmp_path / "best_model_metadata.json").read_text())["options"]["classes"] == names
 
 
+@pytest.mark.slow
 def test_shipped_thresholds_decide(multilabel_csv, tmp_path):
     # Each label's probability is sigmoid(mean / 64), 0.5 to 0.98.
     build_colour_model("sigmoid").save(tmp_path / "best_model.keras")
@@ -243,6 +253,7 @@ def test_shipped_thresholds_decide(multilabel_csv, tmp_path):
 # The report
 
 
+@pytest.mark.slow
 def test_only_artefacts_with_other_answers_are_rejected(run_folder, monkeypatch, capsys):
     blue = build_colour_model()
     blue.layers[2].set_weights([np.zeros((3, 3)), np.array([9, 0, 0])])

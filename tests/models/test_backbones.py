@@ -215,6 +215,7 @@ def test_a_download_that_breaks_off_is_explained(no_download, tmp_path, error):
     assert str(tmp_path / "models") in str(caught.value)
 
 
+@pytest.mark.slow
 def test_imagenet_weights_in_a_read_only_folder_are_used(no_download, tmp_path, monkeypatch):
     targets = no_download(OFFLINE)
     stored = keras.applications.MobileNet(weights=None, include_top=False, input_shape=(32, 32, 3))

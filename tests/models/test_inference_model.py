@@ -111,7 +111,8 @@ def test_a_run_resumes_bit_for_bit(tables, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
 
 
-@pytest.mark.parametrize("name", ["MobileNet", pytest.param("ConvNeXtTiny", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["MobileNet", "ConvNeXtTiny"])
 def test_a_model_answers_at_another_size_like_one_built_for_it(name):
     configs = Configs(visual_model_name=name, use_imagenet_weights=False, classes=["a", "b"])
     small, large = (ModelFactory().get_model(configs.replace(image_target_size=(side, side, 3))) for side in (32, 64))

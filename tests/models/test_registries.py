@@ -68,6 +68,7 @@ def test_a_head_with_layer_norm_starts_from_a_linear_probe(toy_backbone, monkeyp
     assert draw_activations.main(Configs(load_model_path=folder))
 
 
+@pytest.mark.slow
 def test_a_run_trains_with_an_added_optimizer_and_loss(toy_backbone, monkeypatch, tables, tmp_path):
     def build_loss(class_weights, label_smoothing):
         return keras.losses.sparse_categorical_crossentropy

@@ -3,7 +3,7 @@
 import re
 
 import numpy as np
-from conftest import write_photo
+from shared_fixtures import write_photo
 
 from configs import Configs
 from finetune.data.near_copies import Copies, NearPair, Place

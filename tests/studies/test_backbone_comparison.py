@@ -31,7 +31,7 @@ from model import ModelFactory
 # Backbones cut to their first layers, with random weights.
 MODEL = {
     "use_imagenet_weights": False,
-    "pop_conv_layers": 66,
+    "pop_conv_layers": 75,
     "batch_size": 4,
     "generator_workers": 2,
     "augmentation_strength": "none",
@@ -128,6 +128,7 @@ def test_train_reuses_the_stored_features_and_starts_from_the_same_head(first, t
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_built_is_left_out_and_named(table, tmp_path, capsys, monkeypatch):
     build = ModelFactory.get_model
 

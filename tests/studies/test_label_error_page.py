@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browsers import browse, check_policy, probe
-from conftest import write_photo
+from shared_fixtures import write_photo
 
 import find_label_errors
 from find_label_errors import LabelErrorConfigs

@@ -28,7 +28,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 CLASSES = ["blue", "green", "red"]
 SMALL = {
     "visual_model_name": "MobileNet",
-    "pop_conv_layers": 66,
+    "pop_conv_layers": 75,
     "use_imagenet_weights": False,
     "image_target_size": (32, 32, 3),
     "batch_size": 8,

@@ -66,9 +66,8 @@ def continue_run(**options):
     return train.main(configs.validate())
 
 
-@pytest.mark.parametrize(
-    ("name", "best_epoch"), [("plateau", 2), pytest.param("interpolated", 0, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "best_epoch"), [("plateau", 2), ("interpolated", 0)])
 def test_a_legacy_run_continues_to_the_same_end(copy_run, capsys, name, best_epoch):
     folder = copy_run(name)
     stored = pd.read_csv(folder / "training_log.csv")

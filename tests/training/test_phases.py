@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from keras import layers
+from probed_photos import build
 from small_runs import (
     assert_same_run,
     options_of,
@@ -141,9 +142,8 @@ def test_training_that_makes_the_probe_worse_leaves_it_the_best_model(tables, tm
     ],
 )
 def test_heads_are_refitted_if_the_backbone_learns_single_labels(options, expected):
-    configs = Configs(**{"model_selection": "interpolate", "visual_model_name": "MobileNet"} | options)
-    configs = configs.replace(classes=["a", "b"], use_imagenet_weights=False, image_target_size=(32, 32, 3))
-    model = ModelFactory().get_model(configs)
+    configs = Configs(**{"model_selection": "interpolate"} | options)
+    model = build(layer_sizes=configs.classifier_layer_sizes, multi_label=configs.multi_label_classification)
     prepare_backbone(model.get_layer("backbone"), configs.conv_layers_to_train, None)
     assert refits_head(configs, model) is expected
 

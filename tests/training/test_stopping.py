@@ -96,6 +96,6 @@ def test_checkpoints_within_epochs_have_their_step(tables, tmp_path, monkeypatch
         original(model, path, state, *more)
 
     monkeypatch.setattr(resuming, "save_checkpoint", save)
-    start(**options_of(tables, tmp_path / "run", num_epochs=2, checkpoint_every_steps=3))
+    start(**options_of(tables, tmp_path / "run", num_epochs=2, batch_size=4, checkpoint_every_steps=3))
     # Also before the first validation, which may meet an unreadable image.
     assert written == [(0, 3), (0, 6), (0, 7), (1, 0), (1, 3), (1, 6), (2, 0)]

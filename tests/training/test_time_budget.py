@@ -77,11 +77,11 @@ def test_epochs_that_suffice_for_the_steps_do_not_count_as_given():
 
 @pytest.mark.slow
 def test_a_run_of_min_steps_continues_with_its_own_command(tables, tmp_path, capsys, stop_at):
-    # 7 steps an epoch: 3 epochs hold 20.
+    # 9 steps an epoch: 3 epochs hold 20.
     options = {"learning_rate_schedule": "one_cycle", "min_steps": 20, "num_epochs": 1}
     options = options_of(tables, tmp_path / "steps", **options)
     assert stop_at(1, 3, **options) == 143
-    assert "3 epochs of 7 steps, for min_steps 20 (1 with --min_steps 0)." in capsys.readouterr().out
+    assert "3 epochs of 9 steps, for min_steps 20 (1 with --min_steps 0)." in capsys.readouterr().out
     assert start(**options, load_model_path=str(tmp_path / "steps"))["epoch"] == 3
     assert "num_epochs 1 becomes 3" in capsys.readouterr().out
     start(**options_of(tables, tmp_path / "epochs", learning_rate_schedule="one_cycle", num_epochs=3))
