@@ -119,10 +119,13 @@ class Reference(NamedTuple):
         try:
             with zipfile.ZipFile(path) as archive:
                 size = sum(member.file_size for member in archive.infolist())
-            if size > LARGEST_FILE:
-                raise ValueError(f"it holds {size} bytes, of which at most {LARGEST_FILE} are expected")
-            with np.load(path, allow_pickle=False) as stored:
-                found = {name: stored[name] for name in cls._fields}
+                if size > LARGEST_FILE:
+                    raise ValueError(f"it holds {size} bytes, of which at most {LARGEST_FILE} are expected")
+                found = {}
+                for name in cls._fields:
+                    with archive.open(f"{name}.npy") as file:
+                        # It refuses pickled objects.
+                        found[name] = np.lib.format.read_array(file)
             features, paths, labels = (found[name] for name in ("features", "paths", "labels"))
             if features.ndim != 2 or not len(features) == len(paths) == len(labels) > 0:
                 raise ValueError(f"its parts have {len(features)}, {len(paths)} and {len(labels)} photos")

@@ -270,7 +270,7 @@ def test_the_code_on_the_card_applies_every_kind_of_decision(multi_label, case, 
     names = {"probabilities": raw[:1], "features": features[:1]}
     exec(show_answering("m.onnx", ("unsure", "(unknown)"), NEIGHBOURS), names)
     found = [names["find_answer"](raw[row : row + 1], features[row : row + 1]) for row in range(200)]
-    assert found == name_answers(decision, raw, similarities, ()).names
+    assert found == name_answers(decision, decision.calibrate(raw), similarities).names
     told = {name for answer in found for name in answer}
     assert ("(unknown)" in told) == (case != "no rule")
     assert ("unsure" in told) == (case != "no rule")
