@@ -6,7 +6,6 @@ Source: selective classification with guaranteed risk, Geifman and El-Yaniv, Neu
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
@@ -18,8 +17,12 @@ ASSURANCE = 0.95
 METHOD = "sequence of exact binomial tests (Clopper and Pearson)"
 # The sequence starts at the lowest confidence whose predicted power is this close to the best.
 LOST_POWER = 0.05
+# It starts at this share of the photos at the latest: predicted risks may be far too low.
+LATEST_START = 0.4
 # Tests between two numbers of photos that allow one more error each: more find a higher share, but stop earlier.
 STEPS = 3
+# Of the estimate of photos that a promise needs: shares of answered photos to try, and the most errors to allow.
+SHARES, MOST_ERRORS = 20, 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +59,16 @@ def choose_threshold(
 ) -> Promise:
     """Finds the lowest confidence at which, with 95 % assurance, at most `max_error` of the answers are wrong.
 
-    Exact binomial tests of falling thresholds, in a sequence that ends at the first failure and needs no correction.
-    Source: Geifman and El-Yaniv, NeurIPS 2017 (arXiv:1705.08500), lemma 3.1; Angelopoulos et al., Learn then Test
-    (arXiv:2110.01052), section 4.2. The sequence depends on confidences and predicted risks, but not on the labels.
+    Exact binomial tests of falling thresholds, which end at the first failure and need no correction. Which are tested
+    does not depend on the labels, except through the temperature of `risks`. Source: Geifman and El-Yaniv, NeurIPS 2017
+    (arXiv:1705.08500); Angelopoulos et al., Learn then Test (arXiv:2110.01052), fixed-sequence testing.
 
     Args:
         confidences: `(photos,)` of the answers; multi-label: the probabilities of one label.
         wrong: bool `(photos,)`; multi-label: whether a photo does not have the label.
         max_error: the promise, above 0 and below 1.
         risks: `(photos,)`, the predicted probability that an answer is wrong. They decide only where the sequence
-            starts: wrong ones cost answers, not the promise. None takes `1 - confidences`.
+            starts: wrong ones may cost answers, never the promise. None takes `1 - confidences`.
         groups: int `(photos,)` of near copies, which are not independent, see `count_units`.
     """
     order = np.argsort(-confidences, kind="stable")
@@ -73,22 +76,16 @@ def choose_threshold(
     risks = 1 - confidences if risks is None else risks
     units = count_units(None if groups is None else groups[order], len(order))
     predicted = np.cumsum(risks[order]) / np.arange(1, len(order) + 1)
-    kept = 0
+    kept, bound = 0, math.nan
     for number in _list_numbers(descending, units, predicted, max_error):
-        if get_bound(mistakes[number - 1], number, units[number - 1]) > max_error:
+        tried = get_bound(mistakes[number - 1], number, units[number - 1])
+        if tried > max_error:
             break
-        kept = number
+        kept, bound = number, tried
+    threshold, errors = (float(descending[kept - 1]), int(mistakes[kept - 1])) if kept else (None, 0)
     total = float(units[-1]) if len(order) else 0.0
-    return Promise(
-        threshold=float(descending[kept - 1]) if kept else None,
-        answered=kept,
-        errors=int(mistakes[kept - 1]) if kept else 0,
-        bound=get_bound(mistakes[kept - 1], kept, units[kept - 1]) if kept else math.nan,
-        photos=len(order),
-        units=total,
-        smallest=get_smallest_promise(total),
-        needed=estimate_needed(mistakes, units, max_error),
-    )
+    needed = estimate_needed(mistakes, units, max_error)
+    return Promise(threshold, kept, errors, bound, len(order), total, get_smallest_promise(total), needed)
 
 
 def get_bound(errors: float, photos: float, units: float | None = None) -> float:
@@ -129,11 +126,10 @@ def get_smallest_promise(units: float) -> float:
     return 1 - (1 - ASSURANCE) ** (1 / units) if units else 1.0
 
 
-@functools.lru_cache(maxsize=4096)
-def count_photos(errors: int, max_error: float) -> int:
-    """Returns the smallest number of photos among which so many errors still allow the promise."""
-    # The number of photos up to the next error after these has this distribution.
-    return int(stats.nbinom.ppf(ASSURANCE, errors + 1, max_error)) + errors + 1
+def count_photos(errors: np.ndarray | int, max_error: float) -> np.ndarray:
+    """Returns the smallest number of photos among which so many errors still allow the promise, int."""
+    # The number of right answers before one more error has this distribution.
+    return stats.nbinom.ppf(ASSURANCE, np.asarray(errors) + 1, max_error).astype(int) + errors + 1
 
 
 def estimate_needed(mistakes: np.ndarray, units: np.ndarray, max_error: float) -> int | None:
@@ -150,15 +146,15 @@ def estimate_needed(mistakes: np.ndarray, units: np.ndarray, max_error: float) -
     """
     if not len(units):
         return None
-    numbers = np.arange(1, len(units) + 1)
-    # Shares of at least a tenth, and a mistake for every hundred photos at best: fewer are a matter of luck.
-    tried = np.unique(np.linspace(max(1, len(units) // 10), len(units), 20).round().astype(int)) - 1
+    # Fewer than a tenth of the photos say little about the error.
+    tried = np.unique(np.linspace(max(1, len(units) // 10), len(units), SHARES).round().astype(int)) - 1
+    allowed = np.arange(MOST_ERRORS)
+    sizes = count_photos(allowed, max_error)
     found = []
     for position in tried:
-        risk = mistakes[position] / numbers[position]
-        errors = next((k for k in range(200) if risk * count_photos(k, max_error) <= k + 0.5), None)
-        if errors is not None:
-            found.append(count_photos(errors, max_error) * units[-1] / units[position])
+        enough = np.flatnonzero(mistakes[position] / (position + 1) * sizes <= allowed + 0.5)
+        if enough.size:
+            found.append(sizes[enough[0]] * units[-1] / units[position])
     return math.ceil(min(found)) if found else None
 
 
@@ -166,18 +162,21 @@ def _list_numbers(descending: np.ndarray, units: np.ndarray, predicted: np.ndarr
     """Returns the numbers of answered photos to test, ascending; empty if there are too few photos.
 
     Tests have most power at the numbers that just allow one more error. The first one tested is the largest with a
-    predicted power close to the best; a few numbers lie between one and the next.
+    predicted power close to the best, or the first of at least `LATEST_START`; a few lie between one and the next.
     """
     total = len(descending)
-    full = []
-    while total and (wanted := count_photos(len(full), max_error)) <= units.max():
-        full.append(int(np.argmax(units >= wanted)) + 1)
-    if not full:
+    most = units.max(initial=0)
+    # More errors than this can't be allowed: the bound is above the share of errors.
+    sizes = count_photos(np.arange(int(most * max_error) + 1), max_error)
+    sizes = sizes[sizes <= most]
+    if not sizes.size:
         return []
+    # The effective number may fall by a group's next photo: the first place that reaches each size.
+    full = np.searchsorted(np.maximum.accumulate(units), sizes) + 1
     allowed = np.arange(len(full))
-    sizes = [count_photos(errors, max_error) for errors in allowed]
-    powers = stats.binom.cdf(allowed, sizes, np.clip(predicted[np.array(full) - 1], 0, 1))
-    first = np.flatnonzero(powers >= powers.max() - LOST_POWER)[-1]
+    powers = stats.binom.cdf(allowed, sizes, np.clip(predicted[full - 1], 0, 1))
+    latest = min(int(np.searchsorted(full, LATEST_START * total)), len(full) - 1)
+    first = min(np.flatnonzero(powers >= powers.max() - LOST_POWER)[-1], latest)
     corners = np.array([*full[first:], total])
     places = np.linspace(0, len(corners) - 1, STEPS * (len(corners) - 1) + 1)
     numbers = np.interp(places, np.arange(len(corners)), corners).round().astype(int)
