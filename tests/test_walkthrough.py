@@ -32,6 +32,7 @@ from finetune.models.compressed import custom_load_model
 from finetune.models.model_files import load_model
 from finetune.predicting.predicting import predict
 from finetune.reporting.cam_pictures import name_outputs
+from finetune.training.checkpoints import Stopping
 from generator import get_generator
 
 PROJECT = Path(__file__).parent.parent
@@ -140,13 +141,13 @@ def test_a_model_without_state_starts_a_new_run(trained, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_demo_learns_its_textures(tmp_path, monkeypatch):
-    on_epoch_end = keras.callbacks.CallbackList.on_epoch_end
+    on_epoch_end = Stopping.on_epoch_end
 
-    def stop_when_learnt(callbacks, epoch, logs):
-        on_epoch_end(callbacks, epoch, logs)
-        callbacks._model.stop_training |= logs["val_accuracy"] >= 0.95
+    def stop_when_learnt(stopping, epoch, logs):
+        on_epoch_end(stopping, epoch, logs)
+        stopping.model.stop_training |= logs["val_accuracy"] >= 0.95
 
-    monkeypatch.setattr(keras.callbacks.CallbackList, "on_epoch_end", stop_when_learnt)
+    monkeypatch.setattr(Stopping, "on_epoch_end", stop_when_learnt)
     shutil.copytree(PROJECT / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     assert train.main(Configs(**Configs.read_json("data/demo.json")).validate())["best"] >= 0.95

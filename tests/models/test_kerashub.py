@@ -39,7 +39,7 @@ from model import ModelFactory
 CLASSES = ["blue", "green", "red"]
 TRANSFORMERS = {"ViT", "DeiT", "DINOV2", "DINOV3", "SigLIPVisionEncoder", "CLIPVisionEncoder", "SwinTransformer", "MiT"}
 STOCK = {"CSPNet", "EfficientNet", "ResNet", "Xception", "VGG", "DenseNet"}
-MAIN = ["ViTBackbone", "DINOV2Backbone", "HGNetV2Backbone", "MobileNetV5Backbone"]
+MAIN = ["DINOV2Backbone", "HGNetV2Backbone", "MobileNetV5Backbone"]
 
 
 class Built(NamedTuple):
