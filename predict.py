@@ -79,6 +79,7 @@ def main(configs: PredictConfigs) -> dict:
     decision = read_decision(folder, configs.classes, configs.multi_label_classification, model_path)
     print(*notes, name_model(configs, model_path), sep="\n")
     print(prediction_files.describe_decision(decision, configs.threshold_type))
+    answers.check_rule(decision, configs, configs.test_time_augmentation)
     reference = find_reference(folder, model_path, decision.calls_unknown, gives_features(model))
     facts = list_facts(configs, model_path) | {"reference": reference.digest() if reference else ""}
     with KeptAnswers(configs.write_path, paths, configs.batch_size, len(configs.classes), facts) as kept:

@@ -59,7 +59,7 @@ def main(configs: Configs) -> dict[str, Any]:
     nearest, (_, reading) = rule.list_nearest(predicted, neighbours, reference), tables.get("training", tables["test"])
     write_evaluation(folder, answers, results, explain, options, build_finder(nearest, reading))
     store_decision(configs.save_model_path, decision, model_path)
-    print(*rule.describe_rule(decision, sets["test"]), sep="\n")
+    rule.print_rule(decision, sets["test"])
     rule.store_reference(configs.save_model_path, reference, model_path)
     write_model_card(configs.save_model_path)
     return results

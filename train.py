@@ -20,7 +20,7 @@ def main(configs: Configs) -> dict:
     from finetune.reporting.figures import report_learning_rate
     from finetune.reporting.label_page import write_contradictions
     from finetune.reporting.model_card import write_model_card
-    from finetune.training.resuming import find_start, report_end
+    from finetune.training.resuming import find_start, report_end, restore_logs
     from finetune.training.run import get_phases
     from finetune.training.time_budget import resolve_epochs
     from finetune.training.training import (
@@ -43,6 +43,8 @@ def main(configs: Configs) -> dict:
         team.folder = configs.save_model_path
         team.check_workers_match(select_common(configs.to_dict(), state))
         if ended := report_end(state, configs):
+            if team.is_chief and restore_logs(state, configs):
+                write_model_card(configs.save_model_path)
             return ended
         csv_paths = list_sets(configs)
         configs = resolve_pixel_range(configs, [*csv_paths.values()])

@@ -34,7 +34,7 @@ import cv2
 import keras
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
+from scipy.stats import binomtest, rankdata
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.near_copies import compress, scale_values
@@ -47,7 +47,6 @@ from finetune.evaluation.abstention import (
     Evidence,
     Wishes,
     answer_evidence,
-    bound_share,
     fit_abstention,
     measure_answers,
 )
@@ -248,7 +247,7 @@ def print_promises(known: dict[str, Known], numbers: Sequence[int]) -> None:
                 found = [measure_split(one, number, promised, seed) for seed in range(SPLITS)]
                 answered, given, wrong, total = (np.array(part) for part in zip(*found, strict=True))
                 broken = int((wrong > promised * given).sum())
-                low, high = bound_share(broken, SPLITS)
+                low, high = binomtest(broken, SPLITS).proportion_ci(method="exact")
                 shown = f"{broken} of {SPLITS} ({low:.0%} to {high:.0%})"
                 print(f"| {name} | {number} | {total.mean():.3f} | {promised:.0%} | {answered.mean():.3f} | {shown} |")
 

@@ -95,7 +95,7 @@ class Abstention:
         return certainty + (similarities - other_centre) / other_spread
 
 
-class Answers(NamedTuple):
+class Outcomes(NamedTuple):
     """Whether a model answers images.
 
     Attributes:
@@ -121,7 +121,7 @@ def decide(
     calibrated: np.ndarray,
     chosen: np.ndarray,
     similarities: np.ndarray | None = None,
-) -> Answers:
+) -> Outcomes:
     """Decides which images a model answers, and with which labels.
 
     Args:
@@ -134,7 +134,7 @@ def decide(
     number = len(calibrated)
     nothing = np.zeros(number, bool)
     if abstention is None:
-        return Answers(nothing, nothing, chosen, np.full(number, np.nan))
+        return Outcomes(nothing, nothing, chosen, np.full(number, np.nan))
     familiarity, is_unknown = np.full(number, np.nan), nothing
     if abstention.unknown_threshold is not None and similarities is not None:
         familiarity = abstention.measure_familiarity(calibrated, similarities, multi_label)
@@ -146,7 +146,7 @@ def decide(
         labels = chosen & (np.asarray(calibrated, np.float32) >= lowest)
     # Multi-label, an image without any label is answered: it has none.
     is_unsure = chosen.any(axis=1) & ~labels.any(axis=1) & ~is_unknown
-    return Answers(is_unknown, is_unsure, labels & ~is_unknown[:, None], familiarity)
+    return Outcomes(is_unknown, is_unsure, labels & ~is_unknown[:, None], familiarity)
 
 
 def _read_numbers(values: Any, numbers: Sequence[int]) -> list[float | None] | None:
@@ -169,7 +169,7 @@ class Wishes(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """The validation photos that a rule is fitted on.
+    """Labelled photos that a rule is fitted on or tested on.
 
     Attributes:
         y_true: int `(images,)`, or multi-label `(images, classes)` of zeros and ones.
@@ -234,11 +234,11 @@ def list_questions(evidence: Evidence) -> list[tuple[np.ndarray, np.ndarray, np.
     return [(scores, ~labels, given) for scores, labels, given in columns]
 
 
-def measure_answers(answers: Answers, y_true: np.ndarray) -> dict[str, Any]:
+def measure_answers(outcomes: Outcomes, y_true: np.ndarray) -> dict[str, Any]:
     """Measures what a rule does on labelled images.
 
     Args:
-        answers: from `decide`.
+        outcomes: from `decide`.
         y_true: int `(images,)`, or multi-label `(images, classes)` of zeros and ones.
 
     Returns:
@@ -246,27 +246,19 @@ def measure_answers(answers: Answers, y_true: np.ndarray) -> dict[str, Any]:
         the number of answered images, multi-label of given labels; `wrong`, how many of these are wrong; `error` and
         `error_interval`, its exact 95 % interval (Clopper and Pearson, 1934), None if nothing is answered.
     """
-    truth = y_true.astype(bool) if y_true.ndim == 2 else np.arange(answers.labels.shape[1]) == y_true[:, None]
-    answered, wrong = int(answers.labels.sum()), int((answers.labels & ~truth).sum())
-    interval = list(map(float, bound_share(wrong, answered))) if answered else None
+    truth = y_true.astype(bool) if y_true.ndim == 2 else np.arange(outcomes.labels.shape[1]) == y_true[:, None]
+    answered, wrong = int(outcomes.labels.sum()), int((outcomes.labels & ~truth).sum())
+    interval = list(stats.binomtest(wrong, answered).proportion_ci(method="exact")) if answered else None
     return {
         "images": len(truth),
-        "unknown": int(answers.is_unknown.sum()),
-        "unsure": int(answers.is_unsure.sum()),
-        "coverage": float(answers.is_answered.mean()),
+        "unknown": int(outcomes.is_unknown.sum()),
+        "unsure": int(outcomes.is_unsure.sum()),
+        "coverage": float(outcomes.is_answered.mean()),
         "answered": answered,
         "wrong": wrong,
         "error": wrong / answered if answered else None,
         "error_interval": interval,
     }
-
-
-def bound_share(number: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Returns the exact two-sided interval of a binomial share (Clopper and Pearson, Biometrika, 1934)."""
-    tail = (1 - level) / 2
-    low = stats.beta.ppf(tail, number, total - number + 1) if number else 0.0
-    high = stats.beta.isf(tail, number + 1, total - number) if number < total else 1.0
-    return float(low), float(high)
 
 
 def list_promises(fitted_on: Evidence, tested_on: Evidence, unknown_rate: float) -> list[dict[str, Any]]:
@@ -284,7 +276,7 @@ def list_promises(fitted_on: Evidence, tested_on: Evidence, unknown_rate: float)
     return rows
 
 
-def answer_evidence(rule: Abstention | None, evidence: Evidence) -> Answers:
+def answer_evidence(rule: Abstention | None, evidence: Evidence) -> Outcomes:
     """Returns what a rule answers on labelled images."""
     return decide(rule, evidence.multi_label, evidence.calibrated, evidence.chosen, evidence.similarities)
 

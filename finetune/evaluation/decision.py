@@ -17,7 +17,7 @@ from finetune.core.labels import look_the_same
 from finetune.core.options import UserError
 from finetune.core.texts import join_names
 from finetune.core.values import convert
-from finetune.evaluation.abstention import Abstention, Answers, decide
+from finetune.evaluation.abstention import Abstention, Outcomes, decide
 from finetune.evaluation.calibration import (
     SOFTMAX,
     TEMPERATURE_RANGE,
@@ -105,7 +105,7 @@ class Decision:
 
     def decide(
         self, calibrated: np.ndarray, similarities: np.ndarray | None = None, threshold_type: str = "exact_match"
-    ) -> Answers:
+    ) -> Outcomes:
         """Returns which images are answered, and with which labels; see `abstention.decide`."""
         chosen = self.choose(calibrated, threshold_type)
         return decide(self.abstention, self.multi_label, calibrated, chosen, similarities)

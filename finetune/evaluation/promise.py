@@ -33,7 +33,7 @@ class Promise:
         threshold: the lowest confidence that is answered; None if the promise cannot be made.
         answered: photos at or above the threshold.
         errors: those of them that are wrong.
-        bound: the upper 95 % bound of the error at this threshold; NaN without one.
+        bound: the largest error that the answers allow at this threshold, from `get_bound`; NaN without one.
         photos: all photos.
         units: independent photos among them; fewer than photos if some are in groups.
         smallest: the smallest error that so many photos could promise, without any mistake.
@@ -89,7 +89,7 @@ def choose_threshold(
 
 
 def get_bound(errors: float, photos: float, units: float | None = None) -> float:
-    """Returns the upper bound of an error at 95 % assurance.
+    """Returns the largest error that the answers allow, at 95 % assurance.
 
     Source: Clopper and Pearson, Biometrika, 1934; with fewer independent units than photos, the same share of errors
     among them (Korn and Graubard, Survey Methodology, 1998).

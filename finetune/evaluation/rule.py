@@ -80,16 +80,18 @@ def check_wishes(configs: Configs, model_path: str) -> None:
 
 
 def build_reference(sets: Sets, model_path: str, decision: Decision, configs: Configs) -> Reference | None:
-    """Returns the reference of the training set; None without one, or if the model gives no features.
+    """Returns the reference of the training set; None, which is printed, if the model gives no features.
 
-    An exported model keeps its own, as it keeps its decision.
+    Without a training set the stored one is used. An exported model keeps its own, as it keeps its decision.
     """
     if is_exported(model_path):
         gives_features = sets.features["test"] is not None
         return find_reference(os.path.dirname(model_path), model_path, decision.calls_unknown, gives_features)
-    training, features = sets.sequences.get("training"), sets.features.get("training")
-    if training is None or features is None:
-        return None
+    training, gives_features = sets.sequences.get("training"), sets.features["test"] is not None
+    if training is None or not gives_features:
+        needed = decision.calls_unknown or bool(configs.unknown_rate and gives_features)
+        return find_reference(configs.save_model_path, model_path, needed, gives_features)
+    features = sets.features["training"]
     table = training.get_read_table()
     names, labels = (table[column].tolist() for column in (IMAGE_COLUMN, configs.csv_label_column))
     return Reference.choose(features, names, labels, name_model_digest(model_path), configs.random_seed or 0)
@@ -196,6 +198,12 @@ def describe_rule(decision: Decision, found: dict[str, Any]) -> list[str]:
         lines.append("Answering only what can be promised, with 95 % assurance (max_error):")
         lines += [_format_promise(row, decision.multi_label) for row in promises]
     return lines
+
+
+def print_rule(decision: Decision, found: dict[str, Any]) -> None:
+    """Prints the lines of `describe_rule`."""
+    for line in describe_rule(decision, found):
+        print(line)
 
 
 def _describe_promise(rule: Abstention, decision: Decision, found: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from configs import Configs
 from finetune.core.files import atomic_path, check_folder
 from finetune.core.options import UserError
 from finetune.core.texts import show_count, show_progress
@@ -99,6 +100,29 @@ def insert_answers(table: pd.DataFrame, answers: AnswerTable, after: str = "prob
     added = {"answer": [LABEL_SEPARATOR.join(row) for row in answers.names], "reason": answers.reasons}
     added["similarity"] = answers.similarities
     return pd.concat([table.iloc[:, :place], pd.DataFrame(added), table.iloc[:, place:]], axis=1)
+
+
+def check_rule(decision: Decision, configs: Configs, augmentation: str) -> None:
+    """Checks that a given promise is the one that was fitted, and prints if averaging over views may break it.
+
+    Args:
+        decision: of the model.
+        configs: of predict.py.
+        augmentation: how predict.py averages over views of an image.
+
+    Raises:
+        UserError: a given `max_error` or `unknown_rate` is not that of the decision.
+    """
+    rule = decision.abstention
+    for name in ("max_error", "unknown_rate"):
+        fitted, given = getattr(rule, name, 0.0), getattr(configs, name)
+        if name in configs.given and given != fitted:
+            raise UserError(
+                f"{name}: expected {fitted:g}, for which the model's decision was fitted. Received: {given:g}. Leave "
+                f"it out, or run test.py --{name} {given:g} first."
+            )
+    if rule is not None and rule.max_error and augmentation != "none":
+        print(f"The error of {rule.max_error:g} is not promised with test_time_augmentation {augmentation}.")
 
 
 def summarize_answers(answers: AnswerTable, decision: Decision) -> None:

@@ -36,7 +36,8 @@ from finetune.training.run_folder import lock_file
 # Increase it when images are decoded or resized differently.
 VERSION = 2
 # Options that change no probability. The last two are applied to all answers at the end.
-HARMLESS = ("generator_workers", "generator_queue_length", "verbose", "write_path", "top_k", "threshold_type")
+HARMLESS = ("generator_workers", "generator_queue_length", "verbose", "write_path", "sort_into", "sort_links")
+HARMLESS += ("max_error", "unknown_rate", "top_k", "threshold_type")
 AUGMENTER = str(Path(__file__).resolve().parents[2] / "augmenter.py")
 # Files or stored objects that are checked in parallel.
 CHECKS = 16

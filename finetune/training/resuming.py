@@ -14,18 +14,20 @@ import numpy as np
 import tensorflow as tf
 
 from configs import Configs
-from finetune.core.files import atomic_path, check_folder, duplicate_file
+from finetune.core.files import atomic_path, check_folder, duplicate_file, remove_stale_files
 from finetune.core.labels import look_the_same
 from finetune.core.options import LEGACY_NAMES, UserError, rename_legacy
 from finetune.core.values import quote_difference
 from finetune.models.description import LARGEST_STATE, LEGACY_DEFAULTS, STATE_MEMBER, add_description, read_member
 from finetune.models.kerashub import settle_positions
 from finetune.models.model_files import build_inference_model
-from finetune.training.run import Images, Phase, Progress, Run, count_epochs, is_within
+from finetune.training.callbacks import name_monitor
+from finetune.training.run import Images, Phase, Progress, Run, count_epochs, is_within, write_logs
 from finetune.training.run_folder import (
     BEST_MODEL,
     CONFIGS_FILE,
     LATEST_MODEL,
+    LOG_FILE,
     START_MODEL,
     TABLE_OPTIONS,
     disown_paths,
@@ -34,7 +36,9 @@ from finetune.training.run_folder import (
     fingerprint,
     gives_other_tables,
     is_fixed,
+    leads_into,
     locate_paths,
+    locked,
     refuse_other_run,
     relate_path,
 )
@@ -230,6 +234,27 @@ def report_end(state: dict[str, Any] | None, configs: Configs) -> dict[str, Any]
         return {}
     print(f"This run has completed its {state['epochs_completed']} epochs. Raise num_epochs to continue.")
     return {"epochs_completed": state["epochs_completed"], "best": state["best"]}
+
+
+def restore_logs(state: dict[str, Any], configs: Configs) -> bool:
+    """Writes the logs of a run that was killed between its last checkpoint and them; returns whether it was."""
+    folder, progress = configs.save_model_path, Progress.read(state)
+    if not leads_into(configs.load_model_path, folder) or count_logged(folder) >= len(progress.log):
+        return False
+    with locked(folder):
+        remove_stale_files(folder)
+        write_logs(folder, name_monitor(configs.multi_label_classification), progress)
+    print(f"The run was killed before epoch {len(progress.log)} was logged: its logs are complete now.")
+    return True
+
+
+def count_logged(folder: str) -> int:
+    """Returns the number of epochs in a run's training log; 0 without one."""
+    path = os.path.join(folder, LOG_FILE)
+    if not os.path.isfile(path):
+        return 0
+    with open(path, encoding="utf-8") as file:
+        return sum(1 for _ in file) - 1
 
 
 def configs_to_continue(configs: Configs, state: dict[str, Any], model_path: str) -> Configs:

@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from configs import Configs
 from finetune.core.options import UserError
 from finetune.evaluation.abstention import Abstention
 from finetune.evaluation.decision import Decision
 from finetune.predicting.answers import (
+    check_rule,
     check_sort_into,
     insert_answers,
     name_answers,
@@ -110,6 +112,26 @@ def test_each_label_has_its_threshold_and_an_image_without_labels_is_answered():
     assert found.names == [["ant", "bee"], ["unsure"], ["unsure"], []]
     assert "0.800 of ant is below 0.900" in found.reasons[1]
     assert "cannot be promised for cow" in found.reasons[2]
+
+
+def make_configs(**options):
+    configs = Configs(**options)
+    configs.given = {*options}
+    return configs
+
+
+def test_a_promise_that_was_not_fitted_is_refused_and_averaging_is_told(capsys):
+    decision = Decision(["cat", "dog"], False, abstention=Abstention(0.05, [0.8], 0.01, images=100))
+    for configs in (make_configs(), make_configs(max_error=0.05, unknown_rate=0.01)):
+        check_rule(decision, configs, "none")
+    assert capsys.readouterr().out == ""
+    for name, value in (("max_error", 0.02), ("unknown_rate", 0.0)):
+        with pytest.raises(UserError, match=rf"{name}: expected 0\.0.*test\.py --{name}"):
+            check_rule(decision, make_configs(**{name: value}), "none")
+    with pytest.raises(UserError, match="max_error: expected 0,"):
+        check_rule(Decision(["cat", "dog"], False), make_configs(max_error=0.02), "none")
+    check_rule(decision, make_configs(), "flip")
+    assert "flip" in capsys.readouterr().out
 
 
 def test_classes_called_unsure_or_unknown_are_told_from_refusals():

@@ -87,6 +87,20 @@ def test_a_finished_run_says_so_and_changes_nothing(tables, uninterrupted, capsy
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
 
 
+@pytest.mark.slow
+def test_a_run_killed_before_its_last_epoch_was_logged_gets_its_logs_and_card(tables, uninterrupted, tmp_path):
+    folder = tmp_path / "killed"
+    shutil.copytree(uninterrupted, folder)
+    kept = {name: (folder / name).read_bytes() for name in ("training_log.csv", ".training_stats.json")}
+    whole = kept["training_log.csv"].splitlines(keepends=True)
+    (folder / "training_log.csv").write_bytes(b"".join(whole[:-1]))
+    (folder / ".training_stats.json").unlink()
+    (folder / "MODEL_CARD.md").unlink(missing_ok=True)
+    start(**options_of(tables, folder, load_model_path=str(folder)))
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+    assert (folder / "MODEL_CARD.md").is_file()
+
+
 def make_state(**options):
     return {"configs": Configs(**options).to_dict(), "given": sorted(options), "epochs_completed": 1}
 
